@@ -1,0 +1,1 @@
+"""The sweep over the calibration data, and the methods that work on (W, Gram)."""

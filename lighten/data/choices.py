@@ -1,0 +1,104 @@
+"""Multiple-choice sentence completion in HellaSwag's format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import Failure, RequestError, missing_extra
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One task: a context and endings, of which `label` is the right one.
+
+    A model scores `context + " " + ending`; `acc_norm` divides by the ending's length in characters.
+    """
+
+    context: str
+    endings: tuple[str, ...]
+    label: int
+
+
+def clean(text: str) -> str:
+    """Returns HellaSwag text as lm-eval prepares it: WikiHow's bracketed tags removed, double spaces closed."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def parse(line: dict[str, Any]) -> Choice:
+    """Returns the task of one HellaSwag record, as lm-eval's `hellaswag` builds it.
+
+    The context is "activity_label: ctx", where ctx_a and a capitalised ctx_b stand for ctx if they are given.
+    """
+    if "ctx_a" in line and "ctx_b" in line:
+        context = f"{line['ctx_a']} {str(line['ctx_b']).capitalize()}"
+    else:
+        context = str(line["ctx"])
+    label = int(line["label"])
+    endings = tuple(clean(str(ending)) for ending in line["endings"])
+    if not 0 <= label < len(endings):
+        raise ValueError(f"label {label} is not one of the {len(endings)} endings")
+    return Choice(clean(f"{line['activity_label']}: {context}"), endings, label)
+
+
+def _builtin() -> Iterator[tuple[str, str]]:
+    folder = files("lighten.data") / "builtin" / "tasks"
+    entries = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".jsonl")), key=lambda e: e.name)
+    lines = [[(entry.name, line) for line in entry.read_text(encoding="utf-8").splitlines()] for entry in entries]
+    for turn in range(max(len(group) for group in lines)):
+        yield from (group[turn] for group in lines if turn < len(group))
+
+
+def load_choices(data: str, limit: int | None = None) -> list[Choice]:
+    """Returns the tasks that `data` names: "builtin", a `.jsonl` file in HellaSwag's format, or "hellaswag".
+
+    The built-in tasks are a smoke test, not a benchmark: too few and too easy to rank models by.
+
+    Raises:
+        RequestError: no such file or data set, or nothing in it.
+        Failure: a line that is not a task.
+    """
+    if data == "builtin":
+        lines = list(_builtin())
+    elif data == "hellaswag":
+        lines = [(data, line) for line in _hub_hellaswag()]
+    else:
+        path = Path(data).expanduser()
+        try:
+            lines = [(str(path), line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except OSError as error:
+            raise RequestError(
+                f"cannot read the tasks {data!r}: {error.strerror}; give 'builtin', 'hellaswag', or a .jsonl file"
+            ) from error
+    tasks = []
+    for number, (name, line) in enumerate(lines[:limit], 1):
+        try:
+            tasks.append(parse(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise Failure(f"{name}:{number}: not a HellaSwag record (ctx, activity_label, endings, label): {error}") from error
+    if not tasks:
+        raise RequestError(f"the tasks {data!r} are empty")
+    return tasks
+
+
+def _hub_hellaswag() -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise missing_extra("eval", "datasets", "the hub data set 'hellaswag'") from error
+    try:
+        return [json.dumps(row) for row in load_dataset("Rowan/hellaswag", split="validation")]
+    except Exception as error:  # the library raises many kinds; all mean that the request cannot be served
+        raise RequestError(f"cannot load HellaSwag from the hub: {error}. Give `local: FILE.jsonl` instead") from error
+
+
+def digest(tasks: list[Choice]) -> str:
+    """Returns the SHA-256 of a list of tasks."""
+    return hashlib.sha256(json.dumps([asdict(task) for task in tasks]).encode()).hexdigest()

@@ -1,0 +1,26 @@
+"""Errors that are for the person at the keyboard.
+
+Raise `RequestError` when the request itself was wrong (exit code 2) and `Failure` when something broke
+while doing a correct request (exit code 1). The message says what was wrong, where, and what to do next.
+"""
+
+
+class LightenError(Exception):
+    """One clear message for the person; never shown with a traceback."""
+
+    exit_code = 1
+
+
+class RequestError(LightenError):
+    """The request was wrong: a recipe, a path, a setting, a missing extra."""
+
+    exit_code = 2
+
+
+class Failure(LightenError):
+    """The request was fine, but something failed: broken input, a full disk, a crash."""
+
+
+def missing_extra(extra: str, package: str, purpose: str) -> RequestError:
+    """Returns the error for a package that belongs to an extra which is not installed."""
+    return RequestError(f"{purpose} needs the package {package}, which is not installed: pip install 'lighten[{extra}]'")

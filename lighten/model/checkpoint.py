@@ -1,0 +1,132 @@
+"""A Hugging Face model directory, read one tensor at a time from its safetensors shards."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lighten.errors import Failure, RequestError
+from lighten.stage import ModelFacts
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class Checkpoint:
+    """Config and tensors of a model directory; opens shards lazily and holds no weights."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the directory.
+
+        Raises:
+            RequestError: no model there, or only a pickled one.
+            Failure: a shard that its index names is missing.
+        """
+        self.path = path
+        self.config = read_config(path)
+        self._shards: dict[str, Any] = {}
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """File name of the shard of every tensor."""
+        if (self.path / INDEX).is_file():
+            weights: dict[str, str] = _read_json(self.path / INDEX)["weight_map"]
+            missing = sorted({name for name in weights.values() if not (self.path / name).is_file()})
+            if missing:
+                raise Failure(f"{self.path}: {INDEX} names shards that are missing: {', '.join(missing)}; fetch them")
+            return weights
+        if (self.path / SINGLE).is_file():
+            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        refuse_pickle(self.path)
+        raise RequestError(f"{self.path} holds a config.json but no {SINGLE} or {INDEX}: not a complete model")
+
+    def _open(self, name: str) -> Any:
+        if name not in self._shards:
+            try:
+                self._shards[name] = safe_open(self.path / name, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise Failure(f"{self.path / name} cannot be read ({error}): cut short or damaged; fetch it again") from error
+        return self._shards[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Returns one tensor, on the CPU, in the type it is stored in."""
+        tensor: torch.Tensor = self._open(self.weight_map[name]).get_tensor(name)
+        return tensor
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Returns every tensor whose name starts with `prefix`, by the rest of its name."""
+        names = [name for name in self.weight_map if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self.tensor(name) for name in names}
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The checkpoint's `quantization_config`, or None."""
+        return self.config.get("quantization_config")
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """Sizes of the model."""
+        return facts_of(self.config, str(self.path))
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises RequestError if the directory holds only pickled weights, with the command that converts them."""
+    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    if pickles:
+        command = (
+            "python -c \"import sys; from transformers import AutoModelForCausalLM as A; "
+            f"A.from_pretrained('{path}').save_pretrained('{path}')\""
+        )
+        raise RequestError(
+            f"{path} has only pickled weights ({pickles[0]}), which can run any code when opened, so they are refused. "
+            f"If you trust where they come from, convert them to safetensors once: {command}"
+        )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Returns `config.json` of a model directory."""
+    if not path.is_dir():
+        raise RequestError(f"{path}: no such model directory")
+    if not (path / "config.json").is_file():
+        raise RequestError(f"{path} has no config.json: not a Hugging Face model directory")
+    return _read_json(path / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Failure(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Failure(f"{path} must hold a JSON object")
+    return value
+
+
+def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
+    """Returns the sizes that a config.json tells.
+
+    Raises:
+        RequestError: it lacks one of them: not a decoder-only language model.
+    """
+    try:
+        heads = int(config["num_attention_heads"])
+        hidden = int(config["hidden_size"])
+        return ModelFacts(
+            architecture=(config.get("architectures") or [config["model_type"]])[0],
+            layers=int(config["num_hidden_layers"]),
+            hidden=hidden,
+            intermediate=int(config["intermediate_size"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            vocab=int(config["vocab_size"]),
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+    except KeyError as error:
+        raise RequestError(f"{where}: config.json has no {error}: not a causal language model that lighten reads") from error

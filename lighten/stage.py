@@ -1,0 +1,115 @@
+"""What every stage of a recipe is made of: a step's settings, what it is handed, and what it may cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from lighten.store import Artifact
+
+Report = Callable[[int, int, str], None]
+"""`report(done, total, note)`: progress in the unit of the step; `note` is a short text such as "812 tok/s"."""
+
+
+def silent(done: int, total: int, note: str) -> None:
+    """A `Report` that tells nobody."""
+
+
+@dataclass
+class Context:
+    """What a step is handed besides its source and its output directory."""
+
+    report: Report = silent
+    grams: Path | None = None
+    """Directory of the sweep over the source, for steps whose `needs_sweep` is true."""
+    device: str = "cpu"
+    warnings: list[str] = field(default_factory=list)
+    """Things the person should know; the pipeline prints them and keeps them in the manifest."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of a causal language model, read from its config without loading it."""
+
+    architecture: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+
+    @property
+    def layer_linear_params(self) -> int:
+        """Weights in the linear layers of one decoder layer."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def embedding_params(self) -> int:
+        """Weights in the embedding and, where it is not tied, the head."""
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def params(self) -> int:
+        """All weights, norms included."""
+        return self.layers * (self.layer_linear_params + 2 * self.hidden) + self.embedding_params + self.hidden
+
+    @property
+    def gram_elements(self) -> int:
+        """Entries of the packed Gram triangles of one layer: inputs of qkv, o, gate/up and down."""
+        widths = (self.hidden, self.heads * self.head_dim, self.hidden, self.intermediate)
+        return sum(width * (width + 1) // 2 for width in widths)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage is predicted to cost. `flops` is split by arithmetic: `[bf16 or best available, float32]`."""
+
+    fast_flops: float = 0.0
+    float32_flops: float = 0.0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    disk_bytes: int = 0
+
+
+class Step(BaseModel):
+    """Settings of one step: strict, immutable, and the only place where their defaults stand.
+
+    A subclass sets `kind` and `version` (raise it whenever the step's output changes for the same
+    settings: it is part of the stage's key) and implements `run` and `predict`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: ClassVar[str]
+    version: ClassVar[int]
+
+    def needs_sweep(self) -> bool:
+        """True if `run` reads Gram matrices of its source."""
+        return False
+
+    def requires(self) -> list[tuple[str, str]]:
+        """Packages the step imports beyond the core, as (module name, extra that brings it)."""
+        return []
+
+    def check(self, facts: ModelFacts) -> None:
+        """Raises RequestError if these settings cannot be used on such a model."""
+
+    def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
+        """Returns what the step is expected to cost on such a model."""
+        return Estimate()
+
+    def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
+        """Reads `source`, writes files into the existing empty directory `out`.
+
+        Returns the facts of what it wrote: at least `format` ("hf", "gptq", "gguf", ...); they become
+        the manifest's `format` and `facts`.
+        """
+        raise TypeError(f"step {self.kind} does not define run")
