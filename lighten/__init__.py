@@ -1,1 +1,19 @@
-"""Turn a causal language model into the artifact that fits, and measure what it cost."""
+"""Turn a causal language model into the artifact that fits where it must run, and prove what it cost.
+
+The commands are functions too: `lighten.run("quickstart")`, `lighten.quantize(model, out, method="gptq", bits=4)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["evaluate_paths", "export", "plan", "quantize", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the pipeline's functions on first use, so that `import lighten` costs nothing."""
+    if name in __all__:
+        return getattr(importlib.import_module("lighten.pipeline"), name)
+    raise AttributeError(f"module 'lighten' has no attribute {name!r}")

@@ -1,0 +1,66 @@
+"""Accumulating Gram matrices exactly enough that a Cholesky factorisation of the sum succeeds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from lighten.model.grams import Gram
+
+
+@contextlib.contextmanager
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Lets float32 matrix products use the fastest arithmetic that is exact for inputs of `dtype`.
+
+    bfloat16 values survive the conversion to bfloat16 (CPU) and TF32 (GPU) unchanged, and both units sum in float32:
+    the products are those of float32 arithmetic at a multiple of its speed. float32 values get float32 products.
+    """
+    if dtype != torch.bfloat16:
+        yield
+        return
+    cpu, gpu = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = cpu.fp32_precision, gpu.fp32_precision
+    cpu.fp32_precision, gpu.fp32_precision = "bf16", "tf32"
+    try:
+        yield
+    finally:
+        cpu.fp32_precision, gpu.fp32_precision = before
+
+
+def accumulate(gram: Gram, inputs: torch.Tensor) -> None:
+    """Adds XᵀX of a batch of inputs, `[…, in]`, to a Gram: half the products, summed in float32."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    with exact_products(rows.dtype):
+        wide = rows.float()
+        for start, block in gram.rows():
+            block.addmm_(wide[:, start : start + block.shape[0]].t(), wide[:, start:])
+    torch.maximum(gram.absmax, rows.abs().amax(0).float(), out=gram.absmax)
+    gram.tokens += rows.shape[0]
+
+
+class LayerInputs:
+    """The Grams of one layer's distinct inputs, and which linear reads which.
+
+    Linears that are handed the very same tensor (q, k and v; gate and up) share one Gram, named after the first.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.grams: dict[str, Gram] = {}
+        self.read_by: dict[str, str] = {}
+        self._device = device
+        self._batch: dict[int, tuple[str, torch.Tensor]] = {}
+
+    def collect(self, linear: str, inputs: torch.Tensor) -> None:
+        """Takes the inputs of one linear for the current batch."""
+        # the tensor is kept until the batch ends: a freed one's id could come back
+        first, _ = self._batch.setdefault(id(inputs), (linear, inputs))
+        self.read_by[linear] = first
+        if first == linear:
+            gram = self.grams.setdefault(linear, Gram.empty(inputs.shape[-1], self._device))
+            accumulate(gram, inputs)
+
+    def end_batch(self) -> None:
+        """Forgets the tensors of the batch."""
+        self._batch.clear()

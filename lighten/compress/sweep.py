@@ -1,0 +1,92 @@
+"""One pass of the calibration data through the model, layer by layer, that gathers every Gram."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from lighten.data.text import digest, load_text
+from lighten.errors import RequestError
+from lighten.stage import Context, Estimate, ModelFacts, Step
+from lighten.store import Artifact
+
+
+class Sweep(Step):
+    """The calibration set, and the sweep over it."""
+
+    kind: ClassVar[str] = "sweep"
+    version: ClassVar[int] = 1
+
+    data: str = Field("builtin", description="builtin, a .txt or .jsonl file, or a hub data set")
+    samples: int = Field(64, ge=1, description="sequences to run through the model")
+    length: int = Field(512, ge=8, description="tokens of a sequence")
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what the stage's key is made of: the text itself instead of its name."""
+        return {**self.model_dump(), "data": digest(load_text(self.data, "calibration"))}
+
+    def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
+        """Returns the forward products and the symmetric Gram updates of every layer."""
+        attention = 2 * self.length * facts.heads * facts.head_dim
+        per_token = 2 * facts.layer_linear_params + attention + 2 * facts.gram_elements
+        hidden = calibration_tokens * facts.hidden * 2
+        layer = 2 * facts.layer_linear_params * 2 + facts.gram_elements * 4
+        return Estimate(
+            fast_flops=float(calibration_tokens * facts.layers * per_token),
+            peak_bytes=450_000_000 + facts.embedding_params * 2 + hidden + layer,
+            disk_bytes=facts.layers * facts.gram_elements * 4,
+        )
+
+    def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
+        """Writes the Grams of every layer of `source`.
+
+        Raises:
+            RequestError: the text is shorter than one sample.
+            Failure: weights that are not finite.
+        """
+        import torch
+
+        from lighten.compress.gram import LayerInputs
+        from lighten.model.grams import GramWriter
+        from lighten.model.stream import LAYERS, StreamedModel
+        from lighten.model.tokens import calibration_ids
+
+        ids = torch.from_numpy(calibration_ids(source.path, self.data, self.samples, self.length))
+        if len(ids) < self.samples:
+            context.warnings.append(
+                f"the calibration text holds {len(ids)} samples of {self.length} tokens, not {self.samples}; all were used"
+            )
+        model = StreamedModel(source.path, context.device)
+        hidden, arguments = model.embed(ids)
+        writer = GramWriter(out, LAYERS, {"samples": len(ids), "length": self.length, "tokens": ids.numel()})
+        start = time.monotonic()
+        for index, layer in model.stream():
+            inputs = LayerInputs(context.device)
+            hooks = [
+                module.register_forward_pre_hook(lambda _, args, name=name: inputs.collect(name, args[0]))
+                for name, module in layer.named_modules()
+                if isinstance(module, torch.nn.Linear)
+            ]
+            batch = max(1, 4096 // self.length)
+            with torch.inference_mode():
+                for first in range(0, len(ids), batch):
+                    part = hidden[first : first + batch].to(context.device)
+                    hidden[first : first + batch] = layer(part, **arguments[index])
+                    inputs.end_batch()
+                    done = index + min(1.0, (first + batch) / len(ids))
+                    rate = done * ids.numel() / (time.monotonic() - start) / len(model.layers)
+                    note = f"layer {index + 1}/{len(model.layers)}, {rate:,.0f} tok/s"
+                    context.report(int(done * 1000), len(model.layers) * 1000, note)
+            for hook in hooks:
+                hook.remove()
+            writer.add(inputs.grams, inputs.read_by)
+        writer.close()
+        return {
+            "format": "grams",
+            "samples": len(ids),
+            "tokens": ids.numel(),
+            "arithmetic": str(model.dtype).removeprefix("torch."),
+        }

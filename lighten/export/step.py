@@ -1,0 +1,104 @@
+"""The export step: a model directory becomes one file for another runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from lighten.errors import RequestError
+from lighten.stage import Context, Estimate, ModelFacts, Step
+from lighten.store import Artifact
+
+_BITS = {
+    "F32": 32.0,
+    "F16": 16.0,
+    "BF16": 16.0,
+    "Q8_0": 8.5,
+    "Q6_K": 6.56,
+    "Q5_K_M": 5.7,
+    "Q4_K_M": 4.9,
+    "Q4_0": 4.6,
+    "Q3_K_M": 3.95,
+    "Q2_K": 3.2,
+}
+"""Nominal bits per weight, for predictions."""
+
+
+class Export(Step):
+    """Writes one file `model-<type>.gguf`."""
+
+    kind: ClassVar[str] = "export"
+    version: ClassVar[int] = 1
+
+    format: Literal["gguf"]
+    type: Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"] = "Q4_K_M"
+    """llama.cpp's name of the type of the weights."""
+    imatrix: bool = False
+    """Weigh rounding errors by the mean square of the inputs on the calibration data."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether llama.cpp quantizes the weights."""
+        return self.type not in ("F32", "F16", "BF16")
+
+    def needs_sweep(self) -> bool:
+        """True with an importance matrix: it is the diagonal of the Grams."""
+        return self.imatrix and self.quantized
+
+    def requires(self) -> list[tuple[str, str]]:
+        """`gguf` to write, `llama_cpp` to quantize."""
+        return [("gguf", "gguf"), *([("llama_cpp", "gguf")] if self.quantized else [])]
+
+    def check(self, facts: ModelFacts) -> None:
+        """Refuses architectures that cannot be written, and widths that the type's blocks do not fit."""
+        from lighten.export.gguf import check_architecture
+
+        check_architecture(facts.architecture)
+        widths = (facts.hidden, facts.heads * facts.head_dim, facts.intermediate)
+        if self.type in ("Q8_0", "Q4_0") and (odd := [width for width in widths if width % 32]):
+            raise RequestError(
+                f"type {self.type} needs rows that are multiples of 32, this model has rows of {odd[0]}: use F16 or BF16"
+            )
+
+    def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
+        """Returns the size of the file, the largest tensor in memory, and time by what SmolLM2-135M took."""
+        size = facts.params * _BITS[self.type] / 8
+        plain = facts.params * 2 if self.quantized else 0
+        largest = max(facts.vocab * facts.hidden, facts.hidden * facts.intermediate)
+        return Estimate(
+            seconds=_WRITE_SECONDS * facts.params + (_QUANTIZE_SECONDS[self.type] * facts.params if self.quantized else 0),
+            peak_bytes=12 * largest,
+            disk_bytes=int(size + plain),
+        )
+
+    def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
+        """Writes the file and returns its facts.
+
+        Raises:
+            RequestError: the source is not a plain Hugging Face directory.
+        """
+        if source.format != "hf":
+            raise RequestError(
+                f"GGUF export reads unquantized models, this one is {source.format}: export before quantizing, "
+                "and let `type` choose the bits"
+            )
+        from lighten.export import gguf
+        from lighten.model.checkpoint import Checkpoint
+
+        file = out / f"model-{self.type}.gguf"
+        about = {key: str(value) for key in ("name", "license", "source") if (value := source.manifest.get(key))}
+        if not self.quantized:
+            context.warnings += gguf.write(source.path, file, self.type, context.report, about)
+            return {**gguf.describe(file, self.type), "imatrix": False}
+        weights = None
+        if self.needs_sweep():
+            if context.grams is None:
+                raise RequestError("imatrix: true needs a calibration set: name one under calibration")
+            weights = gguf.importance(context.grams, Checkpoint(source.path).facts)
+        plain = out / "plain.gguf"
+        try:
+            context.warnings += gguf.write(source.path, plain, None, about=about)
+            gguf.quantize(plain, file, self.type, weights, context.report)
+        finally:
+            plain.unlink(missing_ok=True)
+        return {**gguf.describe(file, self.type), "imatrix": weights is not None}

@@ -1,0 +1,211 @@
+"""The tokenizer of a Hugging Face directory as the metadata of a GGUF file.
+
+Two kinds exist in the Llama family: byte-level BPE (llama.cpp's "gpt2") and BPE over characters with a fallback to
+bytes, as SentencePiece makes it (llama.cpp's "llama").
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import Failure, RequestError
+from lighten.model.tokenizer_table import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Json, name_of
+
+_SPACE = "▁"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_NAMES = ("bos", "eos", "unk", "pad")
+
+
+@dataclass
+class Vocabulary:
+    """What a GGUF file says of its tokenizer."""
+
+    model: str
+    """ "gpt2" or "llama"."""
+    tokens: list[str]
+    types: list[int]
+    ids: dict[str, int]
+    """Ids of bos, eos, unk and pad, where they exist."""
+    add_bos: bool
+    add_eos: bool
+    pre: str | None = None
+    merges: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    add_space_prefix: bool = False
+    chat_template: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_vocabulary(source: Path, size: int, config: Json) -> Vocabulary:
+    """Reads a model directory's tokenizer, padded to `size` tokens.
+
+    Args:
+        source: directory with tokenizer.json, and tokenizer_config.json and chat_template.jinja where there are any.
+        size: rows of the embedding.
+        config: the model's config.json, for special ids that the tokenizer does not name.
+
+    Raises:
+        RequestError: no tokenizer.json, or one that llama.cpp cannot follow.
+        Failure: the tokenizer has ids that the embedding has no rows for.
+    """
+    tokenizer = _read_tokenizer(source / "tokenizer.json")
+    settings = _read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
+    model = tokenizer["model"]
+    tokens, types = _tokens(tokenizer, size, source)
+    ids = _special_ids(settings, config, tokens)
+    add_bos, add_eos = _adds(tokenizer, settings, ids)
+    template = _chat_template(source, settings)
+    vocabulary = Vocabulary("gpt2", tokens, types, ids, add_bos, add_eos, chat_template=template)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if model.get("byte_fallback"):
+        vocabulary.model = "llama"
+        vocabulary.scores, gaps = _scores(tokenizer, merges, size)
+        vocabulary.add_space_prefix, warnings = _space_prefix(tokenizer)
+        vocabulary.warnings += warnings
+        if gaps:
+            vocabulary.warnings.append(
+                f"llama.cpp joins any two pieces that form a token; {gaps} such pairs are not in this tokenizer's merges, "
+                "so some texts may be split otherwise"
+            )
+    else:
+        _check_normalizer(tokenizer)
+        vocabulary.pre, vocabulary.merges = name_of(tokenizer), merges
+    return vocabulary
+
+
+def _read_json(path: Path) -> Json:
+    try:
+        value: Json = json.loads(path.read_text(encoding="utf-8"))
+        return value
+    except (OSError, ValueError) as error:
+        raise Failure(f"{path} is not readable JSON: {error}") from error
+
+
+def _read_tokenizer(path: Path) -> Json:
+    if not path.is_file():
+        raise RequestError(
+            f"{path.parent} has no tokenizer.json; write one once: python -c \"from transformers import AutoTokenizer as A; "
+            f"A.from_pretrained('{path.parent}').save_pretrained('{path.parent}')\""
+        )
+    tokenizer = _read_json(path)
+    kind = tokenizer["model"].get("type", "BPE")
+    if kind != "BPE":
+        raise RequestError(f"{path} is of kind {kind}; GGUF export knows BPE tokenizers")
+    return tokenizer
+
+
+def _tokens(tokenizer: Json, size: int, source: Path) -> tuple[list[str], list[int]]:
+    """Returns the text and the GGUF type of every row of the embedding."""
+    model, added = tokenizer["model"], tokenizer.get("added_tokens", [])
+    texts = {index: token for token, index in model["vocab"].items()} | {one["id"]: one["content"] for one in added}
+    if max(texts) >= size:
+        raise Failure(f"{source}: tokenizer.json has token {max(texts)}, but the embedding has only {size} rows")
+    types = [UNUSED] * size
+    for index, text in texts.items():
+        types[index] = BYTE if model.get("byte_fallback") and _BYTE.fullmatch(text) else NORMAL
+    for one in added:
+        types[one["id"]] = CONTROL if one["special"] else USER_DEFINED
+    unknown = model["vocab"].get(model.get("unk_token"))
+    if unknown is not None and model.get("byte_fallback"):
+        types[unknown] = UNKNOWN
+    return [texts.get(index, f"[PAD{index}]") for index in range(size)], types
+
+
+def _special_ids(settings: Json, config: Json, tokens: list[str]) -> dict[str, int]:
+    ids = {}
+    for name in _NAMES:
+        token = settings.get(f"{name}_token")
+        text = token["content"] if isinstance(token, dict) else token
+        index = config.get(f"{name}_token_id")
+        if text in tokens:
+            ids[name] = tokens.index(text)
+        elif index is not None:
+            ids[name] = index[0] if isinstance(index, list) else index
+    return ids
+
+
+def _adds(tokenizer: Json, settings: Json, ids: dict[str, int]) -> tuple[bool, bool]:
+    """Returns whether encoding a text puts BOS first and EOS last, as transformers 5 does it.
+
+    What tokenizer_config.json says goes before the post-processor of tokenizer.json.
+    """
+    from tokenizers import Tokenizer
+
+    encoded = Tokenizer.from_str(json.dumps(tokenizer)).encode("a").ids
+    bos, eos = ids.get("bos"), ids.get("eos")
+    by_template = (bos is not None and encoded[:1] == [bos], eos is not None and encoded[-1:] == [eos])
+    if "add_bos_token" in settings or "add_eos_token" in settings:
+        wanted = bool(settings.get("add_bos_token")), bool(settings.get("add_eos_token"))
+        return wanted[0] and bos is not None, wanted[1] and eos is not None
+    return by_template
+
+
+def _chat_template(source: Path, settings: Json) -> str | None:
+    file = source / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        return next((str(one["template"]) for one in template if one["name"] == "default"), None)
+    return template
+
+
+def _check_normalizer(tokenizer: Json) -> None:
+    """Refuses a normalizer other than NFC, which llama.cpp leaves out for every model that has it."""
+    normalizer = tokenizer.get("normalizer") or {"type": "NFC"}
+    if normalizer["type"] != "NFC" and normalizer != {"type": "Sequence", "normalizers": []}:
+        raise RequestError(f"tokenizer.json has a {normalizer['type']} normalizer; llama.cpp has none for byte-level BPE")
+
+
+def _scores(tokenizer: Json, merges: list[str], size: int) -> tuple[list[float], int]:
+    """Returns scores by which joining the best-scored neighbours follows the merges, and how many pairs do not.
+
+    A token scores the better, the earlier its first merge. The scores of tokenizer.model give the same order, as
+    the merges were made from them.
+    """
+    vocab: dict[str, int] = tokenizer["model"]["vocab"]
+    added = {one["content"] for one in tokenizer.get("added_tokens", [])}
+    pairs = {tuple(merge.split(" ", 1)) for merge in merges}
+    scores = [-float(len(merges))] * size
+    for rank in range(len(merges) - 1, -1, -1):
+        scores[vocab[merges[rank].replace(" ", "", 1)]] = -float(rank)
+    gaps = sum(
+        (token[:cut], token[cut:]) not in pairs
+        for token in vocab
+        if token not in added and not _BYTE.fullmatch(token)
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    )
+    return scores, gaps
+
+
+def _space_prefix(tokenizer: Json) -> tuple[bool, list[str]]:
+    """Returns whether a text gets a space put before it, and what llama.cpp will do differently."""
+    steps = _flat(tokenizer.get("normalizer"), "normalizers") + _flat(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    prefix, warnings = False, []
+    for step in steps:
+        match step:
+            case {"type": "Prepend", "prepend": "▁"}:
+                prefix = True
+            case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
+                pass
+            case {"type": "Metaspace", "replacement": "▁"}:
+                scheme = step.get("prepend_scheme", "always")
+                prefix = scheme != "never"
+                if scheme == "first":
+                    warnings.append("llama.cpp also puts a space before text that follows a special token")
+                if step.get("split", True) and any(_SPACE in token[1:] for token in tokenizer["model"]["vocab"]):
+                    warnings.append("llama.cpp also uses tokens that span words, which this tokenizer does not")
+            case _:
+                raise RequestError(f"tokenizer.json has the step {step['type']}, which llama.cpp's SPM tokenizer lacks")
+    return prefix, warnings
+
+
+def _flat(step: Json | None, key: str) -> list[Any]:
+    if step is None:
+        return []
+    return [one for part in step[key] for one in _flat(part, key)] if step["type"] == "Sequence" else [step]

@@ -1,0 +1,415 @@
+"""A .gguf file as a source: what its header says, and the Hugging Face directory it becomes.
+
+The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is parsed here, with
+every read checked against the size of the file, so that a truncated download is named as such; tensors are
+dequantized one at a time with the `gguf` package and never held together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lighten.errors import Failure, RequestError, missing_extra
+from lighten.model import tokenizer_table
+from lighten.stage import ModelFacts, Report, silent
+
+if TYPE_CHECKING:
+    import torch
+
+READS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+"""The GGUF architectures that can be read (Mistral models are stored as "llama"), and what they become."""
+
+SHARD_BYTES = 2_000_000_000
+ROPE_FREQS = "rope_freqs.weight"
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies: `shape` is `[out, in]` as in Hugging Face, `start` counts from the file's first byte."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """Metadata and tensor list of a GGUF file."""
+
+    path: Path
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def arch(self) -> str:
+        """The architecture's name, which is also the prefix of its keys."""
+        return str(self.fields.get("general.architecture"))
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Returns a number of the architecture, such as `attention.head_count`."""
+        value = self.fields.get(f"{self.arch}.{key}", default)
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]
+        if value is None:
+            raise Failure(f"{self.path} has no {self.arch}.{key}: a damaged file; fetch it again")
+        if isinstance(value, list):
+            raise RequestError(f"{self.path}: {key} differs from layer to layer, which lighten does not read")
+        return float(value)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """Returns a whole number of the architecture."""
+        return int(self.number(key, default))
+
+
+class _Cursor:
+    """Reads the header; running past the end of the file is a Failure."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.at = path, data, 0
+
+    def take(self, size: int) -> bytes:
+        end = self.at + size
+        if end > len(self.data):
+            raise Failure(
+                f"{self.path} is cut short: its header needs bytes up to {end}, the file has {len(self.data)}; "
+                "fetch it again"
+            )
+        taken = self.data[self.at : end]
+        self.at = end
+        return taken
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind != _ARRAY:
+            raise Failure(f"{self.path}: metadata of unknown type {kind} at byte {self.at}: damaged; fetch it again")
+        item, count = self.scalar("I"), self.scalar("Q")
+        if item in _SCALARS:
+            code = _SCALARS[item]
+            return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize("<" + code))))
+        if item != _STRING:
+            raise Failure(f"{self.path}: an array of type {item} at byte {self.at}: damaged; fetch it again")
+        return [self.string() for _ in range(count)]
+
+
+def read_header(path: Path) -> Header:
+    """Reads the header of a GGUF file and checks that all its tensors lie within the file.
+
+    Raises:
+        RequestError: no such file, not GGUF, of a version, byte order or tensor type that cannot be read.
+        Failure: the file is cut short or damaged.
+    """
+    try:
+        from gguf import GGML_QUANT_SIZES
+    except ImportError as error:
+        raise missing_extra("gguf", "gguf", "reading a .gguf file") from error
+    if not path.is_file():
+        raise RequestError(f"{path}: no such file")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise RequestError(f"{path} is not a GGUF file (it does not begin with GGUF)")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _parse(path, data, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
+
+
+def _parse(path: Path, data: mmap.mmap, sizes: dict[int, tuple[int, int]]) -> Header:
+    cursor = _Cursor(path, data)
+    cursor.take(4)
+    version = cursor.scalar("I")
+    if version not in (2, 3):
+        raise RequestError(f"{path} is GGUF version {version} or of the other byte order; lighten reads versions 2 and 3")
+    tensor_count, field_count = cursor.scalar("Q"), cursor.scalar("Q")
+    fields = {}
+    for _ in range(field_count):
+        key = cursor.string()
+        fields[key] = cursor.value(cursor.scalar("I"))
+    entries = []
+    for _ in range(tensor_count):
+        name, rank = cursor.string(), cursor.scalar("I")
+        shape = struct.unpack(f"<{rank}Q", cursor.take(8 * rank))
+        entries.append((name, shape[::-1], cursor.scalar("I"), cursor.scalar("Q")))
+    alignment = int(fields.get("general.alignment", 32)) or 32
+    start = cursor.at + -cursor.at % alignment
+    tensors = {}
+    for name, shape, kind, offset in entries:
+        if kind not in sizes:
+            raise RequestError(f"{path}: tensor {name} has type {kind}, which the installed gguf package does not know")
+        block, block_bytes = sizes[kind]
+        tensors[name] = Tensor(name, shape, kind, start + offset, math.prod(shape) // block * block_bytes)
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.start):
+        if tensor.start + tensor.size > len(data):
+            raise Failure(
+                f"{path} is cut short: tensor {tensor.name} needs bytes up to {tensor.start + tensor.size}, "
+                f"the file has {len(data)}; fetch it again"
+            )
+    return Header(path, fields, tensors)
+
+
+def _open(path: Path) -> Header:
+    header = read_header(path)
+    if header.arch not in READS:
+        raise RequestError(
+            f"{path} has architecture {header.arch!r}; lighten reads {', '.join(READS)} (Mistral models are stored as llama)"
+        )
+    if header.fields.get("split.count", 1) > 1:
+        raise RequestError(f"{path} is one part of several; join them first: llama-gguf-split --merge")
+    if header.integer("expert_count", 0):
+        raise RequestError(f"{path} is a mixture of experts, which lighten does not read")
+    if header.integer("rope.dimension_count", _head_dim(header)) != _head_dim(header):
+        raise RequestError(f"{path} rotates only a part of each head, which lighten does not read")
+    return header
+
+
+def check(path: Path) -> None:
+    """Checks that a file can be read as a source, from its header alone.
+
+    Raises:
+        RequestError: no such file, not GGUF, or an architecture that is not supported.
+        Failure: the file is cut short or damaged.
+    """
+    _open(path)
+
+
+def inspect(path: Path) -> ModelFacts:
+    """Returns the sizes of the model in a GGUF file, from its header alone; raises as `check` does."""
+    return _facts(_open(path))
+
+
+def _head_dim(header: Header) -> int:
+    return header.integer(
+        "attention.key_length", header.integer("embedding_length") // header.integer("attention.head_count")
+    )
+
+
+def _facts(header: Header) -> ModelFacts:
+    if "token_embd.weight" not in header.tensors:
+        raise Failure(f"{header.path} has no tensor token_embd.weight: a damaged file; fetch it again")
+    heads = header.integer("attention.head_count")
+    return ModelFacts(
+        architecture=READS[header.arch],
+        layers=header.integer("block_count"),
+        hidden=header.integer("embedding_length"),
+        intermediate=header.integer("feed_forward_length"),
+        heads=heads,
+        kv_heads=header.integer("attention.head_count_kv", heads),
+        head_dim=_head_dim(header),
+        vocab=header.tensors["token_embd.weight"].shape[0],
+        tied="output.weight" not in header.tensors,
+    )
+
+
+def tensor_names(arch: str, layers: int) -> dict[str, str]:
+    """Returns the GGUF name of every tensor a model of this kind may have, by its Hugging Face name, in file order."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == arch)
+    table = get_tensor_name_map(kind, layers)
+    modules = ["model.embed_tokens"]
+    for layer in range(layers):
+        parts = ["input_layernorm", *(f"self_attn.{name}" for name in _LINEARS), "post_attention_layernorm"]
+        modules += [f"model.layers.{layer}.{part}" for part in [*parts, *(f"mlp.{name}" for name in _MLP)]]
+    modules += ["model.norm", "lm_head"]
+    return {
+        f"{module}.{suffix}": f"{table.get_name(module)}.{suffix}" for module in modules for suffix in ("weight", "bias")
+    }
+
+
+def rope_heads(name: str, arch: str, facts: ModelFacts) -> int | None:
+    """Returns the number of heads whose rows llama.cpp stores interleaved, or None for a tensor stored as it is.
+
+    llama.cpp rotates neighbouring rows of a head in "llama" models, Hugging Face rotates rows half a head apart.
+    """
+    if arch != "llama":
+        return None
+    return {"q_proj": facts.heads, "k_proj": facts.kv_heads}.get(name.split(".")[-2])
+
+
+def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Returns q or k rows `[heads * head_dim, ...]` in llama.cpp's order, from Hugging Face's."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def deinterleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Returns q or k rows in Hugging Face's order, from llama.cpp's: the inverse of `interleave`."""
+    return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def convert(path: Path, out: Path, report: Report = silent) -> dict[str, Any]:
+    """Writes a GGUF file as a Hugging Face model directory in bfloat16; the same file gives the same bytes.
+
+    Args:
+        path: the .gguf file.
+        out: an existing empty directory.
+        report: told of every tensor written.
+
+    Returns:
+        `{"licence": …, "name": …}` as the file states them, or None.
+
+    Raises:
+        RequestError: not a file that can be read (see `check`), or one with a tokenizer, rope scaling or tensors
+            that cannot be expressed in the directory.
+        Failure: cut short, damaged, or weights that are NaN or infinite.
+    """
+    header = _open(path)
+    facts = _facts(header)
+    tokenizer = tokenizer_table.tokenizer_json(header.fields)
+    config = _config(header, facts)
+    _write_weights(header, facts, config, out, report)
+    _write_json(out / "config.json", config)
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    _write_json(out / "generation_config.json", ids)
+    _write_json(out / "tokenizer.json", tokenizer)
+    _write_json(out / "tokenizer_config.json", _tokenizer_config(header, facts))
+    return {"licence": header.fields.get("general.license"), "name": header.fields.get("general.name")}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _config(header: Header, facts: ModelFacts) -> dict[str, Any]:
+    attention_bias = "blk.0.attn_q.bias" in header.tensors
+    ids = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        if (value := header.fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            ids[f"{name}_token_id"] = value
+    config = {
+        "architectures": [facts.architecture],
+        "model_type": header.arch,
+        "dtype": "bfloat16",
+        "hidden_act": "silu",
+        "hidden_size": facts.hidden,
+        "intermediate_size": facts.intermediate,
+        "num_hidden_layers": facts.layers,
+        "num_attention_heads": facts.heads,
+        "num_key_value_heads": facts.kv_heads,
+        "head_dim": facts.head_dim,
+        "vocab_size": facts.vocab,
+        "max_position_embeddings": header.integer("context_length"),
+        "rms_norm_eps": _decimal(header.number("attention.layer_norm_rms_epsilon")),
+        "rope_parameters": _rope(header, facts),
+        "tie_word_embeddings": facts.tied,
+        **ids,
+    }
+    if header.arch == "llama":
+        config |= {"attention_bias": attention_bias, "mlp_bias": "blk.0.ffn_up.bias" in header.tensors}
+    return config
+
+
+def _decimal(value: float) -> float:
+    """Returns the shortest decimal that rounds to the same float32: 1e-05, not 9.999999747378752e-06."""
+    import numpy as np
+
+    return float(str(np.float32(value)))
+
+
+def _rope(header: Header, facts: ModelFacts) -> dict[str, Any]:
+    theta = _decimal(header.number("rope.freq_base", 10000.0))
+    kind = header.fields.get(f"{header.arch}.rope.scaling.type", "none")
+    factor = _decimal(header.number("rope.scaling.factor", 0.0))
+    if ROPE_FREQS in header.tensors:
+        return {"rope_theta": theta, **_llama3(header, facts, theta)}
+    if kind == "none" or not factor:
+        return {"rope_theta": theta, "rope_type": "default"}
+    if kind == "linear":
+        return {"rope_theta": theta, "rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        original = header.integer("rope.scaling.original_context_length", header.integer("context_length"))
+        yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        return {"rope_theta": theta, **yarn}
+    raise RequestError(f"{header.path} scales its positions by {kind!r}; lighten reads none, linear, yarn and llama3")
+
+
+def _llama3(header: Header, facts: ModelFacts, theta: float) -> dict[str, Any]:
+    """Finds the llama3 settings whose frequency divisors are the ones the file holds."""
+    import torch
+
+    divisors = _read(header, header.tensors[ROPE_FREQS])
+    settings = {"rope_type": "llama3", "factor": _decimal(float(divisors.max())), **_LLAMA3_ROPE}
+    if not torch.allclose(divisors, llama3_divisors(theta, facts.head_dim, settings), rtol=1e-3):
+        raise RequestError(f"{header.path}: {ROPE_FREQS} is not the llama3 scaling, the only such table lighten reads")
+    return settings
+
+
+def llama3_divisors(theta: float, head_dim: int, settings: dict[str, Any]) -> torch.Tensor:
+    """Returns what each rotation frequency is divided by under "llama3" scaling, float32 `[head_dim / 2]`.
+
+    Follows `_compute_llama3_parameters` of transformers, which follows Meta's reference code.
+    """
+    import torch
+
+    wavelengths = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    factor, low, high = (float(settings[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    turns = float(settings["original_max_position_embeddings"]) / wavelengths
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).float()
+
+
+def _tokenizer_config(header: Header, facts: ModelFacts) -> dict[str, Any]:
+    tokens = header.fields["tokenizer.ggml.tokens"]
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        if (index := header.fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            config[f"{name}_token"] = tokens[index]
+    config["add_bos_token"], config["add_eos_token"] = tokenizer_table.adds(header.fields)
+    config["model_max_length"] = header.integer("context_length")
+    if template := header.fields.get("tokenizer.chat_template"):
+        config["chat_template"] = template
+    return config
+
+
+def _read(header: Header, tensor: Tensor) -> torch.Tensor:
+    """Returns one tensor, dequantized, float32 `[out, in]`."""
+    import numpy as np
+    import torch
+    from gguf import GGMLQuantizationType, dequantize
+
+    kind = GGMLQuantizationType(tensor.type)
+    raw = np.memmap(header.path, dtype=np.uint8, mode="r", offset=tensor.start, shape=(tensor.size,))
+    plain = {"F32": np.float32, "F16": np.float16}.get(kind.name)
+    try:
+        values = raw.view(plain) if plain else dequantize(raw.reshape(-1, tensor.size // math.prod(tensor.shape[:-1])), kind)
+    except NotImplementedError as error:
+        raise RequestError(f"{header.path}: tensor {tensor.name} has type {kind.name}, which gguf cannot read") from error
+    return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(tensor.shape)
+
+
+def _write_weights(header: Header, facts: ModelFacts, config: dict[str, Any], out: Path, report: Report) -> None:
+    import torch
+
+    from lighten.model.shards import ShardWriter
+
+    names = {hf: gguf for hf, gguf in tensor_names(header.arch, facts.layers).items() if gguf in header.tensors}
+    if unknown := sorted(set(header.tensors) - set(names.values()) - {ROPE_FREQS}):
+        raise RequestError(f"{header.path}: a {header.arch} model that lighten reads has no tensor {unknown[0]}")
+    with ShardWriter(out, len(names), SHARD_BYTES) as writer:
+        for done, (hf, name) in enumerate(names.items(), 1):
+            weight = _read(header, header.tensors[name])
+            if heads := rope_heads(hf, header.arch, facts):
+                weight = deinterleave(weight, heads)
+            if not weight.abs().amax() <= torch.finfo(torch.bfloat16).max:  # false for NaN too
+                raise Failure(f"{header.path}: tensor {name} holds NaN or infinity: damaged; fetch it again")
+            writer.add(hf, weight.to(torch.bfloat16))
+            report(done, len(names), hf)

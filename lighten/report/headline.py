@@ -1,0 +1,114 @@
+"""One sentence: which artifact to ship, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lighten.report.numbers import byte_count, change, ratio, significant
+from lighten.report.results import Results, Variant
+
+TOLERANCE = 0.01
+"""Relative rise in perplexity that still counts as the same quality."""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The answer: `verdict: cost.`, why, and what else could be shipped. `pick` names the variant, if there is one."""
+
+    verdict: str
+    cost: str
+    reason: str
+    others: tuple[str, ...] = ()
+    pick: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """The verdict and its cost as one sentence."""
+        return f"{self.verdict}: {self.cost}."
+
+
+def headline(results: Results) -> Headline:
+    """Returns the smallest variant within 1 % of the baseline's perplexity, or says why there is none.
+
+    Without a baseline the best perplexity measured stands in for it.
+    """
+    base = results.baseline
+    made = [variant for variant in results.measured if variant is not base]
+    failed = [variant.name for variant in results.variants if variant.failed]
+    broken = (f"{len(failed)} of {len(results.variants)} variants failed: {', '.join(failed)}.",) if failed else ()
+    if not made:
+        names = "Every variant failed" if failed else "Nothing to compare"
+        why = f"{broken[0]} The table says why." if failed else "The recipe made no variant besides the baseline."
+        return Headline(names, "there is no artifact to ship", why)
+    if base and base.size_bytes:
+        made = [variant for variant in made if (variant.size_bytes or 0) < (base.size_bytes or 0)]
+    sized = sorted((variant for variant in made if variant.size_bytes), key=lambda v: (v.size_bytes or 0, v.name))
+    if not sized:
+        return Headline("Nothing smaller was made", "no variant is smaller than the baseline", _scope(results), broken)
+    rises = {variant.name: rise for variant in sized if (rise := _rise(results, variant)) is not None}
+    if not rises:
+        smallest = sized[0]
+        return Headline(
+            f"Smallest is {smallest.name}",
+            _cost(results, smallest),
+            "Perplexity was not measured on it and on something to compare with, so its quality is not known.",
+            broken,
+            smallest.name,
+        )
+    against = "the baseline's perplexity" if base else "the best perplexity measured (there is no baseline)"
+    fitting = [variant for variant in sized if rises.get(variant.name, TOLERANCE + 1) <= TOLERANCE]
+    if not fitting:
+        closest = min((v for v in sized if v.name in rises), key=lambda v: (rises[v.name], v.size_bytes, v.name))
+        others = _others(results, sized, closest) + broken
+        reason = f"No variant that is smaller stays within {TOLERANCE:.0%} of {against}.".replace("%", " %")
+        return Headline(f"Closest is {closest.name}", _cost(results, closest), reason, others, closest.name)
+    pick = fitting[0]
+    reason = f"It is the smallest variant within {TOLERANCE:.0%} of {against}.".replace("%", " %")
+    delta = results.perplexity_change(pick)
+    if delta and delta.ci95 and delta.ci95[1] > TOLERANCE:
+        reach = change(delta.ci95[1], None)[0]
+        reason += f" Its 95 % interval reaches {reach} %: measure on more text before relying on it."
+    return Headline(f"Ship {pick.name}", _cost(results, pick), reason, _others(results, sized, pick) + broken, pick.name)
+
+
+def _scope(results: Results) -> str:
+    """Says what was compared."""
+    base = results.baseline
+    return f"The baseline takes {byte_count(base.size_bytes)}." if base and base.size_bytes else "No size was measured."
+
+
+def _rise(results: Results, variant: Variant) -> float | None:
+    """Returns the relative rise in perplexity over the baseline, or over the best variant if there is none."""
+    if results.baseline:
+        delta = results.perplexity_change(variant)
+        return delta.relative if delta else None
+    values = [other.perplexity.value for other in results.measured if other.perplexity]
+    return variant.perplexity.value / min(values) - 1 if variant.perplexity else None
+
+
+def _cost(results: Results, variant: Variant) -> str:
+    """Returns size, perplexity and speed in words, each against the baseline where there is one."""
+    base, parts = results.baseline, []
+    if variant.size_bytes:
+        instead = f" instead of {byte_count(base.size_bytes)}" if base and base.size_bytes else ""
+        parts.append(byte_count(variant.size_bytes) + instead)
+    delta = results.perplexity_change(variant)
+    if delta:
+        parts.append(f"{change(delta.relative, delta.ci95)[0]} % perplexity")
+    elif variant.perplexity:
+        parts.append(f"perplexity {significant(variant.perplexity.value, 4)}")
+    speed = results.decode_ratio(variant)
+    if speed is not None:
+        parts.append(f"{ratio(speed)} the decode speed")
+    return ", ".join(parts)
+
+
+def _others(results: Results, sized: list[Variant], pick: Variant) -> tuple[str, ...]:
+    """Returns a sentence for the smallest and the fastest variant, where they are not the pick."""
+    found = []
+    if sized[0] is not pick:
+        found.append(f"Smallest: {sized[0].name}, {_cost(results, sized[0])}.")
+    fast = max(sized, key=lambda v: v.decode_tok_s or 0.0)
+    if fast.decode_tok_s and fast not in (pick, sized[0]) and fast.decode_tok_s > (pick.decode_tok_s or 0.0):
+        found.append(f"Fastest: {fast.name}, {_cost(results, fast)}.")
+    return tuple(found)

@@ -1,0 +1,103 @@
+"""report.md: the report as one would paste it into a pull request."""
+
+from __future__ import annotations
+
+import re
+
+from lighten.report.facts import pairs, protocols, sentence
+from lighten.report.headline import headline
+from lighten.report.numbers import NOT_MEASURED, byte_count, duration
+from lighten.report.results import Cost, Results, StageCost
+from lighten.report.table import Table, first_line, table
+
+
+def markdown(results: Results) -> str:
+    """Returns the report in GitHub's Markdown."""
+    answer, comparison = headline(results), table(results)
+    parts = [
+        f"## {escape(results.recipe)} {escape(results.version)}: {escape(results.source.model)}",
+        f"**{escape(answer.sentence)}** {escape(answer.reason)}",
+        *(escape(line) for line in answer.others),
+        markdown_table(comparison),
+        _legend(comparison),
+    ]
+    if results.warnings:
+        parts += ["### Warnings", _bullets(results.warnings)]
+    noted = [f"{variant.name}: {note}" for variant in results.variants for note in variant.notes]
+    if noted:
+        parts += ["### Notes", _bullets(noted)]
+    measured = [f"{', '.join(names)}: {sentence(items)}" for names, items in protocols(results)]
+    if measured:
+        parts += ["### Protocol", _bullets(measured)]
+    parts += ["### Machine", escape(sentence(pairs(results.machine))) or NOT_MEASURED]
+    if results.stages:
+        parts += ["### Predicted and actual", _stages(results.stages)]
+    if results.recipe_yaml:
+        parts += ["<details><summary>Recipe</summary>", _fence(results.recipe_yaml), "</details>"]
+    return "\n\n".join(parts) + f"\n\n<sub>Made by lighten, {escape(results.created)}.</sub>\n"
+
+
+def markdown_table(comparison: Table) -> str:
+    """Returns the comparison; the best values are bold, a failed variant is a row with its reason."""
+    columns = comparison.columns
+    lines = [
+        _row([f"{column.title}, {column.unit}" if column.unit else column.title for column in columns]),
+        _row(["---:" if column.better else ":---" for column in columns]),
+    ]
+    for row in comparison.rows:
+        if row.cells:
+            texts = [escape(cell.line) for cell in row.cells]
+            lines.append(_row([f"**{t}**" if c.best else t for t, c in zip(texts, row.cells, strict=True)]))
+        else:
+            reason = [f"failed: {escape(first_line(row.reason))}"] if len(columns) > 1 else []
+            cells = [escape(row.variant.name), *reason]
+            lines.append(_row(cells + [""] * (len(columns) - len(cells))))
+    return "\n".join(lines)
+
+
+def escape(text: str) -> str:
+    """Returns text that Markdown shows as it is: no table cells, tags, links or emphasis of its own."""
+    text = " ".join(text.split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*|#~]|\](?=[(\[:])|(?<!\w)_|_(?!\w))", r"\\\1", text)
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _bullets(items: list[str]) -> str:
+    return "\n".join(f"- {escape(item)}" for item in items)
+
+
+def _legend(comparison: Table) -> str:
+    lines = [f"- {column.title}: {column.about}" for column in comparison.columns[1:]]
+    lines.append(f"- {NOT_MEASURED} is not measured; bold is the best of the variants.")
+    if comparison.missing:
+        lines.append(f"- Not measured for any variant: {', '.join(comparison.missing)}.")
+    return "\n".join(["<details><summary>How to read it</summary>", "", *lines, "", "</details>"])
+
+
+def _stages(stages: list[StageCost]) -> str:
+    lines = [_row(["Stage", "Predicted", "Actual"]), _row([":---", ":---", ":---"])]
+    for stage in stages:
+        actual = "cached" if stage.cached else cost_line(stage.actual)
+        lines.append(_row([escape(stage.name), cost_line(stage.predicted), actual]))
+    return "\n".join(lines)
+
+
+def cost_line(cost: Cost | None) -> str:
+    """Returns "78 s, 1.2 GB memory, 105 MB disk", without what is not known."""
+    if cost is None:
+        return NOT_MEASURED
+    parts = [] if cost.seconds is None else [duration(cost.seconds)]
+    parts += [] if cost.peak_bytes is None else [f"{byte_count(cost.peak_bytes)} memory"]
+    parts += [] if cost.disk_bytes is None else [f"{byte_count(cost.disk_bytes)} disk"]
+    return ", ".join(parts) or NOT_MEASURED
+
+
+def _fence(code: str) -> str:
+    """Returns a code block whose fence is longer than any in the code."""
+    longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}yaml\n{code.rstrip()}\n{fence}"

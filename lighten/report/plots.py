@@ -1,0 +1,300 @@
+"""Quality against size, and quality against decode speed, as SVG and PNG.
+
+The same results give the same bytes. Colours are from Okabe and Ito's palette, and shape says the same as colour.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from lighten.errors import missing_extra
+from lighten.report.numbers import byte_unit, significant
+from lighten.report.pareto import pareto
+from lighten.report.results import Results
+
+INK, MUTED, GRID, FRONT, GROUND = "#1b1f24", "#656d76", "#e3e6ea", "#0072b2", "#ffffff"
+_THEME = {INK: "--ink", MUTED: "--muted", GRID: "--rule", FRONT: "--accent", GROUND: "--ground"}
+
+WIDTH, HEIGHT = 396.0, 300.0
+"""Size of a figure in points."""
+
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One variant in a plot."""
+
+    name: str
+    x: float
+    y: float
+    baseline: bool
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What a plot shows; `larger` is true if larger x is better. Smaller y always is."""
+
+    stem: str
+    title: str
+    x_label: str
+    larger: bool
+    points: tuple[Point, ...]
+
+    def front(self) -> list[int]:
+        """Returns the indices of the points no other point beats, from left to right."""
+        sign = -1.0 if self.larger else 1.0
+        best = pareto([(sign * point.x, point.y) for point in self.points])
+        return sorted(best, key=lambda i: (self.points[i].x, self.points[i].y, i))
+
+
+def plots(results: Results) -> list[Plot]:
+    """Returns the plots that at least two variants have the numbers for."""
+    unit, scale = byte_unit(variant.size_bytes for variant in results.measured)
+    sizes, speeds = [], []
+    for v in results.measured:
+        if v.perplexity is None:
+            continue
+        if v.size_bytes:
+            sizes.append(Point(v.name, v.size_bytes / scale, v.perplexity.value, v is results.baseline))
+        if v.decode_tok_s:
+            speeds.append(Point(v.name, v.decode_tok_s, v.perplexity.value, v is results.baseline))
+    found = [
+        Plot("quality-size", "Perplexity against size", f"Size, {unit} (smaller is better)", False, tuple(sizes)),
+        Plot(
+            "quality-speed",
+            "Perplexity against decode speed",
+            "Decode, tok/s (larger is better)",
+            True,
+            tuple(speeds),
+        ),
+    ]
+    return [plot for plot in found if len(plot.points) > 1]
+
+
+def draw(plot: Plot) -> tuple[bytes, bytes]:
+    """Returns the plot as SVG (text stays text) and as PNG at 200 dots per inch.
+
+    Raises:
+        RequestError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        import matplotlib.style
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("report", "matplotlib", "Drawing the plots") from error
+
+    settings = {
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+        "text.color": INK,
+        "axes.edgecolor": MUTED,
+        "axes.labelcolor": MUTED,
+        "axes.linewidth": 0.6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.unicode_minus": True,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "grid.color": GRID,
+        "grid.linewidth": 0.6,
+        "svg.fonttype": "none",
+        "svg.hashsalt": f"lighten {plot.stem}",
+    }
+    with matplotlib.style.context("default"), matplotlib.rc_context(settings):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72, facecolor=GROUND)
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.add_axes((0.125, 0.145, 0.85, 0.70), facecolor="none")
+        _points(axes, plot)
+        _scales(axes, plot)
+        figure.text(0.022, 0.945, plot.title, fontsize=10.5, fontweight="bold", va="center")
+        _labels(axes, plot, canvas.get_renderer())
+        svg, png = io.BytesIO(), io.BytesIO()
+        blank = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(svg, format="svg", metadata=blank)
+        figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
+    return svg.getvalue(), png.getvalue()
+
+
+def inline(svg: bytes, stem: str) -> Markup:
+    """Returns an SVG for use inside a page: no prolog, ids of its own, colours from the page's variables."""
+    text = svg.decode("utf-8")
+    text = text[text.index("<svg ") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{stem}-", text)
+    for colour, variable in _THEME.items():
+        text = text.replace(colour, f"var({variable})")
+    return Markup(text)  # matplotlib escaped the text in it
+
+
+def _points(axes: Any, plot: Plot) -> None:
+    """Draws the front as a staircase, then its points filled, the others hollow, the baseline as a diamond."""
+    front = plot.front()
+    on = [plot.points[i] for i in front]
+    steps = "steps-pre" if plot.larger else "steps-post"
+    axes.plot([p.x for p in on], [p.y for p in on], drawstyle=steps, color=FRONT, lw=1, ls=(0, (4, 2)), zorder=2)
+    styles: list[tuple[str, list[Point], dict[str, Any]]] = [
+        ("on the Pareto front", [p for p in on if not p.baseline], {"marker": "o", "mfc": FRONT, "mec": FRONT}),
+        (
+            "another is better in both",
+            [p for i, p in enumerate(plot.points) if i not in front and not p.baseline],
+            {"marker": "o", "mfc": GROUND, "mec": MUTED},
+        ),
+        ("baseline", [p for p in plot.points if p.baseline], {"marker": "D", "mfc": INK, "mec": INK, "ms": 5.5}),
+    ]
+    for label, points, style in styles:
+        if points:
+            drawn = {"ls": "", "ms": 6.5, "mew": 1.2, "zorder": 3, "label": label, **style}
+            axes.plot([p.x for p in points], [p.y for p in points], **drawn)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.135, 0.99),
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+        labelcolor=MUTED,
+        handletextpad=0.1,
+        columnspacing=1.2,
+    )
+
+
+def _scales(axes: Any, plot: Plot) -> None:
+    """Sets margins, labels and ticks; values that span more than a factor of four get a logarithmic scale."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    for axis, values in ((axes.xaxis, [p.x for p in plot.points]), (axes.yaxis, [p.y for p in plot.points])):
+        wide = min(values) > 0 and max(values) / min(values) > 4
+        set_scale, set_limits = (
+            (axes.set_xscale, axes.set_xlim) if axis is axes.xaxis else (axes.set_yscale, axes.set_ylim)
+        )
+        if wide:
+            set_scale("log")
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_minor_formatter(NullFormatter())
+        else:
+            axis.set_major_locator(MaxNLocator(5))
+        set_limits(*_limits(min(values), max(values), wide))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, 6)))
+    axes.set_xlabel(plot.x_label)
+    axes.set_ylabel("Perplexity (smaller is better)")
+    axes.grid(True)
+    axes.tick_params(length=0, which="both")
+    axes.set_axisbelow(True)
+
+
+def _limits(low: float, high: float, logarithmic: bool) -> tuple[float, float]:
+    """Returns limits with a seventh of the span free at both ends."""
+    if logarithmic:
+        margin = (high / low) ** (1 / 7)
+        return low / margin, high * margin
+    margin = (high - low) / 7 or abs(high) / 20 or 1.0
+    return low - margin, high + margin
+
+
+def _labels(axes: Any, plot: Plot, renderer: Any) -> None:
+    """Writes each point's name where it covers neither another name nor a point."""
+    names = [point.name if len(point.name) <= 28 else f"{point.name[:27]}…" for point in plot.points]
+    sizes = []
+    for name in names:
+        probe = axes.text(0, 0, name, fontsize=8.5, parse_math=False)
+        box = probe.get_window_extent(renderer)
+        probe.remove()
+        sizes.append((box.width, box.height))
+    anchors = [tuple(axes.transData.transform((point.x, point.y))) for point in plot.points]
+    area = axes.get_window_extent(renderer)
+    corners = [anchors[i] for i in plot.front()]
+    spots = place(anchors, sizes, (area.x0, area.y0, WIDTH - 2.0, area.y1), _staircase(corners, plot.larger))
+    for point, name, anchor, (x, y), size in zip(plot.points, names, anchors, spots, sizes, strict=True):
+        offset = (x - anchor[0], y - anchor[1])
+        far = math.hypot(max(0.0, abs(offset[0]) - size[0] / 2), max(0.0, abs(offset[1]) - size[1] / 2)) > 14
+        axes.annotate(
+            name,
+            (point.x, point.y),
+            xytext=offset,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=8.5,
+            parse_math=False,
+            arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.5, "shrinkA": 0, "shrinkB": 5} if far else None,
+        )
+
+
+def _staircase(corners: Sequence[tuple[float, float]], larger: bool) -> list[tuple[float, float]]:
+    """Returns points along the front's line, a few points apart, for labels to keep off."""
+    line: list[tuple[float, float]] = []
+    for (x0, y0), (x1, y1) in zip(corners, corners[1:], strict=False):
+        turn = (x0, y1) if larger else (x1, y0)
+        for a, b in (((x0, y0), turn), (turn, (x1, y1))):
+            count = max(1, int(math.dist(a, b) / 4))
+            line += [(a[0] + (b[0] - a[0]) * i / count, a[1] + (b[1] - a[1]) * i / count) for i in range(count)]
+    return line
+
+
+def place(
+    anchors: Sequence[tuple[float, float]],
+    sizes: Sequence[tuple[float, float]],
+    area: Box,
+    avoid: Sequence[tuple[float, float]] = (),
+) -> list[tuple[float, float]]:
+    """Returns a centre for each label, near its anchor, inside `area` and off other labels and anchors if it can be.
+
+    Greedy: each label takes the cheapest of a ring of spots, and crowded anchors choose first. `avoid` are
+    spots that are better left free.
+    """
+    crowd = [sum(math.dist(a, b) < 60 for b in anchors) for a in anchors]
+    taken: list[Box] = []
+    spots: dict[int, tuple[float, float]] = {}
+    marks = [_box(anchor, (10.0, 10.0)) for anchor in anchors]
+    lines = [_box(point, (2.0, 2.0)) for point in avoid]
+    for i in sorted(range(len(anchors)), key=lambda i: (-crowd[i], i)):
+        (x, y), (width, height) = anchors[i], sizes[i]
+        best = math.inf
+        for gap in (7.0, 14.0, 24.0, 36.0, 50.0):
+            for turn in range(16):
+                angle = math.pi / 4 + turn * math.pi / 8
+                spot = (
+                    x + math.cos(angle) * gap + _lean(math.cos(angle)) * width / 2,
+                    y + math.sin(angle) * gap + _lean(math.sin(angle)) * height / 2,
+                )
+                box = _box(spot, (width + 4, height + 2))
+                cost = gap + 0.1 * turn + 50 * _outside(box, area)
+                cost += 20 * sum(_overlap(box, other) for other in taken)
+                cost += 5 * sum(_overlap(box, mark) for mark in marks) + sum(_overlap(box, line) for line in lines)
+                if cost < best:
+                    best, spots[i] = cost, spot
+        taken.append(_box(spots[i], sizes[i]))
+    return [spots[i] for i in range(len(anchors))]
+
+
+def _lean(direction: float) -> float:
+    """Returns -1, 0 or 1: which side of the anchor the label's box hangs from."""
+    return 0.0 if abs(direction) < 0.3 else math.copysign(1.0, direction)
+
+
+def _box(centre: tuple[float, float], size: tuple[float, float]) -> Box:
+    (x, y), (width, height) = centre, size
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+
+def _overlap(a: Box, b: Box) -> float:
+    """Returns the area two boxes share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _outside(box: Box, area: Box) -> float:
+    """Returns how far a box reaches out of the area, in points."""
+    reaches = (area[0] - box[0], area[1] - box[1], box[2] - area[2], box[3] - area[3])
+    return sum(max(0.0, reach) for reach in reaches)

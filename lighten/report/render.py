@@ -1,0 +1,114 @@
+"""Write the report of a version: report.md, report.html and plots/."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from lighten.errors import Failure, RequestError
+from lighten.report import facts, numbers
+from lighten.report.headline import headline
+from lighten.report.markdown import markdown
+from lighten.report.pareto import pareto
+from lighten.report.plots import draw, inline, plots
+from lighten.report.results import Free, Results, Variant
+from lighten.report.table import first_line, table
+from lighten.report.terminal import terminal
+
+__all__ = ["html", "markdown", "pareto", "terminal", "write_report"]
+
+
+def write_report(results: Results, directory: Path) -> list[Path]:
+    """Writes report.md, report.html and plots/ into an existing directory and returns their paths.
+
+    Without matplotlib the report is complete but for the plots, and says how to get them.
+
+    Raises:
+        Failure: the directory cannot be written to.
+    """
+    drawings: dict[str, tuple[bytes, bytes]] = {}
+    obstacle = ""
+    try:
+        drawings = {plot.stem: draw(plot) for plot in plots(results)}
+    except RequestError as error:
+        obstacle = str(error)
+    written = {
+        "report.md": markdown(results).encode(),
+        "report.html": html(results, {stem: svg for stem, (svg, _) in drawings.items()}, obstacle).encode(),
+    }
+    for stem, (svg, png) in drawings.items():
+        written[f"plots/{stem}.svg"] = svg
+        written[f"plots/{stem}.png"] = png
+    try:
+        for name, content in written.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            _write(directory / name, content)
+    except OSError as error:
+        raise Failure(f"cannot write the report to {directory}: {error.strerror}") from error
+    return [directory / name for name in written]
+
+
+def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "") -> str:
+    """Returns report.html with the drawn plots inside; `obstacle` says why there are none, if that is so."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        pairs=facts.pairs,
+        byte_count=numbers.byte_count,
+        duration=numbers.duration,
+        first_line=first_line,
+        flow=_flow,
+        share=numbers.share,
+        sig=numbers.significant,
+    )
+    template = environment.from_string((files("lighten.report") / "template.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        results=results,
+        headline=headline(results),
+        table=table(results),
+        plots=[(plot, inline(svgs[plot.stem], plot.stem)) for plot in plots(results) if plot.stem in svgs],
+        obstacle=obstacle,
+        protocols=facts.protocols(results),
+        changes={variant.name: _changes(variant) for variant in results.variants},
+        none=numbers.NOT_MEASURED,
+    )
+
+
+def _changes(variant: Variant) -> dict[str, str]:
+    """Returns the change of each task's acc_norm (acc where there is none), its interval, and what was won and lost."""
+    found = {}
+    for delta in variant.delta.accuracy if variant.delta else []:
+        norm = delta.acc_norm is not None
+        value, interval = (delta.acc_norm, delta.acc_norm_ci95) if norm else (delta.acc, delta.acc_ci95)
+        parts = [] if value is None else [" ".join(numbers.change(value, interval)).strip()]
+        if delta.gained is not None and delta.lost is not None:
+            parts.append(f"gained {delta.gained}, lost {delta.lost}")
+        found[delta.task] = "; ".join(parts)
+    return found
+
+
+def _flow(step: Free) -> Markup:
+    """Returns a step as one line of YAML, escaped."""
+    line = yaml.safe_dump(step, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+    return Markup.escape(line.strip())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name and renames it."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise

@@ -1,0 +1,301 @@
+"""results.json, schema 1: what a run measured, as strict models.
+
+Fractions are fractions (0.01 is one percent), sizes are bytes, times are seconds unless the name says `ms`,
+divergences are nats. A section that was not measured is null, or an empty list.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from lighten.errors import Failure, RequestError
+from lighten.store import write_json
+
+SCHEMA = 1
+BASELINE = "baseline"
+FILE = "results.json"
+
+Interval = Annotated[tuple[float, float], Field(strict=False)]
+"""[low, high] of a 95 % interval."""
+
+Free = dict[str, JsonValue]
+"""Facts whose names are up to whoever writes them."""
+
+
+class Section(BaseModel):
+    """A part of results.json: unknown names and wrong types are errors, and so are NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Source(Section):
+    """The model everything was made from, and whatever else is known of it (licence, architecture, …)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    params: int | None = None
+
+
+class Perplexity(Section):
+    """Perplexity per token and its standard error; `protocol` says on what and how."""
+
+    value: float
+    stderr: float | None = None
+    tokens: int | None = None
+    protocol: Free = {}
+
+
+class Divergence(Section):
+    """How far the next-token distribution moved from the baseline's, in nats, and how often the top token agrees."""
+
+    kl_mean: float
+    kl_p99: float | None = None
+    top1_agreement: float | None = None
+
+
+class Accuracy(Section):
+    """Fraction of `n` multiple-choice tasks answered rightly, plain and normalised by length."""
+
+    task: str
+    acc: float | None = None
+    acc_norm: float | None = None
+    n: int
+    ci95: Interval | None = None
+    ci95_norm: Interval | None = None
+
+
+class Percentiles(Section):
+    """Percentiles of a latency in milliseconds."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
+class Speed(Section):
+    """Speed at one batch size, over `repeats` runs; `spread` is (max − min) / median of the decode speed."""
+
+    batch: int
+    prompt: int
+    generate: int
+    prefill_tok_s: float | None = None
+    decode_tok_s: float | None = None
+    ttft_ms: Percentiles | None = None
+    token_ms: Percentiles | None = None
+    repeats: int | None = None
+    spread: float | None = None
+    dtype: str | None = None
+
+
+class Memory(Section):
+    """Peak memory of the measuring process."""
+
+    peak_rss_bytes: int | None = None
+    peak_vram_bytes: int | None = None
+    dtype: str | None = None
+
+
+class Energy(Section):
+    """Energy per generated token, or a note on why it is not known."""
+
+    joules_per_token: float | None = None
+    note: str | None = None
+
+
+class PerplexityDelta(Section):
+    """Paired change against the baseline; `ci95` is the interval of `relative`."""
+
+    relative: float
+    ci95: Interval | None = None
+    absolute: float | None = None
+
+
+class AccuracyDelta(Section):
+    """Paired change of one task: `gained` tasks are right only here, `lost` ones only in the baseline."""
+
+    task: str
+    acc: float | None = None
+    acc_ci95: Interval | None = None
+    acc_norm: float | None = None
+    acc_norm_ci95: Interval | None = None
+    gained: int | None = None
+    lost: int | None = None
+
+
+class Delta(Section):
+    """Comparison with the baseline on the same text and tasks; ratios are variant / baseline."""
+
+    perplexity: PerplexityDelta | None = None
+    accuracy: list[AccuracyDelta] = []
+    decode_speed_ratio: float | None = None
+    size_ratio: float | None = None
+
+
+class Variant(Section):
+    """One artifact and everything measured on it."""
+
+    name: str
+    path: str | None = None
+    key: str | None = None
+    status: Literal["ok", "failed"]
+    error: str | None = None
+    format: str | None = None
+    runtime: str | None = None
+    device: str | None = None
+    size_bytes: int | None = None
+    bits_per_weight: float | None = None
+    perplexity: Perplexity | None = None
+    divergence: Divergence | None = None
+    accuracy: list[Accuracy] = []
+    speed: list[Speed] = []
+    memory: Memory | None = None
+    energy: Energy | None = None
+    delta: Delta | None = None
+    facts: Free = {}
+    steps: list[Free] = []
+    notes: list[str] = []
+
+    @model_validator(mode="after")
+    def _failed_says_why(self) -> Self:
+        if self.status == "failed" and not (self.error or "").strip():
+            raise ValueError(f"variant {self.name!r} failed but its error is empty")
+        return self
+
+    @property
+    def failed(self) -> bool:
+        """True if there is nothing but `error` to show."""
+        return self.status == "failed"
+
+    @property
+    def decode_tok_s(self) -> float | None:
+        """Decode speed of the first speed measurement."""
+        return self.speed[0].decode_tok_s if self.speed else None
+
+
+class Cost(Section):
+    """What a stage takes."""
+
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    disk_bytes: int | None = None
+
+
+class StageCost(Section):
+    """One stage: what it was predicted to take and, unless it was cached, what it took."""
+
+    name: str
+    kind: str
+    key: str
+    variants: list[str] = []
+    cached: bool
+    predicted: Cost | None = None
+    actual: Cost | None = None
+
+
+class Results(Section):
+    """results.json of one version of a recipe."""
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    recipe: str
+    version: str
+    created: str
+    machine: Free
+    source: Source
+    variants: list[Variant]
+    stages: list[StageCost] = []
+    recipe_yaml: str = ""
+    warnings: list[str] = []
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [variant.name for variant in self.variants]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two variants are named {twice[0]!r}")
+        return self
+
+    @property
+    def measured(self) -> list[Variant]:
+        """Variants that did not fail, baseline included."""
+        return [variant for variant in self.variants if not variant.failed]
+
+    @property
+    def baseline(self) -> Variant | None:
+        """The variant everything is compared with, unless it is missing or failed."""
+        return next((variant for variant in self.measured if variant.name == BASELINE), None)
+
+    def perplexity_change(self, variant: Variant) -> PerplexityDelta | None:
+        """Returns the paired change if it was measured, else the plain one (without interval), else None."""
+        base = self.baseline
+        if base is None or variant is base:
+            return None
+        if variant.delta and variant.delta.perplexity:
+            return variant.delta.perplexity
+        if variant.perplexity and base.perplexity:
+            absolute = variant.perplexity.value - base.perplexity.value
+            return PerplexityDelta(relative=absolute / base.perplexity.value, absolute=absolute)
+        return None
+
+    def size_ratio(self, variant: Variant) -> float | None:
+        """Returns the variant's size / the baseline's."""
+        base = self.baseline
+        if base is None or variant is base:
+            return None
+        if variant.delta and variant.delta.size_ratio is not None:
+            return variant.delta.size_ratio
+        return variant.size_bytes / base.size_bytes if variant.size_bytes and base.size_bytes else None
+
+    def decode_ratio(self, variant: Variant) -> float | None:
+        """Returns the variant's decode speed / the baseline's."""
+        base = self.baseline
+        if base is None or variant is base:
+            return None
+        if variant.delta and variant.delta.decode_speed_ratio is not None:
+            return variant.delta.decode_speed_ratio
+        return variant.decode_tok_s / base.decode_tok_s if variant.decode_tok_s and base.decode_tok_s else None
+
+
+def load(path: Path) -> Results:
+    """Returns the results in a results.json, or in the version directory that holds one.
+
+    Raises:
+        RequestError: no such file, or one of a schema this version does not read.
+        Failure: the file is damaged or is not results.json.
+    """
+    file = path / FILE if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Failure(f"{file} is not text ({error.reason}): give a results.json that lighten wrote") from error
+    except OSError as error:
+        raise RequestError(
+            f"cannot read {file}: {error.strerror}; give a version directory or its {FILE} ('lighten ls' lists them)"
+        ) from error
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise Failure(f"{file} is not JSON ({error}): restore it, or run the recipe again") from error
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if schema is None:
+        raise Failure(f"{file} has no \"schema\": it is not lighten's {FILE}")
+    if schema != SCHEMA:
+        raise RequestError(
+            f"{file} has schema {schema!r}, this lighten reads schema {SCHEMA}: use the version that wrote it"
+        )
+    try:
+        return Results.model_validate_json(text)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False)
+        lines = [f"  {'.'.join(map(str, problem['loc'])) or 'file'}: {problem['msg']}" for problem in problems[:5]]
+        more = [f"  … and {len(problems) - 5} more"] if len(problems) > 5 else []
+        raise Failure("\n".join([f"{file} does not follow schema {SCHEMA}:", *lines, *more])) from error
+
+
+def save(results: Results, path: Path) -> None:
+    """Writes results.json; `load` reads the same back."""
+    write_json(path, results.model_dump(mode="json", by_alias=True))

@@ -1,0 +1,306 @@
+"""The columns of the comparison, described once for the terminal, Markdown and HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lighten.report.numbers import (
+    NOT_MEASURED,
+    byte_unit,
+    change,
+    decimals_for,
+    decimals_of,
+    fixed,
+    ratio,
+    share,
+    significant,
+)
+from lighten.report.results import Accuracy, Results, Variant
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in one cell: the number, what qualifies it, and the value to sort by.
+
+    Values within the best one's `margin` are as good as it.
+    """
+
+    text: str = NOT_MEASURED
+    details: tuple[str, ...] = ()
+    value: float | str | None = None
+    margin: float = 0.0
+    best: bool = False
+
+    @property
+    def line(self) -> str:
+        """The cell on one line: intervals as they are, other details in brackets."""
+        return " ".join([self.text, *(d if d[0] in "±[Δ" else f"({d})" for d in self.details)])
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column. `rank` orders what a narrow terminal keeps; `about` is the sentence that explains it."""
+
+    name: str
+    title: str
+    unit: str
+    better: Literal["lower", "higher", ""]
+    rank: int
+    about: str
+    cell: Callable[[Variant], Cell]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant; a failed one has no cells but a reason."""
+
+    variant: Variant
+    cells: tuple[Cell, ...] = ()
+    baseline: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The baseline's row first, then the others as the recipe names them, failed ones last."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    missing: tuple[str, ...]
+    """Titles of the columns nothing was measured for; they are left out."""
+
+
+def table(results: Results) -> Table:
+    """Returns the comparison of all variants; the best value of a column is marked among the non-baseline ones."""
+    base = results.baseline
+    order = [*([base] if base else []), *(v for v in results.measured if v is not base)]
+    everything = columns(results)
+    grid = [[column.cell(variant) for column in everything] for variant in order]
+    used = [i for i, column in enumerate(everything) if _used(column, [cells[i] for cells in grid])]
+    for i in used:
+        _mark_best(everything[i], grid, i, start=1 if base else 0)
+    rows = [
+        Row(variant, tuple(cells[i] for i in used), baseline=variant is base)
+        for variant, cells in zip(order, grid, strict=True)
+    ]
+    failed = [Row(v, baseline=v.name == "baseline", reason=v.error or "") for v in results.variants if v.failed]
+    missing = tuple(column.title for i, column in enumerate(everything) if i not in used)
+    return Table(tuple(everything[i] for i in used), (*rows, *failed), missing)
+
+
+def _used(column: Column, cells: list[Cell]) -> bool:
+    return column.name == "variant" or any(cell.value is not None for cell in cells)
+
+
+def _mark_best(column: Column, grid: list[list[Cell]], i: int, *, start: int) -> None:
+    """Marks the best cell of a column and those that are as good; if that is all of them, none is marked."""
+    cells = [row[i] for row in grid[start:]]
+    known = [(cell.value, cell) for cell in cells if isinstance(cell.value, float)]
+    if not column.better or len(known) < 2:
+        return
+    value, best = (min if column.better == "lower" else max)(known, key=lambda pair: pair[0])
+    as_good = [cell for v, cell in known if cell.text == best.text or abs(v - value) <= best.margin]
+    if len(as_good) < len(known):
+        for row in grid[start:]:
+            if any(row[i] is cell for cell in as_good):
+                row[i] = replace(row[i], best=True)
+
+
+def columns(results: Results) -> list[Column]:
+    """Returns every column that results can fill, in the order they are read."""
+    size_unit, size_scale = byte_unit(v.size_bytes for v in results.measured)
+    memory_unit, memory_scale = byte_unit(_peak(v)[0] for v in results.measured)
+    setting = _speed_setting(results)
+
+    def size(v: Variant) -> Cell:
+        if v.size_bytes is None:
+            return Cell()
+        part = results.size_ratio(v)
+        details = () if part is None else (f"{fixed(100 * part, 0)} %",)
+        return Cell(significant(v.size_bytes / size_scale, 3), details, float(v.size_bytes))
+
+    def memory(v: Variant) -> Cell:
+        peak, where = _peak(v)
+        return Cell() if peak is None else Cell(significant(peak / memory_scale, 3), (where,), float(peak))
+
+    def decode(v: Variant) -> Cell:
+        part = results.decode_ratio(v)
+        return replace(_plain(v.decode_tok_s, 3), details=() if part is None else (ratio(part),))
+
+    def perplexity_change(v: Variant) -> Cell:
+        if v is results.baseline:
+            return Cell("")
+        delta = results.perplexity_change(v)
+        if delta is None:
+            return Cell()
+        text, interval = change(delta.relative, delta.ci95)
+        margin = (delta.ci95[1] - delta.ci95[0]) / 2 if delta.ci95 else 0.0
+        return Cell(text, (interval,) if interval else (), delta.relative, margin)
+
+    return [
+        Column("variant", "Variant", "", "", 0, "Its name in the recipe.", lambda v: Cell(v.name, (), v.name)),
+        Column("format", "Format", "", "", 7, "File format of the artifact.", lambda v: _word(v.format)),
+        Column("runtime", "Runtime", "", "", 9, "What ran it for these measurements, and on which device.", _runtime),
+        Column("size", "Size", size_unit, "lower", 1, "All files of the artifact; 1 MB is 10⁶ bytes.", size),
+        Column(
+            "bits",
+            "Bits/weight",
+            "",
+            "lower",
+            8,
+            "Bits per weight, over all weights.",
+            lambda v: _plain(v.bits_per_weight, 3),
+        ),
+        Column("perplexity", "Perplexity", "", "lower", 3, "Per token on held-out text, ± its standard error.", _ppl),
+        Column(
+            "change",
+            "Δ perplexity",
+            "%",
+            "lower",
+            2,
+            "Paired change against the baseline on the same tokens, with its 95 % interval; it is much tighter than "
+            "the two standard errors.",
+            perplexity_change,
+        ),
+        Column(
+            "kl",
+            "KL",
+            "nats",
+            "lower",
+            10,
+            "Mean divergence of the next-token distribution from the baseline's.",
+            lambda v: (
+                Cell()
+                if v.divergence is None
+                else Cell(significant(v.divergence.kl_mean, 3, decimals=4), (), v.divergence.kl_mean)
+            ),
+        ),
+        Column(
+            "top1",
+            "Top-1",
+            "%",
+            "higher",
+            13,
+            "How often the likeliest next token is the baseline's.",
+            lambda v: (
+                Cell()
+                if v.divergence is None or v.divergence.top1_agreement is None
+                else Cell(share(v.divergence.top1_agreement), (), v.divergence.top1_agreement)
+            ),
+        ),
+        *_accuracy_columns(results),
+        Column(
+            "prefill",
+            "Prefill",
+            "tok/s",
+            "higher",
+            12,
+            f"Prompt tokens read per second{setting}.",
+            lambda v: _plain(v.speed[0].prefill_tok_s if v.speed else None, 3),
+        ),
+        Column(
+            "decode", "Decode", "tok/s", "higher", 4, f"Tokens written per second{setting}, and × the baseline.", decode
+        ),
+        Column(
+            "ttft",
+            "TTFT p50",
+            "ms",
+            "lower",
+            11,
+            f"Median time to the first token{setting}.",
+            lambda v: _plain(v.speed[0].ttft_ms.p50 if v.speed and v.speed[0].ttft_ms else None, 3),
+        ),
+        Column(
+            "memory", "Peak memory", memory_unit, "lower", 6, "Highest memory of the measuring process (RSS).", memory
+        ),
+    ]
+
+
+def _accuracy_columns(results: Results) -> list[Column]:
+    """Returns a column per task: acc_norm where any variant has it, else acc."""
+    scores = [score for variant in results.measured for score in variant.accuracy]
+    tasks = list(dict.fromkeys(score.task for score in scores))
+    found = []
+    for i, task in enumerate(tasks):
+        norm = any(score.acc_norm is not None for score in scores if score.task == task)
+        name = "acc_norm" if norm else "acc"
+        how = ", each ending's likelihood divided by its length" if norm else ""
+        found.append(
+            Column(
+                f"{name}-{i}",
+                name if len(tasks) == 1 else f"{name} {task}",
+                "%",
+                "higher",
+                5,
+                f"Right answers in the task {task}{how}, ± half the 95 % interval; Δ is the paired change in points.",
+                lambda v, task=task, norm=norm: _accuracy(v, task, norm),  # type: ignore[misc]
+            )
+        )
+    if tasks:
+        return found
+    return [Column("acc_norm", "acc_norm", "%", "higher", 5, "Right answers.", lambda v: Cell())]
+
+
+def _accuracy(v: Variant, task: str, norm: bool) -> Cell:
+    score = next((score for score in v.accuracy if score.task == task), None)
+    value = _score(score, norm)
+    if score is None or value is None:
+        return Cell()
+    interval = score.ci95_norm if norm else score.ci95
+    half = 50 * (interval[1] - interval[0]) if interval else None
+    decimals = 1 if half is None else decimals_for(half, most=2)
+    details = [] if half is None else [f"± {fixed(half, decimals)}"]
+    deltas = v.delta.accuracy if v.delta else []
+    delta = next((delta for delta in deltas if delta.task == task), None)
+    moved = None if delta is None else delta.acc_norm if norm else delta.acc
+    if moved is not None:
+        details.append(f"Δ {fixed(100 * moved, max(1, decimals), sign=True)}")
+    return Cell(fixed(100 * value, decimals), tuple(details), value, 0.0 if half is None else half / 100)
+
+
+def _score(score: Accuracy | None, norm: bool) -> float | None:
+    return None if score is None else score.acc_norm if norm else score.acc
+
+
+def _plain(value: float | None, digits: int) -> Cell:
+    return Cell() if value is None else Cell(significant(value, digits), (), float(value))
+
+
+def _word(value: str | None) -> Cell:
+    return Cell(value, (), value) if value else Cell()
+
+
+def _runtime(v: Variant) -> Cell:
+    return replace(_word(v.runtime), details=(v.device,) if v.runtime and v.device else ())
+
+
+def _ppl(v: Variant) -> Cell:
+    if v.perplexity is None:
+        return Cell()
+    value, stderr = v.perplexity.value, v.perplexity.stderr
+    details = () if stderr is None else (f"± {fixed(stderr, decimals_of(value, 4))}",)
+    return Cell(significant(value, 4), details, value)
+
+
+def _peak(v: Variant) -> tuple[int | None, str]:
+    if v.memory is None:
+        return None, ""
+    if v.memory.peak_vram_bytes:
+        return v.memory.peak_vram_bytes, "GPU"
+    return v.memory.peak_rss_bytes, "RSS"
+
+
+def _speed_setting(results: Results) -> str:
+    """Says at which batch and lengths the speed columns were measured, if it is the same for all."""
+    settings = {(v.speed[0].batch, v.speed[0].prompt, v.speed[0].generate) for v in results.measured if v.speed}
+    if len(settings) != 1:
+        return ""
+    batch, prompt, generate = settings.pop()
+    return f" at batch {batch}, {prompt:,} prompt and {generate:,} generated tokens"
+
+
+def first_line(reason: str) -> str:
+    """Returns the first line of a reason, for places that have room for one."""
+    return next((line.strip() for line in reason.splitlines() if line.strip()), "")

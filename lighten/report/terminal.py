@@ -1,0 +1,78 @@
+"""The closing table of a run, for the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from lighten.report.headline import Headline, headline
+from lighten.report.results import Results
+from lighten.report.table import Cell, Column, Table, first_line, table
+
+GAP = 2
+
+
+def terminal(results: Results) -> RenderableType:
+    """Returns the comparison and the headline; printed, it keeps the columns that fit, most important first."""
+    return _Comparison(table(results), headline(results))
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Chooses its columns when it is told how wide the console is."""
+
+    table: Table
+    headline: Headline
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if any(row.cells for row in self.table.rows):
+            yield self._grid(options.max_width)
+        for row in self.table.rows:
+            if not row.cells:
+                yield Text.assemble((f"{row.variant.name}  ", "red"), (f"failed: {first_line(row.reason)}", "red"))
+        yield Text("\n" + self.headline.sentence, style="bold")
+        for line in (self.headline.reason, *self.headline.others):
+            yield Text(line, style="dim")
+
+    def _grid(self, width: int) -> RichTable:
+        places, full = self._fit(width)
+        grid = RichTable(box=None, padding=(0, GAP, 0, 0), pad_edge=False)
+        for column in (self.table.columns[i] for i in places):
+            heading = Text(f"{column.title}\n{column.unit}" if column.unit else column.title, style="dim")
+            grid.add_column(heading, justify="right" if column.better else "left", no_wrap=True)
+        for row in self.table.rows:
+            if row.cells:
+                grid.add_row(*(self._text(i, row.cells[i], full) for i in places), style="dim" if row.baseline else "")
+        return grid
+
+    def _text(self, i: int, cell: Cell, full: bool) -> Text:
+        column = self.table.columns[i]
+        picked = column.name == "variant" and cell.text == self.headline.pick
+        return Text(_shown(column, cell, full), style="bold" if picked else "green" if cell.best else "")
+
+    def _fit(self, width: int) -> tuple[list[int], bool]:
+        """Returns the columns that fit, and whether every cell's details do too."""
+        every = range(len(self.table.columns))
+        if sum(self._width(i, True) + GAP for i in every) - GAP <= width:
+            return list(every), True
+        left, kept = width + GAP, []
+        for i in sorted(every, key=lambda i: self.table.columns[i].rank):
+            needed = self._width(i, False) + GAP
+            if needed <= left or not kept:
+                left -= needed
+                kept.append(i)
+        return sorted(kept), False
+
+    def _width(self, i: int, full: bool) -> int:
+        column = self.table.columns[i]
+        shown = [_shown(column, row.cells[i], full) for row in self.table.rows if row.cells]
+        return max(cell_len(text) for text in (column.title, column.unit, *shown))
+
+
+def _shown(column: Column, cell: Cell, full: bool) -> str:
+    """Returns a cell's text; where space is short only the change in perplexity keeps its interval."""
+    return cell.line if full or column.name == "change" else cell.text

@@ -1,0 +1,38 @@
+"""Which step kinds a recipe may name, and where each lives."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+
+from lighten.errors import RequestError
+from lighten.stage import Step
+
+STEPS = {
+    "quantize": "lighten.compress.quantize:Quantize",
+    "export": "lighten.export.step:Export",
+}
+"""Step kind to "module:Class"; packages add more through the entry-point group `lighten.steps`."""
+
+INTERNAL = {"source": "lighten.model.source:Source", "sweep": "lighten.compress.sweep:Sweep"}
+"""Stages that the pipeline adds by itself."""
+
+
+def kinds() -> dict[str, str]:
+    """Returns every step kind that a recipe may name."""
+    added = {entry.name: entry.value for entry in entry_points(group="lighten.steps")}
+    return {**added, **STEPS}
+
+
+def step_class(kind: str) -> type[Step]:
+    """Returns the settings class of a step kind.
+
+    Raises:
+        RequestError: there is no such kind.
+    """
+    known = {**kinds(), **INTERNAL}
+    if kind not in known:
+        raise RequestError(f"there is no step {kind!r}; there is {', '.join(kinds())}")
+    module, _, name = known[kind].partition(":")
+    found: type[Step] = getattr(importlib.import_module(module), name)
+    return found
