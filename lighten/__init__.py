@@ -9,11 +9,12 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate_paths", "export", "plan", "quantize", "run"]
+_HOMES = {"run": "pipeline", "plan": "pipeline", "quantize": "verbs", "export_model": "verbs", "measure": "verbs"}
+__all__ = ["export_model", "measure", "plan", "quantize", "run"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports the pipeline's functions on first use, so that `import lighten` costs nothing."""
-    if name in __all__:
-        return getattr(importlib.import_module("lighten.pipeline"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"lighten.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'lighten' has no attribute {name!r}")

@@ -91,6 +91,10 @@ class Step(BaseModel):
     kind: ClassVar[str]
     version: ClassVar[int]
 
+    def key_config(self) -> dict[str, Any]:
+        """Returns the settings as they enter the stage's key: content instead of where it lies."""
+        return self.model_dump(mode="json")
+
     def needs_sweep(self) -> bool:
         """True if `run` reads Gram matrices of its source."""
         return False

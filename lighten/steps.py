@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
 from lighten.errors import RequestError
-from lighten.stage import Step
+from lighten.stage import Context, Report, Step
+from lighten.store import Artifact, read_artifact
 
 STEPS = {
     "quantize": "lighten.compress.quantize:Quantize",
@@ -36,3 +39,22 @@ def step_class(kind: str) -> type[Step]:
     module, _, name = known[kind].partition(":")
     found: type[Step] = getattr(importlib.import_module(module), name)
     return found
+
+
+def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Runs one step in this process; the target of `lighten.process.run_isolated`.
+
+    Args:
+        payload: kind, settings, source and grams (paths or None), out, device.
+        report: where progress goes.
+
+    Returns:
+        The facts of what was written, and the warnings.
+    """
+    step = step_class(payload["kind"])(**payload["settings"])
+    out = Path(payload["out"])
+    source = read_artifact(Path(payload["source"])) if payload["source"] else Artifact(out, {})
+    grams = Path(payload["grams"]) if payload["grams"] else None
+    context = Context(report=report, grams=grams, device=payload["device"])
+    facts = step.run(source, out, context)
+    return {**facts, "warnings": context.warnings}

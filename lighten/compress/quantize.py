@@ -184,8 +184,8 @@ class Quantize(Step):
             weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
             if file.is_file() and not weights and file.name not in (MANIFEST, "config.json"):
                 shutil.copyfile(file, out / file.name)
-        for name, value in (("config.json", {**config, "quantization_config": quantization}),):
-            (out / name).write_text(json.dumps(value, indent=2) + "\n")
+        config = {**config, "quantization_config": quantization}
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (out / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")
 
 

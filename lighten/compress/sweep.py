@@ -24,7 +24,7 @@ class Sweep(Step):
     samples: int = Field(64, ge=1, description="sequences to run through the model")
     length: int = Field(512, ge=8, description="tokens of a sequence")
 
-    def identity(self) -> dict[str, Any]:
+    def key_config(self) -> dict[str, Any]:
         """Returns what the stage's key is made of: the text itself instead of its name."""
         return {**self.model_dump(), "data": digest(load_text(self.data, "calibration"))}
 

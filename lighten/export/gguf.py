@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lighten.errors import Failure, RequestError, missing_extra
 from lighten.stage import ModelFacts, Report, silent
@@ -46,7 +46,6 @@ PLAIN = ("F32", "F16", "BF16")
 K_BLOCK = 256
 _PROGRESS = re.compile(r"\[ *(\d+)/ *(\d+)\] +(\S+)")
 
-Plain = Literal["F32", "F16", "BF16"]
 Importance = Mapping[str, "np.ndarray[Any, np.dtype[np.float32]]"]
 
 
@@ -64,7 +63,7 @@ def check_architecture(architecture: str) -> str:
 def write(
     source: Path,
     out_file: Path,
-    type: Plain | None = None,
+    type: str | None = None,
     report: Report = silent,
     about: Mapping[str, str] | None = None,
 ) -> list[str]:
@@ -73,7 +72,7 @@ def write(
     Args:
         source: directory with config.json, safetensors (bf16, f16 or f32) and tokenizer.json.
         out_file: the file to write.
-        type: of the matrices; None keeps the type they are stored in. Vectors are always F32.
+        type: of the matrices, one of PLAIN; None keeps the type they are stored in. Vectors are always F32.
         report: told of every tensor written.
         about: "name", "license" and "source" (a hub id or any other name) of the model, where known.
 
@@ -134,10 +133,10 @@ def write(
     return [*vocabulary.warnings, *_window_warning(config)]
 
 
-def _plain_type(dtype: torch.dtype) -> Plain:
+def _plain_type(dtype: torch.dtype) -> str:
     import torch
 
-    kinds: dict[torch.dtype, Plain] = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     if dtype not in kinds:
         raise RequestError(f"the weights are {dtype}; GGUF export reads float32, float16 and bfloat16")
     return kinds[dtype]
@@ -147,7 +146,7 @@ def _shapes(checkpoint: Any) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor, from the headers of the shards."""
     from safetensors import safe_open
 
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for shard in sorted(set(checkpoint.weight_map.values())):
         with safe_open(checkpoint.path / shard, framework="pt") as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -239,9 +238,11 @@ def _rope(config: dict[str, Any], facts: ModelFacts) -> tuple[Callable[[Any], No
     theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = settings.get("rope_type") or settings.get("type") or "default"
     if kind not in ("default", "linear", "yarn", "llama3"):
-        raise RequestError(f"config.json scales positions by {kind!r}; GGUF export knows default, linear, yarn and llama3")
+        raise RequestError(f"config.json scales positions by {kind!r}; known are default, linear, yarn and llama3")
     if float(settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise RequestError("config.json rotates only a part of each head (partial_rotary_factor), which llama.cpp's llama lacks")
+        raise RequestError(
+            "config.json rotates a part of each head (partial_rotary_factor), which llama.cpp lacks here"
+        )
     divisors = None
     if kind == "llama3":
         from lighten.model.gguf_source import llama3_divisors
@@ -268,12 +269,12 @@ def _add_yarn(writer: Any, settings: dict[str, Any], config: dict[str, Any]) -> 
     writer.add_rope_scaling_orig_ctx_len(
         int(settings.get("original_max_position_embeddings") or config["max_position_embeddings"])
     )
-    if settings.get("mscale") or settings.get("mscale_all_dim") or settings.get("truncate") is False:
-        raise RequestError("config.json sets mscale or truncate for YaRN, which llama.cpp's llama lacks")
+    unread = {"beta_fast": (None, 32), "beta_slow": (None, 1), "mscale": (None, 0), "mscale_all_dim": (None, 0)}
+    odd = [key for key, usual in {**unread, "truncate": (None, True)}.items() if settings.get(key) not in usual]
+    if odd:
+        raise RequestError(f"config.json sets {odd[0]} for YaRN, which llama.cpp does not read for this architecture")
     if attention := settings.get("attention_factor"):
         writer.add_rope_scaling_attn_factors(float(attention) / (0.1 * math.log(factor) + 1.0))
-    writer.add_rope_scaling_yarn_beta_fast(float(settings.get("beta_fast") or 32.0))
-    writer.add_rope_scaling_yarn_beta_slow(float(settings.get("beta_slow") or 1.0))
 
 
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
@@ -317,7 +318,7 @@ def importance(grams: Path, facts: ModelFacts) -> dict[str, np.ndarray[Any, np.d
     for linear, diagonal, tokens in read_diagonals(grams):
         mean = np.asarray(diagonal, dtype=np.float64) / max(tokens, 1)
         floor = mean.mean() * 1e-6
-        found[names[linear]] = np.maximum(mean, floor).astype(np.float32) if floor > 0 else np.ones_like(mean, np.float32)
+        found[names[linear]] = (np.maximum(mean, floor) if floor > 0 else np.ones_like(mean)).astype(np.float32)
     if not found:
         raise Failure(f"{grams} holds no Grams: sweep the model again")
     return found
@@ -353,7 +354,8 @@ def quantize(f: Path, out: Path, type: str, imatrix: Importance | None = None, r
         with _log(report) as lines:
             status = llama_cpp.llama_model_quantize(str(f).encode(), str(partial).encode(), ctypes.byref(params))
         if status:
-            raise Failure(f"llama.cpp could not quantize {f.name} to {type}: {lines[-1] if lines else 'no reason given'}")
+            reason = lines[-1] if lines else "it gave no reason"
+            raise Failure(f"llama.cpp could not quantize {f.name} to {type}: {reason}")
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
@@ -365,7 +367,8 @@ def _imatrix_entries(llama_cpp: Any, imatrix: Importance) -> tuple[Any, list[Any
     for entry, (name, values) in zip(entries, sorted(imatrix.items()), strict=False):
         data = (ctypes.c_float * values.size).from_buffer_copy(values.tobytes())
         kept.append(data)
-        entry.name, entry.data, entry.size = name.encode(), ctypes.cast(data, ctypes.POINTER(ctypes.c_float)), values.size
+        entry.name, entry.size = name.encode(), values.size
+        entry.data = ctypes.cast(data, ctypes.POINTER(ctypes.c_float))
     return entries, kept
 
 
@@ -381,7 +384,7 @@ def _log(report: Report) -> Iterator[list[str]]:
         line = text.decode(errors="replace").strip()
         if found := _PROGRESS.match(line):
             report(int(found[1]), int(found[2]), found[3])
-        elif level in (2, 3) and line:  # warning, error
+        elif level in (3, 4) and line:  # ggml's warning and error; llama_cpp._logger still has the older numbers
             lines.append(line)
 
     callback = llama_cpp.llama_log_callback(receive)
@@ -397,25 +400,27 @@ def describe(file: Path, type: str) -> dict[str, Any]:
 
     `tensor_types` counts tensors by type. `bits_per_weight` is the bytes of all tensors over all their elements.
     `fallbacks` counts the matrices of a K-quant file whose rows are not a multiple of 256, so that llama.cpp took
-    another type for them than the K-quant it wanted, and names them by kind. The embedding and the head are not
-    counted: llama.cpp gives them Q8_0 then without calling it a fallback.
+    another type for them than the K-quant it wanted, and names them by kind. The head (the embedding where they are
+    tied) is not counted: llama.cpp gives it Q8_0 then and does not call it a fallback.
     """
     from gguf import GGMLQuantizationType
 
     from lighten.model.gguf_source import read_header
 
     tensors = list(read_header(file).tensors.values())
+    head = "output.weight" if any(tensor.name == "output.weight" for tensor in tensors) else "token_embd.weight"
     types = Counter(GGMLQuantizationType(tensor.type).name for tensor in tensors)
     odd = Counter(
         tensor.name.split(".")[-2]
         for tensor in tensors
-        if "_K" in type and len(tensor.shape) > 1 and tensor.shape[-1] % K_BLOCK and tensor.name.startswith("blk.")
+        if "_K" in type and len(tensor.shape) > 1 and tensor.shape[-1] % K_BLOCK and tensor.name != head
     )
     bits = 8 * sum(tensor.size for tensor in tensors)
+    named = {"tensors": dict(sorted(odd.items()))} if odd else {}
     return {
         "format": "gguf",
         "type": type,
         "tensor_types": dict(sorted(types.items())),
-        "fallbacks": {"count": odd.total(), "of": len(tensors), **({"tensors": dict(sorted(odd.items()))} if odd else {})},
+        "fallbacks": {"count": odd.total(), "of": len(tensors), **named},
         "bits_per_weight": round(bits / sum(math.prod(tensor.shape) for tensor in tensors), 4),
     }

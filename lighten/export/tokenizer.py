@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, RequestError
-from lighten.model.tokenizer_table import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Json, name_of
+from lighten.model.tokenizer_table import BYTE, CONTROL, NORMAL, TABLE, UNKNOWN, UNUSED, USER_DEFINED, Json, name_of
 
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -68,12 +68,16 @@ def read_vocabulary(source: Path, size: int, config: Json) -> Vocabulary:
         vocabulary.warnings += warnings
         if gaps:
             vocabulary.warnings.append(
-                f"llama.cpp joins any two pieces that form a token; {gaps} such pairs are not in this tokenizer's merges, "
-                "so some texts may be split otherwise"
+                f"llama.cpp joins any two pieces that form a token; {gaps} such pairs are not in this tokenizer's "
+                "merges, so some texts may be split otherwise"
             )
     else:
         _check_normalizer(tokenizer)
         vocabulary.pre, vocabulary.merges = name_of(tokenizer), merges
+        if differs := TABLE[vocabulary.pre].differs:
+            vocabulary.warnings.append(
+                f"llama.cpp approximates the {vocabulary.pre} tokenizer: it splits {differs} otherwise"
+            )
     return vocabulary
 
 
@@ -88,8 +92,8 @@ def _read_json(path: Path) -> Json:
 def _read_tokenizer(path: Path) -> Json:
     if not path.is_file():
         raise RequestError(
-            f"{path.parent} has no tokenizer.json; write one once: python -c \"from transformers import AutoTokenizer as A; "
-            f"A.from_pretrained('{path.parent}').save_pretrained('{path.parent}')\""
+            f"{path.parent} has no tokenizer.json; write one once: "
+            f"python -c \"from transformers import AutoTokenizer as A; A.from_pretrained('{path.parent}').save_pretrained('{path.parent}')\""
         )
     tokenizer = _read_json(path)
     kind = tokenizer["model"].get("type", "BPE")
@@ -158,7 +162,7 @@ def _check_normalizer(tokenizer: Json) -> None:
     """Refuses a normalizer other than NFC, which llama.cpp leaves out for every model that has it."""
     normalizer = tokenizer.get("normalizer") or {"type": "NFC"}
     if normalizer["type"] != "NFC" and normalizer != {"type": "Sequence", "normalizers": []}:
-        raise RequestError(f"tokenizer.json has a {normalizer['type']} normalizer; llama.cpp has none for byte-level BPE")
+        raise RequestError(f"tokenizer.json has a {normalizer['type']} normalizer; llama.cpp has none here")
 
 
 def _scores(tokenizer: Json, merges: list[str], size: int) -> tuple[list[float], int]:

@@ -139,7 +139,7 @@ def _parse(path: Path, data: mmap.mmap, sizes: dict[int, tuple[int, int]]) -> He
     cursor.take(4)
     version = cursor.scalar("I")
     if version not in (2, 3):
-        raise RequestError(f"{path} is GGUF version {version} or of the other byte order; lighten reads versions 2 and 3")
+        raise RequestError(f"{path} is GGUF version {version} or big-endian; lighten reads versions 2 and 3")
     tensor_count, field_count = cursor.scalar("Q"), cursor.scalar("Q")
     fields = {}
     for _ in range(field_count):
@@ -171,7 +171,8 @@ def _open(path: Path) -> Header:
     header = read_header(path)
     if header.arch not in READS:
         raise RequestError(
-            f"{path} has architecture {header.arch!r}; lighten reads {', '.join(READS)} (Mistral models are stored as llama)"
+            f"{path} has architecture {header.arch!r}, which is not supported; supported are {', '.join(READS)} "
+            "(files of Mistral models have the architecture llama)"
         )
     if header.fields.get("split.count", 1) > 1:
         raise RequestError(f"{path} is one part of several; join them first: llama-gguf-split --merge")
@@ -224,16 +225,14 @@ def tensor_names(arch: str, layers: int) -> dict[str, str]:
     """Returns the GGUF name of every tensor a model of this kind may have, by its Hugging Face name, in file order."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == arch)
-    table = get_tensor_name_map(kind, layers)
+    table = get_tensor_name_map(next(key for key, name in MODEL_ARCH_NAMES.items() if name == arch), layers)
     modules = ["model.embed_tokens"]
     for layer in range(layers):
         parts = ["input_layernorm", *(f"self_attn.{name}" for name in _LINEARS), "post_attention_layernorm"]
         modules += [f"model.layers.{layer}.{part}" for part in [*parts, *(f"mlp.{name}" for name in _MLP)]]
     modules += ["model.norm", "lm_head"]
-    return {
-        f"{module}.{suffix}": f"{table.get_name(module)}.{suffix}" for module in modules for suffix in ("weight", "bias")
-    }
+    kinds = ("weight", "bias")
+    return {f"{module}.{kind}": f"{table.get_name(module)}.{kind}" for module in modules for kind in kinds}
 
 
 def rope_heads(name: str, arch: str, facts: ModelFacts) -> int | None:
@@ -389,10 +388,11 @@ def _read(header: Header, tensor: Tensor) -> torch.Tensor:
     kind = GGMLQuantizationType(tensor.type)
     raw = np.memmap(header.path, dtype=np.uint8, mode="r", offset=tensor.start, shape=(tensor.size,))
     plain = {"F32": np.float32, "F16": np.float16}.get(kind.name)
+    row_bytes = tensor.size // math.prod(tensor.shape[:-1])
     try:
-        values = raw.view(plain) if plain else dequantize(raw.reshape(-1, tensor.size // math.prod(tensor.shape[:-1])), kind)
+        values = raw.view(plain) if plain else dequantize(raw.reshape(-1, row_bytes), kind)
     except NotImplementedError as error:
-        raise RequestError(f"{header.path}: tensor {tensor.name} has type {kind.name}, which gguf cannot read") from error
+        raise RequestError(f"{header.path}: tensor {tensor.name} has the unreadable type {kind.name}") from error
     return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(tensor.shape)
 
 

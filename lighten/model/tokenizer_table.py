@@ -1,8 +1,8 @@
 """The table between llama.cpp's `tokenizer.ggml.pre` names and the `pre_tokenizer` of a tokenizer.json.
 
 A GGUF file names the rule that cuts text into words before byte-level BPE; a tokenizer.json spells it out. The
-rules are those of `src/llama-vocab.cpp` in llama.cpp. Where that file only approximates a rule (it says so for
-"tekken" and "gpt-4o": letters that are not ASCII count as both cases), the original rule stands here.
+names are those of `src/llama-vocab.cpp` in llama.cpp. Where that file only approximates a rule, the original rule
+stands here, and `differs` says what llama.cpp makes of it.
 """
 
 from __future__ import annotations
@@ -50,11 +50,15 @@ class Pre:
     """Whether the original tokenizers normalize to NFC; llama.cpp does not."""
     aliases: tuple[str, ...] = ()
     """Other names of the same rule."""
+    differs: str = ""
+    """Texts that llama.cpp cuts otherwise than the rule says."""
 
     def json(self) -> Json:
         """Returns the `pre_tokenizer` entry of a tokenizer.json."""
         return dict(self.steps[0]) if len(self.steps) == 1 else {"type": "Sequence", "pretokenizers": list(self.steps)}
 
+
+_MARKS = "words with combining marks, as in Hindi, Thai and Arabic"
 
 TABLE: dict[str, Pre] = {
     "gpt-2": Pre((_byte_level(True),), aliases=("phi-2", "mpt", "olmo", "exaone4", "a.x-4.0", "mellum")),
@@ -74,10 +78,13 @@ TABLE: dict[str, Pre] = {
         nfc=True,
         aliases=("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open"),
     ),
-    "tekken": Pre((_split(_CASED % ("", "", "")), _byte_level(False)), ignore_merges=True, add_bos=True),
+    "tekken": Pre(
+        (_split(_CASED % ("", "", "")), _byte_level(False)), ignore_merges=True, add_bos=True, differs=_MARKS
+    ),
     "gpt-4o": Pre(
         (_split(_CASED % (_CONTRACTIONS + "?", _CONTRACTIONS + "?", "{1,3}")), _byte_level(False)),
         aliases=("llama4", "kanana2", "minimax-m2"),
+        differs=_MARKS,
     ),
     "deepseek-coder": Pre(
         (
@@ -88,6 +95,7 @@ TABLE: dict[str, Pre] = {
             _DIGITS,
             _byte_level(False),
         ),
+        differs="runs of spaces that are not ASCII",
     ),
 }
 
@@ -119,7 +127,7 @@ def name_of(tokenizer: Json) -> str:
     names = [name for name, pre in TABLE.items() if _shape(pre.steps) == found]
     if not names:
         raise RequestError(
-            f"tokenizer.json has a pre-tokenizer that lighten has no llama.cpp name for: {' then '.join(map(str, found))}; "
+            f"tokenizer.json has a pre-tokenizer without a known llama.cpp name: {' then '.join(map(str, found))}; "
             f"known: {known()}"
         )
     ignore_merges = bool(tokenizer["model"].get("ignore_merges"))
@@ -158,6 +166,8 @@ def _step_shape(step: Json) -> tuple[Any, ...]:
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 _SPACE = "▁"
+_Parts = tuple[Json | None, Json | None, Json, Json]
+"""Normalizer, pre-tokenizer, decoder, and what the model has beside its vocabulary."""
 
 
 def tokenizer_json(fields: Json) -> Json:
@@ -217,7 +227,7 @@ def tokenizer_json(fields: Json) -> Json:
     }
 
 
-def _byte_level_parts(fields: Json, vocab: dict[str, int], types: list[int]) -> tuple[Json | None, ...]:
+def _byte_level_parts(fields: Json, vocab: dict[str, int], types: list[int]) -> _Parts:
     pre = by_name(fields.get("tokenizer.ggml.pre", "unnamed"))
     model = {
         "unk_token": None,
@@ -229,7 +239,7 @@ def _byte_level_parts(fields: Json, vocab: dict[str, int], types: list[int]) -> 
     return {"type": "NFC"} if pre.nfc else None, pre.json(), _byte_level(True), model
 
 
-def _sentencepiece_parts(fields: Json, vocab: dict[str, int], types: list[int]) -> tuple[Json | None, ...]:
+def _sentencepiece_parts(fields: Json, vocab: dict[str, int], types: list[int]) -> _Parts:
     prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
     escape = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     unescape = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
@@ -278,11 +288,9 @@ def _template(fields: Json, tokens: list[str]) -> Json | None:
     ]
     if wanted == [None, None]:
         return {**_byte_level(True), "trim_offsets": False} if fields["tokenizer.ggml.model"] == "gpt2" else None
-    single, pair = [], []
+    halves: list[list[Json]] = []
     for sequence, type_id in (("A", 0), ("B", 1)):
-        parts: list[Json] = [{"Sequence": {"id": sequence, "type_id": type_id}}]
-        first, last = ([{"SpecialToken": {"id": tokens[i], "type_id": type_id}}] if i is not None else [] for i in wanted)
-        pair += first + parts + last
-        single = single or list(pair)
+        ends = [[{"SpecialToken": {"id": tokens[i], "type_id": type_id}}] if i is not None else [] for i in wanted]
+        halves.append([*ends[0], {"Sequence": {"id": sequence, "type_id": type_id}}, *ends[1]])
     special = {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in wanted if i is not None}
-    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
+    return {"type": "TemplateProcessing", "single": halves[0], "pair": halves[0] + halves[1], "special_tokens": special}

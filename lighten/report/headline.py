@@ -10,6 +10,9 @@ from lighten.report.results import Results, Variant
 TOLERANCE = 0.01
 """Relative rise in perplexity that still counts as the same quality."""
 
+BROKEN = 0.25
+"""Relative rise from which a variant is not worth naming beside the one to ship."""
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -35,16 +38,26 @@ def headline(results: Results) -> Headline:
     base = results.baseline
     made = [variant for variant in results.measured if variant is not base]
     failed = [variant.name for variant in results.variants if variant.failed]
-    broken = (f"{len(failed)} of {len(results.variants)} variants failed: {', '.join(failed)}.",) if failed else ()
-    if not made:
-        names = "Every variant failed" if failed else "Nothing to compare"
-        why = f"{broken[0]} The table says why." if failed else "The recipe made no variant besides the baseline."
-        return Headline(names, "there is no artifact to ship", why)
+    line = f"{len(failed)} of {len(results.variants)} variants failed: {', '.join(failed)}."
+    broken = (line,) if failed else ()
+    if not made and failed:
+        return Headline("Every variant failed", "there is no artifact to ship", f"{line} The table says why.")
+    if not made and not base:
+        return Headline("Nothing to ship", "there is no variant", "Nothing was made or measured.")
+    if not made or (not base and len(made) == 1):
+        only = base or made[0]
+        why = "There is nothing to compare it with."
+        return Headline(f"Measured {only.name}", _cost(results, only) or "no sizes", why, broken)
     if base and base.size_bytes:
         made = [variant for variant in made if (variant.size_bytes or 0) < (base.size_bytes or 0)]
     sized = sorted((variant for variant in made if variant.size_bytes), key=lambda v: (v.size_bytes or 0, v.name))
     if not sized:
-        return Headline("Nothing smaller was made", "no variant is smaller than the baseline", _scope(results), broken)
+        why = (
+            f"The baseline takes {byte_count(base.size_bytes)}."
+            if base and base.size_bytes
+            else "No size was measured."
+        )
+        return Headline("Nothing smaller", "no variant is known to be smaller than the baseline", why, broken)
     rises = {variant.name: rise for variant in sized if (rise := _rise(results, variant)) is not None}
     if not rises:
         smallest = sized[0]
@@ -56,10 +69,11 @@ def headline(results: Results) -> Headline:
             smallest.name,
         )
     against = "the baseline's perplexity" if base else "the best perplexity measured (there is no baseline)"
+    usable = [variant for variant in sized if rises.get(variant.name, BROKEN) < BROKEN]
     fitting = [variant for variant in sized if rises.get(variant.name, TOLERANCE + 1) <= TOLERANCE]
     if not fitting:
         closest = min((v for v in sized if v.name in rises), key=lambda v: (rises[v.name], v.size_bytes, v.name))
-        others = _others(results, sized, closest) + broken
+        others = _others(results, usable, closest) + broken
         reason = f"No variant that is smaller stays within {TOLERANCE:.0%} of {against}.".replace("%", " %")
         return Headline(f"Closest is {closest.name}", _cost(results, closest), reason, others, closest.name)
     pick = fitting[0]
@@ -68,13 +82,8 @@ def headline(results: Results) -> Headline:
     if delta and delta.ci95 and delta.ci95[1] > TOLERANCE:
         reach = change(delta.ci95[1], None)[0]
         reason += f" Its 95 % interval reaches {reach} %: measure on more text before relying on it."
-    return Headline(f"Ship {pick.name}", _cost(results, pick), reason, _others(results, sized, pick) + broken, pick.name)
-
-
-def _scope(results: Results) -> str:
-    """Says what was compared."""
-    base = results.baseline
-    return f"The baseline takes {byte_count(base.size_bytes)}." if base and base.size_bytes else "No size was measured."
+    others = _others(results, usable, pick) + broken
+    return Headline(f"Ship {pick.name}", _cost(results, pick), reason, others, pick.name)
 
 
 def _rise(results: Results, variant: Variant) -> float | None:
@@ -90,7 +99,9 @@ def _cost(results: Results, variant: Variant) -> str:
     """Returns size, perplexity and speed in words, each against the baseline where there is one."""
     base, parts = results.baseline, []
     if variant.size_bytes:
-        instead = f" instead of {byte_count(base.size_bytes)}" if base and base.size_bytes else ""
+        instead = (
+            f" instead of {byte_count(base.size_bytes)}" if base and base is not variant and base.size_bytes else ""
+        )
         parts.append(byte_count(variant.size_bytes) + instead)
     delta = results.perplexity_change(variant)
     if delta:
@@ -105,7 +116,9 @@ def _cost(results: Results, variant: Variant) -> str:
 
 def _others(results: Results, sized: list[Variant], pick: Variant) -> tuple[str, ...]:
     """Returns a sentence for the smallest and the fastest variant, where they are not the pick."""
-    found = []
+    found: list[str] = []
+    if not sized:
+        return ()
     if sized[0] is not pick:
         found.append(f"Smallest: {sized[0].name}, {_cost(results, sized[0])}.")
     fast = max(sized, key=lambda v: v.decode_tok_s or 0.0)

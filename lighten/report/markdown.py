@@ -15,7 +15,7 @@ def markdown(results: Results) -> str:
     """Returns the report in GitHub's Markdown."""
     answer, comparison = headline(results), table(results)
     parts = [
-        f"## {escape(results.recipe)} {escape(results.version)}: {escape(results.source.model)}",
+        f"## {escape(results.title)}: {escape(results.source.model)}",
         f"**{escape(answer.sentence)}** {escape(answer.reason)}",
         *(escape(line) for line in answer.others),
         markdown_table(comparison),
@@ -29,7 +29,8 @@ def markdown(results: Results) -> str:
     measured = [f"{', '.join(names)}: {sentence(items)}" for names, items in protocols(results)]
     if measured:
         parts += ["### Protocol", _bullets(measured)]
-    parts += ["### Machine", escape(sentence(pairs(results.machine))) or NOT_MEASURED]
+    if results.machine:
+        parts += ["### Machine", escape(sentence(pairs(results.machine)))]
     if results.stages:
         parts += ["### Predicted and actual", _stages(results.stages)]
     if results.recipe_yaml:
@@ -41,7 +42,7 @@ def markdown_table(comparison: Table) -> str:
     """Returns the comparison; the best values are bold, a failed variant is a row with its reason."""
     columns = comparison.columns
     lines = [
-        _row([f"{column.title}, {column.unit}" if column.unit else column.title for column in columns]),
+        _row([escape(f"{column.title}, {column.unit}" if column.unit else column.title) for column in columns]),
         _row(["---:" if column.better else ":---" for column in columns]),
     ]
     for row in comparison.rows:
@@ -71,17 +72,17 @@ def _bullets(items: list[str]) -> str:
 
 
 def _legend(comparison: Table) -> str:
-    lines = [f"- {column.title}: {column.about}" for column in comparison.columns[1:]]
+    lines = [f"- {escape(column.title)}: {escape(column.about)}" for column in comparison.columns[1:]]
     lines.append(f"- {NOT_MEASURED} is not measured; bold is the best of the variants.")
     if comparison.missing:
-        lines.append(f"- Not measured for any variant: {', '.join(comparison.missing)}.")
+        lines.append(f"- Not measured for any variant: {escape(', '.join(comparison.missing))}.")
     return "\n".join(["<details><summary>How to read it</summary>", "", *lines, "", "</details>"])
 
 
 def _stages(stages: list[StageCost]) -> str:
     lines = [_row(["Stage", "Predicted", "Actual"]), _row([":---", ":---", ":---"])]
     for stage in stages:
-        actual = "cached" if stage.cached else cost_line(stage.actual)
+        actual = cost_line(stage.actual) + (" (cached)" if stage.cached else "")
         lines.append(_row([escape(stage.name), cost_line(stage.predicted), actual]))
     return "\n".join(lines)
 

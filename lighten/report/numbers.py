@@ -49,16 +49,16 @@ def decimals_for(uncertainty: float, *, most: int = 3) -> int:
     return min(most, max(0, -int(exponent) + (1 if float(mantissa) < 3 else 0)))
 
 
-def change(value: float, interval: tuple[float, float] | None) -> tuple[str, str]:
+def change(value: float, interval: tuple[float, float] | None, *, least: int = 0) -> tuple[str, str]:
     """Returns a signed difference and its interval, both times 100 and without the percent sign.
 
-    The interval decides the decimals; the second text is empty without one.
+    The interval decides the decimals, of which there are at least `least`; the second text is empty without one.
     """
     percent = 100 * value
     if interval is None:
-        return fixed(percent, min(2, decimals_of(percent, 2)), sign=True), ""
+        return fixed(percent, max(least, min(2, decimals_of(percent, 2))), sign=True), ""
     low, high = (100 * end for end in interval)
-    decimals = decimals_for((high - low) / 2)
+    decimals = max(least, decimals_for((high - low) / 2))
     ends = ", ".join(fixed(end, decimals, sign=True) for end in (low, high))
     return fixed(percent, decimals, sign=True), f"[{ends}]"
 

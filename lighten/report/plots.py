@@ -6,6 +6,7 @@ The same results give the same bytes. Colours are from Okabe and Ito's palette, 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -15,15 +16,18 @@ from typing import Any
 from markupsafe import Markup
 
 from lighten.errors import missing_extra
-from lighten.report.numbers import byte_unit, significant
+from lighten.report.numbers import byte_unit
 from lighten.report.pareto import pareto
 from lighten.report.results import Results
 
 INK, MUTED, GRID, FRONT, GROUND = "#1b1f24", "#656d76", "#e3e6ea", "#0072b2", "#ffffff"
 _THEME = {INK: "--ink", MUTED: "--muted", GRID: "--rule", FRONT: "--accent", GROUND: "--ground"}
 
-WIDTH, HEIGHT = 396.0, 300.0
+WIDTH, HEIGHT = 360.0, 272.0
 """Size of a figure in points."""
+
+OFF_SCALE = 4.0
+"""A perplexity this many times the best one is left out of the plots: it would flatten everything else."""
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top."""
@@ -48,6 +52,8 @@ class Plot:
     x_label: str
     larger: bool
     points: tuple[Point, ...]
+    left_out: tuple[Point, ...] = ()
+    """Points whose perplexity is off the scale."""
 
     def front(self) -> list[int]:
         """Returns the indices of the points no other point beats, from left to right."""
@@ -68,16 +74,17 @@ def plots(results: Results) -> list[Plot]:
         if v.decode_tok_s:
             speeds.append(Point(v.name, v.decode_tok_s, v.perplexity.value, v is results.baseline))
     found = [
-        Plot("quality-size", "Perplexity against size", f"Size, {unit} (smaller is better)", False, tuple(sizes)),
-        Plot(
-            "quality-speed",
-            "Perplexity against decode speed",
-            "Decode, tok/s (larger is better)",
-            True,
-            tuple(speeds),
-        ),
+        _plot("quality-size", "Perplexity against size", f"Size, {unit} (smaller is better)", False, sizes),
+        _plot("quality-speed", "Perplexity against decode speed", "Decode, tok/s (larger is better)", True, speeds),
     ]
     return [plot for plot in found if len(plot.points) > 1]
+
+
+def _plot(stem: str, title: str, x_label: str, larger: bool, points: list[Point]) -> Plot:
+    """Returns a plot of the points that are on the scale, and remembers the others."""
+    limit = OFF_SCALE * min((point.y for point in points), default=0.0)
+    shown = tuple(point for point in points if point.y <= limit)
+    return Plot(stem, title, x_label, larger, shown, tuple(point for point in points if point.y > limit))
 
 
 def draw(plot: Plot) -> tuple[bytes, bytes]:
@@ -114,7 +121,7 @@ def draw(plot: Plot) -> tuple[bytes, bytes]:
     with matplotlib.style.context("default"), matplotlib.rc_context(settings):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72, facecolor=GROUND)
         canvas = FigureCanvasAgg(figure)
-        axes = figure.add_axes((0.125, 0.145, 0.85, 0.70), facecolor="none")
+        axes = figure.add_axes((0.135, 0.145, 0.845, 0.69), facecolor="none")
         _points(axes, plot)
         _scales(axes, plot)
         figure.text(0.022, 0.945, plot.title, fontsize=10.5, fontweight="bold", va="center")
@@ -148,7 +155,7 @@ def _points(axes: Any, plot: Plot) -> None:
     styles: list[tuple[str, list[Point], dict[str, Any]]] = [
         ("on the Pareto front", [p for p in on if not p.baseline], {"marker": "o", "mfc": FRONT, "mec": FRONT}),
         (
-            "another is better in both",
+            "dominated",
             [p for i, p in enumerate(plot.points) if i not in front and not p.baseline],
             {"marker": "o", "mfc": GROUND, "mec": MUTED},
         ),
@@ -160,12 +167,13 @@ def _points(axes: Any, plot: Plot) -> None:
             axes.plot([p.x for p in points], [p.y for p in points], **drawn)
     axes.legend(
         loc="lower left",
-        bbox_to_anchor=(-0.135, 0.99),
+        bbox_to_anchor=(-0.15, 0.99),
         ncols=3,
         frameon=False,
         fontsize=8,
         labelcolor=MUTED,
-        handletextpad=0.1,
+        handlelength=1.2,
+        handletextpad=0.4,
         columnspacing=1.2,
     )
 
@@ -186,7 +194,7 @@ def _scales(axes: Any, plot: Plot) -> None:
         else:
             axis.set_major_locator(MaxNLocator(5))
         set_limits(*_limits(min(values), max(values), wide))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, 6)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.set_xlabel(plot.x_label)
     axes.set_ylabel("Perplexity (smaller is better)")
     axes.grid(True)
@@ -204,7 +212,7 @@ def _limits(low: float, high: float, logarithmic: bool) -> tuple[float, float]:
 
 
 def _labels(axes: Any, plot: Plot, renderer: Any) -> None:
-    """Writes each point's name where it covers neither another name nor a point."""
+    """Writes each point's name where it covers neither another name nor a point, or not at all."""
     names = [point.name if len(point.name) <= 28 else f"{point.name[:27]}…" for point in plot.points]
     sizes = []
     for name in names:
@@ -214,10 +222,15 @@ def _labels(axes: Any, plot: Plot, renderer: Any) -> None:
         sizes.append((box.width, box.height))
     anchors = [tuple(axes.transData.transform((point.x, point.y))) for point in plot.points]
     area = axes.get_window_extent(renderer)
-    corners = [anchors[i] for i in plot.front()]
-    spots = place(anchors, sizes, (area.x0, area.y0, WIDTH - 2.0, area.y1), _staircase(corners, plot.larger))
-    for point, name, anchor, (x, y), size in zip(plot.points, names, anchors, spots, sizes, strict=True):
-        offset = (x - anchor[0], y - anchor[1])
+    front = plot.front()
+    first = [*front, *(i for i, point in enumerate(plot.points) if point.baseline and i not in front)]
+    order = [*first, *(i for i in range(len(anchors)) if i not in first)]
+    line = _staircase([anchors[i] for i in front], plot.larger)
+    spots = place(anchors, sizes, (area.x0, area.y0, WIDTH - 2.0, area.y1), order, line)
+    for point, name, anchor, spot, size in zip(plot.points, names, anchors, spots, sizes, strict=True):
+        if spot is None:
+            continue
+        offset = (spot[0] - anchor[0], spot[1] - anchor[1])
         far = math.hypot(max(0.0, abs(offset[0]) - size[0] / 2), max(0.0, abs(offset[1]) - size[1] / 2)) > 14
         axes.annotate(
             name,
@@ -235,7 +248,7 @@ def _labels(axes: Any, plot: Plot, renderer: Any) -> None:
 def _staircase(corners: Sequence[tuple[float, float]], larger: bool) -> list[tuple[float, float]]:
     """Returns points along the front's line, a few points apart, for labels to keep off."""
     line: list[tuple[float, float]] = []
-    for (x0, y0), (x1, y1) in zip(corners, corners[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
         turn = (x0, y1) if larger else (x1, y0)
         for a, b in (((x0, y0), turn), (turn, (x1, y1))):
             count = max(1, int(math.dist(a, b) / 4))
@@ -247,22 +260,22 @@ def place(
     anchors: Sequence[tuple[float, float]],
     sizes: Sequence[tuple[float, float]],
     area: Box,
+    order: Sequence[int],
     avoid: Sequence[tuple[float, float]] = (),
-) -> list[tuple[float, float]]:
-    """Returns a centre for each label, near its anchor, inside `area` and off other labels and anchors if it can be.
+) -> list[tuple[float, float] | None]:
+    """Returns a centre for each label: near its anchor, inside `area`, off every anchor and other label.
 
-    Greedy: each label takes the cheapest of a ring of spots, and crowded anchors choose first. `avoid` are
-    spots that are better left free.
+    Greedy: in `order`, each label takes the cheapest free spot of some rings around its anchor; one that finds
+    none gets None. `avoid` are spots that are better left free.
     """
-    crowd = [sum(math.dist(a, b) < 60 for b in anchors) for a in anchors]
     taken: list[Box] = []
-    spots: dict[int, tuple[float, float]] = {}
+    spots: list[tuple[float, float] | None] = [None] * len(anchors)
     marks = [_box(anchor, (10.0, 10.0)) for anchor in anchors]
     lines = [_box(point, (2.0, 2.0)) for point in avoid]
-    for i in sorted(range(len(anchors)), key=lambda i: (-crowd[i], i)):
+    for i in order:
         (x, y), (width, height) = anchors[i], sizes[i]
         best = math.inf
-        for gap in (7.0, 14.0, 24.0, 36.0, 50.0):
+        for gap in (7.0, 14.0, 24.0):
             for turn in range(16):
                 angle = math.pi / 4 + turn * math.pi / 8
                 spot = (
@@ -270,13 +283,15 @@ def place(
                     y + math.sin(angle) * gap + _lean(math.sin(angle)) * height / 2,
                 )
                 box = _box(spot, (width + 4, height + 2))
-                cost = gap + 0.1 * turn + 50 * _outside(box, area)
-                cost += 20 * sum(_overlap(box, other) for other in taken)
-                cost += 5 * sum(_overlap(box, mark) for mark in marks) + sum(_overlap(box, line) for line in lines)
+                inside = area[0] <= box[0] and area[1] <= box[1] and box[2] <= area[2] and box[3] <= area[3]
+                if not inside or any(_overlap(box, other) for other in [*taken, *marks]):
+                    continue
+                cost = gap + 0.1 * turn + sum(_overlap(box, line) for line in lines)
                 if cost < best:
                     best, spots[i] = cost, spot
-        taken.append(_box(spots[i], sizes[i]))
-    return [spots[i] for i in range(len(anchors))]
+        if (chosen := spots[i]) is not None:
+            taken.append(_box(chosen, sizes[i]))
+    return spots
 
 
 def _lean(direction: float) -> float:
@@ -292,9 +307,3 @@ def _box(centre: tuple[float, float], size: tuple[float, float]) -> Box:
 def _overlap(a: Box, b: Box) -> float:
     """Returns the area two boxes share."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _outside(box: Box, area: Box) -> float:
-    """Returns how far a box reaches out of the area, in points."""
-    reaches = (area[0] - box[0], area[1] - box[1], box[2] - area[2], box[3] - area[3])
-    return sum(max(0.0, reach) for reach in reaches)

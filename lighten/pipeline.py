@@ -1,0 +1,366 @@
+"""Runs what the store does not have, and puts a version together: links, results, report."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from lighten.errors import Failure, LightenError, RequestError
+from lighten.evaluate import machine, paired
+from lighten.plan import Plan, Predictor, Stage, make_plan, measuring_packages, what
+from lighten.process import run_isolated
+from lighten.recipe import BASELINE, Recipe, load
+from lighten.report.results import Results
+from lighten.stage import Report
+from lighten.store import Artifact, Store, write_json
+
+WEIGHTS = (".safetensors", ".gguf")
+
+
+class Watcher(Protocol):
+    """Is told what a run does; the CLI draws it."""
+
+    def planned(self, plan: Plan, predicted: dict[str, float]) -> None:
+        """All stages and their predicted seconds, by key."""
+
+    def started(self, stage: Stage) -> Report:
+        """A stage begins; returns where its progress goes."""
+
+    def ended(self, stage: Stage, seconds: float | None, error: str | None) -> None:
+        """A stage ended: cached if `seconds` is None, failed if `error` is given."""
+
+    def say(self, message: str) -> None:
+        """Something the person should know."""
+
+
+class Silent:
+    """A watcher that tells nobody."""
+
+    def planned(self, plan: Plan, predicted: dict[str, float]) -> None:
+        """Ignores it."""
+
+    def started(self, stage: Stage) -> Report:
+        """Returns a report that goes nowhere."""
+        return lambda done, total, note: None
+
+    def ended(self, stage: Stage, seconds: float | None, error: str | None) -> None:
+        """Ignores it."""
+
+    def say(self, message: str) -> None:
+        """Ignores it."""
+
+
+class Builder:
+    """Builds the stages of one plan, each at most once, and remembers why one failed."""
+
+    def __init__(self, store: Store, predictor: Predictor, device: str, watcher: Watcher, source: dict[str, Any]) -> None:
+        self.store = store
+        self.device = device
+        self.watcher = watcher
+        self.predictor = predictor
+        self.source = source
+        self.failed: dict[str, str] = {}
+        self.done: dict[str, Artifact] = {}
+        self.cached: set[str] = set()
+
+    def build(self, stage: Stage) -> Artifact | None:
+        """Returns the object of a stage, building it if the store has no sound one; None if it failed."""
+        broken = next((parent for parent in stage.parents if parent.key in self.failed), None)
+        if broken:
+            self.failed[stage.key] = f"needs {broken.name}, which failed: {self.failed[broken.key]}"
+            return None
+        try:
+            with self._locked(stage):
+                artifact = self.store.sound(stage.key)
+                if artifact:
+                    self.cached.add(stage.key)
+                    self.watcher.ended(stage, None, None)
+                else:
+                    artifact = self._run(stage)
+        except RequestError:
+            raise
+        except LightenError as error:
+            self.failed[stage.key] = str(error)
+            self.watcher.ended(stage, None, str(error))
+            return None
+        self.done[stage.key] = artifact
+        return artifact
+
+    @contextlib.contextmanager
+    def _locked(self, stage: Stage) -> Iterator[None]:
+        with self.store.lock(stage.key, wait=False) as held:
+            if held:
+                yield
+                return
+        self.watcher.say(f"another run is building {stage.name}: waiting for it")
+        with self.store.lock(stage.key):
+            yield
+
+    def _run(self, stage: Stage) -> Artifact:
+        report = self.watcher.started(stage)
+        with self.store.building(stage.key) as out:
+            target, payload = self._task(stage, out)
+            outcome = run_isolated(target, payload, report)
+            facts = dict(outcome.value)
+            warnings = facts.pop("warnings", [])
+            origin = stage.parents[0].key if stage.parents else None
+            inherited = self.done[origin].manifest["source"] if origin else {}
+            manifest = {
+                "kind": "measurement" if stage.measure else stage.kind,
+                "format": facts.pop("format", "measurement"),
+                "key": stage.key,
+                "parents": [parent.key for parent in stage.parents],
+                "step": {"kind": stage.kind, "version": stage.version},
+                "config": stage.config,
+                "facts": facts,
+                "warnings": warnings,
+                "packages": measuring_packages(),
+                "source": {**self.source, **inherited, **({"licence": facts["licence"]} if "licence" in facts else {})},
+            }
+            artifact = self.store.finish(out, manifest)
+        cost = {
+            "what": what(stage),
+            "machine": machine.identity(),
+            "seconds": outcome.seconds,
+            "nominal_seconds": self.predictor.nominal_seconds(stage),
+            "peak_bytes": outcome.peak_rss_bytes,
+            "disk_bytes": artifact.size_bytes,
+        }
+        self.store.record_cost(stage.key, cost)
+        for warning in warnings:
+            self.watcher.say(f"{stage.name}: {warning}")
+        self.watcher.ended(stage, outcome.seconds, None)
+        return artifact
+
+    def _task(self, stage: Stage, out: Path) -> tuple[str, dict[str, Any]]:
+        paths = [str(self.done[parent.key].path) for parent in stage.parents]
+        if stage.measure:
+            assert stage.settings is not None
+            reference = {"hidden": paths[2], "model": paths[1]} if len(paths) > 2 else None
+            return "lighten.evaluate.run:measure", {
+                "measurement": stage.measure,
+                "config": stage.settings.model_dump(mode="json"),
+                "model": paths[0],
+                "tokenizer": paths[1] if len(paths) > 1 else paths[0],
+                "out": str(out),
+                "device": self.device,
+                "reference": reference,
+                "save_hidden": stage.measure == "perplexity" and reference is None,
+            }
+        assert stage.step is not None
+        return "lighten.steps:run_step", {
+            "kind": stage.kind,
+            "settings": stage.step.model_dump(mode="json"),
+            "source": paths[0] if paths else None,
+            "grams": paths[1] if len(paths) > 1 else None,
+            "out": str(out),
+            "device": self.device,
+        }
+
+
+def choose_device(device: str) -> str:
+    """Returns "cuda" for "auto" where nvidia-smi shows a GPU, else "cpu"; other names are taken as they are."""
+    return ("cuda" if machine.gpus() else "cpu") if device == "auto" else device
+
+
+def plan(recipe: str | Recipe, *, only: list[str] | None = None) -> Plan:
+    """Returns the stages of a recipe (a path, the name of a ready one, or a Recipe)."""
+    return make_plan(open_recipe(recipe, only), only)
+
+
+def open_recipe(recipe: str | Recipe, only: list[str] | None) -> Recipe:
+    """Returns a recipe, loaded if it is given by name, after checking that the variants in `only` are in it."""
+    recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
+    unknown = [name for name in only or () if name not in recipe.variants and name != BASELINE]
+    if unknown:
+        raise RequestError(f"the recipe has no variant {unknown[0]!r}; it has {', '.join(recipe.variants)}")
+    return recipe
+
+
+def run(
+    recipe: str | Recipe,
+    *,
+    artifacts: str | Path = "artifacts",
+    only: list[str] | None = None,
+    device: str = "auto",
+    watcher: Watcher | None = None,
+) -> Path:
+    """Runs or resumes a recipe; returns the directory of its version.
+
+    A variant that fails is a row in the results that says why; look at their `status`.
+
+    Raises:
+        RequestError: the recipe or what it asks for is wrong; nothing was run.
+        Failure: the source itself could not be read.
+    """
+    watcher = watcher or Silent()
+    todo = plan(recipe, only=only)
+    store = Store(Path(artifacts))
+    predictor = Predictor(store)
+    predicted = {stage.key: predictor.predict(stage) for stage in todo.stages}
+    watcher.planned(todo, {key: prediction.seconds for key, prediction in predicted.items()})
+    builder = build_all(todo, store, predictor, choose_device(device), watcher)
+    root = todo.artifacts[BASELINE]
+    if root.key in builder.failed:
+        raise Failure(builder.failed[root.key])
+    results = _results(todo, builder, predicted)
+    return _publish(todo, builder, results, store, watcher)
+
+
+def build_all(todo: Plan, store: Store, predictor: Predictor, device: str, watcher: Watcher) -> Builder:
+    """Builds every stage of a plan, measurements last."""
+    source = {"id": todo.source.name, "revision": todo.recipe.revision, "identity": todo.source.identity}
+    builder = Builder(store, predictor, device, watcher, source)
+    for stage in sorted(todo.stages, key=lambda stage: stage.measure is not None):
+        builder.build(stage)
+    return builder
+
+
+def _publish(todo: Plan, builder: Builder, results: dict[str, Any], store: Store, watcher: Watcher) -> Path:
+    """Writes the next version, unless the latest one already says the same."""
+    from lighten.report.render import write_report
+
+    name = todo.recipe.name
+    keys = sorted(builder.done)
+    latest = store.latest(name)
+    if latest and not builder.failed and _same(latest, keys, todo.recipe.dump()):
+        watcher.say(f"nothing changed since {latest}")
+        return latest
+    number = int(latest.name[1:]) + 1 if latest else 1
+    results["version"] = f"v{number}"
+    with store.new_version(name) as folder:
+        (folder / "recipe.yaml").write_text(todo.recipe.dump(), encoding="utf-8")
+        write_json(folder / "objects.json", keys)
+        links = folder / "variants"
+        links.mkdir()
+        for variant, stage in todo.artifacts.items():
+            if stage.key in builder.done:
+                (links / variant).symlink_to(Path("../../../objects") / stage.key)
+        write_json(folder / "results.json", results)
+        write_report(Results.model_validate(results), folder)
+    published = store.latest(name)
+    assert published is not None
+    return published
+
+
+def _same(version: Path, keys: list[str], recipe: str) -> bool:
+    try:
+        recorded = json.loads((version / "objects.json").read_text())
+        complete = all((version / file).is_file() for file in ("results.json", "report.html", "report.md"))
+        return bool(recorded == keys and complete and (version / "recipe.yaml").read_text(encoding="utf-8") == recipe)
+    except (OSError, ValueError):
+        return False
+
+
+def _results(todo: Plan, builder: Builder, predicted: dict[str, Any]) -> dict[str, Any]:
+    """Returns the contents of results.json."""
+    root = builder.done[todo.artifacts[BASELINE].key]
+    facts = todo.source.facts
+    rows = {name: _row(name, todo, builder, root) for name in todo.artifacts}
+    stages = []
+    for stage in todo.stages:
+        cost = builder.store.cost(stage.key) if stage.key in builder.done else None
+        prediction = predicted[stage.key]
+        stages.append(
+            {
+                "name": stage.name,
+                "kind": stage.measure or stage.kind,
+                "key": stage.key,
+                "variants": stage.variants,
+                "cached": stage.key in builder.cached,
+                "predicted": {
+                    "seconds": prediction.seconds,
+                    "peak_bytes": prediction.peak_bytes,
+                    "disk_bytes": prediction.disk_bytes,
+                },
+                "actual": cost and {name: cost[name] for name in ("seconds", "peak_bytes", "disk_bytes")},
+            }
+        )
+    warnings = [f"{stage.name}: {text}" for stage in todo.stages for text in _warnings(builder, stage)]
+    return {
+        "schema": 1,
+        "recipe": todo.recipe.name,
+        "version": "",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine.fingerprint(),
+        "source": {
+            "model": todo.recipe.model,
+            "params": root.facts["params"],
+            "licence": root.manifest["source"].get("licence"),
+            "architecture": facts.architecture,
+            "layers": facts.layers,
+            "hidden": facts.hidden,
+            "vocab": facts.vocab,
+            "identity": todo.source.identity,
+        },
+        "variants": list(rows.values()),
+        "stages": stages,
+        "recipe_yaml": todo.recipe.dump(),
+        "warnings": warnings,
+    }
+
+
+def _warnings(builder: Builder, stage: Stage) -> list[str]:
+    return list(builder.done[stage.key].manifest["warnings"]) if stage.key in builder.done else []
+
+
+def _row(name: str, todo: Plan, builder: Builder, root: Artifact) -> dict[str, Any]:
+    stage = todo.artifacts[name]
+    steps = [] if name == BASELINE else [{step.kind: step.model_dump(mode="json")} for step in todo.recipe.steps(name)]
+    row: dict[str, Any] = {"name": name, "key": stage.key, "status": "ok", "error": None, "steps": steps}
+    failed = [each for each in (stage, *todo.measurements[name]) if each.key in builder.failed]
+    if failed:
+        row |= {"status": "failed", "error": f"{failed[0].name}: {builder.failed[failed[0].key]}"}
+    artifact = builder.done.get(stage.key)
+    if not artifact:
+        return row
+    row |= describe(artifact, root.facts["params"]) | {"path": f"variants/{name}"}
+    measured = []
+    for each, base in zip(todo.measurements[name], todo.measurements[BASELINE], strict=True):
+        found, against = builder.done.get(each.key), builder.done.get(base.key)
+        if found:
+            measured.append((each.measure, found.path, against.path if against else None))
+    add_measurements(row, measured, name == BASELINE)
+    if name != BASELINE:
+        row.setdefault("delta", {})["size_ratio"] = row["size_bytes"] / root.size_bytes
+    return row
+
+
+def describe(artifact: Artifact, params: int) -> dict[str, Any]:
+    """Returns the columns of a row that need no measuring: format, size, bits per weight, facts."""
+    weights = sum(entry["size"] for entry in artifact.manifest["files"] if entry["path"].endswith(WEIGHTS))
+    return {
+        "format": artifact.format,
+        "size_bytes": artifact.size_bytes,
+        "bits_per_weight": 8 * weights / params,
+        "facts": artifact.facts,
+        "notes": list(artifact.manifest["warnings"]),
+    }
+
+
+def add_measurements(row: dict[str, Any], measured: list[tuple[Any, Path, Path | None]], is_baseline: bool) -> None:
+    """Puts measurements into a row: (kind, its directory, the baseline's directory or None) of each."""
+    for kind, path, against in measured:
+        result = json.loads((path / "result.json").read_text())
+        row["runtime"] = result.get("runtime", row.get("runtime"))
+        row["device"] = result.get("device", row.get("device"))
+        if kind == "perplexity":
+            row["perplexity"] = result["perplexity"]
+            row["divergence"] = result.get("divergence")
+            if result.get("tokenizer_match") is False:
+                row.setdefault("notes", []).append("its own tokenizer gives other ids than the baseline's on this text")
+        elif kind == "accuracy":
+            row.setdefault("accuracy", []).append(result["accuracy"])
+        else:
+            row |= {"speed": result["speed"], "memory": result["memory"], "energy": result["energy"]}
+        if against and not is_baseline:
+            delta = row.setdefault("delta", {})
+            change = paired.compare(kind, path, against)
+            if kind == "accuracy":
+                delta.setdefault("accuracy", []).append(change)
+            else:
+                delta |= change

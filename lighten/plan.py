@@ -1,0 +1,236 @@
+"""From a recipe to stages: what is made from what, under which key, at what predicted cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from statistics import median
+from typing import Any, Literal
+
+from lighten.data import choices, text
+from lighten.errors import missing_extra
+from lighten.evaluate import machine
+from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
+from lighten.model.source import Found, Source, find
+from lighten.recipe import BASELINE, Recipe
+from lighten.stage import Estimate, ModelFacts, Step
+from lighten.store import Store, stage_key
+
+Measure = Literal["perplexity", "accuracy", "speed"]
+MEASURE_VERSION = 1
+MEASURING_PACKAGES = ("torch", "transformers", "gptqmodel", "llama-cpp-python")
+BYTES_PER_TOKEN = 4.0
+"""Rough length of a token of English text, for predictions."""
+
+
+@dataclass
+class Stage:
+    """A step or a measurement with its inputs resolved."""
+
+    name: str
+    kind: str
+    version: int
+    key: str
+    config: dict[str, Any]
+    """What the key was made of, together with kind, version and the parents' keys."""
+    parents: list[Stage]
+    estimate: Estimate
+    step: Step | None = None
+    measure: Measure | None = None
+    settings: Perplexity | Accuracy | Speed | None = None
+    variants: list[str] = field(default_factory=list)
+
+    def user(self, variant: str) -> None:
+        """Notes that a variant needs this stage and everything it is made from."""
+        for stage in (self, *self.parents):
+            if variant not in stage.variants:
+                stage.variants.append(variant)
+            if stage is not self:
+                stage.user(variant)
+
+
+@dataclass
+class Plan:
+    """Every stage of a recipe, each after the ones it needs."""
+
+    recipe: Recipe
+    source: Found
+    stages: list[Stage]
+    artifacts: dict[str, Stage]
+    """The last stage of every variant."""
+    measurements: dict[str, list[Stage]]
+    """Measurements of every variant."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a stage should take on this machine."""
+
+    seconds: float
+    peak_bytes: int
+    disk_bytes: int
+
+
+def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
+    """Resolves a recipe into stages; the source is located (and fetched, if it is a hub id) but not read.
+
+    Raises:
+        RequestError: a setting that this model cannot have, a missing package, data that cannot be read.
+    """
+    source = find(recipe.model, recipe.revision)
+    chosen = [name for name in recipe.variants if name != BASELINE and (not only or name in only)]
+    steps = {name: recipe.steps(name) for name in chosen}
+    for step in (step for variant in steps.values() for step in variant):
+        step.check(source.facts)
+        for module, extra in step.requires():
+            if find_spec(module) is None:
+                raise missing_extra(extra, module, f"the step {step.kind}")
+    builder = _Builder(recipe, source.facts)
+    root = builder.build(
+        Source(
+            model=recipe.model,
+            path=str(source.path),
+            format=source.kind,
+            identity=source.identity,
+            trust_remote_code=recipe.trust_remote_code,
+        ),
+        [],
+    )
+    artifacts = {BASELINE: root}
+    for name in chosen:
+        stage = root
+        for step in steps[name]:
+            parents = [stage]
+            if step.needs_sweep():
+                parents.append(builder.build(recipe.calibration, [stage]))
+            stage = builder.build(step, parents)
+        artifacts[name] = stage
+    measurements: dict[str, list[Stage]] = {}
+    for name, stage in artifacts.items():
+        measurements[name] = builder.measure(stage, root, recipe.evaluate)
+        for each in (stage, *measurements[name]):
+            each.user(name)
+    for stage in builder.stages.values():
+        if stage.measure:
+            stage.name = f"{stage.name} of {stage.variants[0] if stage.parents[0] is not root else BASELINE}"
+    return Plan(recipe, source, list(builder.stages.values()), artifacts, measurements)
+
+
+class _Builder:
+    """Makes each stage once."""
+
+    def __init__(self, recipe: Recipe, facts: ModelFacts) -> None:
+        self.stages: dict[str, Stage] = {}
+        self.facts = facts
+        self.tokens = recipe.calibration.samples * recipe.calibration.length
+        if recipe.calibration.data == "builtin":
+            self.tokens = min(self.tokens, int(len(text.builtin_text("calibration")) / BYTES_PER_TOKEN))
+
+    def _add(self, stage: Stage) -> Stage:
+        return self.stages.setdefault(stage.key, stage)
+
+    def build(self, step: Step, parents: list[Stage]) -> Stage:
+        """Returns the stage of a step."""
+        config = step.key_config()
+        key = stage_key(step.kind, step.version, config, [parent.key for parent in parents])
+        detail = getattr(step, "method", None) or getattr(step, "type", None)
+        name = f"{step.kind} {detail}" if detail else step.kind
+        estimate = step.predict(self.facts, self.tokens)
+        return self._add(Stage(name, step.kind, step.version, key, config, parents, estimate, step=step))
+
+    def measure(self, stage: Stage, root: Stage, evaluate: Evaluate) -> list[Stage]:
+        """Returns the measurements of an artifact; those of other artifacts than the baseline refer to its own."""
+        found = []
+        if evaluate.perplexity:
+            reference = [] if stage is root else self.measure(root, root, Evaluate(perplexity=evaluate.perplexity))
+            data = text.digest(text.load_text(evaluate.perplexity.data, "perplexity"))
+            found.append(self._measurement("perplexity", evaluate.perplexity, data, [stage, root, *reference]))
+        for accuracy in evaluate.accuracy:
+            tasks = choices.load_choices(accuracy.local or accuracy.task, accuracy.limit)
+            found.append(self._measurement("accuracy", accuracy, choices.digest(tasks), [stage, root]))
+        if evaluate.speed:
+            found.append(self._measurement("speed", evaluate.speed, None, [stage]))
+        return found
+
+    def _measurement(
+        self, measure: Measure, settings: Perplexity | Accuracy | Speed, data: str | None, parents: list[Stage]
+    ) -> Stage:
+        config: dict[str, Any] = {"measure": measure, **settings.model_dump(mode="json"), "packages": measuring_packages()}
+        if data:
+            config["data"] = data
+        if measure == "speed":
+            config["machine"] = machine.identity()
+        key = stage_key("measure", MEASURE_VERSION, config, [parent.key for parent in parents])
+        estimate = predict_measurement(settings, self.facts)
+        return self._add(
+            Stage(measure, "measure", MEASURE_VERSION, key, config, parents, estimate, measure=measure, settings=settings)
+        )
+
+
+def measuring_packages() -> dict[str, str]:
+    """Returns the versions of the packages whose arithmetic a measurement shows."""
+    found = {}
+    for package in MEASURING_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def predict_measurement(settings: Perplexity | Accuracy | Speed, facts: ModelFacts) -> Estimate:
+    """Returns what a measurement should cost: products of every token with every weight."""
+    fixed = 550_000_000
+    flops = 2.0 * (facts.layers * facts.layer_linear_params + facts.vocab * facts.hidden)
+    if isinstance(settings, Perplexity):
+        tokens = len(text.load_text(settings.data, "perplexity")) / BYTES_PER_TOKEN
+        tokens = min(tokens, settings.samples * settings.length) if settings.samples else tokens
+        # the last products are the reference's head, for the divergence
+        work = tokens * (flops + 2.0 * facts.vocab * facts.hidden)
+        peak = fixed + 4 * facts.params + 12 * settings.length * facts.vocab + 4 * facts.vocab * facts.hidden
+        return Estimate(float32_flops=work, seconds=6, peak_bytes=int(peak), disk_bytes=int(tokens * (16 + 4 * facts.hidden)))
+    if isinstance(settings, Accuracy):
+        tasks = choices.load_choices(settings.local or settings.task, settings.limit)
+        letters = sum(len(task.context) + sum(map(len, task.endings)) for task in tasks)
+        peak = fixed + 4 * facts.params + 300_000_000
+        return Estimate(float32_flops=letters / BYTES_PER_TOKEN * flops, seconds=6, peak_bytes=peak, disk_bytes=100 * len(tasks))
+    batches = sum(settings.batch) * (settings.repeats + 1)
+    bytes_read = len(settings.batch) * (settings.repeats + 1) * settings.generate * 2.0 * facts.params
+    return Estimate(
+        fast_flops=batches * settings.prompt * flops,
+        seconds=6 + bytes_read / 10e9,
+        peak_bytes=fixed + 3 * facts.params,
+        disk_bytes=10_000,
+    )
+
+
+class Predictor:
+    """Turns estimates into predictions for this machine, corrected by what earlier stages took here."""
+
+    def __init__(self, store: Store) -> None:
+        here = machine.identity()
+        fast, plain = machine.nominal_flops()
+        self._rates = fast, plain
+        ratios: dict[str, list[float]] = {}
+        for cost in store.costs():
+            if cost.get("machine") == here and cost.get("nominal_seconds"):
+                ratios.setdefault(cost["what"], []).append(cost["seconds"] / cost["nominal_seconds"])
+        self._ratios = {what: median(values) for what, values in ratios.items()}
+
+    def nominal_seconds(self, stage: Stage) -> float:
+        """Returns the time by arithmetic alone."""
+        work = stage.estimate.fast_flops / self._rates[0] + stage.estimate.float32_flops / self._rates[1]
+        return 4 + stage.estimate.seconds + work
+
+    def predict(self, stage: Stage) -> Prediction:
+        """Returns time, peak memory and disk of a stage."""
+        seconds = self.nominal_seconds(stage) * self._ratios.get(what(stage), 1.0)
+        return Prediction(seconds, stage.estimate.peak_bytes, stage.estimate.disk_bytes)
+
+
+def what(stage: Stage) -> str:
+    """Returns the class of stages whose costs tell about each other."""
+    origin = stage.parents[0].kind if stage.measure else ""
+    return f"{stage.measure or stage.name} {origin}".strip()
+

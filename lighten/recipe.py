@@ -1,0 +1,195 @@
+"""What a recipe may say, and errors that name the file, the line and the key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lighten.compress.sweep import Sweep
+from lighten.errors import RequestError
+from lighten.evaluate.settings import Evaluate
+from lighten.stage import Step
+from lighten.steps import kinds, step_class
+
+BASELINE = "baseline"
+Checked = TypeVar("Checked", bound=BaseModel)
+Where = dict[tuple[str | int, ...], int]
+
+
+class Recipe(BaseModel):
+    """A source, a calibration set, named variants and what to measure."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    calibration: Sweep = Sweep()
+    variants: dict[str, list[dict[str, dict[str, Any]]]] = Field(min_length=1)
+    evaluate: Evaluate = Evaluate()
+
+    @field_validator("variants")
+    @classmethod
+    def _one_kind_each(cls, variants: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+        for name, steps in variants.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise ValueError(f"the variant name {name!r} may hold letters, digits, '.', '_' and '-' only")
+            if name == BASELINE and steps:
+                raise ValueError("the variant named baseline is the source itself and has no steps: []")
+            if any(len(step) != 1 for step in steps):
+                raise ValueError(f"each step of {name} is one kind and its settings, such as {{quantize: {{bits: 4}}}}")
+        return variants
+
+    def steps(self, variant: str) -> list[Step]:
+        """Returns the steps of a variant, checked."""
+        return [_step(kind, settings) for step in self.variants[variant] for kind, settings in step.items()]
+
+    def dump(self) -> str:
+        """Returns the recipe as YAML with every default filled in."""
+        resolved = self.model_dump(mode="json", exclude={"variants"})
+        resolved["variants"] = {
+            name: [{step.kind: step.model_dump(mode="json")} for step in self.steps(name)] for name in self.variants
+        }
+        order = ("name", "model", "revision", "trust_remote_code", "calibration", "variants", "evaluate")
+        return yaml.safe_dump({key: resolved[key] for key in order}, sort_keys=False, allow_unicode=True)
+
+
+def _step(kind: str, settings: dict[str, Any]) -> Step:
+    return step_class(kind)(**settings)
+
+
+def parse_settings(model: type[Checked], settings: dict[str, Any], path: str) -> Checked:
+    """Returns settings given outside a recipe, checked; `path` names where they came from in messages."""
+    try:
+        return model(**settings)
+    except ValidationError as error:
+        raise _explain(error, path, {}, (), model) from error
+
+
+def find(name: str) -> Path:
+    """Returns the file of a recipe: a path, or the name of a ready recipe.
+
+    Raises:
+        RequestError: neither exists; lists the ready ones.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    ready = {entry.stem: entry for folder in _ready_folders() for entry in sorted(folder.glob("*.yaml"))}
+    if name in ready:
+        return ready[name]
+    near = difflib.get_close_matches(name, ready, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise RequestError(f"there is no recipe {name!r}: {hint}Give a YAML file, or a ready recipe: {', '.join(ready)}")
+
+
+def _ready_folders() -> list[Path]:
+    installed = Path(str(files("lighten"))) / "recipes"
+    checkout = Path(str(files("lighten"))).parent / "recipes"
+    return [folder for folder in (installed, checkout) if folder.is_dir()]
+
+
+def load(name: str) -> Recipe:
+    """Reads a recipe.
+
+    Raises:
+        RequestError: with file, line and key of the first thing that is wrong.
+    """
+    path = find(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = yaml.safe_load(text)
+        where = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RequestError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: cannot read this recipe: {error}") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"{path}:1: a recipe is a mapping with name, model and variants")
+    return parse(value, str(path), where)
+
+
+def parse(value: dict[str, Any], path: str = "recipe", where: Where | None = None) -> Recipe:
+    """Checks a recipe given as a mapping; `where` tells the line of every key, for messages."""
+    where = where or {}
+    try:
+        recipe = Recipe(**value)
+    except ValidationError as error:
+        raise _explain(error, path, where, (), Recipe) from error
+    for variant, steps in recipe.variants.items():
+        for index, step in enumerate(steps):
+            for kind, settings in step.items():
+                at = ("variants", variant, index, kind)
+                if kind not in kinds():
+                    raise RequestError(f"{_place(path, where, at)}: unknown step {kind!r}{_nearest(kind, list(kinds()))}")
+                try:
+                    _step(kind, settings)
+                except ValidationError as error:
+                    raise _explain(error, path, where, at, step_class(kind)) from error
+    return recipe
+
+
+def _lines(node: yaml.Node | None, at: tuple[str | int, ...] = ()) -> Where:
+    """Returns the line of every key and item below a YAML node, by its path."""
+    found: Where = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, child in node.value:
+            found[(*at, key.value)] = key.start_mark.line + 1
+            found.update(_lines(child, (*at, key.value)))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            found[(*at, index)] = child.start_mark.line + 1
+            found.update(_lines(child, (*at, index)))
+    return found
+
+
+def _place(path: str, where: Where, at: Sequence[str | int]) -> str:
+    for end in range(len(at), 0, -1):
+        if tuple(at[:end]) in where:
+            return f"{path}:{where[tuple(at[:end])]}: {'.'.join(map(str, at))}"
+    return f"{path}: {'.'.join(map(str, at))}"
+
+
+def _nearest(key: str, valid: list[str]) -> str:
+    near = difflib.get_close_matches(key, valid, 1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(valid)}"
+
+
+def _explain(
+    error: ValidationError, path: str, where: Where, prefix: Sequence[str | int], model: type[BaseModel]
+) -> RequestError:
+    """Returns one message for the most telling error that pydantic found."""
+    found = error.errors()
+    # a misspelt key also makes the right one missing: say the misspelling
+    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
+    at = (*prefix, *first["loc"])
+    place = _place(path, where, at)
+    if first["type"] == "extra_forbidden":
+        return RequestError(f"{place}: unknown key{_nearest(str(at[-1]), _fields(model, first['loc'][:-1]))}")
+    if first["type"] == "missing":
+        return RequestError(f"{place}: this key is required")
+    given = first.get("input")
+    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return RequestError(f"{place}: {'must be ' if 'Input should' in first['msg'] else ''}{message}{shown}")
+
+
+def _fields(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
+    """Returns the keys that are valid at `loc` inside a model."""
+    for key in loc:
+        if isinstance(key, int):
+            continue
+        field = model.model_fields.get(str(key))
+        inner = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        inner += [arg for kind in inner for arg in getattr(kind, "__args__", ())]
+        model = next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
+    return list(model.model_fields)

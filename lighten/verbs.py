@@ -1,0 +1,189 @@
+"""The one-step verbs: a recipe of one variant, or measurements of what lies anywhere."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lighten.compress.sweep import Sweep
+from lighten.errors import Failure, LightenError, RequestError
+from lighten.evaluate import machine
+from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
+from lighten.model.source import Found, find
+from lighten.pipeline import Silent, Watcher, add_measurements, build_all, choose_device
+from lighten.plan import Predictor, make_plan
+from lighten.process import run_isolated
+from lighten.recipe import Recipe, parse_settings
+from lighten.report.results import Results
+from lighten.steps import step_class
+from lighten.store import Artifact, Store, hash_files, read_artifact
+
+WEIGHTS = (".safetensors", ".gguf")
+
+
+def one_step(
+    kind: str,
+    model: str,
+    out: str | Path,
+    settings: dict[str, Any],
+    *,
+    calibration: dict[str, Any] | None = None,
+    artifacts: str | Path = "artifacts",
+    device: str = "auto",
+    watcher: Watcher | None = None,
+) -> Artifact:
+    """Runs one step on a model and leaves a copy of the artifact in `out`.
+
+    The stages are kept in the store at `artifacts`, so that another step on the same model shares the sweep.
+
+    Raises:
+        RequestError: a wrong setting, or `out` exists already.
+        Failure: the step failed.
+    """
+    target = Path(out)
+    if target.exists():
+        raise RequestError(f"{target} exists already: choose another directory or remove it")
+    command = f"lighten {kind}"
+    parse_settings(step_class(kind), settings, command)
+    swept = parse_settings(Sweep, calibration or {}, command)
+    variants = {"result": [{kind: settings}]}
+    recipe = Recipe(name=kind, model=model, calibration=swept, variants=variants)
+    todo = make_plan(recipe)
+    store = Store(Path(artifacts))
+    watcher = watcher or Silent()
+    predictor = Predictor(store)
+    watcher.planned(todo, {stage.key: predictor.predict(stage).seconds for stage in todo.stages})
+    builder = build_all(todo, store, predictor, choose_device(device), watcher)
+    stage = todo.artifacts["result"]
+    if stage.key in builder.failed:
+        raise Failure(builder.failed[stage.key])
+    return _copy_out(builder.done[stage.key], target)
+
+
+def _copy_out(artifact: Artifact, target: Path) -> Artifact:
+    """Copies an artifact to where the person asked for it, under a temporary name first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+        copy = Path(folder) / target.name
+        shutil.copytree(artifact.path, copy, copy_function=shutil.copyfile)
+        os.chmod(copy, 0o755)
+        copy.rename(target)
+    return read_artifact(target)
+
+
+def quantize(model: str, out: str | Path, **settings: Any) -> Artifact:
+    """Quantizes a model into the directory `out`: `quantize("demo:smollm2-135m", "out", method="gptq", bits=4)`."""
+    return one_step("quantize", model, out, settings)
+
+
+def export_model(model: str, out: str | Path, **settings: Any) -> Artifact:
+    """Exports a model into the directory `out`: `export_model(model, "out", format="gguf", type="Q4_K_M")`."""
+    return one_step("export", model, out, settings)
+
+
+def measure(
+    paths: list[str],
+    *,
+    perplexity: Perplexity | None = None,
+    accuracy: list[Accuracy] | None = None,
+    speed: Speed | None = None,
+    device: str = "auto",
+    watcher: Watcher | None = None,
+) -> dict[str, Any]:
+    """Measures any model directories or .gguf files; the first one is the baseline of the others.
+
+    Returns:
+        The contents of a results.json, with one row per path. A path that fails is a row that says why.
+
+    Raises:
+        RequestError: a path that is no model.
+    """
+    watcher = watcher or Silent()
+    settings = Evaluate(perplexity=perplexity, accuracy=accuracy or [], speed=speed)
+    asked: list[tuple[str, Perplexity | Accuracy | Speed]] = [("accuracy", task) for task in settings.accuracy]
+    if settings.perplexity:
+        asked.insert(0, ("perplexity", settings.perplexity))
+    if settings.speed:
+        asked.append(("speed", settings.speed))
+    found = [find(path) for path in paths]
+    chosen = choose_device(device)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="lighten-") as scratch:
+        for number, source in enumerate(found):
+            rows.append(_measure_one(source, found[0], number, asked, Path(scratch), chosen, watcher))
+    if rows[0]["status"] == "ok":
+        for row in rows[1:]:
+            row.setdefault("delta", {})["size_ratio"] = row["size_bytes"] / rows[0]["size_bytes"]
+    results = {
+        "schema": 1,
+        "recipe": "evaluate",
+        "version": "",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine.fingerprint(),
+        "source": {"model": found[0].name, "params": found[0].facts.params},
+        "variants": rows,
+        "stages": [],
+        "recipe_yaml": "",
+        "warnings": [],
+    }
+    return Results.model_validate(results).model_dump(mode="json")
+
+
+def _measure_one(
+    source: Found,
+    baseline: Found,
+    number: int,
+    asked: list[tuple[str, Perplexity | Accuracy | Speed]],
+    scratch: Path,
+    device: str,
+    watcher: Watcher,
+) -> dict[str, Any]:
+    is_baseline = number == 0
+    files = hash_files(source.path) if source.path.is_dir() else [{"path": source.path.name, "size": source.path.stat().st_size}]
+    size = sum(entry["size"] for entry in files)
+    weights = sum(entry["size"] for entry in files if entry["path"].endswith(WEIGHTS))
+    row: dict[str, Any] = {
+        "name": "baseline" if is_baseline else source.path.name,
+        "path": str(source.path),
+        "status": "ok",
+        "error": None,
+        "format": _format(source),
+        "size_bytes": size,
+        "bits_per_weight": 8 * weights / source.facts.params,
+    }
+    measured = []
+    try:
+        for position, (kind, settings) in enumerate(asked):
+            out = scratch / f"{number}-{position}"
+            out.mkdir()
+            hidden = scratch / f"0-{position}"
+            comparable = kind == "perplexity" and baseline.kind == "directory"
+            payload = {
+                "measurement": kind,
+                "config": settings.model_dump(mode="json"),
+                "model": str(source.path),
+                "tokenizer": str(baseline.path),
+                "out": str(out),
+                "device": device,
+                "reference": {"hidden": str(hidden), "model": str(baseline.path)} if comparable and not is_baseline else None,
+                "save_hidden": comparable and is_baseline,
+            }
+            watcher.say(f"{kind} of {source.name}")
+            run_isolated("lighten.evaluate.run:measure", payload)
+            measured.append((kind, out, None if is_baseline else hidden))
+        add_measurements(row, measured, is_baseline)
+    except LightenError as error:
+        row |= {"status": "failed", "error": str(error)}
+    return row
+
+
+def _format(source: Found) -> str:
+    if source.kind == "gguf":
+        return "gguf"
+    config = json.loads((source.path / "config.json").read_text())
+    return str(config.get("quantization_config", {}).get("quant_method", "hf"))

@@ -1,0 +1,152 @@
+"""Tiny random models with real tokenizers, made once per run."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from lighten.model import tokenizer_table
+
+TEXT = "".join(file.read_text() for file in sorted(Path("lighten/data/builtin/calibration").glob("*.txt")))[:40000]
+TEXT += " naïve café — 日本語テスト । हिन्दी ไทย 🙂👩‍👩‍👧 ½ Ⅷ ٣٤٥ ﬀ ß Été БвёЁ Σςα عربى é 한국어" * 60
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
+    "llama-bias": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
+    "llama-tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "llama3": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "linear": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "yarn": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            }
+        },
+    ),
+    "yarn-factor": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "attention_factor": 0.8,
+                "original_max_position_embeddings": 128,
+            }
+        },
+    ),
+    "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 32, "sliding_window": None}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+}
+
+
+@cache
+def byte_level(pre: str) -> dict[str, Any]:
+    """Returns a byte-level BPE tokenizer.json with one of the table's pre-tokenizers."""
+    entry = tokenizer_table.TABLE[pre]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=entry.ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelled = json.loads(tokenizer.to_str()) | {"pre_tokenizer": entry.json()}
+    tokenizer = Tokenizer.from_str(json.dumps(spelled))
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT.splitlines(keepends=True), trainer)
+    tokenizer.add_tokens(["<think>"])
+    made: dict[str, Any] = json.loads(tokenizer.to_str())
+    return made
+
+
+@cache
+def sentencepiece() -> dict[str, Any]:
+    """Returns a BPE tokenizer.json with byte fallback and every merge that SentencePiece would try."""
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>"], limit_alphabet=90, show_progress=False)
+    trained.train_from_iterator(TEXT.splitlines(), trainer)
+    learned = [token for token, _ in sorted(trained.get_vocab().items(), key=lambda item: item[1])][1:]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned, "▁▁", "▁▁▁▁"]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    merges = [
+        (token[:cut], token[cut:])
+        for token in vocab
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab and not token.startswith("<")
+    ]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made: dict[str, Any] = json.loads(tokenizer.to_str())
+    return made
+
+
+def write_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> int:
+    """Writes the tokenizer's files; returns the number of its tokens."""
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    spm = tokenizer["model"]["byte_fallback"]
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} if spm else {"eos_token": "<|im_end|>"}
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, "add_bos_token": spm, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return Tokenizer.from_str(json.dumps(tokenizer)).get_vocab_size()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Returns a function that makes a model directory: family, pre-tokenizer or "spm", sizes."""
+
+    @cache
+    def make(family: str = "llama", pre: str = "gpt-2", dtype: torch.dtype = torch.float32, **sizes: Any) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        vocab = write_tokenizer(folder, sentencepiece() if pre == "spm" else byte_level(pre))
+        config_class, model_class, settings = FAMILIES[family]
+        torch.manual_seed(1)
+        config = config_class(**{**SIZES, **settings, **sizes, "vocab_size": vocab + 5}, eos_token_id=2, bos_token_id=1)
+        model = model_class(config).to(dtype)
+        for name, parameter in model.named_parameters():
+            if name.endswith((".bias", "norm.weight")):
+                torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
+        model.save_pretrained(folder)
+        return folder
+
+    return make

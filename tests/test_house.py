@@ -1,0 +1,76 @@
+"""Who may import whom (from the top floor down), and what must stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import lighten
+
+ROOT = Path(lighten.__file__).parent
+FLOORS = {
+    "errors": 0,
+    "store": 1,
+    "data": 1,
+    "stage": 2,
+    "process": 3,
+    "model": 3,
+    "compress": 4,
+    "export": 4,
+    "evaluate": 4,
+    "report": 4,
+    "steps": 5,
+    "recipe": 6,
+    "plan": 7,
+    "pipeline": 8,
+    "verbs": 9,
+    "progress": 9,
+    "cli": 10,
+}
+APART = ("compress", "export", "evaluate", "report")
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{name.name}" for name in node.names if node.module == "lighten")
+        elif isinstance(node, ast.Import):
+            found.update(name.name for name in node.names)
+    return {name for name in found if name.startswith("lighten.") and room(name) in FLOORS}
+
+
+def test_every_module_has_a_floor() -> None:
+    rooms = {path.stem if path.is_file() else path.name for path in ROOT.iterdir() if path.suffix in ("", ".py")}
+    assert {name for name in rooms if not name.startswith("__") and name != "recipes"} == set(FLOORS)
+
+
+def test_imports_go_down_and_the_three_packages_do_not_know_each_other() -> None:
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] == "__init__":
+            continue
+        for name in imports(path):
+            there = room(name)
+            down = FLOORS[there] < FLOORS[parts[0]] or there == parts[0]
+            allowed = "settings" in name or "machine" in name if there == "evaluate" else True
+            apart = parts[0] in APART and there in APART and there != parts[0]
+            if not down or apart or (parts[0] in APART and not allowed and there != parts[0]):
+                wrong.append(f"{'/'.join(parts)} imports {name}")
+    assert wrong == []
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from lighten.cli import app\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'llama_cpp', 'gguf', 'matplotlib', 'huggingface_hub'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,96 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lighten.errors import Failure, RequestError
+from lighten.process import run_isolated
+
+HERE = "tests.test_process"
+
+
+def double(payload, report):
+    print("noise on standard output does not disturb the answer")
+    report(1, 2, "half")
+    return {"twice": 2 * payload["n"]}
+
+
+def allocate(payload, report):
+    return len(bytearray(payload["n"]))
+
+
+def refuse(payload, report):
+    raise RequestError("no such thing")
+
+
+def fail(payload, report):
+    raise ZeroDivisionError("by zero")
+
+
+def full(payload, report):
+    with open("/dev/full", "w") as file:
+        file.write("x" * 100_000)
+
+
+def crash(payload, report):
+    print("last words", flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def wait(payload, report):
+    report(os.getpid(), 0, "")
+    time.sleep(60)
+
+
+def test_answers_and_reports() -> None:
+    seen = []
+    outcome = run_isolated(f"{HERE}:double", {"n": 21}, lambda *event: seen.append(event))
+    assert outcome.value == {"twice": 42}
+    assert seen == [(1, 2, "half")]
+    assert outcome.seconds > 0
+
+
+def test_memory_is_its_own() -> None:
+    ballast = bytearray(300_000_000)
+    small = run_isolated(f"{HERE}:allocate", {"n": 1}).peak_rss_bytes
+    large = run_isolated(f"{HERE}:allocate", {"n": 200_000_000}).peak_rss_bytes
+    assert small < len(ballast)
+    assert 150_000_000 < large - small < 250_000_000
+
+
+def test_errors_keep_their_kind() -> None:
+    with pytest.raises(RequestError, match="no such thing"):
+        run_isolated(f"{HERE}:refuse", {})
+    with pytest.raises(Failure, match="ZeroDivisionError: by zero"):
+        run_isolated(f"{HERE}:fail", {})
+
+
+def test_a_full_disk_is_one_clear_message() -> None:
+    with pytest.raises(Failure, match=r"no space left on the device: free some space.*lighten gc"):
+        run_isolated(f"{HERE}:full", {})
+
+
+def test_a_crash_is_one_message_with_its_last_words() -> None:
+    with pytest.raises(Failure, match="SIGSEGV") as caught:
+        run_isolated(f"{HERE}:crash", {})
+    assert "last words" in str(caught.value)
+
+
+def test_dies_with_its_parent() -> None:
+    script = f"from lighten.process import run_isolated; run_isolated('{HERE}:wait', {{}}, lambda pid, *_: print(pid, flush=True))"
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(50):
+        if not os.path.exists(f"/proc/{child}"):
+            return
+        with open(f"/proc/{child}/stat") as status:
+            if status.read().split()[2] == "Z":
+                return
+        time.sleep(0.1)
+    pytest.fail("the child outlived its parent")

@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lighten.errors import RequestError
+from lighten.recipe import load, parse
+from lighten.steps import step_class
+
+GOOD = """name: demo
+model: demo:smollm2-135m
+calibration: {data: builtin, samples: 4, length: 64}
+variants:
+  int4:
+    - quantize: {method: gptq, bits: 4, group_size: 64}
+  q4: [{export: {format: gguf, type: Q4_K_M, imatrix: true}}]
+evaluate:
+  accuracy: {task: builtin}
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_good_recipe_and_its_defaults(tmp_path: Path) -> None:
+    recipe = load(write(tmp_path, GOOD))
+    assert [step.kind for step in recipe.steps("int4")] == ["quantize"]
+    assert recipe.evaluate.accuracy[0].task == "builtin"
+    assert recipe.evaluate.perplexity is None
+    resolved = yaml.safe_load(recipe.dump())
+    assert resolved["variants"]["int4"][0]["quantize"]["damp_percent"] == 0.01
+    assert parse(resolved) == load(write(tmp_path, recipe.dump()))
+
+
+def test_the_ready_recipes_load() -> None:
+    for path in (Path(__file__).parent.parent / "recipes").glob("*.yaml"):
+        assert load(path.stem).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("samples: 4", "sample: 4"), r"recipe\.yaml:3: calibration\.sample: unknown key; did you mean 'samples'\?"),
+        (("variants:", "variant:"), r"recipe\.yaml:4: variant: unknown key; did you mean 'variants'\?"),
+        (("bits: 4", "bit: 4"), r"recipe\.yaml:6: variants\.int4\.0\.quantize\.bit: unknown key; did you mean 'bits'\?"),
+        (("bits: 4", "bits: 5"), r"recipe\.yaml:6: .*bits: must be 2, 3, 4 or 8, not 5"),
+        (("method: gptq", "method: gtpq"), r"recipe\.yaml:6: .*method: must be 'gptq', not 'gtpq'"),
+        (("group_size: 64", "group_size: 48"), r"recipe\.yaml:6: .*group_size: must be -1, 32, 64 or 128, not 48"),
+        (("- quantize:", "- quantise:"), r"recipe\.yaml:6: .*unknown step 'quantise'; did you mean 'quantize'\?"),
+        (("task: builtin", "tusk: builtin"), r"recipe\.yaml:9: evaluate\.accuracy.*unknown key; did you mean 'task'"),
+        (("type: Q4_K_M", "type: Q4_K_X"), r"recipe\.yaml:7: .*type: must be .*'Q4_K_M'.*not 'Q4_K_X'"),
+        (("model: demo:smollm2-135m\n", ""), r"recipe\.yaml: model: this key is required"),
+        (("name: demo", "name: a/b"), r"recipe\.yaml:1: name"),
+        (("length: 64}", "length: 64"), r"recipe\.yaml:\d+: not valid YAML"),
+        (("samples: 4", "samples: many"), r"recipe\.yaml:3: calibration\.samples: must be a valid integer"),
+    ],
+)
+def test_an_error_names_file_line_and_key(tmp_path: Path, change: tuple[str, str], expected: str) -> None:
+    assert change[0] in GOOD
+    with pytest.raises(RequestError, match=expected):
+        load(write(tmp_path, GOOD.replace(*change)))
+
+
+def test_not_a_mapping(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="a recipe is a mapping"):
+        load(write(tmp_path, "- just a list\n"))
+
+
+def test_a_missing_recipe_lists_the_ready_ones() -> None:
+    with pytest.raises(RequestError, match=r"no recipe 'quickstrat': did you mean 'quickstart'"):
+        load("quickstrat")
+
+
+def test_unknown_step_class() -> None:
+    with pytest.raises(RequestError, match="there is no step"):
+        step_class("shrink")
