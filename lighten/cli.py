@@ -135,7 +135,7 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
         help=f"{field.description or ''}{choices}{default}".strip(),
         show_default=False,
     )
-    annotation = Annotated[kind if field.is_required() else kind | None, option]
+    annotation: Any = Annotated[kind if field.is_required() else kind | None, option]
     default_value = inspect.Parameter.empty if field.is_required() else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default_value, annotation=annotation)
 
@@ -234,7 +234,7 @@ def evaluate(
             if "perplexity" in left_out
             else parse_settings(Perplexity, {"data": data, "length": length, "samples": samples}, where),
             accuracy=[] if "accuracy" in left_out else [accuracy],
-            speed=None if "speed" in left_out else Speed(),
+            speed=None if "speed" in left_out else Speed.model_validate({}),
             device=device,
             watcher=watcher,
         )
@@ -287,17 +287,15 @@ def list_versions(artifacts: Artifacts = Path("artifacts"), as_json: Json = Fals
             artifact = store.find(link.resolve().name)
             size = artifact.size_bytes if artifact else None
             kind = artifact.format if artifact else "missing"
-            row = {"recipe": version.parent.name, "version": version.name, "variant": link.name, "format": kind}
-            rows.append({**row, "size_bytes": size, "key": link.resolve().name})
+            row: dict[str, Any] = {"recipe": version.parent.name, "version": version.name, "variant": link.name}
+            rows.append({**row, "format": kind, "size_bytes": size, "key": link.resolve().name})
     if as_json:
         _print_json(rows)
         return
     table = Table("recipe", "version", "variant", "format", "MB", "key", box=None)
     for row in rows:
-        size = f"{row['size_bytes'] / 1e6:.1f}" if isinstance(row["size_bytes"], int) else "–"
-        table.add_row(
-            str(row["recipe"]), str(row["version"]), str(row["variant"]), str(row["format"]), size, str(row["key"])[:12]
-        )
+        megabytes = f"{row['size_bytes'] / 1e6:.1f}" if row["size_bytes"] else "–"
+        table.add_row(row["recipe"], row["version"], row["variant"], row["format"], megabytes, row["key"][:12])
     Console().print(table if rows else f"nothing in {artifacts} yet: try `lighten run quickstart`")
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine, paired
-from lighten.plan import Plan, Predictor, Stage, make_plan, measuring_packages, what
+from lighten.plan import Plan, Predictor, Stage, make_plan, measuring_packages, this_machine, what
 from lighten.process import run_isolated
 from lighten.recipe import BASELINE, Recipe, load
 from lighten.report.results import Results
@@ -124,7 +124,7 @@ class Builder:
             artifact = self.store.finish(out, manifest)
         cost = {
             "what": what(stage),
-            "machine": machine.identity(),
+            "machine": this_machine(),
             "seconds": outcome.seconds,
             "nominal_seconds": self.predictor.nominal_seconds(stage),
             "peak_bytes": outcome.peak_rss_bytes,
@@ -164,7 +164,7 @@ class Builder:
 
 def choose_device(device: str) -> str:
     """Returns "cuda" for "auto" where nvidia-smi shows a GPU, else "cpu"; other names are taken as they are."""
-    return ("cuda" if machine.gpus() else "cpu") if device == "auto" else device
+    return ("cuda" if machine.fingerprint()["gpus"] else "cpu") if device == "auto" else device
 
 
 def plan(recipe: str | Recipe, *, only: list[str] | None = None) -> Plan:

@@ -160,7 +160,7 @@ class _Builder:
         if data:
             config["data"] = data
         if measure == "speed":
-            config["machine"] = machine.identity()
+            config["machine"] = this_machine()
         key = stage_key("measure", MEASURE_VERSION, config, [parent.key for parent in parents])
         estimate = predict_measurement(settings, self.facts)
         return self._add(
@@ -205,12 +205,31 @@ def predict_measurement(settings: Perplexity | Accuracy | Speed, facts: ModelFac
     )
 
 
+def this_machine() -> dict[str, Any]:
+    """Returns what a speed depends on: processor, cores, memory, GPUs."""
+    found = machine.fingerprint()
+    return {name: found.get(name) for name in ("cpu", "cores", "memory_bytes", "gpus")}
+
+
+def nominal_flops() -> tuple[float, float]:
+    """Returns floating-point operations per second of this processor: bfloat16 (or the best it has), and float32.
+
+    Rough figures per core; a `Predictor` corrects them by what earlier stages took.
+    """
+    found = machine.fingerprint()
+    cores = int(found["cores"])
+    wide = "avx512f" in found["flags"]
+    plain = cores * (70e9 if wide else 35e9)
+    fast = cores * 150e9 if {"avx512_bf16", "amx_bf16"} & set(found["flags"]) else plain
+    return fast, plain
+
+
 class Predictor:
     """Turns estimates into predictions for this machine, corrected by what earlier stages took here."""
 
     def __init__(self, store: Store) -> None:
-        here = machine.identity()
-        fast, plain = machine.nominal_flops()
+        here = this_machine()
+        fast, plain = nominal_flops()
         self._rates = fast, plain
         ratios: dict[str, list[float]] = {}
         for cost in store.costs():
@@ -221,7 +240,7 @@ class Predictor:
     def nominal_seconds(self, stage: Stage) -> float:
         """Returns the time by arithmetic alone."""
         work = stage.estimate.fast_flops / self._rates[0] + stage.estimate.float32_flops / self._rates[1]
-        return 4 + stage.estimate.seconds + work
+        return float(4 + stage.estimate.seconds + work)
 
     def predict(self, stage: Stage) -> Prediction:
         """Returns time, peak memory and disk of a stage."""

@@ -32,9 +32,9 @@ class Recipe(BaseModel):
     model: str
     revision: str | None = None
     trust_remote_code: bool = False
-    calibration: Sweep = Sweep()
+    calibration: Sweep = Field(default_factory=lambda: Sweep.model_validate({}))
     variants: dict[str, list[dict[str, dict[str, Any]]]] = Field(min_length=1)
-    evaluate: Evaluate = Evaluate()
+    evaluate: Evaluate = Field(default_factory=Evaluate)
 
     @field_validator("variants")
     @classmethod

@@ -15,15 +15,13 @@ from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.model.source import Found, find
-from lighten.pipeline import Silent, Watcher, add_measurements, build_all, choose_device
+from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, choose_device
 from lighten.plan import Predictor, make_plan
 from lighten.process import run_isolated
 from lighten.recipe import Recipe, parse_settings
 from lighten.report.results import Results
 from lighten.steps import step_class
-from lighten.store import Artifact, Store, hash_files, read_artifact
-
-WEIGHTS = (".safetensors", ".gguf")
+from lighten.store import Artifact, Store, read_artifact
 
 
 def one_step(
@@ -144,9 +142,9 @@ def _measure_one(
     watcher: Watcher,
 ) -> dict[str, Any]:
     is_baseline = number == 0
-    files = hash_files(source.path) if source.path.is_dir() else [{"path": source.path.name, "size": source.path.stat().st_size}]
-    size = sum(entry["size"] for entry in files)
-    weights = sum(entry["size"] for entry in files if entry["path"].endswith(WEIGHTS))
+    files = [file for file in source.path.rglob("*") if file.is_file()] if source.path.is_dir() else [source.path]
+    size = sum(file.stat().st_size for file in files)
+    weights = sum(file.stat().st_size for file in files if file.suffix in WEIGHTS)
     row: dict[str, Any] = {
         "name": "baseline" if is_baseline else source.path.name,
         "path": str(source.path),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -20,7 +21,8 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.bfloat16:
         yield
         return
-    cpu, gpu = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    gpu: Any = torch.backends.cuda.matmul
     before = cpu.fp32_precision, gpu.fp32_precision
     cpu.fp32_precision, gpu.fp32_precision = "bf16", "tf32"
     try:

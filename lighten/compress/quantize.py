@@ -166,7 +166,7 @@ class Quantize(Step):
     def _write_config(self, config: dict[str, Any], source: Path, out: Path) -> None:
         from lighten import __version__
 
-        quantization = {
+        quantization: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": self.bits,
             "group_size": self.group_size,
@@ -179,7 +179,8 @@ class Quantize(Step):
             "meta": {"quantizer": [f"lighten:{__version__}"]},
         }
         if self.ignore:
-            quantization["dynamic"] = {f"-:^{fnmatch.translate(pattern)}": {} for pattern in self.ignore}
+            skipped: dict[str, Any] = {f"-:{fnmatch.translate(pattern)}": {} for pattern in self.ignore}
+            quantization["dynamic"] = skipped
         for file in source.iterdir():
             weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
             if file.is_file() and not weights and file.name not in (MANIFEST, "config.json"):

@@ -23,7 +23,9 @@ _BITS = {
     "Q3_K_M": 3.95,
     "Q2_K": 3.2,
 }
-"""Nominal bits per weight, for predictions."""
+"""Bits per weight where every row is a multiple of 256, for predictions."""
+_FALLBACK_BITS = {"Q6_K": 8.1, "Q5_K_M": 6.6, "Q4_K_M": 6.2, "Q3_K_M": 5.5, "Q2_K": 5.2}
+"""The same where the rows of the hidden size are not: what SmolLM2-135M (576) came to."""
 
 _WRITE_SECONDS = 2e-8
 """Per weight, to write the plain file: 2.5 s for SmolLM2-135M on two cores."""
@@ -68,15 +70,17 @@ class Export(Step):
             )
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
-        """Returns the size of the file, the largest tensor in memory, and time by what SmolLM2-135M took."""
-        size = facts.params * _BITS[self.type] / 8
-        plain = facts.params * 2 if self.quantized else 0
+        """Returns the size of the file, the largest tensor in memory, and time by what SmolLM2-135M took.
+
+        While it runs, the step also holds the plain file: 2 bytes a weight.
+        """
+        bits = _FALLBACK_BITS.get(self.type, _BITS[self.type]) if facts.hidden % 256 else _BITS[self.type]
         largest = max(facts.vocab * facts.hidden, facts.hidden * facts.intermediate)
         quantizing = _QUANTIZE_SECONDS.get(self.type, 1.5e-8) if self.quantized else 0.0
         return Estimate(
             seconds=(_WRITE_SECONDS + quantizing) * facts.params,
             peak_bytes=500_000_000 + 12 * largest,
-            disk_bytes=int(size + plain),
+            disk_bytes=int(facts.params * bits / 8),
         )
 
     def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:

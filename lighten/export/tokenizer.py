@@ -91,10 +91,9 @@ def _read_json(path: Path) -> Json:
 
 def _read_tokenizer(path: Path) -> Json:
     if not path.is_file():
-        raise RequestError(
-            f"{path.parent} has no tokenizer.json; write one once: "
-            f"python -c \"from transformers import AutoTokenizer as A; A.from_pretrained('{path.parent}').save_pretrained('{path.parent}')\""
-        )
+        folder = path.parent
+        code = f"from transformers import AutoTokenizer as A; A.from_pretrained('{folder}').save_pretrained('{folder}')"
+        raise RequestError(f'{folder} has no tokenizer.json; write one once: python -c "{code}"')
     tokenizer = _read_json(path)
     kind = tokenizer["model"].get("type", "BPE")
     if kind != "BPE":

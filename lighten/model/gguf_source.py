@@ -131,7 +131,10 @@ def read_header(path: Path) -> Header:
         if file.read(4) != b"GGUF":
             raise RequestError(f"{path} is not a GGUF file (it does not begin with GGUF)")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(path, data, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
+            try:
+                return _parse(path, data, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
+            except (ValueError, TypeError, OverflowError, struct.error) as error:
+                raise Failure(f"{path} has a damaged header ({error}); fetch it again") from error
 
 
 def _parse(path: Path, data: mmap.mmap, sizes: dict[int, tuple[int, int]]) -> Header:

@@ -49,7 +49,7 @@ class ShardWriter:
             self._start_shard()
         assert self._file is not None
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._file.write(memoryview(raw.numpy()))
+        self._file.write(raw.numpy().data)
         self._shards[-1][name] = {
             "dtype": _TYPES[tensor.dtype],
             "shape": list(tensor.shape),

@@ -186,6 +186,9 @@ def tokenizer_json(fields: Json) -> Json:
     kind = fields.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise RequestError(f"the GGUF file has a tokenizer of kind {kind!r}; lighten reads gpt2 and llama")
+    needed = ("tokens", "merges" if kind == "gpt2" else "scores")
+    if missing := [name for name in needed if f"tokenizer.ggml.{name}" not in fields]:
+        raise RequestError(f"the GGUF file has a {kind} tokenizer without tokenizer.ggml.{missing[0]}")
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     types: list[int] = list(fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens))
     count = len(tokens)

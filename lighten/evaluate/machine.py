@@ -1,0 +1,82 @@
+"""What the numbers were taken on: processor, memory, operating system, GPUs and package versions. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve")
+PACKAGES = ("lighten", "torch", "transformers", "gptqmodel", "optimum", "llama-cpp-python", "gguf")
+FAST_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+@cache
+def fingerprint() -> dict[str, Any]:
+    """Returns the machine as JSON: cpu, cores (physical), memory_bytes, os, python, flags, gpus, packages."""
+    cpu, flags = _processor()
+    return {
+        "cpu": cpu,
+        "cores": cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "gpus": _gpus(),
+        "packages": packages(),
+    }
+
+
+def cores() -> int:
+    """Returns the physical cores this process may use."""
+    physical = psutil.cpu_count(logical=False) or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
+    return min(physical, allowed)
+
+
+def fast_bfloat16() -> bool:
+    """Returns whether the processor multiplies bfloat16 faster than float32."""
+    return bool(FAST_BFLOAT16 & set(fingerprint()["flags"]))
+
+
+def packages() -> dict[str, str]:
+    """Returns the versions of the installed packages that bear on a measurement."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> tuple[str, set[str]]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), set()
+    facts: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    flags = set((facts.get("flags") or facts.get("Features") or "").split())
+    return facts.get("model name") or platform.processor() or platform.machine(), flags
+
+
+def _gpus() -> list[str]:
+    command = shutil.which("nvidia-smi")
+    if not command:
+        return []
+    try:
+        asked = [command, "--query-gpu=name", "--format=csv,noheader"]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]

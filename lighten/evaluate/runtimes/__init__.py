@@ -1,0 +1,144 @@
+"""What runs a model: one protocol, and the choice of its implementation by what lies on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lighten.errors import RequestError
+from lighten.stage import Report
+
+Ids = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+class Score(NamedTuple):
+    """Log-probability (nats) of an ending after its context; `greedy` if every token of it was the most likely one."""
+
+    logprob: float
+    greedy: bool
+
+
+@dataclass(frozen=True)
+class Question:
+    """Token ids of a context (at least one) and of the endings (at least one token each) that may follow it."""
+
+    context: list[int]
+    endings: list[list[int]]
+
+    @property
+    def packed(self) -> int:
+        """Tokens to compute: the context once, and every ending but its last token, which predicts nothing."""
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds to the first token of every sequence, and of each decoding step after it."""
+
+    ttft_s: float
+    token_s: list[float]
+
+
+class Tokenizer(Protocol):
+    """Turns text into ids; `bos` is the id it puts first by its own default, or None if it puts none."""
+
+    bos: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, no special tokens added."""
+
+
+class Runtime(Protocol):
+    """A loaded model."""
+
+    name: str
+    """"torch" or "llama.cpp"."""
+    device: str
+    dtype: str
+    """Arithmetic of the weights: "float32", "bfloat16", or the type of the GGUF file, such as "Q4_K - Medium"."""
+    detail: str
+    """Versions and kernels."""
+    vocab: int
+
+    def logits(self, ids: Ids) -> Floats:
+        """Returns the logits `[n, vocab]` at every position of `ids [n]`; valid until the next call."""
+
+    def hidden(self) -> Floats | None:
+        """Returns what entered the head in the last `logits`, `[n, hidden]`; None if the runtime does not show it."""
+
+    def choose(self, context: list[int], endings: list[list[int]]) -> list[Score]:
+        """Returns the score of each ending; the context is computed once."""
+
+    def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
+        """Returns the scores of many questions, computed together in batches of similar length."""
+
+    def generate(self, prompt: Ids, steps: int) -> Timings:
+        """Decodes `steps` tokens greedily after `prompt [batch, n]`, with a cache, through any end of text."""
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text by the model's own tokenizer, no special tokens added."""
+
+    def peak_vram_bytes(self) -> int | None:
+        """Returns the peak of accelerator memory, or None if there is none to ask."""
+
+    def close(self) -> None:
+        """Frees the model."""
+
+
+def open_runtime(path: Path, *, device: str = "cpu", dtype: str | None = None) -> Runtime:
+    """Loads a model on the runtime that serves its format.
+
+    Args:
+        path: a .gguf file, a directory that holds exactly one, or a Hugging Face model directory.
+        device: "cpu" or "cuda".
+        dtype: arithmetic for a Hugging Face model. None is for measuring quality: float32 on a CPU (so that
+            the noise of arithmetic is not taken for a loss by compression), bfloat16 on a GPU.
+
+    Raises:
+        RequestError: nothing there that can be run, or an extra is missing.
+        Failure: the model is damaged.
+    """
+    gguf = find_gguf(path)
+    if gguf:
+        from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
+
+        return LlamaCppRuntime(gguf, device)
+    from lighten.evaluate.runtimes.torch import TorchRuntime
+
+    return TorchRuntime(path, device, dtype)
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """Opens the tokenizer of a model directory or a .gguf file, without the weights."""
+    gguf = find_gguf(path)
+    if gguf:
+        from lighten.evaluate.runtimes.llama_cpp import GgufTokenizer
+
+        return GgufTokenizer(gguf)
+    from lighten.evaluate.runtimes.tokenizer import HfTokenizer
+
+    return HfTokenizer(path)
+
+
+def find_gguf(path: Path) -> Path | None:
+    """Returns the .gguf file that `path` is or holds, or None for a Hugging Face model directory."""
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if not path.is_dir():
+        what = "is neither a .gguf file nor a model directory" if path.exists() else "does not exist"
+        raise RequestError(f"cannot measure {path}: it {what}")
+    if any(path.glob("*.safetensors")):
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise RequestError(f"{path} holds {len(found)} .gguf files ({names}): name the one to measure")
+    if not found and not (path / "config.json").is_file():
+        raise RequestError(f"{path} holds neither a config.json nor a .gguf file: not a model")
+    return found[0] if found else None

@@ -1,0 +1,267 @@
+"""GGUF files, through llama-cpp-python's binding of llama.h."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from lighten.errors import Failure, missing_extra
+from lighten.evaluate import machine, rows
+from lighten.evaluate.runtimes import Floats, Ids, Question, Score, Timings
+from lighten.evaluate.runtimes.batches import by_length
+from lighten.stage import Report, silent
+
+BATCH_TOKENS = 512
+ENDINGS = 64
+ERROR = 4
+CONTINUED = 5
+
+
+def _library() -> ModuleType:
+    try:
+        from llama_cpp import llama_cpp
+    except ImportError as error:
+        raise missing_extra("gguf", "llama-cpp-python", "running a GGUF file") from error
+    library: ModuleType = llama_cpp
+    return library
+
+
+class _Model:
+    """A loaded GGUF file: its weights (or its vocabulary only), and what llama.cpp complained of."""
+
+    def __init__(self, path: Path, device: str, vocab_only: bool) -> None:
+        self.library = library = _library()
+        self._complaints: list[str] = []
+        self._level = 0
+        self._callback = library.llama_log_callback(self._log)
+        library.llama_log_set(self._callback, ctypes.c_void_p(0))
+        library.llama_backend_init()
+        params = library.llama_model_default_params()
+        params.vocab_only = vocab_only
+        params.n_gpu_layers = 0 if device == "cpu" else -1
+        self.handle = library.llama_model_load_from_file(str(path).encode(), params)
+        if not self.handle:
+            raise Failure(f"llama.cpp cannot load {path}: {self.complaint()}. If it was cut short, make or fetch it again")
+        self.vocab = library.llama_model_get_vocab(self.handle)
+
+    def _log(self, level: int, text: bytes, _data: Any) -> None:
+        self._level = self._level if level == CONTINUED else level
+        if self._level == ERROR:
+            self._complaints.append(text.decode(errors="replace"))
+
+    def complaint(self) -> str:
+        """Returns what llama.cpp reported as errors."""
+        return " ".join("".join(self._complaints).split()) or "it gives no reason"
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, no special tokens added; the names of special tokens are read as such."""
+        data = text.encode()
+        room = len(data) + 16
+        ids = (ctypes.c_int32 * room)()
+        count = self.library.llama_tokenize(self.vocab, data, len(data), ids, room, False, True)
+        if count < 0:
+            raise Failure(f"llama.cpp cannot tokenize a text of {len(data)} bytes")
+        return list(ids[:count])
+
+    def close(self) -> None:
+        """Frees the model and takes the log callback back, which must not outlive this object."""
+        self.library.llama_model_free(self.handle)
+        self.library.llama_log_set(self.library.llama_log_callback(), ctypes.c_void_p(0))
+
+
+class GgufTokenizer:
+    """The tokenizer of a GGUF file, without its weights."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = _Model(path, "cpu", vocab_only=True)
+        library = self._model.library
+        adds = library.llama_vocab_get_add_bos(self._model.vocab)
+        self.bos: int | None = int(library.llama_vocab_bos(self._model.vocab)) if adds else None
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, no special tokens added."""
+        return self._model.encode(text)
+
+
+class LlamaCppRuntime:
+    """A GGUF model. See `Runtime` for the methods."""
+
+    name = "llama.cpp"
+
+    def __init__(self, path: Path, device: str) -> None:
+        """Loads the model.
+
+        Raises:
+            RequestError: llama-cpp-python is missing.
+            Failure: the file does not load.
+        """
+        self._library = library = _library()
+        on_gpu = device != "cpu" and library.llama_supports_gpu_offload()
+        self.device = device if on_gpu else "cpu"
+        self._model = _Model(path, self.device, vocab_only=False)
+        self.dtype = library.llama_ftype_name(library.llama_model_ftype(self._model.handle)).decode()
+        self.detail = f"llama-cpp-python {version('llama-cpp-python')}"
+        self.vocab = int(library.llama_vocab_n_tokens(self._model.vocab))
+        self._context: Any = None
+        self._shape: tuple[int, int, bool] = (0, 0, False)
+
+    def _open_context(self, tokens: int, sequences: int, shared: bool) -> Any:
+        """Returns an empty context for `tokens` in all; kept and cleared for as long as the shape stays the same."""
+        library = self._library
+        if self._shape != (tokens, sequences, shared):
+            self._free_context()
+            params = library.llama_context_default_params()
+            params.n_ctx = params.n_batch = tokens
+            params.n_ubatch = min(tokens, BATCH_TOKENS)
+            params.n_seq_max = sequences
+            params.kv_unified = shared
+            params.n_threads = params.n_threads_batch = machine.cores()
+            self._context = library.llama_init_from_model(self._model.handle, params)
+            if not self._context:
+                raise Failure(f"llama.cpp cannot make room for {tokens} tokens: {self._model.complaint()}")
+            self._shape = (tokens, sequences, shared)
+        library.llama_memory_clear(library.llama_get_memory(self._context), True)
+        return self._context
+
+    def _free_context(self) -> None:
+        if self._context:
+            self._library.llama_free(self._context)
+        self._context, self._shape = None, (0, 0, False)
+
+    def _decode(self, context: Any, batch: _Batch) -> Floats:
+        """Returns the logits of the batch's wanted rows, `[rows, vocab]`: llama.cpp's own memory, until the next call."""
+        code = self._library.llama_decode(context, batch.struct)
+        if code:
+            raise Failure(f"llama.cpp failed to decode {batch.struct.n_tokens} tokens (code {code}): {self._model.complaint()}")
+        pointer = self._library.llama_get_logits(context)
+        return np.ctypeslib.as_array(pointer, (batch.wanted, self.vocab))
+
+    def logits(self, ids: Ids) -> Floats:
+        """See `Runtime`."""
+        context = self._open_context(len(ids), 1, False)
+        every = np.ones(len(ids), dtype=np.bool_)
+        return self._decode(context, _Batch(self._library, ids, np.arange(len(ids)), [[0]] * len(ids), every))
+
+    def hidden(self) -> Floats | None:
+        """See `Runtime`: llama.cpp does not show it."""
+        return None
+
+    def choose(self, context: list[int], endings: list[list[int]]) -> list[Score]:
+        """See `Runtime`."""
+        return self.choose_many([Question(context, endings)], silent)[0]
+
+    def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
+        """See `Runtime`. Every ending is a sequence; the tokens of a context belong to the sequences of all its endings."""
+        scores: list[list[Score]] = [[] for _ in questions]
+        if not questions:
+            return scores
+        tokens = max(BATCH_TOKENS, *(question.packed for question in questions))
+        sequences = max(ENDINGS, *(len(question.endings) for question in questions))
+        start, done, computed = time.monotonic(), 0, 0
+        report(0, len(questions), "")
+        for batch in by_length(questions, BATCH_TOKENS, padded=False, sequences=sequences):
+            packed = [questions[index] for index in batch]
+            found = self._score(packed, self._open_context(tokens, sequences, True))
+            for index, score in zip(batch, found, strict=True):
+                scores[index] = score
+            done += len(batch)
+            computed += sum(question.packed for question in packed)
+            report(done, len(questions), f"{computed / (time.monotonic() - start):.0f} tok/s")
+        return scores
+
+    def _score(self, questions: list[Question], context: Any) -> list[list[Score]]:
+        ids: list[int] = []
+        positions: list[int] = []
+        owners: list[list[int]] = []
+        wanted: list[bool] = []
+        picks: list[list[int]] = []  # for every ending the rows of logits that predict its tokens
+        targets: list[list[int]] = []
+        row = sequence = 0
+        for question in questions:
+            size = len(question.context)
+            own = list(range(sequence, sequence + len(question.endings)))
+            ids += question.context
+            positions += range(size)
+            owners += [own] * size
+            wanted += [False] * (size - 1) + [True]
+            first, row = row, row + 1
+            for number, ending in zip(own, question.endings, strict=True):
+                rest = len(ending) - 1
+                ids += ending[:-1]
+                positions += range(size, size + rest)
+                owners += [[number]] * rest
+                wanted += [True] * rest
+                picks.append([first, *range(row, row + rest)])
+                targets.append(ending)
+                row += rest
+            sequence += len(question.endings)
+        batch = _Batch(self._library, np.array(ids), np.array(positions), owners, np.array(wanted))
+        logits = self._decode(context, batch)
+        logprobs, greedy = rows.token_logprobs(logits, np.concatenate(targets), np.concatenate(picks))
+        ends = np.cumsum([len(pick) for pick in picks])
+        spans = [slice(end - len(pick), end) for end, pick in zip(ends, picks, strict=True)]
+        found = iter([Score(float(logprobs[span].sum()), bool(greedy[span].all())) for span in spans])
+        return [[next(found) for _ in question.endings] for question in questions]
+
+    def generate(self, prompt: Ids, steps: int) -> Timings:
+        """See `Runtime`."""
+        batch, length = prompt.shape
+        context = self._open_context(batch * (length + steps), batch, False)
+        owners = [[sequence] for sequence in range(batch)]
+        start = time.perf_counter()
+        last = np.tile(np.arange(length) == length - 1, batch)
+        where = np.tile(np.arange(length), batch)
+        whole = [owner for owner in owners for _ in range(length)]
+        ids = self._decode(context, _Batch(self._library, prompt.ravel(), where, whole, last)).argmax(-1)
+        times = [start, time.perf_counter()]
+        every = np.ones(batch, dtype=np.bool_)
+        for step in range(1, steps):
+            at = np.full(batch, length + step - 1)
+            ids = self._decode(context, _Batch(self._library, ids, at, owners, every)).argmax(-1)
+            times.append(time.perf_counter())
+        passed = np.diff(times)
+        return Timings(float(passed[0]), [float(each) for each in passed[1:]])
+
+    def encode(self, text: str) -> list[int]:
+        """See `Runtime`."""
+        return self._model.encode(text)
+
+    def peak_vram_bytes(self) -> int | None:
+        """See `Runtime`: llama.cpp does not tell."""
+        return None
+
+    def close(self) -> None:
+        """See `Runtime`."""
+        self._free_context()
+        self._model.close()
+
+
+class _Batch:
+    """A `llama_batch` over numpy arrays: ids, positions and wanted rows `[n]`, and the sequences of each token."""
+
+    def __init__(
+        self, library: ModuleType, ids: Ids, positions: Ids, owners: list[list[int]], wanted: np.ndarray[Any, np.dtype[np.bool_]]
+    ) -> None:
+        self.wanted = int(wanted.sum())
+        counts = [len(owner) for owner in owners]
+        flat = np.array([sequence for owner in owners for sequence in owner], dtype=np.int32)
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        pointers = (flat.ctypes.data + starts * flat.itemsize).astype(np.uintp)
+        arrays = {
+            "token": (ids.astype(np.int32), ctypes.c_int32),
+            "pos": (positions.astype(np.int32), ctypes.c_int32),
+            "n_seq_id": (np.array(counts, dtype=np.int32), ctypes.c_int32),
+            "seq_id": (pointers, ctypes.POINTER(ctypes.c_int32)),
+            "logits": (wanted.astype(np.int8), ctypes.c_int8),
+        }
+        self._alive = (flat, *(array for array, _ in arrays.values()))  # llama.cpp reads this memory in `llama_decode`
+        self.struct = library.llama_batch(n_tokens=len(ids))
+        for field, (array, kind) in arrays.items():
+            setattr(self.struct, field, array.ctypes.data_as(ctypes.POINTER(kind)))

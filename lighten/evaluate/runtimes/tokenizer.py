@@ -1,0 +1,26 @@
+"""The tokenizer of a Hugging Face model directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lighten.errors import RequestError
+
+
+class HfTokenizer:
+    """Wraps AutoTokenizer; reads the directory only, and runs no code of its own."""
+
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise RequestError(f"{path} has no tokenizer that transformers can read: {error}") from error
+        first = self._tokenizer("a", add_special_tokens=True)["input_ids"][0]
+        self.bos: int | None = int(first) if first == self._tokenizer.bos_token_id else None
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, no special tokens added."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids

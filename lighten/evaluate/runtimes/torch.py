@@ -1,0 +1,261 @@
+"""Transformers models: Hugging Face directories, GPTQ and AWQ checkpoints among them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lighten.errors import Failure, RequestError, missing_extra
+from lighten.evaluate import rows
+from lighten.evaluate.runtimes import Floats, Ids, Question, Score, Timings
+from lighten.evaluate.runtimes.batches import by_length
+from lighten.evaluate.runtimes.tokenizer import HfTokenizer
+from lighten.model.checkpoint import Checkpoint
+from lighten.stage import Report, silent
+
+BATCH_TOKENS = 1024
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NEEDS_GPTQMODEL = ("gptq", "awq")
+
+
+class TorchRuntime:
+    """A causal language model of transformers. See `Runtime` for the methods."""
+
+    name = "torch"
+
+    def __init__(self, path: Path, device: str, dtype: str | None) -> None:
+        """Loads the model; with no `dtype` as it is best for measuring quality, else as it would be served.
+
+        Raises:
+            RequestError: no model that transformers reads from safetensors, or a missing extra.
+            Failure: damaged weights.
+        """
+        checkpoint = Checkpoint(path)
+        checkpoint.weight_map  # noqa: B018  refuses pickles and names missing shards before anything is loaded
+        method = (checkpoint.quantization or {}).get("quant_method")
+        for_quality = dtype is None
+        self.device = device
+        self.dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+        # a kernel's rounding is no part of a checkpoint's quality, and its prefill can be slow: compute from the weights
+        unpack = for_quality and device == "cpu" and method == "gptq"
+        self.model = _load(path, device, DTYPES[self.dtype], method, "torch" if unpack else None)
+        kernels = _kernels(self.model)
+        if unpack:
+            _unpack(self.model)
+        if for_quality and device == "cpu":
+            _repack(self.model)
+        self.detail = " + ".join([f"transformers {version('transformers')}", *_quantizer(method, kernels, unpack)])
+        self.vocab = int(self.model.config.get_text_config().vocab_size)
+        self._tokenizer_path = path
+        self._tokenizer: HfTokenizer | None = None
+        self._rows: Tensor | None = None
+        self._hidden: Tensor | None = None
+        self.model.get_output_embeddings().register_forward_pre_hook(self._before_head)
+
+    def _before_head(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        """Keeps what enters the head, and lets through only the rows whose logits are wanted."""
+        self._hidden = inputs[0]
+        return None if self._rows is None else (inputs[0].flatten(0, -2)[self._rows][None],)
+
+    @torch.inference_mode()
+    def logits(self, ids: Ids) -> Floats:
+        """See `Runtime`."""
+        batch = torch.from_numpy(ids).to(self.device)[None]
+        return _to_numpy(self.model(input_ids=batch, use_cache=False).logits[0])
+
+    def hidden(self) -> Floats | None:
+        """See `Runtime`."""
+        return None if self._hidden is None else _to_numpy(self._hidden[0])
+
+    def choose(self, context: list[int], endings: list[list[int]]) -> list[Score]:
+        """See `Runtime`."""
+        return self.choose_many([Question(context, endings)], silent)[0]
+
+    @torch.inference_mode()
+    def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
+        """See `Runtime`. A question is one sequence in which an ending sees the context and itself only."""
+        scores: list[list[Score]] = [[] for _ in questions]
+        start, done, tokens = time.monotonic(), 0, 0
+        report(0, len(questions), "")
+        for batch in by_length(questions, BATCH_TOKENS, padded=True):
+            packed = [questions[index] for index in batch]
+            for index, score in zip(batch, self._score(packed), strict=True):
+                scores[index] = score
+            done += len(batch)
+            tokens += sum(question.packed for question in packed)
+            report(done, len(questions), f"{tokens / (time.monotonic() - start):.0f} tok/s")
+        return scores
+
+    def _score(self, questions: list[Question]) -> list[list[Score]]:
+        width = max(question.packed for question in questions)
+        ids = np.zeros((len(questions), width), dtype=np.int64)
+        positions = np.zeros((len(questions), width), dtype=np.int64)
+        segments = np.full((len(questions), width), -1)
+        wanted: list[int] = []
+        targets: list[int] = []
+        for row, question in enumerate(questions):
+            size = at = len(question.context)
+            ids[row, :size] = question.context
+            positions[row, :size] = np.arange(size)
+            segments[row, :size] = 0
+            for number, ending in enumerate(question.endings, 1):
+                after = at + len(ending) - 1
+                ids[row, at:after] = ending[:-1]
+                positions[row, at:after] = np.arange(size, size + len(ending) - 1)
+                segments[row, at:after] = number
+                wanted += [row * width + size - 1, *range(row * width + at, row * width + after)]
+                targets += ending
+                at = after
+        same = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
+        blocked = ~(same & np.tril(np.ones((width, width), dtype=np.bool_)))
+        mask = torch.zeros(blocked.shape, dtype=DTYPES[self.dtype])
+        mask.masked_fill_(torch.from_numpy(blocked), torch.finfo(mask.dtype).min)
+        self._rows = torch.tensor(wanted, device=self.device)
+        try:
+            output = self.model(
+                input_ids=torch.from_numpy(ids).to(self.device),
+                position_ids=torch.from_numpy(positions).to(self.device),
+                attention_mask=mask[:, None].to(self.device),
+                use_cache=False,
+            )
+        finally:
+            self._rows = None
+        logprobs, greedy = rows.token_logprobs(_to_numpy(output.logits[0]), np.array(targets))
+        scores = []
+        at = 0
+        for question in questions:
+            spans = []
+            for ending in question.endings:
+                spans.append(slice(at, at + len(ending)))
+                at += len(ending)
+            scores.append([Score(float(logprobs[span].sum()), bool(greedy[span].all())) for span in spans])
+        return scores
+
+    @torch.inference_mode()
+    def generate(self, prompt: Ids, steps: int) -> Timings:
+        """See `Runtime`."""
+        ids = torch.from_numpy(prompt).to(self.device)
+        cache = None
+        times = [self._now()]
+        for _ in range(steps):
+            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+            times.append(self._now())
+        passed = np.diff(times)
+        return Timings(float(passed[0]), [float(each) for each in passed[1:]])
+
+    def _now(self) -> float:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def encode(self, text: str) -> list[int]:
+        """See `Runtime`."""
+        if self._tokenizer is None:
+            self._tokenizer = HfTokenizer(self._tokenizer_path)
+        return self._tokenizer.encode(text)
+
+    def peak_vram_bytes(self) -> int | None:
+        """See `Runtime`."""
+        return None if self.device == "cpu" else torch.cuda.max_memory_allocated()
+
+    def close(self) -> None:
+        """See `Runtime`."""
+        del self.model
+        self._hidden = None
+
+
+def _load(path: Path, device: str, dtype: torch.dtype, method: str | None, backend: str | None) -> Any:
+    if device != "cpu" and not torch.cuda.is_available():
+        raise RequestError(f"the device {device} is not there: torch sees no GPU. Use --device cpu")
+    options: dict[str, Any] = {}
+    if method in NEEDS_GPTQMODEL:
+        for module in ("gptqmodel", "optimum"):
+            if find_spec(module) is None:
+                raise missing_extra("gptq", module, f"running the {method.upper()} checkpoint {path}")
+        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "3")  # with fewer it fails on a machine of two cores
+    if backend:
+        from transformers import GPTQConfig
+
+        options["quantization_config"] = GPTQConfig(bits=Checkpoint(path).config["quantization_config"]["bits"], backend=backend)
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
+        )
+    except SafetensorError as error:
+        raise Failure(f"the weights in {path} cannot be read ({error}): cut short or damaged; fetch them again") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise RequestError(f"transformers cannot load {path}: {error}") from error
+    return model.eval().to(device)
+
+
+def _kernels(model: nn.Module) -> list[str]:
+    """Returns the class names of the quantized linear layers."""
+    return sorted({type(module).__name__ for module in model.modules() if hasattr(module, "qweight")})
+
+
+def _quantizer(method: str | None, kernels: list[str], unpacked: bool) -> list[str]:
+    if method not in NEEDS_GPTQMODEL:
+        return []
+    how = "weights unpacked to float32" if unpacked else f"{', '.join(kernels)} kernel"
+    return [f"gptqmodel {version('gptqmodel')} ({how})"]
+
+
+def _unpack(model: nn.Module) -> None:
+    """Puts dense linear layers in the place of GPTQ ones; their weights are scale x (code - zero), in float32."""
+    for name, module in list(model.named_modules()):
+        if not hasattr(module, "qweight"):
+            continue
+        module.scales = module.scales.float()
+        # the class's own function: the instance's is wrapped by torch.compile and would be compiled for every layer
+        weight = type(module).dequantize_weight(module).T.contiguous()  # type: ignore[operator]
+        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.float(), requires_grad=False)
+        model.set_submodule(name, dense)
+
+
+def _repack(model: nn.Module) -> None:
+    """Lays the weights of linear layers out for oneDNN, whose float32 is over twice as fast as MKL's on AMD."""
+    if not torch.backends.mkldnn.is_available():
+        return
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+            model.set_submodule(name, _PackedLinear(module))
+
+
+class _PackedLinear(nn.Module):
+    """A float32 linear layer by oneDNN, as torch.compile's freezing makes it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), BATCH_TOKENS // 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Returns inputs `[..., in]` times the transposed weight, plus the bias."""
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
+        return product
+
+
+def _to_numpy(tensor: Tensor) -> Floats:
+    array: Floats = tensor.float().cpu().numpy()
+    return array
