@@ -345,7 +345,7 @@ def doctor(as_json: Json = False) -> None:
     from lighten.evaluate import machine
 
     extras = {
-        "gguf": ("gguf", "llama_cpp", "accelerate"),
+        "gguf": ("gguf", "llama_cpp"),
         "gptq": ("gptqmodel", "optimum"),
         "eval": ("datasets",),
         "report": ("matplotlib",),

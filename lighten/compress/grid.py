@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.64, 0.58, 0.52, 0.45)
+SHRINKS = tuple(1.02 - 0.02 * step for step in range(30))
 """Fractions of the full range that the scale search tries."""
 
 SMALLEST_SCALE = 2.0**-24

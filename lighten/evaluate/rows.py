@@ -14,25 +14,25 @@ from lighten.evaluate import machine
 BLOCK = 16
 
 
-def token_logprobs(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Returns the log-probability (nats) `[n]` of one token per row, and whether it was the most likely one.
+def token_logprobs(
+    logits: NDArray[np.float32], targets: NDArray[np.int64], at: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Returns the log-probability (nats) `[m]` of tokens, and whether each was the most likely one.
 
     Args:
         logits: `[n, vocab]`.
-        targets: token ids `[n]`.
+        targets: token ids `[m]`.
+        at: row of each target `[m]`; in order if left out.
     """
-    logprob = np.empty(len(logits))
-    greedy = np.empty(len(logits), dtype=np.bool_)
+    normalizer = np.empty(len(logits))
+    top = np.empty(len(logits), dtype=np.int64)
 
     def work(block: slice) -> None:
-        rows = logits[block]
-        every = np.arange(len(rows))
-        normalizer, top, _ = _normalize(rows)
-        logprob[block] = rows[every, targets[block]] - normalizer
-        greedy[block] = top == targets[block]
+        normalizer[block], top[block], _ = _normalize(logits[block])
 
     _in_blocks(len(logits), work)
-    return logprob, greedy
+    at = np.arange(len(targets)) if at is None else at
+    return logits[at, targets] - normalizer[at], top[at] == targets
 
 
 def divergence(

@@ -35,7 +35,7 @@ def reference(weight: torch.Tensor, gram: torch.Tensor, bits: int, group_size: i
     for j in range(w.shape[1]):
         if j % group_size == 0:
             stop = j + group_size
-            importance = 1 / torch.tensor(diagonal[j:stop])
+            importance = 1 / torch.tensor(diagonal[j:stop]) ** 2
             scale, zero = search(w[:, j:stop].t().float(), bits, sym, importance)
         codes = quantize(w[:, j].float(), scale, zero, bits)
         done[:, j] = dequantize(codes, scale, zero).double()

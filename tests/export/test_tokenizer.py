@@ -15,7 +15,7 @@ from lighten.errors import Failure, RequestError
 from lighten.export import gguf as export
 from lighten.export.tokenizer import read_vocabulary
 from lighten.model.tokenizer_table import TABLE
-from tests.export.conftest import byte_level, sentencepiece, write_tokenizer
+from tests.conftest import byte_level, sentencepiece, write_tokenizer
 
 Tiny = Callable[..., Path]
 

@@ -1,13 +1,18 @@
-"""Putting questions of similar length into batches."""
+"""Questions in batches: similar lengths together, and the context of a question only once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lighten.evaluate.runtimes import Question
+import numpy as np
+
+from lighten.evaluate import rows
+from lighten.evaluate.runtimes import Floats, Question, Score
 
 
-def by_length(questions: Sequence[Question], tokens: int, *, padded: bool, sequences: int | None = None) -> list[list[int]]:
+def by_length(
+    questions: Sequence[Question], tokens: int, *, padded: bool, sequences: int | None = None
+) -> list[list[int]]:
     """Returns the indices of the questions in batches, longest first, so that a lack of memory shows at once.
 
     Args:
@@ -16,17 +21,54 @@ def by_length(questions: Sequence[Question], tokens: int, *, padded: bool, seque
         padded: whether every question of a batch takes the room of the longest.
         sequences: most endings in a batch.
     """
-    order = sorted(range(len(questions)), key=lambda index: -questions[index].packed)
     batches: list[list[int]] = []
     room = endings = 0
-    for index in order:
+    for index in sorted(range(len(questions)), key=lambda index: -questions[index].packed):
         question = questions[index]
-        need = questions[batches[-1][0]].packed if padded and batches else question.packed
+        room -= questions[batches[-1][0]].packed if padded and batches else question.packed
         endings += len(question.endings)
-        room -= need
         if not batches or room < 0 or (sequences is not None and endings > sequences):
             batches.append([])
-            room = tokens - question.packed
-            endings = len(question.endings)
+            room, endings = tokens - question.packed, len(question.endings)
         batches[-1].append(index)
     return batches
+
+
+class Layout:
+    """A question as one row of tokens: its context, then every ending but its last token, which predicts nothing.
+
+    Attributes:
+        ids: token ids `[n]`.
+        positions: position of each token in its text `[n]`; every ending starts where the context ends.
+        segments: 0 for the context, 1, 2, ... for the endings `[n]`.
+        wanted: places of the tokens whose logits are needed.
+        picks: for every ending, which of the `wanted` predict its tokens.
+        targets: ids of all endings, one after the other.
+    """
+
+    def __init__(self, question: Question) -> None:
+        size = len(question.context)
+        rests = [len(ending) - 1 for ending in question.endings]
+        self.ids = np.array(question.context + [token for ending in question.endings for token in ending[:-1]])
+        self.positions = np.concatenate([np.arange(size), *(size + np.arange(rest) for rest in rests)])
+        self.segments = np.repeat(np.arange(len(rests) + 1), [size, *rests])
+        self.wanted = np.arange(size - 1, len(self.ids))
+        firsts = 1 + np.cumsum([0, *rests])
+        self.picks = [np.array([0, *range(first, first + rest)]) for first, rest in zip(firsts, rests, strict=False)]
+        self.targets = np.concatenate([np.array(ending) for ending in question.endings])
+
+
+def read_scores(logits: Floats, layouts: Sequence[Layout]) -> list[list[Score]]:
+    """Returns the scores of the endings from the logits at all wanted places, `[rows, vocab]`."""
+    starts = np.cumsum([0, *(len(layout.wanted) for layout in layouts)])
+    at = np.concatenate([start + pick for start, layout in zip(starts, layouts, strict=False) for pick in layout.picks])
+    logprobs, greedy = rows.token_logprobs(logits, np.concatenate([layout.targets for layout in layouts]), at)
+    scores: list[list[Score]] = []
+    done = 0
+    for layout in layouts:
+        scores.append([])
+        for pick in layout.picks:
+            span = slice(done, done + len(pick))
+            scores[-1].append(Score(float(logprobs[span].sum()), bool(greedy[span].all())))
+            done += len(pick)
+    return scores

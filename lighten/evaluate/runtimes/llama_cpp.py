@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from lighten.errors import Failure, missing_extra
-from lighten.evaluate import machine, rows
+from lighten.evaluate import machine
 from lighten.evaluate.runtimes import Floats, Ids, Question, Score, Timings
-from lighten.evaluate.runtimes.batches import by_length
+from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.stage import Report, silent
 
 BATCH_TOKENS = 512
@@ -33,32 +34,47 @@ def _library() -> ModuleType:
     return library
 
 
+class _Log:
+    """What llama.cpp reports as errors; everything else it says is dropped."""
+
+    def __init__(self, library: ModuleType) -> None:
+        self._lines: list[str] = []
+        self._level = 0
+        self._callback = library.llama_log_callback(self._write)
+        library.llama_log_set(self._callback, ctypes.c_void_p(0))
+        library.llama_backend_init()
+
+    def _write(self, level: int, text: bytes, _data: Any) -> None:
+        self._level = self._level if level == CONTINUED else level
+        if self._level == ERROR:
+            self._lines.append(text.decode(errors="replace"))
+
+    def take(self) -> str:
+        """Returns the errors since the last call, in one line."""
+        text = " ".join("".join(self._lines).split())
+        self._lines.clear()
+        return text or "it gives no reason"
+
+
+@cache
+def _log() -> _Log:
+    """Returns the log of the process: llama.cpp has one for all its models, and it must outlive them."""
+    return _Log(_library())
+
+
 class _Model:
-    """A loaded GGUF file: its weights (or its vocabulary only), and what llama.cpp complained of."""
+    """A loaded GGUF file: its weights, or its vocabulary only."""
 
     def __init__(self, path: Path, device: str, vocab_only: bool) -> None:
         self.library = library = _library()
-        self._complaints: list[str] = []
-        self._level = 0
-        self._callback = library.llama_log_callback(self._log)
-        library.llama_log_set(self._callback, ctypes.c_void_p(0))
-        library.llama_backend_init()
+        _log().take()
         params = library.llama_model_default_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = 0 if device == "cpu" else -1
         self.handle = library.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
-            raise Failure(f"llama.cpp cannot load {path}: {self.complaint()}. If it was cut short, make or fetch it again")
+            raise Failure(f"llama.cpp cannot load {path}: {_log().take()}. If it was cut short, make or fetch it again")
         self.vocab = library.llama_model_get_vocab(self.handle)
-
-    def _log(self, level: int, text: bytes, _data: Any) -> None:
-        self._level = self._level if level == CONTINUED else level
-        if self._level == ERROR:
-            self._complaints.append(text.decode(errors="replace"))
-
-    def complaint(self) -> str:
-        """Returns what llama.cpp reported as errors."""
-        return " ".join("".join(self._complaints).split()) or "it gives no reason"
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, no special tokens added; the names of special tokens are read as such."""
@@ -71,9 +87,8 @@ class _Model:
         return list(ids[:count])
 
     def close(self) -> None:
-        """Frees the model and takes the log callback back, which must not outlive this object."""
+        """Frees the model."""
         self.library.llama_model_free(self.handle)
-        self.library.llama_log_set(self.library.llama_log_callback(), ctypes.c_void_p(0))
 
 
 class GgufTokenizer:
@@ -125,7 +140,7 @@ class LlamaCppRuntime:
             params.n_threads = params.n_threads_batch = machine.cores()
             self._context = library.llama_init_from_model(self._model.handle, params)
             if not self._context:
-                raise Failure(f"llama.cpp cannot make room for {tokens} tokens: {self._model.complaint()}")
+                raise Failure(f"llama.cpp cannot make room for {tokens} tokens: {_log().take()}")
             self._shape = (tokens, sequences, shared)
         library.llama_memory_clear(library.llama_get_memory(self._context), True)
         return self._context
@@ -136,10 +151,10 @@ class LlamaCppRuntime:
         self._context, self._shape = None, (0, 0, False)
 
     def _decode(self, context: Any, batch: _Batch) -> Floats:
-        """Returns the logits of the batch's wanted rows, `[rows, vocab]`: llama.cpp's own memory, until the next call."""
+        """Returns the logits of the wanted rows, `[rows, vocab]`, in llama.cpp's own memory: valid until the next call."""
         code = self._library.llama_decode(context, batch.struct)
         if code:
-            raise Failure(f"llama.cpp failed to decode {batch.struct.n_tokens} tokens (code {code}): {self._model.complaint()}")
+            raise Failure(f"llama.cpp failed to decode {batch.struct.n_tokens} tokens (code {code}): {_log().take()}")
         pointer = self._library.llama_get_logits(context)
         return np.ctypeslib.as_array(pointer, (batch.wanted, self.vocab))
 
@@ -158,7 +173,7 @@ class LlamaCppRuntime:
         return self.choose_many([Question(context, endings)], silent)[0]
 
     def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
-        """See `Runtime`. Every ending is a sequence; the tokens of a context belong to the sequences of all its endings."""
+        """See `Runtime`. An ending is a sequence; the tokens of a context belong to the sequences of all its endings."""
         scores: list[list[Score]] = [[] for _ in questions]
         if not questions:
             return scores
@@ -167,48 +182,28 @@ class LlamaCppRuntime:
         start, done, computed = time.monotonic(), 0, 0
         report(0, len(questions), "")
         for batch in by_length(questions, BATCH_TOKENS, padded=False, sequences=sequences):
-            packed = [questions[index] for index in batch]
-            found = self._score(packed, self._open_context(tokens, sequences, True))
+            layouts = [Layout(questions[index]) for index in batch]
+            found = self._score(layouts, self._open_context(tokens, sequences, True))
             for index, score in zip(batch, found, strict=True):
                 scores[index] = score
             done += len(batch)
-            computed += sum(question.packed for question in packed)
+            computed += sum(len(layout.ids) for layout in layouts)
             report(done, len(questions), f"{computed / (time.monotonic() - start):.0f} tok/s")
         return scores
 
-    def _score(self, questions: list[Question], context: Any) -> list[list[Score]]:
-        ids: list[int] = []
-        positions: list[int] = []
+    def _score(self, layouts: list[Layout], context: Any) -> list[list[Score]]:
         owners: list[list[int]] = []
-        wanted: list[bool] = []
-        picks: list[list[int]] = []  # for every ending the rows of logits that predict its tokens
-        targets: list[list[int]] = []
-        row = sequence = 0
-        for question in questions:
-            size = len(question.context)
-            own = list(range(sequence, sequence + len(question.endings)))
-            ids += question.context
-            positions += range(size)
-            owners += [own] * size
-            wanted += [False] * (size - 1) + [True]
-            first, row = row, row + 1
-            for number, ending in zip(own, question.endings, strict=True):
-                rest = len(ending) - 1
-                ids += ending[:-1]
-                positions += range(size, size + rest)
-                owners += [[number]] * rest
-                wanted += [True] * rest
-                picks.append([first, *range(row, row + rest)])
-                targets.append(ending)
-                row += rest
-            sequence += len(question.endings)
-        batch = _Batch(self._library, np.array(ids), np.array(positions), owners, np.array(wanted))
-        logits = self._decode(context, batch)
-        logprobs, greedy = rows.token_logprobs(logits, np.concatenate(targets), np.concatenate(picks))
-        ends = np.cumsum([len(pick) for pick in picks])
-        spans = [slice(end - len(pick), end) for end, pick in zip(ends, picks, strict=True)]
-        found = iter([Score(float(logprobs[span].sum()), bool(greedy[span].all())) for span in spans])
-        return [[next(found) for _ in question.endings] for question in questions]
+        wanted = []
+        sequence = 0
+        for layout in layouts:
+            own = list(range(sequence, sequence + len(layout.picks)))
+            owners += [own if segment == 0 else [own[segment - 1]] for segment in layout.segments]
+            wanted.append(np.isin(np.arange(len(layout.ids)), layout.wanted))
+            sequence += len(own)
+        ids = np.concatenate([layout.ids for layout in layouts])
+        positions = np.concatenate([layout.positions for layout in layouts])
+        batch = _Batch(self._library, ids, positions, owners, np.concatenate(wanted))
+        return read_scores(self._decode(context, batch), layouts)
 
     def generate(self, prompt: Ids, steps: int) -> Timings:
         """See `Runtime`."""
@@ -247,21 +242,27 @@ class _Batch:
     """A `llama_batch` over numpy arrays: ids, positions and wanted rows `[n]`, and the sequences of each token."""
 
     def __init__(
-        self, library: ModuleType, ids: Ids, positions: Ids, owners: list[list[int]], wanted: np.ndarray[Any, np.dtype[np.bool_]]
+        self,
+        library: ModuleType,
+        ids: Ids,
+        positions: Ids,
+        owners: list[list[int]],
+        wanted: np.ndarray[Any, np.dtype[np.bool_]],
     ) -> None:
         self.wanted = int(wanted.sum())
         counts = [len(owner) for owner in owners]
         flat = np.array([sequence for owner in owners for sequence in owner], dtype=np.int32)
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
         pointers = (flat.ctypes.data + starts * flat.itemsize).astype(np.uintp)
-        arrays = {
-            "token": (ids.astype(np.int32), ctypes.c_int32),
-            "pos": (positions.astype(np.int32), ctypes.c_int32),
-            "n_seq_id": (np.array(counts, dtype=np.int32), ctypes.c_int32),
-            "seq_id": (pointers, ctypes.POINTER(ctypes.c_int32)),
-            "logits": (wanted.astype(np.int8), ctypes.c_int8),
-        }
-        self._alive = (flat, *(array for array, _ in arrays.values()))  # llama.cpp reads this memory in `llama_decode`
+        self._alive = (  # llama.cpp reads this memory in `llama_decode`
+            ids.astype(np.int32),
+            positions.astype(np.int32),
+            np.array(counts, dtype=np.int32),
+            pointers,
+            wanted.astype(np.int8),
+            flat,
+        )
         self.struct = library.llama_batch(n_tokens=len(ids))
-        for field, (array, kind) in arrays.items():
-            setattr(self.struct, field, array.ctypes.data_as(ctypes.POINTER(kind)))
+        for field, array in zip(("token", "pos", "n_seq_id", "seq_id", "logits"), self._alive, strict=False):
+            kind = dict(library.llama_batch._fields_)[field]
+            setattr(self.struct, field, ctypes.cast(array.ctypes.data, kind))

@@ -16,9 +16,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lighten.errors import Failure, RequestError, missing_extra
-from lighten.evaluate import rows
 from lighten.evaluate.runtimes import Floats, Ids, Question, Score, Timings
-from lighten.evaluate.runtimes.batches import by_length
+from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.model.checkpoint import Checkpoint
 from lighten.stage import Report, silent
@@ -46,7 +45,7 @@ class TorchRuntime:
         for_quality = dtype is None
         self.device = device
         self.dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-        # a kernel's rounding is no part of a checkpoint's quality, and its prefill can be slow: compute from the weights
+        # a kernel's rounding is no part of a checkpoint's quality, and its prefill can be slow: take the weights
         unpack = for_quality and device == "cpu" and method == "gptq"
         self.model = _load(path, device, DTYPES[self.dtype], method, "torch" if unpack else None)
         kernels = _kernels(self.model)
@@ -88,39 +87,29 @@ class TorchRuntime:
         start, done, tokens = time.monotonic(), 0, 0
         report(0, len(questions), "")
         for batch in by_length(questions, BATCH_TOKENS, padded=True):
-            packed = [questions[index] for index in batch]
-            for index, score in zip(batch, self._score(packed), strict=True):
+            layouts = [Layout(questions[index]) for index in batch]
+            for index, score in zip(batch, self._score(layouts), strict=True):
                 scores[index] = score
             done += len(batch)
-            tokens += sum(question.packed for question in packed)
+            tokens += sum(len(layout.ids) for layout in layouts)
             report(done, len(questions), f"{tokens / (time.monotonic() - start):.0f} tok/s")
         return scores
 
-    def _score(self, questions: list[Question]) -> list[list[Score]]:
-        width = max(question.packed for question in questions)
-        ids = np.zeros((len(questions), width), dtype=np.int64)
-        positions = np.zeros((len(questions), width), dtype=np.int64)
-        segments = np.full((len(questions), width), -1)
-        wanted: list[int] = []
-        targets: list[int] = []
-        for row, question in enumerate(questions):
-            size = at = len(question.context)
-            ids[row, :size] = question.context
-            positions[row, :size] = np.arange(size)
-            segments[row, :size] = 0
-            for number, ending in enumerate(question.endings, 1):
-                after = at + len(ending) - 1
-                ids[row, at:after] = ending[:-1]
-                positions[row, at:after] = np.arange(size, size + len(ending) - 1)
-                segments[row, at:after] = number
-                wanted += [row * width + size - 1, *range(row * width + at, row * width + after)]
-                targets += ending
-                at = after
-        same = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
-        blocked = ~(same & np.tril(np.ones((width, width), dtype=np.bool_)))
-        mask = torch.zeros(blocked.shape, dtype=DTYPES[self.dtype])
-        mask.masked_fill_(torch.from_numpy(blocked), torch.finfo(mask.dtype).min)
-        self._rows = torch.tensor(wanted, device=self.device)
+    def _score(self, layouts: list[Layout]) -> list[list[Score]]:
+        width = max(len(layout.ids) for layout in layouts)
+
+        def padded(parts: list[Ids], filler: int) -> Ids:
+            return np.stack([np.pad(part, (0, width - len(part)), constant_values=filler) for part in parts])
+
+        ids = padded([layout.ids for layout in layouts], 0)
+        positions = padded([layout.positions for layout in layouts], 0)
+        segments = padded([layout.segments for layout in layouts], -1)
+        sees = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
+        sees &= np.tril(np.ones((width, width), dtype=np.bool_))
+        mask = torch.zeros(sees.shape, dtype=DTYPES[self.dtype])
+        mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(mask.dtype).min)
+        wanted = [number * width + layout.wanted for number, layout in enumerate(layouts)]
+        self._rows = torch.from_numpy(np.concatenate(wanted)).to(self.device)
         try:
             output = self.model(
                 input_ids=torch.from_numpy(ids).to(self.device),
@@ -130,16 +119,7 @@ class TorchRuntime:
             )
         finally:
             self._rows = None
-        logprobs, greedy = rows.token_logprobs(_to_numpy(output.logits[0]), np.array(targets))
-        scores = []
-        at = 0
-        for question in questions:
-            spans = []
-            for ending in question.endings:
-                spans.append(slice(at, at + len(ending)))
-                at += len(ending)
-            scores.append([Score(float(logprobs[span].sum()), bool(greedy[span].all())) for span in spans])
-        return scores
+        return read_scores(_to_numpy(output.logits[0]), layouts)
 
     @torch.inference_mode()
     def generate(self, prompt: Ids, steps: int) -> Timings:
@@ -187,7 +167,9 @@ def _load(path: Path, device: str, dtype: torch.dtype, method: str | None, backe
     if backend:
         from transformers import GPTQConfig
 
-        options["quantization_config"] = GPTQConfig(bits=Checkpoint(path).config["quantization_config"]["bits"], backend=backend)
+        options["quantization_config"] = GPTQConfig(
+            bits=Checkpoint(path).config["quantization_config"]["bits"], backend=backend
+        )
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -198,7 +180,9 @@ def _load(path: Path, device: str, dtype: torch.dtype, method: str | None, backe
             path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
         )
     except SafetensorError as error:
-        raise Failure(f"the weights in {path} cannot be read ({error}): cut short or damaged; fetch them again") from error
+        raise Failure(
+            f"the weights in {path} cannot be read ({error}): cut short or damaged; fetch them again"
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         raise RequestError(f"transformers cannot load {path}: {error}") from error
     return model.eval().to(device)
@@ -223,7 +207,7 @@ def _unpack(model: nn.Module) -> None:
             continue
         module.scales = module.scales.float()
         # the class's own function: the instance's is wrapped by torch.compile and would be compiled for every layer
-        weight = type(module).dequantize_weight(module).T.contiguous()  # type: ignore[operator]
+        weight = type(module).dequantize_weight(module).T.contiguous()
         dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         dense.weight = nn.Parameter(weight, requires_grad=False)
         bias = getattr(module, "bias", None)
@@ -234,7 +218,7 @@ def _unpack(model: nn.Module) -> None:
 
 def _repack(model: nn.Module) -> None:
     """Lays the weights of linear layers out for oneDNN, whose float32 is over twice as fast as MKL's on AMD."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and module.weight.dtype == torch.float32:

@@ -1,0 +1,5 @@
+"""`python -m lighten` is the command `lighten`."""
+
+from lighten.cli import main
+
+main()

@@ -1,0 +1,113 @@
+"""One measurement, from its request to the files it leaves; runs in a process of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lighten.evaluate import machine
+from lighten.evaluate.paired import RESULT, VALUES
+from lighten.evaluate.settings import Accuracy, Perplexity, Speed
+from lighten.stage import Report
+from lighten.store import write_json
+
+if TYPE_CHECKING:
+    from lighten.evaluate.runtimes import Runtime
+
+
+def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Measures a model and writes `result.json`, `values.safetensors` and, if asked, `hidden.safetensors`.
+
+    Args:
+        payload: `measurement` ("perplexity", "accuracy" or "speed"), `config` (its settings), `model` (a path),
+            `tokenizer` (path of the model whose tokenizer gives the ids), `out` (an existing empty directory),
+            `device`, `reference` (`{"hidden": the baseline's measurement, "model": the baseline}` or None),
+            and `save_hidden` (whether this measurement is to serve as a reference).
+        report: called as the work goes on.
+
+    Returns:
+        The contents of `result.json`.
+    """
+    out = Path(payload["out"])
+    model = Path(payload["model"])
+    kind = payload["measurement"]
+    report(0, 1, "loading")
+    if kind == "speed":
+        result = _speed(payload, model, report)
+    else:
+        _be_patient()
+        result = (
+            _perplexity(payload, model, out, report) if kind == "perplexity" else _accuracy(payload, model, out, report)
+        )
+    result = {"measurement": kind, **result}
+    write_json(out / RESULT, result)
+    return result
+
+
+def _be_patient() -> None:
+    """Lets idle threads of OpenMP sleep, for a busy machine, and torch take large pages; must come before its import.
+
+    Spinning threads of two processes on the same cores make both of them up to ten times slower.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def _perplexity(payload: dict[str, Any], model: Path, out: Path, report: Report) -> dict[str, Any]:
+    from safetensors.numpy import save_file
+
+    from lighten.evaluate import perplexity
+    from lighten.evaluate.runtimes import open_runtime, open_tokenizer
+
+    runtime = open_runtime(model, device=payload["device"])
+    reference = payload.get("reference")
+    if reference and not (Path(reference["hidden"]) / perplexity.HIDDEN).is_file():
+        reference = None  # its own measurement says why
+    measured = perplexity.measure(
+        runtime,
+        open_tokenizer(Path(payload["tokenizer"])),
+        Perplexity(**payload["config"]),
+        report,
+        reference=(Path(reference["hidden"]), Path(reference["model"])) if reference else None,
+        hidden_of=model if payload.get("save_hidden") else None,
+    )
+    save_file(measured.values, out / VALUES)
+    if measured.hidden is not None:
+        save_file({"hidden": measured.hidden}, out / perplexity.HIDDEN)
+    protocol = measured.result["perplexity"]["protocol"]
+    protocol["tokenizer"] = "own" if payload["tokenizer"] == payload["model"] else "the baseline's"
+    return measured.result | _facts(runtime)
+
+
+def _accuracy(payload: dict[str, Any], model: Path, out: Path, report: Report) -> dict[str, Any]:
+    from safetensors.numpy import save_file
+
+    from lighten.evaluate import accuracy
+    from lighten.evaluate.runtimes import open_runtime, open_tokenizer
+
+    runtime = open_runtime(model, device=payload["device"])
+    measured = accuracy.measure(
+        runtime, open_tokenizer(Path(payload["tokenizer"])), Accuracy(**payload["config"]), report
+    )
+    save_file(measured.values, out / VALUES)
+    return measured.result | _facts(runtime)
+
+
+def _speed(payload: dict[str, Any], model: Path, report: Report) -> dict[str, Any]:
+    from lighten.evaluate import speed
+    from lighten.evaluate.runtimes import open_runtime
+
+    fast = payload["device"] != "cpu" or machine.fast_bfloat16()
+    runtime = open_runtime(model, device=payload["device"], dtype="bfloat16" if fast else "float32")
+    return speed.measure(runtime, Speed(**payload["config"]), report) | _facts(runtime)
+
+
+def _facts(runtime: Runtime) -> dict[str, Any]:
+    return {
+        "runtime": runtime.name,
+        "device": runtime.device,
+        "detail": runtime.detail,
+        "dtype": runtime.dtype,
+        "packages": machine.packages(),
+    }
