@@ -23,7 +23,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-INTERRUPTED = 130
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of text for a person.")]
 Artifacts = Annotated[Path, typer.Option(help="Directory of objects and versions.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -37,8 +36,6 @@ def main() -> None:
         app(standalone_mode=True)
     except LightenError as error:
         _stop(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _stop("interrupted: finished stages are kept; the same command goes on from them", INTERRUPTED)
     except OSError as error:
         _stop(f"{error.strerror or error}{': ' + str(error.filename) if error.filename else ''}", 1)
 
@@ -178,7 +175,10 @@ def _add_verb(kind: str) -> None:
     ]
     parameters = [
         inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=inspect.Parameter.empty if default is None else default, annotation=kind_
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if default is None else default,
+            annotation=kind_,
         )
         for name, kind_, default in fixed
     ]
@@ -198,14 +198,20 @@ for _kind in ("quantize", "export"):
 
 @app.command()
 def evaluate(
-    paths: Annotated[list[str], typer.Argument(help="Model directories or .gguf files; the first one is the baseline.")],
+    paths: Annotated[
+        list[str], typer.Argument(help="Model directories or .gguf files; the first one is the baseline.")
+    ],
     data: Annotated[str, typer.Option(help="Text for perplexity: builtin, a file, or a hub data set.")] = "builtin",
     length: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 512,
     samples: Annotated[int | None, typer.Option(help="Chunks at most.")] = None,
     task: Annotated[str, typer.Option(help="Multiple choice: builtin, hellaswag, or a .jsonl file.")] = "builtin",
     limit: Annotated[int | None, typer.Option(help="Tasks at most.")] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="Leave out perplexity, accuracy or speed; may be repeated.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Also write results.json and the report there.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Leave out perplexity, accuracy or speed; may be repeated.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Also write results.json and the report there.")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -226,7 +232,9 @@ def evaluate(
         raise RequestError(f"{out} exists already: choose another directory or remove it")
     where = "lighten evaluate"
     local = task if task not in ("builtin", "hellaswag") else None
-    accuracy = parse_settings(Accuracy, {"task": Path(task).stem if local else task, "local": local, "limit": limit}, where)
+    accuracy = parse_settings(
+        Accuracy, {"task": Path(task).stem if local else task, "local": local, "limit": limit}, where
+    )
     with watching(quiet=as_json) as watcher:
         value = measure(
             paths,
@@ -358,4 +366,6 @@ def doctor(as_json: Json = False) -> None:
     for key, value in machine.fingerprint().items():
         print(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
     for extra, missing in found.items():
-        print(f"extra {extra}: " + (f"lacks {', '.join(missing)}: pip install 'lighten[{extra}]'" if missing else "ready"))
+        print(
+            f"extra {extra}: " + (f"lacks {', '.join(missing)}: pip install 'lighten[{extra}]'" if missing else "ready")
+        )

@@ -23,4 +23,6 @@ class Failure(LightenError):
 
 def missing_extra(extra: str, package: str, purpose: str) -> RequestError:
     """Returns the error for a package that belongs to an extra which is not installed."""
-    return RequestError(f"{purpose} needs the package {package}, which is not installed: pip install 'lighten[{extra}]'")
+    return RequestError(
+        f"{purpose} needs the package {package}, which is not installed: pip install 'lighten[{extra}]'"
+    )

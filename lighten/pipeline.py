@@ -57,7 +57,9 @@ class Silent:
 class Builder:
     """Builds the stages of one plan, each at most once, and remembers why one failed."""
 
-    def __init__(self, store: Store, predictor: Predictor, device: str, watcher: Watcher, source: dict[str, Any]) -> None:
+    def __init__(
+        self, store: Store, predictor: Predictor, device: str, watcher: Watcher, source: dict[str, Any]
+    ) -> None:
         self.store = store
         self.device = device
         self.watcher = watcher

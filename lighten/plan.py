@@ -156,7 +156,11 @@ class _Builder:
     def _measurement(
         self, measure: Measure, settings: Perplexity | Accuracy | Speed, data: str | None, parents: list[Stage]
     ) -> Stage:
-        config: dict[str, Any] = {"measure": measure, **settings.model_dump(mode="json"), "packages": measuring_packages()}
+        config: dict[str, Any] = {
+            "measure": measure,
+            **settings.model_dump(mode="json"),
+            "packages": measuring_packages(),
+        }
         if data:
             config["data"] = data
         if measure == "speed":
@@ -164,7 +168,9 @@ class _Builder:
         key = stage_key("measure", MEASURE_VERSION, config, [parent.key for parent in parents])
         estimate = predict_measurement(settings, self.facts)
         return self._add(
-            Stage(measure, "measure", MEASURE_VERSION, key, config, parents, estimate, measure=measure, settings=settings)
+            Stage(
+                measure, "measure", MEASURE_VERSION, key, config, parents, estimate, measure=measure, settings=settings
+            )
         )
 
 
@@ -189,12 +195,16 @@ def predict_measurement(settings: Perplexity | Accuracy | Speed, facts: ModelFac
         # the last products are the reference's head, for the divergence
         work = tokens * (flops + 2.0 * facts.vocab * facts.hidden)
         peak = fixed + 4 * facts.params + 12 * settings.length * facts.vocab + 4 * facts.vocab * facts.hidden
-        return Estimate(float32_flops=work, seconds=6, peak_bytes=int(peak), disk_bytes=int(tokens * (16 + 4 * facts.hidden)))
+        return Estimate(
+            float32_flops=work, seconds=6, peak_bytes=int(peak), disk_bytes=int(tokens * (16 + 4 * facts.hidden))
+        )
     if isinstance(settings, Accuracy):
         tasks = choices.load_choices(settings.local or settings.task, settings.limit)
         letters = sum(len(task.context) + sum(map(len, task.endings)) for task in tasks)
         peak = fixed + 4 * facts.params + 300_000_000
-        return Estimate(float32_flops=letters / BYTES_PER_TOKEN * flops, seconds=6, peak_bytes=peak, disk_bytes=100 * len(tasks))
+        return Estimate(
+            float32_flops=letters / BYTES_PER_TOKEN * flops, seconds=6, peak_bytes=peak, disk_bytes=100 * len(tasks)
+        )
     batches = sum(settings.batch) * (settings.repeats + 1)
     bytes_read = len(settings.batch) * (settings.repeats + 1) * settings.generate * 2.0 * facts.params
     return Estimate(
@@ -252,4 +262,3 @@ def what(stage: Stage) -> str:
     """Returns the class of stages whose costs tell about each other."""
     origin = stage.parents[0].kind if stage.measure else ""
     return f"{stage.measure or stage.name} {origin}".strip()
-

@@ -13,6 +13,8 @@ from rich.table import Table
 from lighten.plan import Plan, Stage
 from lighten.stage import Report, silent
 
+INTERRUPTED = 130
+
 
 def duration(seconds: float) -> str:
     """Returns a duration as "12 s", "3 min 05 s" or "2 h 10 min"."""
@@ -94,6 +96,10 @@ def watching(*, quiet: bool) -> Iterator[Bars]:
     bars = Bars(Console(stderr=True, quiet=quiet))
     try:
         yield bars
+    except KeyboardInterrupt:
+        bars.close()
+        bars.say("lighten: interrupted: finished stages are kept; the same command goes on from them")
+        raise SystemExit(INTERRUPTED) from None
     finally:
         bars.close()
 

@@ -302,7 +302,7 @@ class Store:
                 raise Failure(f"{refs} cannot be read ({error}): restore it or remove {version}") from error
         return keys
 
-    def keys(self) -> list[str]:
+    def finished(self) -> list[str]:
         """Returns the keys of all finished objects."""
         if not self.objects.is_dir():
             return []
@@ -310,7 +310,7 @@ class Store:
 
     def verify(self) -> Iterator[tuple[str, list[str]]]:
         """Re-hashes every object; yields its key and its damage. A damaged object is removed."""
-        for key in self.keys():
+        for key in self.finished():
             try:
                 damage = find_damage(read_artifact(self.objects / key))
             except (Failure, KeyError, TypeError) as error:

@@ -168,7 +168,9 @@ def _measure_one(
                 "tokenizer": str(baseline.path),
                 "out": str(out),
                 "device": device,
-                "reference": {"hidden": str(hidden), "model": str(baseline.path)} if comparable and not is_baseline else None,
+                "reference": {"hidden": str(hidden), "model": str(baseline.path)}
+                if comparable and not is_baseline
+                else None,
                 "save_hidden": comparable and is_baseline,
             }
             watcher.say(f"{kind} of {source.name}")

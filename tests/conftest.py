@@ -13,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from lighten.model import tokenizer_table
 
-TEXT = "".join(file.read_text() for file in sorted(Path(__file__).parents[1] / "lighten/data/builtin/calibration".glob("*.txt")))[:40000]
+TEXT = "".join(
+    file.read_text() for file in sorted((Path(__file__).parents[1] / "lighten/data/builtin/calibration").glob("*.txt"))
+)[:40000]
 TEXT += " naïve café — 日本語テスト । हिन्दी ไทย 🙂👩‍👩‍👧 ½ Ⅷ ٣٤٥ ﬀ ß Été БвёЁ Σςα عربى é 한국어" * 60
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SIZES = {

@@ -63,9 +63,10 @@ def recipe(folder: Path, model: Path, text: str = RECIPE) -> Path:
 def intact(folder: Path) -> None:
     """Nothing half-written is left, and what is there is sound."""
     store = Store(folder / "artifacts")
-    assert all(find_damage(store.find(key)) == [] for key in store.keys())
+    keys = store.finished()
+    assert all(find_damage(store.find(key)) == [] for key in keys)
     if store.objects.is_dir():
-        assert [path.name for path in store.objects.iterdir() if path.name not in store.keys()] == []
+        assert [path.name for path in store.objects.iterdir() if path.name not in keys] == []
 
 
 def test_help_names_the_commands(tmp_path: Path) -> None:
@@ -235,7 +236,9 @@ def test_truncated_gguf(tmp_path: Path, model: Path) -> None:
 def test_missing_extra(tmp_path: Path, model: Path) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()
-    (hidden / "sitecustomize.py").write_text("import sys; sys.modules['gguf'] = None; sys.modules['llama_cpp'] = None\n")
+    (hidden / "sitecustomize.py").write_text(
+        "import sys; sys.modules['gguf'] = None; sys.modules['llama_cpp'] = None\n"
+    )
     path = recipe(tmp_path, model, RECIPE + "  q8: [{{export: {{format: gguf, type: Q8_0}}}}]\n")
     done = lighten("run", path, cwd=tmp_path, env={"PYTHONPATH": str(hidden)})
     refused(done, 2, "pip install 'lighten[gguf]'")
@@ -246,7 +249,8 @@ def test_no_space_left_on_the_device(tmp_path: Path, model: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     path = recipe(tmp_path, model)
-    run = f"{sys.executable} -m lighten run {path} --artifacts {disk}/artifacts; code=$?; ls -A {disk}/artifacts/objects; exit $code"
+    run = f"{sys.executable} -m lighten run {path} --artifacts {disk}/artifacts"
+    run += f"; code=$?; ls -A {disk}/artifacts/objects; exit $code"
     command = ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs -o size=1m tmpfs {disk} && {run}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr

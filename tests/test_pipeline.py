@@ -71,7 +71,7 @@ def run(value: dict, folder: Path) -> tuple[Path, Listener, dict]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of every object that is the same in every run (measured times are not)."""
     store = Store(folder)
-    keys = [key for key in store.keys() if store.find(key).format != "measurement"]
+    keys = [key for key in store.finished() if store.find(key).format != "measurement"]
     return {
         f"{key}/{path.relative_to(store.objects / key)}": path.read_bytes()
         for key in keys
@@ -119,10 +119,10 @@ def test_results_are_complete(undisturbed: Path) -> None:
 
 
 def test_again_makes_nothing_new(model: Path, undisturbed: Path) -> None:
-    keys = Store(undisturbed).keys()
+    keys = Store(undisturbed).finished()
     version, listener, _ = run(recipe(model), undisturbed)
     assert (version.name, listener.built) == ("v1", [])
-    assert Store(undisturbed).keys() == keys
+    assert Store(undisturbed).finished() == keys
 
 
 def test_a_change_runs_that_variant_and_its_measurements_only(model: Path, undisturbed: Path) -> None:
@@ -149,17 +149,33 @@ def test_a_failed_variant_is_one_row_and_is_not_cached(model: Path, tmp_path: Pa
 
 def test_two_runs_side_by_side(model: Path, undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(model, evaluate={})))
-    command = [sys.executable, "-m", "lighten", "run", str(tmp_path / "recipe.yaml"), "--artifacts", str(tmp_path / "a")]
+    command = [
+        sys.executable,
+        "-m",
+        "lighten",
+        "run",
+        str(tmp_path / "recipe.yaml"),
+        "--artifacts",
+        str(tmp_path / "a"),
+    ]
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(300) for process in both] == [0, 0]
     same = contents(tmp_path / "a")
     assert same == {name: content for name, content in contents(undisturbed).items() if name in same}
-    assert all(find_damage(Store(tmp_path / "a").find(key)) == [] for key in Store(tmp_path / "a").keys())
+    assert all(find_damage(Store(tmp_path / "a").find(key)) == [] for key in Store(tmp_path / "a").finished())
 
 
 def test_kill_9_at_any_moment_then_the_same_bytes(model: Path, undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(model)))
-    command = [sys.executable, "-m", "lighten", "run", str(tmp_path / "recipe.yaml"), "--artifacts", str(tmp_path / "a")]
+    command = [
+        sys.executable,
+        "-m",
+        "lighten",
+        "run",
+        str(tmp_path / "recipe.yaml"),
+        "--artifacts",
+        str(tmp_path / "a"),
+    ]
     moments = random.Random(0)
     for _ in range(5):
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)

@@ -80,7 +80,10 @@ def test_a_crash_is_one_message_with_its_last_words() -> None:
 
 
 def test_dies_with_its_parent() -> None:
-    script = f"from lighten.process import run_isolated; run_isolated('{HERE}:wait', {{}}, lambda pid, *_: print(pid, flush=True))"
+    script = f"""
+from lighten.process import run_isolated
+run_isolated('{HERE}:wait', {{}}, lambda pid, *_: print(pid, flush=True))
+"""
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert parent.stdout
     child = int(parent.stdout.readline())

@@ -31,7 +31,7 @@ def test_a_good_recipe_and_its_defaults(tmp_path: Path) -> None:
     assert recipe.evaluate.accuracy[0].task == "builtin"
     assert recipe.evaluate.perplexity is None
     resolved = yaml.safe_load(recipe.dump())
-    assert resolved["variants"]["int4"][0]["quantize"]["damp_percent"] == 0.01
+    assert resolved["variants"]["int4"][0]["quantize"]["damp_percent"] == 0.05
     assert parse(resolved) == load(write(tmp_path, recipe.dump()))
 
 
@@ -45,7 +45,10 @@ def test_the_ready_recipes_load() -> None:
     [
         (("samples: 4", "sample: 4"), r"recipe\.yaml:3: calibration\.sample: unknown key; did you mean 'samples'\?"),
         (("variants:", "variant:"), r"recipe\.yaml:4: variant: unknown key; did you mean 'variants'\?"),
-        (("bits: 4", "bit: 4"), r"recipe\.yaml:6: variants\.int4\.0\.quantize\.bit: unknown key; did you mean 'bits'\?"),
+        (
+            ("bits: 4", "bit: 4"),
+            r"recipe\.yaml:6: variants\.int4\.0\.quantize\.bit: unknown key; did you mean 'bits'\?",
+        ),
         (("bits: 4", "bits: 5"), r"recipe\.yaml:6: .*bits: must be 2, 3, 4 or 8, not 5"),
         (("method: gptq", "method: gtpq"), r"recipe\.yaml:6: .*method: must be 'gptq', not 'gtpq'"),
         (("group_size: 64", "group_size: 48"), r"recipe\.yaml:6: .*group_size: must be -1, 32, 64 or 128, not 48"),

@@ -97,7 +97,7 @@ def test_a_corrupt_object_is_found_removed_and_never_used(tmp_path: Path, harm: 
     report = dict(store.verify())
     assert report[OTHER] == []
     assert report[KEY]
-    assert store.keys() == [OTHER]
+    assert store.finished() == [OTHER]
 
 
 def test_a_flipped_byte_is_never_used(tmp_path: Path) -> None:
@@ -177,9 +177,9 @@ def test_gc_keeps_what_a_version_refers_to_and_what_is_being_built(tmp_path: Pat
     with store.building(third) as building, store.lock(third):
         (building / "w").write_bytes(b"12345")
         assert store.gc(dry_run=True) == [(OTHER, 7 + (store.objects / OTHER / MANIFEST).stat().st_size)]
-        assert len(store.keys()) == 2
+        assert len(store.finished()) == 2
         store.gc()
-        assert store.keys() == [KEY]
+        assert store.finished() == [KEY]
         assert building.exists()
 
 
@@ -190,7 +190,7 @@ def test_gc_refuses_to_guess(tmp_path: Path) -> None:
         pass
     with pytest.raises(Failure, match=r"objects\.json"):
         store.gc()
-    assert store.keys() == [KEY]
+    assert store.finished() == [KEY]
 
 
 def test_an_unusable_directory_is_one_message(tmp_path: Path) -> None:

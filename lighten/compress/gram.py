@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,6 +62,10 @@ class LayerInputs:
         if first == linear:
             gram = self.grams.setdefault(linear, Gram.empty(inputs.shape[-1], self._device))
             accumulate(gram, inputs)
+
+    def hook(self, linear: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+        """Returns a forward pre-hook that collects the inputs of a linear."""
+        return lambda _, arguments: self.collect(linear, arguments[0])
 
     def end_batch(self) -> None:
         """Forgets the tensors of the batch."""

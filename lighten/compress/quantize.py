@@ -35,7 +35,7 @@ class Quantize(Step):
     group_size: Literal[-1, 32, 64, 128] = Field(128, description="inputs that share a scale; -1 for all of them")
     sym: bool = Field(True, description="symmetric grid, its zero point in the middle")
     desc_act: bool = Field(False, description="round the inputs in order of falling activation")
-    damp_percent: float = Field(0.01, gt=0, lt=1, description="share of the mean of diag(H) that is added to it")
+    damp_percent: float = Field(0.05, gt=0, lt=1, description="share of the mean of diag(H) that is added to it")
     ignore: tuple[str, ...] = Field((), description="patterns of linears to leave alone, such as 'model.layers.0.*'")
 
     def needs_sweep(self) -> bool:
@@ -158,7 +158,9 @@ class Quantize(Step):
                 damp_percent=self.damp_percent,
             )
         except ArithmeticError as error:
-            raise Failure(f"the Gram of {name} is {error}: use more calibration text, or a larger damp_percent") from error
+            raise Failure(
+                f"the Gram of {name} is {error}: use more calibration text, or a larger damp_percent"
+            ) from error
         if result.damping != self.damp_percent:
             context.warnings.append(f"{name}: damping raised from {self.damp_percent:g} to {result.damping:g}")
         return result

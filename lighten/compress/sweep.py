@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from lighten.data.text import digest, load_text
-from lighten.errors import RequestError
 from lighten.stage import Context, Estimate, ModelFacts, Step
 from lighten.store import Artifact
 
@@ -57,7 +56,7 @@ class Sweep(Step):
         ids = torch.from_numpy(calibration_ids(source.path, self.data, self.samples, self.length))
         if len(ids) < self.samples:
             context.warnings.append(
-                f"the calibration text holds {len(ids)} samples of {self.length} tokens, not {self.samples}; all were used"
+                f"the text holds {len(ids)} samples of {self.length} tokens, not {self.samples}; all were used"
             )
         model = StreamedModel(source.path, context.device)
         hidden, arguments = model.embed(ids)
@@ -66,7 +65,7 @@ class Sweep(Step):
         for index, layer in model.stream():
             inputs = LayerInputs(context.device)
             hooks = [
-                module.register_forward_pre_hook(lambda _, args, name=name: inputs.collect(name, args[0]))
+                module.register_forward_pre_hook(inputs.hook(name))
                 for name, module in layer.named_modules()
                 if isinstance(module, torch.nn.Linear)
             ]

@@ -82,7 +82,9 @@ def load_choices(data: str, limit: int | None = None) -> list[Choice]:
         try:
             tasks.append(parse(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
-            raise Failure(f"{name}:{number}: not a HellaSwag record (ctx, activity_label, endings, label): {error}") from error
+            raise Failure(
+                f"{name}:{number}: not a HellaSwag record (ctx, activity_label, endings, label): {error}"
+            ) from error
     if not tasks:
         raise RequestError(f"the tasks {data!r} are empty")
     return tasks

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lighten.evaluate import machine
 
-BLOCK = 16
+BLOCK = 8
 
 
 def token_logprobs(

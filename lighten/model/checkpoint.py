@@ -51,7 +51,9 @@ class Checkpoint:
             try:
                 self._shards[name] = safe_open(self.path / name, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise Failure(f"{self.path / name} cannot be read ({error}): cut short or damaged; fetch it again") from error
+                raise Failure(
+                    f"{self.path / name} cannot be read ({error}): cut short or damaged; fetch it again"
+                ) from error
         return self._shards[name]
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -80,7 +82,7 @@ def refuse_pickle(path: Path) -> None:
     pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
     if pickles:
         command = (
-            "python -c \"import sys; from transformers import AutoModelForCausalLM as A; "
+            'python -c "import sys; from transformers import AutoModelForCausalLM as A; '
             f"A.from_pretrained('{path}').save_pretrained('{path}')\""
         )
         raise RequestError(
@@ -129,4 +131,6 @@ def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
             tied=bool(config.get("tie_word_embeddings", False)),
         )
     except KeyError as error:
-        raise RequestError(f"{where}: config.json has no {error}: not a causal language model that lighten reads") from error
+        raise RequestError(
+            f"{where}: config.json has no {error}: not a causal language model that lighten reads"
+        ) from error

@@ -41,4 +41,5 @@ def calibration_ids(model: Path, data: str, samples: int, length: int) -> np.nda
         )
     count = min(samples, available)
     chunks = np.asarray(ids[: available * length], dtype=np.int64).reshape(available, length)
-    return chunks[np.arange(count) * available // count]
+    spread: np.ndarray[Any, np.dtype[np.int64]] = chunks[np.arange(count) * available // count]
+    return spread

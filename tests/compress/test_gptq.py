@@ -16,7 +16,9 @@ def problem(out: int = 24, width: int = 64, tokens: int = 200, seed: int = 0) ->
     return weight, inputs.t() @ inputs
 
 
-def reference(weight: torch.Tensor, gram: torch.Tensor, bits: int, group_size: int, sym: bool, damp: float) -> torch.Tensor:
+def reference(
+    weight: torch.Tensor, gram: torch.Tensor, bits: int, group_size: int, sym: bool, damp: float
+) -> torch.Tensor:
     """Optimal brain quantization in a fixed order, in float64: after each column, condition the rest on its error.
 
     The inverse Hessian of the remaining columns is updated by Gaussian elimination (equation 3 of the paper), with no
@@ -104,7 +106,9 @@ def test_inverse_factor_is_the_upper_cholesky_factor_of_the_inverse() -> None:
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(64)
     assert damping == 0.01
     assert torch.equal(factor, factor.triu())
-    assert torch.allclose(factor, torch.linalg.cholesky(torch.linalg.inv(damped.double()), upper=True).float(), rtol=1e-3)
+    assert torch.allclose(
+        factor, torch.linalg.cholesky(torch.linalg.inv(damped.double()), upper=True).float(), rtol=1e-3
+    )
 
 
 def test_damping_is_raised_until_the_gram_is_positive_definite() -> None:

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lighten.errors import Failure, missing_extra
 from lighten.evaluate import machine
@@ -40,9 +41,14 @@ class _Log:
     def __init__(self, library: ModuleType) -> None:
         self._lines: list[str] = []
         self._level = 0
+        self._library = library
         self._callback = library.llama_log_callback(self._write)
-        library.llama_log_set(self._callback, ctypes.c_void_p(0))
         library.llama_backend_init()
+
+    def listen(self) -> None:
+        """Takes llama.cpp's messages from here on, and forgets the earlier ones."""
+        self._lines.clear()
+        self._library.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def _write(self, level: int, text: bytes, _data: Any) -> None:
         self._level = self._level if level == CONTINUED else level
@@ -67,7 +73,7 @@ class _Model:
 
     def __init__(self, path: Path, device: str, vocab_only: bool) -> None:
         self.library = library = _library()
-        _log().take()
+        _log().listen()
         params = library.llama_model_default_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = 0 if device == "cpu" else -1
@@ -151,7 +157,7 @@ class LlamaCppRuntime:
         self._context, self._shape = None, (0, 0, False)
 
     def _decode(self, context: Any, batch: _Batch) -> Floats:
-        """Returns the logits of the wanted rows, `[rows, vocab]`, in llama.cpp's own memory: valid until the next call."""
+        """Returns the logits of the wanted rows, `[rows, vocab]`: llama.cpp's own memory, until the next call."""
         code = self._library.llama_decode(context, batch.struct)
         if code:
             raise Failure(f"llama.cpp failed to decode {batch.struct.n_tokens} tokens (code {code}): {_log().take()}")
@@ -173,7 +179,7 @@ class LlamaCppRuntime:
         return self.choose_many([Question(context, endings)], silent)[0]
 
     def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
-        """See `Runtime`. An ending is a sequence; the tokens of a context belong to the sequences of all its endings."""
+        """See `Runtime`. An ending is a sequence, and the tokens of a context belong to all its endings' sequences."""
         scores: list[list[Score]] = [[] for _ in questions]
         if not questions:
             return scores
@@ -247,21 +253,21 @@ class _Batch:
         ids: Ids,
         positions: Ids,
         owners: list[list[int]],
-        wanted: np.ndarray[Any, np.dtype[np.bool_]],
+        wanted: NDArray[np.bool_],
     ) -> None:
         self.wanted = int(wanted.sum())
         counts = [len(owner) for owner in owners]
         flat = np.array([sequence for owner in owners for sequence in owner], dtype=np.int32)
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
         pointers = (flat.ctypes.data + starts * flat.itemsize).astype(np.uintp)
-        self._alive = (  # llama.cpp reads this memory in `llama_decode`
+        self._alive: list[NDArray[Any]] = [  # llama.cpp reads this memory in `llama_decode`
             ids.astype(np.int32),
             positions.astype(np.int32),
             np.array(counts, dtype=np.int32),
             pointers,
             wanted.astype(np.int8),
             flat,
-        )
+        ]
         self.struct = library.llama_batch(n_tokens=len(ids))
         for field, array in zip(("token", "pos", "n_seq_id", "seq_id", "logits"), self._alive, strict=False):
             kind = dict(library.llama_batch._fields_)[field]

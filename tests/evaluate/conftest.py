@@ -1,0 +1,41 @@
+"""Tiny models on both runtimes, and a brute-force way to score text."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lighten.evaluate.runtimes import Floats, Runtime, open_runtime
+from lighten.export import gguf as export
+
+Tiny = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    export.write(tiny(), file, "F32")
+    return file
+
+
+@pytest.fixture(params=["torch", "llama.cpp"])
+def runtime(request: pytest.FixtureRequest, tiny: Tiny, tiny_gguf: Path) -> Iterator[Runtime]:
+    opened = open_runtime(tiny() if request.param == "torch" else tiny_gguf)
+    assert opened.name == request.param
+    yield opened
+    opened.close()
+
+
+def log_softmax(logits: Floats) -> np.ndarray:
+    """The textbook formula in float64."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+
+
+def score_alone(runtime: Runtime, context: list[int], ending: list[int]) -> float:
+    """Log-probability of an ending, from one sequence that holds nothing else."""
+    logprobs = log_softmax(runtime.logits(np.array(context + ending)))
+    places = range(len(context) - 1, len(context) + len(ending) - 1)
+    return float(sum(logprobs[place, token] for place, token in zip(places, ending, strict=True)))

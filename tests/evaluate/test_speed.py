@@ -1,0 +1,110 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lighten.evaluate import speed
+from lighten.evaluate.energy import Counters
+from lighten.evaluate.machine import fingerprint
+from lighten.evaluate.run import measure
+from lighten.evaluate.runtimes import Ids, Timings
+from lighten.evaluate.settings import Speed
+from lighten.stage import silent
+from tests.evaluate.conftest import Tiny
+
+
+class Steady:
+    """A runtime that takes 10 ms for a prompt and 1, 2, 3, … ms for a token in its 1st, 2nd, 3rd, … run."""
+
+    vocab, dtype = 50, "float32"
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def generate(self, prompt: Ids, steps: int) -> Timings:
+        self.shapes.append((*prompt.shape, steps))
+        return Timings(0.010, [0.001 * len(self.shapes)] * (steps - 1))
+
+    def peak_vram_bytes(self) -> int | None:
+        return None
+
+
+def test_a_row_per_batch_size_from_medians_after_a_warm_up() -> None:
+    runtime, seen = Steady(), []
+    settings = Speed(prompt=20, generate=11, batch=[2], repeats=3)
+    found = speed.measure(runtime, settings, lambda done, total, note: seen.append((done, total)))  # type: ignore[arg-type]
+    assert runtime.shapes == [(2, 20, 8), *[(2, 20, 11)] * 3]
+    (row,) = found["speed"]
+    assert row["prefill_tok_s"] == pytest.approx(2 * 20 / 0.010)
+    assert row["decode_tok_s"] == pytest.approx(2 / 0.003)  # runs of 2, 3 and 4 ms
+    assert row["spread"] == pytest.approx((1 / 2 - 1 / 4) * 3)
+    assert row["ttft_ms"] == pytest.approx({"p50": 10, "p95": 10, "p99": 10})
+    assert row["token_ms"]["p50"] == pytest.approx(3)
+    assert found["memory"]["peak_rss_bytes"] > 1e6
+    assert (seen[0], seen[-1]) == ((0, 4), (4, 4))
+
+
+def counters(root: Path, energy: int) -> Counters:
+    for name in ("intel-rapl:0", "intel-rapl:0:0"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / "energy_uj").write_text(str(energy))
+        (root / name / "max_energy_range_uj").write_text("9999999")
+    return Counters(root)
+
+
+def test_energy_of_the_packages_without_their_parts(tmp_path: Path) -> None:
+    found = counters(tmp_path, 5_000_000)
+    assert found.read() == [5_000_000]
+    assert found.joules([5_000_000], [7_000_000]) == 2
+    assert found.joules([9_000_000], [1_000_000]) == 2  # the counter went round
+
+
+def test_energy_is_null_with_a_reason_where_there_is_nothing_to_read(tmp_path: Path) -> None:
+    found = speed.energy(Steady(), Speed(), Counters(tmp_path))  # type: ignore[arg-type]
+    assert found["joules_per_token"] is None
+    assert "no RAPL" in found["note"]
+    counters(tmp_path, 1)
+    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+    assert "cannot be read" in Counters(tmp_path).note
+
+
+def test_energy_per_token_is_measured_with_a_prompt_of_one_token(tmp_path: Path) -> None:
+    runtime, found = Steady(), counters(tmp_path, 0)
+    readings = iter([[0], [3_000_000]])
+    found.read = lambda: next(readings)  # type: ignore[method-assign]
+    energy = speed.energy(runtime, Speed(generate=10, batch=[3]), found)  # type: ignore[arg-type]
+    assert energy["joules_per_token"] == pytest.approx(0.1)
+    assert runtime.shapes == [(3, 1, 10)]
+
+
+def test_speed_of_a_model_directory(tiny: Tiny, tmp_path: Path) -> None:
+    config = {"prompt": 5, "generate": 3, "batch": [1, 2], "repeats": 2}
+    payload = {"measurement": "speed", "config": config, "model": str(tiny()), "out": str(tmp_path), "device": "cpu"}
+    found = measure(payload | {"tokenizer": str(tiny())}, silent)
+    assert [row["batch"] for row in found["speed"]] == [1, 2]
+    assert json.loads((tmp_path / "result.json").read_text()) == found
+    assert not (tmp_path / "values.safetensors").exists()
+
+
+def test_speed_of_a_gguf_loads_no_torch(tiny_gguf: Path, tmp_path: Path) -> None:
+    config = {"prompt": 5, "generate": 3, "repeats": 2}
+    payload = {"measurement": "speed", "config": config, "model": str(tiny_gguf), "out": str(tmp_path), "device": "cpu"}
+    script = (
+        "import sys, json; from lighten.evaluate.run import measure\n"
+        f"measure(json.loads({json.dumps(payload)!r}), lambda *progress: None)\n"
+        "print(sorted({'torch', 'transformers', 'gguf', 'tokenizers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert done.stderr.strip() == ""
+
+
+def test_the_fingerprint_is_json_and_names_what_matters() -> None:
+    found = json.loads(json.dumps(fingerprint()))
+    assert found["cores"] >= 1
+    assert found["memory_bytes"] > 1e8
+    assert found["packages"]["torch"].startswith("2.")
+    assert isinstance(found["flags"], list)
+    assert isinstance(found["gpus"], list)
