@@ -58,13 +58,20 @@ class Builder:
     """Builds the stages of one plan, each at most once, and remembers why one failed."""
 
     def __init__(
-        self, store: Store, predictor: Predictor, device: str, watcher: Watcher, source: dict[str, Any]
+        self,
+        store: Store,
+        predictor: Predictor,
+        device: str,
+        watcher: Watcher,
+        source: dict[str, Any],
+        trusted: bool,
     ) -> None:
         self.store = store
         self.device = device
         self.watcher = watcher
         self.predictor = predictor
         self.source = source
+        self.trusted = trusted
         self.failed: dict[str, str] = {}
         self.done: dict[str, Artifact] = {}
         self.cached: set[str] = set()
@@ -150,6 +157,7 @@ class Builder:
                 "tokenizer": paths[1] if len(paths) > 1 else paths[0],
                 "out": str(out),
                 "device": self.device,
+                "trust_remote_code": self.trusted,
                 "reference": reference,
                 "save_hidden": stage.measure == "perplexity" and reference is None,
             }
@@ -161,6 +169,7 @@ class Builder:
             "grams": paths[1] if len(paths) > 1 else None,
             "out": str(out),
             "device": self.device,
+            "trust_remote_code": self.trusted,
         }
 
 
@@ -216,7 +225,7 @@ def run(
 def build_all(todo: Plan, store: Store, predictor: Predictor, device: str, watcher: Watcher) -> Builder:
     """Builds every stage of a plan, measurements last."""
     source = {"id": todo.source.name, "revision": todo.recipe.revision, "identity": todo.source.identity}
-    builder = Builder(store, predictor, device, watcher, source)
+    builder = Builder(store, predictor, device, watcher, source, todo.recipe.trust_remote_code)
     for stage in sorted(todo.stages, key=lambda stage: stage.measure is not None):
         builder.build(stage)
     return builder

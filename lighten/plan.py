@@ -78,7 +78,7 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
     Raises:
         RequestError: a setting that this model cannot have, a missing package, data that cannot be read.
     """
-    source = find(recipe.model, recipe.revision)
+    source = find(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     chosen = [name for name in recipe.variants if name != BASELINE and (not only or name in only)]
     steps = {name: recipe.steps(name) for name in chosen}
     for step in (step for variant in steps.values() for step in variant):

@@ -27,6 +27,8 @@ class Context:
     grams: Path | None = None
     """Directory of the sweep over the source, for steps whose `needs_sweep` is true."""
     device: str = "cpu"
+    trust_remote_code: bool = False
+    """Whether the person asked for the code that the model's repository brings."""
     warnings: list[str] = field(default_factory=list)
     """Things the person should know; the pipeline prints them and keeps them in the manifest."""
 

@@ -46,7 +46,7 @@ def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Runs one step in this process; the target of `lighten.process.run_isolated`.
 
     Args:
-        payload: kind, settings, source and grams (paths or None), out, device.
+        payload: kind, settings, source and grams (paths or None), out, device, trust_remote_code.
         report: where progress goes.
 
     Returns:
@@ -58,6 +58,7 @@ def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     out = Path(payload["out"])
     source = read_artifact(Path(payload["source"])) if payload["source"] else Artifact(out, {})
     grams = Path(payload["grams"]) if payload["grams"] else None
-    context = Context(report=report, grams=grams, device=payload["device"])
+    trusted = payload["trust_remote_code"]
+    context = Context(report=report, grams=grams, device=payload["device"], trust_remote_code=trusted)
     facts = step.run(source, out, context)
     return {**facts, "warnings": context.warnings}

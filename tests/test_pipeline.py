@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lighten
+from lighten.errors import RequestError
 from lighten.plan import Stage, make_plan
 from lighten.recipe import parse
 from lighten.store import Store, find_damage
@@ -135,16 +138,27 @@ def test_a_change_runs_that_variant_and_its_measurements_only(model: Path, undis
 
 
 def test_a_failed_variant_is_one_row_and_is_not_cached(model: Path, tmp_path: Path) -> None:
-    chained = [{"quantize": {"bits": 4, "group_size": 32}}, {"export": {"format": "gguf", "type": "F16"}}]
-    value = recipe(model, evaluate={})
-    value["variants"] = {"int4": value["variants"]["int4"], "chain": chained}
-    _, listener, results = run(value, tmp_path)
+    """A norm so large that activations overflow: the Grams are not finite, but an export needs none."""
+    broken = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.post_attention_layernorm.weight"].fill_(1e38)
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    value = recipe(broken, evaluate={})
+    value["variants"] = {"int4": value["variants"]["int4"], "f16": [{"export": {"format": "gguf", "type": "BF16"}}]}
+    _, listener, results = run(value, tmp_path / "a")
     rows = {row["name"]: row for row in results["variants"]}
-    assert rows["int4"]["status"] == "ok"
-    assert rows["chain"]["status"] == "failed"
-    assert "gptq" in rows["chain"]["error"]
-    assert listener.failed == ["export F16"]
-    assert run(value, tmp_path)[1].failed == ["export F16"]
+    assert rows["f16"]["status"] == "ok"
+    assert rows["int4"]["status"] == "failed"
+    assert "not positive definite" in rows["int4"]["error"]
+    assert listener.failed == ["quantize gptq"]
+    assert run(value, tmp_path / "a")[1].failed == ["quantize gptq"]
+
+
+def test_a_step_that_cannot_follow_another_is_refused(model: Path, tmp_path: Path) -> None:
+    value = recipe(model, evaluate={})
+    value["variants"]["int4"].append({"export": {"format": "gguf", "type": "F16"}})
+    with pytest.raises(RequestError, match="this one is gptq"):
+        run(value, tmp_path)
 
 
 def test_two_runs_side_by_side(model: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Sweep(Step):
             context.warnings.append(
                 f"the text holds {len(ids)} samples of {self.length} tokens, not {self.samples}; all were used"
             )
-        model = StreamedModel(source.path, context.device)
+        model = StreamedModel(source.path, context.device, trust_remote_code=context.trust_remote_code)
         hidden, arguments = model.embed(ids)
         writer = GramWriter(out, LAYERS, {"samples": len(ids), "length": self.length, "tokens": ids.numel()})
         start = time.monotonic()

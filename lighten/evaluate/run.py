@@ -60,7 +60,7 @@ def _perplexity(payload: dict[str, Any], model: Path, out: Path, report: Report)
     from lighten.evaluate import perplexity
     from lighten.evaluate.runtimes import open_runtime, open_tokenizer
 
-    runtime = open_runtime(model, device=payload["device"])
+    runtime = open_runtime(model, device=payload["device"], trust_remote_code=payload.get("trust_remote_code", False))
     reference = payload.get("reference")
     if reference and not (Path(reference["hidden"]) / perplexity.HIDDEN).is_file():
         reference = None  # its own measurement says why
@@ -86,7 +86,7 @@ def _accuracy(payload: dict[str, Any], model: Path, out: Path, report: Report) -
     from lighten.evaluate import accuracy
     from lighten.evaluate.runtimes import open_runtime, open_tokenizer
 
-    runtime = open_runtime(model, device=payload["device"])
+    runtime = open_runtime(model, device=payload["device"], trust_remote_code=payload.get("trust_remote_code", False))
     measured = accuracy.measure(
         runtime, open_tokenizer(Path(payload["tokenizer"])), Accuracy(**payload["config"]), report
     )
@@ -99,7 +99,9 @@ def _speed(payload: dict[str, Any], model: Path, report: Report) -> dict[str, An
     from lighten.evaluate.runtimes import open_runtime
 
     fast = payload["device"] != "cpu" or machine.fast_bfloat16()
-    runtime = open_runtime(model, device=payload["device"], dtype="bfloat16" if fast else "float32")
+    dtype = "bfloat16" if fast else "float32"
+    trusted = payload.get("trust_remote_code", False)
+    runtime = open_runtime(model, device=payload["device"], dtype=dtype, trust_remote_code=trusted)
     return speed.measure(runtime, Speed(**payload["config"]), report) | _facts(runtime)
 
 

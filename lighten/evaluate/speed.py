@@ -14,10 +14,12 @@ from lighten.process import peak_rss_bytes
 from lighten.stage import Report
 
 WARM_UP_STEPS = 8
+STEADY = 0.25
+"""Largest spread of decode speeds that is no cause for a warning."""
 
 
 def measure(runtime: Runtime, settings: Speed, report: Report) -> dict[str, Any]:
-    """Returns `speed` (a row per batch size), `memory` (of this whole process) and `energy`."""
+    """Returns `speed` (a row per batch size), `memory` (of this whole process), `energy` and `warnings`."""
     speed: list[dict[str, Any]] = []
     total = len(settings.batch) * (settings.repeats + 1)
     report(0, total, "warming up")
@@ -45,7 +47,17 @@ def measure(runtime: Runtime, settings: Speed, report: Report) -> dict[str, Any]
             }
         )
     memory = {"peak_rss_bytes": peak_rss_bytes(), "peak_vram_bytes": runtime.peak_vram_bytes(), "dtype": runtime.dtype}
-    return {"speed": speed, "memory": memory, "energy": energy(runtime, settings, Counters())}
+    warnings = [
+        f"decode speeds at batch size {row['batch']} differ by {row['spread']:.0%}: the machine was busy, measure again"
+        for row in speed
+        if row["spread"] > STEADY
+    ]
+    return {
+        "speed": speed,
+        "memory": memory,
+        "energy": energy(runtime, settings, Counters()),
+        "warnings": warnings,
+    }
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:

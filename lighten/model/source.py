@@ -37,7 +37,7 @@ class Found:
     facts: ModelFacts
 
 
-def find(model: str, revision: str | None = None) -> Found:
+def find(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Found:
     """Returns where a source lies, fetching it from the hub if it is a hub id.
 
     Raises:
@@ -55,7 +55,7 @@ def find(model: str, revision: str | None = None) -> Found:
     if path.is_dir():
         identity = _hash_directory(path)
     elif HUB_ID.fullmatch(model):
-        path = _fetch(model, revision)
+        path = _fetch(model, revision, trust_remote_code)
         identity = f"{model}@{path.name}"
     else:
         raise RequestError(f"{model}: no such model here; give a directory, a .gguf file, a hub id, or demo:NAME")
@@ -84,12 +84,12 @@ def _hash_directory(path: Path) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def _fetch(model: str, revision: str | None) -> Path:
+def _fetch(model: str, revision: str | None, keep_code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        patterns = [*COPIED, "*.safetensors"]
+        patterns = [*COPIED, "*.safetensors", *(["*.py"] if keep_code else [])]
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -54,7 +54,7 @@ class _StandIn(nn.Module):
 class StreamedModel:
     """A causal language model whose decoder layers are loaded one at a time."""
 
-    def __init__(self, path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(self, path: Path, device: str = "cpu", *, trust_remote_code: bool = False) -> None:
         """Builds the modules without storage.
 
         Raises:
@@ -63,15 +63,17 @@ class StreamedModel:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.checkpoint = Checkpoint(path)
-        check_architecture(self.checkpoint.facts.architecture)
+        if not trust_remote_code:
+            check_architecture(self.checkpoint.facts.architecture)
         if self.checkpoint.quantization:
             raise RequestError(f"{path} is already quantized: sweep over the model that it was made from")
         self.device = device
-        self.dtype = dtype or fast_dtype(device)
-        config = AutoConfig.from_pretrained(path)
+        self.dtype = fast_dtype(device)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         config._attn_implementation = "sdpa"
         with torch.device("meta"):
-            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+            made = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust_remote_code)
+            self.model: Any = made.eval()
         # non-persistent buffers (RoPE frequencies) are computed, not stored: build them for real
         rotary = type(self.model.model.rotary_emb)
         self.model.model.rotary_emb = rotary(config=config).to(device)

@@ -43,6 +43,7 @@ def test_a_row_per_batch_size_from_medians_after_a_warm_up() -> None:
     assert row["ttft_ms"] == pytest.approx({"p50": 10, "p95": 10, "p99": 10})
     assert row["token_ms"]["p50"] == pytest.approx(3)
     assert found["memory"]["peak_rss_bytes"] > 1e6
+    assert "differ by 75%" in found["warnings"][0]
     assert (seen[0], seen[-1]) == ((0, 4), (4, 4))
 
 

@@ -91,7 +91,9 @@ class Runtime(Protocol):
         """Frees the model."""
 
 
-def open_runtime(path: Path, *, device: str = "cpu", dtype: str | None = None) -> Runtime:
+def open_runtime(
+    path: Path, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
+) -> Runtime:
     """Loads a model on the runtime that serves its format.
 
     Args:
@@ -99,6 +101,7 @@ def open_runtime(path: Path, *, device: str = "cpu", dtype: str | None = None) -
         device: "cpu" or "cuda".
         dtype: arithmetic for a Hugging Face model. None is for measuring quality: float32 on a CPU (so that
             the noise of arithmetic is not taken for a loss by compression), bfloat16 on a GPU.
+        trust_remote_code: whether code that lies beside the weights may run; only if the person asked for it.
 
     Raises:
         RequestError: nothing there that can be run, or an extra is missing.
@@ -111,7 +114,7 @@ def open_runtime(path: Path, *, device: str = "cpu", dtype: str | None = None) -
         return LlamaCppRuntime(gguf, device)
     from lighten.evaluate.runtimes.torch import TorchRuntime
 
-    return TorchRuntime(path, device, dtype)
+    return TorchRuntime(path, device, dtype, trust_remote_code)
 
 
 def open_tokenizer(path: Path) -> Tokenizer:

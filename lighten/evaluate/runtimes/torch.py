@@ -32,7 +32,7 @@ class TorchRuntime:
 
     name = "torch"
 
-    def __init__(self, path: Path, device: str, dtype: str | None) -> None:
+    def __init__(self, path: Path, device: str, dtype: str | None, trust_remote_code: bool = False) -> None:
         """Loads the model; with no `dtype` as it is best for measuring quality, else as it would be served.
 
         Raises:
@@ -47,7 +47,7 @@ class TorchRuntime:
         self.dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
         # a kernel's rounding is no part of a checkpoint's quality, and its prefill can be slow: take the weights
         unpack = for_quality and device == "cpu" and method == "gptq"
-        self.model = _load(path, device, DTYPES[self.dtype], method, "torch" if unpack else None)
+        self.model = _load(path, device, DTYPES[self.dtype], method, "torch" if unpack else None, trust_remote_code)
         kernels = _kernels(self.model)
         if unpack:
             _unpack(self.model)
@@ -155,10 +155,10 @@ class TorchRuntime:
         self._hidden = None
 
 
-def _load(path: Path, device: str, dtype: torch.dtype, method: str | None, backend: str | None) -> Any:
+def _load(path: Path, device: str, dtype: torch.dtype, method: str | None, backend: str | None, trusted: bool) -> Any:
     if device != "cpu" and not torch.cuda.is_available():
         raise RequestError(f"the device {device} is not there: torch sees no GPU. Use --device cpu")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"trust_remote_code": trusted}
     if method in NEEDS_GPTQMODEL:
         for module in ("gptqmodel", "optimum"):
             if find_spec(module) is None:
@@ -177,7 +177,7 @@ def _load(path: Path, device: str, dtype: torch.dtype, method: str | None, backe
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
+            path, dtype=dtype, use_safetensors=True, local_files_only=True, **options
         )
     except SafetensorError as error:
         raise Failure(

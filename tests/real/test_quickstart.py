@@ -1,0 +1,174 @@
+"""The quickstart as a new user runs it, on the real 135M model, and what its artifacts are worth to other loaders."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lighten.store import Store, find_damage
+
+pytestmark = pytest.mark.real
+VARIANTS = ["baseline", "gptq-int4", "gguf-f16", "gguf-q8_0", "gguf-q4_k_m"]
+
+
+def lighten(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lighten", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1500)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quickstart")
+    done = lighten("run", "quickstart", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(home: Path) -> dict[str, Any]:
+    return json.loads((home / "artifacts/quickstart/v1/results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in results["variants"]}
+
+
+def artifact(home: Path, name: str) -> Path:
+    return (home / "artifacts/quickstart/v1/variants" / name).resolve()
+
+
+def test_every_field_of_the_contract_is_filled(results: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+    assert list(rows) == VARIANTS
+    assert results["source"]["params"] == 134_515_008
+    for name, row in rows.items():
+        assert (row["status"], row["error"]) == ("ok", None)
+        filled = ["path", "key", "format", "runtime", "device", "size_bytes", "bits_per_weight", "perplexity"]
+        filled += ["accuracy", "speed", "memory", "energy", *(["divergence", "delta"] if name != "baseline" else [])]
+        assert all(row[field] for field in filled), name
+        for percentiles in (row["speed"][0]["ttft_ms"], row["speed"][0]["token_ms"]):
+            assert 0 < percentiles["p50"] <= percentiles["p95"] <= percentiles["p99"]
+        assert row["accuracy"][0]["ci95"][0] < row["accuracy"][0]["acc"] < row["accuracy"][0]["ci95"][1]
+
+
+def test_quality_is_in_the_expected_order(rows: dict[str, dict[str, Any]]) -> None:
+    perplexity = {name: row["perplexity"]["value"] for name, row in rows.items()}
+    assert perplexity["gguf-f16"] == pytest.approx(perplexity["baseline"], rel=5e-4)
+    assert rows["gguf-f16"]["divergence"]["top1_agreement"] > 0.995
+    assert perplexity["baseline"] < perplexity["gguf-q8_0"] < perplexity["gguf-q4_k_m"] < 1.06 * perplexity["baseline"]
+    assert perplexity["gptq-int4"] < 1.25 * perplexity["baseline"]
+    assert rows["gguf-q4_k_m"]["facts"]["imatrix"] is True
+    assert rows["gguf-q4_k_m"]["facts"]["fallbacks"]["count"] == 180
+
+
+def test_the_reference_is_exact(home: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """The baseline's perplexity is what transformers alone gives, in float32, on the same tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lighten.data.text import builtin_text
+
+    path = artifact(home, "baseline")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(path)(builtin_text("perplexity"), return_tensors="pt")["input_ids"][0]
+    chunks = ids[: len(ids) // 512 * 512].view(-1, 512)
+    total = 0.0
+    with torch.inference_mode():
+        for chunk in chunks:
+            logits = model(chunk[None]).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits, chunk[1:], reduction="sum").item()
+    assert math.exp(total / (len(chunks) * 511)) == pytest.approx(rows["baseline"]["perplexity"]["value"], rel=1e-5)
+
+
+def test_gptq_loads_in_transformers_and_scores_the_same(home: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Through AutoModelForCausalLM and GPTQModel's own kernels, in a process of its own: within 0.5 %."""
+    script = """
+import math, os, sys
+os.environ["GPTQMODEL_CPU_WORKERS"] = "3"
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from lighten.data.text import builtin_text
+path = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(path)
+kernel = type(model.model.layers[0].mlp.down_proj).__module__
+assert kernel.startswith("gptqmodel"), kernel
+ids = AutoTokenizer.from_pretrained(path)(builtin_text("perplexity"), return_tensors="pt")["input_ids"][0]
+chunks = ids[: len(ids) // 512 * 512].view(-1, 512)
+total = 0.0
+with torch.inference_mode():
+    for chunk in chunks:
+        logits = model(chunk[None]).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, chunk[1:], reduction="sum").item()
+print("perplexity", math.exp(total / (len(chunks) * 511)))
+"""
+    command = [sys.executable, "-c", script, str(artifact(home, "gptq-int4"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = float(done.stdout.split("perplexity ")[1].split()[0])
+    assert theirs == pytest.approx(rows["gptq-int4"]["perplexity"]["value"], rel=5e-3)
+
+
+def test_gguf_f16_is_read_by_gguf_and_llama_cpp(home: Path) -> None:
+    import gguf
+    from llama_cpp import Llama
+
+    file = artifact(home, "gguf-f16") / "model-F16.gguf"
+    reader = gguf.GGUFReader(file)
+    assert len(reader.tensors) == 272
+    assert str(file.parent) not in str(reader.fields["general.name"].contents())
+    model = Llama(str(file), n_ctx=64, verbose=False)
+    answer = model.create_chat_completion(
+        [{"role": "user", "content": "What is the capital of France?"}], temperature=0
+    )
+    assert "Paris" in answer["choices"][0]["message"]["content"]
+
+
+def test_again_makes_no_new_objects_and_a_change_runs_one_variant(home: Path) -> None:
+    store = Store(home / "artifacts")
+    before = store.finished()
+    assert lighten("run", "quickstart", cwd=home).returncode == 0
+    assert store.finished() == before
+    assert [version.name for version in store.versions("quickstart")] == ["v1"]
+
+    recipe = (home / "artifacts/quickstart/v1/recipe.yaml").read_text()
+    (home / "changed.yaml").write_text(recipe.replace("bits: 4", "bits: 8"))
+    planned = json.loads(lighten("plan", "changed.yaml", "--json", cwd=home).stdout)["stages"]
+    missing = [stage["name"] for stage in planned if not stage["cached"]]
+    wanted = ["quantize gptq", "perplexity of gptq-int4", "accuracy of gptq-int4", "speed of gptq-int4"]
+    assert sorted(missing) == sorted(wanted)
+
+
+@pytest.mark.parametrize("stage", ["sweep", "export", "perplexity"])
+def test_kill_9_then_the_same_bytes(home: Path, tmp_path: Path, stage: str) -> None:
+    recipe = (home / "artifacts/quickstart/v1/recipe.yaml").read_text()
+    small = recipe.replace("samples: 64", "samples: 8").replace("samples: null", "samples: 4")
+    (tmp_path / "small.yaml").write_text(small)
+    only = ("run", "small.yaml", "--only", "gguf-q4_k_m")
+    command = [sys.executable, "-m", "lighten", *only, "--artifacts", "killed"]
+    child = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert child.stderr
+    for line in child.stderr:
+        if line.startswith(stage):  # "sweep … (about 20 s)"
+            break
+    time.sleep(1.5 if stage != "export" else 2.5)
+    assert child.poll() is None
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stderr.close()
+    assert lighten(*only, "--artifacts", "killed", cwd=tmp_path).returncode == 0
+    assert lighten(*only, "--artifacts", "undisturbed", cwd=tmp_path).returncode == 0
+    found = {}
+    for name in ("killed", "undisturbed"):
+        store = Store(tmp_path / name)
+        kept = [store.find(key) for key in store.finished()]
+        assert all(find_damage(each) == [] for each in kept)
+        found[name] = {each.key: each.manifest["files"] for each in kept if each.format != "measurement"}
+        assert not [path for path in os.listdir(store.objects) if path.startswith(".")]
+    assert found["killed"] == found["undisturbed"]
