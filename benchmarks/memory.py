@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [--samples 64] [--length 512]
 
-Writes benchmarks/results/memory.json. The large model has TinyLlama's shape (2048 wide, 5632 inner, 22 layers, 32 heads of
-which 4 are key/value, vocabulary 32,000) and is saved in bfloat16 shards of at most 1 GB.
+Writes benchmarks/results/memory.json. The large model has TinyLlama's shape (2048 wide, 5632 inner, 22 layers, 32 heads
+of which 4 are key/value, vocabulary 32,000) and is saved in bfloat16 shards of at most 1 GB.
 """
 
 from __future__ import annotations
