@@ -6,14 +6,20 @@ import inspect
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from pydantic.fields import FieldInfo
 from rich.console import Console
 
 from lighten.errors import Failure, LightenError, RequestError
 
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+VERBS = {
+    "quantize": "Quantize a model: one step, no recipe.",
+    "export": "Export a model to another runtime's format: one step, no recipe.",
+}
 app = typer.Typer(
     name="lighten",
     help="Compress a causal language model in one pass over the calibration data, and measure what you ship.",
@@ -185,15 +191,14 @@ def _add_verb(kind: str) -> None:
     parameters += [_flag(name, field) for name, field in {**settings, **calibration}.items()]
     verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     verb.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    verb.__doc__ = {
-        "quantize": "Quantize a model: one step, no recipe.",
-        "export": "Export a model to another runtime's format: one step, no recipe.",
-    }[kind]
-    app.command(kind)(verb)
+    app.command(kind, help=VERBS[kind])(verb)
 
 
-for _kind in ("quantize", "export"):
-    _add_verb(_kind)
+for _kind in VERBS:
+    if sys.argv[1:2] == [_kind]:
+        _add_verb(_kind)
+    else:  # only listed: the settings' classes are imported for the verb that is asked for, so that help is quick
+        app.command(_kind, help=VERBS[_kind])(lambda: None)
 
 
 @app.command()
