@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from lighten.errors import RequestError
+from lighten.process import share_cores
 from lighten.stage import Context, Report, Step
 from lighten.store import Artifact, read_artifact
 
@@ -52,8 +52,7 @@ def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     Returns:
         The facts of what was written, and the warnings.
     """
-    # idle threads sleep instead of spinning: on a busy machine spinning makes both sides many times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    share_cores()
     step = step_class(payload["kind"])(**payload["settings"])
     out = Path(payload["out"])
     source = read_artifact(Path(payload["source"])) if payload["source"] else Artifact(out, {})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lighten.evaluate import machine
 from lighten.evaluate.paired import RESULT, VALUES
 from lighten.evaluate.settings import Accuracy, Perplexity, Speed
+from lighten.process import share_cores
 from lighten.stage import Report
 from lighten.store import write_json
 
@@ -46,11 +47,8 @@ def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def _be_patient() -> None:
-    """Lets idle threads of OpenMP sleep, for a busy machine, and torch take large pages; must come before its import.
-
-    Spinning threads of two processes on the same cores make both of them up to ten times slower.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    """Shares the cores of a busy machine, and lets torch take large pages; must come before its import."""
+    share_cores()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
