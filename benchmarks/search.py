@@ -3,7 +3,7 @@
     python benchmarks/search.py GRAMS MODEL TEXT [--samples 40]
 
 GRAMS is the object of a sweep, MODEL the model it swept over, TEXT what to measure perplexity on.
-Writes benchmarks/results/search.json.
+Writes search.json where it is run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lighten.model.grams import read_index, read_layer
 from lighten.model.tokens import load_tokenizer
 from lighten.store import write_json
 
-RESULTS = Path(__file__).parent / "results" / "search.json"
+RESULTS = Path("search.json")
 POWERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 
 
