@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import shutil
 from pathlib import Path
@@ -36,7 +35,6 @@ class Quantize(Step):
     sym: bool = Field(True, description="symmetric grid, its zero point in the middle")
     desc_act: bool = Field(False, description="round the inputs in order of falling activation")
     damp_percent: float = Field(0.05, gt=0, lt=1, description="share of the mean of diag(H) that is added to it")
-    ignore: tuple[str, ...] = Field((), description="patterns of linears to leave alone, such as 'model.layers.0.*'")
 
     def needs_sweep(self) -> bool:
         """GPTQ reads the Grams."""
@@ -84,9 +82,7 @@ class Quantize(Step):
         assert context.grams is not None
         checkpoint = Checkpoint(source.path)
         layers = len(read_index(context.grams)["layers"])
-        skipped: list[str] = []
         errors: dict[str, float] = {}
-        packed_bits = 0
         count = len(checkpoint.weight_map) + layers * LINEARS_PER_LAYER * TENSORS_PER_LINEAR
         with ShardWriter(out, count) as writer, torch.inference_mode():
             for name in checkpoint.weight_map:
@@ -98,11 +94,6 @@ class Quantize(Step):
                 grams, read_by = read_layer(context.grams, layer)
                 for first, gram in grams.items():
                     linears = [name for name, read in read_by.items() if read == first]
-                    ignored = [name for name in linears if self._ignores(prefix + name)]
-                    skipped += [prefix + name for name in ignored]
-                    linears = [name for name in linears if name not in ignored]
-                    if not linears:
-                        continue
                     weights = [tensors.pop(f"{name}.weight") for name in linears]
                     result = self._quantize(weights, gram, prefix + first, context)
                     start = 0
@@ -117,7 +108,6 @@ class Quantize(Step):
                         )
                         for key, tensor in packed.items():
                             writer.add(f"{prefix}{name}.{key}", tensor)
-                            packed_bits += tensor.numel() * tensor.element_size() * 8
                         start = stop
                     errors[prefix + first] = relative_error(torch.cat(weights), result.weight(), gram.matrix())
                 for name, tensor in tensors.items():
@@ -131,14 +121,10 @@ class Quantize(Step):
             "group_size": self.group_size,
             "sym": self.sym,
             "desc_act": self.desc_act,
-            "quantized_linears": layers * len(read_by) - len(skipped),
-            "skipped": skipped,
+            "quantized_linears": layers * len(read_by),
             "kept": ["embedding", "norms", "head"],
             "output_error": {"mean": sum(errors.values()) / max(1, len(errors)), "worst": worst},
         }
-
-    def _ignores(self, linear: str) -> bool:
-        return any(fnmatch.fnmatchcase(linear, pattern) for pattern in self.ignore)
 
     def _quantize(self, weights: list[torch.Tensor], gram: Gram, name: str, context: Context) -> Quantized:
         """Quantizes linears that read the same input as one matrix."""
@@ -180,9 +166,6 @@ class Quantize(Step):
             "pack_dtype": "int32",
             "meta": {"quantizer": [f"lighten:{__version__}"]},
         }
-        if self.ignore:
-            skipped: dict[str, Any] = {f"-:{fnmatch.translate(pattern)}": {} for pattern in self.ignore}
-            quantization["dynamic"] = skipped
         for file in source.iterdir():
             weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
             if file.is_file() and not weights and file.name not in (MANIFEST, "config.json"):
