@@ -19,7 +19,11 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Checkpoint:
-    """Config and tensors of a model directory; opens shards lazily and holds no weights."""
+    """Config and tensors of a model directory; holds no weights.
+
+    Shards are mapped only while they are read, and what is read is copied: pages of a mapping that stays open
+    count as memory of the process, up to the whole model.
+    """
 
     def __init__(self, path: Path) -> None:
         """Opens the directory.
@@ -30,7 +34,6 @@ class Checkpoint:
         """
         self.path = path
         self.config = read_config(path)
-        self._shards: dict[str, Any] = {}
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
@@ -42,29 +45,34 @@ class Checkpoint:
                 raise Failure(f"{self.path}: {INDEX} names shards that are missing: {', '.join(missing)}; fetch them")
             return weights
         if (self.path / SINGLE).is_file():
-            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+            with self._open(SINGLE) as shard:
+                return dict.fromkeys(shard.keys(), SINGLE)
         refuse_pickle(self.path)
         raise RequestError(f"{self.path} holds a config.json but no {SINGLE} or {INDEX}: not a complete model")
 
     def _open(self, name: str) -> Any:
-        if name not in self._shards:
-            try:
-                self._shards[name] = safe_open(self.path / name, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise Failure(
-                    f"{self.path / name} cannot be read ({error}): cut short or damaged; fetch it again"
-                ) from error
-        return self._shards[name]
+        try:
+            return safe_open(self.path / name, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise Failure(
+                f"{self.path / name} cannot be read ({error}): cut short or damaged; fetch it again"
+            ) from error
 
     def tensor(self, name: str) -> torch.Tensor:
         """Returns one tensor, on the CPU, in the type it is stored in."""
-        tensor: torch.Tensor = self._open(self.weight_map[name]).get_tensor(name)
+        with self._open(self.weight_map[name]) as shard:
+            tensor: torch.Tensor = shard.get_tensor(name).clone()
         return tensor
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """Returns every tensor whose name starts with `prefix`, by the rest of its name."""
         names = [name for name in self.weight_map if name.startswith(prefix)]
-        return {name.removeprefix(prefix): self.tensor(name) for name in names}
+        found: dict[str, torch.Tensor] = {}
+        for file in dict.fromkeys(self.weight_map[name] for name in names):
+            with self._open(file) as shard:
+                here = [name for name in names if self.weight_map[name] == file]
+                found |= {name.removeprefix(prefix): shard.get_tensor(name).clone() for name in here}
+        return found
 
     @property
     def quantization(self) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from lighten.store import Artifact
 
 
 def largest_difference(payload: dict[str, Any], report: Callable[..., None]) -> dict[str, float]:
-    """Loads checkpoints through transformers and GPTQModel; returns how far their weights are from ours (own process)."""
+    """Loads checkpoints through transformers and GPTQModel; returns how far their weights are from ours."""
     import os
 
     os.environ["GPTQMODEL_CPU_WORKERS"] = "3"
