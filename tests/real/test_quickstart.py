@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lighten.store import Store, find_damage
 
@@ -145,30 +146,45 @@ def test_again_makes_no_new_objects_and_a_change_runs_one_variant(home: Path) ->
     assert sorted(missing) == sorted(wanted)
 
 
+ONLY = ("run", "small.yaml", "--only", "gguf-q4_k_m")
+
+
+def small_recipe(folder: Path) -> None:
+    recipe = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "quickstart.yaml").read_text())
+    recipe["calibration"]["samples"] = 8
+    recipe["evaluate"] = {"perplexity": {"length": 512, "samples": 4}}
+    (folder / "small.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def files_of(folder: Path) -> dict[str, Any]:
+    store = Store(folder)
+    kept = [store.find(key) for key in store.finished()]
+    assert all(find_damage(each) == [] for each in kept)
+    assert not [path for path in os.listdir(store.objects) if path.startswith(".")]
+    return {each.key: each.manifest["files"] for each in kept if each.format != "measurement"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    small_recipe(folder)
+    assert lighten(*ONLY, cwd=folder).returncode == 0
+    return files_of(folder / "artifacts")
+
+
 @pytest.mark.parametrize("stage", ["sweep", "export", "perplexity"])
-def test_kill_9_then_the_same_bytes(home: Path, tmp_path: Path, stage: str) -> None:
-    recipe = (home / "artifacts/quickstart/v1/recipe.yaml").read_text()
-    small = recipe.replace("samples: 64", "samples: 8").replace("samples: null", "samples: 4")
-    (tmp_path / "small.yaml").write_text(small)
-    only = ("run", "small.yaml", "--only", "gguf-q4_k_m")
-    command = [sys.executable, "-m", "lighten", *only, "--artifacts", "killed"]
+def test_kill_9_then_the_same_bytes(undisturbed: dict[str, Any], tmp_path: Path, stage: str) -> None:
+    small_recipe(tmp_path)
+    command = [sys.executable, "-m", "lighten", *ONLY]
     child = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert child.stderr
     for line in child.stderr:
         if line.startswith(stage):  # "sweep … (about 20 s)"
             break
-    time.sleep(1.5 if stage != "export" else 2.5)
+    time.sleep(1.5)
     assert child.poll() is None
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stderr.close()
-    assert lighten(*only, "--artifacts", "killed", cwd=tmp_path).returncode == 0
-    assert lighten(*only, "--artifacts", "undisturbed", cwd=tmp_path).returncode == 0
-    found = {}
-    for name in ("killed", "undisturbed"):
-        store = Store(tmp_path / name)
-        kept = [store.find(key) for key in store.finished()]
-        assert all(find_damage(each) == [] for each in kept)
-        found[name] = {each.key: each.manifest["files"] for each in kept if each.format != "measurement"}
-        assert not [path for path in os.listdir(store.objects) if path.startswith(".")]
-    assert found["killed"] == found["undisturbed"]
+    assert lighten(*ONLY, cwd=tmp_path).returncode == 0
+    assert files_of(tmp_path / "artifacts") == undisturbed
