@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from statistics import median
 from typing import Any, Literal
@@ -176,13 +175,7 @@ class _Builder:
 
 def measuring_packages() -> dict[str, str]:
     """Returns the versions of the packages whose arithmetic a measurement shows."""
-    found = {}
-    for package in MEASURING_PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {name: number for name, number in machine.packages().items() if name in MEASURING_PACKAGES}
 
 
 def predict_measurement(settings: Perplexity | Accuracy | Speed, facts: ModelFacts) -> Estimate:
