@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,17 +162,13 @@ def test_a_step_that_cannot_follow_another_is_refused(model: Path, tmp_path: Pat
         run(value, tmp_path)
 
 
+def command_line(value: dict[str, Any], folder: Path) -> list[str]:
+    (folder / "recipe.yaml").write_text(json.dumps(value))
+    return [sys.executable, "-m", "lighten", "run", str(folder / "recipe.yaml"), "--artifacts", str(folder / "a")]
+
+
 def test_two_runs_side_by_side(model: Path, undisturbed: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(model, evaluate={})))
-    command = [
-        sys.executable,
-        "-m",
-        "lighten",
-        "run",
-        str(tmp_path / "recipe.yaml"),
-        "--artifacts",
-        str(tmp_path / "a"),
-    ]
+    command = command_line(recipe(model, evaluate={}), tmp_path)
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(300) for process in both] == [0, 0]
     same = contents(tmp_path / "a")
@@ -180,16 +177,7 @@ def test_two_runs_side_by_side(model: Path, undisturbed: Path, tmp_path: Path) -
 
 
 def test_kill_9_at_any_moment_then_the_same_bytes(model: Path, undisturbed: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(model)))
-    command = [
-        sys.executable,
-        "-m",
-        "lighten",
-        "run",
-        str(tmp_path / "recipe.yaml"),
-        "--artifacts",
-        str(tmp_path / "a"),
-    ]
+    command = command_line(recipe(model), tmp_path)
     moments = random.Random(0)
     for _ in range(5):
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)

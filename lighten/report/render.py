@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +19,7 @@ from lighten.report.plots import draw, inline, plots
 from lighten.report.results import Free, Results, Variant
 from lighten.report.table import first_line, table
 from lighten.report.terminal import terminal
+from lighten.store import write_file
 
 __all__ = ["html", "markdown", "pareto", "terminal", "write_report"]
 
@@ -50,7 +48,7 @@ def write_report(results: Results, directory: Path) -> list[Path]:
     try:
         for name, content in written.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            _write(directory / name, content)
+            write_file(directory / name, content)
     except OSError as error:
         raise Failure(f"cannot write the report to {directory}: {error.strerror}") from error
     return [directory / name for name in written]
@@ -98,17 +96,3 @@ def _flow(step: Free) -> Markup:
     """Returns a step as one line of YAML, escaped."""
     line = yaml.safe_dump(step, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
     return Markup.escape(line.strip())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
