@@ -10,6 +10,7 @@ import lighten
 ROOT = Path(lighten.__file__).parent
 FLOORS = {
     "errors": 0,
+    "knapsack": 1,
     "store": 1,
     "data": 1,
     "stage": 2,
