@@ -1,27 +1,17 @@
-"""Quality against size, and quality against decode speed, as SVG and PNG.
-
-The same results give the same bytes. Colours are from Okabe and Ito's palette, and shape says the same as colour.
-"""
+"""Quality against size, and quality against decode speed."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
-
-from lighten.errors import missing_extra
+from lighten.report.drawing import FRONT, GROUND, INK, MUTED, sheet
 from lighten.report.numbers import byte_unit
 from lighten.report.pareto import pareto
 from lighten.report.results import Results
-
-INK, MUTED, GRID, FRONT, GROUND = "#1b1f24", "#656d76", "#e3e6ea", "#0072b2", "#ffffff"
-_THEME = {INK: "--ink", MUTED: "--muted", GRID: "--rule", FRONT: "--accent", GROUND: "--ground"}
 
 WIDTH, HEIGHT = 360.0, 272.0
 """Size of a figure in points."""
@@ -88,62 +78,17 @@ def _plot(stem: str, title: str, x_label: str, larger: bool, points: list[Point]
 
 
 def draw(plot: Plot) -> tuple[bytes, bytes]:
-    """Returns the plot as SVG (text stays text) and as PNG at 200 dots per inch.
+    """Returns the plot as SVG and PNG.
 
     Raises:
         RequestError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        import matplotlib.style
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing_extra("report", "matplotlib", "Drawing the plots") from error
-
-    settings = {
-        "font.family": "DejaVu Sans",
-        "font.size": 9,
-        "text.color": INK,
-        "axes.edgecolor": MUTED,
-        "axes.labelcolor": MUTED,
-        "axes.linewidth": 0.6,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.unicode_minus": True,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "grid.color": GRID,
-        "grid.linewidth": 0.6,
-        "svg.fonttype": "none",
-        "svg.hashsalt": f"lighten {plot.stem}",
-    }
-    with matplotlib.style.context("default"), matplotlib.rc_context(settings):
-        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72, facecolor=GROUND)
-        canvas = FigureCanvasAgg(figure)
-        axes = figure.add_axes((0.135, 0.145, 0.845, 0.69), facecolor="none")
+    with sheet(plot.stem, plot.title, (WIDTH, HEIGHT)) as drawn:
+        axes = drawn.figure.add_axes((0.135, 0.145, 0.845, 0.69), facecolor="none")
         _points(axes, plot)
         _scales(axes, plot)
-        figure.text(0.022, 0.945, plot.title, fontsize=10.5, fontweight="bold", va="center")
-        _labels(axes, plot, canvas.get_renderer())
-        svg, png = io.BytesIO(), io.BytesIO()
-        blank = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(svg, format="svg", metadata=blank)
-        figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
-    return svg.getvalue(), png.getvalue()
-
-
-def inline(svg: bytes, stem: str) -> Markup:
-    """Returns an SVG for use inside a page: no prolog, ids of its own, colours from the page's variables."""
-    text = svg.decode("utf-8")
-    text = text[text.index("<svg ") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{stem}-", text)
-    for colour, variable in _THEME.items():
-        text = text.replace(colour, f"var({variable})")
-    return Markup(text)  # matplotlib escaped the text in it
+        _labels(axes, plot, drawn.renderer)
+    return drawn.svg, drawn.png
 
 
 def _points(axes: Any, plot: Plot) -> None:
