@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from lighten.compress.sweep import Sweep
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine, paired
 from lighten.plan import Plan, Predictor, Stage, make_plan, measuring_packages, this_machine, what
@@ -243,6 +244,10 @@ def _publish(todo: Plan, builder: Builder, results: dict[str, Any], store: Store
         return latest
     number = int(latest.name[1:]) + 1 if latest else 1
     results["version"] = f"v{number}"
+    try:
+        results["calibration"] = _calibration(todo, builder)
+    except LightenError as error:
+        watcher.say(f"the calibration text could not be compared with the evaluation sets: {error}")
     with store.new_version(name) as folder:
         (folder / "recipe.yaml").write_text(todo.recipe.dump(), encoding="utf-8")
         write_json(folder / "objects.json", keys)
@@ -313,6 +318,19 @@ def _results(todo: Plan, builder: Builder, predicted: dict[str, Any]) -> dict[st
         "recipe_yaml": todo.recipe.dump(),
         "warnings": warnings,
     }
+
+
+def _calibration(todo: Plan, builder: Builder) -> dict[str, Any] | None:
+    """Returns the calibration text and what it shares with the evaluation sets; None if no variant used it."""
+    if not any(stage.kind == Sweep.kind and stage.key in builder.done for stage in todo.stages):
+        return None
+    payload = {
+        "model": str(builder.done[todo.artifacts[BASELINE].key].path),
+        "calibration": todo.recipe.calibration.model_dump(mode="json"),
+        "evaluate": todo.recipe.evaluate.model_dump(mode="json"),
+    }
+    described: dict[str, Any] = run_isolated("lighten.calibration:describe", payload).value
+    return described
 
 
 def _warnings(builder: Builder, stage: Stage) -> list[str]:

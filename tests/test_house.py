@@ -23,6 +23,7 @@ FLOORS = {
     "steps": 5,
     "recipe": 6,
     "plan": 7,
+    "calibration": 7,
     "pipeline": 8,
     "verbs": 9,
     "progress": 9,

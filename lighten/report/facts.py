@@ -6,8 +6,12 @@ from collections.abc import Iterable, Mapping
 
 from pydantic import JsonValue
 
+from lighten.report.allocation import allocated
 from lighten.report.numbers import byte_count, significant
 from lighten.report.results import Free, Results
+
+NAMED = 6
+"""Names that are listed before the rest is counted."""
 
 Pairs = list[tuple[str, str]]
 
@@ -15,6 +19,27 @@ Pairs = list[tuple[str, str]]
 def pairs(facts: Mapping[str, JsonValue]) -> Pairs:
     """Returns (label, text) of every fact, in the order given."""
     return [(key.replace("_", " ").removesuffix(" bytes"), text(value, key)) for key, value in facts.items()]
+
+
+def settings(facts: Free) -> Free:
+    """Returns the facts that are told as label and text; an allocation is drawn, and what was kept is a list."""
+    told = {"kept", *(("allocation",) if allocated(facts) else ())}
+    return {key: value for key, value in facts.items() if key not in told}
+
+
+def kept(facts: Free) -> Pairs:
+    """Returns (names, why) of what a variant left alone; names that share a reason are told together."""
+    found: dict[str, list[str]] = {}
+    value = facts.get("kept")
+    for entry in value if isinstance(value, list) else [value] if value else []:
+        what, why = (entry.get("what"), entry.get("why")) if isinstance(entry, dict) else (entry, None)
+        found.setdefault(text(why) if why else "", []).append(text(what))
+    return [(_few(names), why) for why, names in found.items()]
+
+
+def _few(names: list[str]) -> str:
+    rest = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def text(value: JsonValue, key: str = "") -> str:

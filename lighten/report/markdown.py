@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
-from lighten.report.facts import pairs, protocols, sentence
+from lighten.report.allocation import allocations
+from lighten.report.calibration import amount, shared
+from lighten.report.facts import kept, pairs, protocols, sentence
 from lighten.report.headline import headline
 from lighten.report.numbers import NOT_MEASURED, byte_count, duration
-from lighten.report.results import Cost, Results, StageCost
+from lighten.report.results import Cost, Results, StageCost, Variant
 from lighten.report.table import Table, first_line, table
 
 
@@ -19,6 +21,7 @@ def markdown(results: Results) -> str:
         f"**{escape(answer.sentence)}** {escape(answer.reason)}",
         *(escape(line) for line in answer.others),
         markdown_table(comparison),
+        *(f"**{escape(note)}**" for note in comparison.notes),
         _legend(comparison),
     ]
     if results.warnings:
@@ -26,6 +29,15 @@ def markdown(results: Results) -> str:
     noted = [f"{variant.name}: {note}" for variant in results.variants for note in variant.notes]
     if noted:
         parts += ["### Notes", _bullets(noted)]
+    left = [f"{variant.name}: {line}" for variant in results.variants if (line := _kept(variant))]
+    if left:
+        parts += ["### Left alone", _bullets(left)]
+    given = [f"{each.variant}: {'; '.join(kind.line for kind in each.kinds)}" for each in allocations(results)]
+    if given:
+        parts += ["### Bits by tensor", _bullets(given)]
+    if results.calibration:
+        lines = [amount(results.calibration), *map(shared, results.calibration.overlap)]
+        parts += ["### Calibration", _bullets(lines)]
     measured = [f"{', '.join(names)}: {sentence(items)}" for names, items in protocols(results)]
     if measured:
         parts += ["### Protocol", _bullets(measured)]
@@ -65,6 +77,10 @@ def escape(text: str) -> str:
 
 def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def _kept(variant: Variant) -> str:
+    return "; ".join(f"{names} ({why})" if why else names for names, why in kept(variant.facts))
 
 
 def _bullets(items: list[str]) -> str:

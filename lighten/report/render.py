@@ -11,11 +11,13 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from lighten.errors import Failure, RequestError
-from lighten.report import facts, numbers
+from lighten.report import calibration, facts, numbers
+from lighten.report.allocation import allocations, draw_allocation
+from lighten.report.drawing import inline
 from lighten.report.headline import headline
 from lighten.report.markdown import markdown
 from lighten.report.pareto import pareto
-from lighten.report.plots import draw, inline, plots
+from lighten.report.plots import draw, plots
 from lighten.report.results import Free, Results, Variant
 from lighten.report.table import first_line, table
 from lighten.report.terminal import terminal
@@ -36,6 +38,7 @@ def write_report(results: Results, directory: Path) -> list[Path]:
     obstacle = ""
     try:
         drawings = {plot.stem: draw(plot) for plot in plots(results)}
+        drawings |= {each.stem: draw_allocation(each) for each in allocations(results)}
     except RequestError as error:
         obstacle = str(error)
     written = {
@@ -59,6 +62,8 @@ def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "") -> str
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         pairs=facts.pairs,
+        settings=facts.settings,
+        kept=facts.kept,
         byte_count=numbers.byte_count,
         duration=numbers.duration,
         first_line=first_line,
@@ -72,6 +77,9 @@ def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "") -> str
         headline=headline(results),
         table=table(results),
         plots=[(plot, inline(svgs[plot.stem], plot.stem)) for plot in plots(results) if plot.stem in svgs],
+        grids=[(each, inline(svgs[each.stem], each.stem)) for each in allocations(results) if each.stem in svgs],
+        amount=calibration.amount,
+        shared=calibration.shared,
         obstacle=obstacle,
         protocols=facts.protocols(results),
         changes={variant.name: _changes(variant) for variant in results.variants},

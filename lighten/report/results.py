@@ -197,6 +197,31 @@ class StageCost(Section):
     actual: Cost | None = None
 
 
+class Overlap(Section):
+    """Share of an evaluation set's runs of `ngram` words that stand in the calibration text, and some of them."""
+
+    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True, validate_by_alias=True)
+
+    with_: str = Field(alias="with")
+    ngram: int
+    share: float
+    runs: int | None = None
+    examples: list[str] = []
+
+
+class Calibration(Section):
+    """The calibration text as it was used: `samples` of `asked`, `distinct` tokens of a `vocabulary`."""
+
+    data: str
+    asked: int | None = None
+    samples: int
+    length: int
+    tokens: int
+    distinct: int | None = None
+    vocabulary: int | None = None
+    overlap: list[Overlap] = []
+
+
 class Results(Section):
     """results.json of one version of a recipe."""
 
@@ -209,6 +234,8 @@ class Results(Section):
     machine: Free
     source: Source
     variants: list[Variant]
+    calibration: Calibration | None = None
+    """Null if no variant used the calibration text."""
     stages: list[StageCost] = []
     recipe_yaml: str = ""
     warnings: list[str] = []

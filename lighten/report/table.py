@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lighten.report.calibration import overlaps
 from lighten.report.numbers import (
     NOT_MEASURED,
     byte_unit,
@@ -70,6 +71,8 @@ class Table:
     rows: tuple[Row, ...]
     missing: tuple[str, ...]
     """Titles of the columns nothing was measured for; they are left out."""
+    notes: tuple[str, ...] = ()
+    """What casts doubt on the numbers; stands directly under them."""
 
 
 def table(results: Results) -> Table:
@@ -87,7 +90,7 @@ def table(results: Results) -> Table:
     ]
     failed = [Row(v, baseline=v.name == "baseline", reason=v.error or "") for v in results.variants if v.failed]
     missing = tuple(column.title for i, column in enumerate(everything) if i not in used)
-    return Table(tuple(everything[i] for i in used), (*rows, *failed), missing)
+    return Table(tuple(everything[i] for i in used), (*rows, *failed), missing, overlaps(results))
 
 
 def _used(column: Column, cells: list[Cell]) -> bool:

@@ -34,6 +34,8 @@ class _Comparison:
         for row in self.table.rows:
             if not row.cells:
                 yield Text.assemble((f"{row.variant.name}  ", "red"), (f"failed: {first_line(row.reason)}", "red"))
+        for note in self.table.notes:
+            yield Text(note, style="yellow")
         yield Text("\n" + self.headline.sentence, style="bold")
         for line in (self.headline.reason, *self.headline.others):
             yield Text(line, style="dim")

@@ -127,6 +127,36 @@ def variant(
     return made
 
 
+def allocation() -> dict[str, Any]:
+    """More bits for the first and last layers, for v and down, and for the embedding."""
+    attention = [f"self_attn.{name}_proj" for name in "qkvo"]
+    mlp = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    made = {"model.embed_tokens": {"type": "Q8_0", "bits": 8.5}}
+    for layer in range(30):
+        for module in attention + mlp:
+            rich = layer in (0, 1, 28, 29) or (module.endswith(("v_proj", "down_proj")) and layer % 3 == 0)
+            best = layer == 0 and module == "mlp.down_proj"
+            made[f"model.layers.{layer}.{module}"] = (
+                {"type": "Q8_0", "bits": 8.5}
+                if best
+                else {"type": "Q5_0", "bits": 5.5}
+                if rich
+                else {"type": "Q4_K", "bits": 4.5}
+            )
+    return made
+
+
+def raw_overlapping() -> dict[str, Any]:
+    """A run whose calibration text holds part of the text that perplexity was measured on."""
+    value = raw()
+    value["calibration"]["overlap"][0] |= {
+        "with": "perplexity wikitext2_test.txt",
+        "share": 0.1234,
+        "examples": ["the tower is 324 metres tall and the tallest structure in paris <b>", "*starred* [a](b)"],
+    }
+    return value
+
+
 def stage(
     name: str,
     kind: str,
@@ -180,7 +210,18 @@ def raw() -> dict[str, Any]:
             rates=(402.1, 14.87, 318.4),
             rss=1_402_000_000,
             dtype="float32",
-            facts={"bits": 4, "group_size": 64, "sym": True, "desc_act": False, "quantized_tensors": 210},
+            facts={
+                "bits": 4,
+                "group_size": 64,
+                "sym": True,
+                "desc_act": False,
+                "quantized_tensors": 210,
+                "kept": [
+                    {"what": "lm_head", "why": "tied to the embedding"},
+                    *({"what": f"model.layers.{i}.mlp.down_proj", "why": "ignore"} for i in range(9)),
+                    {"what": "norms", "why": "too small to matter"},
+                ],
+            },
             steps=[{"quantize": {"method": "gptq", "bits": 4, "group_size": 64, "damp_percent": 0.01}}],
             notes=("Runs on CPU through a reference kernel: its speed here says nothing about a GPU.",),
         ),
@@ -234,6 +275,7 @@ def raw() -> dict[str, Any]:
                 "imatrix": True,
                 "tensor_types": {"Q4_K": 31, "Q5_0": 150, "Q6_K": 1, "Q8_0": 29, "F32": 61},
                 "fallbacks": {"count": 180, "of": 272},
+                "allocation": allocation(),
             },
             steps=[{"export": {"format": "gguf", "type": "Q4_K_M", "imatrix": True}}],
             notes=("Rows of 576 are no multiple of 256: 180 of 272 tensors took a larger type.",),
@@ -265,6 +307,19 @@ def raw() -> dict[str, Any]:
             "size_bytes": 269060552,
         },
         "variants": variants,
+        "calibration": {
+            "data": "builtin",
+            "asked": 64,
+            "samples": 35,
+            "length": 512,
+            "tokens": 17920,
+            "distinct": 4211,
+            "vocabulary": 49152,
+            "overlap": [
+                {"with": "perplexity builtin", "ngram": 13, "share": 0.0, "runs": 12665, "examples": []},
+                {"with": "accuracy builtin", "ngram": 13, "share": 0.0031, "runs": 21000, "examples": ["to be or not"]},
+            ],
+        },
         "stages": [
             stage(
                 "sweep",

@@ -10,12 +10,15 @@ import pytest
 from rich.console import Console
 
 from lighten.errors import Failure, RequestError
-from lighten.report.plots import draw, inline, place, plots
+from lighten.report import facts
+from lighten.report.allocation import allocations, draw_allocation
+from lighten.report.drawing import inline
+from lighten.report.plots import draw, place, plots
 from lighten.report.render import html, markdown, terminal, write_report
 from lighten.report.results import Results
 from lighten.report.table import table
 
-from .sample import raw, raw_failed, results, with_failure
+from .sample import raw, raw_failed, raw_overlapping, results, with_failure
 
 NUMBERS = ["145", "8.61", "25.62", "+0.05", "[−0.03, +0.13]", "0.0012", "97.9", "861", "78.4", "2.5×", "149", "276"]
 
@@ -51,7 +54,12 @@ class Page(HTMLParser):
 
 
 def page(made: Results) -> Page:
-    return Page(html(made, {plot.stem: draw(plot)[0] for plot in plots(made)}))
+    return Page(html(made, drawings(made)))
+
+
+def drawings(made: Results) -> dict[str, bytes]:
+    drawn = {plot.stem: draw(plot)[0] for plot in plots(made)}
+    return drawn | {grid.stem: draw_allocation(grid)[0] for grid in allocations(made)}
 
 
 def printed(made: Results, width: int) -> str:
@@ -67,7 +75,7 @@ def bare() -> Results:
         for name in ("perplexity", "divergence", "memory", "energy", "delta", "bits_per_weight", "runtime", "device"):
             variant[name] = None
         variant.update(accuracy=[], speed=[], facts={}, steps=[], notes=[])
-    value.update(stages=[], warnings=[], recipe_yaml="", machine={})
+    value.update(stages=[], warnings=[], recipe_yaml="", machine={}, calibration=None)
     return Results.model_validate(value)
 
 
@@ -138,10 +146,16 @@ def evil(name: str) -> Results:
     value["machine"] = {name: name, "versions": {name: name}}
     value["source"] = {"model": name, name: name}
     value["variants"][1].update(name=name, format=name, runtime=name, device=name, path=name, key=name)
-    value["variants"][1].update(facts={name: [name]}, steps=[{name: name}], notes=[name])
+    kept = [{"what": name, "why": name}]
+    allocation = {f"model.layers.0.{name}": {"type": name, "bits": 4}, name: {"type": "x", "bits": 8}}
+    value["variants"][1].update(
+        facts={name: [name], "kept": kept, "allocation": allocation}, steps=[{name: name}], notes=[name]
+    )
     value["variants"][1]["perplexity"]["protocol"] = {name: name}
     value["variants"][1]["accuracy"][0]["task"] = name
     value["variants"][2]["error"] = name
+    value["calibration"] |= {"data": name}
+    value["calibration"]["overlap"][0] |= {"with": name, "share": 0.5, "examples": [name]}
     value["stages"][0].update(name=name, kind=name, variants=[name])
     return Results.model_validate(value)
 
@@ -178,7 +192,7 @@ def test_mathtext_in_a_name_is_text() -> None:
 
 
 def test_the_page_needs_no_network() -> None:
-    made = html(results(), {plot.stem: draw(plot)[0] for plot in plots(results())})
+    made = html(results(), drawings(results()))
     links = [v for _, a in Page(made).tags for k, v in a.items() if k in ("src", "href", "xlink:href") and v]
     assert all(link.startswith(("#", "data:")) for link in links)
     assert not re.search(r"url\((?!#)|@import", made)
@@ -186,11 +200,11 @@ def test_the_page_needs_no_network() -> None:
 
 
 def test_inlined_plots_have_ids_of_their_own_and_the_colours_of_the_page() -> None:
-    drawn = [inline(draw(plot)[0], plot.stem) for plot in plots(results())]
+    drawn = [inline(svg, stem) for stem, svg in drawings(results()).items()]
     ids = [name for text in drawn for name in re.findall(r'\bid="([^"]*)"', text)]
     used = {name for text in drawn for name in re.findall(r'(?:href="|url\()#([^")]*)', text)}
     assert len(ids) == len(set(ids)) and used <= set(ids)
-    assert all("var(--accent)" in text and "#0072b2" not in text for text in drawn)
+    assert all("var(--ink)" in text and "#1b1f24" not in text for text in drawn)
 
 
 def test_the_best_are_marked_beside_the_baseline() -> None:
@@ -213,6 +227,8 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
         contents.append({path.relative_to(tmp_path / name): path.read_bytes() for path in written})
     assert contents[0] == contents[1]
     assert sorted(str(path) for path in contents[0]) == [
+        "plots/bits-gguf-q4_k_m.png",
+        "plots/bits-gguf-q4_k_m.svg",
         "plots/quality-size.png",
         "plots/quality-size.svg",
         "plots/quality-speed.png",
@@ -280,3 +296,69 @@ def test_stages_show_predicted_beside_actual() -> None:
     )
     assert "| sweep | – | – (cached) |" in markdown(unknown)
     assert "None" not in page(unknown).text
+
+
+def test_an_overlap_stands_directly_under_the_table() -> None:
+    made = Results.model_validate(raw_overlapping())
+    note = "Calibration overlaps perplexity wikitext2_test.txt: 12 % of its 13-grams"
+    lines = markdown(made).splitlines()
+    assert lines[max(i for i, line in enumerate(lines) if line.startswith("| gguf")) + 2].startswith(f"**{note}")
+    text = " ".join(printed(made, 140).split())
+    assert text.index("gguf-q4_k_m") < text.index(note) < text.index("Ship")
+    assert note in page(made).text
+    for text in (markdown(results()), page(results()).text, printed(results(), 140)):
+        assert "overlaps" not in text
+
+
+def test_the_calibration_section() -> None:
+    for text in (markdown(results()), page(results()).text):
+        assert "builtin: 35 of 64 samples of 512, 17,920 tokens, 4,211 of them distinct, 8.6 % of the vocab" in text
+        assert "perplexity builtin: none of its 13-grams" in text
+        assert "accuracy builtin: 0.31 % of its 13-grams: “to be or not”" in text
+    for text in (markdown(bare()), page(bare()).text):
+        assert "### Calibration" not in text and "vocabulary" not in text
+
+
+def test_what_was_left_alone_is_told_by_reason() -> None:
+    text = " ".join(page(results()).text.split())
+    assert "Left alone lm_head : tied to the embedding" in text and "and 3 more : ignore" in text
+    assert "gptq-int4: lm_head (tied to the embedding)" in markdown(results())
+    assert facts.kept({"kept": ["embedding", "norms"]}) == [("embedding, norms", "")]
+    assert facts.kept({}) == facts.kept({"kept": []}) == []
+
+
+def test_the_bits_of_every_tensor_are_drawn() -> None:
+    (grid,) = allocations(results())
+    assert grid.modules == ["q", "k", "v", "o", "gate", "up", "down"]
+    assert list(grid.layers) == list(range(30)) and list(grid.beside) == ["model.embed_tokens"]
+    svg, png = draw_allocation(grid)
+    for text in ("gguf-q4_k_m", "gate", ">29<", "Q4_K, 4.50 bits, 164 tensors", "embed_tokens", ">8.5<"):
+        assert text.encode() in svg
+    assert png.startswith(b"\x89PNG")
+    shown = page(results()).text
+    assert "Where the bits went" in shown and "allocation" not in shown.lower()
+    assert "Q8_0, 8.50 bits, 2 tensors" in markdown(results())
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"lm_head": {"type": "16 bits", "bits": 16}},
+        {f"model.layers.{i}.mlp.experts.gate_up": {"type": f"t{i}", "bits": 2 + i / 9} for i in range(0, 130, 3)},
+        {"model.layers.7.mlp.a_very_long_name_of_a_module.weight": {"type": "4 bits", "bits": 4.16}},
+    ],
+)
+def test_odd_allocations_are_drawn_too(tensors: dict[str, Any]) -> None:
+    value = raw()
+    value["variants"][1]["facts"]["allocation"] = tensors
+    grid = allocations(Results.model_validate(value))[0]
+    assert len(draw_allocation(grid)[0]) > 1000
+    assert len(grid.cells) + len(grid.beside) == len(tensors)
+
+
+def test_an_allocation_of_another_shape_is_a_fact() -> None:
+    value = raw()
+    value["variants"][4]["facts"]["allocation"] = {"down": 4}
+    made = Results.model_validate(value)
+    assert allocations(made) == []
+    assert "down 4" in page(made).text
