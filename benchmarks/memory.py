@@ -13,7 +13,9 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lighten.evaluate import machine
 from lighten.store import Store, write_json
@@ -21,8 +23,24 @@ from lighten.store import Store, write_json
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 
 
-def make_large(folder: Path) -> None:
-    """Saves a randomly initialised Llama of TinyLlama's shape, one layer at a time."""
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama; a head is `hidden / heads` wide."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tied: bool
+
+
+TINYLLAMA = Shape(hidden=2048, inner=5632, layers=22, heads=32, kv_heads=4, vocab=32000, tied=False)
+
+
+def make_random(folder: Path, shape: Shape) -> None:
+    """Saves a randomly initialised Llama in bfloat16, one tensor at a time; its tokenizer knows bytes only."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig
@@ -31,29 +49,31 @@ def make_large(folder: Path) -> None:
 
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        vocab_size=32000,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocab,
         max_position_embeddings=2048,
-        tie_word_embeddings=False,
+        tie_word_embeddings=shape.tied,
     )
     config.save_pretrained(folder)
-    hidden, inner, kv = 2048, 5632, 256
-    shapes = {"model.embed_tokens": (32000, hidden), "lm_head": (32000, hidden), "model.norm": (hidden,)}
-    for layer in range(22):
+    hidden, inner, kv = shape.hidden, shape.inner, shape.hidden // shape.heads * shape.kv_heads
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (shape.vocab, hidden), "model.norm": (hidden,)}
+    if not shape.tied:
+        shapes["lm_head"] = (shape.vocab, hidden)
+    for layer in range(shape.layers):
         prefix = f"model.layers.{layer}."
         attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
-        shapes |= {f"{prefix}self_attn.{name}_proj": shape for name, shape in attention.items()}
+        shapes |= {f"{prefix}self_attn.{name}_proj": size for name, size in attention.items()}
         mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-        shapes |= {f"{prefix}mlp.{name}_proj": shape for name, shape in mlp.items()}
+        shapes |= {f"{prefix}mlp.{name}_proj": size for name, size in mlp.items()}
         shapes |= {f"{prefix}{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
     torch.manual_seed(0)
     with ShardWriter(folder, len(shapes), shard_bytes=1_000_000_000) as writer:
-        for name, shape in shapes.items():
-            tensor = torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * 0.02
+        for name, size in shapes.items():
+            tensor = torch.ones(size) if len(size) == 1 else torch.randn(size) * 0.02
             writer.add(f"{name}.weight", tensor.to(torch.bfloat16))
     alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
@@ -62,10 +82,11 @@ def make_large(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def measure(model: str, samples: int, length: int, scratch: Path) -> list[dict[str, object]]:
+def measure(model: str, samples: int, length: int, scratch: Path, data: str = "builtin") -> list[dict[str, Any]]:
     """Quantizes a model with the command line; returns the recorded cost of every stage."""
     artifacts = scratch / "artifacts"
-    settings = ["--bits", "4", "--group-size", "64", "--samples", str(samples), "--length", str(length)]
+    calibration = ["--data", data, "--samples", str(samples), "--length", str(length)]
+    settings = ["--bits", "4", "--group-size", "64", *calibration]
     command = [sys.executable, "-m", "lighten", "quantize", model, *settings, "-o", str(scratch / "out")]
     subprocess.run([*command, "--artifacts", str(artifacts)], check=True)
     names = ("what", "seconds", "peak_bytes", "disk_bytes")
@@ -81,7 +102,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         large = Path(folder) / "large"
         large.mkdir()
-        make_large(large)
+        make_random(large, TINYLLAMA)
         for name, model in (("135M, demo", "demo:smollm2-135m"), ("1.1B, random", str(large))):
             scratch = Path(folder) / name.split(",")[0]
             scratch.mkdir()
