@@ -1,0 +1,102 @@
+"""Runs a command and tells its wall time, exit status and the peak memory of the largest process in its tree.
+
+The kernel keeps the peak: `ru_maxrss` of wait4 is the largest of a process and of every descendant that was waited
+for. What a process held before exec counts too, so the command is started by a small interpreter of its own: this
+file, run as a script.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a command took and left."""
+
+    seconds: float
+    """From its start to its exit, imports and loading included."""
+    peak_bytes: int
+    code: int
+    """Exit status; minus the signal that ended it."""
+    output: str
+    noise: str
+    """The end of standard error."""
+
+
+def timed(command: Sequence[str], env: Mapping[str, str] | None = None, limit: float = 7200) -> Timed:
+    """Runs a command to its end, or kills it and its descendants after `limit` seconds."""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as noise:
+        meter = subprocess.Popen(
+            [sys.executable, "-S", __file__, str(limit), *command],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=noise,
+            env={**os.environ, **(env or {})},
+        )
+        try:
+            code = meter.wait()
+        except BaseException:
+            assert meter.stdin
+            meter.stdin.close()  # tells the meter to end what it runs
+            meter.wait()
+            raise
+        output.seek(0)
+        noise.seek(0)
+        printed, told = output.read().decode(errors="replace"), noise.read().decode(errors="replace")
+    if code:
+        raise SystemExit(f"could not run {command[0]}: {told[-2000:]}")
+    told, _, facts = told.rstrip("\n").rpartition("\n")
+    return Timed(**json.loads(facts), output=printed, noise=told[-20000:])
+
+
+def last_json(text: str) -> dict[str, object]:
+    """Returns the last line of a program's output that is a JSON object; empty if there is none."""
+    for line in reversed(text.splitlines()):
+        with contextlib.suppress(ValueError):
+            if isinstance(value := json.loads(line), dict):
+                return value
+    return {}
+
+
+def _meter() -> None:
+    limit, command = float(sys.argv[1]), sys.argv[2:]
+    start = time.monotonic()
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def end() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+    def end_with_parent() -> None:
+        sys.stdin.buffer.read()
+        end()
+
+    signal.signal(signal.SIGINT, lambda *_: end())
+    timer = threading.Timer(limit, end)
+    timer.daemon = True
+    timer.start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.monotonic() - start
+    child.returncode = os.waitstatus_to_exitcode(status)
+    end()  # whatever it left running
+    unit = 1 if sys.platform == "darwin" else 1024
+    facts = {"seconds": seconds, "peak_bytes": usage.ru_maxrss * unit, "code": child.returncode}
+    sys.stderr.write("\n" + json.dumps(facts) + "\n")
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _meter()
