@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,28 @@ class Used:
             tasks = choices.load_choices(accuracy.local or accuracy.task, accuracy.limit)
             yield f"accuracy {accuracy.task}", [f"{task.context} {end}" for task in tasks for end in task.endings]
 
+    def chat(self, model: Path) -> dict[str, Any]:
+        """Returns whether a model has a chat template, the special tokens in it, and those of them that were used."""
+        template = _templates(model)
+        added = {index: token.content for index, token in self.tokenizer.get_added_tokens_decoder().items()}
+        marks = {index: content for index, content in added.items() if content in template}
+        seen = set(np.unique(self.ids).tolist())
+        return {
+            "template": bool(template),
+            "tokens": list(marks.values()),
+            "used": [content for index, content in marks.items() if index in seen],
+        }
+
+
+def _templates(model: Path) -> str:
+    """Returns the chat templates of a model directory, one after the other; empty if it has none."""
+    file = model / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    settings = model / "tokenizer_config.json"
+    template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.is_file() else None
+    return "\n".join(str(one["template"]) for one in template) if isinstance(template, list) else template or ""
+
 
 def use(model: Path, sweep: Sweep) -> Used:
     """Returns what a sweep over a model directory uses of its text.
@@ -94,6 +117,23 @@ def describe(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """
     used = use(Path(payload["model"]), Sweep(**payload["calibration"]))
     return used.block(Evaluate(**payload["evaluate"]))
+
+
+def examine(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Returns `Used.block` and `Used.chat`, and the number of tokens of another text; a target like `describe`.
+
+    Args:
+        payload: as for `describe`, and `heldout`, the path of the other text.
+        report: not used.
+    """
+    model = Path(payload["model"])
+    used = use(model, Sweep(**payload["calibration"]))
+    other = text.load_text(payload["heldout"], "perplexity")
+    return {
+        "calibration": used.block(Evaluate(**payload["evaluate"])),
+        "chat": used.chat(model),
+        "heldout_tokens": len(used.tokenizer.encode(other, add_special_tokens=False).ids),
+    }
 
 
 def _short(data: str) -> str:

@@ -351,8 +351,18 @@ def gc(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Tell what this machine and this installation can do."""
+def doctor(
+    calibration: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Examine this recipe's calibration text instead.")
+    ] = None,
+    device: Device = "auto",
+    artifacts: Artifacts = Path("artifacts"),
+    as_json: Json = False,
+) -> None:
+    """Tell what this machine and this installation can do, or what a recipe's calibration text is worth."""
+    if calibration is not None:
+        _examine(calibration, artifacts, device, as_json)
+        return
     from importlib.util import find_spec
 
     from lighten.evaluate import machine
@@ -374,3 +384,20 @@ def doctor(as_json: Json = False) -> None:
         print(
             f"extra {extra}: " + (f"lacks {', '.join(missing)}: pip install 'lighten[{extra}]'" if missing else "ready")
         )
+
+
+def _examine(recipe: str, artifacts: Path, device: str, as_json: bool) -> None:
+    from lighten.doctor import diagnose
+    from lighten.progress import watching
+
+    with watching(quiet=as_json) as watcher:
+        diagnosis = diagnose(recipe, artifacts=artifacts, device=device, watcher=watcher)
+    if as_json:
+        _print_json(diagnosis.json())
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for finding in diagnosis.findings:
+        console.print(finding.title, style="bold", markup=False)
+        for line in finding.lines:
+            console.print(f"  {line}", markup=False)
+        console.print(f"  → {finding.verdict}\n", style="yellow" if finding.advice else "green", markup=False)

@@ -71,6 +71,15 @@ class Prediction:
     disk_bytes: int
 
 
+def stage_of(step: Step, parents: list[Stage], facts: ModelFacts, tokens: int) -> Stage:
+    """Returns the stage of a step on what its parents make; `tokens` are those of a sweep, for the estimate."""
+    config = step.key_config()
+    key = stage_key(step.kind, step.version, config, [parent.key for parent in parents])
+    detail = getattr(step, "method", None) or getattr(step, "type", None)
+    name = f"{step.kind} {detail}" if detail else step.kind
+    return Stage(name, step.kind, step.version, key, config, parents, step.predict(facts, tokens), step=step)
+
+
 def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
     """Resolves a recipe into stages; the source is located (and fetched, if it is a hub id) but not read.
 
@@ -131,12 +140,7 @@ class _Builder:
 
     def build(self, step: Step, parents: list[Stage]) -> Stage:
         """Returns the stage of a step."""
-        config = step.key_config()
-        key = stage_key(step.kind, step.version, config, [parent.key for parent in parents])
-        detail = getattr(step, "method", None) or getattr(step, "type", None)
-        name = f"{step.kind} {detail}" if detail else step.kind
-        estimate = step.predict(self.facts, self.tokens)
-        return self._add(Stage(name, step.kind, step.version, key, config, parents, estimate, step=step))
+        return self._add(stage_of(step, parents, self.facts, self.tokens))
 
     def measure(self, stage: Stage, root: Stage, evaluate: Evaluate) -> list[Stage]:
         """Returns the measurements of an artifact; those of other artifacts than the baseline refer to its own."""

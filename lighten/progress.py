@@ -57,13 +57,16 @@ class Bars:
     def planned(self, plan: Plan, predicted: dict[str, float]) -> None:
         """Shows the bar of the whole run."""
         self._predicted = predicted
+        if self._bars and self._overall is not None:
+            self._bars.remove_task(self._overall)
         if self._bars:
             self._overall = self._bars.add_task("all stages", total=sum(predicted.values()), note="")
 
     def started(self, stage: Stage) -> Report:
         """Shows the bar of a stage."""
         if not self._bars:
-            self.say(f"{stage.name} … (about {duration(self._predicted.get(stage.key, 0))})")
+            known = self._predicted.get(stage.key)
+            self.say(f"{stage.name} …" + ("" if known is None else f" (about {duration(known)})"))
             return silent
         self._current = self._bars.add_task(stage.name, total=None, note="")
 

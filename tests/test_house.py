@@ -22,10 +22,13 @@ FLOORS = {
     "report": 4,
     "steps": 5,
     "recipe": 6,
+    "advice": 5,
     "plan": 7,
     "calibration": 7,
+    "examination": 7,
     "pipeline": 8,
     "verbs": 9,
+    "doctor": 9,
     "progress": 9,
     "cli": 10,
 }
