@@ -47,6 +47,7 @@ K_BLOCK = 256
 _PROGRESS = re.compile(r"\[ *(\d+)/ *(\d+)\] +(\S+)")
 
 Importance = Mapping[str, "np.ndarray[Any, np.dtype[np.float32]]"]
+Encode = Callable[[str, "torch.Tensor", str], "np.ndarray[Any, Any]"]
 
 
 def check_architecture(architecture: str) -> str:
@@ -83,54 +84,112 @@ def write(
         RequestError: a model that llama.cpp's architecture cannot express.
         Failure: missing or damaged tensors, or weights that are NaN or too large for the type.
     """
-    try:
+    draft = Draft(source, about)
+    kind = type or draft.stored_type
+    draft.save(out_file, draft.types(kind), report, file_type=FTYPES[kind])
+    return draft.warnings
+
+
+class Draft:
+    """A model directory on its way into a GGUF file: names, shapes and metadata, and one weight at a time."""
+
+    def __init__(self, source: Path, about: Mapping[str, str] | None = None) -> None:
+        """Reads everything but the weights; `about` and what is raised are those of `write`."""
+        try:
+            import gguf  # noqa: F401
+        except ImportError as error:
+            raise missing_extra("gguf", "gguf", "GGUF export") from error
+        from lighten.export.tokenizer import read_vocabulary
+        from lighten.model.checkpoint import Checkpoint
+
+        self.source = source
+        self.about = about or {}
+        self.checkpoint = Checkpoint(source)
+        self.config, self.facts = self.checkpoint.config, self.checkpoint.facts
+        self.arch = check_architecture(self.facts.architecture)
+        self.shapes = _shapes(self.checkpoint)
+        self.names = _names(self.arch, self.facts, self.shapes, source)
+        """GGUF names of the tensors to write, by Hugging Face name, in the order of the file."""
+        self.vocabulary = read_vocabulary(source, self.facts.vocab, self.config)
+        self.stored_type = _plain_type(self.checkpoint.tensor("model.embed_tokens.weight").dtype)
+        self.rope, self.divisors = _rope(self.config, self.facts)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the person should know of where llama.cpp will differ from transformers."""
+        return [*self.vocabulary.warnings, *_window_warning(self.config)]
+
+    def types(self, matrices: str) -> dict[str, str]:
+        """Returns the type of every tensor, by Hugging Face name, where all matrices have the same."""
+        return {hf: matrices if len(self.shapes[hf]) > 1 else "F32" for hf in self.names}
+
+    def weight(self, hf: str) -> torch.Tensor:
+        """Returns one tensor in the type it is stored in, its rows in llama.cpp's order."""
+        from lighten.model.gguf_source import interleave, rope_heads
+
+        weight = self.checkpoint.tensor(hf)
+        heads = rope_heads(hf, self.arch, self.facts)
+        return interleave(weight, heads) if heads else weight
+
+    def begin(self, file: Path, types: Mapping[str, str], file_type: int | None) -> Any:
+        """Writes everything but the weights into a file, and returns gguf's writer, open."""
         import gguf
-    except ImportError as error:
-        raise missing_extra("gguf", "gguf", "GGUF export") from error
-    from lighten.export.tokenizer import read_vocabulary
-    from lighten.model.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint(source)
-    config, facts = checkpoint.config, checkpoint.facts
-    arch = check_architecture(facts.architecture)
-    shapes = _shapes(checkpoint)
-    names = _names(arch, facts, shapes, source)
-    vocabulary = read_vocabulary(source, facts.vocab, config)
-    stored = checkpoint.tensor("model.embed_tokens.weight").dtype
-    kind = type or _plain_type(stored)
-    rope, divisors = _rope(config, facts)
-
-    partial = out_file.with_name(f".{out_file.name}.partial")
-    writer = gguf.GGUFWriter(partial, arch)
-    _add_about(writer, about or {}, facts)
-    _add_sizes(writer, config, facts, rope)
-    _add_vocabulary(writer, vocabulary)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(FTYPES[kind])
-
-    def stored_as(shape: tuple[int, ...]) -> str:
-        return kind if len(shape) > 1 else "F32"
-
-    if divisors is not None:
-        writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.numpy().dtype, divisors.numel() * 4)
-    for hf, name in names.items():
-        _announce(writer, name, shapes[hf], stored_as(shapes[hf]))
-    try:
+        writer = gguf.GGUFWriter(file, self.arch)
+        _add_about(writer, self.about, self.facts)
+        _add_sizes(writer, self.config, self.facts, self.rope)
+        _add_vocabulary(writer, self.vocabulary)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        if file_type is not None:
+            writer.add_file_type(file_type)
+        if self.divisors is not None:
+            shape, dtype = self.divisors.shape, self.divisors.numpy().dtype
+            writer.add_tensor_info("rope_freqs.weight", shape, dtype, self.divisors.numel() * 4)
+        for hf, name in self.names.items():
+            _announce(writer, name, self.shapes[hf], types[hf])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if divisors is not None:
-            writer.write_tensor_data(divisors.numpy())
-        for done, hf in enumerate(names, 1):
-            weight = _oriented(checkpoint.tensor(hf), hf, arch, facts)
-            writer.write_tensor_data(_cast(weight, stored_as(shapes[hf]), f"{source}: tensor {hf}"))
-            report(done, len(names), hf)
-        writer.close()
-        os.replace(partial, out_file)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
-    return [*vocabulary.warnings, *_window_warning(config)]
+        if self.divisors is not None:
+            writer.write_tensor_data(self.divisors.numpy())
+        return writer
+
+    def save(
+        self,
+        out_file: Path,
+        types: Mapping[str, str],
+        report: Report = silent,
+        encode: Encode | None = None,
+        file_type: int | None = None,
+    ) -> None:
+        """Writes the file.
+
+        Args:
+            out_file: the file to write.
+            types: type of every tensor, by Hugging Face name.
+            report: told of every tensor written.
+            encode: turns a tensor's Hugging Face name, its weight and its type into the bytes to write; None knows
+                the types of PLAIN.
+            file_type: llama.cpp's `llama_ftype`; None lets llama.cpp name the commonest type of the tensors.
+        """
+        partial = out_file.with_name(f".{out_file.name}.partial")
+        writer = None
+        try:
+            writer = self.begin(partial, types, file_type)
+            for done, hf in enumerate(self.names, 1):
+                kind = types[hf]
+                if encode is None or kind in PLAIN:
+                    data = _cast(self.weight(hf), kind, f"{self.source}: tensor {hf}")
+                else:
+                    data = encode(hf, self.weight(hf), kind)
+                writer.write_tensor_data(data)
+                report(done, len(self.names), hf)
+            writer.close()
+            os.replace(partial, out_file)
+        finally:
+            if writer:
+                writer.close()
+            partial.unlink(missing_ok=True)
 
 
 def _plain_type(dtype: torch.dtype) -> str:
@@ -178,15 +237,16 @@ def _announce(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None
     import gguf
     import numpy as np
 
-    dtype = np.dtype(np.float32 if kind == "F32" else np.uint16)
-    writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize, gguf.GGMLQuantizationType[kind])
+    number = gguf.GGMLQuantizationType[kind]
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), tensor_bytes(shape, kind), number)
 
 
-def _oriented(weight: torch.Tensor, name: str, arch: str, facts: ModelFacts) -> torch.Tensor:
-    from lighten.model.gguf_source import interleave, rope_heads
+def tensor_bytes(shape: tuple[int, ...], kind: str) -> int:
+    """Returns the bytes of a tensor `[..., in]` in one of ggml's types."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    heads = rope_heads(name, arch, facts)
-    return interleave(weight, heads) if heads else weight
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return int(math.prod(shape) // block * size)
 
 
 def _cast(weight: torch.Tensor, kind: str, where: str) -> Any:
@@ -316,12 +376,19 @@ def importance(grams: Path, facts: ModelFacts) -> dict[str, np.ndarray[Any, np.d
     names = tensor_names(check_architecture(facts.architecture), facts.layers)
     found = {}
     for linear, diagonal, tokens in read_diagonals(grams):
-        mean = np.asarray(diagonal, dtype=np.float64) / max(tokens, 1)
-        floor = mean.mean() * 1e-6
-        found[names[linear]] = (np.maximum(mean, floor) if floor > 0 else np.ones_like(mean)).astype(np.float32)
+        found[names[linear]] = channel_importance(np.asarray(diagonal), tokens)
     if not found:
         raise Failure(f"{grams} holds no Grams: sweep the model again")
     return found
+
+
+def channel_importance(diagonal: np.ndarray[Any, Any], tokens: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Returns mean x² per input channel from diag(H) `[in]`, all above zero."""
+    import numpy as np
+
+    mean = np.asarray(diagonal, dtype=np.float64) / max(tokens, 1)
+    floor = mean.mean() * 1e-6
+    return (np.maximum(mean, floor) if floor > 0 else np.ones_like(mean)).astype(np.float32)
 
 
 def quantize(f: Path, out: Path, type: str, imatrix: Importance | None = None, report: Report = silent) -> None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from lighten.errors import RequestError
+from lighten.knapsack import parse_size
 from lighten.stage import Context, Estimate, ModelFacts, Step
 from lighten.store import Artifact
 
@@ -33,17 +44,75 @@ _QUANTIZE_SECONDS = {"Q8_0": 5e-9, "Q4_0": 5e-9}
 """Per weight, for the types faster than the K-quants' 1.5e-8: 0.6 s against 2 s for SmolLM2-135M."""
 
 
+_TRY_SECONDS = 5e-7
+"""Per weight, to try all types: 65 s of one core's time for SmolLM2-135M."""
+
+
+class Budget(BaseModel):
+    """How large a file may be: one of the two. As text "size=90MB", "90MB" or "bits=4.5"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: Annotated[int, BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size)] | None = (
+        Field(None, gt=0, description="bytes of the whole file, or a text such as 90MB")
+    )
+    bits: float | None = Field(None, gt=0, le=32, description="bits per weight, on average over all tensors")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if found := re.fullmatch(r"\s*(size|bits)\s*=\s*(.+)", value):
+            return {found[1]: found[2]}
+        if re.search(r"[A-Za-z]", value):
+            return {"size": value}
+        raise ValueError("say what the budget is of: size=90MB, or bits=4.5")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.size is None) == (self.bits is None):
+            raise ValueError("a budget is one of the two: size, or bits")
+        return self
+
+
 class Export(Step):
-    """Writes one file `model-<type>.gguf`."""
+    """Writes one file `model-<type>.gguf`, or `model-budget.gguf`."""
 
     kind: ClassVar[str] = "export"
     version: ClassVar[int] = 1
 
     format: Literal["gguf"] = Field(description="what to write")
-    type: Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"] = Field(
-        "Q4_K_M", description="llama.cpp's name of the type of the weights"
+    type: Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "budget"] = Field(
+        "Q4_K_M", description="llama.cpp's name of the type of the weights, or what a budget makes of it"
     )
     imatrix: bool = Field(False, description="weigh rounding errors by the mean square of the inputs")
+    budget: Budget | None = Field(
+        None, description="instead of a type: a type for every tensor, so that the file fits (size=90MB or bits=4.5)"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _budget_chooses(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("budget") is None:
+            return value
+        if value.get("type", "budget") != "budget":
+            raise ValueError("a budget chooses the types: leave out either `type` or `budget`")
+        if value.get("imatrix", True) is not True:
+            raise ValueError("a budget needs the importance matrix: leave out `imatrix`")
+        return {**value, "type": "budget", "imatrix": True}
+
+    @model_validator(mode="after")
+    def _budget_given(self) -> Self:
+        if self.type == "budget" and self.budget is None:
+            raise ValueError("type budget needs a `budget`: size=90MB, or bits=4.5")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent_budget(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out a budget that is not there, so that a step without one keeps its key."""
+        settings: dict[str, Any] = dump(self)
+        return {name: value for name, value in settings.items() if name != "budget" or value}
 
     @property
     def quantized(self) -> bool:
@@ -51,7 +120,7 @@ class Export(Step):
         return self.type not in ("F32", "F16", "BF16")
 
     def needs_sweep(self) -> bool:
-        """True with an importance matrix: it is the diagonal of the Grams."""
+        """True with an importance matrix: it is the diagonal of the Grams. A budget needs all of them."""
         return self.imatrix and self.quantized
 
     def requires(self) -> list[tuple[str, str]]:
@@ -72,15 +141,21 @@ class Export(Step):
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns the size of the file, the largest tensor in memory, and time by what SmolLM2-135M took.
 
-        While it runs, the step also holds the plain file: 2 bytes a weight.
+        While it runs, the step also holds the plain file, unless there is a budget: 2 bytes a weight.
         """
-        bits = _FALLBACK_BITS.get(self.type, _BITS[self.type]) if facts.hidden % 256 else _BITS[self.type]
         largest = max(facts.vocab * facts.hidden, facts.hidden * facts.intermediate)
-        quantizing = _QUANTIZE_SECONDS.get(self.type, 1.5e-8) if self.quantized else 0.0
+        if self.budget:
+            size = self.budget.size or int((self.budget.bits or 0) * facts.params / 8)
+            seconds = _WRITE_SECONDS + _TRY_SECONDS / (os.cpu_count() or 1)
+        else:
+            bits = _FALLBACK_BITS.get(self.type, _BITS[self.type]) if facts.hidden % 256 else _BITS[self.type]
+            size = int(facts.params * bits / 8)
+            seconds = _WRITE_SECONDS + (_QUANTIZE_SECONDS.get(self.type, 1.5e-8) if self.quantized else 0.0)
         return Estimate(
-            seconds=(_WRITE_SECONDS + quantizing) * facts.params,
+            seconds=seconds * facts.params,
+            float32_flops=_trial_flops(facts) if self.budget else 0.0,
             peak_bytes=500_000_000 + 12 * largest,
-            disk_bytes=int(facts.params * bits / 8),
+            disk_bytes=size,
         )
 
     def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
@@ -99,14 +174,22 @@ class Export(Step):
 
         file = out / f"model-{self.type}.gguf"
         about = _about(source)
-        if not self.quantized:
-            context.warnings += gguf.write(source.path, file, self.type, context.report, about)
-            return {**gguf.describe(file, self.type), "imatrix": False}
         weights = None
         if self.needs_sweep():
             if context.grams is None:
-                raise RequestError("imatrix: true needs a calibration set: name one under calibration")
+                asked = "a budget" if self.budget else "imatrix: true"
+                raise RequestError(f"{asked} needs a calibration set: name one under calibration")
             weights = gguf.importance(context.grams, Checkpoint(source.path).facts)
+            if self.budget:
+                from lighten.export.budget import fit
+
+                draft = gguf.Draft(source.path, about)
+                context.warnings += draft.warnings
+                chosen = fit(draft, file, self.budget.size, self.budget.bits, context.grams, weights, context.report)
+                return {**gguf.describe(file, self.type), "imatrix": True, **chosen}
+        if not self.quantized:
+            context.warnings += gguf.write(source.path, file, self.type, context.report, about)
+            return {**gguf.describe(file, self.type), "imatrix": False}
         plain = out / "plain.gguf"
         try:
             context.warnings += gguf.write(source.path, plain, None, about=about)
@@ -114,6 +197,14 @@ class Export(Step):
         finally:
             plain.unlink(missing_ok=True)
         return {**gguf.describe(file, self.type), "imatrix": weights is not None}
+
+
+def _trial_flops(facts: ModelFacts) -> float:
+    """Returns what the output errors of ten types of every matrix take: products of the rounding errors with H."""
+    hidden, queries = facts.hidden, facts.heads * facts.head_dim
+    weighed = hidden * hidden * (queries + 2 * facts.kv_heads * facts.head_dim) + queries * queries * hidden
+    weighed += hidden * hidden * 2 * facts.intermediate + facts.intermediate**2 * hidden
+    return 10.0 * 2 * weighed * facts.layers
 
 
 def _about(source: Artifact) -> dict[str, str]:

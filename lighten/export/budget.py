@@ -1,0 +1,264 @@
+"""A GGUF file of a given size: which of ggml's types every matrix gets.
+
+Every candidate type of every matrix is tried: ggml rounds the matrix, and the error of the outputs, tr(ΔW H ΔWᵀ) with
+the Gram matrix H of the inputs, is computed from what it became. Then the types are chosen together, by the exact
+solution of the knapsack problem.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lighten.errors import Failure, RequestError
+from lighten.export import ggml
+from lighten.export.gguf import Draft, Importance, tensor_bytes
+from lighten.knapsack import Choice, Option, choose
+from lighten.stage import Report, silent
+
+if TYPE_CHECKING:
+    import torch
+
+WIDE = ("Q2_K", "Q3_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
+"""Candidates for rows that are a multiple of 256."""
+NARROW = ("Q4_0", "Q4_1", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "F16")
+"""Candidates for rows that are a multiple of 32 only."""
+
+MOST_ROWS = 2048
+"""Rows of a matrix that are tried, evenly spread: only an embedding or a head has many more."""
+_SLICE = 1 << 18
+"""Weights that one thread rounds at a time: fixed, so that sums do not depend on the number of cores."""
+_ALIGNMENT = 32
+"""Bytes to a multiple of which GGUF pads every tensor."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the types of one matrix `[out, in]` cost, per token."""
+
+    power: float
+    """The square of its output, tr(W H Wᵀ)."""
+    errors: dict[str, float]
+    """By type, the square of the output error, tr(ΔW H ΔWᵀ)."""
+
+
+def candidates(width: int) -> tuple[str, ...]:
+    """Returns the types that rows of `width` can have."""
+    return WIDE if width % 256 == 0 else NARROW if width % 32 == 0 else ("F16",)
+
+
+def matrices(draft: Draft) -> list[str]:
+    """Returns the Hugging Face names of what gets a type, in the order of the file."""
+    return [hf for hf in draft.names if len(draft.shapes[hf]) == 2]
+
+
+def try_types(draft: Draft, grams: Path, weights: Importance, report: Report = silent) -> dict[str, Trial]:
+    """Returns what every type of every matrix costs, by Hugging Face name, in the order of the file."""
+    names = matrices(draft)
+    trials: dict[str, Trial] = {}
+    with _workers() as pool:
+        for hf, gram in _all_grams(draft, grams):
+            report(len(trials), len(names), hf)
+            trials[hf] = _try_matrix(draft.weight(hf), gram, importance_of(draft, hf, weights), pool)
+    return {hf: trials[hf] for hf in names}
+
+
+def importance_of(draft: Draft, hf: str, weights: Importance) -> Any:
+    """Returns the importance of a matrix's input channels `[in]`: all the same where it was not measured."""
+    import numpy as np
+
+    return weights.get(draft.names[hf], np.ones(draft.shapes[hf][1], dtype=np.float32))
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Yields one thread per core; torch keeps to the thread that calls it meanwhile."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+def _all_grams(draft: Draft, grams: Path) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yields every matrix and the mean of x xᵀ of its inputs, `[in, in]`; first those without."""
+    from lighten.model.grams import read_index, read_layer
+
+    index = read_index(grams)
+    prefix, layers = index["prefix"], index["layers"]
+    known = {f"{prefix}{layer}.{linear}.weight" for layer, entry in enumerate(layers) for linear in entry["inputs"]}
+    yield from ((hf, None) for hf in matrices(draft) if hf not in known)
+    for layer in range(len(layers)):
+        found, inputs = read_layer(grams, layer)
+        means = {name: gram.matrix() / max(gram.tokens, 1) for name, gram in found.items()}
+        yield from ((f"{prefix}{layer}.{linear}.weight", means[name]) for linear, name in inputs.items())
+
+
+def _try_matrix(weight: torch.Tensor, gram: torch.Tensor | None, channels: Any, pool: ThreadPoolExecutor) -> Trial:
+    rows, width = weight.shape
+    sample = weight[:: -(-rows // MOST_ROWS) | 1].float()  # odd, for rotated rows lie in pairs
+    step = max(1, _SLICE // width)
+    slices = [sample[start : start + step] for start in range(0, len(sample), step)]
+
+    def total(energies: list[float]) -> float:
+        return math.fsum(energies) * rows / len(sample)
+
+    def error(job: tuple[str, torch.Tensor]) -> float:
+        import torch
+
+        type, part = job
+        rounded = ggml.dequantize(ggml.quantize(part.numpy(), type, channels), type, width)
+        return _energy(torch.from_numpy(rounded) - part, gram)
+
+    types = candidates(width)
+    errors = list(pool.map(error, [(type, part) for type in types for part in slices]))
+    by_type = {type: total(errors[n * len(slices) : (n + 1) * len(slices)]) for n, type in enumerate(types)}
+    return Trial(total([_energy(part, gram) for part in slices]), by_type)
+
+
+def _energy(rows: torch.Tensor, gram: torch.Tensor | None) -> float:
+    """Returns tr(R H Rᵀ) of rows R `[n, in]`."""
+    import torch
+
+    product = rows if gram is None else rows @ gram
+    return float(torch.sum(product * rows, dtype=torch.float64))
+
+
+def costs(draft: Draft, trials: dict[str, Trial]) -> dict[str, dict[str, float]]:
+    """Returns the cost of every type of every matrix: its relative output error times its share of the weights.
+
+    Their sum is the mean relative error of the outputs, in which every weight counts alike.
+    """
+    sizes = {hf: math.prod(draft.shapes[hf]) for hf in trials}
+    shares = {hf: size / sum(sizes.values()) for hf, size in sizes.items()}
+    return {
+        hf: {type: shares[hf] * error / trial.power if trial.power else 0.0 for type, error in trial.errors.items()}
+        for hf, trial in trials.items()
+    }
+
+
+def padded_bytes(shape: tuple[int, ...], type: str) -> int:
+    """Returns the bytes that a tensor takes in a file."""
+    return -(-tensor_bytes(shape, type) // _ALIGNMENT) * _ALIGNMENT
+
+
+def fixed_bytes(draft: Draft, scratch: Path) -> int:
+    """Returns the bytes of the metadata: those of a file before its first weight; `scratch` is a name to try it at."""
+    writer = draft.begin(scratch, draft.types("F16"), None)
+    try:
+        size: int = writer.fout[0].tell()
+    finally:
+        writer.close()
+        scratch.unlink()
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def pick(draft: Draft, trials: dict[str, Trial], capacity: int, fixed: int) -> tuple[dict[str, str], Choice]:
+    """Returns the type of every tensor, by Hugging Face name, and what is known of the choice.
+
+    Args:
+        draft: the model.
+        trials: of `try_types`.
+        capacity: bytes of the whole file.
+        fixed: of them, what is not matrices.
+    """
+    priced = costs(draft, trials)
+    options = [
+        [Option(padded_bytes(draft.shapes[hf], type), cost) for type, cost in types.items()]
+        for hf, types in priced.items()
+    ]
+    choice = choose(options, capacity, fixed)
+    taken = {hf: list(types)[index] for (hf, types), index in zip(priced.items(), choice.indices, strict=True)}
+    return draft.types("F32") | taken, choice
+
+
+def save(draft: Draft, file: Path, types: dict[str, str], weights: Importance, report: Report = silent) -> None:
+    """Writes the file with the type given for every tensor."""
+    with _workers() as pool:
+
+        def encode(hf: str, weight: torch.Tensor, type: str) -> Any:
+            import numpy as np
+
+            channels = importance_of(draft, hf, weights)
+            step = max(1, _SLICE // weight.shape[1])
+            parts = [weight[start : start + step] for start in range(0, len(weight), step)]
+            packed = pool.map(lambda part: ggml.quantize(part.float().numpy(), type, channels), parts)
+            return np.concatenate(list(packed))
+
+        draft.save(file, types, report, encode)
+
+
+def fit(
+    draft: Draft,
+    file: Path,
+    size: int | None,
+    bits: float | None,
+    grams: Path,
+    weights: Importance,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Writes a model as a GGUF file within a budget, with the types that cost least.
+
+    Args:
+        draft: the model.
+        file: the file to write.
+        size: bytes of the whole file, or None for a budget of bits.
+        bits: per weight, on average over all tensors.
+        grams: directory of the sweep over the model.
+        weights: its importance matrix.
+        report: told of every matrix tried and every tensor written.
+
+    Returns:
+        The facts: `allocation`, the type and bits per weight by module; `budget_bytes` of the whole file; and
+        `predicted_error`, the sum of the costs.
+
+    Raises:
+        RequestError: no choice of types is small enough.
+    """
+    fixed = fixed_bytes(draft, file.with_name(f".{file.name}.scratch"))
+    capacity = size if size is not None else _capacity(draft, fixed, bits or 0.0)
+    vectors = sum(padded_bytes(draft.shapes[hf], "F32") for hf in draft.names if len(draft.shapes[hf]) != 2)
+    _check_reachable(draft, capacity, fixed + vectors, fixed)
+    names = matrices(draft)
+    steps = len(names) + len(draft.names)
+    trials = try_types(draft, grams, weights, lambda done, _, note: report(done, steps, f"trying types of {note}"))
+    types, choice = pick(draft, trials, capacity, fixed + vectors)
+    save(draft, file, types, weights, lambda done, _, note: report(len(names) + done, steps, f"writing {note}"))
+    if (written := file.stat().st_size) > capacity:
+        raise Failure(f"{file.name} came to {written:,} bytes, over the budget of {capacity:,}: please report this")
+    allocation = {
+        hf.removesuffix(".weight"): {
+            "type": types[hf],
+            "bits": round(8 * tensor_bytes(draft.shapes[hf], types[hf]) / math.prod(draft.shapes[hf]), 4),
+        }
+        for hf in names
+    }
+    return {"allocation": allocation, "budget_bytes": capacity, "predicted_error": float(f"{choice.cost:.6g}")}
+
+
+def _capacity(draft: Draft, fixed: int, bits: float) -> int:
+    """Returns the bytes of a file whose tensors have `bits` per weight on average."""
+    return fixed + math.floor(bits * sum(math.prod(draft.shapes[hf]) for hf in draft.names) / 8)
+
+
+def _check_reachable(draft: Draft, capacity: int, fixed: int, metadata: int) -> None:
+    """Raises RequestError for a budget that the smallest types of all matrices exceed, before any is tried."""
+    shapes = [draft.shapes[hf] for hf in matrices(draft)]
+    smallest = fixed + sum(min(padded_bytes(shape, type) for type in candidates(shape[1])) for shape in shapes)
+    if smallest > capacity:
+        weights = sum(math.prod(draft.shapes[hf]) for hf in draft.names)
+        bits = math.ceil(800 * (smallest - metadata) / weights) / 100
+        raise RequestError(
+            f"a budget of {capacity:,} bytes is too small: the smallest file of this model has {smallest:,} bytes, "
+            f"which is {bits:.2f} bits per weight; set size={math.ceil(smallest / 1e5) / 10:.1f}MB or more"
+        )
