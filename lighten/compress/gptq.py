@@ -7,34 +7,12 @@ algorithm 1: with H⁻¹ = UᵀU (U upper triangular), rounding column j by an e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from lighten.compress.grid import dequantize, quantize, search
+from lighten.compress.grid import Quantized, dequantize, quantize, search
 
 DAMPINGS = 10
 BLOCK = 128
-
-
-@dataclass
-class Quantized:
-    """Codes of a weight matrix and what they stand for."""
-
-    codes: torch.Tensor
-    """`[in, out]`, 0 … 2^bits − 1, uint8."""
-    scales: torch.Tensor
-    """`[groups, out]`, float32, exactly representable in float16."""
-    zeros: torch.Tensor
-    """`[groups, out]`, int32."""
-    g_idx: torch.Tensor
-    """`[in]`, the group of every input."""
-    damping: float
-    """Share of the mean of diag(H) that was added to it."""
-
-    def weight(self) -> torch.Tensor:
-        """Returns the dequantized weight, `[out, in]`."""
-        return ((self.codes.int() - self.zeros[self.g_idx]).float() * self.scales[self.g_idx]).t()
 
 
 def inverse_factor(gram: torch.Tensor, damp_percent: float) -> tuple[torch.Tensor, float]:
@@ -70,6 +48,7 @@ def gptq(
     sym: bool,
     desc_act: bool,
     damp_percent: float,
+    kind: torch.dtype = torch.float16,
 ) -> Quantized:
     """Quantizes a weight matrix against the Gram matrix of its inputs.
 
@@ -81,6 +60,7 @@ def gptq(
         sym: symmetric grid.
         desc_act: round the inputs in order of falling diag(H); groups then follow that order.
         damp_percent: share of mean diag(H) added to diag(H).
+        kind: type that the scales are stored in.
 
     Raises:
         ArithmeticError: the Gram could not be factorised.
@@ -112,7 +92,7 @@ def gptq(
         errors = torch.empty(stop - start, w.shape[1], device=w.device)
         for j in range(start, stop):
             if j % group_size == 0:
-                scale, zero = search(w[j : j + group_size], bits, sym, importance[j : j + group_size])
+                scale, zero = search(w[j : j + group_size], bits, sym, importance[j : j + group_size], kind)
                 scales[j // group_size], zeros[j // group_size] = scale, zero
             q = quantize(w[j], scale, zero, bits)
             codes[j] = q.to(torch.uint8)

@@ -1,14 +1,48 @@
-"""The integer grid: scales, zero points, codes. Shared by every quantizer."""
+"""The integer grid: scales, zero points, codes. Shared by every quantizer.
+
+Weights are `[in, out]` here, the transpose of a linear's, so that a group of inputs is a block of whole rows.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
+
+GroupSize = int | Literal["tensor"]
+"""Inputs that share a scale; −1 for all of them, "tensor" for one scale of the whole matrix."""
 
 SHRINKS = tuple(1.02 - 0.02 * step for step in range(30))
 """Fractions of the full range that the scale search tries."""
 
 SMALLEST_SCALE = 2.0**-24
 """The smallest positive float16."""
+
+
+@dataclass
+class Quantized:
+    """Codes of a weight matrix and what they stand for."""
+
+    codes: torch.Tensor
+    """`[in, out]`, 0 … 2^bits − 1, uint8."""
+    scales: torch.Tensor
+    """`[groups, out]`, float32, exactly representable in the type they are stored in."""
+    zeros: torch.Tensor
+    """`[groups, out]`, int32."""
+    g_idx: torch.Tensor
+    """`[in]`, the group of every input."""
+    damping: float = 0.0
+    """Share of the mean of diag(H) that was added to it."""
+
+    def weight(self) -> torch.Tensor:
+        """Returns the dequantized weight, `[out, in]`."""
+        return ((self.codes.int() - self.zeros[self.g_idx]).float() * self.scales[self.g_idx]).t()
+
+    def outputs(self, start: int, stop: int) -> Quantized:
+        """Returns some of the outputs: one linear of those that were quantized together."""
+        part = slice(start, stop)
+        return Quantized(self.codes[:, part], self.scales[:, part], self.zeros[:, part], self.g_idx, self.damping)
 
 
 def quantize(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
@@ -21,50 +55,83 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> 
     return (codes - zero) * scale
 
 
-def full_range(w: torch.Tensor, bits: int, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns scale and zero point of groups `[group, out]` such that every weight is within the grid.
+def full_range(
+    w: torch.Tensor, bits: int, sym: bool, kind: torch.dtype = torch.float16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns scale and zero point of groups `[…, group, out]` such that every weight is within the grid.
 
     A symmetric grid has its zero point in the middle, 2^(bits−1). Zero points are at least 1: the `gptq` format
-    stores them less one.
+    stores them less one. `kind` is the type that the scales are stored in.
     """
     top = 2**bits - 1
     if sym:
-        scale = w.abs().amax(0) / (top / 2)
+        scale = w.abs().amax(-2) / (top / 2)
         zero = torch.full_like(scale, 2 ** (bits - 1))
     else:
-        low, high = w.amin(0).clamp(max=0), w.amax(0).clamp(min=0)
+        low, high = w.amin(-2).clamp(max=0), w.amax(-2).clamp(min=0)
         scale = (high - low) / top
         zero = (-low / scale.clamp(min=SMALLEST_SCALE)).round_().clamp_(1, top)
-    return storable(scale), zero
+    return storable(scale, kind), zero
 
 
-def storable(scale: torch.Tensor) -> torch.Tensor:
-    """Returns scales rounded to float16, the type they are stored in, and above zero."""
-    return scale.clamp(SMALLEST_SCALE, 65504.0).half().float()
+def storable(scale: torch.Tensor, kind: torch.dtype = torch.float16) -> torch.Tensor:
+    """Returns scales rounded to the type they are stored in, and above zero."""
+    return scale.clamp(SMALLEST_SCALE, 65504.0).to(kind).float()
+
+
+def rtn(
+    weight: torch.Tensor, bits: int, group_size: GroupSize, sym: bool, kind: torch.dtype = torch.float16
+) -> Quantized:
+    """Rounds a weight matrix `[out, in]` to the nearest codes of the full range of each group."""
+    w = weight.t().float()
+    width, outputs = w.shape
+    group = width if group_size in (-1, "tensor") else int(group_size)
+    blocks = w.reshape(-1, group, outputs)
+    if group_size == "tensor":
+        scale, zero = full_range(w.reshape(-1, 1), bits, sym, kind)
+        scale, zero = scale.expand(1, outputs), zero.expand(1, outputs)
+    else:
+        scale, zero = full_range(blocks, bits, sym, kind)
+    codes = quantize(blocks, scale[:, None], zero[:, None], bits).to(torch.uint8).reshape(width, outputs)
+    return Quantized(codes, scale, zero.int(), torch.arange(width, device=w.device) // group)
 
 
 def search(
-    w: torch.Tensor, bits: int, sym: bool, weight: torch.Tensor | None = None
+    w: torch.Tensor,
+    bits: int,
+    sym: bool,
+    weight: torch.Tensor | None = None,
+    kind: torch.dtype = torch.float16,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the scale and zero point, each `[out]`, with the least (weighted) squared rounding error.
+    """Returns the scale and zero point, each `[…, out]`, with the least (weighted) squared rounding error.
 
     Args:
-        w: `[group, out]`, float32.
+        w: `[…, group, out]`, float32: one group or several.
         bits: width of the codes.
         sym: whether the zero point stays in the middle.
-        weight: `[group]` importance of every input, or None for equal ones.
+        weight: `[…, group]` importance of every input, or None for equal ones.
+        kind: type that the scales are stored in.
     """
-    widest, zero = full_range(w, bits, sym)
+    widest, zero = full_range(w, bits, sym, kind)
     best_scale, best_zero = widest, zero
     least = torch.full_like(widest, torch.inf)
+    error = torch.empty_like(w)
+    low, high = (0, 2**bits - 1) if not sym else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     for shrink in SHRINKS:
-        scale = storable(widest * shrink)
-        if not sym:
-            zero = full_range(w * shrink, bits, sym)[1]
-        error = (dequantize(quantize(w, scale, zero, bits), scale, zero) - w).square_()
-        total = error.sum(0) if weight is None else weight @ error
+        scale = storable(widest * shrink, kind)
+        steps = scale.unsqueeze(-2)
+        torch.div(w, steps, out=error)
+        if sym:  # the zero point is whole: it can be left out of the rounding
+            error.round_().clamp_(low, high)
+        else:
+            zero = full_range(w * shrink, bits, sym, kind)[1]
+            middle = zero.unsqueeze(-2)
+            error.add_(middle).round_().clamp_(low, high).sub_(middle)
+        error.mul_(steps).sub_(w).square_()
+        total = error.sum(-2) if weight is None else (weight.unsqueeze(-2) @ error).squeeze(-2)
         better = total < least
         least = torch.where(better, total, least)
         best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
+        if not sym:
+            best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero

@@ -1,8 +1,11 @@
-"""The `gptq` checkpoint format: integer codes packed into int32 words, and back.
+"""Integer codes packed into int32 words, as the `gptq`, `awq` and `compressed-tensors` formats do it, and back.
 
 A column of codes is one little-endian bit stream cut into 32-bit words (so 3-bit codes cross word borders).
-`qweight` packs along the input dimension, `qzeros` along the output dimension; this first version of the format
-stores every zero point less one.
+
+- `gptq`: `qweight` packs along the input dimension, `qzeros` along the output dimension; its first version, which
+  every loader reads, stores each zero point less one.
+- `awq` (GEMM): both pack along the output dimension, eight codes to a word, in an order of their own.
+- `compressed-tensors` (pack-quantized): each row packs along the input dimension, zero points along the output one.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import torch
 
 BITS = (2, 3, 4, 8)
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight neighbouring outputs lies at each place of a word of the `awq` format, lowest bits first."""
 _PERIOD = 32  # codes after which word borders repeat, for any number of bits
 
 
@@ -50,7 +55,7 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return codes.reshape(-1, columns)[:count].to(torch.int32)
 
 
-def pack_linear(
+def pack_gptq(
     codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, g_idx: torch.Tensor, bits: int
 ) -> dict[str, torch.Tensor]:
     """Returns the tensors of one linear in the `gptq` format.
@@ -70,10 +75,62 @@ def pack_linear(
     }
 
 
-def unpack_linear(tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
+def unpack_gptq(tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
     """Returns the weight `[out, in]` in float32 that a linear in the `gptq` format stands for."""
     g_idx = tensors["g_idx"].long()
     scales = tensors["scales"].float()
     codes = unpack(tensors["qweight"], bits, g_idx.numel())
     zeros = unpack(tensors["qzeros"].t().contiguous(), bits, scales.shape[1]).t() + 1
     return ((codes - zeros[g_idx]).float() * scales[g_idx]).t().contiguous()
+
+
+def _awq_words(codes: torch.Tensor) -> torch.Tensor:
+    """Packs `[n, out]` along the outputs, `[n, out / 8]`."""
+    ordered = codes.reshape(len(codes), -1, 8)[..., list(AWQ_ORDER)].flatten(1)
+    return pack(ordered.t(), 4).t().contiguous()
+
+
+def _awq_codes(words: torch.Tensor) -> torch.Tensor:
+    codes = unpack(words.t(), 4, words.shape[1] * 8).t().reshape(len(words), -1, 8)
+    return codes[..., [AWQ_ORDER.index(place) for place in range(8)]].flatten(1)
+
+
+def pack_awq(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns the tensors of one 4-bit linear in the `awq` GEMM format; arguments as for `pack_gptq`, zeros from 0."""
+    return {"qweight": _awq_words(codes), "qzeros": _awq_words(zeros), "scales": scales.to(torch.float16)}
+
+
+def unpack_awq(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the weight `[out, in]` in float32 that a linear in the `awq` GEMM format stands for."""
+    codes, zeros, scales = _awq_codes(tensors["qweight"]), _awq_codes(tensors["qzeros"]), tensors["scales"].float()
+    group = len(codes) // len(scales)
+    spread = zeros.repeat_interleave(group, 0), scales.repeat_interleave(group, 0)
+    return ((codes - spread[0]).float() * spread[1]).t().contiguous()
+
+
+def pack_compressed(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, sym: bool
+) -> dict[str, torch.Tensor]:
+    """Returns the tensors of one linear in the `pack-quantized` format of compressed-tensors.
+
+    Args:
+        codes: `[in, out]`, 0 … 2^bits − 1.
+        scales: `[groups, out]`, in the type they are to be stored in.
+        zeros: `[groups, out]`, 0 … 2^bits − 1; not stored if `sym`, for then they are 2^(bits−1).
+        bits: 2, 3, 4 or 8.
+        sym: symmetric grid.
+    """
+    packed = {
+        "weight_packed": _pack_filled(codes, bits).t().contiguous(),
+        "weight_scale": scales.t().contiguous(),
+        "weight_shape": torch.tensor([codes.shape[1], codes.shape[0]]),
+    }
+    if not sym:
+        packed["weight_zero_point"] = _pack_filled(zeros.t(), bits)
+    return packed
+
+
+def _pack_filled(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Packs codes, filling the last word up with zeros."""
+    missing = next(more for more in range(_PERIOD) if (len(codes) + more) * bits % 32 == 0)
+    return pack(torch.nn.functional.pad(codes, (0, 0, 0, missing)), bits)

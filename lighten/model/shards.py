@@ -22,6 +22,7 @@ _TYPES = {
     torch.int64: "I64",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 _HEADER_BYTES_PER_TENSOR = 160
 

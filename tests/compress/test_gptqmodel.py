@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lighten.compress.quantize import Quantize
 from lighten.compress.sweep import Sweep
-from lighten.model.packing import unpack_linear
+from lighten.model.packing import unpack_gptq
 from lighten.process import run_isolated
 from lighten.stage import Context
 from lighten.store import Artifact
@@ -35,7 +35,7 @@ def largest_difference(payload: dict[str, Any], report: Callable[..., None]) -> 
         assert len(quantized) == 14, sorted(quantized)
         for name, module in quantized.items():
             parts = {key: tensors[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
-            ours = unpack_linear(parts, bits)
+            ours = unpack_gptq(parts, bits)
             theirs = type(module).dequantize_weight(module).T.float()
             worst = max(worst, float(((ours - theirs).abs() / ours.abs().max()).max()))
         found[folder.name] = worst

@@ -12,7 +12,7 @@ from lighten.errors import Failure, RequestError
 from lighten.evaluate.runtimes import Question, Runtime, Tokenizer, open_runtime, open_tokenizer
 from lighten.evaluate.runtimes import torch as torch_runtime
 from lighten.evaluate.runtimes.batches import Layout, by_length
-from lighten.model.packing import pack_linear
+from lighten.model.packing import pack_gptq
 from lighten.process import run_isolated
 from lighten.stage import silent
 from tests.evaluate.conftest import Tiny, score_alone
@@ -136,7 +136,7 @@ def _gptq(source: Path, folder: Path) -> tuple[Path, Path]:
         g_idx = torch.arange(weight.shape[1], dtype=torch.int32) // 64
         whole = (codes + 8).to(torch.int32).reshape_as(weight).t().contiguous()
         zeros = torch.full(scales.t().shape, 8, dtype=torch.int32)
-        linear = pack_linear(whole, scales.t().contiguous(), zeros, g_idx, 4)
+        linear = pack_gptq(whole, scales.t().contiguous(), zeros, g_idx, 4)
         tensors |= {f"{name.removesuffix('weight')}{part}": value.contiguous() for part, value in linear.items()}
     save_file(plain, dense / "model.safetensors", {"format": "pt"})
     save_file(tensors, packed / "model.safetensors", {"format": "pt"})

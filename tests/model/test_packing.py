@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lighten.model.packing import BITS, pack, pack_linear, unpack, unpack_linear
+from lighten.model.packing import BITS, pack, pack_gptq, unpack, unpack_gptq
 
 
 @settings(deadline=None)
@@ -39,6 +39,6 @@ def test_a_linear_comes_back(bits: int) -> None:
     scales = torch.rand(2, 32, generator=generator).half().float()
     zeros = torch.randint(1, 2**bits, (2, 32), generator=generator)
     g_idx = torch.arange(64) // 32
-    weight = unpack_linear(pack_linear(codes, scales, zeros, g_idx, bits), bits)
+    weight = unpack_gptq(pack_gptq(codes, scales, zeros, g_idx, bits), bits)
     expected = ((codes - zeros[g_idx]).float() * scales[g_idx]).t()
     assert torch.equal(weight, expected)

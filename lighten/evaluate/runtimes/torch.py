@@ -1,4 +1,4 @@
-"""Transformers models: Hugging Face directories, GPTQ and AWQ checkpoints among them."""
+"""Transformers models: Hugging Face directories, and what it loads of the quantized formats."""
 
 from __future__ import annotations
 
@@ -20,11 +20,18 @@ from lighten.evaluate.runtimes import Floats, Ids, Question, Score, Timings
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.packing import unpack_awq
 from lighten.stage import Report, silent
 
 BATCH_TOKENS = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NEEDS_GPTQMODEL = ("gptq", "awq")
+NEEDS = {
+    "gptq": ("gptq", ("gptqmodel", "optimum")),
+    "awq": ("gptq", ("gptqmodel", "optimum")),
+    "bitsandbytes": ("bnb", ("bitsandbytes", "accelerate")),
+    "compressed-tensors": ("compressed", ("compressed_tensors",)),
+}
+"""Extra and packages that transformers needs for each `quant_method`."""
 
 
 class TorchRuntime:
@@ -46,14 +53,13 @@ class TorchRuntime:
         self.device = device
         self.dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
         # a kernel's rounding is no part of a checkpoint's quality, and its prefill can be slow: take the weights
-        unpack = for_quality and device == "cpu" and method == "gptq"
-        self.model = _load(path, device, DTYPES[self.dtype], method, "torch" if unpack else None, trust_remote_code)
+        unpack = for_quality and device == "cpu"
+        self.model = _load(path, device, DTYPES[self.dtype], method, unpack, trust_remote_code)
         kernels = _kernels(self.model)
+        unpacked = unpack and _unpack(self.model)
         if unpack:
-            _unpack(self.model)
-        if for_quality and device == "cpu":
             _repack(self.model)
-        self.detail = " + ".join([f"transformers {version('transformers')}", *_quantizer(method, kernels, unpack)])
+        self.detail = " + ".join([f"transformers {version('transformers')}", *_quantizer(method, kernels, unpacked)])
         self.vocab = int(self.model.config.get_text_config().vocab_size)
         self._tokenizer_path = path
         self._tokenizer: HfTokenizer | None = None
@@ -155,21 +161,23 @@ class TorchRuntime:
         self._hidden = None
 
 
-def _load(path: Path, device: str, dtype: torch.dtype, method: str | None, backend: str | None, trusted: bool) -> Any:
+def _load(path: Path, device: str, dtype: torch.dtype, method: str | None, unpack: bool, trusted: bool) -> Any:
     if device != "cpu" and not torch.cuda.is_available():
         raise RequestError(f"the device {device} is not there: torch sees no GPU. Use --device cpu")
     options: dict[str, Any] = {"trust_remote_code": trusted}
-    if method in NEEDS_GPTQMODEL:
-        for module in ("gptqmodel", "optimum"):
-            if find_spec(module) is None:
-                raise missing_extra("gptq", module, f"running the {method.upper()} checkpoint {path}")
+    extra, packages = NEEDS.get(method or "", ("", ()))
+    for module in packages:
+        if find_spec(module) is None:
+            raise missing_extra(extra, module, f"running the {method} checkpoint {path}")
+    if extra == "gptq":
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "3")  # with fewer it fails on a machine of two cores
-    if backend:
-        from transformers import GPTQConfig
+    if unpack and extra == "gptq":
+        from transformers import AwqConfig, GPTQConfig
 
-        options["quantization_config"] = GPTQConfig(
-            bits=Checkpoint(path).config["quantization_config"]["bits"], backend=backend
-        )
+        bits = Checkpoint(path).config["quantization_config"]["bits"]
+        # the kernels that leave the packed tensors as they are stored
+        plain = GPTQConfig(bits=bits, backend="torch") if method == "gptq" else AwqConfig(bits, backend="torch_awq")
+        options["quantization_config"] = plain
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -190,30 +198,80 @@ def _load(path: Path, device: str, dtype: torch.dtype, method: str | None, backe
 
 def _kernels(model: nn.Module) -> list[str]:
     """Returns the class names of the quantized linear layers."""
-    return sorted({type(module).__name__ for module in model.modules() if hasattr(module, "qweight")})
+    found = {type(module).__name__ for module in model.modules() if _stored(module)}
+    return sorted(found)
+
+
+def _stored(module: nn.Module) -> str | None:
+    """Returns the format that a module's weight is stored in, None for a plain one."""
+    if hasattr(module, "qweight"):
+        return "awq" if "awq" in str(getattr(module, "QUANT_TYPE", "")).lower() else "gptq"
+    if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+        return "bnb"
+    scheme = getattr(module, "quantization_scheme", None)
+    return "compressed" if scheme is not None and isinstance(module, nn.Linear) else None
 
 
 def _quantizer(method: str | None, kernels: list[str], unpacked: bool) -> list[str]:
-    if method not in NEEDS_GPTQMODEL:
+    if method not in NEEDS:
         return []
-    how = "weights unpacked to float32" if unpacked else f"{', '.join(kernels)} kernel"
-    return [f"gptqmodel {version('gptqmodel')} ({how})"]
+    package = NEEDS[method][1][0].replace("_", "-")
+    how = "weights unpacked to float32" if unpacked else f"{', '.join(kernels) or 'its own'} kernel"
+    return [f"{package} {version(package)} ({how})"]
 
 
-def _unpack(model: nn.Module) -> None:
-    """Puts dense linear layers in the place of GPTQ ones; their weights are scale x (code - zero), in float32."""
+def _unpack(model: Any) -> bool:
+    """Puts dense linear layers in the place of those with quantized weights and plain inputs; True if it did any.
+
+    Layers that quantize their inputs too are left to their own arithmetic.
+    """
+    found = False
+    if any(_stored(module) == "compressed" for module in model.modules()):
+        model.hf_quantizer.compressor.remove_decompression_hook(model)  # what it does at the first batch is done here
     for name, module in list(model.named_modules()):
-        if not hasattr(module, "qweight"):
+        weight = _weight(module)
+        if weight is None:
             continue
-        module.scales = module.scales.float()
-        # the class's own function: the instance's is wrapped by torch.compile and would be compiled for every layer
-        weight = type(module).dequantize_weight(module).T.contiguous()
         dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         dense.weight = nn.Parameter(weight, requires_grad=False)
         bias = getattr(module, "bias", None)
         if bias is not None:
             dense.bias = nn.Parameter(bias.float(), requires_grad=False)
         model.set_submodule(name, dense)
+        found = True
+    if found:  # some loaders keep the type that the rest of the model is stored in
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+    return found
+
+
+def _weight(module: Any) -> Tensor | None:
+    """Returns the float32 weight `[out, in]` that a quantized linear stands for; None where there is none to take."""
+    stored = _stored(module)
+    if stored == "gptq":
+        module.scales = module.scales.float()
+        # the class's own function: the instance's is wrapped by torch.compile and would be compiled for every layer
+        weight: Tensor = type(module).dequantize_weight(module).T.contiguous()
+        return weight
+    if stored == "awq":
+        return unpack_awq({name: getattr(module, name) for name in ("qweight", "qzeros", "scales")})
+    if stored == "bnb" and module.weight.quant_state.quant_type in ("nf4", "fp4"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        dense: Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        return dense.float()
+    if stored == "compressed":
+        from compressed_tensors.compressors import decompress_module
+
+        if module.quantization_scheme.input_activations is not None:
+            # its inputs are rounded as they come; its weight once, here, and not anew for every batch
+            decompress_module(module)
+            module.quantization_scheme = module.quantization_scheme.model_copy(update={"weights": None})
+            return None
+        decompress_module(module, leave_decompressed=False)
+        found: Tensor = module.weight.detach()
+        return found.float()
+    return None
 
 
 def _repack(model: nn.Module) -> None:
@@ -221,7 +279,8 @@ def _repack(model: nn.Module) -> None:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+        plain = type(module) is nn.Linear and _stored(module) is None
+        if plain and module.weight.dtype == torch.float32:
             model.set_submodule(name, _PackedLinear(module))
 
 

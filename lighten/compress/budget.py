@@ -1,0 +1,168 @@
+"""Bits where they matter: from what each width would cost every linear to the choice that a budget allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from lighten.errors import RequestError
+from lighten.knapsack import Option, choose, parse_size
+
+if TYPE_CHECKING:
+    import torch
+
+    from lighten.compress.quantize import Inputs, Quantize
+    from lighten.model.checkpoint import Checkpoint
+    from lighten.stage import Context
+
+WIDTHS = (2, 3, 4, 8)
+
+
+class Budget(BaseModel):
+    """How much a model may take: bits per weight of its linears on average, scales included, or bytes of its files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: float | None = Field(None, gt=0, le=16)
+    size: int | None = Field(None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, given: Any) -> Any:
+        """Reads "bits=4.25", "size=90MB" and "90MB", as the command line gives them."""
+        if not isinstance(given, str):
+            return given
+        name, equals, value = given.partition("=")
+        return {name.strip(): value} if equals else {"size": given}
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _bytes(cls, given: Any) -> Any:
+        return parse_size(given) if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        if (self.bits is None) == (self.size is None):
+            raise ValueError("a budget is either bits, such as {bits: 4.25}, or size, such as {size: 90MB}")
+        return self
+
+
+def losses(weight: torch.Tensor, gram: torch.Tensor, step: Quantize, kind: torch.dtype) -> dict[int, torch.Tensor]:
+    """Returns what GPTQ at each width would lose of every output, `[out]`, without running it.
+
+    GPTQ's error is the sum of e² / U[j,j]² over the columns; e is a rounding error on a grid that depends little on
+    what earlier columns passed on, so the weights as they are give it closely.
+    """
+    from lighten.compress.gptq import inverse_factor
+    from lighten.compress.grid import dequantize, quantize, search
+
+    gram = gram.clone()
+    gram.diagonal()[gram.diagonal() == 0] = 1.0
+    assert isinstance(step.group_size, int) and step.damp_percent is not None
+    factor, _ = inverse_factor(gram, step.damp_percent)
+    cost = factor.diagonal().pow(-2)
+    width = len(gram)
+    size = width if step.group_size == -1 else step.group_size
+    w = weight.t().float().reshape(-1, size, len(weight))
+    cost = cost.reshape(-1, size)
+    found = {}
+    for bits in WIDTHS:
+        scale, zero = (each.unsqueeze(-2) for each in search(w, bits, bool(step.sym), cost.square(), kind))
+        error = (dequantize(quantize(w, scale, zero, bits), scale, zero) - w).square_()
+        found[bits] = (error * cost[..., None]).sum((0, 1))
+    return found
+
+
+def allocate(
+    step: Quantize,
+    checkpoint: Checkpoint,
+    layers: Iterable[tuple[str, dict[str, torch.Tensor], list[Inputs]]],
+    context: Context,
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Returns the bits of every linear (16: left alone), and the facts of the choice.
+
+    Raises:
+        RequestError: the budget is below the smallest size that can be reached.
+    """
+    import torch
+
+    from lighten.compress.quantize import UNTOUCHED, ignored
+
+    assert step.budget
+    names: list[str] = []
+    options: list[list[Option]] = []
+    weights, linears_fixed = 0, 0
+    kind = checkpoint.tensor("model.norm.weight").dtype
+    count = checkpoint.facts.layers
+    for number, (prefix, tensors, inputs) in enumerate(layers):
+        for group in inputs:
+            assert group.gram
+            members = [name for name in group.linears if not ignored(prefix + name, step.ignore)]
+            linears_fixed += sum(2 * tensors[f"{name}.weight"].numel() for name in group.linears if name not in members)
+            if not members:
+                continue
+            parts = [tensors[f"{name}.weight"] for name in members]
+            gram = group.gram.matrix().to(context.device)
+            stacked = torch.cat(parts).to(context.device)
+            try:
+                lost = losses(stacked, gram, step, kind)
+            except ArithmeticError as error:
+                raise RequestError(
+                    f"a budget needs the Gram of {prefix}{group.first}, which is {error}; give it more text"
+                ) from error
+            wide = stacked.float()
+            energy = ((wide @ gram) * wide).sum(1)
+            start = 0
+            for name, part in zip(members, parts, strict=True):
+                rows = slice(start, start := start + len(part))
+                total = max(float(energy[rows].sum()), 1e-30)
+                names.append(prefix + name)
+                weights += part.numel()
+                options.append(
+                    [
+                        Option(stored_bytes(part.shape, bits, step), float(lost[bits][rows].sum()) / total)
+                        for bits in WIDTHS
+                    ]
+                    + [Option(part.numel() * part.element_size(), 0.0)]
+                )
+        context.report(number + 1, 2 * count, f"what each width costs, layer {number + 1}/{count}")
+    capacity = round(step.budget.bits * weights / 8) if step.budget.bits else (step.budget.size or 0)
+    fixed = 0 if step.budget.bits else other_bytes(checkpoint, names)
+    choice = choose(options, capacity, fixed)
+    widths = [(*WIDTHS, UNTOUCHED)[index] for index in choice.indices]
+    taken = [option[index].size for option, index in zip(options, choice.indices, strict=True)]
+    chosen = dict(zip(names, widths, strict=True))
+    allocation = {
+        name: {"type": f"{bits} bits" if bits != UNTOUCHED else "untouched", "bits": 8 * size / checkpoint_numel}
+        for (name, bits), size, checkpoint_numel in zip(
+            chosen.items(), taken, [option[-1].size // 2 for option in options], strict=True
+        )
+    }
+    facts = {
+        "allocation": allocation,
+        "budget": step.budget.model_dump(exclude_none=True),
+        "bits_per_linear_weight": 8 * sum(taken) / weights,
+        "exact_allocation": choice.exact,
+    }
+    return chosen, facts
+
+
+def stored_bytes(shape: torch.Size, bits: int, step: Quantize) -> int:
+    """Returns the bytes of a linear in the `pack-quantized` format: codes, scales, zero points and its shape."""
+    outputs, width = shape
+    groups = 1 if step.group_size == -1 else width // int(step.group_size or 1)
+    words = outputs * -(-width * bits // 32)
+    zeros = 0 if step.sym else groups * -(-outputs * bits // 32)
+    return 4 * (words + zeros) + 2 * groups * outputs + 16
+
+
+def other_bytes(checkpoint: Checkpoint, names: list[str]) -> int:
+    """Returns the bytes of the artifact beside those linears: other tensors, the header, and the files copied along."""
+    chosen = {f"{name}.weight" for name in names}
+    tensors = sum(checkpoint.tensor(name).nbytes for name in checkpoint.weight_map if name not in chosen)
+    files = sum(
+        file.stat().st_size for file in checkpoint.path.iterdir() if file.is_file() and file.suffix != ".safetensors"
+    )
+    return tensors + files + 1024 + 160 * 6 * len(checkpoint.weight_map) + 60 * len(names)
