@@ -168,6 +168,7 @@ class Builder:
             "settings": stage.step.model_dump(mode="json"),
             "source": paths[0] if paths else None,
             "grams": paths[1] if len(paths) > 1 else None,
+            "sensitivity": paths[2] if len(paths) > 2 else None,
             "out": str(out),
             "device": self.device,
             "trust_remote_code": self.trusted,
@@ -339,7 +340,7 @@ def _warnings(builder: Builder, stage: Stage) -> list[str]:
 
 def _row(name: str, todo: Plan, builder: Builder, root: Artifact) -> dict[str, Any]:
     stage = todo.artifacts[name]
-    steps = [] if name == BASELINE else [{step.kind: step.model_dump(mode="json")} for step in todo.recipe.steps(name)]
+    steps = [] if name == BASELINE else [{step.kind: step.dump()} for step in todo.recipe.steps(name)]
     row: dict[str, Any] = {"name": name, "key": stage.key, "status": "ok", "error": None, "steps": steps}
     failed = [each for each in (stage, *todo.measurements[name]) if each.key in builder.failed]
     if failed:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from statistics import median
 from typing import Any, Literal
 
+from lighten.compress.sensitivity import Sensitivities
 from lighten.data import choices, text
 from lighten.errors import missing_extra
 from lighten.evaluate import machine
@@ -112,6 +113,8 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
             parents = [stage]
             if step.needs_sweep():
                 parents.append(builder.build(recipe.calibration, [stage]))
+            if step.needs_sensitivity():
+                parents.append(builder.build(Sensitivities(**recipe.calibration.model_dump()), [stage]))
             stage = builder.build(step, parents)
         artifacts[name] = stage
     measurements: dict[str, list[Stage]] = {}

@@ -26,6 +26,8 @@ class Context:
     report: Report = silent
     grams: Path | None = None
     """Directory of the sweep over the source, for steps whose `needs_sweep` is true."""
+    sensitivity: Path | None = None
+    """Directory of the sensitivities of the source, for steps whose `needs_sensitivity` is true."""
     device: str = "cpu"
     trust_remote_code: bool = False
     """Whether the person asked for the code that the model's repository brings."""
@@ -103,6 +105,10 @@ class Step(BaseModel):
 
     def needs_sweep(self) -> bool:
         """True if `run` reads Gram matrices of its source."""
+        return False
+
+    def needs_sensitivity(self) -> bool:
+        """True if `run` reads how much the loss depends on each linear; only where `needs_sweep` is true too."""
         return False
 
     def requires(self) -> list[tuple[str, str]]:

@@ -18,7 +18,11 @@ STEPS = {
 }
 """Step kind to "module:Class"; packages add more through the entry-point group `lighten.steps`."""
 
-INTERNAL = {"source": "lighten.model.source:Source", "sweep": "lighten.compress.sweep:Sweep"}
+INTERNAL = {
+    "source": "lighten.model.source:Source",
+    "sweep": "lighten.compress.sweep:Sweep",
+    "sensitivity": "lighten.compress.sensitivity:Sensitivities",
+}
 """Stages that the pipeline adds by itself."""
 
 
@@ -46,7 +50,7 @@ def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Runs one step in this process; the target of `lighten.process.run_isolated`.
 
     Args:
-        payload: kind, settings, source and grams (paths or None), out, device, trust_remote_code.
+        payload: kind, settings, source, grams and sensitivity (paths or None), out, device, trust_remote_code.
         report: where progress goes.
 
     Returns:
@@ -56,8 +60,8 @@ def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     step = step_class(payload["kind"])(**payload["settings"])
     out = Path(payload["out"])
     source = read_artifact(Path(payload["source"])) if payload["source"] else Artifact(out, {})
-    grams = Path(payload["grams"]) if payload["grams"] else None
+    grams, sensitivity = (Path(payload[key]) if payload[key] else None for key in ("grams", "sensitivity"))
     trusted = payload["trust_remote_code"]
-    context = Context(report=report, grams=grams, device=payload["device"], trust_remote_code=trusted)
+    context = Context(report, grams, sensitivity, device=payload["device"], trust_remote_code=trusted)
     facts = step.run(source, out, context)
     return {**facts, "warnings": context.warnings}

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lighten.stage import Context
 
 WIDTHS = (2, 3, 4, 8)
+SHAPE_BYTES = 16
+"""Of the `weight_shape` that stands beside packed weights; left out of the options, whose sizes then share a divisor."""
 
 
 class Budget(BaseModel):
@@ -89,8 +91,10 @@ def allocate(
     import torch
 
     from lighten.compress.quantize import UNTOUCHED, ignored
+    from lighten.model.sensitivity import Sensitivity
 
-    assert step.budget
+    assert step.budget and context.sensitivity
+    sensitivity = Sensitivity.read(context.sensitivity)
     names: list[str] = []
     options: list[list[Option]] = []
     weights, linears_fixed = 0, 0
@@ -112,17 +116,15 @@ def allocate(
                 raise RequestError(
                     f"a budget needs the Gram of {prefix}{group.first}, which is {error}; give it more text"
                 ) from error
-            wide = stacked.float()
-            energy = ((wide @ gram) * wide).sum(1)
             start = 0
             for name, part in zip(members, parts, strict=True):
                 rows = slice(start, start := start + len(part))
-                total = max(float(energy[rows].sum()), 1e-30)
+                weight = sensitivity.outputs[prefix + name]
                 names.append(prefix + name)
                 weights += part.numel()
                 options.append(
                     [
-                        Option(stored_bytes(part.shape, bits, step), float(lost[bits][rows].sum()) / total)
+                        Option(stored_bytes(part.shape, bits, step), float(lost[bits][rows].sum()) * weight)
                         for bits in WIDTHS
                     ]
                     + [Option(part.numel() * part.element_size(), 0.0)]
@@ -150,12 +152,12 @@ def allocate(
 
 
 def stored_bytes(shape: torch.Size, bits: int, step: Quantize) -> int:
-    """Returns the bytes of a linear in the `pack-quantized` format: codes, scales, zero points and its shape."""
+    """Returns the bytes of a linear in the `pack-quantized` format: codes, scales and zero points."""
     outputs, width = shape
     groups = 1 if step.group_size == -1 else width // int(step.group_size or 1)
     words = outputs * -(-width * bits // 32)
     zeros = 0 if step.sym else groups * -(-outputs * bits // 32)
-    return 4 * (words + zeros) + 2 * groups * outputs + 16
+    return 4 * (words + zeros) + 2 * groups * outputs
 
 
 def other_bytes(checkpoint: Checkpoint, names: list[str]) -> int:
@@ -165,4 +167,4 @@ def other_bytes(checkpoint: Checkpoint, names: list[str]) -> int:
     files = sum(
         file.stat().st_size for file in checkpoint.path.iterdir() if file.is_file() and file.suffix != ".safetensors"
     )
-    return tensors + files + 1024 + 160 * 6 * len(checkpoint.weight_map) + 60 * len(names)
+    return tensors + files + 1024 + 160 * 6 * len(checkpoint.weight_map) + (60 + SHAPE_BYTES) * len(names)

@@ -157,6 +157,10 @@ class Quantize(Step):
         """Whether the method reads Grams."""
         return self._how.sweep
 
+    def needs_sensitivity(self) -> bool:
+        """Whether bits are to be spent where the loss depends on them."""
+        return self.budget is not None
+
     def requires(self) -> list[tuple[str, str]]:
         """What writes the format, and what reads it back."""
         return list(self._how.needs) + (list(_COMPRESSED) if self.format == "compressed-tensors" else [])

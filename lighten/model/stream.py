@@ -20,6 +20,8 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """Architectures that can be swept: decoder layers at `model.layers`, embedding at `model.embed_tokens`."""
 
 LAYERS = "model.layers."
+HEAD_ROWS = 128
+"""Positions whose logits are in memory at a time."""
 
 
 def check_architecture(architecture: str) -> None:
@@ -84,6 +86,7 @@ class StreamedModel:
             if not torch.isfinite(tensor).all():
                 raise Failure(f"{name}{key} has NaN or infinite weights: the checkpoint is damaged; fetch it again")
         moved = {key: tensor.to(self.device, self.dtype) for key, tensor in tensors.items()}
+        module.requires_grad_(False)
         missing, unexpected = module.load_state_dict(moved, strict=False, assign=True)
         if missing or unexpected:
             what = f"lacks {missing}" if missing else f"has tensors that it should not: {unexpected}"
@@ -116,9 +119,46 @@ class StreamedModel:
         body.embed_tokens.to("meta")
         return hidden, [stand_in.calls[0] for stand_in in stand_ins]
 
-    def stream(self) -> Iterator[tuple[int, nn.Module]]:
-        """Yields every decoder layer, filled; it is emptied before the next one is loaded."""
-        for index, layer in enumerate(self.layers):
+    def head_gradient(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
+        """Returns how the loss of predicting `ids` depends on what the last layer left.
+
+        Args:
+            hidden: `[samples, length, hidden]`, the states after the last layer.
+            ids: `[samples, length]`.
+
+        Returns:
+            The mean square of the derivative by a logit, XᵀX of the inputs of the head, and the derivative by
+            `hidden`; the loss is summed over tokens.
+        """
+        body = self.model.model
+        self._fill(body.norm, self.checkpoint.tensors("model.norm."), "model.norm.")
+        tied = self.checkpoint.facts.tied
+        head = self.checkpoint.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+        head = head.to(self.device, self.dtype)
+        gradient = torch.zeros_like(hidden)
+        gram = torch.zeros(hidden.shape[-1], hidden.shape[-1], device=self.device)
+        squares = 0.0
+        for row in range(len(ids)):
+            state = hidden[row : row + 1].to(self.device).clone().requires_grad_()
+            with torch.enable_grad():
+                inputs = body.norm(state)[0]
+            back = torch.zeros_like(inputs)
+            for start in range(0, len(inputs) - 1, HEAD_ROWS):
+                rows = slice(start, min(start + HEAD_ROWS, len(inputs) - 1))
+                part = inputs.detach()[rows]
+                difference = torch.softmax((part @ head.t()).float(), -1)
+                difference[torch.arange(len(part)), ids[row, rows.start + 1 : rows.stop + 1]] -= 1
+                squares += float(difference.square().sum())
+                back[rows] = difference.to(self.dtype) @ head
+            wide = inputs.detach().float()
+            gram += wide.t() @ wide
+            (gradient[row : row + 1],) = torch.autograd.grad(inputs, state, back)
+        body.norm.to("meta")
+        return squares / (ids.numel() * len(head)), gram.cpu(), gradient
+
+    def stream(self, reverse: bool = False) -> Iterator[tuple[int, nn.Module]]:
+        """Yields every decoder layer, filled, from first to last or back; it is emptied before the next is loaded."""
+        for index, layer in sorted(enumerate(self.layers), key=lambda each: each[0], reverse=reverse):
             prefix = f"{LAYERS}{index}."
             self._fill(layer, self.checkpoint.tensors(prefix), prefix)
             yield index, layer

@@ -1,0 +1,44 @@
+"""How much the loss depends on the outputs of each linear: what a sensitivity stage leaves and every budget reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lighten.errors import Failure
+
+FILE = "sensitivity.json"
+HEAD = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Mean squares of the loss's derivatives, and second moments of what the sweep does not see."""
+
+    outputs: dict[str, float]
+    """By module: the mean over tokens and channels of (∂loss / ∂output)²; also of the embedding and the head."""
+    head_gram: torch.Tensor
+    """XᵀX of the inputs of the head, `[hidden, hidden]`."""
+    counts: torch.Tensor
+    """How often each token of the vocabulary occurred, `[vocab]`."""
+    tokens: int
+
+    def write(self, folder: Path) -> None:
+        """Writes it into a directory."""
+        save_file({"gram": self.head_gram.contiguous(), "counts": self.counts}, folder / HEAD)
+        value = {"tokens": self.tokens, "outputs": self.outputs}
+        (folder / FILE).write_text(json.dumps(value, indent=1) + "\n")
+
+    @staticmethod
+    def read(folder: Path) -> Sensitivity:
+        """Reads what `write` wrote."""
+        try:
+            value = json.loads((folder / FILE).read_text())
+            tensors = load_file(folder / HEAD)
+        except (OSError, ValueError) as error:
+            raise Failure(f"{folder} does not hold the sensitivities of a model: {error}") from error
+        return Sensitivity(value["outputs"], tensors["gram"], tensors["counts"], value["tokens"])
