@@ -65,6 +65,7 @@ RUNS = (
     Run("autoround-light", "autoround", "light", "lighten-gptq"),
     Run("lighten-awq", "lighten", "awq", "lighten-awq"),
     Run("gptqmodel-awq", "gptqmodel", "awq", "lighten-awq"),
+    Run("gptqmodel-awq-torch", "gptqmodel", "awq-torch", "lighten-awq"),
     Run("llmcompressor-awq", "llmcompressor", "awq", "lighten-awq"),
     Run("lighten-rtn", "lighten", "rtn", "lighten-rtn"),
     Run("autoround-rtn", "autoround", "rtn", "lighten-rtn"),
@@ -152,6 +153,10 @@ class Bench:
             text = text.replace(place + "/", f"{name}/" if name else "").replace(place, name)
         return text
 
+    def wants(self, name: str) -> bool:
+        """Returns whether --only lets a run or a size through."""
+        return any(fnmatch.fnmatch(name, pattern) for pattern in self.asked.only)
+
     def fresh(self, name: str) -> Path:
         """Returns a path under the work directory where nothing lies."""
         path = self.work / name
@@ -221,7 +226,7 @@ def compare(bench: Bench) -> None:
     """Runs every tool in turn, round after round."""
     asked = bench.asked
     kept = Kept(asked.results / "quantize.json", asked, bench.settings)
-    chosen = [run for run in RUNS if any(fnmatch.fnmatch(run.name, pattern) for pattern in asked.only)]
+    chosen = [run for run in RUNS if bench.wants(run.name)]
     missing = {run.tool for run in chosen} - {*asked.peers, "lighten"}
     if missing:
         print(f"not measured, no --peer given: {', '.join(sorted(missing))}", flush=True)
@@ -408,7 +413,7 @@ def growth(bench: Bench) -> None:
     asked = bench.asked
     kept = Kept(asked.results / "quantize_growth.json", asked, bench.settings)
     for size, shape in SIZES.items():
-        if kept.find(size=size):
+        if kept.find(size=size) or not bench.wants(size):
             continue
         model, scratch = bench.model, bench.fresh("growth")
         scratch.mkdir()
@@ -432,7 +437,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, action="append", help="what to measure (compare)")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=f"of {', '.join(PEERS)}")
-    parser.add_argument("--only", action="append", metavar="PATTERN", help="runs of compare, such as '*-gptq'")
+    parser.add_argument("--only", action="append", metavar="PATTERN", help="runs such as '*-gptq', sizes such as 0.5B")
     parser.add_argument("--model", default="demo:smollm2-135m")
     parser.add_argument("--calibration", default="builtin", help="text file to calibrate on")
     parser.add_argument("--test", default="builtin", help="text file to measure perplexity on")

@@ -6,6 +6,7 @@ group are those of the benchmark.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import task
@@ -41,6 +42,12 @@ def work(asked: dict[str, Any]) -> None:
         **METHODS[asked["method"]],
     )
     rounding.quantize_and_save(asked["out"], format="auto_gptq")
+    out = Path(asked["out"])
+    made = next(out.rglob("config.json")).parent
+    if made != out:  # it adds a directory named after the model and the scheme
+        for file in made.iterdir():
+            file.rename(out / file.name)
+        made.rmdir()
 
 
 if __name__ == "__main__":

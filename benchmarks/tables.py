@@ -1,0 +1,187 @@
+"""Writes the tables of docs/benchmarks.md and benchmarks/README.md from the results of benchmarks/quantize.py.
+
+python benchmarks/tables.py [RESULTS]
+
+RESULTS is the directory of the result files, benchmarks/results unless given. What stands between two marks is
+replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lighten.report.markdown import escape
+from lighten.report.numbers import NOT_MEASURED, byte_count, duration, ratio, significant
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs" / "benchmarks.md"
+README = HERE / "README.md"
+TOOLS = {
+    "lighten": "lighten",
+    "gptqmodel": "GPTQModel",
+    "llmcompressor": "llm-compressor",
+    "autoround": "AutoRound",
+}
+METHODS = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "awq-torch": "AWQ, its CPU backend named",
+    "rtn": "RTN",
+    "opt-rtn": "RTN, scales searched",
+    "light": "light",
+}
+PACKAGES = {"gptqmodel": "gptqmodel", "llmcompressor": "llmcompressor", "autoround": "auto-round"}
+Found = dict[str, Any]
+
+
+def rows(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table whose first column is text and whose others are numbers."""
+    lines = [titles, [":---", *["---:"] * (len(titles) - 1)], *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def made(found: Found) -> str:
+    """Returns the command and the machine of a result file."""
+    machine = found["machine"]
+    versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers"))
+    return f"`{found['command']}` on {machine['cores']} cores ({machine['cpu']}), {versions}."
+
+
+def comparison(found: Found) -> str:
+    """Returns the table of the tools."""
+    lines = []
+    for entry in found["summary"].values():
+        name = f"{_tool(found, entry)}, {METHODS[entry['method']]}"
+        if entry["error"]:
+            lines.append([name, "refused", *[""] * 6])
+            continue
+        compared = entry.get("times_ours", {})
+        times = f" ({ratio(compared['seconds'])})" if compared else ""
+        memory = f" ({ratio(compared['peak_bytes'])})" if compared else ""
+        spread = " – ".join(duration(end) for end in entry["seconds_range"])
+        scored = entry["perplexity"]
+        lines.append(
+            [
+                name,
+                duration(entry["seconds"]) + times,
+                spread if entry["rounds"] > 1 else NOT_MEASURED,
+                byte_count(entry["peak_bytes"]) + memory,
+                byte_count(entry["size_bytes"]),
+                significant(scored, 4) if scored else NOT_MEASURED,
+                f"± {significant(entry['stderr'], 2)}" if entry["stderr"] else NOT_MEASURED,
+                significant(entry["kl"], 3) if entry["kl"] else NOT_MEASURED,
+            ]
+        )
+    titles = ("Tool and method", "Wall time", "Fastest – slowest", "Peak memory", "Size", "Perplexity", "", "KL, nats")
+    rounds = max(entry["rounds"] for entry in found["summary"].values())
+    source = found["facts"].get("source") or {}
+    settings = found["settings"]
+    told = [
+        f"{settings['model']}, {settings['bits']} bits, group {settings['group_size']}, {settings['samples']} × "
+        f"{settings['length']} tokens of {settings['calibration']}; perplexity on {settings['test_samples']} × "
+        f"{settings['test_length']} tokens of {settings['test']}, in float32",
+        f"the source's is {significant(source['value'], 4)}" if source else "",
+        f"times are the median of {rounds} rounds; × is the multiple of lighten's run with the same grid",
+    ]
+    return f"{rows(titles, lines)}\n\n{'; '.join(filter(None, told))}.\n\n{made(found)}"
+
+
+def _tool(found: Found, entry: Found) -> str:
+    tool = entry["tool"]
+    versions = {"lighten": found["machine"]["packages"], **found["facts"].get("versions", {})}.get(tool) or {}
+    return f"{TOOLS[tool]} {versions.get(PACKAGES.get(tool, tool), '')}".strip()
+
+
+def variants(found: Found) -> str:
+    """Returns what 1, 2, 4 and 8 variants of one sweep cost."""
+    summary = found["summary"]
+    lines = []
+    for row in found["rows"]:
+        many = "count" in row
+        times = summary["times_longest"][str(row["count"])] if many else 1.0
+        lines.append(
+            [
+                str(row["count"]) if many else f"{row['alone']}, alone",
+                duration(row["seconds"]),
+                ratio(times),
+                duration(row["stages_sum"]),
+                duration(row["stages_longest"]),
+                byte_count(row["peak_bytes"]),
+            ]
+        )
+    titles = ("Variants", "Wall time", "Times the longest alone", "Sum of stages", "Longest stage", "Peak memory")
+    order = next(row for row in reversed(found["rows"]) if "count" in row)["variants"]
+    failed = sorted({row["error"] for row in found["rows"] if row["error"]})
+    told = [f"In this order: {', '.join(order)}.", *(f"Failed: {escape(error)}" for error in failed), made(found)]
+    return "\n\n".join([rows(titles, lines), *told])
+
+
+def growth(found: Found) -> str:
+    """Returns seconds per layer and peak memory of growing models."""
+    kinds = [what for what in found["rows"][0]["seconds_per_layer"] if what != "source"]
+    kinds.sort(key=lambda what: what != "sweep")
+    lines = []
+    for row in found["rows"]:
+        costs = [byte_count(next(s["peak_bytes"] for s in row["stages"] if s["what"] == kind)) for kind in kinds]
+        shares = [f"{significant(row['seconds_per_layer'][kind], 3, decimals=2)} s" for kind in kinds]
+        weights = f"{significant(row['params'] / 1e9, 3)} B, {'random' if row['shape'] else 'real'}"
+        lines.append([weights, str(row["layers"]), *shares, *costs, byte_count(row["peak_bytes"])])
+    titles = ["Weights", "Layers", *(f"{kind}, per layer" for kind in kinds), *(f"{kind}, peak" for kind in kinds)]
+    told = "Starting Python and importing torch is in the seconds; the largest peak is that of any stage."
+    return f"{rows([*titles, 'Largest peak'], lines)}\n\n{told}\n\n{made(found)}"
+
+
+def refusals(found: Found) -> str:
+    """Returns what each peer refuses, in its own words."""
+    lines = [
+        f"- {_tool(found, entry)}, {METHODS[entry['method']]}: `{entry['error']}`"
+        for entry in found["summary"].values()
+        if entry["error"]
+    ]
+    unopened = {row["run"]: row["unopened"] for row in found["rows"] if row.get("unopened")}
+    lines += [f"- {run}: `lighten evaluate` could not open it: `{why}`" for run, why in unopened.items()]
+    return "\n".join(lines) or "Nothing was refused."
+
+
+def environments(found: Found) -> str:
+    """Returns the lines that make the peers' environments, with the versions that were measured."""
+    lines = []
+    for peer, versions in found["facts"].get("versions", {}).items():
+        torch = versions["torch"].partition("+")[0]
+        pinned = f"torch=={torch} {PACKAGES[peer]}=={versions[PACKAGES[peer]]}"
+        lines += [f"python -m venv {peer} && {peer}/bin/pip install {pinned} transformers=={versions['transformers']}"]
+    return "\n".join(["```", *lines, "```"])
+
+
+SECTIONS: tuple[tuple[Path, str, str, Callable[[Found], str]], ...] = (
+    (DOCS, "comparison", "quantize.json", comparison),
+    (DOCS, "variants", "quantize_variants.json", variants),
+    (DOCS, "growth", "quantize_growth.json", growth),
+    (README, "environments", "quantize.json", environments),
+    (README, "refusals", "quantize.json", refusals),
+)
+
+
+def main() -> None:
+    results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
+    for page, name, file, section in SECTIONS:
+        path = results / file
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not found.get("summary") and not (found and name == "growth"):
+            print(f"{page.name}, {name}: {path} is not there or not finished; left as it is")
+            continue
+        begin = f"<!-- {name}: written by benchmarks/tables.py from benchmarks/results/{file} -->"
+        end = f"<!-- end of {name} -->"
+        before, first, rest = page.read_text(encoding="utf-8").partition(begin)
+        _, second, after = rest.partition(end)
+        if not (first and second):
+            raise SystemExit(f"{page} needs the marks {begin} and {end}")
+        page.write_text(f"{before}{begin}\n{section(found)}\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
