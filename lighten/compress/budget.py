@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 WIDTHS = (2, 3, 4, 8)
 SHAPE_BYTES = 16
-"""Of the `weight_shape` that stands beside packed weights; left out of the options, whose sizes then share a divisor."""
+"""Of the `weight_shape` beside packed weights; left out of the options, whose sizes then share a divisor."""
 
 
 class Budget(BaseModel):
