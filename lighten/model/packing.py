@@ -131,6 +131,6 @@ def pack_compressed(
 
 
 def _pack_filled(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packs codes, filling the last word up with zeros."""
-    missing = next(more for more in range(_PERIOD) if (len(codes) + more) * bits % 32 == 0)
-    return pack(torch.nn.functional.pad(codes, (0, 0, 0, missing)), bits)
+    """Packs codes into as many words as they need, filling the last one up with zeros."""
+    words = -(-len(codes) * bits // 32)
+    return pack(torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % _PERIOD)), bits)[:words]

@@ -1,9 +1,16 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from lighten.model.packing import BITS, pack, pack_gptq, unpack, unpack_gptq
+from lighten.model.packing import BITS, pack, pack_awq, pack_compressed, pack_gptq, unpack, unpack_awq, unpack_gptq
+from lighten.process import run_isolated
 
 
 @settings(deadline=None)
@@ -42,3 +49,80 @@ def test_a_linear_comes_back(bits: int) -> None:
     weight = unpack_gptq(pack_gptq(codes, scales, zeros, g_idx, bits), bits)
     expected = ((codes - zeros[g_idx]).float() * scales[g_idx]).t()
     assert torch.equal(weight, expected)
+
+
+def linear(bits: int, groups: int, size: int, outputs: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """Returns random codes `[in, out]`, scales and zero points `[groups, out]` of one linear."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (groups * size, outputs), generator=generator)
+    scales = (torch.rand(groups, outputs, generator=generator) + 0.01).half().float()
+    return codes, scales, torch.randint(0, 2**bits, (groups, outputs), generator=generator)
+
+
+def meant(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Returns the weight `[out, in]` that codes stand for, one element at a time."""
+    size = len(codes) // len(scales)
+    weight = torch.empty(codes.shape[1], codes.shape[0])
+    for i in range(codes.shape[0]):
+        for o in range(codes.shape[1]):
+            weight[o, i] = (int(codes[i, o]) - int(zeros[i // size, o])) * float(scales[i // size, o])
+    return weight
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 3), st.integers(0, 2**31 - 1))
+def test_an_awq_linear_comes_back(groups: int, size: int, words: int, seed: int) -> None:
+    codes, scales, zeros = linear(4, groups, size, 8 * words, seed)
+    packed = pack_awq(codes, scales, zeros)
+    assert packed["qweight"].shape == (groups * size, words)
+    assert packed["qzeros"].shape == (groups, words)
+    assert {each.dtype for each in packed.values()} == {torch.int32, torch.float16}
+    assert torch.equal(unpack_awq(packed), meant(codes, scales, zeros))
+
+
+AWQ_SIZES = [(1, 8, 8), (2, 16, 64), (4, 32, 24)]
+
+
+def as_gptqmodel_packs(payload: dict[str, Any], report: Callable[..., None]) -> None:
+    """Packs the same codes with GPTQModel, and reads ours back with it."""
+    from gptqmodel.quantization.awq.utils import packing_utils
+
+    for number, (groups, size, outputs) in enumerate(payload["sizes"]):
+        codes, scales, zeros = linear(4, groups, size, outputs, number)
+        words, zero_words = packing_utils.pack_awq(codes, zeros, 4)
+        ours = pack_awq(codes, scales, zeros)
+        read = packing_utils.dequantize_gemm(ours["qweight"], ours["qzeros"], ours["scales"].float(), 4, size)
+        found = {"qweight": words, "qzeros": zero_words, "read": read}
+        save_file({name: each.contiguous() for name, each in found.items()}, f"{payload['folder']}/{number}")
+
+
+def test_awq_is_packed_as_gptqmodel_packs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "3")
+    run_isolated("tests.model.test_packing:as_gptqmodel_packs", {"folder": str(tmp_path), "sizes": AWQ_SIZES})
+    for number, (groups, size, outputs) in enumerate(AWQ_SIZES):
+        codes, scales, zeros = linear(4, groups, size, outputs, number)
+        ours, theirs = pack_awq(codes, scales, zeros), load_file(tmp_path / str(number))
+        assert torch.equal(ours["qweight"], theirs["qweight"])
+        assert torch.equal(ours["qzeros"], theirs["qzeros"])
+        assert torch.equal(theirs["read"].t(), meant(codes, scales, zeros))
+
+
+@pytest.mark.parametrize("outputs", [1, 7, 33, 64])
+@pytest.mark.parametrize("bits", BITS)
+def test_pack_quantized_is_packed_as_compressed_tensors_packs_it(bits: int, outputs: int) -> None:
+    codes, scales, zeros = linear(bits, 3, 20, outputs, bits)
+    packed = pack_compressed(codes, scales.bfloat16(), zeros, bits, sym=False)
+    middle = 2 ** (bits - 1)
+    signed, points = ((each - middle).to(torch.int8).t().contiguous() for each in (codes, zeros))
+    assert torch.equal(packed["weight_packed"], pack_to_int32(signed, bits))
+    assert torch.equal(packed["weight_zero_point"], pack_to_int32(points, bits, packed_dim=0))
+    assert torch.equal(packed["weight_scale"], scales.t().bfloat16())
+    shape = torch.Size(packed["weight_shape"].tolist())
+    assert shape == (outputs, 60)
+    assert torch.equal(unpack_from_int32(packed["weight_packed"], bits, shape), signed)
+    if bits != 4 or outputs > 8:  # its reader of 4-bit codes takes no single word along the first dimension
+        assert torch.equal(unpack_from_int32(packed["weight_zero_point"], bits, points.shape, 0), points)
+    symmetric = pack_compressed(codes, scales, zeros, bits, sym=True)
+    assert set(symmetric) == {"weight_packed", "weight_scale", "weight_shape"}
+    assert torch.equal(symmetric["weight_packed"], packed["weight_packed"])
+    assert all(each.is_contiguous() for each in packed.values())
