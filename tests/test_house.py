@@ -17,6 +17,7 @@ FLOORS = {
     "process": 3,
     "model": 3,
     "compress": 4,
+    "budget": 3,
     "export": 4,
     "evaluate": 4,
     "report": 4,

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-
 from lighten.errors import RequestError
-from lighten.knapsack import Option, choose, parse_size
+from lighten.knapsack import Option, choose
 
 if TYPE_CHECKING:
     import torch
@@ -20,35 +18,6 @@ if TYPE_CHECKING:
 WIDTHS = (2, 3, 4, 8)
 SHAPE_BYTES = 16
 """Of the `weight_shape` beside packed weights; left out of the options, whose sizes then share a divisor."""
-
-
-class Budget(BaseModel):
-    """How much a model may take: bits per weight of its linears on average, scales included, or bytes of its files."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    bits: float | None = Field(None, gt=0, le=16)
-    size: int | None = Field(None, gt=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, given: Any) -> Any:
-        """Reads "bits=4.25", "size=90MB" and "90MB", as the command line gives them."""
-        if not isinstance(given, str):
-            return given
-        name, equals, value = given.partition("=")
-        return {name.strip(): value} if equals else {"size": given}
-
-    @field_validator("size", mode="before")
-    @classmethod
-    def _bytes(cls, given: Any) -> Any:
-        return parse_size(given) if isinstance(given, str) else given
-
-    @model_validator(mode="after")
-    def _one(self) -> Budget:
-        if (self.bits is None) == (self.size is None):
-            raise ValueError("a budget is either bits, such as {bits: 4.25}, or size, such as {size: 90MB}")
-        return self
 
 
 def losses(weight: torch.Tensor, gram: torch.Tensor, step: Quantize, kind: torch.dtype) -> dict[int, torch.Tensor]:

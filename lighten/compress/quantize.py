@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from lighten.compress.budget import Budget
+from lighten.budget import Budget
 from lighten.errors import RequestError
 from lighten.stage import Context, Estimate, ModelFacts, Step
 from lighten.store import MANIFEST, Artifact
@@ -513,9 +513,14 @@ def _integer(size: Any) -> int:
 
 
 def relative_error(before: torch.Tensor, after: torch.Tensor, gram: torch.Tensor) -> float:
-    """Returns the share of the output's energy that is lost: tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)."""
-    change = before.float() - after.to(before.device)
-    lost = float(((change @ gram) * change).sum())
+    """Returns the share of the output's energy that is lost: tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), to three digits."""
+    import torch
+
+    from lighten.compress.gram import exact_products
+
     wide = before.float()
-    energy = float(((wide @ gram) * wide).sum())
+    change = wide - after.to(before.device)
+    with exact_products(torch.bfloat16):  # quick, and close enough to tell one layer from another
+        lost = float(((change @ gram) * change).sum())
+        energy = float(((wide @ gram) * wide).sum())
     return lost / energy if energy else 0.0

@@ -1,8 +1,8 @@
 """A GGUF file of a given size: which of ggml's types every matrix gets.
 
 Every candidate type of every matrix is tried: ggml rounds the matrix, and the error of the outputs, tr(ΔW H ΔWᵀ) with
-the Gram matrix H of the inputs, is computed from what it became. Then the types are chosen together, by the exact
-solution of the knapsack problem.
+the Gram matrix H of the inputs, is computed from what it became, times what such an error costs the loss. Then the
+types are chosen together, by the exact solution of the knapsack problem.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from lighten.stage import Report, silent
 if TYPE_CHECKING:
     import torch
 
+    from lighten.model.sensitivity import Sensitivity
+
 WIDE = ("Q2_K", "Q3_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
 """Candidates for rows that are a multiple of 256."""
 NARROW = ("Q4_0", "Q4_1", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "F16")
@@ -39,13 +41,15 @@ _ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What the types of one matrix `[out, in]` cost, per token."""
+class Prices:
+    """What errors cost: where the Grams of the sweep are, and how much the loss depends on every output."""
 
-    power: float
-    """The square of its output, tr(W H Wᵀ)."""
-    errors: dict[str, float]
-    """By type, the square of the output error, tr(ΔW H ΔWᵀ)."""
+    grams: Path
+    sensitivity: Sensitivity
+
+
+Costs = dict[str, dict[str, float]]
+"""By Hugging Face name and type: what that type of that matrix adds to the loss of a token, to second order."""
 
 
 def candidates(width: int) -> tuple[str, ...]:
@@ -58,15 +62,15 @@ def matrices(draft: Draft) -> list[str]:
     return [hf for hf in draft.names if len(draft.shapes[hf]) == 2]
 
 
-def try_types(draft: Draft, grams: Path, weights: Importance, report: Report = silent) -> dict[str, Trial]:
-    """Returns what every type of every matrix costs, by Hugging Face name, in the order of the file."""
+def try_types(draft: Draft, prices: Prices, weights: Importance, report: Report = silent) -> Costs:
+    """Returns what every type of every matrix costs, in the order of the file."""
     names = matrices(draft)
-    trials: dict[str, Trial] = {}
+    costs: Costs = {}
     with _workers() as pool:
-        for hf, gram in _all_grams(draft, grams):
-            report(len(trials), len(names), hf)
-            trials[hf] = _try_matrix(draft.weight(hf), gram, importance_of(draft, hf, weights), pool)
-    return {hf: trials[hf] for hf in names}
+        for hf, metric in _metrics(draft, prices):
+            report(len(costs), len(names), hf)
+            costs[hf] = _try_matrix(draft.weight(hf), metric, importance_of(draft, hf, weights), pool)
+    return {hf: costs[hf] for hf in names}
 
 
 def importance_of(draft: Draft, hf: str, weights: Importance) -> Any:
@@ -90,61 +94,54 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def _all_grams(draft: Draft, grams: Path) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Yields every matrix and the mean of x xᵀ of its inputs, `[in, in]`; first those without."""
+def _metrics(draft: Draft, prices: Prices) -> Iterator[tuple[str, torch.Tensor | float]]:
+    """Yields every matrix and M such that an error ΔW costs tr(ΔW M ΔWᵀ): `[in, in]`, or a number times one.
+
+    For a linear M is the mean of x xᵀ of its inputs times the mean squared derivative of the loss by its outputs. An
+    embedding hands its rows on as they are, each as often as its token occurs: on average every one of them once in
+    as many tokens as there are.
+    """
+    import torch
+
     from lighten.model.grams import read_index, read_layer
 
-    index = read_index(grams)
-    prefix, layers = index["prefix"], index["layers"]
-    known = {f"{prefix}{layer}.{linear}.weight" for layer, entry in enumerate(layers) for linear in entry["inputs"]}
-    yield from ((hf, None) for hf in matrices(draft) if hf not in known)
-    for layer in range(len(layers)):
-        found, inputs = read_layer(grams, layer)
+    known = prices.sensitivity
+    head = known.head_gram / known.tokens * known.outputs["lm_head"]
+    rows = known.outputs["model.embed_tokens"] / len(known.counts)
+    if "lm_head.weight" in draft.names:
+        yield "lm_head.weight", head
+        yield "model.embed_tokens.weight", rows
+    else:
+        yield "model.embed_tokens.weight", head + rows * torch.eye(len(head))
+    index = read_index(prices.grams)
+    for layer in range(len(index["layers"])):
+        found, inputs = read_layer(prices.grams, layer)
         means = {name: gram.matrix() / max(gram.tokens, 1) for name, gram in found.items()}
-        yield from ((f"{prefix}{layer}.{linear}.weight", means[name]) for linear, name in inputs.items())
+        for linear, name in inputs.items():
+            module = f"{index['prefix']}{layer}.{linear}"
+            yield f"{module}.weight", means[name] * known.outputs[module]
 
 
-def _try_matrix(weight: torch.Tensor, gram: torch.Tensor | None, channels: Any, pool: ThreadPoolExecutor) -> Trial:
+def _try_matrix(
+    weight: torch.Tensor, metric: torch.Tensor | float, channels: Any, pool: ThreadPoolExecutor
+) -> dict[str, float]:
     rows, width = weight.shape
     sample = weight[:: -(-rows // MOST_ROWS) | 1].float()  # odd, for rotated rows lie in pairs
     step = max(1, _SLICE // width)
     slices = [sample[start : start + step] for start in range(0, len(sample), step)]
 
-    def total(energies: list[float]) -> float:
-        return math.fsum(energies) * rows / len(sample)
-
-    def error(job: tuple[str, torch.Tensor]) -> float:
+    def cost(job: tuple[str, torch.Tensor]) -> float:
         import torch
 
         type, part = job
-        rounded = ggml.dequantize(ggml.quantize(part.numpy(), type, channels), type, width)
-        return _energy(torch.from_numpy(rounded) - part, gram)
+        change = torch.from_numpy(ggml.dequantize(ggml.quantize(part.numpy(), type, channels), type, width)) - part
+        product = change * metric if isinstance(metric, float) else change @ metric
+        return float(torch.sum(product * change, dtype=torch.float64))
 
     types = candidates(width)
-    errors = list(pool.map(error, [(type, part) for type in types for part in slices]))
-    by_type = {type: total(errors[n * len(slices) : (n + 1) * len(slices)]) for n, type in enumerate(types)}
-    return Trial(total([_energy(part, gram) for part in slices]), by_type)
-
-
-def _energy(rows: torch.Tensor, gram: torch.Tensor | None) -> float:
-    """Returns tr(R H Rᵀ) of rows R `[n, in]`."""
-    import torch
-
-    product = rows if gram is None else rows @ gram
-    return float(torch.sum(product * rows, dtype=torch.float64))
-
-
-def costs(draft: Draft, trials: dict[str, Trial]) -> dict[str, dict[str, float]]:
-    """Returns the cost of every type of every matrix: its relative output error times its share of the weights.
-
-    Their sum is the mean relative error of the outputs, in which every weight counts alike.
-    """
-    sizes = {hf: math.prod(draft.shapes[hf]) for hf in trials}
-    shares = {hf: size / sum(sizes.values()) for hf, size in sizes.items()}
-    return {
-        hf: {type: shares[hf] * error / trial.power if trial.power else 0.0 for type, error in trial.errors.items()}
-        for hf, trial in trials.items()
-    }
+    found = list(pool.map(cost, [(type, part) for type in types for part in slices]))
+    by_type = [found[n * len(slices) : (n + 1) * len(slices)] for n in range(len(types))]
+    return {type: math.fsum(parts) * rows / len(sample) for type, parts in zip(types, by_type, strict=True)}
 
 
 def padded_bytes(shape: tuple[int, ...], type: str) -> int:
@@ -163,22 +160,21 @@ def fixed_bytes(draft: Draft, scratch: Path) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def pick(draft: Draft, trials: dict[str, Trial], capacity: int, fixed: int) -> tuple[dict[str, str], Choice]:
+def pick(draft: Draft, costs: Costs, capacity: int, fixed: int) -> tuple[dict[str, str], Choice]:
     """Returns the type of every tensor, by Hugging Face name, and what is known of the choice.
 
     Args:
         draft: the model.
-        trials: of `try_types`.
+        costs: of `try_types`.
         capacity: bytes of the whole file.
         fixed: of them, what is not matrices.
     """
-    priced = costs(draft, trials)
     options = [
         [Option(padded_bytes(draft.shapes[hf], type), cost) for type, cost in types.items()]
-        for hf, types in priced.items()
+        for hf, types in costs.items()
     ]
     choice = choose(options, capacity, fixed)
-    taken = {hf: list(types)[index] for (hf, types), index in zip(priced.items(), choice.indices, strict=True)}
+    taken = {hf: list(types)[index] for (hf, types), index in zip(costs.items(), choice.indices, strict=True)}
     return draft.types("F32") | taken, choice
 
 
@@ -203,7 +199,7 @@ def fit(
     file: Path,
     size: int | None,
     bits: float | None,
-    grams: Path,
+    prices: Prices,
     weights: Importance,
     report: Report = silent,
 ) -> dict[str, Any]:
@@ -214,13 +210,13 @@ def fit(
         file: the file to write.
         size: bytes of the whole file, or None for a budget of bits.
         bits: per weight, on average over all tensors.
-        grams: directory of the sweep over the model.
+        prices: what errors cost.
         weights: its importance matrix.
         report: told of every matrix tried and every tensor written.
 
     Returns:
         The facts: `allocation`, the type and bits per weight by module; `budget_bytes` of the whole file; and
-        `predicted_error`, the sum of the costs.
+        `predicted_error`, what the file should add to the loss of a token, in nats.
 
     Raises:
         RequestError: no choice of types is small enough.
@@ -231,8 +227,8 @@ def fit(
     _check_reachable(draft, capacity, fixed + vectors, fixed)
     names = matrices(draft)
     steps = len(names) + len(draft.names)
-    trials = try_types(draft, grams, weights, lambda done, _, note: report(done, steps, f"trying types of {note}"))
-    types, choice = pick(draft, trials, capacity, fixed + vectors)
+    costs = try_types(draft, prices, weights, lambda done, _, note: report(done, steps, f"trying types of {note}"))
+    types, choice = pick(draft, costs, capacity, fixed + vectors)
     save(draft, file, types, weights, lambda done, _, note: report(len(names) + done, steps, f"writing {note}"))
     if (written := file.stat().st_size) > capacity:
         raise Failure(f"{file.name} came to {written:,} bytes, over the budget of {capacity:,}: please report this")
@@ -243,7 +239,7 @@ def fit(
         }
         for hf in names
     }
-    return {"allocation": allocation, "budget_bytes": capacity, "predicted_error": float(f"{choice.cost:.6g}")}
+    return {"allocation": allocation, "budget_bytes": capacity, "predicted_error": float(f"{choice.cost / 2:.6g}")}
 
 
 def _capacity(draft: Draft, fixed: int, bits: float) -> int:

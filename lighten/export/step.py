@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from lighten.budget import Budget
 from lighten.errors import RequestError
-from lighten.knapsack import parse_size
 from lighten.stage import Context, Estimate, ModelFacts, Step
 from lighten.store import Artifact
 
@@ -46,34 +37,6 @@ _QUANTIZE_SECONDS = {"Q8_0": 5e-9, "Q4_0": 5e-9}
 
 _TRY_SECONDS = 5e-7
 """Per weight, to try all types: 65 s of one core's time for SmolLM2-135M."""
-
-
-class Budget(BaseModel):
-    """How large a file may be: one of the two. As text "size=90MB", "90MB" or "bits=4.5"."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    size: Annotated[int, BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size)] | None = (
-        Field(None, gt=0, description="bytes of the whole file, or a text such as 90MB")
-    )
-    bits: float | None = Field(None, gt=0, le=32, description="bits per weight, on average over all tensors")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        if found := re.fullmatch(r"\s*(size|bits)\s*=\s*(.+)", value):
-            return {found[1]: found[2]}
-        if re.search(r"[A-Za-z]", value):
-            return {"size": value}
-        raise ValueError("say what the budget is of: size=90MB, or bits=4.5")
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if (self.size is None) == (self.bits is None):
-            raise ValueError("a budget is one of the two: size, or bits")
-        return self
 
 
 class Export(Step):
@@ -122,6 +85,10 @@ class Export(Step):
     def needs_sweep(self) -> bool:
         """True with an importance matrix: it is the diagonal of the Grams. A budget needs all of them."""
         return self.imatrix and self.quantized
+
+    def needs_sensitivity(self) -> bool:
+        """True with a budget: errors of different matrices are weighed by what they cost the loss."""
+        return self.budget is not None
 
     def requires(self) -> list[tuple[str, str]]:
         """`gguf` to write, `llama_cpp` to quantize."""
@@ -176,16 +143,19 @@ class Export(Step):
         about = _about(source)
         weights = None
         if self.needs_sweep():
-            if context.grams is None:
+            if context.grams is None or (self.budget and context.sensitivity is None):
                 asked = "a budget" if self.budget else "imatrix: true"
                 raise RequestError(f"{asked} needs a calibration set: name one under calibration")
             weights = gguf.importance(context.grams, Checkpoint(source.path).facts)
             if self.budget:
-                from lighten.export.budget import fit
+                from lighten.export.budget import Prices, fit
+                from lighten.model.sensitivity import Sensitivity
 
+                assert context.sensitivity
                 draft = gguf.Draft(source.path, about)
                 context.warnings += draft.warnings
-                chosen = fit(draft, file, self.budget.size, self.budget.bits, context.grams, weights, context.report)
+                prices = Prices(context.grams, Sensitivity.read(context.sensitivity))
+                chosen = fit(draft, file, self.budget.size, self.budget.bits, prices, weights, context.report)
                 return {**gguf.describe(file, self.type), "imatrix": True, **chosen}
         if not self.quantized:
             context.warnings += gguf.write(source.path, file, self.type, context.report, about)

@@ -13,6 +13,7 @@ from lighten.export import budget, ggml
 from lighten.export.gguf import Draft, importance
 from lighten.export.step import Export
 from lighten.model.grams import Gram, GramWriter, read_layer
+from lighten.model.sensitivity import Sensitivity
 from lighten.stage import Context
 from lighten.store import Artifact
 from tests.export.test_gguf import logits_of
@@ -42,10 +43,26 @@ def swept(source: Path, folder: Path) -> Path:
     return folder
 
 
+def sensed(source: Path) -> Sensitivity:
+    """Returns sensitivities of a tiny model: of every linear another one."""
+    draft = Draft(source)
+    modules = [name.removesuffix(".weight") for name, shape in draft.shapes.items() if len(shape) == 2]
+    outputs = {name: 1e-3 * (1 + number % 3) for number, name in enumerate({*modules, "lm_head"})}
+    hidden = draft.facts.hidden
+    x = torch.randn(1000, hidden, generator=torch.Generator().manual_seed(1))
+    counts = torch.ones(draft.facts.vocab, dtype=torch.int32)
+    return Sensitivity({name: outputs[name] for name in sorted(outputs)}, x.T @ x, counts, 1000)
+
+
+def prices(source: Path, folder: Path) -> budget.Prices:
+    return budget.Prices(swept(source, folder), sensed(source))
+
+
 def fitted(source: Path, folder: Path, value: Any, reports: list[tuple[int, int, str]] | None = None) -> dict[str, Any]:
     """Returns the facts of an export of a tiny model into the existing directory, on a sweep beside it."""
     grams = folder.parent / "grams"
-    context = Context(grams=grams if grams.exists() else swept(source, grams))
+    context = Context(grams=grams if grams.exists() else swept(source, grams), sensitivity=folder.parent)
+    sensed(source).write(folder.parent)
     if reports is not None:
         context.report = lambda *report: reports.append(report)
     return Export(format="gguf", budget=value).run(Artifact(source, {"format": "hf"}), folder, context)
@@ -179,24 +196,37 @@ def test_rounding_is_that_of_the_gguf_package(type: str) -> None:
     assert np.square(found - weight).mean() < 0.15
 
 
-def test_errors_are_those_of_the_outputs(tiny: Tiny, tmp_path: Path) -> None:
-    draft, grams = Draft(tiny()), swept(tiny(), tmp_path / "grams")
-    weights = importance(grams, draft.facts)
+def test_costs_are_those_of_the_outputs(tiny: Tiny, tmp_path: Path) -> None:
+    draft, asked = Draft(tiny()), prices(tiny(), tmp_path / "grams")
+    weights = importance(asked.grams, draft.facts)
     hf, type = "model.layers.1.mlp.up_proj.weight", "Q3_K"
-    found = budget.try_types(draft, grams, weights)[hf]
+    found = budget.try_types(draft, asked, weights)[hf]
     weight = draft.weight(hf).float()
     rounded = ggml.dequantize(ggml.quantize(weight.numpy(), type, weights["blk.1.ffn_up.weight"]), type, 256)
     delta = (torch.from_numpy(rounded) - weight).double()
-    gram = read_layer(grams, 1)[0]["256"]
+    gram = read_layer(asked.grams, 1)[0]["256"]
     mean = gram.matrix().double() / gram.tokens
-    assert found.errors[type] == pytest.approx(float(torch.trace(delta @ mean @ delta.T)), rel=1e-4)
-    assert found.power == pytest.approx(float(torch.trace(weight.double() @ mean @ weight.double().T)), rel=1e-4)
+    price = asked.sensitivity.outputs["model.layers.1.mlp.up_proj"]
+    assert found[type] == pytest.approx(price * float(torch.trace(delta @ mean @ delta.T)), rel=1e-4)
+
+
+def test_a_tied_embedding_pays_as_the_head_and_as_itself(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny("llama-tied")
+    draft, asked = Draft(source), prices(source, tmp_path / "grams")
+    found = budget.try_types(draft, asked, {})["model.embed_tokens.weight"]["Q4_K"]
+    weight = draft.weight("model.embed_tokens.weight").float()
+    rounded = ggml.dequantize(ggml.quantize(weight.numpy(), "Q4_K", np.ones(256, dtype=np.float32)), "Q4_K", 256)
+    delta = (torch.from_numpy(rounded) - weight).double()
+    known = asked.sensitivity
+    head = known.outputs["lm_head"] * float(torch.trace(delta @ (known.head_gram.double() / known.tokens) @ delta.T))
+    rows = known.outputs["model.embed_tokens"] * float(delta.square().sum(1).mean())
+    assert found == pytest.approx(head + rows, rel=1e-3)
 
 
 def test_tall_matrices_are_sampled(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draft, grams = Draft(tiny()), swept(tiny(), tmp_path / "grams")
-    whole = budget.try_types(draft, grams, {})
+    draft, asked = Draft(tiny()), prices(tiny(), tmp_path / "grams")
+    whole = budget.try_types(draft, asked, {})
     monkeypatch.setattr(budget, "MOST_ROWS", 100)
-    part = budget.try_types(draft, grams, {})
+    part = budget.try_types(draft, asked, {})
     for hf in whole:
-        assert part[hf].errors["Q4_K"] == pytest.approx(whole[hf].errors["Q4_K"], rel=0.3)
+        assert part[hf]["Q4_K"] == pytest.approx(whole[hf]["Q4_K"], rel=0.3)
