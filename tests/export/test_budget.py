@@ -47,11 +47,11 @@ def sensed(source: Path) -> Sensitivity:
     """Returns sensitivities of a tiny model: of every linear another one."""
     draft = Draft(source)
     modules = [name.removesuffix(".weight") for name, shape in draft.shapes.items() if len(shape) == 2]
-    outputs = {name: 1e-3 * (1 + number % 3) for number, name in enumerate({*modules, "lm_head"})}
+    outputs = {name: 1e-3 * (1 + number % 3) for number, name in enumerate(sorted({*modules, "lm_head"}))}
     hidden = draft.facts.hidden
     x = torch.randn(1000, hidden, generator=torch.Generator().manual_seed(1))
     counts = torch.ones(draft.facts.vocab, dtype=torch.int32)
-    return Sensitivity({name: outputs[name] for name in sorted(outputs)}, x.T @ x, counts, 1000)
+    return Sensitivity(outputs, x.T @ x, counts, 1000)
 
 
 def prices(source: Path, folder: Path) -> budget.Prices:
