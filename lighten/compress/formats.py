@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lighten.compress.grid import Quantized
+from lighten.compress.grid import Quantized, storable
 from lighten.model.packing import pack_awq, pack_compressed, pack_gptq
 
 FP8 = torch.float8_e4m3fn
@@ -49,7 +49,7 @@ def int_quantized(found: Quantized, kind: torch.dtype) -> Stored:
 def float_quantized(weight: torch.Tensor, kind: torch.dtype) -> Stored:
     """Rounds a weight to 8-bit floats with a scale per output, for the `float-quantized` format."""
     wide = weight.float()
-    scale = (wide.abs().amax(1, keepdim=True) / FP8_LARGEST).clamp(min=1e-12).to(kind).float()
+    scale = storable(wide.abs().amax(1, keepdim=True) / FP8_LARGEST, kind)
     rounded = (wide / scale).clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8)
     return Stored({"weight": rounded, "weight_scale": scale.to(kind)}, rounded.float() * scale)
 
