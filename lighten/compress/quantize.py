@@ -136,6 +136,16 @@ class Quantize(Step):
             del value["bits"]
         return value
 
+    @model_validator(mode="after")
+    def _can_be_opened(self) -> Quantize:
+        """Refuses what only some loaders open: transformers expects the zero points of compressed-tensors unpacked."""
+        if self.format == "compressed-tensors" and self.sym is False:
+            raise ValueError(
+                "a budget and ignore need the compressed-tensors format, in which transformers opens symmetric grids "
+                "only: leave out sym: false"
+            )
+        return self
+
     @property
     def _how(self) -> Method:
         return METHODS[self.method]
