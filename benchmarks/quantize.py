@@ -364,7 +364,7 @@ def variants(bench: Bench) -> None:
     kept = Kept(bench.asked.results / "quantize_variants.json", bench.asked, bench.settings)
     for count in COUNTS:
         if not kept.find(count=count):
-            kept.add({"count": count, **_recipe(bench, list(VARIANTS)[:count])})
+            kept.add({"count": count, **_recipe(bench, f"variants-{count}", list(VARIANTS)[:count])})
     largest = kept.find(count=COUNTS[-1])
     assert largest
     own = dict.fromkeys(largest["variants"], 0.0)
@@ -374,7 +374,7 @@ def variants(bench: Bench) -> None:
     longest = max(own, key=lambda name: own[name])
     alone = kept.find(alone=longest)
     if not alone:
-        alone = {"alone": longest, **_recipe(bench, [longest])}
+        alone = {"alone": longest, **_recipe(bench, "variants-alone", [longest])}
         kept.add(alone)
     kept.save(
         {
@@ -387,8 +387,8 @@ def variants(bench: Bench) -> None:
     )
 
 
-def _recipe(bench: Bench, names: list[str]) -> Row:
-    asked, name = bench.asked, "-".join(["variants", str(len(names))])
+def _recipe(bench: Bench, name: str, names: list[str]) -> Row:
+    asked = bench.asked
     recipe, store = bench.work / f"{name}.yaml", bench.fresh("artifacts")
     calibration = {"data": asked.calibration, "samples": asked.samples, "length": asked.length}
     content = {"name": name, "model": str(bench.model), "calibration": calibration}

@@ -57,13 +57,14 @@ def comparison(found: Found) -> str:
     for entry in found["summary"].values():
         name = f"{_tool(found, entry)}, {METHODS[entry['method']]}"
         if entry["error"]:
-            lines.append([name, "refused", *[""] * 6])
+            lines.append([name, "refused", *[""] * 5])
             continue
         compared = entry.get("times_ours", {})
         times = f" ({ratio(compared['seconds'])})" if compared else ""
         memory = f" ({ratio(compared['peak_bytes'])})" if compared else ""
         spread = " – ".join(duration(end) for end in entry["seconds_range"])
-        scored = entry["perplexity"]
+        scored = significant(entry["perplexity"], 4) if entry["perplexity"] else NOT_MEASURED
+        error = f" ± {significant(entry['stderr'], 2)}" if entry["stderr"] else ""
         lines.append(
             [
                 name,
@@ -71,12 +72,11 @@ def comparison(found: Found) -> str:
                 spread if entry["rounds"] > 1 else NOT_MEASURED,
                 byte_count(entry["peak_bytes"]) + memory,
                 byte_count(entry["size_bytes"]),
-                significant(scored, 4) if scored else NOT_MEASURED,
-                f"± {significant(entry['stderr'], 2)}" if entry["stderr"] else NOT_MEASURED,
+                scored + error,
                 significant(entry["kl"], 3) if entry["kl"] else NOT_MEASURED,
             ]
         )
-    titles = ("Tool and method", "Wall time", "Fastest – slowest", "Peak memory", "Size", "Perplexity", "", "KL, nats")
+    titles = ("Tool and method", "Wall time", "Fastest – slowest", "Peak memory", "Size", "Perplexity", "KL, nats")
     rounds = max(entry["rounds"] for entry in found["summary"].values())
     source = found["facts"].get("source") or {}
     settings = found["settings"]
@@ -85,7 +85,8 @@ def comparison(found: Found) -> str:
         f"{settings['length']} tokens of {settings['calibration']}; perplexity on {settings['test_samples']} × "
         f"{settings['test_length']} tokens of {settings['test']}, in float32",
         f"the source's is {significant(source['value'], 4)}" if source else "",
-        f"times are the median of {rounds} rounds; × is the multiple of lighten's run with the same grid",
+        f"times are {f'the median of {rounds} rounds' if rounds > 1 else 'those of one round'}",
+        "× is the multiple of lighten's run with the same grid",
     ]
     return f"{rows(titles, lines)}\n\n{'; '.join(filter(None, told))}.\n\n{made(found)}"
 
