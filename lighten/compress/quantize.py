@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -330,8 +331,9 @@ class _Run:
                 by_bits.setdefault(self._chosen(prefix, linear), []).append(linear)
             for bits, linears in by_bits.items():
                 if bits == UNTOUCHED:
-                    why = "ignore" if self.allocation is None else "budget"
-                    self.kept += [{"what": prefix + linear, "why": f"left alone ({why})"} for linear in linears]
+                    for linear in linears:
+                        why = "ignore" if ignored(prefix + linear, self.step.ignore) else "budget"
+                        self.kept.append({"what": prefix + linear, "why": f"left alone ({why})"})
                     continue
                 weights = [tensors.pop(f"{linear}.weight") for linear in linears]
                 stored = list(self._store(weights, gram, bits, prefix + group.first))
@@ -343,7 +345,9 @@ class _Run:
                     import torch
 
                     after = torch.cat([each.weight for each in stored])
-                    self.errors[prefix + linears[0]] = relative_error(torch.cat(weights), after, gram)
+                    error = relative_error(torch.cat(weights), after, gram)
+                    if math.isfinite(error):  # else the Gram was of no use, and there is a warning already
+                        self.errors[prefix + linears[0]] = error
         yield from tensors.items()
 
     def _scale(self, prefix: str, tensors: dict[str, torch.Tensor], inputs: list[Inputs]) -> dict[str, torch.Tensor]:
