@@ -66,14 +66,13 @@ def allocate(
     sensitivity = Sensitivity.read(context.sensitivity)
     names: list[str] = []
     options: list[list[Option]] = []
-    weights, linears_fixed = 0, 0
+    sizes: list[int] = []
     kind = checkpoint.tensor("model.norm.weight").dtype
     count = checkpoint.facts.layers
     for number, (prefix, tensors, inputs) in enumerate(layers):
         for group in inputs:
             assert group.gram
             members = [name for name in group.linears if not ignored(prefix + name, step.ignore)]
-            linears_fixed += sum(2 * tensors[f"{name}.weight"].numel() for name in group.linears if name not in members)
             if not members:
                 continue
             parts = [tensors[f"{name}.weight"] for name in members]
@@ -90,15 +89,16 @@ def allocate(
                 rows = slice(start, start := start + len(part))
                 weight = sensitivity.outputs[prefix + name]
                 names.append(prefix + name)
-                weights += part.numel()
+                sizes.append(part.numel())
                 options.append(
                     [
-                        Option(stored_bytes(part.shape, bits, step), float(lost[bits][rows].sum()) * weight)
+                        Option(stored_bytes(part.shape, bits, step, kind), float(lost[bits][rows].sum()) * weight)
                         for bits in WIDTHS
                     ]
                     + [Option(part.numel() * part.element_size(), 0.0)]
                 )
         context.report(number + 1, 2 * count, f"what each width costs, layer {number + 1}/{count}")
+    weights = sum(sizes)
     capacity = round(step.budget.bits * weights / 8) if step.budget.bits else (step.budget.size or 0)
     fixed = 0 if step.budget.bits else other_bytes(checkpoint, names)
     choice = choose(options, capacity, fixed)
@@ -106,10 +106,8 @@ def allocate(
     taken = [option[index].size for option, index in zip(options, choice.indices, strict=True)]
     chosen = dict(zip(names, widths, strict=True))
     allocation = {
-        name: {"type": f"{bits} bits" if bits != UNTOUCHED else "untouched", "bits": 8 * size / checkpoint_numel}
-        for (name, bits), size, checkpoint_numel in zip(
-            chosen.items(), taken, [option[-1].size // 2 for option in options], strict=True
-        )
+        name: {"type": f"{bits} bits" if bits != UNTOUCHED else "untouched", "bits": 8 * size / numel}
+        for (name, bits), size, numel in zip(chosen.items(), taken, sizes, strict=True)
     }
     facts = {
         "allocation": allocation,
@@ -120,13 +118,13 @@ def allocate(
     return chosen, facts
 
 
-def stored_bytes(shape: torch.Size, bits: int, step: Quantize) -> int:
-    """Returns the bytes of a linear in the `pack-quantized` format: codes, scales and zero points."""
+def stored_bytes(shape: torch.Size, bits: int, step: Quantize, kind: torch.dtype) -> int:
+    """Returns the bytes of a linear in the `pack-quantized` format: codes, zero points, and scales of type `kind`."""
     outputs, width = shape
     groups = 1 if step.group_size == -1 else width // int(step.group_size or 1)
     words = outputs * -(-width * bits // 32)
     zeros = 0 if step.sym else groups * -(-outputs * bits // 32)
-    return 4 * (words + zeros) + 2 * groups * outputs
+    return 4 * (words + zeros) + kind.itemsize * groups * outputs
 
 
 def other_bytes(checkpoint: Checkpoint, names: list[str]) -> int:
