@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lighten.errors import Failure
@@ -39,6 +40,6 @@ class Sensitivity:
         try:
             value = json.loads((folder / FILE).read_text())
             tensors = load_file(folder / HEAD)
-        except (OSError, ValueError) as error:
+            return Sensitivity(value["outputs"], tensors["gram"], tensors["counts"], value["tokens"])
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise Failure(f"{folder} does not hold the sensitivities of a model: {error}") from error
-        return Sensitivity(value["outputs"], tensors["gram"], tensors["counts"], value["tokens"])
