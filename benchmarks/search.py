@@ -68,7 +68,9 @@ def main() -> None:
     for damping in (0.01, 0.05):
         for power in POWERS:
             # the method hands over the square of a column's cost
-            method.search = lambda w, bits, sym, weight, power=power: search(w, bits, sym, weight ** (power / 2))
+            method.search = lambda w, bits, sym, weight, kind, power=power: search(
+                w, bits, sym, weight ** (power / 2), kind
+            )
             quantize(checkpoint, asked.grams, model.state_dict(), damping)
             rows[f"power {power}, damping {damping}"] = perplexity(model, chunks)
             print(rows, flush=True)
