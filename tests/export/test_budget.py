@@ -205,9 +205,18 @@ def test_costs_are_those_of_the_outputs(tiny: Tiny, tmp_path: Path) -> None:
     rounded = ggml.dequantize(ggml.quantize(weight.numpy(), type, weights["blk.1.ffn_up.weight"]), type, 256)
     delta = (torch.from_numpy(rounded) - weight).double()
     gram = read_layer(asked.grams, 1)[0]["256"]
-    mean = gram.matrix().double() / gram.tokens
+    mean = budget.without_leading(gram.matrix() / gram.tokens).double()
     price = asked.sensitivity.outputs["model.layers.1.mlp.up_proj"]
     assert found[type] == pytest.approx(price * float(torch.trace(delta @ mean @ delta.T)), rel=1e-4)
+
+
+def test_the_leading_direction_is_left_out() -> None:
+    x = torch.randn(300, 24, generator=torch.Generator().manual_seed(0))
+    x[0] *= 100
+    gram = (x.T @ x).double()
+    values, vectors = torch.linalg.eigh(gram)
+    expected = vectors[:, :-1] @ torch.diag(values[:-1]) @ vectors[:, :-1].T
+    assert torch.allclose(budget.without_leading(gram), expected, atol=1e-6 * float(values[-1]))
 
 
 def test_a_tied_embedding_pays_as_the_head_and_as_itself(tiny: Tiny, tmp_path: Path) -> None:
