@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lighten
 
 ROOT = Path(lighten.__file__).parent
@@ -72,11 +74,14 @@ def test_imports_go_down_and_the_three_packages_do_not_know_each_other() -> None
     assert wrong == []
 
 
-def test_help_imports_nothing_heavy() -> None:
-    script = (
-        "import sys; from lighten.cli import app\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'llama_cpp', 'gguf', 'matplotlib', 'huggingface_hub'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
+HEAVY = {"torch", "transformers", "llama_cpp", "gguf", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [("lighten.cli", HEAVY | {"numpy", "huggingface_hub"}), ("lighten.verbs, lighten.pipeline, lighten.doctor", HEAVY)],
+)
+def test_the_process_that_asks_imports_nothing_heavy(modules: str, heavy: set[str]) -> None:
+    script = f"import sys, {modules}; print(sorted(set({sorted(heavy)!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
