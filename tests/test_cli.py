@@ -165,7 +165,7 @@ def test_missing_recipe(tmp_path: Path) -> None:
         (("bits: 4", "bit: 4"), ["tiny.yaml:5", "did you mean 'bits'?"]),
         (("bits: 4", "method: gptk"), ["tiny.yaml:5", "must be 'gptq'"]),
         (("length: 32", "length: 100000"), ["shorter than one sample", "smaller length"]),
-        (("group_size: 32", "group_size: 128"), ["group_size 128 does not divide", "use 64 or 32 or -1"]),
+        (("group_size: 32", "group_size: 128"), ["group_size 128 does not divide", "use 64, 32 or -1"]),
         (("builtin", "missing.txt"), ["missing.txt", "check the path"]),
         (("model: ", "model: ./no/such"), ["no such model"]),
     ],

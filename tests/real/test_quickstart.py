@@ -1,4 +1,7 @@
-"""The quickstart as a new user runs it, on the real 135M model, and what its artifacts are worth to other loaders."""
+"""The quickstart on the real 135M model, and what its artifacts are worth to other loaders.
+
+It is the ready recipe but for how much is measured, which is the longest part: `make demo` runs all of it.
+"""
 
 import json
 import math
@@ -16,6 +19,7 @@ import yaml
 from lighten.store import Store, find_damage
 
 pytestmark = pytest.mark.real
+CHUNKS, TASKS = 12, 60
 VARIANTS = ["baseline", "gptq-int4", "gguf-f16", "gguf-q8_0", "gguf-q4_k_m"]
 
 
@@ -24,10 +28,19 @@ def lighten(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1500)
 
 
+def quickstart() -> dict[str, Any]:
+    recipe: dict[str, Any] = yaml.safe_load((Path(__file__).parents[2] / "recipes/quickstart.yaml").read_text())
+    return recipe
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart")
-    done = lighten("run", "quickstart", cwd=folder)
+    recipe = quickstart()
+    recipe["evaluate"]["perplexity"]["samples"] = CHUNKS
+    recipe["evaluate"]["accuracy"] = [{"task": "builtin", "limit": TASKS}]
+    (folder / "quickstart.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    done = lighten("run", "quickstart.yaml", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -63,8 +76,8 @@ def test_quality_is_in_the_expected_order(rows: dict[str, dict[str, Any]]) -> No
     perplexity = {name: row["perplexity"]["value"] for name, row in rows.items()}
     assert perplexity["gguf-f16"] == pytest.approx(perplexity["baseline"], rel=5e-4)
     assert rows["gguf-f16"]["divergence"]["top1_agreement"] > 0.995
-    assert perplexity["baseline"] < perplexity["gguf-q8_0"] < perplexity["gguf-q4_k_m"] < 1.06 * perplexity["baseline"]
-    assert perplexity["gptq-int4"] < 1.25 * perplexity["baseline"]
+    assert perplexity["baseline"] < perplexity["gguf-q8_0"] < perplexity["gguf-q4_k_m"] < 1.08 * perplexity["baseline"]
+    assert perplexity["gptq-int4"] < 1.35 * perplexity["baseline"]
     assert rows["gguf-q4_k_m"]["facts"]["imatrix"] is True
     assert rows["gguf-q4_k_m"]["facts"]["fallbacks"]["count"] == 180
 
@@ -79,7 +92,7 @@ def test_the_reference_is_exact(home: Path, rows: dict[str, dict[str, Any]]) -> 
     path = artifact(home, "baseline")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(path)(builtin_text("perplexity"), return_tensors="pt")["input_ids"][0]
-    chunks = ids[: len(ids) // 512 * 512].view(-1, 512)
+    chunks = ids[: CHUNKS * 512].view(-1, 512)
     total = 0.0
     with torch.inference_mode():
         for chunk in chunks:
@@ -96,12 +109,12 @@ os.environ["GPTQMODEL_CPU_WORKERS"] = "3"
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from lighten.data.text import builtin_text
-path = sys.argv[1]
+path, count = sys.argv[1], int(sys.argv[2])
 model = AutoModelForCausalLM.from_pretrained(path)
 kernel = type(model.model.layers[0].mlp.down_proj).__module__
 assert kernel.startswith("gptqmodel"), kernel
 ids = AutoTokenizer.from_pretrained(path)(builtin_text("perplexity"), return_tensors="pt")["input_ids"][0]
-chunks = ids[: len(ids) // 512 * 512].view(-1, 512)
+chunks = ids[: count * 512].view(-1, 512)
 total = 0.0
 with torch.inference_mode():
     for chunk in chunks:
@@ -109,7 +122,7 @@ with torch.inference_mode():
         total += torch.nn.functional.cross_entropy(logits, chunk[1:], reduction="sum").item()
 print("perplexity", math.exp(total / (len(chunks) * 511)))
 """
-    command = [sys.executable, "-c", script, str(artifact(home, "gptq-int4"))]
+    command = [sys.executable, "-c", script, str(artifact(home, "gptq-int4")), str(CHUNKS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = float(done.stdout.split("perplexity ")[1].split()[0])
@@ -134,7 +147,7 @@ def test_gguf_f16_is_read_by_gguf_and_llama_cpp(home: Path) -> None:
 def test_again_makes_no_new_objects_and_a_change_runs_one_variant(home: Path) -> None:
     store = Store(home / "artifacts")
     before = store.finished()
-    assert lighten("run", "quickstart", cwd=home).returncode == 0
+    assert lighten("run", "quickstart.yaml", cwd=home).returncode == 0
     assert store.finished() == before
     assert [version.name for version in store.versions("quickstart")] == ["v1"]
 
@@ -150,7 +163,7 @@ ONLY = ("run", "small.yaml", "--only", "gguf-q4_k_m")
 
 
 def small_recipe(folder: Path) -> None:
-    recipe = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "quickstart.yaml").read_text())
+    recipe = quickstart()
     recipe["calibration"]["samples"] = 8
     recipe["evaluate"] = {"perplexity": {"length": 512, "samples": 4}}
     (folder / "small.yaml").write_text(yaml.safe_dump(recipe))
