@@ -129,8 +129,9 @@ class Quantize(Step):
                 able = [
                     other for other, each in METHODS.items() if value[key] in getattr(each, key.replace("_size", "s"))
                 ]
-                hint = f"; {value[key]} is for {', '.join(able)}" if able else ""
-                raise ValueError(f"{name} takes {key} {_or(allowed)}, not {value[key]!r}{hint}")
+                if able:  # what no method takes is refused by the field itself
+                    hint = f"{value[key]} is for {', '.join(able)}"
+                    raise ValueError(f"{name} takes {key} {_or(allowed)}, not {value[key]!r}; {hint}")
         if name == "awq" and value["sym"]:
             raise ValueError("the awq format has a zero point per group: sym is for gptq and rtn")
         if given.get("budget"):

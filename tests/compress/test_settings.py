@@ -20,10 +20,10 @@ from tests.test_cli import lighten, refused
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "awq", "bits": 3}, "awq takes bits 4, not 3; 3 is for gptq, rtn"),
     ({"method": "int8", "bits": 4}, "int8 takes bits 8, not 4; 4 is for gptq, rtn, awq, nf4, fp4"),
-    ({"bits": 5}, "gptq takes bits 2, 3, 4 or 8, not 5"),
-    ({"group_size": 100}, "gptq takes group_size -1, 32, 64 or 128, not 100"),
+    ({"bits": 5}, "bits: must be 2, 3, 4 or 8, not 5"),
+    ({"group_size": 100}, "group_size: must be -1, 32, 64, 128 or 'tensor', not 100"),
     ({"group_size": "tensor"}, "gptq takes group_size -1, 32, 64 or 128, not 'tensor'; tensor is for rtn"),
-    ({"method": "awq", "group_size": "16"}, "awq takes group_size -1, 32, 64 or 128, not 16"),
+    ({"method": "awq", "group_size": "16"}, "group_size: must be -1, 32, 64, 128 or 'tensor', not 16"),
     ({"method": "nf4", "group_size": 64}, "nf4 has no setting group_size; it has bits, block_size, double_quant"),
     ({"method": "rtn", "damp_percent": 0.1}, "rtn has no setting damp_percent"),
     ({"method": "fp8", "alpha": 0.5}, "fp8 has no setting alpha"),
