@@ -51,7 +51,10 @@ def test_the_ready_recipes_load() -> None:
         ),
         (("bits: 4", "bits: 5"), r"recipe\.yaml:6: .*bits: must be 2, 3, 4 or 8, not 5"),
         (("method: gptq", "method: gtpq"), r"recipe\.yaml:6: .*method: must be 'gptq', .*'fp8', not 'gtpq'"),
-        (("group_size: 64", "group_size: 48"), r"recipe\.yaml:6: .*group_size: must be -1, 32, 64, 128 or 'tensor', not 48"),
+        (
+            ("group_size: 64", "group_size: 48"),
+            r"recipe\.yaml:6: .*group_size: must be -1, 32, 64, 128 or 'tensor', not 48",
+        ),
         (("- quantize:", "- quantise:"), r"recipe\.yaml:6: .*unknown step 'quantise'; did you mean 'quantize'\?"),
         (("task: builtin", "tusk: builtin"), r"recipe\.yaml:9: evaluate\.accuracy.*unknown key; did you mean 'task'"),
         (("type: Q4_K_M", "type: Q4_K_X"), r"recipe\.yaml:7: .*type: must be .*'Q4_K_M'.*not 'Q4_K_X'"),
