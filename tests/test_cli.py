@@ -263,7 +263,10 @@ def test_no_space_left_on_the_device(tmp_path: Path, model: Path) -> None:
 def test_ctrl_c(tmp_path: Path, model: Path) -> None:
     path = recipe(tmp_path, model)
     command = [sys.executable, "-m", "lighten", "run", str(path)]
+    # what runs in the background of a shell inherits that Ctrl-C is ignored: a person's terminal does not
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     child = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     objects = tmp_path / "artifacts" / "objects"
     for _ in range(600):
         if objects.is_dir() and any(path.name.startswith(".tmp-") for path in objects.iterdir()):
