@@ -126,8 +126,7 @@ def without_leading(gram: torch.Tensor) -> torch.Tensor:
     """Returns a Gram matrix `[in, in]` without the direction of its largest eigenvalue.
 
     In some layers that direction is the massive activations of one token in hundreds (Sun et al., 2024), a thousand
-    times the rest. The loss hardly depends on what those tokens lose, but in a mean over all tokens they would
-    make every type look harmless or every error dear.
+    times the rest, and one price for all tokens does not fit them. That it helps was seen on one model.
     """
     import torch
 
