@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lighten.compress.gptq import gptq
-from lighten.compress.quantize import Quantize, relative_error
+from lighten.compress.layerwise import relative_error
+from lighten.compress.quantize import Quantize
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_index, read_layer
 from lighten.model.stream import LAYERS

@@ -13,7 +13,7 @@ from lighten.compress.sweep import Sweep
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine, paired
 from lighten.plan import Plan, Predictor, Stage, make_plan, measuring_packages, this_machine, what
-from lighten.process import run_isolated
+from lighten.process import run_isolated, warm
 from lighten.recipe import BASELINE, Recipe, load
 from lighten.report.results import Results
 from lighten.stage import Report
@@ -114,7 +114,7 @@ class Builder:
         report = self.watcher.started(stage)
         with self.store.building(stage.key) as out:
             target, payload = self._task(stage, out)
-            outcome = run_isolated(target, payload, report)
+            outcome = run_isolated(target, payload, report, fresh=stage.measure == "speed")
             facts = dict(outcome.value)
             warnings = facts.pop("warnings", [])
             origin = stage.parents[0].key if stage.parents else None
@@ -216,6 +216,8 @@ def run(
     predictor = Predictor(store)
     predicted = {stage.key: predictor.predict(stage) for stage in todo.stages}
     watcher.planned(todo, {key: prediction.seconds for key, prediction in predicted.items()})
+    if any(store.find(stage.key) is None for stage in todo.stages):
+        warm()
     builder = build_all(todo, store, predictor, choose_device(device), watcher)
     root = todo.artifacts[BASELINE]
     if root.key in builder.failed:

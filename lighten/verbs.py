@@ -174,7 +174,7 @@ def _measure_one(
                 "save_hidden": comparable and is_baseline,
             }
             watcher.say(f"{kind} of {source.name}")
-            run_isolated("lighten.evaluate.run:measure", payload)
+            run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed")
             measured.append((kind, out, None if is_baseline else hidden))
         add_measurements(row, measured, is_baseline)
     except LightenError as error:

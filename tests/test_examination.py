@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lighten.compress.gram import accumulate
-from lighten.compress.quantize import relative_error
+from lighten.compress.layerwise import relative_error
 from lighten.examination import dead_channels, gptq_4, rank, spread
 from lighten.model.grams import Gram
 

@@ -3,11 +3,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from lighten.errors import Failure, RequestError
-from lighten.process import run_isolated
+from lighten.process import Nursery, run_isolated
 
 HERE = "tests.test_process"
 
@@ -55,10 +56,40 @@ def test_answers_and_reports() -> None:
 
 def test_memory_is_its_own() -> None:
     ballast = bytearray(300_000_000)
-    small = run_isolated(f"{HERE}:allocate", {"n": 1}).peak_rss_bytes
-    large = run_isolated(f"{HERE}:allocate", {"n": 200_000_000}).peak_rss_bytes
+    small = run_isolated(f"{HERE}:allocate", {"n": 1}, fresh=True).peak_rss_bytes
+    large = run_isolated(f"{HERE}:allocate", {"n": 200_000_000}, fresh=True).peak_rss_bytes
     assert small < len(ballast)
     assert 150_000_000 < large - small < 250_000_000
+
+
+def where(payload, report):
+    import sys
+
+    return {"parent": os.getppid(), "cwd": os.getcwd(), "told": os.environ.get("TOLD"), "torch": "torch" in sys.modules}
+
+
+def test_children_of_one_interpreter_are_as_if_started_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (run_isolated(f"{HERE}:where", {}).value for _ in range(2))
+    assert first == second | {"cwd": os.getcwd()}
+    assert first["torch"]
+    assert first["parent"] != os.getpid()
+    monkeypatch.setenv("TOLD", "yes")
+    changed = run_isolated(f"{HERE}:where", {}).value
+    assert changed["told"] == "yes"
+    assert changed["parent"] != first["parent"]
+    monkeypatch.chdir(tmp_path)
+    assert run_isolated(f"{HERE}:where", {}).value["cwd"] == str(tmp_path)
+    alone = run_isolated(f"{HERE}:where", {}, fresh=True).value
+    assert not alone["torch"]
+    assert alone["parent"] == os.getpid()
+
+
+def test_the_next_one_runs_after_a_crash() -> None:
+    with pytest.raises(Failure):
+        run_isolated(f"{HERE}:crash", {})
+    assert run_isolated(f"{HERE}:double", {"n": 2}).value == {"twice": 4}
+    Nursery.ready().close()
+    assert run_isolated(f"{HERE}:double", {"n": 3}).value == {"twice": 6}
 
 
 def test_errors_keep_their_kind() -> None:

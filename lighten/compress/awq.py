@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from lighten.compress.fold import shared
-from lighten.compress.gram import exact_products
-from lighten.compress.grid import Quantized, dequantize, full_range, quantize, rtn
+from lighten.compress.grid import Quantized, full_range, quantize, rounding, rtn
+from lighten.model.products import exact_products
 
 COARSE = tuple(step / 8 for step in range(9))
 FINE = (-1 / 16, 1 / 16)
@@ -57,9 +57,12 @@ def search_scale(
         raw = raw / (raw[alive].max() * raw[alive].min()).sqrt()
         return torch.where(alive, raw.clamp(1e-4, 1e4), 1.0)
 
+    plain = wide.t().contiguous()
+
     def error(scale: torch.Tensor) -> float:
-        rounded = rtn(wide * scale, bits, group_size, sym).weight() / scale
-        return output_error((rounded - wide).t(), gram)
+        scaled = (plain * scale[:, None]).reshape(-1, width if group_size == -1 else group_size, len(wide))
+        change = rounding(scaled, *full_range(scaled, bits, sym), bits).reshape(plain.shape)
+        return output_error(change.div_(scale[:, None]), gram)
 
     best = torch.ones(width, device=wide.device)
     if not alive.any():
@@ -95,20 +98,18 @@ def clip(weight: torch.Tensor, gram: torch.Tensor, *, bits: int, group_size: int
     for number in range(width // size):
         rows = slice(number * size, (number + 1) * size)
         own, block = w[rows], gram[rows, rows]
-        others = pull[rows] - block @ change[rows]
+        others = (pull[rows] - block @ change[rows]).mul_(2)
         least = torch.full_like(scales[0], torch.inf)
-        best = change[rows]
         for fraction in CLIPS:
-            scale, zero = full_range(own * fraction, bits, sym)
-            code = quantize(own, scale, zero, bits)
-            moved = dequantize(code, scale, zero) - own
-            cost = ((block @ moved + 2 * others) * moved).sum(0)
+            scale, zero = full_range(own, bits, sym, shrink=fraction)
+            moved = rounding(own, scale, zero, bits)
+            cost = (block @ moved).add_(others).mul_(moved).sum(0)
             better = cost < least
             least = torch.where(better, cost, least)
-            best = torch.where(better, moved, best)
-            codes[rows] = torch.where(better, code.to(torch.uint8), codes[rows])
             scales[number] = torch.where(better, scale, scales[number])
             zeros[number] = torch.where(better, zero, zeros[number])
+        codes[rows] = quantize(own, scales[number], zeros[number], bits).to(torch.uint8)
+        best = rounding(own, scales[number], zeros[number], bits)
         pull += gram[:, rows] @ (best - change[rows])
         change[rows] = best
     return Quantized(codes, scales, zeros.int(), start.g_idx)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lighten.errors import RequestError
@@ -11,8 +10,10 @@ from lighten.knapsack import Option, choose
 if TYPE_CHECKING:
     import torch
 
-    from lighten.compress.quantize import Inputs, Quantize
+    from lighten.compress.layerwise import Layers
+    from lighten.compress.quantize import Quantize
     from lighten.model.checkpoint import Checkpoint
+    from lighten.model.sensitivity import Sensitivity
     from lighten.stage import Context
 
 WIDTHS = (2, 3, 4, 8)
@@ -46,61 +47,67 @@ def losses(weight: torch.Tensor, gram: torch.Tensor, step: Quantize, kind: torch
     return found
 
 
-def allocate(
-    step: Quantize,
-    checkpoint: Checkpoint,
-    layers: Iterable[tuple[str, dict[str, torch.Tensor], list[Inputs]]],
-    context: Context,
-) -> tuple[dict[str, int], dict[str, Any]]:
+def price(layers: Layers, sensitivity: Sensitivity, index: int) -> list[tuple[str, int, list[int], list[float]]]:
+    """Returns name, weights, and the bytes and cost of every option of the linears of a layer that may be quantized.
+
+    Raises:
+        RequestError: a Gram cannot be factorised.
+    """
+    import torch
+
+    from lighten.compress.layerwise import ignored
+
+    step, kind = layers.step, layers.scale_type()
+    prefix, tensors, inputs = layers.read(index)
+    found = []
+    for group in inputs:
+        assert group.gram
+        members = [name for name in group.linears if not ignored(prefix + name, step.ignore)]
+        if not members:
+            continue
+        parts = [tensors[f"{name}.weight"] for name in members]
+        try:
+            with torch.inference_mode():
+                gram = group.gram.matrix().to(layers.device)
+                lost = losses(torch.cat(parts).to(layers.device), gram, step, kind)
+        except ArithmeticError as error:
+            raise RequestError(
+                f"a budget needs the Gram of {prefix}{group.first}, which is {error}; give it more text"
+            ) from error
+        start = 0
+        for name, part in zip(members, parts, strict=True):
+            rows = slice(start, start := start + len(part))
+            worth = sensitivity.outputs[prefix + name]
+            sizes = [*(stored_bytes(part.shape, bits, step, kind) for bits in WIDTHS), part.nbytes]
+            costs = [*(float(lost[bits][rows].sum()) * worth for bits in WIDTHS), 0.0]
+            found.append((prefix + name, part.numel(), sizes, costs))
+    return found
+
+
+def allocate(layers: Layers, workers: int, context: Context) -> tuple[dict[str, int], dict[str, Any]]:
     """Returns the bits of every linear (16: left alone), and the facts of the choice.
 
     Raises:
         RequestError: the budget is below the smallest size that can be reached.
     """
-    import torch
-
-    from lighten.compress.quantize import UNTOUCHED, ignored
+    from lighten.compress.layerwise import UNTOUCHED
     from lighten.model.sensitivity import Sensitivity
+    from lighten.workers import ordered
 
+    step, count = layers.step, len(layers)
     assert step.budget and context.sensitivity
     sensitivity = Sensitivity.read(context.sensitivity)
-    names: list[str] = []
-    options: list[list[Option]] = []
-    sizes: list[int] = []
-    kind = checkpoint.tensor("model.norm.weight").dtype
-    count = checkpoint.facts.layers
-    for number, (prefix, tensors, inputs) in enumerate(layers):
-        for group in inputs:
-            assert group.gram
-            members = [name for name in group.linears if not ignored(prefix + name, step.ignore)]
-            if not members:
-                continue
-            parts = [tensors[f"{name}.weight"] for name in members]
-            gram = group.gram.matrix().to(context.device)
-            stacked = torch.cat(parts).to(context.device)
-            try:
-                lost = losses(stacked, gram, step, kind)
-            except ArithmeticError as error:
-                raise RequestError(
-                    f"a budget needs the Gram of {prefix}{group.first}, which is {error}; give it more text"
-                ) from error
-            start = 0
-            for name, part in zip(members, parts, strict=True):
-                rows = slice(start, start := start + len(part))
-                weight = sensitivity.outputs[prefix + name]
-                names.append(prefix + name)
-                sizes.append(part.numel())
-                options.append(
-                    [
-                        Option(stored_bytes(part.shape, bits, step, kind), float(lost[bits][rows].sum()) * weight)
-                        for bits in WIDTHS
-                    ]
-                    + [Option(part.numel() * part.element_size(), 0.0)]
-                )
-        context.report(number + 1, 2 * count, f"what each width costs, layer {number + 1}/{count}")
+
+    def report(done: int) -> None:
+        context.report(done, 2 * count, f"what each width costs, layer {done}/{count}")
+
+    priced = ordered(lambda index: price(layers, sensitivity, index), count, workers, report)
+    linears = [linear for layer in priced for linear in layer]
+    names, sizes = [linear[0] for linear in linears], [linear[1] for linear in linears]
+    options = [[Option(*option) for option in zip(*linear[2:], strict=True)] for linear in linears]
     weights = sum(sizes)
     capacity = round(step.budget.bits * weights / 8) if step.budget.bits else (step.budget.size or 0)
-    fixed = 0 if step.budget.bits else other_bytes(checkpoint, names)
+    fixed = 0 if step.budget.bits else other_bytes(layers.checkpoint, names)
     choice = choose(options, capacity, fixed)
     widths = [(*WIDTHS, UNTOUCHED)[index] for index in choice.indices]
     taken = [option[index].size for option, index in zip(options, choice.indices, strict=True)]

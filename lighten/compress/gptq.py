@@ -13,6 +13,8 @@ from lighten.compress.grid import Quantized, dequantize, quantize, search
 
 DAMPINGS = 10
 BLOCK = 128
+LEAF = 128
+"""Width up to which a triangular matrix is inverted at once."""
 
 
 def inverse_factor(gram: torch.Tensor, damp_percent: float) -> tuple[torch.Tensor, float]:
@@ -31,12 +33,25 @@ def inverse_factor(gram: torch.Tensor, damp_percent: float) -> tuple[torch.Tenso
         damped = gram.clone()
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed and torch.isfinite(lower).all():
-            upper = lower.flip(0, 1)
-            eye = torch.eye(gram.shape[0], device=gram.device)
-            return torch.linalg.solve_triangular(upper, eye, upper=True), damping
+        if not failed and torch.isfinite(lower.diagonal()).all():
+            return triangular_inverse(lower.flip(0, 1)), damping
         damping = max(damping, 1e-4) * 10
     raise ArithmeticError(f"not positive definite even with {damping / 10:g} of its mean diagonal added")
+
+
+def triangular_inverse(upper: torch.Tensor) -> torch.Tensor:
+    """Returns the inverse of an upper triangular matrix, block by block: a third of the products of a solve."""
+    width = len(upper)
+    if width <= LEAF:
+        eye = torch.eye(width, device=upper.device)
+        inverted: torch.Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+        return inverted
+    half = width // 2
+    inverse = torch.zeros_like(upper, memory_format=torch.contiguous_format)
+    first = inverse[:half, :half] = triangular_inverse(upper[:half, :half])
+    last = inverse[half:, half:] = triangular_inverse(upper[half:, half:])
+    inverse[:half, half:] = (first @ upper[:half, half:]).neg_() @ last
+    return inverse
 
 
 def gptq(

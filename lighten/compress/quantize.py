@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
+import importlib
 import json
-import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,16 +19,7 @@ from lighten.stage import Context, Estimate, ModelFacts, Step
 from lighten.store import MANIFEST, Artifact
 
 if TYPE_CHECKING:
-    import torch
-
-    from lighten.compress.formats import Stored
-    from lighten.compress.grid import GroupSize, Quantized
-    from lighten.model.checkpoint import Checkpoint
-    from lighten.model.grams import Gram
-
-TENSORS_PER_LINEAR = 6
-UNTOUCHED = 16
-"""The "bits" of a weight that is left alone."""
+    from lighten.compress.layerwise import Layers, Told
 
 
 @dataclass(frozen=True)
@@ -199,7 +189,6 @@ class Quantize(Step):
         """Returns the products and rank updates in float32, the passes over the weights, and one layer of memory."""
         linears = facts.layers * facts.layer_linear_params
         bits = (self.bits or 4) + 20 / (self.group_size if isinstance(self.group_size, int) else 64)
-        grams = facts.gram_elements * 2 if self.needs_sweep() else 0
         shape = facts.intermediate / facts.hidden
         product = facts.layer_linear_params * facts.hidden * (1 + shape / 3)
         cubes = 3 * facts.hidden**3 + facts.intermediate**3
@@ -210,9 +199,14 @@ class Quantize(Step):
         return Estimate(
             float32_flops=float(facts.layers * flops) * (2 if self.budget else 1),
             seconds=seconds + (1e-7 * linears if self.budget else 0),
-            peak_bytes=int(500_000_000 + 4 * (3 * grams + 3 * facts.layer_linear_params)),
+            peak_bytes=500_000_000 + self.bytes_of_a_layer(facts),
             disk_bytes=int(linears * bits / 8) + 2 * facts.embedding_params,
         )
+
+    def bytes_of_a_layer(self, facts: ModelFacts) -> int:
+        """Returns about what working on one layer takes."""
+        grams = facts.gram_elements * 2 if self.needs_sweep() else 0
+        return 4 * (3 * grams + 3 * facts.layer_linear_params)
 
     def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
         """Writes the quantized model directory, one layer at a time.
@@ -222,13 +216,14 @@ class Quantize(Step):
         """
         import torch
 
+        from lighten.compress.layerwise import Layers, Told
         from lighten.model.checkpoint import Checkpoint
 
         checkpoint = Checkpoint(source.path)
         if checkpoint.quantization:
             raise RequestError(f"this model is {source.format} already: quantize the one that it was made from")
         with torch.inference_mode():
-            return _Run(self, checkpoint, out, context).run()
+            return _Run(Layers(self, checkpoint, context.grams, context.device), out, context, Told()).run()
 
 
 def _or(values: tuple[Any, ...]) -> str:
@@ -236,274 +231,98 @@ def _or(values: tuple[Any, ...]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def ignored(name: str, patterns: tuple[str, ...]) -> str | None:
-    """Returns the first pattern that a module's full name matches, or None."""
-    for pattern in patterns:
-        found = re.search(pattern[3:], name) if pattern.startswith("re:") else fnmatch.fnmatchcase(name, pattern)
-        if found:
-            return pattern
-    return None
-
-
-@dataclass
-class Inputs:
-    """Linears of a layer that read the same input, and its second moments where there was a sweep."""
-
-    first: str
-    linears: list[str]
-    gram: Gram | None = None
-
-
 @dataclass
 class _Run:
     """One quantization under way."""
 
-    step: Quantize
-    checkpoint: Checkpoint
+    layers: Layers
     out: Path
     context: Context
-    bits: dict[str, int] = field(default_factory=dict)
-    """Bits of every linear that was quantized, by full name."""
-    kept: list[dict[str, str]] = field(default_factory=list)
-    errors: dict[str, float] = field(default_factory=dict)
-    fallbacks: list[str] = field(default_factory=list)
-    """Linears that fell back to rounding to nearest."""
-    allocation: dict[str, int] | None = None
+    told: Told
     allocated: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
         """Writes everything and returns the facts."""
+        from lighten.compress.layerwise import TENSORS_PER_LINEAR, Told
+        from lighten.model.checkpoint import Checkpoint
         from lighten.model.shards import ShardWriter
         from lighten.model.stream import LAYERS
+        from lighten.workers import crew, ordered
 
-        layers = self.checkpoint.facts.layers
-        if self.step.budget:
+        layers, out, count = self.layers, self.out, len(self.layers)
+        step, checkpoint = layers.step, layers.checkpoint
+        for module, _ in step.requires():
+            importlib.import_module(module)  # once, not in every worker
+        workers = crew(count, step.bytes_of_a_layer(checkpoint.facts), layers.device)
+        if step.budget:
             from lighten.compress.budget import allocate
 
-            self.allocation, self.allocated = allocate(self.step, self.checkpoint, self.layers(), self.context)
-        with ShardWriter(self.out, TENSORS_PER_LINEAR * len(self.checkpoint.weight_map)) as writer:
-            for name in self.checkpoint.weight_map:
+            layers.allocation, self.allocated = allocate(layers, workers, self.context)
+        with ShardWriter(out, TENSORS_PER_LINEAR * len(checkpoint.weight_map)) as writer:
+            for name in checkpoint.weight_map:
                 if not name.startswith(LAYERS):
-                    writer.add(name, self.checkpoint.tensor(name))
-            for number, (prefix, tensors, inputs) in enumerate(self.layers()):
-                for name, tensor in self._layer(prefix, tensors, inputs):
-                    writer.add(prefix + name, tensor)
-                self.context.report(number + 1, layers, f"layer {number + 1}/{layers}")
+                    writer.add(name, checkpoint.tensor(name))
+            parts = [out / f".layer-{index:05d}" for index in range(count)]
+            quantized = ordered(lambda index: layers.quantize(index, parts[index]), count, workers, self._report)
+            for part, answer in zip(parts, quantized, strict=True):
+                stored = Checkpoint(part, {})
+                for name in answer["names"]:
+                    writer.add(name, stored.tensor(name))
+                shutil.rmtree(part)
+                self.told.add(Told(**answer["told"]))
+        self.context.warnings += self.told.warnings
         self._write_config()
         return self._facts()
 
-    def layers(self) -> Iterator[tuple[str, dict[str, torch.Tensor], list[Inputs]]]:
-        """Yields the prefix, the tensors and the inputs of the linears of every layer."""
-        from lighten.model.grams import read_layer
-        from lighten.model.stream import LAYERS
-
-        for layer in range(self.checkpoint.facts.layers):
-            prefix = f"{LAYERS}{layer}."
-            tensors = self.checkpoint.tensors(prefix)
-            if self.context.grams:
-                grams, read_by = read_layer(self.context.grams, layer)
-                inputs = [Inputs(first, [k for k, v in read_by.items() if v == first], g) for first, g in grams.items()]
-            else:
-                matrices = [name for name, tensor in tensors.items() if tensor.dim() == 2]
-                inputs = [Inputs(name, [name]) for name in (name.removesuffix(".weight") for name in matrices)]
-            yield prefix, tensors, inputs
-
-    def _chosen(self, prefix: str, linear: str) -> int:
-        """Returns the bits of a linear, UNTOUCHED where it is left alone."""
-        if ignored(prefix + linear, self.step.ignore):
-            return UNTOUCHED
-        if self.allocation is not None:
-            return self.allocation[prefix + linear]
-        assert self.step.bits
-        return self.step.bits
-
-    def _layer(
-        self, prefix: str, tensors: dict[str, torch.Tensor], inputs: list[Inputs]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the tensors to write for one layer."""
-        scales = self._scale(prefix, tensors, inputs)
-        for group in inputs:
-            gram = group.gram.matrix().to(self.context.device) if group.gram else None
-            scale = scales.get(group.first)
-            if gram is not None and scale is not None:
-                gram.div_(scale).div_(scale[:, None])
-            by_bits: dict[int, list[str]] = {}
-            for linear in group.linears:
-                by_bits.setdefault(self._chosen(prefix, linear), []).append(linear)
-            for bits, linears in by_bits.items():
-                if bits == UNTOUCHED:
-                    for linear in linears:
-                        why = "ignore" if ignored(prefix + linear, self.step.ignore) else "budget"
-                        self.kept.append({"what": prefix + linear, "why": f"left alone ({why})"})
-                    continue
-                weights = [tensors.pop(f"{linear}.weight") for linear in linears]
-                stored = list(self._store(weights, gram, bits, prefix + group.first))
-                for linear, each in zip(linears, stored, strict=True):
-                    self.bits[prefix + linear] = bits
-                    for name, tensor in each.tensors.items():
-                        yield f"{linear}.{name}", tensor
-                if gram is not None:
-                    import torch
-
-                    after = torch.cat([each.weight for each in stored])
-                    error = relative_error(torch.cat(weights), after, gram)
-                    if math.isfinite(error):  # else the Gram was of no use, and there is a warning already
-                        self.errors[prefix + linears[0]] = error
-        yield from tensors.items()
-
-    def _scale(self, prefix: str, tensors: dict[str, torch.Tensor], inputs: list[Inputs]) -> dict[str, torch.Tensor]:
-        """Scales the inputs of the layer's linears for the methods that do so; returns the scales that were folded."""
-        if self.step.method not in ("awq", "w8a8"):
-            return {}
-        import torch
-
-        from lighten.compress import awq, fold, smooth
-
-        head_dim = self.checkpoint.facts.head_dim
-        scales: dict[str, torch.Tensor] = {}
-        for group in inputs:
-            repeats = fold.copies(tensors, group.first)
-            touched = [*group.linears, fold.BEFORE.get(group.first, "")]
-            if not repeats or any(self._chosen(prefix, name) == UNTOUCHED for name in touched):
-                continue  # a scale that one of them cannot take would change the model
-            assert group.gram
-            weight = torch.cat([tensors[f"{linear}.weight"] for linear in group.linears])
-            if self.step.method == "awq":
-                scale = awq.search_scale(
-                    weight.to(self.context.device),
-                    group.gram.matrix().to(self.context.device),
-                    bits=4,
-                    group_size=_integer(self.step.group_size),
-                    sym=False,
-                    repeats=repeats,
-                    head_dim=head_dim,
-                ).cpu()
-            else:
-                assert self.step.alpha is not None
-                scale = smooth.smooth(weight, group.gram.absmax, self.step.alpha, repeats, head_dim)
-            scales[group.first] = fold.exact(scale, tensors, group.first)
-        for group in inputs:
-            if group.first in scales:
-                fold.fold(tensors, group.first, group.linears, scales[group.first], head_dim)
-        return scales
-
-    def _store(self, weights: list[torch.Tensor], gram: torch.Tensor | None, bits: int, name: str) -> Iterator[Stored]:
-        """Quantizes linears that read the same input, and yields each as its format stores it."""
-        import torch
-
-        from lighten.compress import formats
-
-        step, kind = self.step, self._scale_type()
-        if step.method in ("nf4", "fp4", "int8", "fp8"):
-            for weight in weights:
-                if step.method == "int8":
-                    yield formats.bnb_8bit(weight)
-                elif step.method == "fp8":
-                    yield formats.float_quantized(weight, kind)
-                else:
-                    assert step.block_size and step.double_quant is not None
-                    yield formats.bnb_4bit(weight, step.method, step.block_size, step.double_quant)
-            return
-        found = self._codes(torch.cat(weights).to(self.context.device), gram, bits, name)
-        start = 0
-        for weight in weights:
-            part = found.outputs(start, start := start + len(weight))
-            if step.format == "gptq":
-                yield formats.gptq(part, bits)
-            elif step.method == "awq":
-                yield formats.awq(part)
-            elif step.method in ("w8a8", "int8-dynamic"):
-                yield formats.int_quantized(part, kind)
-            else:
-                yield formats.pack_quantized(part, bits, bool(step.sym), kind)
-
-    def _codes(self, weight: torch.Tensor, gram: torch.Tensor | None, bits: int, name: str) -> Quantized:
-        """Returns the codes that the method chooses."""
-        from lighten.compress import awq, gptq, grid
-
-        step, kind = self.step, self._scale_type()
-        if step.method in ("w8a8", "int8-dynamic"):
-            return grid.rtn(weight, 8, -1, True, kind)
-        size: GroupSize = "tensor" if step.group_size == "tensor" else _integer(step.group_size)
-        sym = bool(step.sym)
-        if step.method == "rtn":
-            return grid.rtn(weight, bits, size, sym, kind)
-        assert gram is not None
-        if step.method == "awq":
-            return awq.clip(weight, gram, bits=bits, group_size=_integer(size), sym=sym)
-        assert step.damp_percent is not None
-        try:
-            found = gptq.gptq(
-                weight,
-                gram,
-                bits=bits,
-                group_size=_integer(size),
-                sym=sym,
-                desc_act=bool(step.desc_act),
-                damp_percent=step.damp_percent,
-                kind=kind,
-            )
-        except ArithmeticError as error:
-            self.context.warnings.append(f"{name}: rounded to nearest, for its Gram is {error}; give it more text")
-            self.fallbacks.append(name)
-            return grid.rtn(weight, bits, size, sym, kind)
-        if found.damping != step.damp_percent:
-            self.context.warnings.append(f"{name}: damping raised from {step.damp_percent:g} to {found.damping:g}")
-        return found
-
-    def _scale_type(self) -> torch.dtype:
-        """Returns the type that scales are stored in: float16, but the model's own in compressed-tensors."""
-        import torch
-
-        if self.step.format != "compressed-tensors":
-            return torch.float16
-        return self.checkpoint.tensor("model.norm.weight").dtype
+    def _report(self, done: int) -> None:
+        self.context.report(done, len(self.layers), f"layer {done}/{len(self.layers)}")
 
     def _facts(self) -> dict[str, Any]:
-        facts = self.checkpoint.facts
+        step, facts = self.layers.step, self.layers.checkpoint.facts
         tied = "tied to the embedding" if facts.tied else "formats of linears keep the head, where errors cost most"
         kept = [
             {"what": "embedding", "why": "a lookup, not a product; no loader expects it quantized"},
             {"what": "lm_head", "why": tied},
             {"what": "norms", "why": "too small to matter"},
-            *self.kept,
+            *self.told.kept,
         ]
-        settings = {name: value for name, value in self.step.key_config().items() if name not in ("budget", "ignore")}
-        worst = max(self.errors, key=self.errors.__getitem__) if self.errors else None
-        mean = sum(self.errors.values()) / max(1, len(self.errors))
+        settings = {name: value for name, value in step.key_config().items() if name not in ("budget", "ignore")}
+        worst = max(self.told.errors, key=self.told.errors.__getitem__) if self.told.errors else None
+        mean = sum(self.told.errors.values()) / max(1, len(self.told.errors))
         return {
-            "format": self.step.format,
+            "format": step.format,
             **settings,
-            "quantized_linears": len(self.bits),
+            "quantized_linears": len(self.told.bits),
             "kept": kept,
-            **({"rounded_to_nearest": self.fallbacks} if self.fallbacks else {}),
-            **({"output_error": {"mean": mean, "worst": worst}} if self.errors else {}),
+            **({"rounded_to_nearest": self.told.fallbacks} if self.told.fallbacks else {}),
+            **({"output_error": {"mean": mean, "worst": worst}} if self.told.errors else {}),
             **self.allocated,
         }
 
     def _write_config(self) -> None:
         """Copies everything but the weights, and tells the loaders what they will find."""
+        step, checkpoint = self.layers.step, self.layers.checkpoint
         quantization = self._quantization()
-        for file in self.checkpoint.path.iterdir():
+        for file in checkpoint.path.iterdir():
             weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
             if file.is_file() and not weights and file.name not in (MANIFEST, "config.json"):
                 shutil.copyfile(file, self.out / file.name)
-        config = {**self.checkpoint.config, "quantization_config": quantization}
+        config = {**checkpoint.config, "quantization_config": quantization}
         (self.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if self.step.format == "gptq":
+        if step.format == "gptq":
             (self.out / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")
 
     def _quantization(self) -> dict[str, Any]:
         from lighten.compress import formats
 
-        step = self.step
-        left = ["lm_head", *(entry["what"] for entry in self.kept)]
+        step = self.layers.step
+        left = ["lm_head", *(entry["what"] for entry in self.told.kept)]
         if step.format == "bitsandbytes":
             return formats.bnb_config(step.method, bool(step.double_quant), left)
         if step.method == "fp8":
             groups = [(formats.floats(), ["Linear"])]
             return formats.compressed_config(groups, formats.per_token("float"), "float-quantized", left)
-        size = -1 if step.group_size in (None, "tensor") else _integer(step.group_size)
+        size = -1 if step.group_size in (None, "tensor") else int(step.group_size)
         if step.method in ("w8a8", "int8-dynamic"):
             groups = [(formats.integers(8, -1, True), ["Linear"])]
             return formats.compressed_config(groups, formats.per_token("int"), "int-quantized", left)
@@ -512,30 +331,11 @@ class _Run:
         if step.format == "gptq":
             assert step.bits
             return formats.gptq_config(step.bits, size, bool(step.sym), bool(step.desc_act), step.damp_percent)
-        widths = sorted(set(self.bits.values()))
+        widths = sorted(set(self.told.bits.values()))
         groups = [
-            (formats.integers(bits, size, bool(step.sym)), [name for name, b in self.bits.items() if b == bits])
+            (formats.integers(bits, size, bool(step.sym)), [name for name, b in self.told.bits.items() if b == bits])
             for bits in widths
         ]
         if len(groups) == 1:
             groups = [(groups[0][0], ["Linear"])]
         return formats.compressed_config(groups, None, "pack-quantized", left)
-
-
-def _integer(size: Any) -> int:
-    assert isinstance(size, int)
-    return size
-
-
-def relative_error(before: torch.Tensor, after: torch.Tensor, gram: torch.Tensor) -> float:
-    """Returns the share of the output's energy that is lost: tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), to three digits."""
-    import torch
-
-    from lighten.compress.gram import exact_products
-
-    wide = before.float()
-    change = wide - after.to(before.device)
-    with exact_products(torch.bfloat16):  # quick, and close enough to tell one layer from another
-        lost = float(((change @ gram) * change).sum())
-        energy = float(((wide @ gram) * wide).sum())
-    return lost / energy if energy else 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,19 +36,13 @@ def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     if kind == "speed":
         result = _speed(payload, model, report)
     else:
-        _be_patient()
+        share_cores()
         result = (
             _perplexity(payload, model, out, report) if kind == "perplexity" else _accuracy(payload, model, out, report)
         )
     result = {"measurement": kind, **result}
     write_json(out / RESULT, result)
     return result
-
-
-def _be_patient() -> None:
-    """Shares the cores of a busy machine, and lets torch take large pages; must come before its import."""
-    share_cores()
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _perplexity(payload: dict[str, Any], model: Path, out: Path, report: Report) -> dict[str, Any]:

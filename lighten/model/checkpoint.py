@@ -27,15 +27,15 @@ class Checkpoint:
     count as memory of the process, up to the whole model.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Opens the directory.
+    def __init__(self, path: Path, config: dict[str, Any] | None = None) -> None:
+        """Opens the directory; `config` takes the place of its config.json.
 
         Raises:
             RequestError: no model there, or only a pickled one.
             Failure: a shard that its index names is missing.
         """
         self.path = path
-        self.config = read_config(path)
+        self.config = read_config(path) if config is None else config
 
     @cached_property
     def weight_map(self) -> dict[str, str]:

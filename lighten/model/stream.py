@@ -64,6 +64,8 @@ class StreamedModel:
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from lighten.model import attention
+
         self.checkpoint = Checkpoint(path)
         if not trust_remote_code:
             check_architecture(self.checkpoint.facts.architecture)
@@ -72,7 +74,7 @@ class StreamedModel:
         self.device = device
         self.dtype = fast_dtype(device)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = attention.NAME
         with torch.device("meta"):
             made = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust_remote_code)
             self.model: Any = made.eval()

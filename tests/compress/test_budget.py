@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from lighten.compress.budget import WIDTHS, losses
 from lighten.compress.gptq import gptq
-from lighten.compress.quantize import Quantize, ignored
+from lighten.compress.layerwise import ignored
+from lighten.compress.quantize import Quantize
 from lighten.compress.sensitivity import Sensitivities
 from lighten.compress.sweep import Sweep
 from lighten.errors import RequestError

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lighten.compress import formats, quantize
+from lighten.compress import formats, layerwise
 from lighten.compress.grid import rtn
-from lighten.compress.quantize import Quantize, ignored
+from lighten.compress.layerwise import ignored
+from lighten.compress.quantize import Quantize
 from lighten.compress.sensitivity import Sensitivities
 from lighten.compress.sweep import Sweep
 from lighten.process import run_isolated
@@ -136,7 +137,7 @@ def stored(step: Quantize, source: Artifact, out: Path, context: Context) -> tup
     """Runs a step; returns its facts and what `Stored.weight` was of every linear."""
     weights: list[torch.Tensor] = []
     runs: list[Any] = []
-    plain = quantize._Run._store
+    plain = layerwise._Layer._store
 
     def keep(run: Any, *arguments: Any) -> Iterator[formats.Stored]:
         runs.append(run)
@@ -145,9 +146,11 @@ def stored(step: Quantize, source: Artifact, out: Path, context: Context) -> tup
             yield each
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize._Run, "_store", keep)
+        patch.setattr(layerwise._Layer, "_store", keep)
+        patch.setattr("lighten.workers.crew", lambda *_: 1)  # in this process, where it can be listened to
         facts = step.run(source, out, context)
-    return facts, dict(zip(runs[0].bits, weights, strict=True))
+    bits = [name for told in {id(run): run.told for run in runs}.values() for name in told.bits]
+    return facts, dict(zip(bits, weights, strict=True))
 
 
 def dense(made: Made, into: Path) -> np.ndarray:

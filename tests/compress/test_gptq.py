@@ -5,7 +5,7 @@ import torch
 
 from lighten.compress.gptq import gptq, inverse_factor
 from lighten.compress.grid import dequantize, quantize, search
-from lighten.compress.quantize import relative_error
+from lighten.compress.layerwise import relative_error
 
 
 def problem(out: int = 24, width: int = 64, tokens: int = 200, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

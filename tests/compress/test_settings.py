@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lighten.budget import Budget
-from lighten.compress.quantize import METHODS, Quantize, ignored
+from lighten.compress.layerwise import ignored
+from lighten.compress.quantize import METHODS, Quantize
 from lighten.errors import RequestError
 from lighten.recipe import parse_settings
 from lighten.stage import ModelFacts

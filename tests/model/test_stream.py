@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lighten.compress.sweep import Sweep
 from lighten.errors import RequestError
+from lighten.model import attention
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_layer
 from lighten.model.shards import ShardWriter
@@ -23,7 +24,7 @@ def test_layer_by_layer_is_the_whole_model(tiny: Callable[..., Path], family: st
     path = tiny(family, dtype=torch.bfloat16)
     ids = torch.randint(0, 900, (3, 24), generator=torch.Generator().manual_seed(0))
     model = StreamedModel(path)
-    whole = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype, attn_implementation="sdpa").eval()
+    whole = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype, attn_implementation=attention.NAME).eval()
     hidden, arguments = model.embed(ids)
     with torch.inference_mode():
         expected = whole.model(ids, output_hidden_states=True).hidden_states
@@ -42,7 +43,7 @@ def test_the_sweep_gathers_the_inputs_of_every_linear(tiny: Callable[..., Path],
     context = Context()
     facts = Sweep(data="builtin", samples=4, length=32).run(source, tmp_path, context)
     dtype = getattr(torch, facts["arithmetic"])
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME).eval()
     seen: dict[str, list[torch.Tensor]] = {}
     for name, module in model.model.layers.named_modules():
         if isinstance(module, torch.nn.Linear):
