@@ -1,8 +1,9 @@
-"""Runs a command and tells its wall time, exit status and the peak memory of the largest process in its tree.
+"""Runs a command and tells its wall time, exit status and the peak memory of all its processes together.
 
-The kernel keeps the peak: `ru_maxrss` of wait4 is the largest of a process and of every descendant that was waited
-for. What a process held before exec counts too, so the command is started by a small interpreter of its own: this
-file, run as a script.
+Two measures, of which the larger counts. The kernel keeps the peak of each process: `ru_maxrss` of wait4 is that of
+the largest one. And a few times a second the processes of the command's session are added up, a page that several
+share counted once (Linux, `smaps_rollup`). What a process held before exec counts too, so the command is started by
+a small interpreter of its own: this file, run as a script.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+SAMPLE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,19 @@ def last_json(text: str) -> dict[str, object]:
     return {}
 
 
+def _session_bytes(session: int) -> int:
+    """Returns what the processes of a session hold, shared pages in proportion."""
+    total = 0
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError, ValueError, StopIteration):
+            if os.getsid(int(entry.name)) == session:
+                with open(f"/proc/{entry.name}/smaps_rollup", encoding="ascii") as rollup:
+                    total += next(int(line.split()[1]) * 1024 for line in rollup if line.startswith("Pss:"))
+    return total
+
+
 def _meter() -> None:
     limit, command = float(sys.argv[1]), sys.argv[2:]
     start = time.monotonic()
@@ -83,6 +99,15 @@ def _meter() -> None:
         end()
 
     signal.signal(signal.SIGINT, lambda *_: end())
+    together = [0]
+
+    def add_up() -> None:
+        while True:
+            together[0] = max(together[0], _session_bytes(child.pid))
+            time.sleep(SAMPLE_SECONDS)
+
+    if sys.platform == "linux":
+        threading.Thread(target=add_up, daemon=True).start()
     timer = threading.Timer(limit, end)
     timer.daemon = True
     timer.start()
@@ -92,7 +117,7 @@ def _meter() -> None:
     child.returncode = os.waitstatus_to_exitcode(status)
     end()  # whatever it left running
     unit = 1 if sys.platform == "darwin" else 1024
-    facts = {"seconds": seconds, "peak_bytes": usage.ru_maxrss * unit, "code": child.returncode}
+    facts = {"seconds": seconds, "peak_bytes": max(usage.ru_maxrss * unit, together[0]), "code": child.returncode}
     sys.stderr.write("\n" + json.dumps(facts) + "\n")
     sys.stderr.flush()
     os._exit(0)
