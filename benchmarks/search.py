@@ -2,8 +2,8 @@
 
     python benchmarks/search.py GRAMS MODEL TEXT [--samples 40]
 
-GRAMS is the object of a sweep, MODEL the model it swept over, TEXT what to measure perplexity on.
-Writes search.json where it is run.
+GRAMS is the object of a sweep, MODEL the model it swept over (both in the artifacts directory of a run), TEXT what to
+measure perplexity on. Writes benchmarks/results/search.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lighten.model.grams import read_index, read_layer
 from lighten.model.tokens import load_tokenizer
 from lighten.store import write_json
 
-RESULTS = Path("search.json")
+RESULTS = Path(__file__).parent / "results" / "search.json"
 POWERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 
 
@@ -63,8 +63,9 @@ def main() -> None:
     ids = load_tokenizer(asked.model).encode(asked.text.read_text(encoding="utf-8"), add_special_tokens=False).ids
     chunks = torch.tensor(ids[: asked.samples * 512]).view(-1, 512)
     model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.bfloat16).eval()
-    rows = {"source": perplexity(model, chunks)}
-    print(rows, flush=True)
+    source = perplexity(model, chunks)
+    print("source", source, flush=True)
+    rows = []
     for damping in (0.01, 0.05):
         for power in POWERS:
             # the method hands over the square of a column's cost
@@ -72,12 +73,20 @@ def main() -> None:
                 w, bits, sym, weight ** (power / 2), kind
             )
             quantize(checkpoint, asked.grams, model.state_dict(), damping)
-            rows[f"power {power}, damping {damping}"] = perplexity(model, chunks)
-            print(rows, flush=True)
-    setting = "4 bits, symmetric, group 64, bfloat16"
-    write_json(
-        RESULTS, {"setting": setting, "text": asked.text.name, "machine": machine.fingerprint(), "perplexity": rows}
-    )
+            rows.append({"power": power, "damping": damping, "perplexity": perplexity(model, chunks)})
+            print(rows[-1], flush=True)
+    index = read_index(asked.grams)
+    settings = {
+        "bits": 4,
+        "group_size": 64,
+        "sym": True,
+        "arithmetic": "bfloat16",
+        "tokens": index["tokens"],
+        "test": asked.text.name,
+        "test_samples": asked.samples,
+    }
+    head = {"command": f"python benchmarks/search.py GRAMS MODEL {asked.text.name}", "machine": machine.fingerprint()}
+    write_json(RESULTS, {**head, "settings": settings, "source": source, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/benchmarks.md and benchmarks/README.md from the results of benchmarks/quantize.py.
+"""Writes the tables of docs/ and benchmarks/README.md from the results of the scripts beside it.
 
 python benchmarks/tables.py [RESULTS]
 
@@ -19,6 +19,7 @@ from lighten.report.numbers import NOT_MEASURED, byte_count, duration, ratio, si
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs" / "benchmarks.md"
+METHOD = HERE.parent / "docs" / "how-it-works.md"
 README = HERE / "README.md"
 TOOLS = {
     "lighten": "lighten",
@@ -121,6 +122,46 @@ def variants(found: Found) -> str:
     return "\n\n".join([rows(titles, lines), *told])
 
 
+def quality(found: Found) -> str:
+    """Returns what each method costs in perplexity, on the model as it is and off its grid."""
+    models = list(dict.fromkeys(row["model"] for row in found["rows"]))
+    named = {(row["model"], row["name"]): row for row in found["rows"]}
+    lines = []
+    for name in dict.fromkeys(row["name"] for row in found["rows"]):
+        first = named[models[0], name]
+        cells = [name, byte_count(first["size_bytes"]), significant(first["bits_per_weight"], 3)]
+        for model in models:
+            row = named[model, name]
+            measured = row["perplexity"]
+            cells.append(significant(measured["value"], 4) if measured else escape(str(row["error"])))
+            kl = (row["divergence"] or {}).get("kl_mean")
+            cells.append(significant(kl, 2) if kl else NOT_MEASURED)
+        lines.append(cells)
+    titles = ["Variant", "Size", "Bits per weight", *(each for model in models for each in (model, "KL, nats"))]
+    settings = found["settings"]
+    told = (
+        f"Perplexity of {settings['model']}, {settings['samples']} × {settings['length']} tokens of "
+        f"{settings['calibration']}, measured on {settings['test_samples']} × {settings['length']} tokens of "
+        f"{settings['test']}; groups of 64. `gguf-budget` has the size of `q4_k_m`. Off the grid: the same function, "
+        "with random scales moved between neighbouring matrices."
+    )
+    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
+
+
+def search(found: Found) -> str:
+    """Returns GPTQ's perplexity for powers of the columns' cost, a row for each damping."""
+    powers, dampings = (sorted({row[key] for row in found["rows"]}) for key in ("power", "damping"))
+    value = {(row["power"], row["damping"]): significant(row["perplexity"], 4) for row in found["rows"]}
+    lines = [[f"damping {damping:g}", *(value[power, damping] for power in powers)] for damping in dampings]
+    settings = found["settings"]
+    told = (
+        f"Perplexity; {settings['bits']} bits, symmetric, group {settings['group_size']}, {settings['tokens']} tokens of "
+        f"calibration, {settings['test_samples']} × 512 tokens of {settings['test']} in {settings['arithmetic']}; the "
+        f"source's is {significant(found['source'], 4)}."
+    )
+    return f"{rows(['power of `1 / U[j,j]²`', *(f'{power:g}' for power in powers)], lines)}\n\n{told} {made(found)}"
+
+
 def growth(found: Found) -> str:
     """Returns seconds per layer and peak memory of growing models."""
     kinds = [what for what in found["rows"][0]["seconds_per_layer"] if what != "source"]
@@ -161,7 +202,9 @@ def environments(found: Found) -> str:
 SECTIONS: tuple[tuple[Path, str, str, Callable[[Found], str]], ...] = (
     (DOCS, "comparison", "quantize.json", comparison),
     (DOCS, "variants", "quantize_variants.json", variants),
+    (DOCS, "quality", "quality.json", quality),
     (DOCS, "growth", "quantize_growth.json", growth),
+    (METHOD, "search", "search.json", search),
     (README, "environments", "quantize.json", environments),
     (README, "refusals", "quantize.json", refusals),
 )
@@ -172,7 +215,7 @@ def main() -> None:
     for page, name, file, section in SECTIONS:
         path = results / file
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if not found.get("summary") and not (found and name == "growth"):
+        if not found.get("summary") and not (found and name in ("growth", "quality", "search")):
             print(f"{page.name}, {name}: {path} is not there or not finished; left as it is")
             continue
         begin = f"<!-- {name}: written by benchmarks/tables.py from benchmarks/results/{file} -->"

@@ -1,8 +1,9 @@
 """Runs a command and tells its wall time, exit status and the peak memory of all its processes together.
 
 Two measures, of which the larger counts. The kernel keeps the peak of each process: `ru_maxrss` of wait4 is that of
-the largest one. And a few times a second the processes of the command's session are added up, a page that several
-share counted once (Linux, `smaps_rollup`). What a process held before exec counts too, so the command is started by
+the largest one. And a few times a second the processes of the command's session are added up; where they came to
+more than before, a page that several share is counted once (Linux, `smaps_rollup`: too slow to be read every time).
+What a process held before exec counts too, so the command is started by
 a small interpreter of its own: this file, run as a script.
 """
 
@@ -72,16 +73,30 @@ def last_json(text: str) -> dict[str, object]:
     return {}
 
 
-def _session_bytes(session: int) -> int:
-    """Returns what the processes of a session hold, shared pages in proportion."""
+def _session(session: int) -> list[str]:
+    found = []
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError, ValueError):
+            if os.getsid(int(entry)) == session:
+                found.append(f"/proc/{entry}")
+    return found
+
+
+def _resident(processes: list[str]) -> int:
+    """Returns the pages that processes hold, shared ones as often as they are shared."""
     total = 0
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError, ValueError, StopIteration):
-            if os.getsid(int(entry.name)) == session:
-                with open(f"/proc/{entry.name}/smaps_rollup", encoding="ascii") as rollup:
-                    total += next(int(line.split()[1]) * 1024 for line in rollup if line.startswith("Pss:"))
+    for process in processes:
+        with contextlib.suppress(OSError, IndexError), open(f"{process}/statm", encoding="ascii") as sizes:
+            total += int(sizes.read().split()[1])
+    return total
+
+
+def _proportional(processes: list[str]) -> int:
+    """Returns the bytes that processes hold, shared pages in proportion."""
+    total = 0
+    for process in processes:
+        with contextlib.suppress(OSError, StopIteration), open(f"{process}/smaps_rollup", encoding="ascii") as rollup:
+            total += next(int(line.split()[1]) * 1024 for line in rollup if line.startswith("Pss:"))
     return total
 
 
@@ -102,8 +117,12 @@ def _meter() -> None:
     together = [0]
 
     def add_up() -> None:
+        most = 0
         while True:
-            together[0] = max(together[0], _session_bytes(child.pid))
+            processes = _session(child.pid)
+            if (pages := _resident(processes)) > 1.01 * most:
+                most = pages
+                together[0] = max(together[0], _proportional(processes))
             time.sleep(SAMPLE_SECONDS)
 
     if sys.platform == "linux":

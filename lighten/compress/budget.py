@@ -107,7 +107,7 @@ def allocate(layers: Layers, workers: int, context: Context) -> tuple[dict[str, 
     options = [[Option(*option) for option in zip(*linear[2:], strict=True)] for linear in linears]
     weights = sum(sizes)
     capacity = round(step.budget.bits * weights / 8) if step.budget.bits else (step.budget.size or 0)
-    fixed = 0 if step.budget.bits else other_bytes(layers.checkpoint, names)
+    fixed = 0 if step.budget.bits else other_bytes(layers, names)
     choice = choose(options, capacity, fixed)
     widths = [(*WIDTHS, UNTOUCHED)[index] for index in choice.indices]
     taken = [option[index].size for option, index in zip(options, choice.indices, strict=True)]
@@ -134,10 +134,15 @@ def stored_bytes(shape: torch.Size, bits: int, step: Quantize, kind: torch.dtype
     return 4 * (words + zeros) + kind.itemsize * groups * outputs
 
 
-def other_bytes(checkpoint: Checkpoint, names: list[str]) -> int:
+def other_bytes(layers: Layers, names: list[str]) -> int:
     """Returns the bytes of the artifact beside those linears: other tensors, the header, and the files copied along."""
+    from lighten.compress.layerwise import HEAD
+
+    checkpoint = layers.checkpoint
     chosen = {f"{name}.weight" for name in names}
     tensors = sum(checkpoint.tensor(name).nbytes for name in checkpoint.weight_map if name not in chosen)
+    if layers.step.head == 8:
+        tensors += sum(tensor.nbytes for tensor in layers.head().values()) - checkpoint.tensor(HEAD).nbytes
     files = sum(
         file.stat().st_size for file in checkpoint.path.iterdir() if file.is_file() and file.suffix != ".safetensors"
     )

@@ -24,6 +24,7 @@ from lighten.model.stream import LAYERS
 
 UNTOUCHED = 16
 """The "bits" of a weight that is left alone."""
+HEAD = "lm_head.weight"
 TENSORS_PER_LINEAR = 6
 ERROR_ROWS = 256
 """Outputs, evenly spaced, that the error of a group of linears is measured on."""
@@ -104,6 +105,16 @@ class Layers:
                 writer.add(prefix + name, tensor)
                 names.append(prefix + name)
         return {"names": names, "told": asdict(told)}
+
+    def head(self) -> dict[str, torch.Tensor]:
+        """Returns what the output head is stored as, rounded to 8 bits: there is no Gram of its inputs."""
+        step, kind = self.step, self.scale_type()
+        integers = step.method in ("w8a8", "int8-dynamic")
+        size: GroupSize = "tensor" if step.group_size == "tensor" else _integer(step.group_size or -1)
+        with torch.inference_mode():
+            found = grid.rtn(self.checkpoint.tensor(HEAD).to(self.device), 8, size, True, kind)
+            stored = formats.int_quantized(found, kind) if integers else formats.pack_quantized(found, 8, True, kind)
+        return {f"{HEAD.removesuffix('.weight')}.{name}": tensor for name, tensor in stored.tensors.items()}
 
     def chosen(self, name: str) -> int:
         """Returns the bits of a linear, by its full name; UNTOUCHED where it is left alone."""

@@ -52,18 +52,21 @@ METHODS = {
             "damp_percent": 0.05,
             "budget": None,
             "ignore": (),
+            "head": "keep",
         },
         (2, 3, 4, 8),
         _GROUPS,
         sweep=True,
     ),
-    "rtn": Method({"bits": 4, "group_size": 128, "sym": True, "ignore": ()}, (2, 3, 4, 8), (*_GROUPS, "tensor")),
+    "rtn": Method(
+        {"bits": 4, "group_size": 128, "sym": True, "ignore": (), "head": "keep"}, (2, 3, 4, 8), (*_GROUPS, "tensor")
+    ),
     "awq": Method({"bits": 4, "group_size": 128, "sym": False, "ignore": ()}, (4,), _GROUPS, sweep=True),
     "nf4": Method(_FOUR, (4,), needs=_BNB),
     "fp4": Method(_FOUR, (4,), needs=_BNB),
     "int8": Method(_EIGHT, (8,), needs=_BNB),
-    "int8-dynamic": Method(_EIGHT, (8,), needs=_COMPRESSED),
-    "w8a8": Method({**_EIGHT, "alpha": 0.5}, (8,), sweep=True, needs=_COMPRESSED),
+    "int8-dynamic": Method({**_EIGHT, "head": "keep"}, (8,), needs=_COMPRESSED),
+    "w8a8": Method({**_EIGHT, "head": "keep", "alpha": 0.5}, (8,), sweep=True, needs=_COMPRESSED),
     "fp8": Method(_EIGHT, (8,), needs=_COMPRESSED),
 }
 
@@ -90,6 +93,9 @@ class Quantize(Step):
         None, description="gptq: bits=4.25 on average, or size=90MB of the artifact, spent where they matter"
     )
     ignore: tuple[str, ...] = Field((), description="modules to leave alone: patterns such as *.0.mlp.* or re:REGEX")
+    head: Literal["keep", 8] | None = Field(
+        None, description="the output head: keep it, or 8 bits where it is not tied to the embedding (default: keep)"
+    )
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] | None = Field(
         None, description="nf4, fp4: weights that share a scale (default: 64)"
     )
@@ -114,6 +120,8 @@ class Quantize(Step):
         value = {**method.settings, **given}
         if re.fullmatch(r"-?\d+", size := str(value.get("group_size"))):
             value["group_size"] = int(size)  # the command line knows text only
+        if str(value.get("head")) == "8":
+            value["head"] = 8
         for key, allowed in (("bits", method.bits), ("group_size", method.groups)):
             if key in value and value[key] not in allowed:
                 able = [
@@ -133,8 +141,8 @@ class Quantize(Step):
         """Refuses what only some loaders open: transformers expects the zero points of compressed-tensors unpacked."""
         if self.format == "compressed-tensors" and self.sym is False:
             raise ValueError(
-                "a budget and ignore need the compressed-tensors format, in which transformers opens symmetric grids "
-                "only: leave out sym: false"
+                "a budget, ignore and head need the compressed-tensors format, in which transformers opens symmetric "
+                "grids only: leave out sym: false"
             )
         return self
 
@@ -146,14 +154,14 @@ class Quantize(Step):
     def format(self) -> str:
         """The format it is stored in: where `gptq` cannot say what differs between modules, compressed-tensors."""
         if self.method in ("gptq", "rtn"):
-            return "compressed-tensors" if self.budget or self.ignore else "gptq"
+            return "compressed-tensors" if self.budget or self.ignore or self.head == 8 else "gptq"
         if self.method == "awq":
             return "awq"
         return "bitsandbytes" if self.method in ("nf4", "fp4", "int8") else "compressed-tensors"
 
     def key_config(self) -> dict[str, Any]:
         """Returns the settings that this method has and that are given."""
-        return {name: value for name, value in self.model_dump(mode="json").items() if value not in (None, [])}
+        return {name: value for name, value in self.model_dump(mode="json").items() if value not in (None, [], "keep")}
 
     def needs_sweep(self) -> bool:
         """Whether the method reads Grams."""
@@ -169,6 +177,11 @@ class Quantize(Step):
 
     def check(self, facts: ModelFacts) -> None:
         """Raises RequestError where a group or a packed word does not divide a width of the model."""
+        if self.head == 8 and facts.tied:
+            raise RequestError(
+                "the head of this model is tied to its embedding, which no loader expects quantized: leave out head, or "
+                "export it (export: {format: gguf, budget: …} chooses a type for the two)"
+            )
         attention = facts.heads * facts.head_dim
         widths = {"hidden_size": facts.hidden, "attention width": attention, "intermediate_size": facts.intermediate}
         outputs = {**widths, "key/value width": facts.kv_heads * facts.head_dim}
@@ -243,7 +256,7 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         """Writes everything and returns the facts."""
-        from lighten.compress.layerwise import TENSORS_PER_LINEAR, Told
+        from lighten.compress.layerwise import HEAD, TENSORS_PER_LINEAR, Told
         from lighten.model.checkpoint import Checkpoint
         from lighten.model.shards import ShardWriter
         from lighten.model.stream import LAYERS
@@ -260,7 +273,11 @@ class _Run:
             layers.allocation, self.allocated = allocate(layers, workers, self.context)
         with ShardWriter(out, TENSORS_PER_LINEAR * len(checkpoint.weight_map)) as writer:
             for name in checkpoint.weight_map:
-                if not name.startswith(LAYERS):
+                if name == HEAD and step.head == 8:
+                    for part, tensor in layers.head().items():
+                        writer.add(part, tensor)
+                    self.told.bits[HEAD.removesuffix(".weight")] = 8
+                elif not name.startswith(LAYERS):
                     writer.add(name, checkpoint.tensor(name))
             parts = [out / f".layer-{index:05d}" for index in range(count)]
             quantized = ordered(lambda index: layers.quantize(index, parts[index]), count, workers, self._report)
@@ -282,7 +299,7 @@ class _Run:
         tied = "tied to the embedding" if facts.tied else "formats of linears keep the head, where errors cost most"
         kept = [
             {"what": "embedding", "why": "a lookup, not a product; no loader expects it quantized"},
-            {"what": "lm_head", "why": tied},
+            *([] if step.head == 8 else [{"what": "lm_head", "why": tied}]),
             {"what": "norms", "why": "too small to matter"},
             *self.told.kept,
         ]
@@ -316,7 +333,7 @@ class _Run:
         from lighten.compress import formats
 
         step = self.layers.step
-        left = ["lm_head", *(entry["what"] for entry in self.told.kept)]
+        left = [*([] if step.head == 8 else ["lm_head"]), *(entry["what"] for entry in self.told.kept)]
         if step.format == "bitsandbytes":
             return formats.bnb_config(step.method, bool(step.double_quant), left)
         if step.method == "fp8":

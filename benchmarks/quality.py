@@ -1,0 +1,134 @@
+"""What each method costs in perplexity, and what a budget buys at the size of 4 bits and of Q4_K_M.
+
+    python benchmarks/quality.py --calibration wikitext2_valid.txt --test wikitext2_test.txt
+
+Runs one recipe twice: on the demo model, and on the same function moved off its grid. The demo's weights were 4-bit
+ones once (Q4_1), which flatters a GGUF budget that may choose that type; random scales that move between neighbouring
+matrices of a layer leave the function as it is and the weights on no grid.
+
+Writes benchmarks/results/quality.json; the objects stay in --artifacts, so that a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lighten
+from lighten.evaluate import machine
+from lighten.store import MANIFEST, write_json
+
+RESULTS = Path(__file__).parent / "results" / "quality.json"
+SPREAD = 0.35
+"""Half the width of the scales' logarithms."""
+GROUPS = {"group_size": 64}
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "rtn": [{"quantize": {"method": "rtn", **GROUPS}}],
+    "rtn asymmetric": [{"quantize": {"method": "rtn", "sym": False, **GROUPS}}],
+    "awq": [{"quantize": {"method": "awq", **GROUPS}}],
+    "gptq": [{"quantize": {"method": "gptq", **GROUPS}}],
+    "gptq 3 bits": [{"quantize": {"method": "gptq", "bits": 3, **GROUPS}}],
+    "gptq budget 4.25": [{"quantize": {"method": "gptq", "budget": {"bits": 4.25}, **GROUPS}}],
+    "nf4": [{"quantize": {"method": "nf4"}}],
+    "int8": [{"quantize": {"method": "int8"}}],
+    "w8a8": [{"quantize": {"method": "w8a8"}}],
+    "q4_k_m": [{"export": {"format": "gguf", "type": "Q4_K_M", "imatrix": True}}],
+}
+"""4 bits and groups of 64 where nothing else is said; the GGUF budget is added once the size of Q4_K_M is known."""
+
+
+def off_grid(model: Path, out: Path) -> None:
+    """Writes the same model with random channel scales moved between neighbouring matrices of every layer."""
+    import torch
+
+    from lighten.compress.fold import BEFORE, copies, fold
+    from lighten.model.checkpoint import Checkpoint
+    from lighten.model.shards import ShardWriter
+    from lighten.model.stream import LAYERS
+
+    checkpoint = Checkpoint(model)
+    facts = checkpoint.facts
+    readers = {
+        "self_attn.q_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "mlp.gate_proj": ["mlp.gate_proj", "mlp.up_proj"],
+    }
+    generator = torch.Generator().manual_seed(1)
+    for file in model.iterdir():
+        if file.suffix != ".safetensors" and file.name != MANIFEST:
+            shutil.copyfile(file, out / file.name)
+    with ShardWriter(out, len(checkpoint.weight_map)) as writer:
+        for name in checkpoint.weight_map:
+            if not name.startswith(LAYERS):
+                writer.add(name, checkpoint.tensor(name))
+        for layer in range(facts.layers):
+            prefix = f"{LAYERS}{layer}."
+            tensors = {name: tensor.float() for name, tensor in checkpoint.tensors(prefix).items()}
+            for first in BEFORE:
+                repeats = copies(tensors, first)
+                width = tensors[f"{first}.weight"].shape[1] // repeats
+                scale = ((torch.rand(width, generator=generator) * 2 - 1) * SPREAD).exp()
+                if repeats > 1:
+                    heads = scale.view(-1, facts.head_dim)
+                    scale = heads.repeat_interleave(repeats, 0).reshape(-1)
+                fold(tensors, first, readers.get(first, [first]), scale, facts.head_dim)
+            for name, tensor in tensors.items():
+                writer.add(prefix + name, tensor.bfloat16())
+
+
+def measure(name: str, model: str, variants: dict[str, Any], asked: argparse.Namespace) -> Path:
+    """Runs a recipe; returns the directory of its version."""
+    recipe = asked.artifacts / f"{name}.yaml"
+    perplexity = {"data": asked.test, "samples": asked.test_samples, "length": 512}
+    calibration = {"data": asked.calibration, "samples": asked.samples, "length": 512}
+    content = {"name": name, "model": model, "calibration": calibration, "variants": variants}
+    recipe.write_text(json.dumps({**content, "evaluate": {"perplexity": perplexity}}), encoding="utf-8")
+    return lighten.run(str(recipe), artifacts=asked.artifacts)
+
+
+def table(name: str, model: str, asked: argparse.Namespace) -> tuple[list[dict[str, Any]], Path]:
+    """Returns a row for each variant, and the directory of the source."""
+    variants = {each.replace(" ", "-"): steps for each, steps in VARIANTS.items()}
+    first = json.loads((measure(name, model, variants, asked) / "results.json").read_text())
+    (size,) = (row["size_bytes"] for row in first["variants"] if row["name"] == "q4_k_m")
+    budget = {"export": {"format": "gguf", "budget": {"size": size}}}
+    version = measure(name, model, {**variants, "gguf-budget": [budget]}, asked)
+    rows = []
+    for row in json.loads((version / "results.json").read_text())["variants"]:
+        print(name, row["name"], row["status"], row["error"], (row["perplexity"] or {}).get("value"), flush=True)
+        kept = ("name", "status", "error", "format", "size_bytes", "bits_per_weight", "runtime", "perplexity")
+        extra = {"divergence": row.get("divergence"), "change": (row.get("delta") or {}).get("perplexity")}
+        rows.append({"model": name, **{key: row.get(key) for key in kept}, **extra})
+    return rows, version / "variants" / "baseline"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo:smollm2-135m")
+    parser.add_argument("--calibration", default="builtin", help="text file to calibrate on")
+    parser.add_argument("--test", default="builtin", help="text file to measure perplexity on")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--test-samples", type=int, default=40)
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts") / "quality")
+    asked = parser.parse_args()
+    asked.artifacts.mkdir(parents=True, exist_ok=True)
+    rows, source = table("as-it-is", asked.model, asked)
+    moved = asked.artifacts / "off-grid"
+    if not moved.is_dir():
+        part = asked.artifacts / "off-grid.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        off_grid(source.resolve(), part)
+        part.rename(moved)
+    rows += table("off-grid", str(moved), asked)[0]
+    settings = {"model": asked.model, "samples": asked.samples, "test_samples": asked.test_samples, "length": 512}
+    texts = {"calibration": Path(asked.calibration).name, "test": Path(asked.test).name}
+    told = " ".join(f"--{key} {value}" for key, value in texts.items())
+    head = {"command": f"python benchmarks/quality.py {told}", "machine": machine.fingerprint()}
+    write_json(RESULTS, {**head, "settings": {**settings, **texts}, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
