@@ -88,9 +88,11 @@ def measure(name: str, model: str, variants: dict[str, Any], asked: argparse.Nam
     return lighten.run(str(recipe), artifacts=asked.artifacts)
 
 
-def table(name: str, model: str, asked: argparse.Namespace) -> tuple[list[dict[str, Any]], Path]:
+def table(
+    name: str, model: str, variants: dict[str, Any], asked: argparse.Namespace
+) -> tuple[list[dict[str, Any]], Path]:
     """Returns a row for each variant, and the directory of the source."""
-    variants = {each.replace(" ", "-"): steps for each, steps in VARIANTS.items()}
+    variants = {each.replace(" ", "-"): steps for each, steps in variants.items()}
     first = json.loads((measure(name, model, variants, asked) / "results.json").read_text())
     (size,) = (row["size_bytes"] for row in first["variants"] if row["name"] == "q4_k_m")
     budget = {"export": {"format": "gguf", "budget": {"size": size}}}
@@ -114,7 +116,7 @@ def main() -> None:
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts") / "quality")
     asked = parser.parse_args()
     asked.artifacts.mkdir(parents=True, exist_ok=True)
-    rows, source = table("as-it-is", asked.model, asked)
+    rows, source = table("as-it-is", asked.model, VARIANTS, asked)
     moved = asked.artifacts / "off-grid"
     if not moved.is_dir():
         part = asked.artifacts / "off-grid.part"
@@ -122,7 +124,8 @@ def main() -> None:
         part.mkdir()
         off_grid(source.resolve(), part)
         part.rename(moved)
-    rows += table("off-grid", str(moved), asked)[0]
+    budgets = {name: VARIANTS[name] for name in ("gptq", "gptq budget 4.25", "q4_k_m")}
+    rows += table("off-grid", str(moved), budgets, asked)[0]
     settings = {"model": asked.model, "samples": asked.samples, "test_samples": asked.test_samples, "length": 512}
     texts = {"calibration": Path(asked.calibration).name, "test": Path(asked.test).name}
     told = " ".join(f"--{key} {value}" for key, value in texts.items())

@@ -131,7 +131,9 @@ def quality(found: Found) -> str:
         first = named[models[0], name]
         cells = [name, byte_count(first["size_bytes"]), significant(first["bits_per_weight"], 3)]
         for model in models:
-            row = named[model, name]
+            if (row := named.get((model, name))) is None:
+                cells += [NOT_MEASURED, NOT_MEASURED]
+                continue
             measured = row["perplexity"]
             cells.append(significant(measured["value"], 4) if measured else escape(str(row["error"])))
             kl = (row["divergence"] or {}).get("kl_mean")
@@ -155,9 +157,9 @@ def search(found: Found) -> str:
     lines = [[f"damping {damping:g}", *(value[power, damping] for power in powers)] for damping in dampings]
     settings = found["settings"]
     told = (
-        f"Perplexity; {settings['bits']} bits, symmetric, group {settings['group_size']}, {settings['tokens']} tokens of "
-        f"calibration, {settings['test_samples']} × 512 tokens of {settings['test']} in {settings['arithmetic']}; the "
-        f"source's is {significant(found['source'], 4)}."
+        f"Perplexity; {settings['bits']} bits, symmetric, group {settings['group_size']}, {settings['tokens']} tokens "
+        f"of calibration, {settings['test_samples']} × 512 tokens of {settings['test']} in {settings['arithmetic']}; "
+        f"the source's is {significant(found['source'], 4)}."
     )
     return f"{rows(['power of `1 / U[j,j]²`', *(f'{power:g}' for power in powers)], lines)}\n\n{told} {made(found)}"
 

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from lighten.compress.layerwise import Layers
     from lighten.compress.quantize import Quantize
-    from lighten.model.checkpoint import Checkpoint
     from lighten.model.sensitivity import Sensitivity
     from lighten.stage import Context
 

@@ -75,7 +75,7 @@ class Quantize(Step):
     """Coarser weights, in a format that the ecosystem's loaders open."""
 
     kind: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     method: Literal["gptq", "rtn", "awq", "nf4", "fp4", "int8", "int8-dynamic", "w8a8", "fp8"] = Field(
         "gptq", description="how to choose the codes"
@@ -179,8 +179,8 @@ class Quantize(Step):
         """Raises RequestError where a group or a packed word does not divide a width of the model."""
         if self.head == 8 and facts.tied:
             raise RequestError(
-                "the head of this model is tied to its embedding, which no loader expects quantized: leave out head, or "
-                "export it (export: {format: gguf, budget: …} chooses a type for the two)"
+                "the head of this model is tied to its embedding, which no loader expects quantized: leave out head, "
+                "or export it (export: {format: gguf, budget: …} chooses a type for the two)"
             )
         attention = facts.heads * facts.head_dim
         widths = {"hidden_size": facts.hidden, "attention width": attention, "intermediate_size": facts.intermediate}
@@ -274,8 +274,8 @@ class _Run:
         with ShardWriter(out, TENSORS_PER_LINEAR * len(checkpoint.weight_map)) as writer:
             for name in checkpoint.weight_map:
                 if name == HEAD and step.head == 8:
-                    for part, tensor in layers.head().items():
-                        writer.add(part, tensor)
+                    for stored_name, tensor in layers.head().items():
+                        writer.add(stored_name, tensor)
                     self.told.bits[HEAD.removesuffix(".weight")] = 8
                 elif not name.startswith(LAYERS):
                     writer.add(name, checkpoint.tensor(name))

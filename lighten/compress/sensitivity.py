@@ -23,7 +23,7 @@ class Sensitivities(Sweep):
     """The calibration set of a sweep, of which a few sequences are enough here."""
 
     kind: ClassVar[str] = "sensitivity"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     sequences: int = Field(4, ge=1, description="samples to run forward and back")
 

@@ -17,7 +17,7 @@ class Sweep(Step):
     """The calibration set, and the sweep over it."""
 
     kind: ClassVar[str] = "sweep"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     data: str = Field("builtin", description="builtin, a .txt or .jsonl file, or a hub data set")
     samples: int = Field(64, ge=1, description="sequences to run through the model")

@@ -63,7 +63,7 @@ def test_defaults_are_the_methods_own(method: str) -> None:
     given = step.key_config()
     assert given == {
         "method": method,
-        **{name: value for name, value in METHODS[method].settings.items() if value not in (None, ())},
+        **{name: value for name, value in METHODS[method].settings.items() if value not in (None, (), "keep")},
     }
     assert Quantize.model_validate(step.dump()) == step  # as the manifest keeps them
     assert Quantize.model_validate({**METHODS[method].settings, "method": method}) == step
