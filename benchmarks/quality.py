@@ -26,15 +26,10 @@ SPREAD = 0.35
 """Half the width of the scales' logarithms."""
 GROUPS = {"group_size": 64}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "rtn": [{"quantize": {"method": "rtn", **GROUPS}}],
     "rtn asymmetric": [{"quantize": {"method": "rtn", "sym": False, **GROUPS}}],
     "awq": [{"quantize": {"method": "awq", **GROUPS}}],
     "gptq": [{"quantize": {"method": "gptq", **GROUPS}}],
-    "gptq 3 bits": [{"quantize": {"method": "gptq", "bits": 3, **GROUPS}}],
     "gptq budget 4.25": [{"quantize": {"method": "gptq", "budget": {"bits": 4.25}, **GROUPS}}],
-    "nf4": [{"quantize": {"method": "nf4"}}],
-    "int8": [{"quantize": {"method": "int8"}}],
-    "w8a8": [{"quantize": {"method": "w8a8"}}],
     "q4_k_m": [{"export": {"format": "gguf", "type": "Q4_K_M", "imatrix": True}}],
 }
 """4 bits and groups of 64 where nothing else is said; the GGUF budget is added once the size of Q4_K_M is known."""

@@ -18,6 +18,8 @@ SHRINKS = tuple(1.02 - 0.08 * step for step in range(8))
 NEAR = (-0.04, -0.02, 0.02, 0.04)
 """What it then adds to the best of them."""
 
+SIGNED_BELOW = 8
+"""Bits below which the scale of a symmetric grid may be negative."""
 SMALLEST_SCALE = 2.0**-24
 """The smallest positive float16."""
 
@@ -67,15 +69,21 @@ def rounding(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
 def full_range(
     w: torch.Tensor, bits: int, sym: bool, kind: torch.dtype = torch.float16, shrink: float | torch.Tensor = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns scale and zero point of groups `[…, group, out]` such that every weight is within the grid.
+    """Returns scale and zero point of groups `[…, group, out]` such that the largest weight is on the grid.
 
-    A symmetric grid has its zero point in the middle, 2^(bits−1). Zero points are at least 1: the `gptq` format
-    stores them less one. `kind` is the type that the scales are stored in, `shrink` the fraction of the range to cover.
+    A symmetric grid has its zero point in the middle, 2^(bits−1), so that it reaches one step further down than up.
+    With few bits that step matters: the scale is negative where the largest weight is positive. Zero points are at
+    least 1: the `gptq` format stores them less one. `kind` is the type that the scales are stored in,
+    `shrink` the fraction of the range to cover.
     """
     top = 2**bits - 1
     if sym:
-        scale = w.abs().amax(-2) * shrink / (top / 2)
-        zero = torch.full_like(scale, 2 ** (bits - 1))
+        middle, low, high = 2 ** (bits - 1), w.amin(-2), w.amax(-2)
+        if bits < SIGNED_BELOW:
+            scale = torch.where(high > -low, -high, -low) * shrink / middle
+        else:
+            scale = torch.maximum(high, -low) * shrink / (top / 2)
+        zero = torch.full_like(scale, middle)
     else:
         low, high = w.amin(-2).clamp(max=0) * shrink, w.amax(-2).clamp(min=0) * shrink
         scale = (high - low) / top
@@ -84,8 +92,9 @@ def full_range(
 
 
 def storable(scale: torch.Tensor, kind: torch.dtype = torch.float16) -> torch.Tensor:
-    """Returns scales rounded to the type they are stored in, and above zero."""
-    return scale.clamp(SMALLEST_SCALE, 65504.0).to(kind).float()
+    """Returns scales rounded to the type they are stored in, and not zero."""
+    size = scale.abs().clamp(SMALLEST_SCALE, 65504.0).to(kind).float()
+    return torch.where(scale < 0, -size, size)
 
 
 def rtn(
