@@ -1,4 +1,4 @@
-"""Writes the tables of docs/ and benchmarks/README.md from the results of the scripts beside it.
+"""Writes the tables of docs/ and of both READMEs, the quickstart's apart, from the results of the scripts beside it.
 
 python benchmarks/tables.py [RESULTS]
 
@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs" / "benchmarks.md"
 METHOD = HERE.parent / "docs" / "how-it-works.md"
 README = HERE / "README.md"
+FRONT = HERE.parent / "README.md"
 TOOLS = {
     "lighten": "lighten",
     "gptqmodel": "GPTQModel",
@@ -90,6 +91,28 @@ def comparison(found: Found) -> str:
         "× is the multiple of lighten's run with the same grid",
     ]
     return f"{rows(titles, lines)}\n\n{'; '.join(filter(None, told))}.\n\n{made(found)}"
+
+
+def peers(found: Found) -> str:
+    """Returns the short table of the README: GPTQ and AWQ, one tool beside the other."""
+    lines = []
+    for entry in found["summary"].values():
+        if entry["method"] in ("gptq", "awq"):
+            costs = [NOT_MEASURED, NOT_MEASURED, "refused, as called"]
+            if not entry["error"]:
+                costs = [
+                    duration(entry["seconds"]),
+                    byte_count(entry["peak_bytes"]),
+                    significant(entry["perplexity"], 4),
+                ]
+            lines.append([f"{_tool(found, entry)}, {METHODS[entry['method']]}", *costs])
+    settings, source = found["settings"], found["facts"]["source"]["value"]
+    told = (
+        f"SmolLM2-135M, {settings['bits']} bits, group {settings['group_size']}, {settings['samples']} × "
+        f"{settings['length']} tokens of WikiText-2; perplexity on its test set, the source's is {significant(source, 4)}. "
+        "The command, the machine, more peers and what they refuse: [benchmarks](docs/benchmarks.md)."
+    )
+    return f"{rows(('Tool and method', 'Wall time', 'Peak memory', 'Perplexity'), lines)}\n\n{told}"
 
 
 def _tool(found: Found, entry: Found) -> str:
@@ -207,6 +230,7 @@ SECTIONS: tuple[tuple[Path, str, str, Callable[[Found], str]], ...] = (
     (DOCS, "quality", "quality.json", quality),
     (DOCS, "growth", "quantize_growth.json", growth),
     (METHOD, "search", "search.json", search),
+    (FRONT, "peers", "quantize.json", peers),
     (README, "environments", "quantize.json", environments),
     (README, "refusals", "quantize.json", refusals),
 )
