@@ -109,8 +109,8 @@ def peers(found: Found) -> str:
     settings, source = found["settings"], found["facts"]["source"]["value"]
     told = (
         f"SmolLM2-135M, {settings['bits']} bits, group {settings['group_size']}, {settings['samples']} × "
-        f"{settings['length']} tokens of WikiText-2; perplexity on its test set, the source's is {significant(source, 4)}. "
-        "The command, the machine, more peers and what they refuse: [benchmarks](docs/benchmarks.md)."
+        f"{settings['length']} tokens of WikiText-2; perplexity on its test set, the source's is "
+        f"{significant(source, 4)}. The command, the machine, more peers and what they refuse: [benchmarks](docs/benchmarks.md)."
     )
     return f"{rows(('Tool and method', 'Wall time', 'Peak memory', 'Perplexity'), lines)}\n\n{told}"
 
@@ -241,7 +241,7 @@ def main() -> None:
     for page, name, file, section in SECTIONS:
         path = results / file
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if not found.get("summary") and not (found and name in ("growth", "quality", "search")):
+        if not found.get("summary") and not (found.get("rows") and name in ("growth", "quality", "search")):
             print(f"{page.name}, {name}: {path} is not there or not finished; left as it is")
             continue
         begin = f"<!-- {name}: written by benchmarks/tables.py from benchmarks/results/{file} -->"
