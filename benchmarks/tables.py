@@ -110,7 +110,8 @@ def peers(found: Found) -> str:
     told = (
         f"SmolLM2-135M, {settings['bits']} bits, group {settings['group_size']}, {settings['samples']} × "
         f"{settings['length']} tokens of WikiText-2; perplexity on its test set, the source's is "
-        f"{significant(source, 4)}. The command, the machine, more peers and what they refuse: [benchmarks](docs/benchmarks.md)."
+        f"{significant(source, 4)}. The command, the machine, more peers and what they refuse: "
+        "[benchmarks](docs/benchmarks.md)."
     )
     return f"{rows(('Tool and method', 'Wall time', 'Peak memory', 'Perplexity'), lines)}\n\n{told}"
 
