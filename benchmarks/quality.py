@@ -97,6 +97,8 @@ def table(
         print(name, row["name"], row["status"], row["error"], (row["perplexity"] or {}).get("value"), flush=True)
         kept = ("name", "status", "error", "format", "size_bytes", "bits_per_weight", "runtime", "perplexity")
         extra = {"divergence": row.get("divergence"), "change": (row.get("delta") or {}).get("perplexity")}
+        if row["perplexity"]:  # the name of the text, not where it lies here
+            row["perplexity"]["protocol"]["data"] = Path(asked.test).name
         rows.append({"model": name, **{key: row.get(key) for key in kept}, **extra})
     return rows, version / "variants" / "baseline"
 

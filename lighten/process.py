@@ -4,8 +4,8 @@
 a result or an error. Whatever libraries print goes to a file, of which the end is kept for the message.
 
 Where the system can fork, children come from one process that has imported the large libraries and does nothing
-else: a child starts in milliseconds instead of seconds, and shares their pages. No thread runs there, and no
-product was computed there, so that a child finds every library as if it had imported it itself.
+else: a child starts in milliseconds instead of seconds, and shares their pages. No product was computed there, so
+torch has no threads that a fork would lose; a child finds every library as if it had imported it itself.
 """
 
 from __future__ import annotations
