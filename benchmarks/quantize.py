@@ -40,7 +40,7 @@ from timed import Timed, last_json, timed
 from lighten.evaluate import machine
 from lighten.store import hash_file, write_json
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 LIGHTEN = (sys.executable, "-m", "lighten")
 Row = dict[str, Any]
@@ -138,7 +138,7 @@ class Bench:
     def run(self, name: str, command: list[str]) -> tuple[Timed, Row]:
         """Runs a command; returns what it took, and a row of it with the error if it failed."""
         print(f"{name} …", flush=True)
-        took = timed(command, OFFLINE, self.asked.limit)
+        took = timed(command, OFFLINE, self.asked.limit, str(self.work))  # some write logs where they are started
         row: Row = {"seconds": took.seconds, "peak_bytes": took.peak_bytes, "code": took.code, "error": None}
         if took.code:
             (self.work / f"{name}.log").write_text(took.output + took.noise, encoding="utf-8")
@@ -232,7 +232,7 @@ def compare(bench: Bench) -> None:
         print(f"not measured, no --peer given: {', '.join(sorted(missing))}", flush=True)
     chosen = [run for run in chosen if run.tool not in missing]
     for peer in dict.fromkeys(run.tool for run in chosen if run.tool != "lighten"):
-        warm = timed(_peer(bench, peer, {"method": None}), OFFLINE)
+        warm = timed(_peer(bench, peer, {"method": None}), OFFLINE, where=str(bench.work))
         kept.facts.setdefault("versions", {})[peer] = last_json(warm.output).get("versions")
     kept.save()
     for number in range(1, asked.rounds + 1):
@@ -439,8 +439,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--only", action="append", metavar="PATTERN", help="runs such as '*-gptq', sizes such as 0.5B")
     parser.add_argument("--model", default="demo:smollm2-135m")
-    parser.add_argument("--calibration", default="builtin", help="text file to calibrate on")
-    parser.add_argument("--test", default="builtin", help="text file to measure perplexity on")
+    parser.add_argument("--calibration", type=_place, default="builtin", help="text file to calibrate on")
+    parser.add_argument("--test", type=_place, default="builtin", help="text file to measure perplexity on")
     for name, default in (("samples", 64), ("length", 512), ("test-samples", 40), ("test-length", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("bits", 4), ("group-size", 64), ("rounds", 2)):
@@ -452,12 +452,17 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="skip the runs that the results hold")
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    asked.peers = dict(each.split("=", 1) for each in asked.peer)
+    asked.peers = {name: os.path.abspath(python) for name, python in (each.split("=", 1) for each in asked.peer)}
     if unknown := set(asked.peers) - set(PEERS):
         parser.error(f"--peer {unknown.pop()}: there is {', '.join(PEERS)}")
     asked.only, asked.part = asked.only or ["*"], asked.part or ["compare"]
     asked.command = _command(asked)
     return asked
+
+
+def _place(given: str) -> str:
+    """Returns a path that holds wherever a tool is started."""
+    return os.path.abspath(given) if os.path.exists(given) else given
 
 
 def _command(asked: argparse.Namespace) -> str:

@@ -38,15 +38,18 @@ class Timed:
     """The end of standard error."""
 
 
-def timed(command: Sequence[str], env: Mapping[str, str] | None = None, limit: float = 7200) -> Timed:
-    """Runs a command to its end, or kills it and its descendants after `limit` seconds."""
+def timed(
+    command: Sequence[str], env: Mapping[str, str] | None = None, limit: float = 7200, where: str | None = None
+) -> Timed:
+    """Runs a command to its end in the directory `where`, or kills it and its descendants after `limit` seconds."""
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as noise:
         meter = subprocess.Popen(
-            [sys.executable, "-S", __file__, str(limit), *command],
+            [sys.executable, "-S", os.path.abspath(__file__), str(limit), *command],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=noise,
             env={**os.environ, **(env or {})},
+            cwd=where,
         )
         try:
             code = meter.wait()
