@@ -64,6 +64,7 @@ def gptq(
     desc_act: bool,
     damp_percent: float,
     kind: torch.dtype = torch.float16,
+    gone: torch.Tensor | None = None,
 ) -> Quantized:
     """Quantizes a weight matrix against the Gram matrix of its inputs.
 
@@ -76,6 +77,7 @@ def gptq(
         desc_act: round the inputs in order of falling diag(H); groups then follow that order.
         damp_percent: share of mean diag(H) added to diag(H).
         kind: type that the scales are stored in.
+        gone: `[out, in]`, which weights are pruned: they stay zero, and later columns make up for that too.
 
     Raises:
         ArithmeticError: the Gram could not be factorised.
@@ -90,8 +92,10 @@ def gptq(
         gram.diagonal()[dead] = 1.0
         w[dead] = 0.0
     order = torch.argsort(diagonal, descending=True, stable=True) if desc_act else None
+    stays = None if gone is None else ~gone.t()
     if order is not None:
         w, gram = w[order], gram[order][:, order]
+        stays = None if stays is None else stays[order]
     factor, damping = inverse_factor(gram, damp_percent)
     # An error e in column j costs e² / U[j,j]². The search weighs columns by the square of 1 / U[j,j]², which spares
     # those that no later column can make good; docs/how-it-works.md has the powers that were tried.
@@ -107,9 +111,13 @@ def gptq(
         errors = torch.empty(stop - start, w.shape[1], device=w.device)
         for j in range(start, stop):
             if j % group_size == 0:
-                scale, zero = search(w[j : j + group_size], bits, sym, importance[j : j + group_size], kind)
+                group = slice(j, j + group_size)
+                shown = w[group] if stays is None else w[group] * stays[group]
+                scale, zero = search(shown, bits, sym, importance[group], kind)
                 scales[j // group_size], zeros[j // group_size] = scale, zero
             q = quantize(w[j], scale, zero, bits)
+            if stays is not None:
+                q = torch.where(stays[j], q, zero)
             codes[j] = q.to(torch.uint8)
             error = (w[j] - dequantize(q, scale, zero)).div_(factor[j, j])
             errors[j - start] = error

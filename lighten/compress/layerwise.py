@@ -15,11 +15,12 @@ import torch
 from lighten.compress import awq, fold, formats, gptq, grid, smooth
 from lighten.compress.formats import Stored
 from lighten.compress.grid import GroupSize, Quantized
+from lighten.compress.parts import Add
 from lighten.compress.quantize import Quantize
+from lighten.compress.sparse import zeros_of
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import Gram, read_layer
 from lighten.model.products import exact_products
-from lighten.model.shards import ShardWriter
 from lighten.model.stream import LAYERS
 
 UNTOUCHED = 16
@@ -95,16 +96,13 @@ class Layers:
             inputs = [Inputs(name, [name]) for name in (name.removesuffix(".weight") for name in matrices)]
         return prefix, tensors, inputs
 
-    def quantize(self, index: int, folder: Path) -> dict[str, Any]:
-        """Writes what a layer is stored as into a new directory; returns the names in order, and a `Told`."""
+    def quantize(self, index: int, add: Add) -> dict[str, Any]:
+        """Hands over what a layer is stored as; returns a `Told`."""
         prefix, tensors, inputs = self.read(index)
-        told, names = Told(), []
-        folder.mkdir()
-        with torch.inference_mode(), ShardWriter(folder, TENSORS_PER_LINEAR * len(tensors)) as writer:
-            for name, tensor in _Layer(self, prefix, tensors, inputs, told).run():
-                writer.add(prefix + name, tensor)
-                names.append(prefix + name)
-        return {"names": names, "told": asdict(told)}
+        told = Told()
+        for name, tensor in _Layer(self, prefix, tensors, inputs, told).run():
+            add(prefix + name, tensor)
+        return asdict(told)
 
     def head(self) -> dict[str, torch.Tensor]:
         """Returns what the output head is stored as, rounded to 8 bits: there is no Gram of its inputs."""
@@ -220,7 +218,8 @@ class _Layer:
                     assert step.block_size and step.double_quant is not None
                     yield formats.bnb_4bit(weight, step.method, step.block_size, step.double_quant)
             return
-        found = self._codes(torch.cat(weights).to(self.of.device), gram, bits, name)
+        gone = zeros_of(weights)
+        found = self._codes(torch.cat(weights).to(self.of.device), gram, bits, name, gone)
         start = 0
         for weight in weights:
             part = found.outputs(start, start := start + len(weight))
@@ -233,8 +232,10 @@ class _Layer:
             else:
                 yield formats.pack_quantized(part, bits, bool(step.sym), kind)
 
-    def _codes(self, weight: torch.Tensor, gram: torch.Tensor | None, bits: int, name: str) -> Quantized:
-        """Returns the codes that the method chooses."""
+    def _codes(
+        self, weight: torch.Tensor, gram: torch.Tensor | None, bits: int, name: str, gone: torch.Tensor | None
+    ) -> Quantized:
+        """Returns the codes that the method chooses; weights that are `gone` stay zero."""
         step, kind = self.of.step, self.of.scale_type()
         if step.method in ("w8a8", "int8-dynamic"):
             return grid.rtn(weight, 8, -1, True, kind)
@@ -256,6 +257,7 @@ class _Layer:
                 desc_act=bool(step.desc_act),
                 damp_percent=step.damp_percent,
                 kind=kind,
+                gone=gone,
             )
         except ArithmeticError as error:
             self.told.warnings.append(f"{name}: rounded to nearest, for its Gram is {error}; give it more text")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from pydantic import Field, model_validator
 from lighten.budget import Budget
 from lighten.errors import RequestError
 from lighten.stage import Context, Estimate, ModelFacts, Step
-from lighten.store import MANIFEST, Artifact
+from lighten.store import Artifact
 
 if TYPE_CHECKING:
     from lighten.compress.layerwise import Layers, Told
@@ -257,10 +256,10 @@ class _Run:
     def run(self) -> dict[str, Any]:
         """Writes everything and returns the facts."""
         from lighten.compress.layerwise import HEAD, TENSORS_PER_LINEAR, Told
-        from lighten.model.checkpoint import Checkpoint
+        from lighten.compress.parts import write_layers
         from lighten.model.shards import ShardWriter
         from lighten.model.stream import LAYERS
-        from lighten.workers import crew, ordered
+        from lighten.workers import crew
 
         layers, out, count = self.layers, self.out, len(self.layers)
         step, checkpoint = layers.step, layers.checkpoint
@@ -279,14 +278,9 @@ class _Run:
                     self.told.bits[HEAD.removesuffix(".weight")] = 8
                 elif not name.startswith(LAYERS):
                     writer.add(name, checkpoint.tensor(name))
-            parts = [out / f".layer-{index:05d}" for index in range(count)]
-            quantized = ordered(lambda index: layers.quantize(index, parts[index]), count, workers, self._report)
-            for part, answer in zip(parts, quantized, strict=True):
-                stored = Checkpoint(part, {})
-                for name in answer["names"]:
-                    writer.add(name, stored.tensor(name))
-                shutil.rmtree(part)
-                self.told.add(Told(**answer["told"]))
+            tensors = TENSORS_PER_LINEAR * len(checkpoint.tensors(f"{LAYERS}0."))
+            for told in write_layers(writer, out, count, workers, layers.quantize, tensors, self._report):
+                self.told.add(Told(**told))
         self.context.warnings += self.told.warnings
         self._write_config()
         return self._facts()
@@ -320,12 +314,7 @@ class _Run:
         """Copies everything but the weights, and tells the loaders what they will find."""
         step, checkpoint = self.layers.step, self.layers.checkpoint
         quantization = self._quantization()
-        for file in checkpoint.path.iterdir():
-            weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
-            if file.is_file() and not weights and file.name not in (MANIFEST, "config.json"):
-                shutil.copyfile(file, self.out / file.name)
-        config = {**checkpoint.config, "quantization_config": quantization}
-        (self.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        checkpoint.write_others(self.out, {**checkpoint.config, "quantization_config": quantization})
         if step.format == "gptq":
             (self.out / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -12,12 +12,19 @@ from lighten.data.text import digest, load_text
 from lighten.stage import Context, Estimate, ModelFacts, Step
 from lighten.store import Artifact
 
+if TYPE_CHECKING:
+    import torch
+
+
+ANGLES = 1024
+"""Tokens that the angles between layers are measured on."""
+
 
 class Sweep(Step):
     """The calibration set, and the sweep over it."""
 
     kind: ClassVar[str] = "sweep"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     data: str = Field("builtin", description="builtin, a .txt or .jsonl file, or a hub data set")
     samples: int = Field(64, ge=1, description="sequences to run through the model")
@@ -49,6 +56,7 @@ class Sweep(Step):
         import torch
 
         from lighten.compress.gram import LayerInputs
+        from lighten.compress.structured import angular_distances
         from lighten.model.grams import GramWriter
         from lighten.model.stream import LAYERS, StreamedModel
         from lighten.model.tokens import calibration_ids
@@ -61,6 +69,7 @@ class Sweep(Step):
         model = StreamedModel(source.path, context.device, trust_remote_code=context.trust_remote_code)
         hidden, arguments = model.embed(ids)
         writer = GramWriter(out, LAYERS, {"samples": len(ids), "length": self.length, "tokens": ids.numel()})
+        states = [_some(hidden)]
         start = time.monotonic()
         for index, layer in model.stream():
             inputs = LayerInputs(context.device)
@@ -82,10 +91,17 @@ class Sweep(Step):
             for hook in hooks:
                 hook.remove()
             writer.add(inputs.grams, inputs.read_by)
-        writer.close()
+            states.append(_some(hidden))
+        writer.close(ids, angular_distances(states))
         return {
             "format": "grams",
             "samples": len(ids),
             "tokens": ids.numel(),
             "arithmetic": str(model.dtype).removeprefix("torch."),
         }
+
+
+def _some(hidden: torch.Tensor) -> torch.Tensor:
+    """Returns a copy of the states of some tokens, evenly spread: enough for the angles between layers."""
+    states = hidden.flatten(0, 1)
+    return states[:: -(-len(states) // ANGLES)].clone()

@@ -61,6 +61,16 @@ def check_architecture(architecture: str) -> str:
     return ARCHITECTURES[architecture]
 
 
+def _arch(facts: ModelFacts) -> str:
+    """Returns llama.cpp's architecture for a model.
+
+    Its qwen2 takes the heads together to be as wide as the hidden states. Where heads were pruned they are not, and its
+    llama, which has optional biases and only rotates other pairs of rows, computes the same.
+    """
+    arch = check_architecture(facts.architecture)
+    return "llama" if arch == "qwen2" and facts.heads * facts.head_dim != facts.hidden else arch
+
+
 def write(
     source: Path,
     out_file: Path,
@@ -106,7 +116,7 @@ class Draft:
         self.about = about or {}
         self.checkpoint = Checkpoint(source)
         self.config, self.facts = self.checkpoint.config, self.checkpoint.facts
-        self.arch = check_architecture(self.facts.architecture)
+        self.arch = _arch(self.facts)
         self.shapes = _shapes(self.checkpoint)
         self.names = _names(self.arch, self.facts, self.shapes, source)
         """GGUF names of the tensors to write, by Hugging Face name, in the order of the file."""

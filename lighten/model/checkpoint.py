@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from lighten.errors import Failure, RequestError
 from lighten.stage import ModelFacts
+from lighten.store import MANIFEST
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +53,23 @@ class Checkpoint:
                 return dict.fromkeys(shard.keys(), SINGLE)
         refuse_pickle(self.path)
         raise RequestError(f"{self.path} holds a config.json but no {SINGLE} or {INDEX}: not a complete model")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What differs from the directory's own config.json."""
+        return {}
+
+    def head(self) -> torch.Tensor:
+        """Returns the weight of the output head, which may be the embedding."""
+        return self.tensor("model.embed_tokens.weight" if self.facts.tied else "lm_head.weight")
+
+    def write_others(self, out: Path, config: dict[str, Any]) -> None:
+        """Writes everything but the weights into a directory: a config, and the other files as they are."""
+        for file in sorted(self.path.iterdir()):
+            weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
+            if file.is_file() and not weights and file.name not in (MANIFEST, "config.json"):
+                shutil.copyfile(file, out / file.name)
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def _open(self, name: str) -> Any:
         try:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lighten.errors import Failure
 
+IDS = "ids.safetensors"
 BLOCK = 256
 """Rows of a block row of the stored triangle."""
 
@@ -86,8 +87,13 @@ class GramWriter:
         tokens = {name: gram.tokens for name, gram in grams.items()}
         self.index["layers"].append({"inputs": inputs, "tokens": tokens})
 
-    def close(self) -> None:
-        """Writes the index: without it the directory is not complete."""
+    def close(self, ids: torch.Tensor, angles: list[list[float]]) -> None:
+        """Writes the index, without which the directory is not complete, and the token ids of the sweep.
+
+        `angles` are those between the residual streams before any two layers, see `structured.angular_distances`.
+        """
+        save_file({"ids": ids.int()}, self.folder / IDS)
+        self.index["angles"] = angles
         (self.folder / "grams.json").write_text(json.dumps(self.index, indent=1) + "\n")
 
 
@@ -98,6 +104,12 @@ def read_index(folder: Path) -> dict[str, Any]:
         return index
     except (OSError, ValueError) as error:
         raise Failure(f"{folder} does not hold the Grams of a sweep: {error}") from error
+
+
+def read_ids(folder: Path) -> torch.Tensor:
+    """Returns the token ids of a sweep, `[samples, length]`."""
+    ids: torch.Tensor = load_file(folder / IDS)["ids"]
+    return ids.long()
 
 
 def read_layer(folder: Path, layer: int) -> tuple[dict[str, Gram], dict[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,11 +27,13 @@ class Sensitivity:
     counts: torch.Tensor
     """How often each token of the vocabulary occurred, `[vocab]`."""
     tokens: int
+    heads: dict[str, list[float]] = field(default_factory=dict)
+    """By layer: for every query head the mean over tokens of |x · ∂loss / ∂x|, x being what it gives the projection."""
 
     def write(self, folder: Path) -> None:
         """Writes it into a directory."""
         save_file({"gram": self.head_gram.contiguous(), "counts": self.counts}, folder / HEAD)
-        value = {"tokens": self.tokens, "outputs": self.outputs}
+        value = {"tokens": self.tokens, "outputs": self.outputs, "heads": self.heads}
         (folder / FILE).write_text(json.dumps(value, indent=1) + "\n")
 
     @staticmethod
@@ -40,6 +42,6 @@ class Sensitivity:
         try:
             value = json.loads((folder / FILE).read_text())
             tensors = load_file(folder / HEAD)
-            return Sensitivity(value["outputs"], tensors["gram"], tensors["counts"], value["tokens"])
+            return Sensitivity(value["outputs"], tensors["gram"], tensors["counts"], value["tokens"], value["heads"])
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise Failure(f"{folder} does not hold the sensitivities of a model: {error}") from error

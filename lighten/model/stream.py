@@ -56,8 +56,8 @@ class _StandIn(nn.Module):
 class StreamedModel:
     """A causal language model whose decoder layers are loaded one at a time."""
 
-    def __init__(self, path: Path, device: str = "cpu", *, trust_remote_code: bool = False) -> None:
-        """Builds the modules without storage.
+    def __init__(self, source: Path | Checkpoint, device: str = "cpu", *, trust_remote_code: bool = False) -> None:
+        """Builds the modules without storage; `source` is a model directory, or what reads one.
 
         Raises:
             RequestError: the architecture is not supported, or the checkpoint is already quantized.
@@ -66,14 +66,18 @@ class StreamedModel:
 
         from lighten.model import attention
 
-        self.checkpoint = Checkpoint(path)
+        self.checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
+        path = self.checkpoint.path
         if not trust_remote_code:
             check_architecture(self.checkpoint.facts.architecture)
         if self.checkpoint.quantization:
             raise RequestError(f"{path} is already quantized: sweep over the model that it was made from")
         self.device = device
         self.dtype = fast_dtype(device)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if self.checkpoint.changes and not trust_remote_code:
+            config = AutoConfig.for_model(**self.checkpoint.config)
+        else:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **self.checkpoint.changes)
         config._attn_implementation = attention.NAME
         with torch.device("meta"):
             made = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust_remote_code)
@@ -134,9 +138,7 @@ class StreamedModel:
         """
         body = self.model.model
         self._fill(body.norm, self.checkpoint.tensors("model.norm."), "model.norm.")
-        tied = self.checkpoint.facts.tied
-        head = self.checkpoint.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
-        head = head.to(self.device, self.dtype)
+        head = self.checkpoint.head().to(self.device, self.dtype)
         gradient = torch.zeros_like(hidden)
         gram = torch.zeros(hidden.shape[-1], hidden.shape[-1], device=self.device)
         squares = 0.0
@@ -157,6 +159,21 @@ class StreamedModel:
             (gradient[row : row + 1],) = torch.autograd.grad(inputs, state, back)
         body.norm.to("meta")
         return squares / (ids.numel() * len(head)), gram.cpu(), gradient
+
+    @torch.inference_mode()
+    def loss(self, hidden: torch.Tensor, ids: torch.Tensor) -> float:
+        """Returns the mean loss of predicting `ids` `[samples, length]` from the states that the last layer left."""
+        body = self.model.model
+        self._fill(body.norm, self.checkpoint.tensors("model.norm."), "model.norm.")
+        head = self.checkpoint.head().to(self.device, self.dtype)
+        total = 0.0
+        for state, row in zip(hidden, ids, strict=True):
+            inputs = body.norm(state[None, :-1].to(self.device))[0]
+            for part, wanted in zip(inputs.split(HEAD_ROWS), row[1:].split(HEAD_ROWS), strict=True):
+                logits = (part @ head.t()).float()
+                total += float(nn.functional.cross_entropy(logits, wanted.to(self.device), reduction="sum"))
+        body.norm.to("meta")
+        return total / (ids.numel() - len(ids))
 
     def stream(self, reverse: bool = False) -> Iterator[tuple[int, nn.Module]]:
         """Yields every decoder layer, filled, from first to last or back; it is emptied before the next is loaded."""

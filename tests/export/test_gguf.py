@@ -174,7 +174,7 @@ def test_importance_is_the_mean_square(tiny: Tiny, tmp_path: Path) -> None:
         gram.blocks = torch.cat([(rows.T @ rows).reshape(-1)])
         gram.tokens = 40
         writer.add({"in": gram}, {"self_attn.q_proj": "in", "mlp.down_proj": "in"})
-    writer.close()
+    writer.close(torch.zeros(1, 8), [])
     found = export.importance(tmp_path, facts)
     assert sorted(found) == [f"blk.{layer}.{name}.weight" for layer in (0, 1) for name in ("attn_q", "ffn_down")]
     mean = rows.square().mean(0).numpy()

@@ -1,0 +1,150 @@
+"""Structured pruning: which inputs of a projection can go at the least cost, and the repair of what stays.
+
+The MLP's channels are the inputs of its down projection, the attention heads those of its output projection. With the
+Gram H of those inputs, the outputs that a set S of inputs gave can be given by the others as well as least squares
+allows: with K the rest, W' = W H[:,K] H[K,K]⁻¹. What is then lost is tr(W[:,S] (H⁻¹[S,S])⁻¹ W[:,S]ᵀ).
+
+Least squares and that cost are those of optimal brain surgeon (Hassibi & Stork, 1993), for whole inputs at once; the
+angular distance of layers is that of Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers" (2024).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+
+ROUNDS = 16
+"""How often the costs of channels are computed anew while a matrix is emptied: every round removes a part."""
+
+
+def damped(gram: torch.Tensor, damp_percent: float) -> torch.Tensor:
+    """Returns H with a share of its mean diagonal added, so that it can be inverted."""
+    found = gram.clone()
+    found.diagonal().add_(damp_percent * float(gram.diagonal().mean()) or 1.0)
+    return found
+
+
+def refit(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, damp_percent: float) -> torch.Tensor:
+    """Returns weights for the inputs `kept` that give the old output as nearly as they can.
+
+    Args:
+        weight: `[out, in]`.
+        gram: `[in, in]`, float32: XᵀX.
+        kept: positions of the inputs that stay.
+        damp_percent: share of mean diag(H) that pulls the new weights towards the old ones.
+
+    Returns:
+        float32 `[out, kept]`.
+
+    Raises:
+        ArithmeticError: the Gram of the kept inputs could not be factorised.
+    """
+    old = weight.float()
+    gone = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    gone[kept] = False
+    lower, failed = torch.linalg.cholesky_ex(damped(gram, damp_percent)[kept][:, kept])
+    if failed or not torch.isfinite(lower.diagonal()).all():
+        raise ArithmeticError("not positive definite")
+    # as a change of the kept weights: damping then holds them back, and does not shrink them
+    change = torch.cholesky_solve(gram[kept][:, gone] @ old[:, gone].t(), lower)
+    return old[:, kept] + change.t()
+
+
+def removal_order(
+    weight: torch.Tensor, gram: torch.Tensor, size: int, count: int, damp_percent: float, rounds: int = ROUNDS
+) -> list[int]:
+    """Returns which groups of inputs to remove, the cheapest first, each cost as it is once the others are gone.
+
+    Args:
+        weight: `[out, in]`.
+        gram: `[in, in]`, float32.
+        size: neighbouring inputs that go together (1: every input by itself).
+        count: how many groups to name.
+        damp_percent: share of mean diag(H) added to it.
+        rounds: the costs are computed anew this often; few groups get a round each.
+    """
+    w = weight.float().t()  # [in, out]
+    h = damped(gram, damp_percent)
+    left = torch.arange(len(h) // size, device=h.device)
+    order: list[int] = []
+    step = max(1, -(-count // rounds))
+    while len(order) < count:
+        inputs = (left[:, None] * size + torch.arange(size, device=h.device)).flatten()
+        lower, failed = torch.linalg.cholesky_ex(h[inputs][:, inputs])
+        if failed:
+            raise ArithmeticError("not positive definite")
+        inverse = torch.cholesky_inverse(lower)
+        # weights as they are after the repair of what was removed before
+        now = torch.cholesky_solve(h[inputs] @ w, lower)
+        costs = group_costs(now, inverse, size)
+        worst = torch.argsort(costs, stable=True)[: min(step, count - len(order))]
+        order += left[worst].tolist()
+        stays = torch.ones(len(left), dtype=torch.bool, device=h.device)
+        stays[worst] = False
+        left = left[stays]
+    return order
+
+
+def group_costs(weight: torch.Tensor, inverse: torch.Tensor, size: int) -> torch.Tensor:
+    """Returns tr(W[:,S] (H⁻¹[S,S])⁻¹ W[:,S]ᵀ) of groups of `size` neighbouring inputs; `weight` is `[in, out]`."""
+    if size == 1:
+        return weight.square().sum(1) / inverse.diagonal()
+    groups = len(inverse) // size
+    blocks = inverse.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    rows = weight.view(groups, size, -1)
+    costs: torch.Tensor = (rows * torch.linalg.solve(blocks, rows)).sum((1, 2))
+    return costs
+
+
+def energy_order(weight: torch.Tensor, diagonal: torch.Tensor, size: int) -> list[int]:
+    """Returns groups of inputs by H[j,j] · ‖W[:,j]‖², the least first: what they give, as if nothing repaired it."""
+    energy = diagonal * weight.float().square().sum(0)
+    return torch.argsort(energy.view(-1, size).sum(1), stable=True).tolist()
+
+
+def angular_distances(states: list[torch.Tensor]) -> list[list[float]]:
+    """Returns the mean angle, in half turns, between the residual stream before layer l and before layer m.
+
+    Args:
+        states: `[tokens, hidden]` before every layer and after the last one.
+
+    Returns:
+        A row for every l, with an entry for each m ≥ l.
+    """
+    unit = [torch.nn.functional.normalize(state.float(), dim=-1) for state in states]
+    rows = []
+    for first, here in enumerate(unit):
+        cosines = [(here * there).sum(-1).clamp(-1, 1) for there in unit[first:]]
+        rows.append([float(cosine.acos().mean()) / torch.pi for cosine in cosines])
+    return rows
+
+
+def layers_to_remove(distances: list[list[float]], count: int, contiguous: bool) -> list[int]:
+    """Returns the layers across which the residual stream turns least.
+
+    Contiguous ones are the run with the least angle between its ends; free ones are those with the least angle each.
+    """
+    layers = len(distances) - 1
+    if contiguous:
+        first = min(range(layers - count + 1), key=lambda start: distances[start][count])
+        return list(range(first, first + count))
+    return sorted(sorted(range(layers), key=lambda layer: distances[layer][1])[:count])
+
+
+def cheapest(curves: list[list[float]], params: Callable[[tuple[int, ...]], int], most: int) -> tuple[int, ...] | None:
+    """Returns the choice, one from each curve, with the least sum of damages that is small enough; None if none is.
+
+    Args:
+        curves: of every way to prune, the damage of each of its choices.
+        params: weights that a choice leaves.
+        most: weights that may be left.
+    """
+    choices = itertools.product(*(range(len(curve)) for curve in curves))
+    fitting = [choice for choice in choices if params(choice) <= most]
+
+    def damage(choice: tuple[int, ...]) -> float:
+        return sum(curve[index] for curve, index in zip(curves, choice, strict=True))
+
+    return min(fitting, key=damage, default=None)
