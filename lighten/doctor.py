@@ -132,7 +132,7 @@ class _Examiner:
         return read | seen
 
     def _sweep(self, sweep: Sweep, name: str) -> Stage:
-        stage = stage_of(sweep, [self.root], self.todo.source.facts, sweep.samples * sweep.length)
+        stage = stage_of(sweep, {"source": self.root}, self.todo.source.facts, sweep.samples * sweep.length)
         return replace(stage, name=name, variants=["doctor"])
 
     def _part(self, sweep: Sweep, samples: int) -> Stage:

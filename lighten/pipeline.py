@@ -132,6 +132,7 @@ class Builder:
                 "source": {**self.source, **inherited, **({"licence": facts["licence"]} if "licence" in facts else {})},
             }
             artifact = self.store.finish(out, manifest)
+        self.store.drop_scratch(stage.key)
         cost = {
             "what": what(stage),
             "machine": this_machine(),
@@ -166,9 +167,8 @@ class Builder:
         return "lighten.steps:run_step", {
             "kind": stage.kind,
             "settings": stage.step.model_dump(mode="json"),
-            "source": paths[0] if paths else None,
-            "grams": paths[1] if len(paths) > 1 else None,
-            "sensitivity": paths[2] if len(paths) > 2 else None,
+            "inputs": dict(zip(stage.roles, paths, strict=True)),
+            "scratch": str(self.store.scratch(stage.key)) if stage.step.lessons() else None,
             "out": str(out),
             "device": self.device,
             "trust_remote_code": self.trusted,
@@ -350,7 +350,8 @@ def _row(name: str, todo: Plan, builder: Builder, root: Artifact) -> dict[str, A
     artifact = builder.done.get(stage.key)
     if not artifact:
         return row
-    row |= describe(artifact, root.facts["params"]) | {"path": f"variants/{name}"}
+    row |= describe(artifact, _nearest(stage, builder, "params")) | {"path": f"variants/{name}"}
+    row["training"] = _nearest(stage, builder, "training")
     measured = []
     for each, base in zip(todo.measurements[name], todo.measurements[BASELINE], strict=True):
         found, against = builder.done.get(each.key), builder.done.get(base.key)
@@ -362,6 +363,12 @@ def _row(name: str, todo: Plan, builder: Builder, root: Artifact) -> dict[str, A
     return row
 
 
+def _nearest(stage: Stage, builder: Builder, fact: str) -> Any:
+    """Returns a fact of an artifact, or of the nearest that it was made from and has it."""
+    found = builder.done[stage.key].facts.get(fact)
+    return found if found is not None or not stage.parents else _nearest(stage.parents[0], builder, fact)
+
+
 def describe(artifact: Artifact, params: int) -> dict[str, Any]:
     """Returns the columns of a row that need no measuring: format, size, bits per weight, facts."""
     weights = sum(entry["size"] for entry in artifact.manifest["files"] if entry["path"].endswith(WEIGHTS))
@@ -369,7 +376,8 @@ def describe(artifact: Artifact, params: int) -> dict[str, Any]:
         "format": artifact.format,
         "size_bytes": artifact.size_bytes,
         "bits_per_weight": 8 * weights / params,
-        "facts": artifact.facts,
+        "params": params,
+        "facts": {name: value for name, value in artifact.facts.items() if name != "training"},
         "notes": list(artifact.manifest["warnings"]),
     }
 

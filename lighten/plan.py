@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lighten.compress.sensitivity import Sensitivities
 from lighten.data import choices, text
-from lighten.errors import missing_extra
+from lighten.errors import RequestError, missing_extra
 from lighten.evaluate import machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.model.source import Found, Source, find
@@ -40,6 +40,10 @@ class Stage:
     measure: Measure | None = None
     settings: Perplexity | Accuracy | Speed | None = None
     variants: list[str] = field(default_factory=list)
+    roles: tuple[str, ...] = ()
+    """What each parent is to the step: source, grams, …"""
+    facts: ModelFacts | None = None
+    """Sizes of the model that it leaves, as far as they are known before."""
 
     def user(self, variant: str) -> None:
         """Notes that a variant needs this stage and everything it is made from."""
@@ -72,13 +76,26 @@ class Prediction:
     disk_bytes: int
 
 
-def stage_of(step: Step, parents: list[Stage], facts: ModelFacts, tokens: int) -> Stage:
-    """Returns the stage of a step on what its parents make; `tokens` are those of a sweep, for the estimate."""
-    config = step.key_config()
+def stage_of(step: Step, inputs: dict[str, Stage], facts: ModelFacts, tokens: int) -> Stage:
+    """Returns the stage of a step on what its parents make, given by role.
+
+    Of a model with the sizes `facts`; `tokens` are those of a sweep, for the estimate.
+    """
+    config, parents = step.key_config(), list(inputs.values())
     key = stage_key(step.kind, step.version, config, [parent.key for parent in parents])
-    detail = getattr(step, "method", None) or getattr(step, "type", None)
-    name = f"{step.kind} {detail}" if detail else step.kind
-    return Stage(name, step.kind, step.version, key, config, parents, step.predict(facts, tokens), step=step)
+    detail = next((found for name in ("method", "what", "type") if (found := getattr(step, name, None))), None)
+    return Stage(
+        f"{step.kind} {detail}" if detail else step.kind,
+        step.kind,
+        step.version,
+        key,
+        config,
+        parents,
+        step.predict(facts, tokens),
+        step=step,
+        roles=tuple(inputs),
+        facts=step.result(facts),
+    )
 
 
 def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
@@ -90,32 +107,13 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
     source = find(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     chosen = [name for name in recipe.variants if name != BASELINE and (not only or name in only)]
     steps = {name: recipe.steps(name) for name in chosen}
-    for step in (step for variant in steps.values() for step in variant):
-        step.check(source.facts)
-        for module, extra in step.requires():
-            if find_spec(module) is None:
-                raise missing_extra(extra, module, f"the step {step.kind}")
-    builder = _Builder(recipe, source.facts)
-    root = builder.build(
-        Source(
-            model=recipe.model,
-            path=str(source.path),
-            format=source.kind,
-            identity=source.identity,
-            trust_remote_code=recipe.trust_remote_code,
-        ),
-        [],
-    )
+    builder = _Builder(recipe)
+    root = builder.open(source)
     artifacts = {BASELINE: root}
     for name in chosen:
         stage = root
         for step in steps[name]:
-            parents = [stage]
-            if step.needs_sweep():
-                parents.append(builder.build(recipe.calibration, [stage]))
-            if step.needs_sensitivity():
-                parents.append(builder.build(Sensitivities(**recipe.calibration.model_dump()), [stage]))
-            stage = builder.build(step, parents)
+            stage = builder.apply(step, stage, root)
         artifacts[name] = stage
     measurements: dict[str, list[Stage]] = {}
     for name, stage in artifacts.items():
@@ -131,9 +129,9 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
 class _Builder:
     """Makes each stage once."""
 
-    def __init__(self, recipe: Recipe, facts: ModelFacts) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self.stages: dict[str, Stage] = {}
-        self.facts = facts
+        self.recipe = recipe
         self.tokens = recipe.calibration.samples * recipe.calibration.length
         if recipe.calibration.data == "builtin":
             self.tokens = min(self.tokens, int(len(text.builtin_text("calibration")) / BYTES_PER_TOKEN))
@@ -141,9 +139,54 @@ class _Builder:
     def _add(self, stage: Stage) -> Stage:
         return self.stages.setdefault(stage.key, stage)
 
-    def build(self, step: Step, parents: list[Stage]) -> Stage:
-        """Returns the stage of a step."""
-        return self._add(stage_of(step, parents, self.facts, self.tokens))
+    def _build(self, step: Step, facts: ModelFacts, **inputs: Stage) -> Stage:
+        return self._add(stage_of(step, inputs, facts, self.tokens))
+
+    def open(self, found: Found) -> Stage:
+        """Returns the stage of a source."""
+        step = Source(
+            model=found.name,
+            path=str(found.path),
+            format=found.kind,
+            identity=found.identity,
+            trust_remote_code=self.recipe.trust_remote_code,
+        )
+        return self._build(step, found.facts)
+
+    def apply(self, step: Step, stage: Stage, root: Stage) -> Stage:
+        """Returns the stage of a step on what another one leaves, with all that it needs besides.
+
+        Raises:
+            RequestError: a setting that this model cannot have, a missing package, a teacher of other vocabulary.
+        """
+        if isinstance(student := getattr(step, "student", None), str):
+            stage = self.open(find(student, trust_remote_code=self.recipe.trust_remote_code))
+        assert stage.facts
+        step.check(stage.facts)
+        for module, extra in step.requires():
+            if find_spec(module) is None:
+                raise missing_extra(extra, module, f"the step {step.kind}")
+        inputs = {"source": stage}
+        if step.needs_sweep():
+            inputs["grams"] = self._build(self.recipe.calibration, stage.facts, source=stage)
+        if step.needs_sensitivity():
+            sensitivities = Sensitivities(**self.recipe.calibration.model_dump())
+            inputs["sensitivity"] = self._build(sensitivities, stage.facts, source=stage)
+        if lessons := step.lessons():
+            inputs |= self._taught(step, lessons, stage.facts, root)
+        return self._build(step, stage.facts, **inputs)
+
+    def _taught(self, step: Step, lessons: Step, student: ModelFacts, root: Stage) -> dict[str, Stage]:
+        """Returns the teacher of a step, and what it says about the text."""
+        name = getattr(step, "teacher", "source")
+        teacher = root if name == "source" else self.open(find(name, trust_remote_code=self.recipe.trust_remote_code))
+        assert teacher.facts
+        if teacher.facts.vocab != student.vocab:
+            raise RequestError(
+                f"the student has {student.vocab:,} tokens and its teacher {name} {teacher.facts.vocab:,}: "
+                "distillation compares token by token, so take a teacher with the same vocabulary"
+            )
+        return {"teacher": teacher, "lessons": self._build(lessons, teacher.facts, source=teacher)}
 
     def measure(self, stage: Stage, root: Stage, evaluate: Evaluate) -> list[Stage]:
         """Returns the measurements of an artifact; those of other artifacts than the baseline refer to its own."""
@@ -172,7 +215,9 @@ class _Builder:
         if measure == "speed":
             config["machine"] = this_machine()
         key = stage_key("measure", MEASURE_VERSION, config, [parent.key for parent in parents])
-        estimate = predict_measurement(settings, self.facts)
+        facts = parents[0].facts
+        assert facts
+        estimate = predict_measurement(settings, facts)
         return self._add(
             Stage(
                 measure, "measure", MEASURE_VERSION, key, config, parents, estimate, measure=measure, settings=settings

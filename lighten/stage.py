@@ -28,6 +28,12 @@ class Context:
     """Directory of the sweep over the source, for steps whose `needs_sweep` is true."""
     sensitivity: Path | None = None
     """Directory of the sensitivities of the source, for steps whose `needs_sensitivity` is true."""
+    teacher: Path | None = None
+    """Model directory of the teacher, for steps that have `lessons`."""
+    lessons: Path | None = None
+    """Directory of what the teacher said, likewise."""
+    scratch: Path | None = None
+    """Directory that outlives a kill, for steps that have `lessons`: the next run goes on from what lies there."""
     device: str = "cpu"
     trust_remote_code: bool = False
     """Whether the person asked for the code that the model's repository brings."""
@@ -94,6 +100,8 @@ class Step(BaseModel):
 
     kind: ClassVar[str]
     version: ClassVar[int]
+    calibrated: ClassVar[bool] = True
+    """Whether the calibration set is of any use to it."""
 
     def dump(self) -> dict[str, Any]:
         """Returns every setting that has a value, as JSON has it."""
@@ -111,12 +119,20 @@ class Step(BaseModel):
         """True if `run` reads how much the loss depends on each linear; only where `needs_sweep` is true too."""
         return False
 
+    def lessons(self) -> Step | None:
+        """The step that asks a teacher, if `run` learns from one; it has `teacher` and maybe `student` then."""
+        return None
+
     def requires(self) -> list[tuple[str, str]]:
         """Packages the step imports beyond the core, as (module name, extra that brings it)."""
         return []
 
     def check(self, facts: ModelFacts) -> None:
         """Raises RequestError if these settings cannot be used on such a model."""
+
+    def result(self, facts: ModelFacts) -> ModelFacts:
+        """Returns the sizes of what the step makes of such a model, as far as they are known before."""
+        return facts
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns what the step is expected to cost on such a model."""

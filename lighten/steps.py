@@ -13,6 +13,8 @@ from lighten.stage import Context, Report, Step
 from lighten.store import Artifact, read_artifact
 
 STEPS = {
+    "prune": "lighten.compress.prune:Prune",
+    "distill": "lighten.compress.distill:Distill",
     "quantize": "lighten.compress.quantize:Quantize",
     "export": "lighten.export.step:Export",
 }
@@ -22,6 +24,7 @@ INTERNAL = {
     "source": "lighten.model.source:Source",
     "sweep": "lighten.compress.sweep:Sweep",
     "sensitivity": "lighten.compress.sensitivity:Sensitivities",
+    "teacher": "lighten.compress.teacher:Teacher",
 }
 """Stages that the pipeline adds by itself."""
 
@@ -50,7 +53,7 @@ def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Runs one step in this process; the target of `lighten.process.run_isolated`.
 
     Args:
-        payload: kind, settings, source, grams and sensitivity (paths or None), out, device, trust_remote_code.
+        payload: kind, settings, inputs (paths by role: source, grams, …), out, scratch, device, trust_remote_code.
         report: where progress goes.
 
     Returns:
@@ -59,9 +62,14 @@ def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     share_cores()
     step = step_class(payload["kind"])(**payload["settings"])
     out = Path(payload["out"])
-    source = read_artifact(Path(payload["source"])) if payload["source"] else Artifact(out, {})
-    grams, sensitivity = (Path(payload[key]) if payload[key] else None for key in ("grams", "sensitivity"))
-    trusted = payload["trust_remote_code"]
-    context = Context(report, grams, sensitivity, device=payload["device"], trust_remote_code=trusted)
+    inputs = {role: Path(path) for role, path in payload["inputs"].items()}
+    source = read_artifact(inputs.pop("source")) if "source" in inputs else Artifact(out, {})
+    context = Context(
+        report,
+        **inputs,  # type: ignore[arg-type]
+        scratch=Path(payload["scratch"]) if payload["scratch"] else None,
+        device=payload["device"],
+        trust_remote_code=payload["trust_remote_code"],
+    )
     facts = step.run(source, out, context)
     return {**facts, "warnings": context.warnings}

@@ -4,6 +4,7 @@
     <recipe>/v1/ v2/ latest   what a run left: links into objects/, results and report
     costs/<sha256>.json       what building an object took (not part of the object: it differs from run to run)
     locks/<sha256>.lock       held while an object is being built
+    unfinished/<sha256>/…     checkpoints of a stage that can go on where it was killed
 
 An object is written under a temporary name in the same directory and renamed, so a name that exists is complete.
 """
@@ -227,6 +228,16 @@ class Store:
             if path.exists():
                 _remove(path)
 
+    def scratch(self, key: str) -> Path:
+        """Returns a directory that outlives a kill; `drop_scratch` removes it once the object is finished."""
+        path = self.root / "unfinished" / key
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def drop_scratch(self, key: str) -> None:
+        """Removes what `scratch` returned, if it is there."""
+        shutil.rmtree(self.root / "unfinished" / key, ignore_errors=True)
+
     def finish(self, path: Path, manifest: dict[str, Any]) -> Artifact:
         """Hashes what lies under `path`, writes its manifest, makes it read-only and gives it its name."""
         complete = {"schema": 1, **manifest, "files": hash_files(path)}
@@ -273,7 +284,7 @@ class Store:
     @contextlib.contextmanager
     def new_version(self, name: str) -> Iterator[Path]:
         """Yields a temporary directory that becomes the next version of `name` when the block ends well."""
-        if name in ("objects", "locks", "costs"):
+        if name in ("objects", "locks", "costs", "unfinished"):
             raise RequestError(f"a recipe cannot be named {name!r}: the store uses that name; choose another")
         folder = self.root / name
         self._prepare()
@@ -331,16 +342,17 @@ class Store:
         """
         keep = self.referenced()
         removed = []
-        for path in sorted(self.objects.iterdir()) if self.objects.is_dir() else []:
+        folders = [folder for folder in (self.objects, self.root / "unfinished") if folder.is_dir()]
+        for path in sorted(path for folder in folders for path in folder.iterdir()):
             key = next(iter(KEY.findall(path.name)), None)
-            if key is None or path.name in keep:
+            if key is None or (path.name in keep and path.parent == self.objects):
                 continue
             with self.lock(key, wait=False) as held:
                 if not held:
                     continue
                 size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
                 if not dry_run:
-                    self.remove(key) if path.name == key else _remove(path)
+                    self.remove(key) if path == self.objects / key else _remove(path)
                     with contextlib.suppress(FileNotFoundError):
                         (self.root / "costs" / f"{key}.json").unlink()
                 removed.append((path.name, size))

@@ -79,6 +79,16 @@ def quantize(model: str, out: str | Path, **settings: Any) -> Artifact:
     return one_step("quantize", model, out, settings)
 
 
+def prune(model: str, out: str | Path, **settings: Any) -> Artifact:
+    """Prunes a model into the directory `out`: `prune("demo:smollm2-135m", "out", what="mlp", ratio=0.2)`."""
+    return one_step("prune", model, out, settings)
+
+
+def distill(model: str, out: str | Path, **settings: Any) -> Artifact:
+    """Trains a model on its teacher into the directory `out`: `distill("pruned", "out", teacher="org/model")`."""
+    return one_step("distill", model, out, settings)
+
+
 def export_model(model: str, out: str | Path, **settings: Any) -> Artifact:
     """Exports a model into the directory `out`: `export_model(model, "out", format="gguf", type="Q4_K_M")`."""
     return one_step("export", model, out, settings)
@@ -153,6 +163,7 @@ def _measure_one(
         "format": _format(source),
         "size_bytes": size,
         "bits_per_weight": 8 * weights / source.facts.params,
+        "params": source.facts.params,
     }
     measured = []
     try:

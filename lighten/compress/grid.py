@@ -114,6 +114,18 @@ def rtn(
     return Quantized(codes, scale, zero.int(), torch.arange(width, device=w.device) // group)
 
 
+def nearest(
+    weight: torch.Tensor, bits: int, group_size: int, sym: bool, kind: torch.dtype = torch.float16
+) -> torch.Tensor:
+    """Returns the weights `[out, in]` that `rtn` would leave, float32: what training through a grid multiplies by."""
+    w = weight.float()
+    group = w.shape[1] if group_size == -1 else group_size
+    blocks = w.view(len(w), -1, group).transpose(1, 2)  # [out, group, groups], in the order of the memory
+    scale, zero = full_range(blocks, bits, sym, kind)
+    steps, middle = scale[:, None], zero[:, None]
+    return dequantize(quantize(blocks, steps, middle, bits), steps, middle).transpose(1, 2).flatten(1)
+
+
 def search(
     w: torch.Tensor,
     bits: int,

@@ -8,6 +8,7 @@ from lighten.report.allocation import allocations
 from lighten.report.calibration import amount, shared
 from lighten.report.facts import kept, pairs, protocols, sentence
 from lighten.report.headline import headline
+from lighten.report.learning import lessons
 from lighten.report.numbers import NOT_MEASURED, byte_count, duration
 from lighten.report.results import Cost, Results, StageCost, Variant
 from lighten.report.table import Table, first_line, table
@@ -35,6 +36,9 @@ def markdown(results: Results) -> str:
     given = [f"{each.variant}: {'; '.join(kind.line for kind in each.kinds)}" for each in allocations(results)]
     if given:
         parts += ["### Bits by tensor", _bullets(given)]
+    learned = [f"{', '.join(each.variants)}: {each.sentence}" for each in lessons(results)]
+    if learned:
+        parts += ["### Training", _bullets(learned)]
     if results.calibration:
         lines = [amount(results.calibration), *map(shared, results.calibration.overlap)]
         parts += ["### Calibration", _bullets(lines)]

@@ -15,6 +15,7 @@ from lighten.report import calibration, facts, numbers
 from lighten.report.allocation import allocations, draw_allocation
 from lighten.report.drawing import inline
 from lighten.report.headline import headline
+from lighten.report.learning import draw_lessons, lessons
 from lighten.report.markdown import markdown
 from lighten.report.pareto import pareto
 from lighten.report.plots import draw, plots
@@ -39,6 +40,7 @@ def write_report(results: Results, directory: Path) -> list[Path]:
     try:
         drawings = {plot.stem: draw(plot) for plot in plots(results)}
         drawings |= {each.stem: draw_allocation(each) for each in allocations(results)}
+        drawings |= {each.stem: draw_lessons(each) for each in lessons(results)}
     except RequestError as error:
         obstacle = str(error)
     written = {
@@ -78,6 +80,7 @@ def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "") -> str
         table=table(results),
         plots=[(plot, inline(svgs[plot.stem], plot.stem)) for plot in plots(results) if plot.stem in svgs],
         grids=[(each, inline(svgs[each.stem], each.stem)) for each in allocations(results) if each.stem in svgs],
+        lessons=[(each, inline(svgs[each.stem], each.stem)) for each in lessons(results) if each.stem in svgs],
         amount=calibration.amount,
         shared=calibration.shared,
         obstacle=obstacle,

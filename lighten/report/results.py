@@ -136,6 +136,29 @@ class Delta(Section):
     size_ratio: float | None = None
 
 
+class Lesson(Section):
+    """A point of a loss curve: means over the steps since the last point, in nats per token."""
+
+    step: int
+    loss: float
+    ce: float | None = None
+    kl: float | None = None
+
+
+class Look(Section):
+    """Perplexity on the text that was held out from training, after a step."""
+
+    step: int
+    perplexity: float
+
+
+class Training(Section):
+    """How a distillation went."""
+
+    curve: list[Lesson] = []
+    validation: list[Look] = []
+
+
 class Variant(Section):
     """One artifact and everything measured on it."""
 
@@ -149,6 +172,8 @@ class Variant(Section):
     device: str | None = None
     size_bytes: int | None = None
     bits_per_weight: float | None = None
+    params: int | None = None
+    training: Training | None = None
     perplexity: Perplexity | None = None
     divergence: Divergence | None = None
     accuracy: list[Accuracy] = []

@@ -116,6 +116,18 @@ def columns(results: Results) -> list[Column]:
     size_unit, size_scale = byte_unit(v.size_bytes for v in results.measured)
     memory_unit, memory_scale = byte_unit(_peak(v)[0] for v in results.measured)
     setting = _speed_setting(results)
+    counts = {v.params for v in results.measured if v.params}
+    weights = [
+        Column(
+            "params",
+            "Weights",
+            "M",
+            "lower",
+            9,
+            "Millions of weights that are left.",
+            lambda v: Cell() if v.params is None else Cell(significant(v.params / 1e6, 4), (), float(v.params)),
+        )
+    ]
 
     def size(v: Variant) -> Cell:
         if v.size_bytes is None:
@@ -146,6 +158,7 @@ def columns(results: Results) -> list[Column]:
         Column("variant", "Variant", "", "", 0, "Its name in the recipe.", lambda v: Cell(v.name, (), v.name)),
         Column("format", "Format", "", "", 7, "File format of the artifact.", lambda v: _word(v.format)),
         Column("runtime", "Runtime", "", "", 9, "What ran it for these measurements, and on which device.", _runtime),
+        *(weights if len(counts) > 1 else []),
         Column("size", "Size", size_unit, "lower", 1, "All files of the artifact; 1 MB is 10⁶ bytes.", size),
         Column(
             "bits",

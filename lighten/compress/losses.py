@@ -1,0 +1,161 @@
+"""What a student is trained on: the teacher's distribution, the next token, and the teacher's hidden states.
+
+L = α · T² · KL(teacher ‖ student) + (1 − α) · CE, as in Hinton et al., "Distilling the Knowledge in a Neural Network"
+(2015). Of a teacher that was written down, the k likeliest tokens are known and the mass of all the others together:
+the divergence is then that of distributions over k + 1 outcomes, never more than the full one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+ROWS = 512
+"""Positions whose logits are in memory at a time."""
+SMALLEST_REST = 1e-6
+"""Probability that is left to all tokens that are not known, at least."""
+TINY = 1e-38
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is known of the teacher's distribution at a number of positions, at some temperature."""
+
+    tokens: torch.Tensor
+    """`[positions, k]`: the likeliest tokens."""
+    log_probs: torch.Tensor
+    """`[positions, k]`."""
+    rest: torch.Tensor
+    """`[positions]`: log of the mass of all other tokens."""
+
+    def __getitem__(self, rows: slice) -> Targets:
+        return Targets(self.tokens[rows], self.log_probs[rows], self.rest[rows])
+
+
+class Said(Protocol):
+    """A teacher's distributions at a number of positions: those of some, in part or whole (as log-softmax)."""
+
+    def __getitem__(self, rows: slice) -> Targets | torch.Tensor: ...
+
+
+def top(logits: torch.Tensor, count: int, temperature: float) -> Targets:
+    """Returns the `count` likeliest tokens of logits `[positions, vocab]` and the rest of the mass."""
+    log_probs = functional.log_softmax(logits.float() / temperature, -1)
+    best, tokens = log_probs.topk(count)
+    return Targets(tokens, best, log_rest(best))
+
+
+def log_rest(log_probs: torch.Tensor) -> torch.Tensor:
+    """Returns log(1 − Σ exp), finite where nothing is left."""
+    return torch.log1p(-log_probs.exp().sum(-1).clamp(max=1 - SMALLEST_REST))
+
+
+def top_divergence(student: torch.Tensor, teacher: Targets) -> torch.Tensor:
+    """Returns KL(teacher ‖ student) of every position over the known tokens and the rest; `student` is log-softmax."""
+    chosen = student.gather(-1, teacher.tokens)
+    known = teacher.log_probs.exp() * (teacher.log_probs - chosen)
+    return known.sum(-1) + teacher.rest.exp() * (teacher.rest - log_rest(chosen))
+
+
+def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Returns KL(teacher ‖ student) of every position; both are log-softmax, `[positions, vocab]`."""
+    return functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+@dataclass
+class Sums:
+    """Losses added up over positions."""
+
+    kl: float = 0.0
+    ce: float = 0.0
+    positions: int = 0
+
+    def add(self, other: Sums) -> None:
+        """Adds another's."""
+        self.kl += other.kl
+        self.ce += other.ce
+        self.positions += other.positions
+
+
+def head_loss(
+    hidden: torch.Tensor,
+    head: nn.Linear,
+    labels: torch.Tensor,
+    teacher: Said | None,
+    *,
+    alpha: float,
+    temperature: float,
+    scale: float,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, Sums]:
+    """Returns the derivative of the loss by the last hidden states, and what the loss is made of.
+
+    Logits of a few positions are in memory at a time, and their derivatives take their place: autograd would keep
+    several copies. The derivatives by the head's weight are added to its `grad`.
+
+    Args:
+        hidden: `[positions, hidden]`, of which the derivative is wanted.
+        head: the output head, without a bias.
+        labels: `[positions]`, the tokens to predict.
+        teacher: its distributions, or None.
+        alpha: share of the divergence in the loss.
+        temperature: T.
+        scale: what the loss is multiplied by before it is derived: 1 / positions of the step, and a gradient scale.
+        dtype: type that the products are computed in.
+    """
+    sums = Sums(positions=len(labels))
+    weight = head.weight.detach().to(dtype)
+    derived = torch.empty_like(hidden)
+    for start in range(0, len(labels), ROWS):
+        rows = slice(start, start + ROWS)
+        states = hidden.detach()[rows].to(dtype)
+        logits = (states @ weight.t()).float()
+        share = alpha if teacher is not None else 0.0
+        change = torch.zeros((), device=hidden.device)
+        if teacher is not None:
+            soft = torch.softmax(logits if temperature == 1 else logits / temperature, -1)
+            kl, change = _divergence_gradient(soft, teacher[rows])
+            sums.kl += kl
+        plain = torch.softmax(logits, -1, out=logits)
+        likely = plain.gather(-1, labels[rows, None])
+        sums.ce -= float(likely.clamp(min=TINY).log().sum())
+        plain.scatter_add_(-1, labels[rows, None], -torch.ones_like(likely))
+        change = plain.mul_((1 - share) * scale).add_(change, alpha=share * temperature * scale).to(dtype)
+        derived[rows] = change @ weight
+        if head.weight.requires_grad:
+            found = change.t() @ states
+            if head.weight.grad is None:
+                head.weight.grad = found.to(head.weight.dtype)
+            else:
+                head.weight.grad += found
+    return derived, sums
+
+
+def _divergence_gradient(student: torch.Tensor, part: Targets | torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Returns the sum of KL(teacher ‖ student), and its derivative by the logits in units of 1 / T.
+
+    With q the student's probabilities (`student`, which is overwritten): q − p for every token that is known; for
+    the others q · (1 − p_rest / q_rest), since of them only the mass together is told.
+    """
+    if not isinstance(part, Targets):
+        kl = (part.exp() * (part - student.clamp(min=TINY).log())).sum()
+        return float(kl), student.sub_(part.exp())
+    known, rest = part.log_probs.exp(), part.rest.exp()
+    chosen = student.gather(-1, part.tokens)
+    left = (1 - chosen.sum(-1)).clamp(min=SMALLEST_REST)
+    kl = (known * (part.log_probs - chosen.clamp(min=TINY).log())).sum() + (rest * (part.rest - left.log())).sum()
+    factor = 1 - rest / left
+    student.mul_(factor[:, None])
+    student.scatter_(-1, part.tokens, chosen - known)
+    return float(kl), student
+
+
+def hidden_distance(student: torch.Tensor, teacher: torch.Tensor, projection: torch.nn.Module) -> torch.Tensor:
+    """Returns the mean squared distance of projected hidden states from the teacher's, in units of its variance."""
+    wide = teacher.float()
+    distance: torch.Tensor = (projection(student).float() - wide).square().mean()
+    return distance / wide.var().clamp(min=1e-12)

@@ -1,0 +1,111 @@
+"""How a distillation went: loss and divergence by step, and perplexity on the text that was held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lighten.report.drawing import FRONT, INK, MUTED, sheet
+from lighten.report.numbers import significant
+from lighten.report.results import Results, Training
+
+WIDTH, HEIGHT = 360.0, 272.0
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """A training that one or more variants went through."""
+
+    stem: str
+    variants: tuple[str, ...]
+    training: Training
+
+    @property
+    def title(self) -> str:
+        """What the picture is called."""
+        return f"Training of {', '.join(self.variants)}"
+
+    @property
+    def sentence(self) -> str:
+        """What came of it, in words."""
+        curve, looks = self.training.curve, self.training.validation
+        parts = []
+        if curve:
+            parts.append(
+                f"{curve[-1].step:,} steps, loss {significant(curve[0].loss, 3)} → {significant(curve[-1].loss, 3)}"
+            )
+        if looks:
+            best = min(looks, key=lambda look: look.perplexity)
+            parts.append(
+                f"perplexity on what was held out {significant(looks[0].perplexity, 4)} → "
+                f"{significant(best.perplexity, 4)} (kept: step {best.step:,})"
+            )
+        return "; ".join(parts)
+
+
+def lessons(results: Results) -> list[Lessons]:
+    """Returns every training once, with the variants that it is behind."""
+    found: list[tuple[Training, list[str]]] = []
+    for variant in results.variants:
+        if variant.training is None or not variant.training.curve:
+            continue
+        same = next((names for training, names in found if training == variant.training), None)
+        if same is None:
+            found.append((variant.training, [variant.name]))
+        else:
+            same.append(variant.name)
+    return [Lessons(f"training-{n}", tuple(names), training) for n, (training, names) in enumerate(found, 1)]
+
+
+def draw_lessons(each: Lessons) -> tuple[bytes, bytes]:
+    """Returns the curves as SVG and PNG.
+
+    Raises:
+        RequestError: matplotlib is not installed.
+    """
+    shown = each.title if len(each.title) < 52 else f"{each.title[:51]}…"
+    with sheet(each.stem, shown, (WIDTH, HEIGHT)) as drawn:
+        axes = drawn.figure.add_axes((0.125, 0.145, 0.75, 0.69), facecolor="none")
+        curve, looks = each.training.curve, each.training.validation
+        steps = [point.step for point in curve]
+        axes.plot(steps, [point.loss for point in curve], color=INK, lw=1.2, label="loss")
+        if any(point.kl is not None for point in curve):
+            axes.plot(steps, [point.kl for point in curve], color=MUTED, lw=1, ls=(0, (4, 2)), label="KL")
+        axes.set_ylim(bottom=0)
+        _plain(axes, "Nats per token")
+        if looks:
+            other = axes.twinx()
+            other.plot(
+                [look.step for look in looks],
+                [look.perplexity for look in looks],
+                color=FRONT,
+                lw=1.2,
+                marker="o",
+                ms=3.5,
+                label="held-out perplexity (right)",
+            )
+            other.spines["right"].set_visible(True)
+            _plain(other, "Perplexity")
+        lines = [line for part in drawn.figure.axes for line in part.get_lines()]
+        axes.legend(
+            lines,
+            [line.get_label() for line in lines],
+            loc="lower left",
+            bbox_to_anchor=(-0.15, 0.99),
+            ncols=3,
+            frameon=False,
+            fontsize=8,
+            labelcolor=MUTED,
+            handlelength=1.6,
+            columnspacing=1.2,
+        )
+        axes.set_xlabel("Step")
+    return drawn.svg, drawn.png
+
+
+def _plain(axes: Any, label: str) -> None:
+    axes.set_ylabel(label)
+    axes.tick_params(length=0, which="both")
+    if label != "Perplexity":
+        axes.grid(True)
+        axes.set_axisbelow(True)
