@@ -238,11 +238,23 @@ SECTIONS: tuple[tuple[Path, str, str, Callable[[Found], str]], ...] = (
 
 
 def main() -> None:
+    import smaller
+
+    sections = (
+        *SECTIONS,
+        (DOCS, "zeros", "sparsity.json", smaller.zeros),
+        (DOCS, "shrunk", "sparsity.json", smaller.shrunk),
+        (DOCS, "quicker", "sparsity.json", smaller.quicker),
+        (DOCS, "training", "training.json", smaller.training),
+    )
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
-    for page, name, file, section in SECTIONS:
+    for page, name, file, section in sections:
         path = results / file
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if not found.get("summary") and not (found.get("rows") and name in ("growth", "quality", "search")):
+        whole = {"zeros": "perplexity", "shrunk": "perplexity", "quicker": "speed"}.get(name, "rows")
+        if not found.get(
+            "summary" if name in ("comparison", "variants", "peers", "environments", "refusals") else whole
+        ):
             print(f"{page.name}, {name}: {path} is not there or not finished; left as it is")
             continue
         begin = f"<!-- {name}: written by benchmarks/tables.py from benchmarks/results/{file} -->"

@@ -101,8 +101,8 @@ def test_the_reference_is_exact(home: Path, rows: dict[str, dict[str, Any]]) -> 
     assert math.exp(total / (len(chunks) * 511)) == pytest.approx(rows["baseline"]["perplexity"]["value"], rel=1e-5)
 
 
-def test_gptq_loads_in_transformers_and_scores_the_same(home: Path, rows: dict[str, dict[str, Any]]) -> None:
-    """Through AutoModelForCausalLM and GPTQModel's own kernels, in a process of its own: within 0.5 %."""
+def through_gptqmodel(path: Path) -> float:
+    """Returns the perplexity through AutoModelForCausalLM and GPTQModel's own kernels, in a process of its own."""
     script = """
 import math, os, sys
 os.environ["GPTQMODEL_CPU_WORKERS"] = "3"
@@ -122,11 +122,51 @@ with torch.inference_mode():
         total += torch.nn.functional.cross_entropy(logits, chunk[1:], reduction="sum").item()
 print("perplexity", math.exp(total / (len(chunks) * 511)))
 """
-    command = [sys.executable, "-c", script, str(artifact(home, "gptq-int4")), str(CHUNKS)]
+    command = [sys.executable, "-c", script, str(path), str(CHUNKS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
-    theirs = float(done.stdout.split("perplexity ")[1].split()[0])
+    return float(done.stdout.split("perplexity ")[1].split()[0])
+
+
+def test_gptq_loads_in_transformers_and_scores_the_same(home: Path, rows: dict[str, dict[str, Any]]) -> None:
+    theirs = through_gptqmodel(artifact(home, "gptq-int4"))
     assert theirs == pytest.approx(rows["gptq-int4"]["perplexity"]["value"], rel=5e-3)
+
+
+@pytest.fixture(scope="module")
+def more(home: Path) -> Path:
+    """More variants from the same sweep: AWQ, and a fifth of the MLP gone."""
+    recipe = quickstart()
+    thin = {"prune": {"what": "mlp", "ratio": 0.2}}
+    recipe["name"] = "more"
+    recipe["variants"] = {
+        "awq-int4": [{"quantize": {"method": "awq", "group_size": 64}}],
+        "thin": [thin],
+        "thin-unrepaired": [{"prune": {**thin["prune"], "repair": False}}],
+        "thin-f16": [thin, {"export": {"format": "gguf", "type": "F16"}}],
+    }
+    recipe["evaluate"] = {"perplexity": {**recipe["evaluate"]["perplexity"], "samples": CHUNKS}}
+    (home / "more.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    done = lighten("run", "more.yaml", cwd=home)
+    assert done.returncode == 0, done.stderr
+    return home / "artifacts/more/v1"
+
+
+def test_awq_loads_in_transformers_and_scores_the_same(more: Path) -> None:
+    rows = {row["name"]: row for row in json.loads((more / "results.json").read_text())["variants"]}
+    theirs = through_gptqmodel((more / "variants/awq-int4").resolve())
+    assert theirs == pytest.approx(rows["awq-int4"]["perplexity"]["value"], rel=5e-3)
+
+
+def test_least_squares_give_back_a_quarter_of_what_pruning_costs(more: Path) -> None:
+    results = json.loads((more / "results.json").read_text())
+    rows = {row["name"]: row for row in results["variants"]}
+    value = {name: math.log(row["perplexity"]["value"]) for name, row in rows.items()}
+    damage, repaired = (value[name] - value["baseline"] for name in ("thin-unrepaired", "thin"))
+    assert 0 < repaired < 0.75 * damage
+    assert rows["thin"]["params"] < 0.9 * rows["baseline"]["params"]
+    assert math.exp(value["thin-f16"] - value["thin"]) == pytest.approx(1, abs=5e-4)
+    assert rows["thin-f16"]["params"] == rows["thin"]["params"]
 
 
 def test_gguf_f16_is_read_by_gguf_and_llama_cpp(home: Path) -> None:
