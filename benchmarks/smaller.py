@@ -14,8 +14,8 @@ Found = dict[str, Any]
 NAMES = {
     "mlp": "20 % of the MLP channels",
     "heads": "one of three key/value heads",
-    "layers": "2 of 30 layers",
-    "layers-contiguous": "2 neighbouring layers",
+    "layers": "2 of 30 layers, neighbours",
+    "layers-free": "2 of 30 layers, any",
     "target": "a mixture: a tenth of all weights",
 }
 

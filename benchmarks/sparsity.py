@@ -38,7 +38,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     },
     "heads-taylor": [{"prune": {**SHRUNK["heads"], "score": "taylor"}}],
     "layers": [{"prune": {"what": "layers", "count": 2}}],
-    "layers-contiguous": [{"prune": {"what": "layers", "count": 2, "contiguous": True}}],
+    "layers-free": [{"prune": {"what": "layers", "count": 2, "contiguous": False}}],
     "target": [{"prune": {"target": {"ratio": 0.1}}}],
 }
 EXPORTED = ("mlp", "heads", "layers")
@@ -112,7 +112,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             print(f"{name}{score}: {without:+.3f} nats, repaired {with_:+.3f}: {1 - with_ / without:.0%} given back")
     for name in EXPORTED:
         print(f"{name}: {found[name]:.4f}, as GGUF {found[f'{name}-f16']:.4f}")
-    for name in ("heads-taylor", "layers", "layers-contiguous", "target", "magnitude-global-50"):
+    for name in ("heads-taylor", "layers", "layers-free", "target", "magnitude-global-50"):
         print(f"{name}: {found[name]:.2f}")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 STRUCTURED: dict[str, dict[str, Any]] = {
     "mlp": {"score": "cost", "repair": True, "multiple": None},
     "heads": {"score": "cost", "repair": True},
-    "layers": {"contiguous": False},
+    "layers": {"contiguous": True},
 }
 SPARSE: dict[str, dict[str, Any]] = {
     "magnitude": {"scope": "layer"},
@@ -51,7 +51,7 @@ class Prune(Step):
     multiple: int | None = Field(
         None, ge=1, description="mlp: channels that stay are a multiple of this (default: 64 or what divides the width)"
     )
-    contiguous: bool | None = Field(None, description="layers: one run of layers instead of any")
+    contiguous: bool | None = Field(None, description="layers: one run of layers, or any of them (default: one run)")
     method: Literal["magnitude", "wanda", "sparsegpt"] | None = Field(None, description="put zeros in place instead")
     sparsity: float | None = Field(None, gt=0, lt=1, description="share of the weights that become zero")
     pattern: str | None = Field(None, description="instead of a sparsity: N of every M weights are kept, such as 2:4")
@@ -80,7 +80,7 @@ class Prune(Step):
         defaults: dict[str, Any]
         amounts: list[str] = []
         if ways[0] == "target":
-            defaults = {"repair": True, "contiguous": False, "multiple": None}
+            defaults = {"repair": True, "contiguous": True, "multiple": None}
         elif ways[0] == "what":
             defaults, amounts = STRUCTURED.get(name, {}), ["ratio", "count"]
         else:
