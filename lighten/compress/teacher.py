@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 FILE = "teacher.json"
 PER_FILE = 32
 """Sequences in one file."""
-WRITTEN_AT_ONCE = 32
-"""Sequences that the teacher writes side by side."""
 PROMPT = 16
 """Tokens of the text that a sequence written by the teacher begins with."""
 
@@ -52,7 +50,7 @@ class Teacher(Step):
         tokens = (self.samples or len(load_text(self.data, "calibration")) // 4 // self.length) * self.length
         tokens += self.written * self.length
         flops = 2.0 * (facts.layers * facts.layer_linear_params + facts.vocab * facts.hidden) * tokens
-        steps = self.length * -(-self.written // WRITTEN_AT_ONCE)
+        steps = self.length * self.written / 64
         return Estimate(
             fast_flops=flops * (2 if self.written else 1),
             seconds=steps * 2.0 * facts.params / 10e9,
@@ -148,29 +146,22 @@ def _describe(model: Any, ids: torch.Tensor, step: Teacher, out: Path, context: 
 
 
 def _write(model: Any, ids: torch.Tensor, step: Teacher, context: Context) -> torch.Tensor:
-    """Returns sequences that the teacher wrote by sampling from its distribution, each begun by a bit of the text."""
+    """Returns sequences that the teacher writes, each begun by a bit of the text."""
     import torch
-    from transformers import DynamicCache
+
+    from lighten.model.writing import write
 
     generator = torch.Generator().manual_seed(step.seed)
     flat = ids.flatten()
     begin = min(PROMPT, step.length // 2)
     places = torch.randint(0, max(1, len(flat) - begin), (step.written,), generator=generator)
     prompts = torch.stack([flat[place : place + begin] for place in places.tolist()])
-    found = []
-    for first in range(0, step.written, WRITTEN_AT_ONCE):
-        now = prompts[first : first + WRITTEN_AT_ONCE]
-        whole, cache = [now], DynamicCache(config=model.config)
-        for position in range(begin, step.length):
-            output = model(input_ids=now.to(context.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-            probabilities = torch.softmax(output.logits[:, -1].float(), -1).cpu()
-            now = torch.multinomial(probabilities, 1, generator=generator)
-            whole.append(now)
-            done = first * step.length + len(now) * (position + 1)
-            total = step.written * step.length
-            context.report(min(done, total), total, f"the teacher writes, {done:,} of {total:,} tokens")
-        found.append(torch.cat(whole, 1))
-    return torch.cat(found)
+    total = step.written * step.length
+
+    def report(done: int) -> None:
+        context.report(done, total, f"the teacher writes, {done:,} of {total:,} tokens")
+
+    return write(model, prompts, step.length, generator, report)
 
 
 def _save(out: Path, number: int, tensors: dict[str, torch.Tensor]) -> None:

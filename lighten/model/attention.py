@@ -53,6 +53,18 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     return out
 
 
+def attend_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Returns what one query of every head and sequence gets from all keys: `attend` for the next token.
+
+    Query heads that share a key head meet it together, so that keys are read once and copied never.
+    """
+    samples, heads, _, size = query.shape
+    shared = key.shape[1]
+    scores = (query.view(samples, shared, heads // shared, size) @ key.transpose(2, 3)).float().mul_(scale)
+    found = torch.softmax(scores, -1, out=scores).to(value.dtype) @ value
+    return found.reshape(samples, 1, heads, size)
+
+
 def forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -63,10 +75,14 @@ def forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`attend` where it applies, in the form that transformers calls; torch's own kernel elsewhere."""
-    plain = attention_mask is None and query.shape[2] == key.shape[2] and key.shape[-1] == value.shape[-1]
+    plain = attention_mask is None and key.shape[-1] == value.shape[-1]
     fast = query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.is_grad_enabled()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if plain and fast and query.shape[2] == 1:
+        return attend_one(query, key, value, scale), None
+    plain = plain and query.shape[2] == key.shape[2]
     if plain and fast and kwargs.get("is_causal", getattr(module, "is_causal", False)) is not False:
-        return attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+        return attend(query, key, value, scale), None
     found = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return found[0], None
 
