@@ -9,37 +9,44 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-CACHE_BYTES = 768_000_000
+CACHE_BYTES = 1_600_000_000
 """What the keys and values of the sequences that are written side by side may take."""
 MOST = 128
 """Sequences side by side, at most."""
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values in tensors with room for more, so that a token is not paid for with a copy of all before it."""
+    """Keys and values in tensors with room for all that come, so that none is copied when a token is added.
+
+    On a CPU they are float32, which is what `attention.attend_one` multiplies.
+    """
+
+    def __init__(self, length: int) -> None:
+        """Prepares for sequences of a length."""
+        super().__init__()
+        self._length = length
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """Appends keys and values `[samples, heads, new, size]`; returns all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._room: list[torch.Tensor] = []
+            kind = torch.float32 if key_states.device.type == "cpu" else key_states.dtype
+            states, room = (key_states, value_states), self._length
+            self._room = [new.new_empty(*new.shape[:2], room, new.shape[3], dtype=kind) for new in states]
         start = self.get_seq_length()
         stop = start + key_states.shape[2]
-        if not self._room or stop > self._room[0].shape[2]:
-            old, wide = self._room, max(64, 2 * stop)
-            self._room = [new.new_empty(*new.shape[:2], wide, new.shape[3]) for new in (key_states, value_states)]
-            for before, room in zip(old, self._room, strict=False):
-                room[:, :, :start] = before[:, :, :start]
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[:, :, start:stop] = new
-        self.keys, self.values = (room[:, :, :stop] for room in self._room)
+        for room_of, new in zip(self._room, (key_states, value_states), strict=True):
+            room_of[:, :, start:stop] = new
+        self.keys, self.values = (room_of[:, :, :stop] for room_of in self._room)
+        if start == 0:  # the prompt meets itself alone, in the type it came in
+            return key_states, value_states
         return self.keys, self.values
 
 
 def side_by_side(config: Any, length: int) -> int:
     """Returns how many sequences of a length are written at once."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * size * 2 * length
+    each = 2 * config.num_hidden_layers * config.num_key_value_heads * size * 4 * length
     return int(max(1, min(MOST, CACHE_BYTES // each)))
 
 
@@ -60,7 +67,7 @@ def write(
     count = side_by_side(model.config, length)
     for first in range(0, len(prompts), count):
         now = prompts[first : first + count]
-        whole, cache = [now], Cache(layer_class_to_replicate=RoomyLayer)
+        whole, cache = [now], Cache(layers=[RoomyLayer(length) for _ in range(model.config.num_hidden_layers)])
         for position in range(prompts.shape[1], length):
             output = model(input_ids=now.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
             probabilities = torch.softmax(output.logits[:, -1].float(), -1).cpu()

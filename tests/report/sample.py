@@ -82,6 +82,8 @@ def variant(
         "device": "cpu",
         "size_bytes": size,
         "bits_per_weight": bits,
+        "params": 134_515_008,
+        "training": None,
         "perplexity": {"value": ppl, "stderr": ppl * 0.0171, "tokens": 20440, "protocol": PROTOCOL},
         "divergence": None,
         "accuracy": [
