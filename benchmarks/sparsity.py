@@ -77,7 +77,7 @@ def main() -> None:
     found = json.loads((version / "results.json").read_text())
     rows = []
     for row in found["variants"]:
-        if row["perplexity"]:  # the name of the text, not where it lies here
+        if row.get("perplexity"):  # the name of the text, not where it lies here
             row["perplexity"]["protocol"]["data"] = Path(asked.test).name
         kept = ("name", "status", "error", "params", "size_bytes", "runtime", "perplexity", "speed", "memory", "facts")
         rows.append({key: row.get(key) for key in kept})
