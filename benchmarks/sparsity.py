@@ -3,7 +3,7 @@
     python benchmarks/sparsity.py --calibration wikitext2_valid.txt --test wikitext2_test.txt
 
 Writes benchmarks/results/sparsity.json; the objects stay in --artifacts, so that a run that was stopped goes on. The
-published figures beside ours are of Llama-2-7B, WikiText-2, 50 % of the weights (Sun et al., 2024, table 3).
+published figures beside ours are of Llama-2-7B, WikiText-2, 50 % of the weights (Sun et al., 2024).
 """
 
 from __future__ import annotations

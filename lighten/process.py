@@ -198,8 +198,7 @@ def share_cores() -> None:
 def keep_freed_memory() -> None:
     """Asks glibc to keep what is freed, for work that takes the same again and again.
 
-    Large blocks go back to the system otherwise, and every step of a training waits for their pages to be made anew:
-    a step of SmolLM2-135M took 4.9 s instead of 5.6 s.
+    Large blocks go back to the system otherwise, and every step of a training waits for their pages to be made anew.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3
     with contextlib.suppress(AttributeError, OSError):

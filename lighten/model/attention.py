@@ -57,8 +57,7 @@ def attend_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scal
     """Returns what one query of every head and sequence gets from all keys: `attend` for the next token.
 
     Query heads that share a key head meet it together, so that keys are read once. Products are float32: those of
-    bfloat16 with so few rows take torch four times as long on a CPU. Keys and values that are float32 already are
-    not copied.
+    bfloat16 with so few rows are slow in torch on a CPU. Keys and values that are float32 already are not copied.
     """
     samples, heads, _, size = query.shape
     shared = key.shape[1]

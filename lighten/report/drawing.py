@@ -75,6 +75,23 @@ def sheet(stem: str, title: str, size: tuple[float, float]) -> Iterator[Sheet]:
     drawn.svg, drawn.png = svg.getvalue(), png.getvalue()
 
 
+def legend(axes: Any, lines: list[Any] | None = None) -> None:
+    """Puts what the marks mean above the axes: those of `lines`, or of everything that has a label."""
+    named = {} if lines is None else {"handles": lines}
+    axes.legend(
+        **named,
+        loc="lower left",
+        bbox_to_anchor=(-0.15, 0.99),
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+        labelcolor=MUTED,
+        handlelength=1.2,
+        handletextpad=0.4,
+        columnspacing=1.2,
+    )
+
+
 def inline(svg: bytes, stem: str) -> Markup:
     """Returns an SVG for use inside a page: no prolog, ids of its own, colours from the page's variables."""
     text = svg.decode("utf-8")

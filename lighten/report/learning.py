@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lighten.report.drawing import FRONT, INK, MUTED, sheet
+from lighten.report.drawing import FRONT, INK, MUTED, legend, sheet
 from lighten.report.numbers import significant
 from lighten.report.results import Results, Training
 
@@ -87,18 +87,7 @@ def draw_lessons(each: Lessons) -> tuple[bytes, bytes]:
             other.spines["right"].set_visible(True)
             _plain(other, "Perplexity")
         lines = [line for part in drawn.figure.axes for line in part.get_lines()]
-        axes.legend(
-            lines,
-            [line.get_label() for line in lines],
-            loc="lower left",
-            bbox_to_anchor=(-0.15, 0.99),
-            ncols=3,
-            frameon=False,
-            fontsize=8,
-            labelcolor=MUTED,
-            handlelength=1.6,
-            columnspacing=1.2,
-        )
+        legend(axes, lines)
         axes.set_xlabel("Step")
     return drawn.svg, drawn.png
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lighten.report.drawing import FRONT, GROUND, INK, MUTED, sheet
+from lighten.report.drawing import FRONT, GROUND, INK, MUTED, legend, sheet
 from lighten.report.numbers import byte_unit
 from lighten.report.pareto import pareto
 from lighten.report.results import Results
@@ -110,17 +110,7 @@ def _points(axes: Any, plot: Plot) -> None:
         if points:
             drawn = {"ls": "", "ms": 6.5, "mew": 1.2, "zorder": 3, "label": label, **style}
             axes.plot([p.x for p in points], [p.y for p in points], **drawn)
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.15, 0.99),
-        ncols=3,
-        frameon=False,
-        fontsize=8,
-        labelcolor=MUTED,
-        handlelength=1.2,
-        handletextpad=0.4,
-        columnspacing=1.2,
-    )
+    legend(axes)
 
 
 def _scales(axes: Any, plot: Plot) -> None:

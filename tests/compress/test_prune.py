@@ -235,7 +235,7 @@ def test_taylor_scores_are_the_first_order_change_of_the_loss(
     source, grams = swept("llama")
     ids = read_ids(grams)[::4]
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
-    gates, seen = [], []
+    gates = []
     for layer in model.model.layers:
         # a gate for every token and head, so that the size of each token's derivative can be taken
         gate = torch.ones(1, ids.shape[1], 8, 1, requires_grad=True)

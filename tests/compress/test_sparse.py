@@ -105,7 +105,7 @@ def test_sparsegpt_loses_less_than_wanda_and_wanda_less_than_magnitude(pattern: 
         loss(inputs, weight, sparse.wanda(weight, gram.diagonal(), 0.5, pattern)),
         loss(inputs, weight, sparse.magnitude(weight, 0.5, pattern)),
     ]
-    assert lost == sorted(lost) and lost[0] < 0.85 * lost[1]
+    assert lost == sorted(lost) and lost[0] < 0.7 * lost[1]
 
 
 def test_sparsegpt_keeps_the_pattern_and_the_share() -> None:
