@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -15,6 +16,8 @@ from lighten.errors import Failure, LightenError, RequestError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
+
+    from lighten.stage import Step
 
 VERBS = {
     "prune": "Prune a model: one step, no recipe.",
@@ -125,6 +128,18 @@ def plan(
         Console().print(plan_table(todo.recipe.name, rows))
 
 
+def _fields(classes: list[type[Step]]) -> dict[str, FieldInfo]:
+    """Returns the settings of all classes of a step; where two share a name, the first one's, with both's choices."""
+    found: dict[str, FieldInfo] = {}
+    for each in classes:
+        for name, field in each.model_fields.items():
+            known = found.setdefault(name, copy(field))
+            if known is not field and get_origin(known.annotation) is get_origin(field.annotation) is Literal:
+                choices = dict.fromkeys((*get_args(known.annotation), *get_args(field.annotation)))
+                known.annotation = Literal[tuple(choices)]
+    return found
+
+
 def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     """Returns the command-line option of one field of a step's settings; its default stays with the step."""
     kind: Any = field.annotation
@@ -152,10 +167,11 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
 def _add_verb(kind: str) -> None:
     """Adds the command of one step, with a flag for every one of its settings."""
     from lighten.compress.sweep import Sweep
-    from lighten.steps import step_class
+    from lighten.steps import step_classes
 
-    settings = step_class(kind).model_fields
-    calibration = Sweep.model_fields if step_class(kind).calibrated else {}
+    classes = step_classes(kind)
+    settings = _fields(list(classes.values()))
+    calibration = Sweep.model_fields if any(each.calibrated for each in classes.values()) else {}
 
     def verb(model: str, out: Path, artifacts: Path, device: str, as_json: bool, **values: Any) -> None:
         from lighten.progress import watching

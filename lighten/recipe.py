@@ -61,7 +61,7 @@ class Recipe(BaseModel):
 
 
 def _step(kind: str, settings: dict[str, Any]) -> Step:
-    return step_class(kind)(**settings)
+    return step_class(kind, settings)(**settings)
 
 
 def parse_settings(model: type[Checked], settings: dict[str, Any], path: str) -> Checked:
@@ -134,7 +134,9 @@ def parse(value: dict[str, Any], path: str = "recipe", where: Where | None = Non
                 try:
                     _step(kind, settings)
                 except ValidationError as error:
-                    raise _explain(error, path, where, at, step_class(kind)) from error
+                    raise _explain(error, path, where, at, step_class(kind, settings)) from error
+                except RequestError as error:
+                    raise RequestError(f"{_place(path, where, at)}: {error}") from error
     return recipe
 
 

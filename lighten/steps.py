@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,18 @@ from lighten.process import share_cores
 from lighten.stage import Context, Report, Step
 from lighten.store import Artifact, read_artifact
 
-STEPS = {
+STEPS: dict[str, str | dict[str, str]] = {
     "prune": "lighten.compress.prune:Prune",
     "distill": "lighten.compress.distill:Distill",
     "quantize": "lighten.compress.quantize:Quantize",
-    "export": "lighten.export.step:Export",
+    "export": {
+        "gguf": "lighten.export.gguf_step:Gguf",
+        "onnx": "lighten.export.onnx_step:Onnx",
+        "bundle": "lighten.export.bundle_step:Bundle",
+    },
 }
-"""Step kind to "module:Class"; packages add more through the entry-point group `lighten.steps`."""
+"""Step kind to "module:Class", by `format` where a kind has several; packages add more through the entry-point group
+`lighten.steps`."""
 
 INTERNAL = {
     "source": "lighten.model.source:Source",
@@ -29,14 +35,14 @@ INTERNAL = {
 """Stages that the pipeline adds by itself."""
 
 
-def kinds() -> dict[str, str]:
+def kinds() -> dict[str, str | dict[str, str]]:
     """Returns every step kind that a recipe may name."""
     added = {entry.name: entry.value for entry in entry_points(group="lighten.steps")}
     return {**added, **STEPS}
 
 
-def step_class(kind: str) -> type[Step]:
-    """Returns the settings class of a step kind.
+def step_classes(kind: str) -> dict[str, type[Step]]:
+    """Returns the settings classes of a step kind by format; "" for a kind that has one class.
 
     Raises:
         RequestError: there is no such kind.
@@ -44,7 +50,28 @@ def step_class(kind: str) -> type[Step]:
     known = {**kinds(), **INTERNAL}
     if kind not in known:
         raise RequestError(f"there is no step {kind!r}; there is {', '.join(kinds())}")
-    module, _, name = known[kind].partition(":")
+    found = known[kind]
+    return {name: _load(place) for name, place in (found if isinstance(found, dict) else {"": found}).items()}
+
+
+def step_class(kind: str, settings: Mapping[str, Any] | None = None) -> type[Step]:
+    """Returns the settings class of a step kind, for these settings.
+
+    Raises:
+        RequestError: there is no such kind, or it has no such format.
+    """
+    found = ({**kinds(), **INTERNAL}).get(kind)
+    if not isinstance(found, dict):
+        return step_classes(kind)[""]
+    given = (settings or {}).get("format")
+    if given not in found:
+        said = f"not {given!r}" if given is not None else "and none was given"
+        raise RequestError(f"{kind}: format must be one of {', '.join(found)}, {said}")
+    return _load(found[given])
+
+
+def _load(place: str) -> type[Step]:
+    module, _, name = place.partition(":")
     found: type[Step] = getattr(importlib.import_module(module), name)
     return found
 
@@ -60,7 +87,7 @@ def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         The facts of what was written, and the warnings.
     """
     share_cores()
-    step = step_class(payload["kind"])(**payload["settings"])
+    step = step_class(payload["kind"], payload["settings"])(**payload["settings"])
     out = Path(payload["out"])
     inputs = {role: Path(path) for role, path in payload["inputs"].items()}
     source = read_artifact(inputs.pop("source")) if "source" in inputs else Artifact(out, {})

@@ -47,7 +47,7 @@ def one_step(
     if target.exists():
         raise RequestError(f"{target} exists already: choose another directory or remove it")
     command = f"lighten {kind}"
-    parse_settings(step_class(kind), settings, command)
+    parse_settings(step_class(kind, settings), settings, command)
     swept = parse_settings(Sweep, calibration or {}, command)
     variants = {"result": [{kind: settings}]}
     recipe = Recipe(name=kind, model=model, calibration=swept, variants=variants)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lighten.compress.quantize import Quantize
 from lighten.compress.sweep import Sweep
-from lighten.export.step import Export
+from lighten.export.gguf_step import Gguf
 from lighten.store import Store, find_damage
 
 RECIPE = """name: tiny
@@ -76,7 +76,7 @@ def test_help_names_the_commands(tmp_path: Path) -> None:
         assert re.search(rf"^\s+{command}\s", done.stdout, re.MULTILINE), command
 
 
-@pytest.mark.parametrize(("verb", "settings"), [("quantize", Quantize), ("export", Export)])
+@pytest.mark.parametrize(("verb", "settings"), [("quantize", Quantize), ("export", Gguf)])
 def test_a_verb_has_a_flag_for_every_setting(tmp_path: Path, verb: str, settings: type) -> None:
     text = lighten(verb, "--help", cwd=tmp_path).stdout
     for name in {**settings.model_fields, **Sweep.model_fields}:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from lighten.errors import RequestError
 from lighten.export import budget, ggml
 from lighten.export.gguf import Draft, importance
-from lighten.export.step import Export
+from lighten.export.gguf_step import Gguf
 from lighten.model.grams import Gram, GramWriter, read_layer
 from lighten.model.sensitivity import Sensitivity
 from lighten.stage import Context
@@ -65,7 +65,7 @@ def fitted(source: Path, folder: Path, value: Any, reports: list[tuple[int, int,
     sensed(source).write(folder.parent)
     if reports is not None:
         context.report = lambda *report: reports.append(report)
-    return Export(format="gguf", budget=value).run(Artifact(source, {"format": "hf"}), folder, context)
+    return Gguf(format="gguf", budget=value).run(Artifact(source, {"format": "hf"}), folder, context)
 
 
 @pytest.mark.parametrize(
@@ -79,10 +79,10 @@ def fitted(source: Path, folder: Path, value: Any, reports: list[tuple[int, int,
     ],
 )
 def test_a_budget_is_read_from_text(text: Any, mapping: dict[str, Any]) -> None:
-    step = Export(format="gguf", budget=text)
+    step = Gguf(format="gguf", budget=text)
     assert step.model_dump(exclude_none=True)["budget"] == mapping
     assert step.needs_sweep()
-    assert Export(**step.model_dump(mode="json")) == step
+    assert Gguf(**step.model_dump(mode="json")) == step
 
 
 @pytest.mark.parametrize(
@@ -100,18 +100,18 @@ def test_a_budget_is_read_from_text(text: Any, mapping: dict[str, Any]) -> None:
 )
 def test_wrong_budgets(settings: dict[str, Any], why: str) -> None:
     with pytest.raises(ValidationError, match=why):
-        Export(format="gguf", **settings)
+        Gguf(format="gguf", **settings)
 
 
 def test_a_step_without_a_budget_keeps_its_key() -> None:
-    assert Export(format="gguf").key_config() == {"format": "gguf", "type": "Q4_K_M", "imatrix": False}
+    assert Gguf(format="gguf").key_config() == {"format": "gguf", "type": "Q4_K_M", "imatrix": False}
 
 
 def test_prediction() -> None:
-    estimate = Export(format="gguf", budget="1MB").predict(FACTS, 0)
+    estimate = Gguf(format="gguf", budget="1MB").predict(FACTS, 0)
     assert estimate.disk_bytes == 1_000_000
     assert estimate.float32_flops > 0
-    assert Export(format="gguf", budget="bits=4").predict(FACTS, 0).disk_bytes == FACTS.params // 2
+    assert Gguf(format="gguf", budget="bits=4").predict(FACTS, 0).disk_bytes == FACTS.params // 2
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-bias", "llama3", "qwen2"])
@@ -183,7 +183,7 @@ def test_same_bytes_twice(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_needs_a_calibration_set(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="a budget needs a calibration set"):
-        Export(format="gguf", budget="bits=5").run(Artifact(tiny(), {"format": "hf"}), tmp_path, Context())
+        Gguf(format="gguf", budget="bits=5").run(Artifact(tiny(), {"format": "hf"}), tmp_path, Context())
 
 
 @pytest.mark.parametrize("type", sorted({*budget.WIDE, *budget.NARROW}))

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from lighten.errors import RequestError
 from lighten.export import gguf as export
-from lighten.export.step import Export
+from lighten.export.gguf_step import Gguf
 from lighten.model import gguf_source
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import Gram, GramWriter
@@ -43,34 +43,34 @@ def sweep(folder: Path, layers: int) -> Path:
 
 
 def test_settings() -> None:
-    assert Export(format="gguf").type == "Q4_K_M"
-    assert not Export(format="gguf").needs_sweep()
-    assert Export(format="gguf", imatrix=True).needs_sweep()
-    assert not Export(format="gguf", type="F16", imatrix=True).needs_sweep()
-    assert Export(format="gguf", type="F16").requires() == [("gguf", "gguf")]
-    assert Export(format="gguf").requires() == [("gguf", "gguf"), ("llama_cpp", "gguf")]
+    assert Gguf(format="gguf").type == "Q4_K_M"
+    assert not Gguf(format="gguf").needs_sweep()
+    assert Gguf(format="gguf", imatrix=True).needs_sweep()
+    assert not Gguf(format="gguf", type="F16", imatrix=True).needs_sweep()
+    assert Gguf(format="gguf", type="F16").requires() == [("gguf", "gguf")]
+    assert Gguf(format="gguf").requires() == [("gguf", "gguf"), ("llama_cpp", "gguf")]
     for wrong in ({"format": "onnx"}, {"format": "gguf", "type": "Q4_K_X"}, {"format": "gguf", "bits": 4}):
         with pytest.raises(ValidationError):
-            Export(**wrong)  # type: ignore[arg-type]
+            Gguf(**wrong)  # type: ignore[arg-type]
 
 
 def test_settings_import_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'gguf', 'llama_cpp', 'transformers', 'tokenizers'}"
-    script = f"import sys, lighten.export.step, lighten.export.gguf; assert not {heavy} & set(sys.modules)"
+    script = f"import sys, lighten.export.gguf_step, lighten.export.gguf; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_check_and_prediction() -> None:
     with pytest.raises(RequestError, match="does not know PhiForCausalLM; it knows LlamaForCausalLM"):
-        Export(format="gguf").check(ModelFacts("PhiForCausalLM", 2, 256, 256, 4, 2, 64, 1006, False))
+        Gguf(format="gguf").check(ModelFacts("PhiForCausalLM", 2, 256, 256, 4, 2, 64, 1006, False))
     narrow = ModelFacts("LlamaForCausalLM", 2, 256, 250, 4, 2, 64, 1006, False)
     with pytest.raises(RequestError, match="multiples of 32, this model has rows of 250"):
-        Export(format="gguf", type="Q8_0").check(narrow)
-    Export(format="gguf", type="Q4_K_M").check(narrow)
-    small, large = (Export(format="gguf", type=type).predict(FACTS, 0) for type in ("F16", "F32"))
+        Gguf(format="gguf", type="Q8_0").check(narrow)
+    Gguf(format="gguf", type="Q4_K_M").check(narrow)
+    small, large = (Gguf(format="gguf", type=type).predict(FACTS, 0) for type in ("F16", "F32"))
     assert 2 * small.disk_bytes == large.disk_bytes == 4 * FACTS.params
     odd = ModelFacts("LlamaForCausalLM", 30, 576, 1536, 9, 3, 64, 49152, True)
-    assert Export(format="gguf").predict(odd, 0).disk_bytes == pytest.approx(105_454_080, rel=0.02)
+    assert Gguf(format="gguf").predict(odd, 0).disk_bytes == pytest.approx(105_454_080, rel=0.02)
 
 
 @pytest.mark.parametrize("imatrix", [False, True])
@@ -79,7 +79,7 @@ def test_writes_one_file_and_tells_what_it_is(tiny: Tiny, tmp_path: Path, imatri
     out.mkdir()
     context = Context(grams=sweep(tmp_path / "grams", 2))
     source = artifact(tiny(), source={"id": "someone/Tiny-1B", "licence": "mit"})
-    facts = Export(format="gguf", imatrix=imatrix).run(source, out, context)
+    facts = Gguf(format="gguf", imatrix=imatrix).run(source, out, context)
     assert [path.name for path in out.iterdir()] == ["model-Q4_K_M.gguf"]
     assert facts["format"] == "gguf"
     assert facts["type"] == "Q4_K_M"
@@ -101,7 +101,7 @@ def test_writes_one_file_and_tells_what_it_is(tiny: Tiny, tmp_path: Path, imatri
 def test_plain_file_and_its_warnings(tiny: Tiny, tmp_path: Path) -> None:
     context = Context()
     source = artifact(tiny("mistral", sliding_window=64), source={"id": "/home/someone/models/mine"})
-    facts = Export(format="gguf", type="F16").run(source, tmp_path, context)
+    facts = Gguf(format="gguf", type="F16").run(source, tmp_path, context)
     assert facts["tensor_types"] == {"F16": 16, "F32": 5}
     assert "last 64 tokens" in context.warnings[0]
     assert b"/home/someone" not in (tmp_path / "model-F16.gguf").read_bytes()
@@ -113,16 +113,16 @@ def test_importance_reaches_the_file(tiny: Tiny, tmp_path: Path) -> None:
     for imatrix in (False, True):
         out = tmp_path / str(imatrix)
         out.mkdir()
-        Export(format="gguf", type="Q3_K_M", imatrix=imatrix).run(artifact(tiny()), out, Context(grams=grams))
+        Gguf(format="gguf", type="Q3_K_M", imatrix=imatrix).run(artifact(tiny()), out, Context(grams=grams))
         files.append((out / "model-Q3_K_M.gguf").read_bytes())
     assert files[0] != files[1]
 
 
 def test_refuses_other_sources(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="this one is gptq: export before quantizing"):
-        Export(format="gguf").run(artifact(tiny(), "gptq"), tmp_path, Context())
+        Gguf(format="gguf").run(artifact(tiny(), "gptq"), tmp_path, Context())
     with pytest.raises(RequestError, match="needs a calibration set"):
-        Export(format="gguf", imatrix=True).run(artifact(tiny()), tmp_path, Context())
+        Gguf(format="gguf", imatrix=True).run(artifact(tiny()), tmp_path, Context())
     assert list(tmp_path.iterdir()) == []
 
 
