@@ -117,6 +117,8 @@ class Builder:
             outcome = run_isolated(target, payload, report, fresh=stage.measure == "speed")
             facts = dict(outcome.value)
             warnings = facts.pop("warnings", [])
+            if promised := stage.step.promises() if stage.step else None:
+                facts |= self._kept(promised, stage, out, facts, warnings, report)
             origin = stage.parents[0].key if stage.parents else None
             inherited = self.done[origin].manifest["source"] if origin else {}
             manifest = {
@@ -146,6 +148,31 @@ class Builder:
             self.watcher.say(f"{stage.name}: {warning}")
         self.watcher.ended(stage, outcome.seconds, None)
         return artifact
+
+    def _kept(
+        self,
+        promised: dict[str, Any],
+        stage: Stage,
+        out: Path,
+        facts: dict[str, Any],
+        warnings: list[str],
+        report: Report,
+    ) -> dict[str, Any]:
+        """Returns what was found when an export was compared with its source; adds to the warnings.
+
+        Raises:
+            Failure: it is not the same model any more.
+        """
+        made = out / str(facts["file"]) if "file" in facts else out
+        payload = {
+            "source": str(self.done[stage.parents[0].key].path),
+            "made": str(made),
+            "trust_remote_code": self.trusted,
+            **promised,
+        }
+        found: dict[str, Any] = run_isolated("lighten.parity:check", payload, report).value
+        warnings += found.pop("warnings")
+        return found
 
     def _task(self, stage: Stage, out: Path) -> tuple[str, dict[str, Any]]:
         paths = [str(self.done[parent.key].path) for parent in stage.parents]

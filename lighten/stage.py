@@ -119,6 +119,10 @@ class Step(BaseModel):
         """True if `run` reads how much the loss depends on each linear; only where `needs_sweep` is true too."""
         return False
 
+    def promises(self) -> dict[str, Any] | None:
+        """Limits within which what it writes must still be its source (see `lighten.parity`); None if it may differ."""
+        return None
+
     def lessons(self) -> Step | None:
         """The step that asks a teacher, if `run` learns from one; it has `teacher` and maybe `student` then."""
         return None

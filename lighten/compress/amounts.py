@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Self
+from typing import Annotated, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from lighten.errors import RequestError
+from lighten.settings import Settings
 from lighten.stage import ModelFacts
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
@@ -37,26 +38,16 @@ def parse_count(text: str) -> int:
     return round(float(found[1]) * _UNITS[found[2].upper()])
 
 
-class Target(BaseModel):
+class Target(Settings):
     """One of the two. As text "ratio=0.2", "params=100M" or "100M"."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    bare: ClassVar[str | None] = "params"
+    example: ClassVar[str] = "ratio=0.2, or params=100M"
 
     ratio: float | None = Field(None, gt=0, lt=1, description="share of all weights that goes")
     params: Annotated[int, BeforeValidator(lambda n: parse_count(n) if isinstance(n, str) else n)] | None = Field(
         None, gt=0, description="weights that may be left, such as 100M"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        if found := re.fullmatch(r"\s*(ratio|params)\s*=\s*(.+)", value):
-            return {found[1]: found[2]}
-        if re.search(r"[A-Za-z]", value):
-            return {"params": value}
-        raise ValueError("say what the target is: ratio=0.2, or params=100M")
 
     @model_validator(mode="after")
     def _one(self) -> Self:

@@ -6,38 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from lighten.compress.amounts import parse_pattern
 from lighten.compress.teacher import Teacher
 from lighten.data.text import load_text
 from lighten.errors import Failure, RequestError
+from lighten.settings import Settings
 from lighten.stage import Context, Estimate, ModelFacts, Step
 from lighten.store import Artifact
 
 BACKWARD = 3
 """Products of a forward and a backward pass, in forward passes."""
-
-
-def _from_text(value: Any) -> Any:
-    """Reads "bits=3,group_size=64" as the command line gives it."""
-    if not isinstance(value, str):
-        return value
-    pairs = [part.partition("=") for part in value.split(",")]
-    if not all(sign for _, sign, _ in pairs):
-        raise ValueError("give settings such as bits=4,group_size=64")
-    return {name.strip(): text.strip() for name, _, text in pairs}
-
-
-class Settings(BaseModel):
-    """Settings inside a step's settings, which the command line gives as text."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read(cls, value: Any) -> Any:
-        return _from_text(value)
 
 
 class Grid(Settings):
@@ -46,17 +26,6 @@ class Grid(Settings):
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[-1, 32, 64, 128] = 128
     sym: bool = True
-
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers(cls, value: Any) -> Any:
-        value = _from_text(value)
-        if isinstance(value, dict):
-            return {
-                name: int(given) if isinstance(given, str) and given.lstrip("-").isdigit() else given
-                for name, given in value.items()
-            }
-        return value
 
 
 class Movement(Settings):
@@ -85,7 +54,7 @@ class Shape(Settings):
 
 
 def _student(value: Any) -> Any:
-    return _from_text(value) if isinstance(value, str) and "=" in value else value
+    return Shape.model_validate(value) if isinstance(value, str) and "=" in value else value
 
 
 class Distill(Step):

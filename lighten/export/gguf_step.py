@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from lighten.budget import Budget
 from lighten.errors import RequestError
@@ -43,7 +43,7 @@ _TRY_SECONDS = 5e-7
 class Gguf(Export):
     """Writes one file `model-<type>.gguf`, or `model-budget.gguf`."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     format: Literal["gguf"] = Field(description="what to write")
     type: Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "budget"] = Field(
@@ -71,20 +71,16 @@ class Gguf(Export):
             raise ValueError("type budget needs a `budget`: size=90MB, or bits=4.5")
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_absent_budget(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves out a budget that is not there, so that a step without one keeps its key."""
-        settings: dict[str, Any] = dump(self)
-        return {name: value for name, value in settings.items() if name != "budget" or value}
+    optional: ClassVar[tuple[str, ...]] = ("parity", "budget")
 
     @property
-    def quantized(self) -> bool:
+    def rounded(self) -> bool:
         """Whether llama.cpp quantizes the weights."""
         return self.type not in ("F32", "F16", "BF16")
 
     def needs_sweep(self) -> bool:
         """True with an importance matrix: it is the diagonal of the Grams. A budget needs all of them."""
-        return self.imatrix and self.quantized
+        return self.imatrix and self.rounded
 
     def needs_sensitivity(self) -> bool:
         """True with a budget: errors of different matrices are weighed by what they cost the loss."""
@@ -92,7 +88,7 @@ class Gguf(Export):
 
     def requires(self) -> list[tuple[str, str]]:
         """`gguf` to write, `llama_cpp` to quantize."""
-        return [("gguf", "gguf"), *([("llama_cpp", "gguf")] if self.quantized else [])]
+        return [("gguf", "gguf"), *([("llama_cpp", "gguf")] if self.rounded else [])]
 
     def check(self, facts: ModelFacts) -> None:
         """Refuses architectures that cannot be written, and widths that the type's blocks do not fit."""
@@ -117,7 +113,7 @@ class Gguf(Export):
         else:
             bits = _FALLBACK_BITS.get(self.type, _BITS[self.type]) if facts.hidden % 256 else _BITS[self.type]
             size = int(facts.params * bits / 8)
-            seconds = _WRITE_SECONDS + (_QUANTIZE_SECONDS.get(self.type, 1.5e-8) if self.quantized else 0.0)
+            seconds = _WRITE_SECONDS + (_QUANTIZE_SECONDS.get(self.type, 1.5e-8) if self.rounded else 0.0)
         return Estimate(
             seconds=seconds * facts.params,
             float32_flops=_trial_flops(facts) if self.budget else 0.0,
@@ -157,7 +153,7 @@ class Gguf(Export):
                 prices = Prices(context.grams, Sensitivity.read(context.sensitivity))
                 chosen = fit(draft, file, self.budget.size, self.budget.bits, prices, weights, context.report)
                 return {**gguf.describe(file, self.type), "imatrix": True, **chosen}
-        if not self.quantized:
+        if not self.rounded:
             context.warnings += gguf.write(source.path, file, self.type, context.report, origin)
             return {**gguf.describe(file, self.type), "imatrix": False}
         plain = out / "plain.gguf"

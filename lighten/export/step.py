@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from lighten.settings import Settings
 from lighten.stage import Step
 from lighten.store import Artifact
+
+PLAIN_LIMITS = {"perplexity": 0.0005, "top1": 0.99}
+"""What an export that rounds nothing keeps to, unless the recipe says otherwise."""
+
+
+class Parity(Settings):
+    """How close an export must come to its source, on the same token ids."""
+
+    example: ClassVar[str] = "top1=0.9,perplexity=0.05"
+
+    perplexity: float | None = Field(None, gt=0, description="largest relative change of the perplexity")
+    top1: float | None = Field(None, ge=0, le=1, description="least share of positions with the same likeliest token")
+    tokenizer: float = Field(1.0, ge=0, le=1, description="least share of hard strings that get the same ids")
+    tokens: int = Field(1024, ge=0, description="token ids that both compute; 0 compares the tokenizers only")
 
 
 class Export(Step):
@@ -16,6 +31,28 @@ class Export(Step):
     kind: ClassVar[str] = "export"
 
     format: Literal["gguf", "onnx", "bundle"] = Field(description="what to write")
+    parity: Parity | None = Field(
+        None, description="how close it must come to its source: top1=0.9,perplexity=0.05 (unrounded: 0.99, 0.0005)"
+    )
+
+    @property
+    def rounded(self) -> bool:
+        """Whether weights are rounded, so that another perplexity is no mistake."""
+        return False
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what is not there and came later, so that a step without it keeps its key."""
+        settings: dict[str, Any] = dump(self)
+        return {name: value for name, value in settings.items() if value is not None or name not in self.optional}
+
+    optional: ClassVar[tuple[str, ...]] = ("parity",)
+
+    def promises(self) -> dict[str, Any]:
+        """Returns the limits that what it writes is checked against."""
+        asked = self.parity or Parity.model_validate({})
+        given = asked.model_dump(exclude={"tokens"}, exclude_none=True)
+        return {"limits": {**({} if self.rounded else PLAIN_LIMITS), **given}, "tokens": asked.tokens}
 
 
 def about(source: Artifact) -> dict[str, str]:

@@ -366,7 +366,7 @@ def _zeros(stored: dict[str, torch.Tensor], settings: dict[str, Any]) -> torch.T
         ({"method": "wanda", "pattern": "4:2"}, "a pattern is N:M with 0 < N < M"),
         ({"method": "magnitude", "pattern": "2:4", "scope": "global"}, "a pattern is a choice among neighbours"),
         ({"what": "mlp", "ratio": 0.2, "score": "taylor"}, "the score taylor is for heads"),
-        ({"target": "0.2"}, "say what the target is"),
+        ({"target": "0.2"}, "such as ratio=0.2, or params=100M"),
         ({"target": {"ratio": 0.1, "params": "1M"}}, "a target is one of the two"),
         ({"what": "mlp", "ratio": 1.5}, "less than 1"),
     ],

@@ -39,7 +39,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"budget": "size=90 apples"}, "'90 apples' is not a size"),
     ({"budget": "bits=0"}, "budget.bits"),
     ({"budget": "4.25"}, "4.25"),
-    ({"budget": "speed=3"}, "speed=3"),
+    ({"budget": "speed=3"}, "speed: unknown key"),
     ({"damp_percent": 1.5}, "damp_percent"),
     ({"method": "w8a8", "alpha": 1.1}, "alpha"),
     ({"method": "nf4", "block_size": 100}, "block_size"),

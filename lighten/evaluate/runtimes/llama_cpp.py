@@ -170,6 +170,23 @@ class LlamaCppRuntime:
         every = np.ones(len(ids), dtype=np.bool_)
         return self._decode(context, _Batch(self._library, ids, np.arange(len(ids)), [[0]] * len(ids), every))
 
+    def watched(self, callback: Any, ids: Ids) -> None:
+        """Computes `ids [n]` in one batch while ggml calls `callback(tensor, asking, data)` for every tensor."""
+        library = self._library
+        self._free_context()
+        params = library.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = len(ids)
+        params.n_threads = params.n_threads_batch = machine.cores()
+        params.cb_eval = type(params.cb_eval)(callback)
+        context = library.llama_init_from_model(self._model.handle, params)
+        if not context:
+            raise Failure(f"llama.cpp cannot make room for {len(ids)} tokens: {_log().take()}")
+        try:
+            every = np.ones(len(ids), dtype=np.bool_)
+            self._decode(context, _Batch(library, ids, np.arange(len(ids)), [[0]] * len(ids), every))
+        finally:
+            library.llama_free(context)
+
     def hidden(self) -> Floats | None:
         """See `Runtime`: llama.cpp does not show it."""
         return None

@@ -1,0 +1,232 @@
+"""Is an exported file, opened by the runtime that will serve it, still the model that it was made from?
+
+Both are given the same token ids; the tokenizer, the chat template and the special tokens are compared by what they
+do. What is not the same is said together with the first place inside the model where the two part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
+
+import numpy as np
+
+from lighten.data.hard import hard_strings
+from lighten.data.text import builtin_text
+from lighten.errors import Failure
+from lighten.stage import Report
+
+if TYPE_CHECKING:
+    from lighten.evaluate.runtimes import Ids, Runtime
+
+CHUNK = 256
+PARTED = 0.02
+"""Share of a state's size by which it may be off where a file of 16 bits or more is faithful."""
+
+CHATS = (
+    [{"role": "user", "content": "What is 2 + 2?"}],
+    [
+        {"role": "system", "content": "Answer briefly."},
+        {"role": "user", "content": "Name a river."},
+        {"role": "assistant", "content": "The Elbe."},
+        {"role": "user", "content": "Another?\n"},
+    ],
+)
+Chat = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Words:
+    """What turns text into ids."""
+
+    encode: Callable[[str], list[int]]
+    bos: int | None
+    """The id that a text begins with."""
+    eos: int | None
+    render: Callable[[Chat], str] | None
+    """Writes a chat with the model's template; None if it has none."""
+    special: tuple[str, ...] = ()
+
+
+def check(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Compares an export with its source.
+
+    Args:
+        payload: `source` and `made` (paths), `limits` (`perplexity`, relative, and `top1` and `tokenizer`, shares; each
+            may be None), `tokens`, `trust_remote_code`.
+        report: told of every chunk.
+
+    Returns:
+        The facts, under `parity`, and warnings.
+
+    Raises:
+        Failure: it is outside its limits; says of what, and where the two first differ.
+    """
+    from lighten.evaluate.runtimes import open_runtime
+
+    source, made, limits = Path(payload["source"]), Path(payload["made"]), payload["limits"]
+    report(0, 1, "tokenizers")
+    facts, wrong, warnings = _compare_words(source, made, limits.get("tokenizer"))
+    if payload["tokens"]:
+        trusted = payload.get("trust_remote_code", False)
+        ours, theirs = open_runtime(source, trust_remote_code=trusted), open_runtime(made, trust_remote_code=trusted)
+        chunks = _chunks(source, payload["tokens"], min(ours.vocab, theirs.vocab))
+        found = _compare_logits(ours, theirs, chunks, report)
+        facts |= found
+        outside = [*_outside(found, limits)]
+        if outside:
+            wrong += [*outside, _where(ours, theirs, chunks[0])]
+        theirs.close()
+        ours.close()
+    if wrong:
+        raise Failure(f"{made.name} is not the model it was made from: " + "; ".join(wrong))
+    return {"parity": facts, "warnings": warnings}
+
+
+def _outside(found: dict[str, Any], limits: dict[str, float | None]) -> Iterator[str]:
+    change, top1 = found["perplexity_change"], found["top1_agreement"]
+    most, least = limits.get("perplexity"), limits.get("top1")
+    if most is not None and not abs(change) <= most:
+        values = f"{found['perplexity']:.4f} against {found['source_perplexity']:.4f}"
+        yield f"its perplexity is {values}, {change:+.3%} where {most:.3%} is allowed"
+    if least is not None and not top1 >= least:
+        yield f"the most likely token is the same at {top1:.2%} of the positions, at least {least:.2%} was asked for"
+
+
+def _where(ours: Runtime, theirs: Runtime, ids: Ids) -> str:
+    from lighten.evaluate.runtimes.trace import first_difference, trace
+
+    expected, found = trace(ours, ids), trace(theirs, ids)
+    if expected is None or found is None:
+        return f"{(ours if expected is None else theirs).name} does not show where it differs"
+    place = first_difference(expected, found, PARTED)
+    return f"it first differs in {place}" if place else "its layers agree: the final norm or the head differs"
+
+
+def _chunks(source: Path, tokens: int, vocab: int) -> list[Ids]:
+    """Returns sequences of ids from the built-in text, each with the source's first token."""
+    from lighten.evaluate.runtimes import open_tokenizer
+
+    tokenizer = open_tokenizer(source)
+    length = min(CHUNK, tokens)
+    first = [] if tokenizer.bos is None else [tokenizer.bos]
+    size = max(2, length - len(first))
+    text = builtin_text("perplexity")[: 8 * tokens + 1000]
+    ids = [each for each in tokenizer.encode(text) if each < vocab]
+    count = max(1, min(tokens // length, len(ids) // size))
+    return [np.array(first + ids[at * size : (at + 1) * size], dtype=np.int64) for at in range(count)]
+
+
+def _compare_logits(ours: Runtime, theirs: Runtime, chunks: list[Ids], report: Report) -> dict[str, Any]:
+    from lighten.evaluate import rows
+
+    parts: list[list[Any]] = [[], [], [], []]
+    for number, chunk in enumerate(chunks):
+        expected = ours.logits(chunk).copy()
+        found = theirs.logits(chunk)
+        if not np.isfinite(found).all():
+            raise Failure(f"{theirs.name} computes numbers that are not finite")
+        kl, same = rows.divergence(expected, found)
+        nll = [-rows.token_logprobs(logits[:-1], chunk[1:])[0] for logits in (expected, found)]
+        for part, values in zip(parts, (kl, same, *nll), strict=True):
+            part.append(values)
+        report(number + 1, len(chunks), "")
+    kl, same, before, after = (np.concatenate(part) for part in parts)
+    change = math.exp(float(after.mean() - before.mean())) - 1
+    return {
+        "tokens": len(kl),
+        "source_perplexity": math.exp(float(before.mean())),
+        "perplexity": math.exp(float(after.mean())),
+        "perplexity_change": change,
+        "kl_mean": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "top1_agreement": float(same.mean()),
+    }
+
+
+def _compare_words(source: Path, made: Path, least: float | None) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Returns the facts about the two tokenizers, what is wrong, and what is worth a word."""
+    ours, theirs = words_of(source), words_of(made)
+    strings = hard_strings(special=ours.special)
+    odd = [text for text in strings if ours.encode(text) != theirs.encode(text)]
+    composed = [text for text in odd if ours.encode(normalize("NFC", text)) == theirs.encode(normalize("NFC", text))]
+    wrong, warnings = [], []
+    broken = [text for text in odd if text not in composed]
+    if least is not None and 1 - len(broken) / len(strings) < least:
+        first = broken[0]
+        wrong.append(
+            f"{len(broken)} of {len(strings)} strings get other ids, the first of them {first!r}: "
+            f"{theirs.encode(first)} instead of {ours.encode(first)}"
+        )
+    if composed:
+        warnings.append(
+            f"{len(composed)} of {len(strings)} hard strings get other ids, because the runtime does not compose "
+            "accents (NFC): give it composed text"
+        )
+    for name, mine, its in (("first token (BOS)", ours.bos, theirs.bos), ("end of text (EOS)", ours.eos, theirs.eos)):
+        if mine != its:
+            wrong.append(f"its {name} is {its}, the source's {mine}")
+    chat = "none"
+    if ours.render:
+        told = [(_rendered(ours, chat), _rendered(theirs, chat)) for chat in CHATS]
+        chat = "same" if all(mine == its for mine, its in told) else "differs"
+        if chat == "differs":
+            expected, found = next(pair for pair in told if pair[0] != pair[1])
+            wrong.append(f"its chat template writes {found!r} instead of {expected!r}")
+    return {"strings": len(strings), "strings_differ": len(odd), "chat_template": chat}, wrong, warnings
+
+
+def _rendered(words: Words, chat: Chat) -> str | None:
+    """Returns a chat as the template writes it; None where there is none, or where it refuses such a chat."""
+    try:
+        return words.render(chat) if words.render else None
+    except Exception:  # templates raise errors of their own, of many kinds
+        return None
+
+
+def words_of(path: Path) -> Words:
+    """Opens what turns text into ids for a model directory or a .gguf file."""
+    from lighten.evaluate.runtimes import find_gguf
+
+    gguf = find_gguf(path)
+    return _gguf_words(gguf) if gguf else _hf_words(path)
+
+
+def _hf_words(path: Path) -> Words:
+    from transformers import AutoTokenizer
+
+    from lighten.evaluate.runtimes import open_tokenizer
+
+    simple = open_tokenizer(path)
+    full = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+    def render(chat: Chat) -> str:
+        return str(full.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+    special = tuple(str(token) for token in full.get_added_vocab())
+    return Words(simple.encode, simple.bos, full.eos_token_id, render if full.chat_template else None, special)
+
+
+def _gguf_words(path: Path) -> Words:
+    from lighten.evaluate.runtimes import open_tokenizer
+    from lighten.model.gguf_source import read_header
+
+    fields = read_header(path).fields
+    simple = open_tokenizer(path)
+    tokens = fields.get("tokenizer.ggml.tokens", [])
+    ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    template = fields.get("tokenizer.chat_template")
+    names = {name: "" if index is None else str(tokens[index]) for name, index in ids.items()}
+
+    def render(chat: Chat) -> str:
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        formatter = Jinja2ChatFormatter(template=template, eos_token=names["eos"], bos_token=names["bos"])
+        prompt = formatter(messages=chat).prompt
+        return str(prompt)
+
+    return Words(simple.encode, simple.bos, ids["eos"], render if template else None)

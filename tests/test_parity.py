@@ -1,0 +1,149 @@
+"""Exports compared with their source: faithful ones pass, deliberately broken ones are caught and say where."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lighten import pipeline
+from lighten.errors import Failure
+from lighten.export import gguf
+from lighten.parity import check
+from lighten.recipe import parse
+from lighten.stage import silent
+
+Tiny = Callable[..., Path]
+LIMITS = {"perplexity": 0.0005, "top1": 0.99, "tokenizer": 1.0}
+
+
+def compare(source: Path, made: Path, **limits: float | None) -> dict[str, Any]:
+    found = check({"source": str(source), "made": str(made), "limits": {**LIMITS, **limits}, "tokens": 256}, silent)
+    return found["parity"]
+
+
+@pytest.fixture
+def source(tiny: Tiny, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny("llama"), tmp_path / "source"))
+
+
+def exported(source: Path, change: Callable[[Path], None], tmp_path: Path, type: str = "F32") -> Path:
+    """Exports what a model has become after a change."""
+    broken = Path(shutil.copytree(source, tmp_path / "broken"))
+    change(broken)
+    file = tmp_path / "made.gguf"
+    gguf.write(broken, file, type)
+    return file
+
+
+def edit_json(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(("kind", "pre"), [("llama", "llama-bpe"), ("llama-tied", "smollm"), ("mistral", "spm")])
+def test_a_faithful_export_passes(tiny: Tiny, tmp_path: Path, kind: str, pre: str) -> None:
+    file = tmp_path / "made.gguf"
+    gguf.write(tiny(kind, pre), file, "F16")
+    found = compare(tiny(kind, pre), file)
+    assert abs(found["perplexity_change"]) < LIMITS["perplexity"]
+    assert found["top1_agreement"] >= LIMITS["top1"]
+    assert found["kl_mean"] < 1e-4
+    assert (found["strings"], found["strings_differ"]) == (500, 0)
+
+
+def test_strings_that_differ_only_in_composition_are_a_warning(tiny: Tiny, tmp_path: Path) -> None:
+    source, file = tiny("qwen2", "qwen2"), tmp_path / "made.gguf"  # its normalizer composes accents
+    gguf.write(source, file, "F16")
+    found = check({"source": str(source), "made": str(file), "limits": LIMITS, "tokens": 0}, silent)
+    assert 0 < found["parity"]["strings_differ"] < 100
+    assert "does not compose accents" in found["warnings"][0]
+
+
+def test_swapped_weights_are_caught_in_their_layer(source: Path, tmp_path: Path) -> None:
+    def swap(broken: Path) -> None:
+        weights = load_file(broken / "model.safetensors")
+        names = [f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk"]
+        q, k = (weights[name] for name in names)
+        weights[names[0]] = torch.cat([k, q[len(k) :]])
+        weights[names[1]] = q[: len(k)].clone()
+        save_file(weights, broken / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(Failure, match=r"its perplexity is .*; it first differs in layer 1, attention \(off by"):
+        compare(source, exported(source, swap, tmp_path))
+
+
+def test_a_wrong_rope_base_is_caught_in_the_first_layer(source: Path, tmp_path: Path) -> None:
+    def turn(broken: Path) -> None:
+        edit_json(broken / "config.json", lambda config: config["rope_parameters"].update(rope_theta=500.0))
+
+    with pytest.raises(Failure, match=r"it first differs in layer 0, attention"):
+        compare(source, exported(source, turn, tmp_path))
+
+
+def test_a_wrong_head_is_told_from_wrong_layers(source: Path, tmp_path: Path) -> None:
+    def roll(broken: Path) -> None:
+        weights = load_file(broken / "model.safetensors")
+        weights["lm_head.weight"] = weights["lm_head.weight"].roll(1, 0)
+        save_file(weights, broken / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(Failure, match="its layers agree: the final norm or the head differs"):
+        compare(source, exported(source, roll, tmp_path))
+
+
+def test_a_missing_special_token_is_caught(source: Path, tmp_path: Path) -> None:
+    def forget(broken: Path) -> None:
+        def drop(tokenizer: dict[str, Any]) -> None:
+            tokenizer["added_tokens"] = [
+                each for each in tokenizer["added_tokens"] if each["content"] != "<|im_start|>"
+            ]
+
+        edit_json(broken / "tokenizer.json", drop)
+
+    with pytest.raises(Failure, match=r"of 500 strings get other ids, the first of them '<\|im_start\|>'"):
+        compare(source, exported(source, forget, tmp_path))
+
+
+def test_another_chat_template_and_another_end_are_caught(source: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+    def add(folder: Path, text: str, eos: str) -> None:
+        edit_json(folder / "tokenizer_config.json", lambda config: config.update(chat_template=text, eos_token=eos))
+
+    add(source, template, "<|im_end|>")
+    file = exported(source, lambda broken: add(broken, template + "!", "<|endoftext|>"), tmp_path)
+    with pytest.raises(Failure, match=r"its end of text .* its chat template writes 'user: What is 2"):
+        compare(source, file)
+
+
+def test_a_rounded_export_is_only_held_to_what_was_asked(source: Path, tmp_path: Path) -> None:
+    plain, file = tmp_path / "plain.gguf", tmp_path / "made.gguf"
+    gguf.write(source, plain, "F32")
+    gguf.quantize(plain, file, "Q2_K")
+    found = compare(source, file, perplexity=None, top1=None)
+    assert 0 < found["top1_agreement"] < 0.99
+    with pytest.raises(Failure, match=r"the most likely token is the same at .* at least 99.00% was asked for"):
+        compare(source, file, perplexity=None)
+
+
+def test_a_stage_fails_with_its_export(source: Path, tmp_path: Path) -> None:
+    """A recipe's limit fails the variant, says why, and leaves nothing in the store; a looser one passes."""
+    step = {"format": "gguf", "type": "Q2_K"}
+    variants = {
+        "strict": [{"export": {**step, "parity": {"top1": 0.999}}}],
+        "loose": [{"export": {**step, "parity": {"top1": 0.01}}}],
+        "plain": [{"export": {"format": "gguf", "type": "F16"}}],
+    }
+    recipe = parse({"name": "parity", "model": str(source), "variants": variants, "evaluate": {}})
+    folder = pipeline.run(recipe, artifacts=tmp_path / "artifacts")
+    rows = {row["name"]: row for row in json.loads((folder / "results.json").read_text())["variants"]}
+    assert rows["strict"]["status"] == "failed"
+    assert "at least 99.90% was asked for; it first differs in layer 0" in rows["strict"]["error"]
+    assert not (tmp_path / "artifacts/objects" / rows["strict"]["key"]).exists()
+    assert rows["loose"]["status"] == rows["plain"]["status"] == "ok"
+    assert rows["plain"]["facts"]["parity"]["top1_agreement"] >= 0.99
