@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from lighten import loaders
 from lighten.compress.sweep import Sweep
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine, paired
 from lighten.plan import Plan, Predictor, Stage, make_plan, measuring_packages, this_machine, what
-from lighten.process import run_isolated, warm
+from lighten.process import Outcome, run_isolated, warm
 from lighten.recipe import BASELINE, Recipe, load
 from lighten.report.results import Results
 from lighten.stage import Report
@@ -113,8 +115,7 @@ class Builder:
     def _run(self, stage: Stage) -> Artifact:
         report = self.watcher.started(stage)
         with self.store.building(stage.key) as out:
-            target, payload = self._task(stage, out)
-            outcome = run_isolated(target, payload, report, fresh=stage.measure == "speed")
+            outcome = self._work(stage, out, report)
             facts = dict(outcome.value)
             warnings = facts.pop("warnings", [])
             origin = stage.parents[0].key if stage.parents else None
@@ -146,6 +147,22 @@ class Builder:
             self.watcher.say(f"{stage.name}: {warning}")
         self.watcher.ended(stage, outcome.seconds, None)
         return artifact
+
+    def _work(self, stage: Stage, out: Path, report: Report) -> Outcome:
+        if stage.measure != "loaders":
+            target, payload = self._task(stage, out)
+            return run_isolated(target, payload, report, fresh=stage.measure == "speed")
+        assert stage.parents[0].facts
+        begin = time.monotonic()
+        found = loaders.survey(
+            self.done[stage.parents[0].key].path,
+            vocab=stage.parents[0].facts.vocab,
+            device=self.device,
+            trust_remote_code=self.trusted,
+            report=report,
+        )
+        write_json(out / paired.RESULT, {"measurement": "loaders", "loads": found.loads})
+        return Outcome({"loads": found.loads}, time.monotonic() - begin, found.peak_rss_bytes)
 
     def _task(self, stage: Stage, out: Path) -> tuple[str, dict[str, Any]]:
         paths = [str(self.done[parent.key].path) for parent in stage.parents]
@@ -386,6 +403,9 @@ def add_measurements(row: dict[str, Any], measured: list[tuple[Any, Path, Path |
     """Puts measurements into a row: (kind, its directory, the baseline's directory or None) of each."""
     for kind, path, against in measured:
         result = json.loads((path / "result.json").read_text())
+        if kind == "loaders":
+            row["loads"] = result["loads"]
+            continue
         row["runtime"] = result.get("runtime", row.get("runtime"))
         row["device"] = result.get("device", row.get("device"))
         if kind == "perplexity":
