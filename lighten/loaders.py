@@ -93,6 +93,10 @@ EXTRAS = {
 """The extra that brings each module."""
 
 
+def _extra(module: str) -> str:
+    return f"lighten[{EXTRAS[module]}]" if module in EXTRAS else module
+
+
 def versions() -> dict[str, str | None]:
     """Returns the installed version of every loader, None where there is none."""
     return {loader.name: loader.version for loader in LOADERS}
@@ -189,7 +193,7 @@ def survey(
         if not loader.opens(form, there):
             found["status"] = "other"
         elif missing := loader.missing(form):
-            found |= {"status": "absent", "error": f"needs {missing}: pip install 'lighten[{EXTRAS[missing]}]'"}
+            found |= {"status": "absent", "error": f"needs {missing}: pip install '{_extra(missing)}'"}
         else:
             try:
                 outcome = run_isolated("lighten.loaders:load", {**asked, "loader": loader.name})
