@@ -42,7 +42,9 @@ def gguf(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def said(path: Path, **options: Any) -> dict[str, tuple[str, str | None]]:
     """What each loader that has business with a model said: status and error."""
-    found = survey(path, **options).loads
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTEST_CURRENT_TEST")  # another environment is another process to fork from
+        found = survey(path, **options).loads
     assert [load["loader"] for load in found] == [loader.name for loader in loaders.LOADERS]
     assert all(load["version"] for load in found)
     assert all(load["seconds"] is None or load["seconds"] > 0 for load in found)
@@ -70,8 +72,8 @@ def test_formats_of_one_package(model: Path, tmp_path: Path, method: str, packag
 def test_an_encoder_opens_too(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(500, 32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(tmp_path)
     assert said(tmp_path) == {"transformers": OK}
 
 
@@ -84,11 +86,9 @@ def test_onnx_graphs(model: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert said(out) == {"onnxruntime": OK, "onnxruntime-genai": OK}
-    (out / "genai_config.json").unlink()
-    assert said(out) == {"onnxruntime": OK}
     next(out.glob("*.data")).unlink()
-    status, why = said(out)["onnxruntime"]
-    assert status == "failed" and "model.onnx.data" in (why or "")
+    for status, why in said(out).values():
+        assert status == "failed" and "model.onnx.data" in (why or "")
 
 
 def test_a_damaged_file_is_one_line(gguf: Path, tmp_path: Path) -> None:
