@@ -374,6 +374,9 @@ def gc(
 
 @app.command()
 def doctor(
+    path: Annotated[
+        Path | None, typer.Argument(help="Open this artifact, model directory or .gguf file with every loader instead.")
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Examine this recipe's calibration text instead.")
     ] = None,
@@ -381,12 +384,18 @@ def doctor(
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
 ) -> None:
-    """Tell what this machine and this installation can do, or what a recipe's calibration text is worth."""
+    """Tell what this machine can do, where a model loads, or what a recipe's calibration text is worth."""
+    if path is not None and calibration is not None:
+        raise RequestError("give either a path or --calibration, not both")
+    if path is not None:
+        _try_loaders(path, device, as_json)
+        return
     if calibration is not None:
         _examine(calibration, artifacts, device, as_json)
         return
     from importlib.util import find_spec
 
+    from lighten import loaders
     from lighten.evaluate import machine
 
     extras = {
@@ -401,7 +410,7 @@ def doctor(
     }
     found = {extra: [module for module in modules if find_spec(module) is None] for extra, modules in extras.items()}
     if as_json:
-        _print_json({"machine": machine.fingerprint(), "missing": found})
+        _print_json({"machine": machine.fingerprint(), "missing": found, "loaders": loaders.versions()})
         return
     for key, value in machine.fingerprint().items():
         print(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
@@ -409,6 +418,26 @@ def doctor(
         print(
             f"extra {extra}: " + (f"lacks {', '.join(missing)}: pip install 'lighten[{extra}]'" if missing else "ready")
         )
+    for name, version in loaders.versions().items():
+        print(f"loader {name}: {version or 'not installed'}")
+
+
+def _try_loaders(path: Path, device: str, as_json: bool) -> None:
+    from lighten.doctor import try_loaders
+    from lighten.progress import watching
+    from lighten.report.matrix import mark
+    from lighten.report.results import Load
+
+    with watching(quiet=as_json) as watcher:
+        found = try_loaders(path, device=device, watcher=watcher)
+    if as_json:
+        _print_json({"path": str(path), "loads": found})
+    else:
+        for load in map(Load.model_validate, found):
+            why = f": {load.error}" if load.error else " (not for this format)" if load.status == "other" else ""
+            print(f"{' '.join(filter(None, (load.loader, load.version)))}: {mark(load)}{why}")
+    if not any(load["status"] == "ok" for load in found):
+        raise Failure(f"no loader opens {path}")
 
 
 def _examine(recipe: str, artifacts: Path, device: str, as_json: bool) -> None:

@@ -1,13 +1,14 @@
-"""`lighten doctor --calibration`: is the calibration text of a recipe enough, and is it the right one?"""
+"""`lighten doctor`: is the calibration text of a recipe the right one, and enough; and which loaders open a model."""
 
 from __future__ import annotations
 
 import tempfile
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lighten import advice
+from lighten import advice, loaders
 from lighten.advice import Finding
 from lighten.compress.sweep import Sweep
 from lighten.data.text import load_text
@@ -82,6 +83,20 @@ def diagnose(
         advice.about_chat(numbers["chat"]),
     ]
     return Diagnosis(name, todo.recipe.model, findings, numbers)
+
+
+def try_loaders(path: Path, *, device: str = "auto", watcher: Watcher | None = None) -> list[dict[str, Any]]:
+    """Opens an artifact, a model directory or a .gguf file with every loader; returns what results.json calls loads.
+
+    Raises:
+        RequestError: nothing there that any loader would open.
+    """
+    watcher = watcher or Silent()
+    stage = Stage("try every loader", "doctor", 1, "loaders", {}, [], Estimate())
+    begin = time.monotonic()
+    found = loaders.survey(path, device=choose_device(device), report=watcher.started(stage))
+    watcher.ended(stage, time.monotonic() - begin, None)
+    return found.loads
 
 
 def examine_grams(payload: dict[str, Any], report: Report) -> dict[str, Any]:

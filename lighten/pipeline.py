@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from lighten import loaders
 from lighten.compress.sweep import Sweep
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine, paired
 from lighten.plan import Plan, Predictor, Stage, make_plan, measuring_packages, this_machine, what
-from lighten.process import run_isolated, warm
+from lighten.process import Outcome, run_isolated, warm
 from lighten.recipe import BASELINE, Recipe, load
 from lighten.report.results import Results
 from lighten.stage import Report
@@ -113,12 +115,9 @@ class Builder:
     def _run(self, stage: Stage) -> Artifact:
         report = self.watcher.started(stage)
         with self.store.building(stage.key) as out:
-            target, payload = self._task(stage, out)
-            outcome = run_isolated(target, payload, report, fresh=stage.measure == "speed")
+            outcome = self._work(stage, out, report)
             facts = dict(outcome.value)
             warnings = facts.pop("warnings", [])
-            if promised := stage.step.promises() if stage.step else None:
-                facts |= self._kept(promised, stage, out, facts, warnings, report)
             origin = stage.parents[0].key if stage.parents else None
             inherited = self.done[origin].manifest["source"] if origin else {}
             manifest = {
@@ -149,30 +148,46 @@ class Builder:
         self.watcher.ended(stage, outcome.seconds, None)
         return artifact
 
-    def _kept(
-        self,
-        promised: dict[str, Any],
-        stage: Stage,
-        out: Path,
-        facts: dict[str, Any],
-        warnings: list[str],
-        report: Report,
-    ) -> dict[str, Any]:
-        """Returns what was found when an export was compared with its source; adds to the warnings.
+    def _work(self, stage: Stage, out: Path, report: Report) -> Outcome:
+        if stage.measure == "loaders":
+            return self._survey(stage, out, report)
+        target, payload = self._task(stage, out)
+        outcome = run_isolated(target, payload, report, fresh=stage.measure == "speed")
+        promised = stage.step.promises() if stage.step else None
+        return self._compared(promised, stage, out, outcome, report) if promised else outcome
+
+    def _survey(self, stage: Stage, out: Path, report: Report) -> Outcome:
+        assert stage.parents[0].facts
+        begin = time.monotonic()
+        found = loaders.survey(
+            self.done[stage.parents[0].key].path,
+            vocab=stage.parents[0].facts.vocab,
+            device=self.device,
+            trust_remote_code=self.trusted,
+            report=report,
+        )
+        write_json(out / paired.RESULT, {"measurement": "loaders", "loads": found.loads})
+        return Outcome({"loads": found.loads}, time.monotonic() - begin, found.peak_rss_bytes)
+
+    def _compared(
+        self, promised: dict[str, Any], stage: Stage, out: Path, outcome: Outcome, report: Report
+    ) -> Outcome:
+        """Returns the outcome with what was found when an export was compared with its source.
 
         Raises:
             Failure: it is not the same model any more.
         """
-        made = out / str(facts["file"]) if "file" in facts else out
+        made = out / str(outcome.value["file"]) if "file" in outcome.value else out
         payload = {
             "source": str(self.done[stage.parents[0].key].path),
             "made": str(made),
             "trust_remote_code": self.trusted,
             **promised,
         }
-        found: dict[str, Any] = run_isolated("lighten.parity:check", payload, report).value
-        warnings += found.pop("warnings")
-        return found
+        found = run_isolated("lighten.parity:check", payload, report)
+        value = {**outcome.value, **found.value, "warnings": outcome.value["warnings"] + found.value["warnings"]}
+        peak = max(outcome.peak_rss_bytes, found.peak_rss_bytes)
+        return Outcome(value, outcome.seconds + found.seconds, peak)
 
     def _task(self, stage: Stage, out: Path) -> tuple[str, dict[str, Any]]:
         paths = [str(self.done[parent.key].path) for parent in stage.parents]
@@ -413,6 +428,9 @@ def add_measurements(row: dict[str, Any], measured: list[tuple[Any, Path, Path |
     """Puts measurements into a row: (kind, its directory, the baseline's directory or None) of each."""
     for kind, path, against in measured:
         result = json.loads((path / "result.json").read_text())
+        if kind == "loaders":
+            row["loads"] = result["loads"]
+            continue
         row["runtime"] = result.get("runtime", row.get("runtime"))
         row["device"] = result.get("device", row.get("device"))
         if kind == "perplexity":

@@ -7,17 +7,19 @@ from importlib.util import find_spec
 from statistics import median
 from typing import Any, Literal
 
+from lighten import loaders
 from lighten.compress.sensitivity import Sensitivities
 from lighten.data import choices, text
 from lighten.errors import RequestError, missing_extra
 from lighten.evaluate import machine
-from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
+from lighten.evaluate.settings import Accuracy, Evaluate, Loaders, Perplexity, Speed
 from lighten.model.source import Found, Source, find
 from lighten.recipe import BASELINE, Recipe
 from lighten.stage import Estimate, ModelFacts, Step
 from lighten.store import Store, stage_key
 
-Measure = Literal["perplexity", "accuracy", "speed"]
+Measure = Literal["perplexity", "accuracy", "speed", "loaders"]
+Settings = Perplexity | Accuracy | Speed | Loaders
 MEASURE_VERSION = 1
 MEASURING_PACKAGES = ("torch", "transformers", "gptqmodel", "llama-cpp-python")
 BYTES_PER_TOKEN = 4.0
@@ -38,7 +40,7 @@ class Stage:
     estimate: Estimate
     step: Step | None = None
     measure: Measure | None = None
-    settings: Perplexity | Accuracy | Speed | None = None
+    settings: Settings | None = None
     variants: list[str] = field(default_factory=list)
     roles: tuple[str, ...] = ()
     """What each parent is to the step: source, grams, …"""
@@ -200,15 +202,15 @@ class _Builder:
             found.append(self._measurement("accuracy", accuracy, choices.digest(tasks), [stage, root]))
         if evaluate.speed:
             found.append(self._measurement("speed", evaluate.speed, None, [stage]))
+        if evaluate.loaders:
+            found.append(self._measurement("loaders", Loaders(), None, [stage]))
         return found
 
-    def _measurement(
-        self, measure: Measure, settings: Perplexity | Accuracy | Speed, data: str | None, parents: list[Stage]
-    ) -> Stage:
+    def _measurement(self, measure: Measure, settings: Settings, data: str | None, parents: list[Stage]) -> Stage:
         config: dict[str, Any] = {
             "measure": measure,
             **settings.model_dump(mode="json"),
-            "packages": measuring_packages(),
+            "packages": loaders.packages() if measure == "loaders" else measuring_packages(),
         }
         if data:
             config["data"] = data
@@ -230,9 +232,13 @@ def measuring_packages() -> dict[str, str]:
     return {name: number for name, number in machine.packages().items() if name in MEASURING_PACKAGES}
 
 
-def predict_measurement(settings: Perplexity | Accuracy | Speed, facts: ModelFacts) -> Estimate:
+def predict_measurement(settings: Settings, facts: ModelFacts) -> Estimate:
     """Returns what a measurement should cost: products of every token with every weight."""
     fixed = 550_000_000
+    if isinstance(settings, Loaders):  # two loaders, each reading every weight and maybe unpacking it
+        return Estimate(
+            seconds=6 + 4e-8 * facts.params, peak_bytes=fixed + 100_000_000 + 3 * facts.params, disk_bytes=10_000
+        )
     flops = 2.0 * (facts.layers * facts.layer_linear_params + facts.vocab * facts.hidden)
     if isinstance(settings, Perplexity):
         tokens = len(text.load_text(settings.data, "perplexity")) / BYTES_PER_TOKEN

@@ -152,6 +152,7 @@ def test_doctor(tmp_path: Path) -> None:
     found = json.loads(lighten("doctor", "--json", cwd=tmp_path).stdout)
     assert found["machine"]["cores"] >= 1
     assert found["missing"]["gguf"] == []
+    assert found["loaders"]["transformers"].startswith("5.")
 
 
 def test_missing_recipe(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ FLOORS = {
     "steps": 6,
     "recipe": 7,
     "advice": 6,
+    "loaders": 6,
     "plan": 8,
     "calibration": 8,
     "examination": 8,

@@ -36,12 +36,17 @@ class Speed(_Settings):
     repeats: int = Field(5, ge=2)
 
 
+class Loaders(_Settings):
+    """Opening the artifact with every loader that has business with its format; there is nothing to set."""
+
+
 class Evaluate(_Settings):
     """What to measure; nothing by default, then only the size is known."""
 
     perplexity: Perplexity | None = None
     accuracy: list[Accuracy] = []
     speed: Speed | None = None
+    loaders: bool = False
 
     @field_validator("accuracy", mode="before")
     @classmethod

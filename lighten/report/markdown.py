@@ -9,6 +9,7 @@ from lighten.report.calibration import amount, shared
 from lighten.report.facts import kept, pairs, protocols, sentence
 from lighten.report.headline import headline
 from lighten.report.learning import lessons
+from lighten.report.matrix import LEGEND, Matrix, mark, matrix
 from lighten.report.numbers import NOT_MEASURED, byte_count, duration
 from lighten.report.results import Cost, Results, StageCost, Variant
 from lighten.report.table import Table, first_line, table
@@ -39,6 +40,9 @@ def markdown(results: Results) -> str:
     learned = [f"{', '.join(each.variants)}: {each.sentence}" for each in lessons(results)]
     if learned:
         parts += ["### Training", _bullets(learned)]
+    if tried := matrix(results):
+        parts += ["### Where it loads", _matrix(tried), LEGEND]
+        parts += [_bullets(list(tried.remarks))] if tried.remarks else []
     if results.calibration:
         lines = [amount(results.calibration), *map(shared, results.calibration.overlap)]
         parts += ["### Calibration", _bullets(lines)]
@@ -97,6 +101,12 @@ def _legend(comparison: Table) -> str:
     if comparison.missing:
         lines.append(f"- Not measured for any variant: {escape(', '.join(comparison.missing))}.")
     return "\n".join(["<details><summary>How to read it</summary>", "", *lines, "", "</details>"])
+
+
+def _matrix(tried: Matrix) -> str:
+    heads = [escape(f"{name} {version}".strip()) for name, version in tried.loaders]
+    lines = [_row(["Variant", *heads]), _row([":---"] * (1 + len(heads)))]
+    return "\n".join(lines + [_row([escape(name), *map(mark, loads)]) for name, loads in tried.rows])
 
 
 def _stages(stages: list[StageCost]) -> str:

@@ -17,6 +17,7 @@ from lighten.report.drawing import inline
 from lighten.report.headline import headline
 from lighten.report.learning import draw_lessons, lessons
 from lighten.report.markdown import markdown
+from lighten.report.matrix import LEGEND, mark, matrix
 from lighten.report.pareto import pareto
 from lighten.report.plots import draw, plots
 from lighten.report.results import Free, Results, Variant
@@ -81,6 +82,9 @@ def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "") -> str
         plots=[(plot, inline(svgs[plot.stem], plot.stem)) for plot in plots(results) if plot.stem in svgs],
         grids=[(each, inline(svgs[each.stem], each.stem)) for each in allocations(results) if each.stem in svgs],
         lessons=[(each, inline(svgs[each.stem], each.stem)) for each in lessons(results) if each.stem in svgs],
+        matrix=matrix(results),
+        mark=mark,
+        loads_legend=LEGEND,
         amount=calibration.amount,
         shared=calibration.shared,
         obstacle=obstacle,

@@ -159,6 +159,16 @@ class Training(Section):
     validation: list[Look] = []
 
 
+class Load(Section):
+    """One loader's attempt to open the artifact; "other" if it is no loader of such a format."""
+
+    loader: str
+    version: str | None = None
+    status: Literal["ok", "failed", "absent", "other"]
+    seconds: float | None = None
+    error: str | None = None
+
+
 class Variant(Section):
     """One artifact and everything measured on it."""
 
@@ -181,6 +191,7 @@ class Variant(Section):
     memory: Memory | None = None
     energy: Energy | None = None
     delta: Delta | None = None
+    loads: list[Load] = []
     facts: Free = {}
     steps: list[Free] = []
     notes: list[str] = []

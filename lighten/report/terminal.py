@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.cells import cell_len
@@ -10,6 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lighten.report.headline import Headline, headline
+from lighten.report.matrix import Matrix, mark, matrix
 from lighten.report.results import Results
 from lighten.report.table import Cell, Column, Table, first_line, table
 
@@ -18,7 +20,8 @@ GAP = 2
 
 def terminal(results: Results) -> RenderableType:
     """Returns the comparison and the headline; printed, it keeps the columns that fit, most important first."""
-    return _Comparison(table(results), headline(results))
+    tried = matrix(results)
+    return _Comparison(table(results), headline(results), tried.used() if tried else None)
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class _Comparison:
 
     table: Table
     headline: Headline
+    tried: Matrix | None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if any(row.cells for row in self.table.rows):
@@ -36,6 +40,8 @@ class _Comparison:
                 yield Text.assemble((f"{row.variant.name}  ", "red"), (f"failed: {first_line(row.reason)}", "red"))
         for note in self.table.notes:
             yield Text(note, style="yellow")
+        if self.tried:
+            yield from _loads(self.tried, options.max_width)
         yield Text("\n" + self.headline.sentence, style="bold")
         for line in (self.headline.reason, *self.headline.others):
             yield Text(line, style="dim")
@@ -74,6 +80,28 @@ class _Comparison:
         column = self.table.columns[i]
         shown = [_shown(column, row.cells[i], full) for row in self.table.rows if row.cells]
         return max(cell_len(text) for text in (column.title, column.unit, *shown))
+
+
+def _loads(tried: Matrix, width: int) -> Iterator[RenderableType]:
+    """Yields where the variants load: a grid, or a line for each variant where that is too wide."""
+    yield Text("\nWhere it loads", style="bold")
+    cells = [[name, *map(mark, loads)] for name, loads in tried.rows]
+    heads = ["", *(name for name, _ in tried.loaders)], ["", *(version for _, version in tried.loaders)]
+    columns = range(len(heads[0]))
+    if sum(max(cell_len(row[at]) for row in (*heads, *cells)) + GAP for at in columns) - GAP <= width:
+        grid = RichTable(box=None, padding=(0, GAP, 0, 0), pad_edge=False)
+        for name, version in zip(*heads, strict=True):
+            grid.add_column(Text(f"{name}\n{version}", style="dim"), no_wrap=True)
+        for row in cells:
+            grid.add_row(*(Text(text, style="red" if text.startswith("✗") else "") for text in row))
+        yield grid
+    else:
+        for name, loads in tried.rows:
+            yield Text(
+                f"{name}: " + ", ".join(f"{each.loader} {mark(each)}" for each in loads if each.status != "other")
+            )
+    for remark in tried.remarks:
+        yield Text(remark, style="dim")
 
 
 def _shown(column: Column, cell: Cell, full: bool) -> str:

@@ -72,6 +72,17 @@ def test_every_field_of_the_contract_is_filled(results: dict[str, Any], rows: di
         assert row["accuracy"][0]["ci95"][0] < row["accuracy"][0]["acc"] < row["accuracy"][0]["ci95"][1]
 
 
+def test_where_the_variants_load(rows: dict[str, dict[str, Any]]) -> None:
+    """By really opening each: what they were made for opens them, and nothing was left out."""
+    loaded = {name: {load["loader"] for load in row["loads"] if load["status"] == "ok"} for name, row in rows.items()}
+    assert loaded == {
+        "baseline": {"transformers"},
+        "gptq-int4": {"transformers", "GPTQModel"},
+        **{name: {"transformers", "llama.cpp"} for name in VARIANTS[2:]},
+    }
+    assert {load["status"] for row in rows.values() for load in row["loads"]} == {"ok", "other"}
+
+
 def test_quality_is_in_the_expected_order(rows: dict[str, dict[str, Any]]) -> None:
     perplexity = {name: row["perplexity"]["value"] for name, row in rows.items()}
     assert perplexity["gguf-f16"] == pytest.approx(perplexity["baseline"], rel=5e-4)

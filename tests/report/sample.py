@@ -46,6 +46,18 @@ def speed(batch: int, prefill: float, decode: float, ttft: float, dtype: str) ->
     }
 
 
+def loads(form: str) -> list[dict[str, Any]]:
+    """What each loader made of a format: GPTQModel is not installed, and transformers cannot read the GGUF files."""
+    said: dict[str, tuple[str, float | None, str | None]] = {"transformers": ("ok", 2.31, None)}
+    if form == "gguf":
+        said = {"llama.cpp": ("ok", 0.42, None), "transformers": ("failed", 3.1, "ValueError: <no> | such type")}
+    if form == "gptq":
+        said["GPTQModel"] = ("absent", None, "needs gptqmodel: pip install 'lighten[gptq]'")
+    versions = {"transformers": "5.23.0", "GPTQModel": None, "llama.cpp": "0.3.36", "onnxruntime": "1.32.0"}
+    rows = [(name, version, *said.get(name, ("other", None, None))) for name, version in versions.items()]
+    return [dict(zip(("loader", "version", "status", "seconds", "error"), row, strict=True)) for row in rows]
+
+
 def variant(
     name: str,
     *,
@@ -103,6 +115,7 @@ def variant(
         "memory": {"peak_rss_bytes": rss, "peak_vram_bytes": None, "dtype": dtype},
         "energy": {"joules_per_token": None, "note": "this machine has no energy counter that can be read"},
         "delta": None,
+        "loads": loads(form),
         "facts": facts,
         "steps": steps,
         "notes": list(notes),

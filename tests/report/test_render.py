@@ -74,7 +74,7 @@ def bare() -> Results:
     for variant in value["variants"]:
         for name in ("perplexity", "divergence", "memory", "energy", "delta", "bits_per_weight", "runtime", "device"):
             variant[name] = None
-        variant.update(accuracy=[], speed=[], facts={}, steps=[], notes=[])
+        variant.update(accuracy=[], speed=[], loads=[], facts={}, steps=[], notes=[])
     value.update(stages=[], warnings=[], recipe_yaml="", machine={}, calibration=None)
     return Results.model_validate(value)
 
@@ -153,6 +153,7 @@ def evil(name: str) -> Results:
     )
     value["variants"][1]["perplexity"]["protocol"] = {name: name}
     value["variants"][1]["accuracy"][0]["task"] = name
+    value["variants"][1]["loads"][0] |= {"loader": name, "version": name, "status": "failed", "error": name}
     value["variants"][2]["error"] = name
     value["calibration"] |= {"data": name}
     value["calibration"]["overlap"][0] |= {"with": name, "share": 0.5, "examples": [name]}
@@ -301,7 +302,7 @@ def test_stages_show_predicted_beside_actual() -> None:
 def test_an_overlap_stands_directly_under_the_table() -> None:
     made = Results.model_validate(raw_overlapping())
     note = "Calibration overlaps perplexity wikitext2_test.txt: 12 % of its 13-grams"
-    lines = markdown(made).splitlines()
+    lines = markdown(made).split("### ")[0].splitlines()
     assert lines[max(i for i, line in enumerate(lines) if line.startswith("| gguf")) + 2].startswith(f"**{note}")
     text = " ".join(printed(made, 140).split())
     assert text.index("gguf-q4_k_m") < text.index(note) < text.index("Ship")
@@ -317,6 +318,27 @@ def test_the_calibration_section() -> None:
         assert "accuracy builtin: 0.31 % of its 13-grams: “to be or not”" in text
     for text in (markdown(bare()), page(bare()).text):
         assert "### Calibration" not in text and "vocabulary" not in text
+
+
+def test_where_the_variants_load() -> None:
+    made = with_failure()
+    lines = markdown(made).splitlines()
+    at = lines.index("### Where it loads")
+    assert lines[at + 2] == "| Variant | transformers 5.23.0 | GPTQModel | llama.cpp 0.3.36 | onnxruntime 1.32.0 |"
+    assert lines[at + 4 : at + 7] == [
+        "| baseline | ✓ 2.3 s | – | – | – |",
+        "| gptq-int4 | ✓ 2.3 s | not installed | – | – |",
+        "| gguf-f16 | ✗ failed | – | ✓ 0.4 s | – |",
+    ]
+    shown = " ".join(page(made).text.split())
+    assert "gguf-f16 ✗ failed – ✓ 0.4 s –" in shown
+    for text in (shown, printed(made, 140)):
+        assert "gguf-q8_0 with transformers: ValueError: <no> | such type" in text
+        assert text.count("GPTQModel needs gptqmodel: pip install 'lighten[gptq]'") == 1
+    assert re.search(r"^gguf-f16 +✗ failed +– +✓ 0.4 s *$", printed(made, 100), re.MULTILINE), "unused loaders go"
+    assert "gguf-f16: transformers ✗ failed, llama.cpp ✓ 0.4 s" in " ".join(printed(made, 40).split())
+    for text in (markdown(bare()), page(bare()).text, printed(bare(), 100)):
+        assert "Where it loads" not in text
 
 
 def test_what_was_left_alone_is_told_by_reason() -> None:
