@@ -67,14 +67,14 @@ def write(source: Path, out: Path, step: Onnx, context: Context) -> dict[str, An
         "graph": "genai",
         "precision": precision,
         "provider": step.provider,
-        "weights": "as onnxruntime-genai's builder rounds them" if quantized is None else f"kept from {quantized.method}",
+        "weights": "as onnxruntime-genai's builder rounds them"
+        if quantized is None
+        else f"kept from {quantized.method}",
         **told,
     }
 
 
-def build(
-    source: Path, out: Path, precision: str, provider: str, options: dict[str, Any], report: Report
-) -> None:
+def build(source: Path, out: Path, precision: str, provider: str, options: dict[str, Any], report: Report) -> None:
     """Calls the builder on a model directory; nothing is fetched, and what it prints is taken for progress.
 
     Raises:
@@ -170,7 +170,9 @@ def _without_codes(quantized: Quantized, out: Path) -> None:
             words, scales = (checkpoint.tensor(f"{name}.{part}") for part in ("qweight", "scales"))
             inputs = len(words) if quantized.method == "awq" else checkpoint.tensor(f"{name}.g_idx").numel()
             writer.add(f"{name}.weight", torch.zeros(scales.shape[1], inputs, dtype=torch.bfloat16))
-    checkpoint.write_others(out, {key: value for key, value in checkpoint.config.items() if key != "quantization_config"})
+    checkpoint.write_others(
+        out, {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    )
 
 
 def finish(folder: Path, out: Path, step: Onnx, precision: str, quantized: Quantized | None) -> dict[str, Any]:

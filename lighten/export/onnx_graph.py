@@ -57,7 +57,9 @@ class Surgery:
 
         The head keeps what `replace` gave it. Embedding and head are one constant where the builder made them so.
         """
-        lookup = next((node for name, node in self._nodes.items() if name.startswith("/model/embed_tokens/Gather")), None)
+        lookup = next(
+            (node for name, node in self._nodes.items() if name.startswith("/model/embed_tokens/Gather")), None
+        )
         if lookup is None:
             raise Failure("the builder's graph has no embedding")
         head = self._nodes[HEAD] if HEAD in self._nodes and self._nodes[HEAD].graph is not None else None

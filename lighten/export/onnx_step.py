@@ -63,7 +63,9 @@ class Onnx(Export):
     accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
         4, description="arithmetic of int4 and int8 products: 1 float32, 2 float16, 3 bfloat16, 4 int8, 0 onnxruntime's"
     )
-    ignore: tuple[str, ...] = Field((), description="linears that are not to be quantized: patterns such as *.down_proj")
+    ignore: tuple[str, ...] = Field(
+        (), description="linears that are not to be quantized: patterns such as *.down_proj"
+    )
     embedding: Literal["int8", "float", "int4"] = Field(
         "int8", description="precision of embedding and head where the rest is int4"
     )
@@ -105,9 +107,7 @@ class Onnx(Export):
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns the size of the weights, and the time that SmolLM2-135M took."""
         size = int(facts.params * _BITS[self.resolved_precision(facts)] / 8)
-        return Estimate(
-            seconds=8 + _SECONDS * facts.params, peak_bytes=900_000_000 + 8 * facts.params, disk_bytes=size
-        )
+        return Estimate(seconds=8 + _SECONDS * facts.params, peak_bytes=900_000_000 + 8 * facts.params, disk_bytes=size)
 
     def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
         """Writes the directory and returns its facts.

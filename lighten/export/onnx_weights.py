@@ -144,7 +144,9 @@ def join(parts: list[Packed]) -> Packed:
         middle = {2: 0b10101010, 4: 0x88, 8: 0x80}[first.bits]
         width = -(-first.scales.shape[1] * first.bits // 8)
         filled = [torch.full((part.outputs, width), middle, dtype=torch.uint8) for part in parts]
-        zeros = torch.cat([filler if part.zeros is None else part.zeros for part, filler in zip(parts, filled, strict=True)])
+        zeros = torch.cat(
+            [filler if part.zeros is None else part.zeros for part, filler in zip(parts, filled, strict=True)]
+        )
     return Packed(
         torch.cat([part.blocks for part in parts]),
         torch.cat([part.scales for part in parts]),

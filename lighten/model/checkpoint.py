@@ -189,7 +189,10 @@ def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
     """
     family = _family(config)
     if family != "causal":
-        config = {**config, **{name: config[each] for name, names in _SIZES.items() for each in reversed(names) if each in config}}
+        config = {
+            **config,
+            **{name: config[each] for name, names in _SIZES.items() for each in reversed(names) if each in config},
+        }
     try:
         heads = int(config["num_attention_heads"])
         hidden = int(config["hidden_size"])

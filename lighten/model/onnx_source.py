@@ -66,7 +66,9 @@ def read_graph(path: Path) -> Graph:
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
-        raise Failure(f"{path} cannot be read as ONNX ({error}): cut short or damaged; export or fetch it again") from error
+        raise Failure(
+            f"{path} cannot be read as ONNX ({error}): cut short or damaged; export or fetch it again"
+        ) from error
     constants = {each.name: each for each in model.graph.initializer}
     if not model.graph.node:
         raise Failure(f"{path} holds no graph: cut short or damaged; export or fetch it again")

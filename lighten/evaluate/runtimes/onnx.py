@@ -218,5 +218,3 @@ def _genai_version() -> str:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__
-
-
