@@ -31,6 +31,7 @@ DATA = "model.onnx.data"
 CONFIG = "genai_config.json"
 EMBEDDING, HEAD = "/model/embed_tokens/Gather", "/lm_head/MatMul"
 LINEARS = {"attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+_BLOCK = {"attn": "self_attn", "mlp": "mlp"}
 _NODE = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+_proj)/MatMul")
 
 
@@ -67,9 +68,7 @@ def write(source: Path, out: Path, step: Onnx, context: Context) -> dict[str, An
         "graph": "genai",
         "precision": precision,
         "provider": step.provider,
-        "weights": "as onnxruntime-genai's builder rounds them"
-        if quantized is None
-        else f"kept from {quantized.method}",
+        **({} if quantized is None else {"weights": f"kept from {quantized.method}"}),
         **told,
     }
 
@@ -122,7 +121,7 @@ def _kept_nodes(patterns: Sequence[str], layers: int) -> list[str]:
         RequestError: a pattern that names none.
     """
     names = {
-        f"model.layers.{layer}.{'self_attn' if part == 'attn' else part}.{linear}": f"/model/layers.{layer}/{part}/{linear}/MatMul"
+        f"model.layers.{layer}.{_BLOCK[part]}.{linear}": f"/model/layers.{layer}/{part}/{linear}/MatMul"
         for layer in range(layers)
         for part, linears in LINEARS.items()
         for linear in linears
@@ -170,9 +169,7 @@ def _without_codes(quantized: Quantized, out: Path) -> None:
             words, scales = (checkpoint.tensor(f"{name}.{part}") for part in ("qweight", "scales"))
             inputs = len(words) if quantized.method == "awq" else checkpoint.tensor(f"{name}.g_idx").numel()
             writer.add(f"{name}.weight", torch.zeros(scales.shape[1], inputs, dtype=torch.bfloat16))
-    checkpoint.write_others(
-        out, {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    )
+    checkpoint.write_others(out, _plain(checkpoint.config))
 
 
 def finish(folder: Path, out: Path, step: Onnx, precision: str, quantized: Quantized | None) -> dict[str, Any]:
@@ -213,7 +210,7 @@ def _linears(node: str, quantized: set[str]) -> list[str]:
     if not found:
         return []
     layer, part, name = found.groups()
-    inside = f"model.layers.{layer}.{'self_attn' if part == 'attn' else part}."
+    inside = f"model.layers.{layer}.{_BLOCK[part]}."
     names = [inside + name]
     if name == "qkv_proj" and names[0] not in quantized:
         names = [inside + each for each in ("q_proj", "k_proj", "v_proj")]
@@ -229,8 +226,11 @@ def _packed(quantized: Quantized, names: list[str]) -> Packed:
 
 def _write_config(config: dict[str, Any], out: Path) -> None:
     """Writes the model's config.json, from which sizes are read again."""
-    kept = {key: value for key, value in config.items() if key != "quantization_config"}
-    (out / "config.json").write_text(json.dumps(kept, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(_plain(config), indent=2) + "\n")
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def _layers(source: Path) -> int:

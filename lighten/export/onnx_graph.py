@@ -101,7 +101,10 @@ class Surgery:
         if width != packed.inputs:
             self.graph.insert_before(lookup, made)
             made.outputs[0].dtype = output.dtype
-            bounds = [self._constant(f"model.embed_tokens.{end}", np.array([at])) for end, at in _ENDS(packed.inputs)]
+            bounds = [
+                self._constant(f"model.embed_tokens.{end}", np.array([at]))
+                for end, at in (("start", 0), ("end", packed.inputs), ("axis", -1))
+            ]
             made = ir.node("Slice", [made.outputs[0], *bounds], name="/model/embed_tokens/Slice")
         self._swap(lookup, made, output)
         if turned is not None and not turned.outputs[0].uses():
@@ -110,7 +113,7 @@ class Surgery:
             del self.graph.initializers[str(stored.name)]
 
     def _told(self, kind: str) -> dict[str, Any]:
-        """Returns the precision of embedding and head, their bytes, and how many more than in 4 bits with blocks of 32."""
+        """Returns precision and bytes of embedding and head, and how many more these are than 4 bits, blocks of 32."""
         words = ("lm_head.", "model.embed_tokens.")
         values = [value for name, value in self.graph.initializers.items() if name.startswith(words)]
         size = sum(value.const_value.nbytes for value in values if value.const_value is not None)
@@ -149,10 +152,6 @@ class Surgery:
     def _swap(self, old: ir.Node, new: ir.Node, output: ir.Value) -> None:
         """Puts a node in the place of another; its output takes over name, type and users."""
         ir.convenience.replace_nodes_and_values(self.graph, old, [old], [new], [output], [new.outputs[0]])
-
-
-def _ENDS(width: int) -> list[tuple[str, int]]:
-    return [("start", 0), ("end", width), ("axis", -1)]
 
 
 def _weights(value: ir.Value, kind: str) -> int:

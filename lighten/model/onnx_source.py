@@ -61,7 +61,7 @@ def read_graph(path: Path) -> Graph:
         import onnx
     except ImportError as error:
         raise missing_extra("onnx", "onnx", "reading an ONNX file") from error
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = onnx.load(path, load_external_data=False)
@@ -161,6 +161,5 @@ def _check_data(path: Path, constants: Any) -> None:
         if not file.is_file():
             raise Failure(f"{path} keeps its weights in {name}, which is missing: copy it to {path.parent}")
         if file.stat().st_size < end:
-            raise Failure(
-                f"{file} has {file.stat().st_size:,} bytes of the {end:,} that {path.name} needs: cut short; copy it again"
-            )
+            has = file.stat().st_size
+            raise Failure(f"{file} has {has:,} bytes of the {end:,} that {path.name} needs: cut short; copy it again")

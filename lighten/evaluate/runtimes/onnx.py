@@ -102,7 +102,7 @@ class OnnxRuntime:
         return found
 
     def _empty(self, batch: int) -> Cache:
-        empty = {}
+        empty: Cache = {}
         for name in self._past:
             heads, size = self.graph.inputs[name].shape[1], self.graph.inputs[name].shape[3] or self._head_size
             empty[name] = np.zeros((batch, heads, 0, size), TYPES[self.graph.inputs[name].kind])
