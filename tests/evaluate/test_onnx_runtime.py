@@ -120,7 +120,7 @@ def test_a_directory_without_its_data_file(tiny: Tiny, to_onnx: ToOnnx, tmp_path
     ):
         open_runtime(folder)
     data.unlink()
-    with pytest.raises(Failure, match="keeps its weights in model.onnx.data, which is missing: copy it"):
+    with pytest.raises(Failure, match=r"keeps its weights in model\.onnx\.data, which is missing: copy it"):
         open_runtime(folder)
     (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:1000])
     with pytest.raises(Failure, match="cut short or damaged"):

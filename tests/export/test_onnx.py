@@ -230,7 +230,7 @@ def test_a_refusing_builder_is_one_message_and_leaves_nothing(
         raise NotImplementedError("The model is not currently supported.")
 
     monkeypatch.setattr(builder, "create_model", refuse)
-    with pytest.raises(RequestError, match="builder refuses .*not currently supported"):
+    with pytest.raises(RequestError, match=r"builder refuses .*not currently supported"):
         Onnx(format="onnx").run(Artifact(tiny(), {"format": "hf"}), tmp_path, Context())
     assert list(tmp_path.iterdir()) == []
 
