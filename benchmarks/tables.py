@@ -244,9 +244,9 @@ def onnx(found: Found) -> str:
     )
     settings, turns = found["settings"], found["speed"]["turns"]
     told = (
-        f"{settings['model']}; perplexity on {settings['test_samples']} × 512 tokens of {settings['test']}; GPTQ: 4 bits, "
-        f"group 64, {settings['samples']} × 512 tokens of {settings['calibration']}. Decoding: tokens per second over "
-        f"those of the builder's own graph of the same source, median of {turns} turns, one after the other."
+        f"{settings['model']}; perplexity on {settings['test_samples']} × 512 tokens of {settings['test']}; GPTQ: 4 "
+        f"bits, group 64, {settings['samples']} × 512 tokens of {settings['calibration']}. Decoding: tokens per second "
+        f"over those of the builder's own graph of the same source, median of {turns} turns, one after the other."
     )
     return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
 
