@@ -21,7 +21,7 @@ from lighten.report.results import Results
 from lighten.stage import Report
 from lighten.store import Artifact, Store, write_json
 
-WEIGHTS = (".safetensors", ".gguf")
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx.data")
 
 
 class Watcher(Protocol):

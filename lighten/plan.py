@@ -21,7 +21,7 @@ from lighten.store import Store, stage_key
 Measure = Literal["perplexity", "accuracy", "speed", "loaders"]
 Settings = Perplexity | Accuracy | Speed | Loaders
 MEASURE_VERSION = 1
-MEASURING_PACKAGES = ("torch", "transformers", "gptqmodel", "llama-cpp-python")
+MEASURING_PACKAGES = ("torch", "transformers", "gptqmodel", "llama-cpp-python", "onnxruntime", "onnxruntime-genai")
 BYTES_PER_TOKEN = 4.0
 """Rough length of a token of English text, for predictions."""
 
@@ -107,6 +107,7 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
         RequestError: a setting that this model cannot have, a missing package, data that cannot be read.
     """
     source = find(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    check_measurable(source.facts, recipe.evaluate)
     chosen = [name for name in recipe.variants if name != BASELINE and (not only or name in only)]
     steps = {name: recipe.steps(name) for name in chosen}
     builder = _Builder(recipe)
@@ -128,6 +129,16 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
     return Plan(recipe, source, list(builder.stages.values()), artifacts, measurements)
 
 
+def check_measurable(facts: ModelFacts, evaluate: Evaluate) -> None:
+    """Raises RequestError if something is to be measured that only a causal language model has."""
+    asked = [name for name in ("perplexity", "accuracy", "speed") if getattr(evaluate, name)]
+    if facts.family != "causal" and asked:
+        raise RequestError(
+            f"{facts.architecture} is no causal language model: {', '.join(asked)} cannot be measured on it, "
+            "only its size (evaluate: {}, or --skip each of them)"
+        )
+
+
 class _Builder:
     """Makes each stage once."""
 
@@ -145,7 +156,13 @@ class _Builder:
         return self._add(stage_of(step, inputs, facts, self.tokens))
 
     def open(self, found: Found) -> Stage:
-        """Returns the stage of a source."""
+        """Returns the stage of a source.
+
+        Raises:
+            RequestError: an ONNX directory, which can be measured but not changed.
+        """
+        if found.kind == "onnx":
+            raise RequestError(f"{found.name} is an ONNX directory: give the model that it was made from")
         step = Source(
             model=found.name,
             path=str(found.path),
@@ -164,6 +181,11 @@ class _Builder:
         if isinstance(student := getattr(step, "student", None), str):
             stage = self.open(find(student, trust_remote_code=self.recipe.trust_remote_code))
         assert stage.facts
+        if step.causal_only and stage.facts.family != "causal":
+            raise RequestError(
+                f"the step {step.kind} reads causal language models, {stage.facts.architecture} is none: "
+                "export it to ONNX instead (format: onnx)"
+            )
         step.check(stage.facts)
         for module, extra in step.requires():
             if find_spec(module) is None:

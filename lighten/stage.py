@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -43,7 +43,7 @@ class Context:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Sizes of a causal language model, read from its config without loading it."""
+    """Sizes of a language model, read from its config without loading it."""
 
     architecture: str
     layers: int
@@ -54,6 +54,10 @@ class ModelFacts:
     head_dim: int
     vocab: int
     tied: bool
+    family: Literal["causal", "encoder", "seq2seq"] = "causal"
+    """Whether it predicts the next token, encodes a text, or does both with a text for each."""
+    counted: int | None = None
+    """All weights, where they were counted because the sizes do not tell."""
 
     @property
     def layer_linear_params(self) -> int:
@@ -69,6 +73,8 @@ class ModelFacts:
     @property
     def params(self) -> int:
         """All weights, norms included."""
+        if self.counted is not None:
+            return self.counted
         return self.layers * (self.layer_linear_params + 2 * self.hidden) + self.embedding_params + self.hidden
 
     @property
@@ -102,6 +108,8 @@ class Step(BaseModel):
     version: ClassVar[int]
     calibrated: ClassVar[bool] = True
     """Whether the calibration set is of any use to it."""
+    causal_only: ClassVar[bool] = True
+    """Whether it reads decoder-only language models and no others."""
 
     def dump(self) -> dict[str, Any]:
         """Returns every setting that has a value, as JSON has it."""

@@ -16,7 +16,7 @@ from lighten.evaluate import machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.model.source import Found, find
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, choose_device
-from lighten.plan import Predictor, make_plan
+from lighten.plan import Predictor, check_measurable, make_plan
 from lighten.process import run_isolated
 from lighten.recipe import Recipe, parse_settings
 from lighten.report.results import Results
@@ -103,7 +103,7 @@ def measure(
     device: str = "auto",
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
-    """Measures any model directories or .gguf files; the first one is the baseline of the others.
+    """Measures any model directories, .gguf or .onnx files; the first one is the baseline of the others.
 
     Returns:
         The contents of a results.json, with one row per path. A path that fails is a row that says why.
@@ -119,6 +119,8 @@ def measure(
     if settings.speed:
         asked.append(("speed", settings.speed))
     found = [find(path) for path in paths]
+    for source in found:
+        check_measurable(source.facts, settings)
     chosen = choose_device(device)
     rows = []
     with tempfile.TemporaryDirectory(prefix="lighten-") as scratch:
@@ -154,7 +156,7 @@ def _measure_one(
     is_baseline = number == 0
     files = [file for file in source.path.rglob("*") if file.is_file()] if source.path.is_dir() else [source.path]
     size = sum(file.stat().st_size for file in files)
-    weights = sum(file.stat().st_size for file in files if file.suffix in WEIGHTS)
+    weights = sum(file.stat().st_size for file in files if file.name.endswith(WEIGHTS))
     row: dict[str, Any] = {
         "name": "baseline" if is_baseline else source.path.name,
         "path": str(source.path),
@@ -194,7 +196,7 @@ def _measure_one(
 
 
 def _format(source: Found) -> str:
-    if source.kind == "gguf":
-        return "gguf"
+    if source.kind != "directory":
+        return source.kind
     config = json.loads((source.path / "config.json").read_text())
     return str(config.get("quantization_config", {}).get("quant_method", "hf"))

@@ -152,3 +152,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def to_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Returns a function that exports a model directory to ONNX: its path, its format, settings."""
+    pytest.importorskip("onnxruntime_genai")
+    from lighten.export.onnx_step import Onnx
+    from lighten.stage import Context
+    from lighten.store import Artifact
+
+    @cache
+    def make(source: Path, format: str = "hf", **settings: Any) -> Path:
+        out = tmp_path_factory.mktemp("onnx")
+        facts = Onnx(format="onnx", **settings).run(Artifact(source, {"format": format}), out, Context())
+        (out / "facts.json").write_text(json.dumps(facts))
+        return out
+
+    return make

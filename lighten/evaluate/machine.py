@@ -14,7 +14,17 @@ from typing import Any
 import psutil
 
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve")
-PACKAGES = ("lighten", "torch", "transformers", "gptqmodel", "optimum", "llama-cpp-python", "gguf")
+PACKAGES = (
+    "lighten",
+    "torch",
+    "transformers",
+    "gptqmodel",
+    "optimum",
+    "llama-cpp-python",
+    "gguf",
+    "onnxruntime",
+    "onnxruntime-genai",
+)
 FAST_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -58,6 +59,14 @@ class Checkpoint:
     def changes(self) -> dict[str, Any]:
         """What differs from the directory's own config.json."""
         return {}
+
+    def count(self) -> int:
+        """Returns the weights in all tensors, from the headers of the shards."""
+        total = 0
+        for shard in sorted(set(self.weight_map.values())):
+            with self._open(shard) as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        return total
 
     def head(self) -> torch.Tensor:
         """Returns the weight of the output head, which may be the embedding."""
@@ -139,12 +148,51 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+_SIZES: dict[str, tuple[str, ...]] = {
+    "num_attention_heads": ("num_attention_heads", "num_heads", "encoder_attention_heads", "n_heads"),
+    "hidden_size": ("hidden_size", "d_model", "dim"),
+    "num_hidden_layers": ("num_hidden_layers", "num_layers", "encoder_layers", "n_layers"),
+    "intermediate_size": ("intermediate_size", "d_ff", "encoder_ffn_dim", "hidden_dim"),
+    "vocab_size": ("vocab_size",),
+}
+"""What the sizes of encoders and sequence-to-sequence models are called, besides the usual names."""
+ENCODERS = (
+    "albert",
+    "bert",
+    "camembert",
+    "deberta",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "modernbert",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+)
+"""The `model_type` of encoders."""
+
+
+def _family(config: dict[str, Any]) -> Literal["causal", "encoder", "seq2seq"]:
+    """Returns what kind of model a config.json describes."""
+    if config.get("is_encoder_decoder"):
+        return "seq2seq"
+    architecture = str((config.get("architectures") or [""])[0])
+    decodes = config.get("is_decoder") or architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    return "encoder" if config.get("model_type") in ENCODERS and not decodes else "causal"
+
+
 def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
     """Returns the sizes that a config.json tells.
 
     Raises:
-        RequestError: it lacks one of them: not a decoder-only language model.
+        RequestError: it lacks one of them: not a language model of a kind that lighten knows.
     """
+    family = _family(config)
+    if family != "causal":
+        config = {
+            **config,
+            **{name: config[each] for name, names in _SIZES.items() for each in reversed(names) if each in config},
+        }
     try:
         heads = int(config["num_attention_heads"])
         hidden = int(config["hidden_size"])
@@ -158,8 +206,7 @@ def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
             head_dim=int(config.get("head_dim") or hidden // heads),
             vocab=int(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", False)),
+            family=family,
         )
     except KeyError as error:
-        raise RequestError(
-            f"{where}: config.json has no {error}: not a causal language model that lighten reads"
-        ) from error
+        raise RequestError(f"{where}: config.json has no {error}: not a language model that lighten reads") from error

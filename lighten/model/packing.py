@@ -90,7 +90,8 @@ def _awq_words(codes: torch.Tensor) -> torch.Tensor:
     return pack(ordered.t(), 4).t().contiguous()
 
 
-def _awq_codes(words: torch.Tensor) -> torch.Tensor:
+def awq_codes(words: torch.Tensor) -> torch.Tensor:
+    """Returns the codes `[n, out]` that words of the `awq` format hold, `[n, out / 8]`."""
     codes = unpack(words.t(), 4, words.shape[1] * 8).t().reshape(len(words), -1, 8)
     return codes[..., [AWQ_ORDER.index(place) for place in range(8)]].flatten(1)
 
@@ -102,7 +103,7 @@ def pack_awq(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> 
 
 def unpack_awq(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """Returns the weight `[out, in]` in float32 that a linear in the `awq` GEMM format stands for."""
-    codes, zeros, scales = _awq_codes(tensors["qweight"]), _awq_codes(tensors["qzeros"]), tensors["scales"].float()
+    codes, zeros, scales = awq_codes(tensors["qweight"]), awq_codes(tensors["qzeros"]), tensors["scales"].float()
     group = len(codes) // len(scales)
     spread = zeros.repeat_interleave(group, 0), scales.repeat_interleave(group, 0)
     return ((codes - spread[0]).float() * spread[1]).t().contiguous()

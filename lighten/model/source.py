@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,8 @@ from pydantic import Field
 
 from lighten.errors import Failure, RequestError, missing_extra
 from lighten.model.checkpoint import Checkpoint, facts_of, read_config, refuse_pickle
+from lighten.model.onnx_source import facts as onnx_facts
+from lighten.model.onnx_source import find_onnx
 from lighten.stage import Context, Estimate, ModelFacts, Step
 from lighten.store import MANIFEST, Artifact, hash_file
 
@@ -31,7 +33,7 @@ class Found:
     name: str
     """What the person called it."""
     path: Path
-    kind: Literal["directory", "gguf"]
+    kind: Literal["directory", "gguf", "onnx"]
     identity: str
     """A hub commit, or the SHA-256 of the files."""
     facts: ModelFacts
@@ -52,6 +54,8 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
     if path.suffix == ".gguf" or (path.is_file() and path.open("rb").read(4) == b"GGUF"):
         gguf_source.check(path)
         return Found(model, path, "gguf", hash_file(path), gguf_source.inspect(path))
+    if graph := find_onnx(path):
+        return Found(model, path, "onnx", hash_file(graph), onnx_facts(path))
     if path.is_dir():
         identity = _hash_directory(path)
     elif HUB_ID.fullmatch(model):
@@ -65,6 +69,8 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
     if not (path / INDEX).is_file() and not (path / SINGLE).is_file():
         refuse_pickle(path)
         raise RequestError(f"{path} holds no {SINGLE} and no {INDEX}: not a complete model")
+    if facts.family != "causal":
+        facts = replace(facts, counted=Checkpoint(path).count())
     return Found(model, path, "directory", identity, facts)
 
 
@@ -100,7 +106,10 @@ def _fetch(model: str, revision: str | None, keep_code: bool) -> Path:
 
 
 class Source(Step):
-    """The source as an ordinary Hugging Face directory in bfloat16: the baseline, and what every step starts from."""
+    """The source as an ordinary Hugging Face directory: the baseline, and what every step starts from.
+
+    Causal language models are in bfloat16, others in the type they are stored in.
+    """
 
     kind: ClassVar[str] = "source"
     version: ClassVar[int] = 1
@@ -137,11 +146,11 @@ class Source(Step):
         facts = Checkpoint(out).facts
         return {
             "format": "hf",
-            "dtype": "bfloat16",
+            "dtype": found.get("dtype", "bfloat16"),
             "model": self.model,
             "licence": found.get("licence"),
             "architecture": facts.architecture,
-            "params": facts.params,
+            "params": facts.params if facts.family == "causal" else Checkpoint(out).count(),
         }
 
 
@@ -155,13 +164,16 @@ def _copy_directory(path: Path, out: Path, context: Context, *, keep_code: bool)
         method = checkpoint.quantization.get("quant_method")
         raise RequestError(f"{path} is already quantized ({method}): give the model that it was made from")
     names = list(checkpoint.weight_map)
-    if checkpoint.facts.tied:
+    causal = checkpoint.facts.family == "causal"
+    stored = "bfloat16"
+    if checkpoint.facts.tied and causal:
         names = [name for name in names if name != "lm_head.weight"]
     with ShardWriter(out, len(names)) as writer:
         for number, name in enumerate(names, 1):
             tensor = checkpoint.tensor(name)
             if tensor.is_floating_point():
-                tensor = tensor.to(torch.bfloat16)
+                tensor = tensor.to(torch.bfloat16) if causal else tensor
+                stored = str(tensor.dtype).removeprefix("torch.")
             if not torch.isfinite(tensor).all():
                 raise Failure(f"{path}: {name} has NaN or infinite weights: the checkpoint is damaged; fetch it again")
             writer.add(name, tensor)
@@ -171,8 +183,8 @@ def _copy_directory(path: Path, out: Path, context: Context, *, keep_code: bool)
         if file.name not in (MANIFEST, "config.json") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)
     config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
-    (out / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
-    return {"licence": _licence(path)}
+    (out / "config.json").write_text(json.dumps({**config, "dtype": stored}, indent=2) + "\n")
+    return {"licence": _licence(path), "dtype": stored}
 
 
 def _licence(path: Path) -> str | None:

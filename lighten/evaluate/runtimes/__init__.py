@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lighten.errors import RequestError
+from lighten.model.onnx_source import find_onnx
 from lighten.stage import Report
 
 Ids = NDArray[np.int64]
@@ -58,10 +59,10 @@ class Runtime(Protocol):
     """A loaded model."""
 
     name: str
-    """"torch" or "llama.cpp"."""
+    """"torch", "llama.cpp" or "onnxruntime"."""
     device: str
     dtype: str
-    """Arithmetic of the weights: "float32", "bfloat16", or the type of the GGUF file, such as "Q4_K - Medium"."""
+    """Arithmetic of the weights: "float32", "bfloat16", "int4", or the type of the GGUF file: "Q4_K - Medium"."""
     detail: str
     """Versions and kernels."""
     vocab: int
@@ -97,7 +98,7 @@ def open_runtime(
     """Loads a model on the runtime that serves its format.
 
     Args:
-        path: a .gguf file, a directory that holds exactly one, or a Hugging Face model directory.
+        path: a .gguf or .onnx file, a directory that holds one, or a Hugging Face model directory.
         device: "cpu" or "cuda".
         dtype: arithmetic for a Hugging Face model. None is for measuring quality: float32 on a CPU (so that
             the noise of arithmetic is not taken for a loss by compression), bfloat16 on a GPU.
@@ -107,6 +108,10 @@ def open_runtime(
         RequestError: nothing there that can be run, or an extra is missing.
         Failure: the model is damaged.
     """
+    if onnx := find_onnx(path):
+        from lighten.evaluate.runtimes.onnx import OnnxRuntime
+
+        return OnnxRuntime(onnx, device)
     gguf = find_gguf(path)
     if gguf:
         from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
@@ -118,14 +123,16 @@ def open_runtime(
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """Opens the tokenizer of a model directory or a .gguf file, without the weights."""
+    """Opens the tokenizer of a model directory, a .gguf or an .onnx file, without the weights."""
+    from lighten.evaluate.runtimes.tokenizer import HfTokenizer
+
+    if onnx := find_onnx(path):
+        return HfTokenizer(onnx.parent)
     gguf = find_gguf(path)
     if gguf:
         from lighten.evaluate.runtimes.llama_cpp import GgufTokenizer
 
         return GgufTokenizer(gguf)
-    from lighten.evaluate.runtimes.tokenizer import HfTokenizer
-
     return HfTokenizer(path)
 
 

@@ -1,0 +1,220 @@
+"""ONNX graphs with a key-value cache, through onnxruntime; decoding through onnxruntime-genai where it can."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lighten.errors import Failure, RequestError, missing_extra
+from lighten.evaluate import machine
+from lighten.evaluate.runtimes import Floats, Ids, Question, Score, Timings
+from lighten.evaluate.runtimes.batches import Layout, read_scores
+from lighten.evaluate.runtimes.tokenizer import HfTokenizer
+from lighten.model.onnx_source import read_graph
+from lighten.stage import Report, silent
+
+GENAI = "genai_config.json"
+PAST, PRESENT = "past_key_values.", "present."
+TYPES = {1: np.float32, 10: np.float16, 7: np.int64, 6: np.int32}
+Cache = dict[str, NDArray[Any]]
+
+
+class OnnxRuntime:
+    """An ONNX graph of a causal language model. See `Runtime` for the methods."""
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path, device: str) -> None:
+        """Reads the graph; the weights are loaded by the first use, by whichever library does the work.
+
+        Args:
+            path: the .onnx file.
+            device: "cpu", or "cuda" where onnxruntime has it.
+
+        Raises:
+            RequestError: onnxruntime is missing, or the graph is no causal language model with a cache.
+            Failure: the file or its data file is missing or damaged.
+        """
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise missing_extra("onnx", "onnxruntime", "running an ONNX model") from error
+        self._library = onnxruntime
+        self.path = path
+        self.graph = read_graph(path)
+        if not {"input_ids", "attention_mask"} <= set(self.graph.inputs) or "logits" not in self.graph.outputs:
+            raise RequestError(
+                f"{path} takes {', '.join(list(self.graph.inputs)[:4])} and gives {', '.join(self.graph.outputs[:3])}: "
+                "not a causal language model that can be measured here"
+            )
+        self._past = [name for name in self.graph.inputs if name.startswith(PAST)]
+        self._present = [PRESENT + name.removeprefix(PAST) for name in self._past]
+        on_gpu = device != "cpu" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        self.device = device if on_gpu else "cpu"
+        self.dtype = self.graph.precision
+        self.detail = f"onnxruntime {version('onnxruntime')}"
+        self._genai = (path.parent / GENAI).is_file()
+        settings = json.loads((path.parent / GENAI).read_text()) if self._genai else {}
+        if self._genai:
+            self.detail += _genai_version()
+        self._head_size = int(settings.get("model", {}).get("decoder", {}).get("head_size", 0))
+        self.vocab = self.graph.vocab or int(settings["model"]["vocab_size"])
+        self._tokenizer: HfTokenizer | None = None
+
+    @cached_property
+    def _session(self) -> Any:
+        options = self._library.SessionOptions()
+        options.intra_op_num_threads = machine.cores()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        providers = ["CPUExecutionProvider"]
+        if self.device != "cpu":
+            providers.insert(0, "CUDAExecutionProvider")
+        try:
+            return self._library.InferenceSession(str(self.path), options, providers=providers)
+        except Exception as error:  # its own exceptions share no base class
+            raise Failure(f"onnxruntime cannot load {self.path}: {_reason(error)}") from error
+
+    def _run(self, ids: Ids, past: Cache | None, outputs: list[str]) -> list[Any]:
+        """Runs the graph on `ids [batch, n]` after a cache."""
+        batch, length = ids.shape
+        past = self._empty(batch) if past is None else past
+        before = next(iter(past.values())).shape[2] if past else 0
+        feed: dict[str, Any] = {
+            "input_ids": ids.astype(TYPES[self.graph.inputs["input_ids"].kind]),
+            "attention_mask": np.ones((batch, before + length), TYPES[self.graph.inputs["attention_mask"].kind]),
+            **past,
+        }
+        if "position_ids" in self.graph.inputs:
+            feed["position_ids"] = np.tile(np.arange(before, before + length), (batch, 1))
+        try:
+            found: list[Any] = self._session.run(outputs, feed)
+        except Exception as error:
+            raise Failure(f"onnxruntime failed on {length} tokens of {self.path}: {_reason(error)}") from error
+        return found
+
+    def _empty(self, batch: int) -> Cache:
+        empty: Cache = {}
+        for name in self._past:
+            heads, size = self.graph.inputs[name].shape[1], self.graph.inputs[name].shape[3] or self._head_size
+            empty[name] = np.zeros((batch, heads, 0, size), TYPES[self.graph.inputs[name].kind])
+        return empty
+
+    def _cached(self, ids: Ids, past: Cache | None) -> tuple[NDArray[Any], Cache]:
+        logits, *present = self._run(ids, past, ["logits", *self._present])
+        return logits, dict(zip(self._past, present, strict=True))
+
+    def logits(self, ids: Ids) -> Floats:
+        """See `Runtime`."""
+        found: Floats = self._run(ids[None], None, ["logits"])[0][0].astype(np.float32, copy=False)
+        return found
+
+    def hidden(self) -> Floats | None:
+        """See `Runtime`: the graph does not show it."""
+        return None
+
+    def choose(self, context: list[int], endings: list[list[int]]) -> list[Score]:
+        """See `Runtime`."""
+        return self.choose_many([Question(context, endings)], silent)[0]
+
+    def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
+        """See `Runtime`. The cache of a context serves all its endings, which are run one after the other.
+
+        The attention operator takes several tokens after a cache for one sequence at a time only.
+        """
+        scores = []
+        start, tokens = time.monotonic(), 0
+        report(0, len(questions), "")
+        for done, question in enumerate(questions, 1):
+            scores.append(self._score(question))
+            tokens += question.packed
+            report(done, len(questions), f"{tokens / (time.monotonic() - start):.0f} tok/s")
+        return scores
+
+    def _score(self, question: Question) -> list[Score]:
+        shared, past = self._cached(np.array(question.context)[None], None)
+        rows = [shared[0, -1:]]
+        for ending in question.endings:
+            if len(ending) > 1:
+                rows.append(self._run(np.array(ending[:-1])[None], past, ["logits"])[0][0])
+        return read_scores(np.concatenate(rows).astype(np.float32, copy=False), [Layout(question)])[0]
+
+    def generate(self, prompt: Ids, steps: int) -> Timings:
+        """See `Runtime`."""
+        return self._generate_with_genai(prompt, steps) if self._genai else self._generate(prompt, steps)
+
+    def _generate(self, prompt: Ids, steps: int) -> Timings:
+        ids, past, times = prompt, None, [time.perf_counter()]
+        for _ in range(steps):
+            logits, past = self._cached(ids, past)
+            ids = logits[:, -1].argmax(-1)[:, None]
+            times.append(time.perf_counter())
+        passed = np.diff(times)
+        return Timings(float(passed[0]), [float(each) for each in passed[1:]])
+
+    @cached_property
+    def _decoder(self) -> Any:
+        try:
+            import onnxruntime_genai
+        except ImportError as error:
+            raise missing_extra("onnx", "onnxruntime-genai", "decoding with an ONNX model") from error
+        config = onnxruntime_genai.Config(str(self.path.parent))
+        config.clear_providers()
+        if self.device != "cpu":
+            config.append_provider("cuda")
+        threads = {"model": {"decoder": {"session_options": {"intra_op_num_threads": machine.cores()}}}}
+        config.overlay(json.dumps(threads))
+        try:
+            return onnxruntime_genai.Model(config)
+        except Exception as error:
+            raise Failure(f"onnxruntime-genai cannot load {self.path.parent}: {_reason(error)}") from error
+
+    def _generate_with_genai(self, prompt: Ids, steps: int) -> Timings:
+        import onnxruntime_genai
+
+        batch, length = prompt.shape
+        total = length + steps
+        params = onnxruntime_genai.GeneratorParams(self._decoder)
+        # an end of text does not end it before the shortest length
+        params.set_search_options(do_sample=False, batch_size=batch, max_length=total, min_length=total)
+        generator = onnxruntime_genai.Generator(self._decoder, params)
+        times = [time.perf_counter()]
+        generator.append_tokens(prompt.astype(np.int32))
+        for _ in range(steps):
+            generator.generate_next_token()
+            times.append(time.perf_counter())
+        passed = np.diff(times)
+        return Timings(float(passed[0]), [float(each) for each in passed[1:]])
+
+    def encode(self, text: str) -> list[int]:
+        """See `Runtime`."""
+        if self._tokenizer is None:
+            self._tokenizer = HfTokenizer(self.path.parent)
+        return self._tokenizer.encode(text)
+
+    def peak_vram_bytes(self) -> int | None:
+        """See `Runtime`: onnxruntime does not tell."""
+        return None
+
+    def close(self) -> None:
+        """See `Runtime`."""
+        self.__dict__.pop("_session", None)
+        self.__dict__.pop("_decoder", None)
+
+
+def _genai_version() -> str:
+    from importlib.util import find_spec
+
+    return f" + onnxruntime-genai {version('onnxruntime-genai')}" if find_spec("onnxruntime_genai") else ""
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__

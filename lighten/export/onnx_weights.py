@@ -1,0 +1,183 @@
+"""Quantized weights as the operators of onnxruntime hold them.
+
+`MatMulNBits` takes a weight `[out, in]` as codes in blocks along the inputs, packed lowest bits first, with a scale and
+a zero point for every block. Whatever a GPTQ or AWQ checkpoint stores fits into it without a change of value: groups
+are cut into blocks whose length is a power of two, 3-bit codes take the place of 4-bit ones, and where groups are not
+runs of neighbouring inputs the inputs are put in order by a `Gather` first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lighten.errors import Failure, RequestError
+from lighten.model.packing import awq_codes, unpack
+
+if TYPE_CHECKING:
+    from lighten.model.checkpoint import Checkpoint
+
+BLOCKS = (256, 128, 64, 32, 16)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A linear as its checkpoint stores it: `codes [in, out]`, `scales` and `zeros [groups, out]`, `g_idx [in]`."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    g_idx: torch.Tensor
+    bits: int
+
+    def weight(self) -> torch.Tensor:
+        """Returns what they stand for, `[out, in]` in float32."""
+        spread = self.zeros[self.g_idx], self.scales[self.g_idx].float()
+        return ((self.codes - spread[0]).float() * spread[1]).t().contiguous()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The inputs of a `MatMulNBits`."""
+
+    blocks: torch.Tensor
+    """`[out, blocks, bytes]`, uint8."""
+    scales: torch.Tensor
+    """`[out, blocks]`."""
+    zeros: torch.Tensor | None
+    """`[out, bytes]`, uint8; None where all are in the middle."""
+    order: torch.Tensor | None
+    """Which input goes to each place, `[in]`; None where they stay."""
+    bits: int
+    block_size: int
+    inputs: int
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the weight."""
+        return len(self.blocks)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of codes, scales (in float32) and zero points."""
+        return self.blocks.numel() + 4 * self.scales.numel() + (0 if self.zeros is None else self.zeros.numel())
+
+
+class Quantized:
+    """The quantized linears of a GPTQ or AWQ checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Lists them.
+
+        Raises:
+            RequestError: a layout that is not known.
+        """
+        self.checkpoint = checkpoint
+        config = checkpoint.quantization or {}
+        self.method = str(config.get("quant_method"))
+        if self.method == "awq" and (str(config.get("version", "gemm")).lower() != "gemm" or config.get("bits") != 4):
+            raise RequestError(f"{checkpoint.path}: ONNX export reads AWQ in the 4-bit gemm layout only")
+        self._stored_less_one = config.get("checkpoint_format", "gptq") != "gptq_v2"
+        self.names = [name.removesuffix(".qweight") for name in checkpoint.weight_map if name.endswith(".qweight")]
+
+    def codes(self, name: str) -> Codes:
+        """Returns one linear."""
+        tensors = self.checkpoint.tensors(f"{name}.")
+        scales = tensors["scales"]
+        if self.method == "awq":
+            codes = awq_codes(tensors["qweight"])
+            g_idx = torch.arange(len(codes)) // (len(codes) // len(scales))
+            return Codes(codes, scales, awq_codes(tensors["qzeros"]), g_idx, 4)
+        inputs = tensors["g_idx"].numel()
+        bits = len(tensors["qweight"]) * 32 // inputs
+        zeros = unpack(tensors["qzeros"].t().contiguous(), bits, scales.shape[1]).t()
+        if self._stored_less_one:
+            zeros = (zeros + 1) & ((1 << bits) - 1)
+        return Codes(unpack(tensors["qweight"], bits, inputs), scales, zeros, tensors["g_idx"].long(), bits)
+
+    def layout(self, name: str) -> tuple[Any, ...]:
+        """Returns what must be the same for linears to share one `MatMulNBits`."""
+        shard = self.checkpoint.tensors(f"{name}.")
+        order = tuple(shard["g_idx"].tolist()) if "g_idx" in shard else ()
+        return len(shard["qweight"]), len(shard["scales"]), order
+
+
+def pack(found: Codes, where: str) -> Packed:
+    """Returns a linear in blocks, every weight of it the same.
+
+    Raises:
+        Failure: groups that cannot be cut into blocks.
+    """
+    order = None
+    g_idx = found.g_idx
+    if (g_idx.diff() < 0).any():
+        order = torch.argsort(g_idx, stable=True)
+        g_idx = g_idx[order]
+    block_size = next((size for size in BLOCKS if _uniform(g_idx, size)), None)
+    if block_size is None:
+        raise Failure(f"{where} has groups that cannot be cut into blocks of 16 inputs: onnxruntime cannot run them")
+    groups = g_idx[::block_size]
+    codes = (found.codes if order is None else found.codes[order]).t()
+    bits = 4 if found.bits == 3 else found.bits
+    zeros = found.zeros[groups].t()
+    middle = bool((zeros == 1 << (bits - 1)).all())
+    return Packed(
+        _bytes(torch.nn.functional.pad(codes, (0, -codes.shape[1] % block_size)), bits).view(
+            len(codes), len(groups), block_size * bits // 8
+        ),
+        found.scales[groups].t().float().contiguous(),
+        None if middle else _bytes(zeros, bits),
+        order,
+        bits,
+        block_size,
+        codes.shape[1],
+    )
+
+
+def join(parts: list[Packed]) -> Packed:
+    """Returns linears of the same inputs as one, their outputs one after the other."""
+    first = parts[0]
+    zeros = None
+    if any(part.zeros is not None for part in parts):
+        middle = {2: 0b10101010, 4: 0x88, 8: 0x80}[first.bits]
+        width = -(-first.scales.shape[1] * first.bits // 8)
+        filled = [torch.full((part.outputs, width), middle, dtype=torch.uint8) for part in parts]
+        zeros = torch.cat(
+            [filler if part.zeros is None else part.zeros for part, filler in zip(parts, filled, strict=True)]
+        )
+    return Packed(
+        torch.cat([part.blocks for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        zeros,
+        first.order,
+        first.bits,
+        first.block_size,
+        first.inputs,
+    )
+
+
+def round_to_8_bits(weight: torch.Tensor, block_size: int) -> Packed:
+    """Returns a weight `[out, in]` rounded to 8 bits, symmetric, with a scale for every block."""
+    inputs = weight.shape[1]
+    padded = torch.nn.functional.pad(weight.float(), (0, -inputs % block_size)).view(len(weight), -1, block_size)
+    scales = padded.abs().amax(-1) / 127
+    codes = (padded / scales.clamp(min=1e-30)[..., None]).round().clamp(-127, 127) + 128
+    return Packed(codes.to(torch.uint8), scales, None, None, 8, block_size, inputs)
+
+
+def _uniform(g_idx: torch.Tensor, block_size: int) -> bool:
+    """Returns whether no block reaches over the border of two groups."""
+    padded = torch.cat([g_idx, g_idx[-1:].expand(-len(g_idx) % block_size)]).view(-1, block_size)
+    return bool((padded == padded[:, :1]).all())
+
+
+def _bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Packs codes `[rows, columns]` into bytes along the columns, lowest bits first."""
+    each = 8 // bits
+    filled = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[1] % each)).view(len(codes), -1, each)
+    packed = torch.zeros(filled.shape[:2], dtype=torch.uint8)
+    for place in range(each):
+        packed |= filled[..., place] << (place * bits)
+    return packed

@@ -1,0 +1,165 @@
+"""What an ONNX file says about itself, without its weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import Failure, missing_extra
+from lighten.stage import ModelFacts
+
+GRAPH = "model.onnx"
+_NAMES = {1: "float32", 10: "float16", 16: "bfloat16", 2: "int8", 3: "int8"}
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of a graph: ONNX's number of its type, and its shape with 0 for what may vary."""
+
+    kind: int
+    shape: list[int]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Inputs and outputs of a graph, and what its weights are."""
+
+    inputs: dict[str, Input]
+    outputs: list[str]
+    vocab: int
+    """Columns of the logits, 0 if they may vary."""
+    precision: str
+    """Of most of the weights: "float32", "int4", …"""
+    params: int
+    domains: list[str]
+    """Domains of the operators; "" is ONNX's own."""
+
+
+def find_onnx(path: Path) -> Path | None:
+    """Returns the .onnx file that a path is, or that a directory without other weights holds."""
+    if path.is_file():
+        return path if path.suffix == ".onnx" else None
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return None
+    if (path / GRAPH).is_file():
+        return path / GRAPH
+    return next(iter(sorted(path.glob("*.onnx"))), None)
+
+
+def read_graph(path: Path) -> Graph:
+    """Returns what a graph says, after checking that all its weights are there.
+
+    Raises:
+        RequestError: the package onnx is missing.
+        Failure: no ONNX file, or its data file is missing or cut short.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise missing_extra("onnx", "onnx", "reading an ONNX file") from error
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise Failure(
+            f"{path} cannot be read as ONNX ({error}): cut short or damaged; export or fetch it again"
+        ) from error
+    constants = {each.name: each for each in model.graph.initializer}
+    if not model.graph.node:
+        raise Failure(f"{path} holds no graph: cut short or damaged; export or fetch it again")
+    _check_data(path, constants.values())
+    logits = next((each for each in model.graph.output if each.name == "logits"), None)
+    shape = _shape(logits) if logits else []
+    weights = _weights(model.graph, constants)
+    kinds: Counter[str] = Counter()
+    for kind, count in weights:
+        kinds[kind] += count
+    return Graph(
+        {each.name: Input(each.type.tensor_type.elem_type, _shape(each)) for each in model.graph.input},
+        [each.name for each in model.graph.output],
+        shape[-1] if shape else 0,
+        kinds.most_common(1)[0][0] if kinds else "float32",
+        sum(kinds.values()),
+        sorted({node.domain for node in model.graph.node}),
+    )
+
+
+def facts(path: Path) -> ModelFacts:
+    """Returns the sizes of the model in an ONNX directory, from its config.json or genai_config.json.
+
+    Raises:
+        Failure: it has neither.
+    """
+    from lighten.model.checkpoint import facts_of, read_config
+
+    graph = find_onnx(path)
+    assert graph is not None
+    if (graph.parent / "config.json").is_file():
+        found = facts_of(read_config(graph.parent), str(graph.parent))
+        return found if found.family == "causal" else _counted(found, graph)
+    config = graph.parent / "genai_config.json"
+    if not config.is_file():
+        raise Failure(f"{graph.parent} has no config.json and no genai_config.json beside {graph.name}: add either")
+    settings = json.loads(config.read_text(encoding="utf-8"))["model"]
+    decoder = settings["decoder"]
+    return ModelFacts(
+        architecture=str(settings["type"]),
+        layers=int(decoder["num_hidden_layers"]),
+        hidden=int(decoder["hidden_size"]),
+        intermediate=0,
+        heads=int(decoder["num_attention_heads"]),
+        kv_heads=int(decoder["num_key_value_heads"]),
+        head_dim=int(decoder["head_size"]),
+        vocab=int(settings["vocab_size"]),
+        tied=False,
+        counted=read_graph(graph).params,
+    )
+
+
+def _counted(found: ModelFacts, graph: Path) -> ModelFacts:
+    from dataclasses import replace
+
+    return replace(found, counted=sum(read_graph(each).params for each in sorted(graph.parent.glob("*.onnx"))))
+
+
+def _shape(value: Any) -> list[int]:
+    return [int(dim.dim_value) for dim in value.type.tensor_type.shape.dim]
+
+
+def _weights(graph: Any, constants: dict[str, Any]) -> list[tuple[str, int]]:
+    """Returns precision and number of the weights of every constant with rows and columns."""
+    found, counted = [], set()
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            sizes = {each.name: each.i for each in node.attribute}
+            if node.input[1] not in counted:
+                found.append((f"int{sizes.get('bits', 4)}", sizes["K"] * sizes["N"]))
+            counted |= set(node.input[1:])
+        elif node.op_type == "GatherBlockQuantized":
+            counted |= {node.input[0], *node.input[2:]}
+    for name, constant in constants.items():
+        if name not in counted and len(constant.dims) > 1 and constant.data_type in _NAMES and "_cache" not in name:
+            found.append((_NAMES[constant.data_type], math.prod(constant.dims)))
+    return found
+
+
+def _check_data(path: Path, constants: Any) -> None:
+    """Refuses a graph whose weights lie in a file that is missing or too short."""
+    ends: dict[str, int] = {}
+    for constant in constants:
+        if constant.data_location == 1:
+            entry = {each.key: each.value for each in constant.external_data}
+            end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+            ends[entry["location"]] = max(ends.get(entry["location"], 0), end)
+    for name, end in ends.items():
+        file = path.parent / name
+        if not file.is_file():
+            raise Failure(f"{path} keeps its weights in {name}, which is missing: copy it to {path.parent}")
+        if file.stat().st_size < end:
+            has = file.stat().st_size
+            raise Failure(f"{file} has {has:,} bytes of the {end:,} that {path.name} needs: cut short; copy it again")
