@@ -374,7 +374,7 @@ def describe(artifact: Artifact, params: int) -> dict[str, Any]:
     weights = sum(entry["size"] for entry in artifact.manifest["files"] if entry["path"].endswith(WEIGHTS))
     return {
         "format": artifact.format,
-        "size_bytes": artifact.size_bytes,
+        "size_bytes": artifact.facts.get("size_bytes", artifact.size_bytes),
         "bits_per_weight": 8 * weights / params,
         "params": params,
         "facts": {name: value for name, value in artifact.facts.items() if name != "training"},

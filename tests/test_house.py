@@ -32,6 +32,7 @@ FLOORS = {
     "examination": 8,
     "pipeline": 9,
     "verbs": 10,
+    "device": 10,
     "doctor": 10,
     "progress": 10,
     "cli": 11,
