@@ -77,7 +77,9 @@ class Server:
         if os.getuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)
         log = folder / "log"
-        self.process = subprocess.Popen([SSHD, "-D", "-f", str(folder / "sshd_config"), "-E", str(log)])
+        one = {min(os.sched_getaffinity(0))}  # two threads wait for each other long where others want the cores too
+        command = [SSHD, "-D", "-f", str(folder / "sshd_config"), "-E", str(log)]
+        self.process = subprocess.Popen(command, preexec_fn=lambda: os.sched_setaffinity(0, one))
         for _ in range(100):
             with socket.socket() as probe:
                 if not probe.connect_ex(("127.0.0.1", self.port)):
@@ -264,14 +266,14 @@ def test_a_connection_that_breaks_is_taken_up_again(
 ) -> None:
     server.start()
     size = (bundle / "model-F32.gguf").stat().st_size
-    assert size > 6_000_000
+    assert size > 10_000_000
     # connections: look, small files, model (cut), look, small files, the rest of the model, …
-    proxy = Proxy(server.port, [1 << 40, 1 << 40, 2_000_000])
+    proxy = Proxy(server.port, [1 << 40, 1 << 40, 6_000_000])
     know(server, server.port, proxy.port)
     found = measure(bundle, f"ssh://{USER}@127.0.0.1:{proxy.port}")
     assert found["variants"][0]["status"] == "ok"
-    assert proxy.carried[2] <= 2_100_000
-    assert proxy.carried[5] < size - 1_500_000  # not sent again
+    assert proxy.carried[2] <= 6_100_000
+    assert proxy.carried[5] < size - 2_000_000  # not sent again
     assert server.left() == []
 
 
@@ -279,13 +281,13 @@ def test_a_connection_that_breaks_is_taken_up_again(
 def test_what_arrived_waits_for_the_next_command(bundle: Path, server: Server) -> None:
     server.start()
     size = (bundle / "model-F32.gguf").stat().st_size
-    proxy = Proxy(server.port, [1 << 40, 1 << 40, 2_000_000, *([10] * 9)])
+    proxy = Proxy(server.port, [1 << 40, 1 << 40, 6_000_000, *([10] * 9)])
     know(server, server.port, proxy.port)
     with pytest.raises(Failure, match="what has arrived stays there, and the same command goes on from it"):
         measure(bundle, f"ssh://{USER}@127.0.0.1:{proxy.port}")
     (partial,) = server.cache.rglob("*.gguf")
     arrived = partial.stat().st_size
-    assert 1_000_000 < arrived < size
+    assert 2_000_000 < arrived < size  # what was under way when it broke is lost
     assert partial.read_bytes() == (bundle / "model-F32.gguf").read_bytes()[:arrived]
     through = Proxy(server.port, [])
     know(server, server.port, through.port)
