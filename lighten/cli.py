@@ -129,7 +129,10 @@ def plan(
 
 
 def _fields(classes: list[type[Step]]) -> dict[str, FieldInfo]:
-    """Returns the settings of all classes of a step; where two share a name, the first one's, with both's choices."""
+    """Returns the settings of all classes of a step; where two share a name, the first one's, with both's choices.
+
+    What only some of them require the command line does not.
+    """
     found: dict[str, FieldInfo] = {}
     for each in classes:
         for name, field in each.model_fields.items():
@@ -137,6 +140,9 @@ def _fields(classes: list[type[Step]]) -> dict[str, FieldInfo]:
             if known is not field and get_origin(known.annotation) is get_origin(field.annotation) is Literal:
                 choices = dict.fromkeys((*get_args(known.annotation), *get_args(field.annotation)))
                 known.annotation = Literal[tuple(choices)]
+    for name, field in found.items():
+        if not all(name in each.model_fields and each.model_fields[name].is_required() for each in classes):
+            field.default = None if field.is_required() else field.default
     return found
 
 

@@ -77,6 +77,17 @@ def test_every_target_says_where_its_figures_were_published() -> None:
     assert set(targets.SHORT.values()) < set(targets.TARGETS)
 
 
+def test_the_table_of_targets_in_the_docs() -> None:
+    short = {name: other for other, name in targets.SHORT.items()}
+    rows = []
+    for target in targets.TARGETS.values():
+        names = f"`{target.name}`" + (f", `{short[target.name]}`" if target.name in short else "")
+        memory, system = f"{target.memory_bytes / 2**30:.0f} GiB", f"{target.system_bytes / 1e9:.1f} GB"
+        rows.append(f"| {names} | {memory} | {system} | {target.bandwidth / 1e9:.1f} GB/s | {target.source} |")
+    docs = (Path(__file__).parents[2] / "docs/edge.md").read_text(encoding="utf-8")
+    assert docs.split("<!-- targets")[1].split("<!-- end of targets")[0].strip().splitlines()[3:] == rows
+
+
 def test_a_type_that_does_not_fit_is_refused_before_anything_runs_and_the_largest_that_does_is_named() -> None:
     def step(type: str) -> Bundle:
         return Bundle.model_validate({"format": "bundle", "target": "rpi5", "type": type, "context": 4096})
