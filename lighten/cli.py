@@ -129,7 +129,10 @@ def plan(
 
 
 def _fields(classes: list[type[Step]]) -> dict[str, FieldInfo]:
-    """Returns the settings of all classes of a step; where two share a name, the first one's, with both's choices."""
+    """Returns the settings of all classes of a step; where two share a name, the first one's, with both's choices.
+
+    What only some of them require the command line does not.
+    """
     found: dict[str, FieldInfo] = {}
     for each in classes:
         for name, field in each.model_fields.items():
@@ -137,6 +140,9 @@ def _fields(classes: list[type[Step]]) -> dict[str, FieldInfo]:
             if known is not field and get_origin(known.annotation) is get_origin(field.annotation) is Literal:
                 choices = dict.fromkeys((*get_args(known.annotation), *get_args(field.annotation)))
                 known.annotation = Literal[tuple(choices)]
+    for name, field in found.items():
+        if not all(name in each.model_fields and each.model_fields[name].is_required() for each in classes):
+            field.default = None if field.is_required() else field.default
     return found
 
 
@@ -226,8 +232,12 @@ for _kind in VERBS:
 @app.command()
 def evaluate(
     paths: Annotated[
-        list[str], typer.Argument(help="Model directories or .gguf files; the first one is the baseline.")
+        list[str], typer.Argument(help="Model directories, .gguf files or bundles; the first one is the baseline.")
     ],
+    target: Annotated[
+        str | None, typer.Option(help="Measure bundles on this device instead, with their bench.py: ssh://user@host.")
+    ] = None,
+    python: Annotated[str, typer.Option(help="The Python on the device.")] = "python3",
     data: Annotated[str, typer.Option(help="Text for perplexity: builtin, a file, or a hub data set.")] = "builtin",
     length: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 512,
     samples: Annotated[int | None, typer.Option(help="Chunks at most.")] = None,
@@ -263,16 +273,22 @@ def evaluate(
         Accuracy, {"task": Path(task).stem if local else task, "local": local, "limit": limit}, where
     )
     with watching(quiet=as_json) as watcher:
-        value = measure(
-            paths,
-            perplexity=None
-            if "perplexity" in left_out
-            else parse_settings(Perplexity, {"data": data, "length": length, "samples": samples}, where),
-            accuracy=[] if "accuracy" in left_out else [accuracy],
-            speed=None if "speed" in left_out else Speed.model_validate({}),
-            device=device,
-            watcher=watcher,
-        )
+        if target:
+            from lighten.device import measure_there
+
+            follow = watcher.follow(target)
+            value = measure_there(paths, target, follow, python=python, perplexity="perplexity" not in left_out)
+        else:
+            value = measure(
+                paths,
+                perplexity=None
+                if "perplexity" in left_out
+                else parse_settings(Perplexity, {"data": data, "length": length, "samples": samples}, where),
+                accuracy=[] if "accuracy" in left_out else [accuracy],
+                speed=None if "speed" in left_out else Speed.model_validate({}),
+                device=device,
+                watcher=watcher,
+            )
     results = Results.model_validate(value)
     if out:
         out.mkdir(parents=True)
@@ -290,12 +306,16 @@ def evaluate(
 def report(
     name: Annotated[str, typer.Argument(help="A recipe's name (its latest version), or the directory of a version.")],
     version: Annotated[str | None, typer.Option(help="A version such as v1.")] = None,
+    merge: Annotated[
+        list[Path] | None, typer.Option(help="Add the rows of a results.json from another machine; may be repeated.")
+    ] = None,
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
 ) -> None:
     """Show the results of a run again, and write its report anew."""
+    from lighten.report import merge as merging
     from lighten.report.render import write_report
-    from lighten.report.results import load
+    from lighten.report.results import FILE, load, save
     from lighten.store import Store
 
     folder = Path(name) if Path(name, "results.json").is_file() else Store(artifacts).latest(name)
@@ -304,7 +324,11 @@ def report(
     if not folder or not folder.is_dir():
         known = sorted({path.parent.name for path in Store(artifacts).versions()})
         raise RequestError(f"no results of {name!r} in {artifacts}; there are {', '.join(known) or 'none yet'}")
-    write_report(load(folder), folder)
+    results = load(folder)
+    if merge:
+        results = merging.add(results, [load(file) for file in merge])
+        save(results, folder / FILE)
+    write_report(results, folder)
     _show(folder, as_json)
 
 

@@ -169,9 +169,7 @@ class Builder:
         write_json(out / paired.RESULT, {"measurement": "loaders", "loads": found.loads})
         return Outcome({"loads": found.loads}, time.monotonic() - begin, found.peak_rss_bytes)
 
-    def _compared(
-        self, promised: dict[str, Any], stage: Stage, out: Path, outcome: Outcome, report: Report
-    ) -> Outcome:
+    def _compared(self, promised: dict[str, Any], stage: Stage, out: Path, outcome: Outcome, report: Report) -> Outcome:
         """Returns the outcome with what was found when an export was compared with its source.
 
         Raises:
@@ -416,7 +414,7 @@ def describe(artifact: Artifact, params: int) -> dict[str, Any]:
     weights = sum(entry["size"] for entry in artifact.manifest["files"] if entry["path"].endswith(WEIGHTS))
     return {
         "format": artifact.format,
-        "size_bytes": artifact.size_bytes,
+        "size_bytes": artifact.facts.get("size_bytes", artifact.size_bytes),
         "bits_per_weight": 8 * weights / params,
         "params": params,
         "facts": {name: value for name, value in artifact.facts.items() if name != "training"},

@@ -67,8 +67,13 @@ class Bars:
         if not self._bars:
             known = self._predicted.get(stage.key)
             self.say(f"{stage.name} …" + ("" if known is None else f" (about {duration(known)})"))
+        return self.follow(stage.name)
+
+    def follow(self, name: str) -> Report:
+        """Shows a bar, and returns what moves it."""
+        if not self._bars:
             return silent
-        self._current = self._bars.add_task(stage.name, total=None, note="")
+        self._current = self._bars.add_task(name, total=None, note="")
 
         def report(done: int, total: int, note: str) -> None:
             if self._bars:

@@ -33,6 +33,7 @@ FLOORS = {
     "examination": 8,
     "pipeline": 9,
     "verbs": 10,
+    "device": 10,
     "doctor": 10,
     "progress": 10,
     "cli": 11,

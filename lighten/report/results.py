@@ -208,6 +208,11 @@ class Variant(Section):
         return self.status == "failed"
 
     @property
+    def elsewhere(self) -> bool:
+        """True for a row that was measured on another machine than the others, and merged."""
+        return "machine" in self.facts
+
+    @property
     def decode_tok_s(self) -> float | None:
         """Decode speed of the first speed measurement."""
         return self.speed[0].decode_tok_s if self.speed else None
@@ -323,7 +328,7 @@ class Results(Section):
     def decode_ratio(self, variant: Variant) -> float | None:
         """Returns the variant's decode speed / the baseline's."""
         base = self.baseline
-        if base is None or variant is base:
+        if base is None or variant is base or variant.elsewhere:
             return None
         if variant.delta and variant.delta.decode_speed_ratio is not None:
             return variant.delta.decode_speed_ratio

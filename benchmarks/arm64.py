@@ -1,0 +1,223 @@
+"""Runs a GGUF file on the other processor: llama.cpp for aarch64 under emulation, and llama-cpp-python here.
+
+The llama.cpp is the one inside llama-cpp-python's source package, in the version that is installed here. It is
+cross-compiled for the Cortex-A76 of a Raspberry Pi 5 and run by user-mode QEMU; both decode the same prompt greedily.
+
+    python benchmarks/arm64.py --model model.gguf [--model other.gguf] [--work DIR] [--steps 32] [--out FILE]
+
+Without --model it exports the demo model in the types of TYPES. Needs, on Debian:
+apt install qemu-user-static g++-aarch64-linux-gnu cmake
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lighten.evaluate import machine
+from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
+
+HERE = Path(__file__).resolve().parent
+TOOLS = {
+    "qemu-aarch64-static": "qemu-user-static",
+    "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
+    "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu",
+    "cmake": "cmake",
+}
+TYPES = ("Q4_K_M", "Q8_0", "F16", "F32")
+ARCH = "armv8.2-a+dotprod+fp16"
+PROMPTS = {
+    "chat": "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
+    "story": "The old lighthouse keeper climbed the stairs one last time, and",
+    "code": "def fibonacci(n):\n    ",
+}
+
+
+def fetch(work: Path, number: str) -> Path:
+    """Returns llama.cpp's source, from the source package of llama-cpp-python."""
+    source = work / f"llama_cpp_python-{number}" / "vendor" / "llama.cpp"
+    if not source.is_dir():
+        package = f"llama-cpp-python=={number}"
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python"]
+        subprocess.run([*command, "-d", str(work), package], check=True)
+        with tarfile.open(work / f"llama_cpp_python-{number}.tar.gz") as tar:
+            tar.extractall(work, filter="data")
+    return source
+
+
+def build(work: Path, source: Path, jobs: int) -> Path:
+    """Returns `greedy`, cross-compiled and linked statically."""
+    settings = {
+        "LLAMA_SOURCE": source,
+        "CMAKE_SYSTEM_NAME": "Linux",
+        "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+        "CMAKE_C_COMPILER": "aarch64-linux-gnu-gcc",
+        "CMAKE_CXX_COMPILER": "aarch64-linux-gnu-g++",
+        "CMAKE_BUILD_TYPE": "Release",
+        "GGML_NATIVE": "OFF",
+        "GGML_OPENMP": "OFF",
+        "GGML_CCACHE": "OFF",
+        "GGML_CPU_ARM_ARCH": ARCH,
+    }
+    folder = work / "build"
+    given = [f"-D{name}={value}" for name, value in settings.items()]
+    nice = ["nice", "-n", "10", "cmake"]
+    subprocess.run([*nice, "-S", str(HERE / "arm64"), "-B", str(folder), *given], check=True, stdout=sys.stderr)
+    command = [*nice, "--build", str(folder), "--target", "greedy", "-j", str(jobs)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return folder / "greedy"
+
+
+def there(program: Path, model: Path, ids: list[int], steps: int, cpu: str) -> dict[str, Any]:
+    """Returns the tokens that the emulated processor decodes, the logits of the best two, and what it can do."""
+    command = ["nice", "-n", "10", "qemu-aarch64-static", "-cpu", cpu, str(program), str(model), str(steps)]
+    start = time.monotonic()
+    done = subprocess.run([*command, ",".join(map(str, ids))], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the emulated llama.cpp failed: {done.stderr[-2000:]}")
+    rows = [line.split() for line in done.stdout.splitlines()]
+    return {
+        "tokens": [int(row[0]) for row in rows],
+        "second": [int(row[2]) for row in rows],
+        "gaps": [float(row[1]) - float(row[3]) for row in rows],
+        "seconds": round(time.monotonic() - start, 1),
+        "system": next((line.strip() for line in done.stderr.splitlines() if "NEON" in line), ""),
+    }
+
+
+def here(runtime: LlamaCppRuntime, ids: list[int], steps: int) -> dict[str, Any]:
+    """Returns the same of llama-cpp-python in this process."""
+    from lighten.evaluate.runtimes.llama_cpp import _Batch
+
+    context = runtime._open_context(len(ids) + steps, 1, False)
+    given, start = list(ids), 0
+    tokens, second, gaps = [], [], []
+    for _ in range(steps):
+        places = np.arange(start, start + len(given))
+        last = places == places[-1]
+        batch = _Batch(runtime._library, np.array(given), places, [[0]] * len(given), last)
+        logits = runtime._decode(context, batch)[0]
+        best = np.argsort(-logits, kind="stable")[:2]
+        tokens.append(int(best[0]))
+        second.append(int(best[1]))
+        gaps.append(float(logits[best[0]] - logits[best[1]]))
+        start, given = start + len(given), [tokens[-1]]
+    return {"tokens": tokens, "second": second, "gaps": gaps}
+
+
+def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Returns whether the tokens are the same, and if not where they part and how close the choice was on each side."""
+    pairs = zip(ours["tokens"], theirs["tokens"], strict=True)
+    first = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
+    alike = len(ours["tokens"]) if first is None else first
+    drift = max((abs(a - b) for a, b in zip(ours["gaps"][:alike], theirs["gaps"][:alike], strict=True)), default=0.0)
+    found: dict[str, Any] = {
+        "equal": first is None,
+        "same_tokens": alike,
+        "of": len(ours["tokens"]),
+        "largest_change_of_a_gap": round(drift, 4),
+        "smallest_gap": round(min(ours["gaps"][: alike + 1]), 4),
+    }
+    if first is not None:
+        found["parts_at"] = {
+            "position": first,
+            "here": {"token": ours["tokens"][first], "gap": round(ours["gaps"][first], 4)},
+            "aarch64": {"token": theirs["tokens"][first], "gap": round(theirs["gaps"][first], 4)},
+            "each_is_the_others_second": ours["second"][first] == theirs["tokens"][first]
+            and theirs["second"][first] == ours["tokens"][first],
+        }
+    return found
+
+
+def export(work: Path) -> list[Path]:
+    """Returns the demo model as GGUF files."""
+    made = []
+    for type in TYPES:
+        out = work / f"demo-{type}"
+        if not out.exists():
+            command = [sys.executable, "-m", "lighten", "export", "demo:smollm2-135m", "--format", "gguf"]
+            command += ["--type", type, "-o", str(out), "--artifacts", str(work / "artifacts")]
+            subprocess.run(command, check=True)
+        made += sorted(out.glob("*.gguf"))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, action="append", help="a .gguf file; may be repeated")
+    parser.add_argument("--work", type=Path, default=Path("arm64-work"), help="sources and builds; kept")
+    parser.add_argument("--steps", type=int, default=32, help="tokens to decode after every prompt")
+    parser.add_argument("--cpu", default="cortex-a76", help="the processor that QEMU plays")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "arm64.json")
+    arguments = parser.parse_args()
+    missing = [package for tool, package in TOOLS.items() if not shutil.which(tool)]
+    if missing:
+        sys.exit(f"missing: {', '.join(missing)}; on Debian: apt install {' '.join(missing)}")
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    number = version("llama-cpp-python")
+    program = build(work, fetch(work, number), arguments.jobs)
+    rows = []
+    system = ""
+    for model in arguments.model or export(work):
+        runtime = LlamaCppRuntime(model, "cpu")
+        for name, prompt in PROMPTS.items():
+            ids = runtime.encode(prompt)
+            ours = here(runtime, ids, arguments.steps)
+            theirs = there(program, model, ids, arguments.steps, arguments.cpu)
+            system = theirs["system"]
+            found = compare(ours, theirs)
+            rows.append(
+                {
+                    "model": model.name,
+                    "type": runtime.dtype,
+                    "prompt": name,
+                    "prompt_ids": ids,
+                    **found,
+                    "tokens": ours["tokens"],
+                    "tokens_aarch64": theirs["tokens"],
+                    "seconds_emulated": theirs["seconds"],
+                }
+            )
+            print(f"{model.name} {name}: {found['same_tokens']} of {found['of']} tokens the same", file=sys.stderr)
+        runtime.close()
+    command = ["python", "benchmarks/arm64.py", "--steps", str(arguments.steps), "--cpu", arguments.cpu]
+    command += [f"--model {model.name}" for model in arguments.model or ()]
+    results = {
+        "command": " ".join(command),
+        "created": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine.fingerprint(),
+        "emulator": _first(["qemu-aarch64-static", "--version"]),
+        "compiler": _first(["aarch64-linux-gnu-g++", "--version"]),
+        "architecture": ARCH,
+        "processor": arguments.cpu,
+        "features": system,
+        "llama_cpp_python": number,
+        "rows": rows,
+        "equal": sum(row["equal"] for row in rows),
+        "of": len(rows),
+    }
+    partial = arguments.out.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, arguments.out)
+    print(f"{results['equal']} of {results['of']} the same to the last token; written to {arguments.out}")
+
+
+def _first(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+if __name__ == "__main__":
+    main()

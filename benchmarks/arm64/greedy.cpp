@@ -1,0 +1,57 @@
+// Greedy decoding with llama.cpp: prints, for every token, its id and logit and those of the second best.
+// Usage: greedy MODEL STEPS ID,ID,...
+#include "llama.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+static void quiet(ggml_log_level level, const char * text, void *) {
+    if (level == GGML_LOG_LEVEL_ERROR) fputs(text, stderr);
+}
+
+int main(int argc, char ** argv) {
+    if (argc != 4) {
+        fprintf(stderr, "usage: %s MODEL STEPS ID,ID,...\n", argv[0]);
+        return 2;
+    }
+    std::vector<llama_token> ids;
+    for (char * at = argv[3]; *at;) {
+        ids.push_back((llama_token) strtol(at, &at, 10));
+        if (*at == ',') at++;
+    }
+    const int steps = atoi(argv[2]);
+
+    llama_log_set(quiet, nullptr);
+    llama_backend_init();
+    llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
+    if (!model) return 1;
+    llama_context_params params = llama_context_default_params();
+    params.n_ctx = params.n_batch = params.n_ubatch = (uint32_t) (ids.size() + steps);
+    params.n_threads = params.n_threads_batch = 1;
+    llama_context * context = llama_init_from_model(model, params);
+    if (!context) return 1;
+
+    fprintf(stderr, "%s\n", llama_print_system_info());
+    const int vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
+    llama_batch batch = llama_batch_get_one(ids.data(), (int32_t) ids.size());
+    for (int step = 0; step < steps; step++) {
+        if (llama_decode(context, batch)) return 1;
+        const float * logits = llama_get_logits_ith(context, -1);
+        llama_token best = 0, second = 1;
+        for (llama_token id = 1; id < vocab; id++) {
+            if (logits[id] > logits[best]) {
+                second = best;
+                best = id;
+            } else if (id > 1 && logits[id] > logits[second]) {
+                second = id;
+            }
+        }
+        printf("%d %.6f %d %.6f\n", best, logits[best], second, logits[second]);
+        fflush(stdout);
+        ids[0] = best;
+        batch = llama_batch_get_one(ids.data(), 1);
+    }
+    return 0;
+}

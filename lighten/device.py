@@ -1,0 +1,417 @@
+"""Measuring a bundle on the device it is for, through the system's own ssh.
+
+    1. one look: is there a Python, how much of the files is there already, how much space is left
+    2. the model's files go through `cat >>` from where an earlier copy broke off, the others as one tar
+    3. the device hashes what it has; bench.py runs there and its JSON lines come back
+    4. the copy is removed
+
+The copy lies in a directory named by the checksum of its files, so that a broken one can be found again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
+
+from lighten.errors import Failure, LightenError, RequestError, missing_extra
+from lighten.report.results import Results
+from lighten.stage import Report
+from lighten.store import hash_file
+
+BLOCK = 1 << 20
+TRIES = 5
+"""How often a copy that gets further each time is taken up again by itself."""
+SPARE_BYTES = 20_000_000
+NO_PYTHON, NO_ROOM, UNREACHABLE = 71, 72, 255
+SMALL = "files.tar"
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*|[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?")
+
+# Every script begins with `d`, the directory of the copy, and `python`. What they say to us begins with "lighten".
+_LOOK = """
+command -v "$python" >/dev/null 2>&1 || exit 71
+mkdir -p "$d" && cd "$d" || exit 1
+for f in $names; do [ -f "$f" ] && echo "lighten have $f $(($(wc -c < "$f")))"; done
+echo "lighten free $(df -Pk . | awk 'NR == 2 {print $4}')"
+"""
+_APPEND = 'cd "$d" && cat >> "$f"'
+_REPLACE = 'cd "$d" && cat > "$f"'
+_HASH = """
+cd "$d" && "$python" -c 'import hashlib, sys
+for name in sys.argv[1:]:
+    digest = hashlib.sha256()
+    with open(name, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    print("lighten sha256", name, digest.hexdigest())' $names
+"""
+_BENCH = 'cd "$d" && tar -xf files.tar && PYTHON=$python exec sh bench.sh --events $options'
+_DROP = 'rm -rf -- "$d"; rmdir -- "${d%/*}" 2>/dev/null; :'
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a device answers."""
+
+    host: str
+    user: str | None
+    port: int | None
+
+    @property
+    def name(self) -> str:
+        """user@host:port, as far as given."""
+        return f"{f'{self.user}@' if self.user else ''}{self.host}{f':{self.port}' if self.port else ''}"
+
+
+def parse_target(target: str) -> Address:
+    """Returns the address in ssh://[user@]host[:port].
+
+    Raises:
+        RequestError: anything else, and an address with a password.
+    """
+    try:
+        parts = urlsplit(target)
+        host, user, port = parts.hostname or "", parts.username, parts.port
+    except ValueError as error:
+        raise RequestError(f"--target {target}: {error}; give ssh://user@host[:port]") from error
+    if parts.password is not None:
+        raise RequestError("--target takes no password: put a key on the device (ssh-copy-id) and leave it out")
+    right = parts.scheme == "ssh" and HOST.fullmatch(host) and (user is None or NAME.fullmatch(user))
+    if not right or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise RequestError(f"--target {target} is not an address: give ssh://user@host[:port]")
+    return Address(host, user, port)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """What goes to the device: the model's files by name, and the others as one tar."""
+
+    folder: Path
+    models: dict[str, str]
+    """SHA-256 by name."""
+    small: bytes
+    bundle: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The checksum of it all."""
+        listing = json.dumps([sorted(self.models.items()), hashlib.sha256(self.small).hexdigest()])
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+    def size(self, name: str) -> int:
+        """Returns the bytes of one of the model's files."""
+        return (self.folder / name).stat().st_size
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Path]:
+    """Yields the directory of a bundle, unpacked for the while if it is an archive.
+
+    Raises:
+        RequestError: not a bundle.
+        Failure: a damaged archive.
+    """
+    if path.is_dir():
+        yield path
+        return
+    if not path.is_file() or not path.name.endswith(".tar.zst"):
+        raise RequestError(f"{path} is not a bundle: give a directory or .tar.zst that `lighten export` made")
+    try:
+        import zstandard
+    except ImportError as error:
+        raise missing_extra("bundle", "zstandard", "reading a .tar.zst") from error
+    with tempfile.TemporaryDirectory(prefix="lighten-") as scratch:
+        try:
+            with (
+                path.open("rb") as file,
+                zstandard.ZstdDecompressor().stream_reader(file) as plain,
+                tarfile.open(fileobj=plain, mode="r|") as tar,
+            ):
+                tar.extractall(scratch, filter="data")
+        except (zstandard.ZstdError, tarfile.TarError, EOFError) as error:
+            raise Failure(f"{path} is damaged ({error}): make or fetch it again") from error
+        found = [entry.parent for entry in Path(scratch).rglob("bundle.json")]
+        if len(found) != 1:
+            raise RequestError(f"{path} is not a bundle: there is no bundle.json in it")
+        yield found[0]
+
+
+def read_bundle(folder: Path) -> Copy:
+    """Reads a bundle and checks its checksums.
+
+    Raises:
+        RequestError: not a bundle.
+        Failure: a file is missing or damaged.
+    """
+    try:
+        bundle = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+        lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        models = [str(name) for name in bundle["files"]]
+    except OSError as error:
+        raise RequestError(f"{folder} is not a bundle: it has no {Path(str(error.filename)).name}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise Failure(f"{folder}/bundle.json is damaged ({error}): make the bundle again") from error
+    for name, digest in sums.items():
+        if not NAME.fullmatch(name) or not (folder / name).is_file():
+            raise Failure(f"{folder}: {name} is missing: make or fetch the bundle again")
+        if hash_file(folder / name) != digest:
+            raise Failure(f"{folder}/{name} is not what SHA256SUMS says: make or fetch the bundle again")
+    if unknown := [name for name in models if name not in sums]:
+        raise Failure(f"{folder}/SHA256SUMS does not list {unknown[0]}: make the bundle again")
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in sorted(set(sums) - set(models)):
+            content = (folder / name).read_bytes()
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(content), 0o644
+            tar.addfile(member, io.BytesIO(content))
+    return Copy(folder, {name: sums[name] for name in models}, packed.getvalue(), bundle)
+
+
+class Device:
+    """A machine that is reached by ssh."""
+
+    def __init__(self, address: Address, key: str, python: str = "python3") -> None:
+        self.address = address
+        self._python = python
+        self._key = key
+        program = shlex.split(os.environ.get("LIGHTEN_SSH", "ssh"))
+        options = ["-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15"]
+        where = [*(["-p", str(address.port)] if address.port else []), *(["-l", address.user] if address.user else [])]
+        self._command = [*program, *options, *where, "--", address.host]
+
+    def start(self, script: str, **values: str) -> subprocess.Popen[bytes]:
+        """Starts a script there; `values` are its variables."""
+        given = {"python": self._python, **values}
+        lines = [f"{name}={shlex.quote(value)}" for name, value in given.items()]
+        folder = 'd="${XDG_CACHE_HOME:-$HOME/.cache}/lighten/' + f'{self._key}"'
+        whole = "\n".join(["LC_ALL=C; export LC_ALL", *lines, folder, script])
+        try:
+            return subprocess.Popen(
+                [*self._command, f"sh -c {shlex.quote(whole)}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        except FileNotFoundError as error:
+            raise RequestError("there is no ssh here: install it (Debian: apt install openssh-client)") from error
+
+    def run(self, script: str, feed: Callable[[IO[bytes]], None] | None = None, **values: str) -> tuple[int, str, str]:
+        """Runs a script there and returns its exit code and what it printed; `feed` writes its input."""
+        process = self.start(script, **values)
+        assert process.stdin and process.stdout and process.stderr
+        errors: list[bytes] = []
+        reader = threading.Thread(target=lambda pipe: errors.append(pipe.read()), args=(process.stderr,))
+        reader.start()
+        try:
+            with suppress(BrokenPipeError):
+                if feed:
+                    feed(process.stdin)
+                process.stdin.close()
+            printed = process.stdout.read()
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            reader.join()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            process.stdout.close()
+            process.stderr.close()
+        return code, printed.decode(errors="replace"), errors[0].decode(errors="replace")
+
+    def drop(self) -> None:
+        """Removes the copy."""
+        with suppress(LightenError):
+            self.run(_DROP)
+
+    def trouble(self, doing: str, code: int, errors: str) -> Failure:
+        """Returns one message for what went wrong."""
+        lines = [line.strip() for line in errors.splitlines() if line.strip() and "known hosts" not in line]
+        reason = lines[-1] if lines else f"exit code {code}"
+        name, text = self.address.name, " ".join(lines)
+        if "Permission denied" in text and code == UNREACHABLE:
+            return Failure(f"{name} refuses the key ({reason}): make `ssh {name}` work without a password first")
+        if "Host key verification failed" in text:
+            return Failure(f"the host key of {name} is not known or has changed: connect once with ssh and check it")
+        if code == NO_PYTHON:
+            return Failure(f"{name} has no {self._python}: install Python 3.10 or later there, or give --python PATH")
+        if code == NO_ROOM or "No space left" in text or "Disk quota" in text:
+            return Failure(f"{name} has no room for the bundle ({reason}): free some space there")
+        if code == UNREACHABLE:
+            return Failure(f"{name} does not answer ({reason}): check the address and that its ssh server runs")
+        return Failure(f"{name}: {doing} failed: {reason}")
+
+
+def _said(printed: str, word: str) -> list[list[str]]:
+    lines = [line.split() for line in printed.splitlines() if line.startswith(f"lighten {word} ")]
+    return [line[2:] for line in lines]
+
+
+def send(device: Device, copy: Copy, report: Report) -> None:
+    """Copies a bundle to the device, going on where an earlier copy broke off.
+
+    Raises:
+        Failure: see `Device.trouble`. After a broken connection what arrived stays; after anything else nothing does.
+    """
+    best = -1
+    for attempt in range(TRIES):
+        time.sleep(attempt)
+        arrived, code, errors = _send_once(device, copy, report)
+        if not code:
+            break
+        if code != UNREACHABLE:
+            device.drop()
+            raise device.trouble("copying", code, errors)
+        if arrived <= best or attempt == TRIES - 1:
+            kept = "; what has arrived stays there, and the same command goes on from it" if best >= 0 else ""
+            raise Failure(f"{device.trouble('copying', code, errors)}{kept}")
+        best = arrived
+    code, printed, errors = device.run(_HASH, names=" ".join([*copy.models, SMALL]))
+    found = dict(_said(printed, "sha256"))
+    if code == UNREACHABLE:
+        raise device.trouble("checking the copy", code, errors)
+    if found != {**copy.models, SMALL: hashlib.sha256(copy.small).hexdigest()}:
+        device.drop()
+        if code:
+            raise device.trouble("checking the copy", code, errors)
+        raise Failure(f"{device.address.name}: the copy is damaged and was removed: run the same command again")
+
+
+def _send_once(device: Device, copy: Copy, report: Report) -> tuple[int, int, str]:
+    """Returns the bytes of the model that are there (-1 if not known), and how the last script ended."""
+    total = sum(map(copy.size, copy.models))
+    code, printed, errors = device.run(_LOOK, names=" ".join(copy.models))
+    if code:
+        return -1, code, errors
+    have = {name: int(size) for name, size in _said(printed, "have")}
+    for name, size in have.items():
+        if size > copy.size(name):  # not ours: begin again
+            have[name] = 0
+    arrived = sum(have.values())
+    free = _said(printed, "free")
+    needed = total - arrived + len(copy.small) + SPARE_BYTES
+    if free and free[0] and free[0][0].isdigit() and int(free[0][0]) * 1024 < needed:
+        left = int(free[0][0]) * 1024
+        return arrived, NO_ROOM, f"{needed / 1e6:,.0f} MB are needed, {left / 1e6:,.0f} MB are free"
+    code, _, errors = device.run(_REPLACE, lambda pipe: _pour(io.BytesIO(copy.small), pipe, report, 0, total), f=SMALL)
+    if code:
+        return arrived, code, errors
+    for name in copy.models:
+        begin = have.get(name, 0)
+        if begin == copy.size(name) and begin:
+            continue
+
+        def feed(pipe: IO[bytes], name: str = name, begin: int = begin, arrived: int = arrived) -> None:
+            with (copy.folder / name).open("rb") as file:
+                file.seek(begin)
+                _pour(file, pipe, report, arrived, total)
+
+        code, _, errors = device.run(_APPEND if begin else _REPLACE, feed, f=name)
+        if code:
+            return arrived, code, errors
+        arrived += copy.size(name) - begin
+    return arrived, 0, ""
+
+
+def _pour(file: IO[bytes], pipe: IO[bytes], report: Report, done: int, total: int) -> None:
+    while block := file.read(BLOCK):
+        pipe.write(block)
+        done += len(block)
+        report(done, total, f"copying, {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+
+
+def bench(device: Device, options: Sequence[str], report: Report) -> dict[str, Any]:
+    """Runs bench.py on a copy and returns its results, checked.
+
+    Raises:
+        Failure: it failed, or what came back is not results.
+    """
+    process = device.start(_BENCH, options=" ".join(options))
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.close()
+    errors: list[bytes] = []
+    reader = threading.Thread(target=lambda pipe: errors.append(pipe.read()), args=(process.stderr,))
+    reader.start()
+    found: dict[str, Any] | None = None
+    try:
+        for line in process.stdout:
+            with suppress(ValueError, TypeError, KeyError):  # a shell's start-up files may print something
+                event = json.loads(line)
+                if isinstance(event, dict) and "progress" in event:
+                    done, total, note = event["progress"]
+                    report(int(done), int(total), str(note))
+                elif isinstance(event, dict) and "results" in event:
+                    found = event["results"]
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        reader.join()
+        process.stdout.close()
+        process.stderr.close()
+    if code or found is None:
+        raise device.trouble("bench.py", code, errors[0].decode(errors="replace"))
+    try:
+        return Results.model_validate(found).model_dump(mode="json")
+    except ValidationError as error:
+        raise Failure(f"{device.address.name} sent results that cannot be read: {error.errors()[0]['msg']}") from error
+
+
+def measure_there(
+    paths: Sequence[str], target: str, report: Report, *, python: str = "python3", perplexity: bool = True
+) -> dict[str, Any]:
+    """Measures bundles on a device; returns the contents of a results.json with a row for each.
+
+    Args:
+        paths: directories or archives of bundles.
+        target: ssh://user@host[:port].
+        report: told of what is copied and measured.
+        python: the interpreter there.
+        perplexity: whether to take the perplexity of the bundle's text.
+
+    Raises:
+        RequestError: a path that is no bundle, a wrong address.
+        Failure: the device cannot be reached or used; nothing is left there but a copy that a broken connection cut.
+    """
+    address = parse_target(target)
+    found: list[dict[str, Any]] = []
+    for path in paths:
+        with opened(Path(path)) as folder:
+            copy = read_bundle(folder)
+            device = Device(address, copy.key, python)
+            send(device, copy, report)
+            try:
+                found.append(bench(device, [] if perplexity else ["--chunks", "0"], report))
+            finally:
+                device.drop()
+        found[-1]["variants"][0]["path"] = str(path)
+    merged = found[0]
+    for each in found[1:]:
+        taken = {row["name"] for row in merged["variants"]}
+        row = each["variants"][0]
+        row["name"] = next(
+            name for name in (row["name"], *(f"{row['name']}-{n}" for n in range(2, 1000))) if name not in taken
+        )
+        merged["variants"].append(row)
+    return merged | {"recipe": "evaluate"}

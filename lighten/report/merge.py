@@ -1,0 +1,40 @@
+"""Rows that another machine measured, put among those of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lighten.report.numbers import significant
+from lighten.report.results import Results, Variant
+
+
+def add(results: Results, others: Iterable[Results]) -> Results:
+    """Returns the results with the rows of others, each named after its machine; one that is there is replaced.
+
+    A merged row keeps its machine in `facts`. Its perplexity, which is that of another text, becomes a note, and what
+    compares it with the other machine's baseline is left out.
+    """
+    rows = {variant.name: variant for variant in results.variants}
+    for other in others:
+        name = str(other.machine.get("name") or other.machine.get("cpu") or "another machine")
+        for variant in other.variants:
+            row = _row(variant, other, name)
+            rows[row.name] = row
+    return results.model_copy(update={"variants": list(rows.values())})
+
+
+def _row(variant: Variant, other: Results, name: str) -> Variant:
+    notes = list(variant.notes)
+    if variant.perplexity:
+        data = variant.perplexity.protocol.get("data", "another text")
+        notes.append(f"perplexity {significant(variant.perplexity.value, 4)} on {data}")
+    changes = {
+        "name": f"{variant.name} @ {name}",
+        "key": None,
+        "path": None,
+        "perplexity": None,
+        "delta": None,
+        "facts": {**variant.facts, "machine": other.machine},
+        "notes": notes,
+    }
+    return Variant.model_validate(variant.model_dump() | changes)
