@@ -71,7 +71,7 @@ def check(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     source, made, limits = Path(payload["source"]), Path(payload["made"]), payload["limits"]
     report(0, 1, "tokenizers")
     facts, wrong, warnings = _compare_words(source, made, limits.get("tokenizer"))
-    if payload["tokens"]:
+    if payload["tokens"] and _computes_logits(source):
         trusted = payload.get("trust_remote_code", False)
         ours, theirs = open_runtime(source, trust_remote_code=trusted), open_runtime(made, trust_remote_code=trusted)
         chunks = _chunks(source, payload["tokens"], min(ours.vocab, theirs.vocab))
@@ -85,6 +85,14 @@ def check(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     if wrong:
         raise Failure(f"{made.name} is not the model it was made from: " + "; ".join(wrong))
     return {"parity": facts, "warnings": warnings}
+
+
+def _computes_logits(source: Path) -> bool:
+    """Returns whether it is a causal language model; what others compute was compared when they were written."""
+    from lighten.evaluate.runtimes import find_gguf
+    from lighten.model.checkpoint import Checkpoint
+
+    return find_gguf(source) is not None or Checkpoint(source).facts.family == "causal"
 
 
 def _outside(found: dict[str, Any], limits: dict[str, float | None]) -> Iterator[str]:
@@ -191,7 +199,10 @@ def _rendered(words: Words, chat: Chat) -> str | None:
 def words_of(path: Path) -> Words:
     """Opens what turns text into ids for a model directory or a .gguf file."""
     from lighten.evaluate.runtimes import find_gguf
+    from lighten.model.onnx_source import find_onnx
 
+    if onnx := find_onnx(path):
+        return _hf_words(onnx.parent)
     gguf = find_gguf(path)
     return _gguf_words(gguf) if gguf else _hf_words(path)
 

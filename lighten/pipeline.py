@@ -159,13 +159,16 @@ class Builder:
     def _survey(self, stage: Stage, out: Path, report: Report) -> Outcome:
         assert stage.parents[0].facts
         begin = time.monotonic()
-        found = loaders.survey(
-            self.done[stage.parents[0].key].path,
-            vocab=stage.parents[0].facts.vocab,
-            device=self.device,
-            trust_remote_code=self.trusted,
-            report=report,
-        )
+        try:
+            found = loaders.survey(
+                self.done[stage.parents[0].key].path,
+                vocab=stage.parents[0].facts.vocab,
+                device=self.device,
+                trust_remote_code=self.trusted,
+                report=report,
+            )
+        except RequestError as error:  # what no loader reads is a row that says so, and no end of the run
+            raise Failure(str(error)) from error
         write_json(out / paired.RESULT, {"measurement": "loaders", "loads": found.loads})
         return Outcome({"loads": found.loads}, time.monotonic() - begin, found.peak_rss_bytes)
 

@@ -60,6 +60,11 @@ class Bundle(Export):
         """The step that makes the file."""
         return _gguf(self.type or DEFAULT_TYPE, self.imatrix)
 
+    @property
+    def rounded(self) -> bool:
+        """Whether llama.cpp quantizes the weights."""
+        return self.gguf.rounded
+
     def needs_sweep(self) -> bool:
         """True with an importance matrix."""
         return self.gguf.needs_sweep()

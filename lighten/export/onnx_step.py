@@ -70,6 +70,11 @@ class Onnx(Export):
         "int8", description="precision of embedding and head where the rest is int4"
     )
 
+    @property
+    def rounded(self) -> bool:
+        """Whether weights are rounded, or products computed in 16 bits: GPTQ and AWQ sources were before."""
+        return (self.precision or ("fp32" if self.graph == "plain" else "int4")) != "fp32"
+
     def resolved_graph(self, facts: ModelFacts) -> Literal["genai", "plain"]:
         """Returns the kind of graph for a model."""
         return self.graph or ("genai" if facts.family == "causal" else "plain")
