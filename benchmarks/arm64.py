@@ -37,7 +37,7 @@ TOOLS = {
     "cmake": "cmake",
 }
 TYPES = ("Q4_K_M", "Q8_0", "F16", "F32")
-ARCH = "armv8.2-a+dotprod+fp16"
+ARCH = "armv8.2-a+dotprod"
 PROMPTS = {
     "chat": "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
     "story": "The old lighthouse keeper climbed the stairs one last time, and",
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="tokens to decode after every prompt")
     parser.add_argument("--cpu", default="cortex-a76", help="the processor that QEMU plays")
     parser.add_argument(
-        "--arch", default=ARCH, help="what the compiler may use; without +fp16 sums are kept in float32"
+        "--arch", default=ARCH, help="what the compiler may use; +fp16 lets it sum in 16 bits"
     )
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "arm64.json")
