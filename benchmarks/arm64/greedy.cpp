@@ -1,5 +1,6 @@
-// Greedy decoding with llama.cpp: prints, for every token, its id and logit and those of the second best.
-// Usage: greedy MODEL STEPS ID,ID,...
+// What llama.cpp would say next after a prompt and after every token that another llama.cpp said: prints the ids and
+// logits of the best and the second best token. Up to the first one that differs, that is greedy decoding.
+// Usage: greedy MODEL ID,ID,... ID,ID,...
 #include "llama.h"
 
 #include <cstdio>
@@ -11,24 +12,29 @@ static void quiet(ggml_log_level level, const char * text, void *) {
     if (level == GGML_LOG_LEVEL_ERROR) fputs(text, stderr);
 }
 
-int main(int argc, char ** argv) {
-    if (argc != 4) {
-        fprintf(stderr, "usage: %s MODEL STEPS ID,ID,...\n", argv[0]);
-        return 2;
-    }
+static std::vector<llama_token> read(char * at) {
     std::vector<llama_token> ids;
-    for (char * at = argv[3]; *at;) {
+    while (*at) {
         ids.push_back((llama_token) strtol(at, &at, 10));
         if (*at == ',') at++;
     }
-    const int steps = atoi(argv[2]);
+    return ids;
+}
+
+int main(int argc, char ** argv) {
+    if (argc != 4) {
+        fprintf(stderr, "usage: %s MODEL ID,ID,... ID,ID,...\n", argv[0]);
+        return 2;
+    }
+    std::vector<llama_token> ids = read(argv[2]);
+    std::vector<llama_token> said = read(argv[3]);
 
     llama_log_set(quiet, nullptr);
     llama_backend_init();
     llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
     if (!model) return 1;
     llama_context_params params = llama_context_default_params();
-    params.n_ctx = params.n_batch = params.n_ubatch = (uint32_t) (ids.size() + steps);
+    params.n_ctx = params.n_batch = params.n_ubatch = (uint32_t) (ids.size() + said.size());
     params.n_threads = params.n_threads_batch = 1;
     llama_context * context = llama_init_from_model(model, params);
     if (!context) return 1;
@@ -36,7 +42,7 @@ int main(int argc, char ** argv) {
     fprintf(stderr, "%s\n", llama_print_system_info());
     const int vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
     llama_batch batch = llama_batch_get_one(ids.data(), (int32_t) ids.size());
-    for (int step = 0; step < steps; step++) {
+    for (llama_token & next : said) {
         if (llama_decode(context, batch)) return 1;
         const float * logits = llama_get_logits_ith(context, -1);
         llama_token best = 0, second = 1;
@@ -50,8 +56,7 @@ int main(int argc, char ** argv) {
         }
         printf("%d %.6f %d %.6f\n", best, logits[best], second, logits[second]);
         fflush(stdout);
-        ids[0] = best;
-        batch = llama_batch_get_one(ids.data(), 1);
+        batch = llama_batch_get_one(&next, 1);
     }
     return 0;
 }
