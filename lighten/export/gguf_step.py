@@ -96,9 +96,9 @@ class Gguf(Export):
 
     def check(self, facts: ModelFacts) -> None:
         """Refuses architectures that cannot be written, and widths that the type's blocks do not fit."""
-        from lighten.export.gguf import check_architecture
+        from lighten.export.gguf_families import family_of
 
-        check_architecture(facts.architecture)
+        family_of(facts)
         widths = (facts.hidden, facts.heads * facts.head_dim, facts.intermediate)
         if self.type in ("Q8_0", "Q4_0") and (odd := [width for width in widths if width % 32]):
             raise RequestError(
@@ -136,7 +136,7 @@ class Gguf(Export):
                 f"GGUF export reads unquantized models, this one is {source.format}: export before quantizing, "
                 "and let `type` choose the bits"
             )
-        from lighten.export import gguf
+        from lighten.export import gguf, gguf_quantize
         from lighten.model.checkpoint import Checkpoint
 
         file = out / f"model-{self.type}.gguf"
@@ -146,7 +146,7 @@ class Gguf(Export):
             if context.grams is None or (self.budget and context.sensitivity is None):
                 asked = "a budget" if self.budget else "imatrix: true"
                 raise RequestError(f"{asked} needs a calibration set: name one under calibration")
-            weights = gguf.importance(context.grams, Checkpoint(source.path).facts)
+            weights = gguf_quantize.importance(context.grams, Checkpoint(source.path).facts)
             if self.budget:
                 from lighten.export.budget import Prices, fit
                 from lighten.model.sensitivity import Sensitivity
@@ -156,17 +156,17 @@ class Gguf(Export):
                 context.warnings += draft.warnings
                 prices = Prices(context.grams, Sensitivity.read(context.sensitivity))
                 chosen = fit(draft, file, self.budget.size, self.budget.bits, prices, weights, context.report)
-                return {**gguf.describe(file, self.type), "imatrix": True, **chosen}
+                return {**gguf_quantize.describe(file, self.type), "imatrix": True, **chosen}
         if not self.quantized:
             context.warnings += gguf.write(source.path, file, self.type, context.report, origin)
-            return {**gguf.describe(file, self.type), "imatrix": False}
+            return {**gguf_quantize.describe(file, self.type), "imatrix": False}
         plain = out / "plain.gguf"
         try:
             context.warnings += gguf.write(source.path, plain, None, about=origin)
-            gguf.quantize(plain, file, self.type, weights, context.report)
+            gguf_quantize.quantize(plain, file, self.type, weights, context.report)
         finally:
             plain.unlink(missing_ok=True)
-        return {**gguf.describe(file, self.type), "imatrix": weights is not None}
+        return {**gguf_quantize.describe(file, self.type), "imatrix": weights is not None}
 
 
 def _trial_flops(facts: ModelFacts) -> float:
