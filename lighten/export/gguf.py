@@ -91,7 +91,7 @@ class Draft:
     def warnings(self) -> list[str]:
         """What the person should know of where llama.cpp will differ from transformers."""
         window = [] if self.family.windows else _window_warning(self.config)
-        return [*self.vocabulary.warnings, *window]
+        return [*self.vocabulary.warnings, *window, *self.rotation.warnings]
 
     def types(self, matrices: str) -> dict[str, str]:
         """Returns the type of every tensor, by Hugging Face name, where all matrices have the same."""
@@ -116,7 +116,7 @@ class Draft:
         import gguf
 
         writer = gguf.GGUFWriter(file, self.family.arch)
-        _add_about(writer, self.about, self.facts)
+        _add_about(writer, self.about, _name(self.about, self.facts, self.vocabulary))
         _add_sizes(writer, self.config, self.facts, self.rotation)
         _add_keys(writer, self.family.arch, self.rotation.keys)
         _add_keys(writer, self.family.arch, self.family.keys(self.config, self.facts))
@@ -195,9 +195,7 @@ def _check(family: Family, config: dict[str, Any], facts: ModelFacts) -> None:
         raise RequestError(objection)
 
 
-def _names(
-    family: Family, facts: ModelFacts, shapes: dict[str, tuple[int, ...]], source: Path
-) -> dict[str, str]:
+def _names(family: Family, facts: ModelFacts, shapes: dict[str, tuple[int, ...]], source: Path) -> dict[str, str]:
     """Returns the GGUF names of the tensors to write, by Hugging Face name; gives a head that is written twice shape.
 
     Raises:
@@ -249,10 +247,20 @@ def _cast(weight: torch.Tensor, kind: str, where: str) -> Any:
     return cast.numpy() if kind == "F32" else cast.view(torch.int16).numpy()
 
 
-def _add_about(writer: Any, about: Mapping[str, str], facts: ModelFacts) -> None:
+def _name(about: Mapping[str, str], facts: ModelFacts, vocabulary: Vocabulary) -> str:
+    """Returns the model's name, which llama.cpp reads: in one with "phi-3" it strips what follows special tokens.
+
+    So where the tokenizer does not do that (or lacks a token that llama.cpp then looks up), the name is spelled
+    otherwise.
+    """
+    name = about.get("name") or about.get("source") or facts.architecture
+    return name if vocabulary.strips else re.sub(r"(phi)-?3", r"\1_3", name, flags=re.IGNORECASE)
+
+
+def _add_about(writer: Any, about: Mapping[str, str], name: str) -> None:
     writer.add_type("model")
     source = about.get("source", "")
-    writer.add_name(about.get("name") or source or facts.architecture)
+    writer.add_name(name)
     if about.get("license"):
         writer.add_license(about["license"])
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
@@ -306,6 +314,10 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
     writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    if vocabulary.model == "t5":
+        writer.add_remove_extra_whitespaces(vocabulary.merge_spaces)
+    if vocabulary.charsmap:
+        writer.add_precompiled_charsmap(vocabulary.charsmap)
     if vocabulary.chat_template:
         writer.add_chat_template(vocabulary.chat_template)
 

@@ -184,11 +184,10 @@ FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": Family("qwen2", LLAMA, QKV),
-    "Qwen3ForCausalLM": Family("qwen3", {**LLAMA, **QK_NORMS}, QKV, defaults={"head_dim": 128}),
+    "Qwen3ForCausalLM": Family("qwen3", {**LLAMA, **QK_NORMS}, defaults={"head_dim": 128}),
     "Gemma2ForCausalLM": Family(
         "gemma2",
         GEMMA,
-        QKV,
         norms_less_one=True,
         activation="gelu_pytorch_tanh",
         head="tied",
@@ -209,7 +208,6 @@ FAMILIES: dict[str, Family] = {
     "Gemma3ForCausalLM": Family(
         "gemma3",
         {**GEMMA, **QK_NORMS},
-        QKV,
         norms_less_one=True,
         activation="gelu_pytorch_tanh",
         scalings=("linear",),
@@ -229,12 +227,11 @@ FAMILIES: dict[str, Family] = {
     "SmolLM3ForCausalLM": Family(
         "smollm3",
         LLAMA,
-        QKV,
         interleaved=True,
         defaults={"tie_word_embeddings": True, "rope_theta": 2_000_000.0},
         objection=_smollm3_objection,
     ),
-    "Olmo2ForCausalLM": Family("olmo2", OLMO2, QKV, head="own", objection=_whole_heads),
+    "Olmo2ForCausalLM": Family("olmo2", OLMO2, head="own", objection=_whole_heads),
     "GraniteForCausalLM": Family(
         "granite",
         LLAMA,

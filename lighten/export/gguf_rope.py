@@ -24,6 +24,7 @@ class Rotation:
     """Metadata, by key without the architecture's name."""
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     """What frequencies are divided by, float32 `[dimensions / 2]`, by the tensor's name."""
+    warnings: list[str] = field(default_factory=list)
 
 
 def rotation(config: dict[str, Any], facts: ModelFacts, family: Family) -> Rotation:
@@ -88,6 +89,10 @@ def _add_longrope(found: Rotation, settings: dict[str, Any], longest: int) -> No
                 f"config.json has {len(divisors)} numbers as {name}_factor, and {found.dimensions // 2} are needed"
             )
         found.tensors[f"rope_factors_{name}.weight"] = torch.tensor(divisors, dtype=torch.float32)
+    found.warnings.append(
+        f"llama.cpp takes the long rotation whenever it is opened with room for more than {original} tokens, "
+        "transformers only for a text that is longer"
+    )
     stretch = float(settings.get("factor") or longest / original)
     usual = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
     found.keys["rope.scaling.original_context_length"] = original

@@ -96,7 +96,9 @@ class Unpacked(Checkpoint):
         try:
             return self.packed[module](self.tensors(f"{module}."))
         except (KeyError, RuntimeError, IndexError) as error:
-            raise Failure(f"{self.path}: the parts of {module} do not fit together ({error}): a damaged file") from error
+            raise Failure(
+                f"{self.path}: the parts of {module} do not fit together ({error}): a damaged file"
+            ) from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of every tensor that there is once the linears are unpacked."""

@@ -144,7 +144,9 @@ def test_fallbacks_are_those_llama_cpp_counts(
             lines.extend(said)
 
     monkeypatch.setattr(gguf_quantize, "_log", listening)
-    gguf_quantize.quantize(tmp_path / "plain.gguf", tmp_path / "q.gguf", "Q4_K_M", None, lambda *step: steps.append(step))
+    gguf_quantize.quantize(
+        tmp_path / "plain.gguf", tmp_path / "q.gguf", "Q4_K_M", None, lambda *step: steps.append(step)
+    )
     facts = gguf_quantize.describe(tmp_path / "q.gguf", "Q4_K_M")["fallbacks"]
     assert any(f"{facts['count']} of {facts['of']} tensor(s) required fallback" in line for line in lines)
     assert facts["tensors"].pop("token_embd", None) == (None if tied else 1)
