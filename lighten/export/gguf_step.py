@@ -10,31 +10,15 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from lighten.budget import Budget
 from lighten.errors import RequestError
+from lighten.export.gguf_types import PLAIN, TYPES, TypeName
 from lighten.export.step import Export, about
 from lighten.stage import Context, Estimate, ModelFacts
 from lighten.store import Artifact
 
-_BITS = {
-    "F32": 32.0,
-    "F16": 16.0,
-    "BF16": 16.0,
-    "Q8_0": 8.5,
-    "Q6_K": 6.56,
-    "Q5_K_M": 5.7,
-    "Q4_K_M": 4.9,
-    "Q4_0": 4.6,
-    "Q3_K_M": 3.95,
-    "Q2_K": 3.2,
-}
-"""Bits per weight where every row is a multiple of 256, for predictions."""
-_FALLBACK_BITS = {"Q6_K": 8.1, "Q5_K_M": 6.6, "Q4_K_M": 6.2, "Q3_K_M": 5.5, "Q2_K": 5.2}
-"""The same where the rows of the hidden size are not: what SmolLM2-135M (576) came to."""
-
 _WRITE_SECONDS = 2e-8
 """Per weight, to write the plain file: 2.5 s for SmolLM2-135M on two cores."""
-_QUANTIZE_SECONDS = {"Q8_0": 5e-9, "Q4_0": 5e-9}
-"""Per weight, for the types faster than the K-quants' 1.5e-8: 0.6 s against 2 s for SmolLM2-135M."""
-
+_QUANTIZE_SECONDS = {"Q8": 5e-9, "Q4_": 5e-9, "Q5_": 5e-9, "Q": 1.5e-8, "TQ": 5e-9, "IQ4": 6e-8, "IQ": 3e-7}
+"""Per weight, by how the type's name begins: 0.6 s for Q8_0 of SmolLM2-135M on two cores, 2 s for Q4_K_M."""
 
 _TRY_SECONDS = 5e-7
 """Per weight, to try all types: 65 s of one core's time for SmolLM2-135M."""
@@ -46,7 +30,7 @@ class Gguf(Export):
     version: ClassVar[int] = 1
 
     format: Literal["gguf"] = Field(description="what to write")
-    type: Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "budget"] = Field(
+    type: TypeName | Literal["budget"] = Field(
         "Q4_K_M", description="llama.cpp's name of the type of the weights, or what a budget makes of it"
     )
     imatrix: bool = Field(False, description="weigh rounding errors by the mean square of the inputs")
@@ -69,6 +53,8 @@ class Gguf(Export):
     def _budget_given(self) -> Self:
         if self.type == "budget" and self.budget is None:
             raise ValueError("type budget needs a `budget`: size=90MB, or bits=4.5")
+        if self.budget is None and TYPES[self.type].needs_imatrix and not self.imatrix:
+            raise ValueError(f"llama.cpp rounds to {self.type} with an importance matrix only: set imatrix: true")
         return self
 
     @model_serializer(mode="wrap")
@@ -80,7 +66,7 @@ class Gguf(Export):
     @property
     def quantized(self) -> bool:
         """Whether llama.cpp quantizes the weights."""
-        return self.type not in ("F32", "F16", "BF16")
+        return self.type not in PLAIN
 
     def needs_sweep(self) -> bool:
         """True with an importance matrix: it is the diagonal of the Grams. A budget needs all of them."""
@@ -100,9 +86,10 @@ class Gguf(Export):
 
         family_of(facts)
         widths = (facts.hidden, facts.heads * facts.head_dim, facts.intermediate)
-        if self.type in ("Q8_0", "Q4_0") and (odd := [width for width in widths if width % 32]):
+        block = 1 if self.budget else TYPES[self.type].block
+        if odd := [width for width in widths if width % block]:
             raise RequestError(
-                f"type {self.type} needs rows that are multiples of 32, this model has rows of {odd[0]}: use F16"
+                f"type {self.type} needs rows that are multiples of {block}, this model has rows of {odd[0]}: use F16"
             )
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
@@ -115,9 +102,11 @@ class Gguf(Export):
             size = self.budget.size or int((self.budget.bits or 0) * facts.params / 8)
             seconds = _WRITE_SECONDS + _TRY_SECONDS / (os.cpu_count() or 1)
         else:
-            bits = _FALLBACK_BITS.get(self.type, _BITS[self.type]) if facts.hidden % 256 else _BITS[self.type]
+            bits = TYPES[self.type].bits
+            if facts.hidden % 256:
+                bits = TYPES[self.type].fallback_bits or bits
             size = int(facts.params * bits / 8)
-            seconds = _WRITE_SECONDS + (_QUANTIZE_SECONDS.get(self.type, 1.5e-8) if self.quantized else 0.0)
+            seconds = _WRITE_SECONDS + (_quantize_seconds(self.type) if self.quantized else 0.0)
         return Estimate(
             seconds=seconds * facts.params,
             float32_flops=_trial_flops(facts) if self.budget else 0.0,
@@ -167,6 +156,12 @@ class Gguf(Export):
         finally:
             plain.unlink(missing_ok=True)
         return {**gguf_quantize.describe(file, self.type), "imatrix": weights is not None}
+
+
+def _quantize_seconds(type: str) -> float:
+    """Returns the seconds that rounding a weight takes."""
+    name = type if "_K" not in type else "Q"
+    return _QUANTIZE_SECONDS[max((start for start in _QUANTIZE_SECONDS if name.startswith(start)), key=len)]
 
 
 def _trial_flops(facts: ModelFacts) -> float:

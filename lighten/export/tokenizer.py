@@ -145,9 +145,9 @@ def _stripping(tokenizer: Json, tokens: list[str]) -> tuple[bool, list[str]]:
     added = tokenizer.get("added_tokens", [])
     strip = [one["content"] for one in added if one.get("lstrip") or one.get("rstrip")]
     plain = {"<unk>", "<s>", "<|endoftext|>"}
-    if {*plain, "</s>"} <= set(tokens) and set(strip) == {one["content"] for one in added} - plain:
-        if not any(one.get("lstrip") for one in added):
-            return True, []
+    left = any(one.get("lstrip") for one in added)
+    if not left and {*plain, "</s>"} <= set(tokens) and set(strip) == {one["content"] for one in added} - plain:
+        return True, []
     return False, [f"llama.cpp keeps the spaces around {strip[0]}, which this tokenizer drops"] if strip else []
 
 
@@ -268,11 +268,12 @@ def _add_unigram(vocabulary: Vocabulary, tokenizer: Json) -> None:
             case _:
                 raise RequestError(f"tokenizer.json has the step {step['type']}, which llama.cpp's unigram model lacks")
     told = vocabulary.warnings
-    words = [] if stripped else ["ends with"]
+    if stripped and not vocabulary.charsmap:
+        told.append("llama.cpp drops no other whitespace than the space where a text ends")
     for step in _flat(tokenizer.get("pre_tokenizer"), "pretokenizers"):
         match step:
             case {"type": "WhitespaceSplit"}:
-                vocabulary.merge_spaces, words = True, []
+                vocabulary.merge_spaces, stripped = True, True
                 if not vocabulary.charsmap:
                     told.append("llama.cpp takes no other whitespace than the space for a border of words")
             case {"type": "Metaspace", "replacement": "▁"}:
@@ -280,7 +281,7 @@ def _add_unigram(vocabulary: Vocabulary, tokenizer: Json) -> None:
                 told += _metaspace_warnings(step, vocabulary.tokens)
             case _:
                 raise RequestError(f"tokenizer.json has the step {step['type']}, which llama.cpp's unigram model lacks")
-    if vocabulary.merge_spaces and words:
+    if vocabulary.merge_spaces and not stripped:
         told.append("llama.cpp drops the spaces that a text ends with")
     if vocabulary.add_space_prefix and not vocabulary.merge_spaces:
         told.append("llama.cpp puts a space also before text that begins with one")
