@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from lighten.budget import Budget
 from lighten.errors import RequestError
 from lighten.export.gguf_types import PLAIN, TYPES, TypeName
 from lighten.export.step import Export, about
+from lighten.knapsack import parse_size
 from lighten.stage import Context, Estimate, ModelFacts
 from lighten.store import Artifact
+
+if TYPE_CHECKING:
+    from lighten.export.gguf_quantize import Importance
+
+_READABLE = ("hf", "gptq", "awq", "bitsandbytes", "compressed-tensors")
+"""Formats of directories whose weights can be read, or unpacked."""
 
 _WRITE_SECONDS = 2e-8
 """Per weight, to write the plain file: 2.5 s for SmolLM2-135M on two cores."""
@@ -22,6 +30,10 @@ _QUANTIZE_SECONDS = {"Q8": 5e-9, "Q4_": 5e-9, "Q5_": 5e-9, "Q": 1.5e-8, "TQ": 5e
 
 _TRY_SECONDS = 5e-7
 """Per weight, to try all types: 65 s of one core's time for SmolLM2-135M."""
+
+
+def _bytes(size: Any) -> Any:
+    return parse_size(size) if isinstance(size, str) else size
 
 
 class Gguf(Export):
@@ -36,6 +48,9 @@ class Gguf(Export):
     imatrix: bool = Field(False, description="weigh rounding errors by the mean square of the inputs")
     budget: Budget | None = Field(
         None, description="instead of a type: a type for every tensor, so that the file fits (size=90MB or bits=4.5)"
+    )
+    split: Annotated[int, BeforeValidator(_bytes)] | None = Field(
+        None, gt=0, description="cut a larger file into parts of so many bytes (2GB), which llama.cpp opens together"
     )
 
     @model_validator(mode="before")
@@ -58,10 +73,10 @@ class Gguf(Export):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_absent_budget(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves out a budget that is not there, so that a step without one keeps its key."""
+    def _without_what_is_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what is not set, so that a step without it keeps its key."""
         settings: dict[str, Any] = dump(self)
-        return {name: value for name, value in settings.items() if name != "budget" or value}
+        return {name: value for name, value in settings.items() if name not in ("budget", "split") or value}
 
     @property
     def quantized(self) -> bool:
@@ -120,42 +135,65 @@ class Gguf(Export):
         Raises:
             RequestError: the source is not a plain Hugging Face directory.
         """
-        if source.format != "hf":
+        if source.format not in _READABLE:
+            raise RequestError(f"GGUF export reads model directories, this one is {source.format}")
+        if source.format != "hf" and self.needs_sweep():
             raise RequestError(
-                f"GGUF export reads unquantized models, this one is {source.format}: export before quantizing, "
-                "and let `type` choose the bits"
+                f"{'a budget' if self.budget else 'an importance matrix'} is measured on an unquantized "
+                f"model, this one is {source.format}: export it without, or export the model that it was made from"
             )
-        from lighten.export import gguf, gguf_quantize
+        from lighten.export import gguf_quantize
         from lighten.model.checkpoint import Checkpoint
 
         file = out / f"model-{self.type}.gguf"
-        origin = about(source)
+        origin = {**about(source), "lighten.step": json.dumps(self.key_config(), sort_keys=True)}
+        if context.key:
+            origin["lighten.key"] = context.key
+        if source.format != "hf":
+            context.warnings.append(
+                f"the weights come from a {source.format} checkpoint: its rounding is in the file too"
+            )
         weights = None
         if self.needs_sweep():
             if context.grams is None or (self.budget and context.sensitivity is None):
                 asked = "a budget" if self.budget else "imatrix: true"
                 raise RequestError(f"{asked} needs a calibration set: name one under calibration")
             weights = gguf_quantize.importance(context.grams, Checkpoint(source.path).facts)
-            if self.budget:
-                from lighten.export.budget import Prices, fit
-                from lighten.model.sensitivity import Sensitivity
+        chosen = self._write(source.path, file, origin, weights, context)
+        facts = {**gguf_quantize.describe(file, self.type), "imatrix": weights is not None, **chosen}
+        if self.split:
+            from lighten.export.gguf_split import split
 
-                assert context.sensitivity
-                draft = gguf.Draft(source.path, origin)
-                context.warnings += draft.warnings
-                prices = Prices(context.grams, Sensitivity.read(context.sensitivity))
-                chosen = fit(draft, file, self.budget.size, self.budget.bits, prices, weights, context.report)
-                return {**gguf_quantize.describe(file, self.type), "imatrix": True, **chosen}
+            facts["files"] = [part.name for part in split(file, self.split, context.report)]
+        return facts
+
+    def _write(
+        self, source: Path, file: Path, origin: dict[str, str], weights: Importance | None, context: Context
+    ) -> dict[str, Any]:
+        """Writes the file; returns what a budget chose."""
+        from lighten.export import gguf, gguf_quantize
+
+        if self.budget:
+            from lighten.export.budget import Prices, fit
+            from lighten.model.sensitivity import Sensitivity
+
+            assert context.sensitivity
+            assert context.grams
+            assert weights
+            draft = gguf.Draft(source, origin)
+            context.warnings += draft.warnings
+            prices = Prices(context.grams, Sensitivity.read(context.sensitivity))
+            return fit(draft, file, self.budget.size, self.budget.bits, prices, weights, context.report)
         if not self.quantized:
-            context.warnings += gguf.write(source.path, file, self.type, context.report, origin)
-            return {**gguf_quantize.describe(file, self.type), "imatrix": False}
-        plain = out / "plain.gguf"
+            context.warnings += gguf.write(source, file, self.type, context.report, origin)
+            return {}
+        plain = file.with_name("plain.gguf")
         try:
-            context.warnings += gguf.write(source.path, plain, None, about=origin)
+            context.warnings += gguf.write(source, plain, None, about=origin)
             gguf_quantize.quantize(plain, file, self.type, weights, context.report)
         finally:
             plain.unlink(missing_ok=True)
-        return {**gguf_quantize.describe(file, self.type), "imatrix": weights is not None}
+        return {}
 
 
 def _quantize_seconds(type: str) -> float:

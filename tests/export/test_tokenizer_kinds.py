@@ -1,6 +1,7 @@
 """Each kind of tokenizer on 500 hard strings: llama.cpp's ids against those of the `tokenizers` library."""
 
 import base64
+import itertools
 import json
 import random
 import struct
@@ -213,7 +214,7 @@ def left_out(text: str, kind: str) -> bool:
         # text that begins with the mark of a space gets no space put before it there
         marks = any(
             one in "ﬁ½\u00a0\u2003\u3000" and unicodedata.category(two) in ("Mn", "Mc", "Cf")
-            for one, two in zip(text, text[1:], strict=False)
+            for one, two in itertools.pairwise(text)
         )
         return marks or "▁" in text
     name = kind.removeprefix("bpe ")
