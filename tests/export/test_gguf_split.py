@@ -22,8 +22,8 @@ Tiny = Callable[..., Path]
 IDS = list(range(3, 40))
 
 
-def whole_and_parts(tiny: Tiny, folder: Path) -> tuple[Path, list[Path]]:
-    export.write(tiny("llama3"), folder / "m.gguf", "F16")
+def whole_and_parts(tiny: Tiny, folder: Path, family: str = "llama3") -> tuple[Path, list[Path]]:
+    export.write(tiny(family), folder / "m.gguf", "F16")
     shutil.copy(folder / "m.gguf", folder / "whole.gguf")
     return folder / "whole.gguf", split(folder / "m.gguf", 1_000_000)
 
@@ -54,7 +54,7 @@ def test_a_small_file_stays_whole(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_parts_are_a_source(tiny: Tiny, tmp_path: Path) -> None:
-    whole, parts = whole_and_parts(tiny, tmp_path)
+    whole, parts = whole_and_parts(tiny, tmp_path, "llama")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     gguf_source.convert(whole, tmp_path / "a")
