@@ -39,10 +39,10 @@ def _bytes(size: Any) -> Any:
 class Gguf(Export):
     """Writes one file `model-<type>.gguf`, or `model-budget.gguf`."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     format: Literal["gguf"] = Field(description="what to write")
-    type: TypeName | Literal["budget"] = Field(
+    type: TypeName = Field(
         "Q4_K_M", description="llama.cpp's name of the type of the weights, or what a budget makes of it"
     )
     imatrix: bool = Field(False, description="weigh rounding errors by the mean square of the inputs")

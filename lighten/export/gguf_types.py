@@ -38,7 +38,9 @@ TypeName = Literal[
     "TQ1_0",
     "IQ1_M",
     "IQ1_S",
+    "budget",
 ]
+"""What `type` may say: a key of TYPES, or "budget" for a type chosen for every tensor."""
 
 
 @dataclass(frozen=True)
