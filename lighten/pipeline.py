@@ -213,6 +213,7 @@ class Builder:
             "inputs": dict(zip(stage.roles, paths, strict=True)),
             "scratch": str(self.store.scratch(stage.key)) if stage.step.lessons() else None,
             "out": str(out),
+            "key": stage.key,
             "device": self.device,
             "trust_remote_code": self.trusted,
         }

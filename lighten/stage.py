@@ -34,6 +34,8 @@ class Context:
     """Directory of what the teacher said, likewise."""
     scratch: Path | None = None
     """Directory that outlives a kill, for steps that have `lessons`: the next run goes on from what lies there."""
+    key: str | None = None
+    """Key of the stage, for files that say where they come from."""
     device: str = "cpu"
     trust_remote_code: bool = False
     """Whether the person asked for the code that the model's repository brings."""

@@ -80,7 +80,8 @@ def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Runs one step in this process; the target of `lighten.process.run_isolated`.
 
     Args:
-        payload: kind, settings, inputs (paths by role: source, grams, …), out, scratch, device, trust_remote_code.
+        payload: kind, settings, inputs (paths by role: source, grams, …), out, scratch, key, device,
+            trust_remote_code.
         report: where progress goes.
 
     Returns:
@@ -95,6 +96,7 @@ def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         report,
         **inputs,  # type: ignore[arg-type]
         scratch=Path(payload["scratch"]) if payload["scratch"] else None,
+        key=payload.get("key"),
         device=payload["device"],
         trust_remote_code=payload["trust_remote_code"],
     )

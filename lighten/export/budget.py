@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.errors import Failure, RequestError
 from lighten.export import ggml
-from lighten.export.gguf import Draft, Importance, tensor_bytes
+from lighten.export.gguf import Draft, tensor_bytes
+from lighten.export.gguf_quantize import Importance
 from lighten.knapsack import Choice, Option, choose
 from lighten.stage import Report, silent
 

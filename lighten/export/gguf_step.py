@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from lighten.budget import Budget
 from lighten.errors import RequestError
+from lighten.export.gguf_types import PLAIN, TYPES, TypeName
 from lighten.export.step import Export, about
+from lighten.knapsack import parse_size
 from lighten.stage import Context, Estimate, ModelFacts
 from lighten.store import Artifact
 
-_BITS = {
-    "F32": 32.0,
-    "F16": 16.0,
-    "BF16": 16.0,
-    "Q8_0": 8.5,
-    "Q6_K": 6.56,
-    "Q5_K_M": 5.7,
-    "Q4_K_M": 4.9,
-    "Q4_0": 4.6,
-    "Q3_K_M": 3.95,
-    "Q2_K": 3.2,
-}
-"""Bits per weight where every row is a multiple of 256, for predictions."""
-_FALLBACK_BITS = {"Q6_K": 8.1, "Q5_K_M": 6.6, "Q4_K_M": 6.2, "Q3_K_M": 5.5, "Q2_K": 5.2}
-"""The same where the rows of the hidden size are not: what SmolLM2-135M (576) came to."""
+if TYPE_CHECKING:
+    from lighten.export.gguf_quantize import Importance
+
+_READABLE = ("hf", "gptq", "awq", "bitsandbytes", "compressed-tensors")
+"""Formats of directories whose weights can be read, or unpacked."""
 
 _WRITE_SECONDS = 2e-8
 """Per weight, to write the plain file: 2.5 s for SmolLM2-135M on two cores."""
-_QUANTIZE_SECONDS = {"Q8_0": 5e-9, "Q4_0": 5e-9}
-"""Per weight, for the types faster than the K-quants' 1.5e-8: 0.6 s against 2 s for SmolLM2-135M."""
-
+_QUANTIZE_SECONDS = {"Q8": 5e-9, "Q4_": 5e-9, "Q5_": 5e-9, "Q": 1.5e-8, "TQ": 5e-9, "IQ4": 6e-8, "IQ": 3e-7}
+"""Per weight, by how the type's name begins: 0.6 s for Q8_0 of SmolLM2-135M on two cores, 2 s for Q4_K_M."""
 
 _TRY_SECONDS = 5e-7
 """Per weight, to try all types: 65 s of one core's time for SmolLM2-135M."""
+
+
+def _bytes(size: Any) -> Any:
+    return parse_size(size) if isinstance(size, str) else size
 
 
 class Gguf(Export):
@@ -46,12 +42,15 @@ class Gguf(Export):
     version: ClassVar[int] = 2
 
     format: Literal["gguf"] = Field(description="what to write")
-    type: Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "budget"] = Field(
+    type: TypeName = Field(
         "Q4_K_M", description="llama.cpp's name of the type of the weights, or what a budget makes of it"
     )
     imatrix: bool = Field(False, description="weigh rounding errors by the mean square of the inputs")
     budget: Budget | None = Field(
         None, description="instead of a type: a type for every tensor, so that the file fits (size=90MB or bits=4.5)"
+    )
+    split: Annotated[int, BeforeValidator(_bytes)] | None = Field(
+        None, gt=0, description="cut a larger file into parts of so many bytes (2GB), which llama.cpp opens together"
     )
 
     @model_validator(mode="before")
@@ -69,14 +68,16 @@ class Gguf(Export):
     def _budget_given(self) -> Self:
         if self.type == "budget" and self.budget is None:
             raise ValueError("type budget needs a `budget`: size=90MB, or bits=4.5")
+        if self.budget is None and TYPES[self.type].needs_imatrix and not self.imatrix:
+            raise ValueError(f"llama.cpp rounds to {self.type} with an importance matrix only: set imatrix: true")
         return self
 
-    optional: ClassVar[tuple[str, ...]] = ("parity", "budget")
+    optional: ClassVar[tuple[str, ...]] = ("parity", "budget", "split")
 
     @property
     def rounded(self) -> bool:
         """Whether llama.cpp quantizes the weights."""
-        return self.type not in ("F32", "F16", "BF16")
+        return self.type not in PLAIN
 
     def needs_sweep(self) -> bool:
         """True with an importance matrix: it is the diagonal of the Grams. A budget needs all of them."""
@@ -87,18 +88,19 @@ class Gguf(Export):
         return self.budget is not None
 
     def requires(self) -> list[tuple[str, str]]:
-        """`gguf` to write, `llama_cpp` to quantize."""
-        return [("gguf", "gguf"), *([("llama_cpp", "gguf")] if self.rounded else [])]
+        """`gguf` to write, `llama_cpp` to quantize and to compare."""
+        return [("gguf", "gguf"), ("llama_cpp", "gguf")]
 
     def check(self, facts: ModelFacts) -> None:
         """Refuses architectures that cannot be written, and widths that the type's blocks do not fit."""
-        from lighten.export.gguf import check_architecture
+        from lighten.export.gguf_families import family_of
 
-        check_architecture(facts.architecture)
+        family_of(facts)
         widths = (facts.hidden, facts.heads * facts.head_dim, facts.intermediate)
-        if self.type in ("Q8_0", "Q4_0") and (odd := [width for width in widths if width % 32]):
+        block = 1 if self.budget else TYPES[self.type].block
+        if odd := [width for width in widths if width % block]:
             raise RequestError(
-                f"type {self.type} needs rows that are multiples of 32, this model has rows of {odd[0]}: use F16"
+                f"type {self.type} needs rows that are multiples of {block}, this model has rows of {odd[0]}: use F16"
             )
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
@@ -111,9 +113,11 @@ class Gguf(Export):
             size = self.budget.size or int((self.budget.bits or 0) * facts.params / 8)
             seconds = _WRITE_SECONDS + _TRY_SECONDS / (os.cpu_count() or 1)
         else:
-            bits = _FALLBACK_BITS.get(self.type, _BITS[self.type]) if facts.hidden % 256 else _BITS[self.type]
+            bits = TYPES[self.type].bits
+            if facts.hidden % 256:
+                bits = TYPES[self.type].fallback_bits or bits
             size = int(facts.params * bits / 8)
-            seconds = _WRITE_SECONDS + (_QUANTIZE_SECONDS.get(self.type, 1.5e-8) if self.rounded else 0.0)
+            seconds = _WRITE_SECONDS + (_quantize_seconds(self.type) if self.rounded else 0.0)
         return Estimate(
             seconds=seconds * facts.params,
             float32_flops=_trial_flops(facts) if self.budget else 0.0,
@@ -127,42 +131,71 @@ class Gguf(Export):
         Raises:
             RequestError: the source is not a plain Hugging Face directory.
         """
-        if source.format != "hf":
+        if source.format not in _READABLE:
+            raise RequestError(f"GGUF export reads model directories, this one is {source.format}")
+        if source.format != "hf" and self.needs_sweep():
             raise RequestError(
-                f"GGUF export reads unquantized models, this one is {source.format}: export before quantizing, "
-                "and let `type` choose the bits"
+                f"{'a budget' if self.budget else 'an importance matrix'} is measured on an unquantized "
+                f"model, this one is {source.format}: export it without, or export the model that it was made from"
             )
-        from lighten.export import gguf
+        from lighten.export import gguf_quantize
         from lighten.model.checkpoint import Checkpoint
 
         file = out / f"model-{self.type}.gguf"
-        origin = about(source)
+        origin = {**about(source), "lighten.step": json.dumps(self.key_config(), sort_keys=True)}
+        if context.key:
+            origin["lighten.key"] = context.key
+        if source.format != "hf":
+            context.warnings.append(
+                f"the weights come from a {source.format} checkpoint: its rounding is in the file too"
+            )
         weights = None
         if self.needs_sweep():
             if context.grams is None or (self.budget and context.sensitivity is None):
                 asked = "a budget" if self.budget else "imatrix: true"
                 raise RequestError(f"{asked} needs a calibration set: name one under calibration")
-            weights = gguf.importance(context.grams, Checkpoint(source.path).facts)
-            if self.budget:
-                from lighten.export.budget import Prices, fit
-                from lighten.model.sensitivity import Sensitivity
+            weights = gguf_quantize.importance(context.grams, Checkpoint(source.path).facts)
+        chosen = self._write(source.path, file, origin, weights, context)
+        facts = {**gguf_quantize.describe(file, self.type), "imatrix": weights is not None, **chosen}
+        if self.split:
+            from lighten.export.gguf_split import split
 
-                assert context.sensitivity
-                draft = gguf.Draft(source.path, origin)
-                context.warnings += draft.warnings
-                prices = Prices(context.grams, Sensitivity.read(context.sensitivity))
-                chosen = fit(draft, file, self.budget.size, self.budget.bits, prices, weights, context.report)
-                return {**gguf.describe(file, self.type), "imatrix": True, **chosen}
+            facts["files"] = [part.name for part in split(file, self.split, context.report)]
+        return facts
+
+    def _write(
+        self, source: Path, file: Path, origin: dict[str, str], weights: Importance | None, context: Context
+    ) -> dict[str, Any]:
+        """Writes the file; returns what a budget chose."""
+        from lighten.export import gguf, gguf_quantize
+
+        if self.budget:
+            from lighten.export.budget import Prices, fit
+            from lighten.model.sensitivity import Sensitivity
+
+            assert context.sensitivity
+            assert context.grams
+            assert weights
+            draft = gguf.Draft(source, origin)
+            context.warnings += draft.warnings
+            prices = Prices(context.grams, Sensitivity.read(context.sensitivity))
+            return fit(draft, file, self.budget.size, self.budget.bits, prices, weights, context.report)
         if not self.rounded:
-            context.warnings += gguf.write(source.path, file, self.type, context.report, origin)
-            return {**gguf.describe(file, self.type), "imatrix": False}
-        plain = out / "plain.gguf"
+            context.warnings += gguf.write(source, file, self.type, context.report, origin)
+            return {}
+        plain = file.with_name("plain.gguf")
         try:
-            context.warnings += gguf.write(source.path, plain, None, about=origin)
-            gguf.quantize(plain, file, self.type, weights, context.report)
+            context.warnings += gguf.write(source, plain, None, about=origin)
+            gguf_quantize.quantize(plain, file, self.type, weights, context.report)
         finally:
             plain.unlink(missing_ok=True)
-        return {**gguf.describe(file, self.type), "imatrix": weights is not None}
+        return {}
+
+
+def _quantize_seconds(type: str) -> float:
+    """Returns the seconds that rounding a weight takes."""
+    name = type if "_K" not in type else "Q"
+    return _QUANTIZE_SECONDS[max((start for start in _QUANTIZE_SECONDS if name.startswith(start)), key=len)]
 
 
 def _trial_flops(facts: ModelFacts) -> float:

@@ -1,11 +1,12 @@
 """The tokenizer of a Hugging Face directory as the metadata of a GGUF file.
 
-Two kinds exist in the Llama family: byte-level BPE (llama.cpp's "gpt2") and BPE over characters with a fallback to
-bytes, as SentencePiece makes it (llama.cpp's "llama").
+llama.cpp has three kinds: byte-level BPE ("gpt2"), BPE over characters with a fallback to bytes, as SentencePiece makes
+it for Llama and Gemma ("llama"), and SentencePiece's unigram model ("t5").
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from lighten.model.tokenizer_table import BYTE, CONTROL, NORMAL, TABLE, UNKNOWN,
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _NAMES = ("bos", "eos", "unk", "pad")
+_NEVER = -1e6
+"""Score of tokens that only pad the vocabulary."""
 
 
 @dataclass
@@ -25,7 +28,7 @@ class Vocabulary:
     """What a GGUF file says of its tokenizer."""
 
     model: str
-    """ "gpt2" or "llama"."""
+    """ "gpt2", "llama" or "t5"."""
     tokens: list[str]
     types: list[int]
     ids: dict[str, int]
@@ -36,6 +39,12 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     add_space_prefix: bool = False
+    merge_spaces: bool = False
+    """Whether runs of spaces become one, and those at the ends none."""
+    charsmap: bytes = b""
+    """SentencePiece's table of what characters become."""
+    strips: bool = False
+    """Whether spaces after special tokens are dropped, as Phi-3 wants it."""
     chat_template: str | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -60,6 +69,10 @@ def read_vocabulary(source: Path, size: int, config: Json) -> Vocabulary:
     add_bos, add_eos = _adds(tokenizer, settings, ids)
     template = _chat_template(source, settings)
     vocabulary = Vocabulary("gpt2", tokens, types, ids, add_bos, add_eos, chat_template=template)
+    vocabulary.strips, vocabulary.warnings = _stripping(tokenizer, tokens)
+    if model["type"] == "Unigram":
+        _add_unigram(vocabulary, tokenizer)
+        return vocabulary
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     if model.get("byte_fallback"):
         vocabulary.model = "llama"
@@ -95,16 +108,17 @@ def _read_tokenizer(path: Path) -> Json:
         code = f"from transformers import AutoTokenizer as A; A.from_pretrained('{folder}').save_pretrained('{folder}')"
         raise RequestError(f'{folder} has no tokenizer.json; write one once: python -c "{code}"')
     tokenizer = _read_json(path)
-    kind = tokenizer["model"].get("type", "BPE")
-    if kind != "BPE":
-        raise RequestError(f"{path} is of kind {kind}; GGUF export knows BPE tokenizers")
+    kind = tokenizer["model"].setdefault("type", "BPE")
+    if kind not in ("BPE", "Unigram"):
+        raise RequestError(f"{path} is of kind {kind}; GGUF export knows BPE and Unigram tokenizers")
     return tokenizer
 
 
 def _tokens(tokenizer: Json, size: int, source: Path) -> tuple[list[str], list[int]]:
     """Returns the text and the GGUF type of every row of the embedding."""
     model, added = tokenizer["model"], tokenizer.get("added_tokens", [])
-    texts = {index: token for token, index in model["vocab"].items()} | {one["id"]: one["content"] for one in added}
+    vocab = _vocab(model)
+    texts = {index: token for token, index in vocab.items()} | {one["id"]: one["content"] for one in added}
     if max(texts) >= size:
         raise Failure(f"{source}: tokenizer.json has token {max(texts)}, but the embedding has only {size} rows")
     types = [UNUSED] * size
@@ -112,10 +126,29 @@ def _tokens(tokenizer: Json, size: int, source: Path) -> tuple[list[str], list[i
         types[index] = BYTE if model.get("byte_fallback") and _BYTE.fullmatch(text) else NORMAL
     for one in added:
         types[one["id"]] = CONTROL if one["special"] else USER_DEFINED
-    unknown = model["vocab"].get(model.get("unk_token"))
-    if unknown is not None and model.get("byte_fallback"):
+    unknown = model["unk_id"] if model["type"] == "Unigram" else vocab.get(model.get("unk_token"))
+    if unknown is not None and (model.get("byte_fallback") or model["type"] == "Unigram"):
         types[unknown] = UNKNOWN
     return [texts.get(index, f"[PAD{index}]") for index in range(size)], types
+
+
+def _vocab(model: Json) -> dict[str, int]:
+    """Returns the id of every token of the model itself."""
+    if model["type"] == "Unigram":
+        return {token: index for index, (token, _) in enumerate(model["vocab"])}
+    vocab: dict[str, int] = model["vocab"]
+    return vocab
+
+
+def _stripping(tokenizer: Json, tokens: list[str]) -> tuple[bool, list[str]]:
+    """Returns whether special tokens strip what follows as llama.cpp does it for Phi-3, and what it does not strip."""
+    added = tokenizer.get("added_tokens", [])
+    strip = [one["content"] for one in added if one.get("lstrip") or one.get("rstrip")]
+    plain = {"<unk>", "<s>", "<|endoftext|>"}
+    left = any(one.get("lstrip") for one in added)
+    if not left and {*plain, "</s>"} <= set(tokens) and set(strip) == {one["content"] for one in added} - plain:
+        return True, []
+    return False, [f"llama.cpp keeps the spaces around {strip[0]}, which this tokenizer drops"] if strip else []
 
 
 def _special_ids(settings: Json, config: Json, tokens: list[str]) -> dict[str, int]:
@@ -189,23 +222,78 @@ def _scores(tokenizer: Json, merges: list[str], size: int) -> tuple[list[float],
 def _space_prefix(tokenizer: Json) -> tuple[bool, list[str]]:
     """Returns whether a text gets a space put before it, and what llama.cpp will do differently."""
     steps = _flat(tokenizer.get("normalizer"), "normalizers") + _flat(tokenizer.get("pre_tokenizer"), "pretokenizers")
-    prefix, warnings = False, []
+    prefix, escaped, warnings = False, False, []
     for step in steps:
         match step:
             case {"type": "Prepend", "prepend": "▁"}:
                 prefix = True
             case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
-                pass
+                escaped = True
+            case {"type": "Split", "pattern": {"String": " "}} if escaped:
+                pass  # no space is left to split at
             case {"type": "Metaspace", "replacement": "▁"}:
-                scheme = step.get("prepend_scheme", "always")
-                prefix = scheme != "never"
-                if scheme == "first":
-                    warnings.append("llama.cpp also puts a space before text that follows a special token")
-                if step.get("split", True) and any(_SPACE in token[1:] for token in tokenizer["model"]["vocab"]):
-                    warnings.append("llama.cpp also uses tokens that span words, which this tokenizer does not")
+                prefix = step.get("prepend_scheme", "always") != "never"
+                warnings += _metaspace_warnings(step, list(tokenizer["model"]["vocab"]))
             case _:
                 raise RequestError(f"tokenizer.json has the step {step['type']}, which llama.cpp's SPM tokenizer lacks")
     return prefix, warnings
+
+
+def _add_unigram(vocabulary: Vocabulary, tokenizer: Json) -> None:
+    """Fills in what llama.cpp needs for a unigram model, and says where it will differ.
+
+    Raises:
+        RequestError: a step that it has nothing for.
+    """
+    model = tokenizer["model"]
+    if model.get("byte_fallback"):
+        raise RequestError(
+            "tokenizer.json is a Unigram model with byte_fallback, which llama.cpp's unigram model lacks"
+        )
+    if model.get("unk_id") is None:
+        raise RequestError("tokenizer.json is a Unigram model without unk_id, which llama.cpp's unigram model needs")
+    scores = [float(score) for _, score in model["vocab"]]
+    vocabulary.model, vocabulary.pre = "t5", "default"
+    vocabulary.ids["unk"] = model["unk_id"]
+    vocabulary.scores = scores + [_NEVER] * (len(vocabulary.tokens) - len(scores))
+    stripped = False
+    for step in _flat(tokenizer.get("normalizer"), "normalizers"):
+        match step:
+            case {"type": "Precompiled", "precompiled_charsmap": table}:
+                vocabulary.charsmap = base64.b64decode(table or "")
+            case {"type": "Strip", "strip_right": True}:
+                stripped = True
+            case {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " " | "▁"}:
+                vocabulary.merge_spaces = True
+            case _:
+                raise RequestError(f"tokenizer.json has the step {step['type']}, which llama.cpp's unigram model lacks")
+    told = vocabulary.warnings
+    if stripped and not vocabulary.charsmap:
+        told.append("llama.cpp drops no other whitespace than the space where a text ends")
+    for step in _flat(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+        match step:
+            case {"type": "WhitespaceSplit"}:
+                vocabulary.merge_spaces, stripped = True, True
+                if not vocabulary.charsmap:
+                    told.append("llama.cpp takes no other whitespace than the space for a border of words")
+            case {"type": "Metaspace", "replacement": "▁"}:
+                vocabulary.add_space_prefix = step.get("prepend_scheme", "always") != "never"
+                told += _metaspace_warnings(step, vocabulary.tokens)
+            case _:
+                raise RequestError(f"tokenizer.json has the step {step['type']}, which llama.cpp's unigram model lacks")
+    if vocabulary.merge_spaces and not stripped:
+        told.append("llama.cpp drops the spaces that a text ends with")
+    if vocabulary.add_space_prefix and not vocabulary.merge_spaces:
+        told.append("llama.cpp puts a space also before text that begins with one")
+
+
+def _metaspace_warnings(step: Json, tokens: list[str]) -> list[str]:
+    warnings = []
+    if step.get("prepend_scheme", "always") == "first":
+        warnings.append("llama.cpp also puts a space before text that follows a special token")
+    if step.get("split", True) and any(_SPACE in token[1:] for token in tokens):
+        warnings.append("llama.cpp also uses tokens that span words, which this tokenizer does not")
+    return warnings
 
 
 def _flat(step: Json | None, key: str) -> list[Any]:

@@ -104,6 +104,14 @@ class Checkpoint:
                 found |= {name.removeprefix(prefix): shard.get_tensor(name).clone() for name in here}
         return found
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of every tensor, from the headers of the shards."""
+        found: dict[str, tuple[int, ...]] = {}
+        for file in sorted(set(self.weight_map.values())):
+            with self._open(file) as shard:
+                found |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+        return found
+
     @property
     def quantization(self) -> dict[str, Any] | None:
         """The checkpoint's `quantization_config`, or None."""

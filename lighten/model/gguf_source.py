@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ READS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 SHARD_BYTES = 2_000_000_000
 ROPE_FREQS = "rope_freqs.weight"
 
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -44,6 +46,8 @@ class Tensor:
     type: int
     start: int
     size: int
+    file: Path | None = None
+    """The part it lies in, for a file in parts."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Header:
     path: Path
     fields: dict[str, Any]
     tensors: dict[str, Tensor]
+    fields_end: int = 0
+    """Byte that follows the metadata, which begins at byte 24."""
 
     @property
     def arch(self) -> str:
@@ -148,6 +154,7 @@ def _parse(path: Path, data: mmap.mmap, sizes: dict[int, tuple[int, int]]) -> He
     for _ in range(field_count):
         key = cursor.string()
         fields[key] = cursor.value(cursor.scalar("I"))
+    fields_end = cursor.at
     entries = []
     for _ in range(tensor_count):
         name, rank = cursor.string(), cursor.scalar("I")
@@ -167,18 +174,54 @@ def _parse(path: Path, data: mmap.mmap, sizes: dict[int, tuple[int, int]]) -> He
                 f"{path} is cut short: tensor {tensor.name} needs bytes up to {tensor.start + tensor.size}, "
                 f"the file has {len(data)}; fetch it again"
             )
-    return Header(path, fields, tensors)
+    return Header(path, fields, tensors, fields_end)
+
+
+def parts(path: Path) -> list[Path]:
+    """Returns the files of a model in parts, by the first one's name, or just the file.
+
+    Raises:
+        RequestError: a part other than the first.
+        Failure: a part is missing.
+    """
+    found = _PART.fullmatch(path.name)
+    if not found:
+        return [path]
+    stem, number, count = found[1], int(found[2]), int(found[3])
+    names = [path.with_name(f"{stem}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
+    if number != 1:
+        raise RequestError(f"{path} is part {number} of {count}: give the first one, {names[0].name}")
+    if missing := [name.name for name in names if not name.is_file()]:
+        raise Failure(f"{path} is one of {count} parts, and {missing[0]} is missing; fetch it")
+    return names
+
+
+def _joined(header: Header) -> Header:
+    """Returns a header with the tensors of all parts."""
+    count = header.fields.get("split.count", 1)
+    if count <= 1:
+        return header
+    files = parts(header.path)
+    if len(files) != count:
+        raise RequestError(
+            f"{header.path} is one of {count} parts, and is not named like one (NAME-00001-of-{count:05d}.gguf)"
+        )
+    tensors = {name: replace(tensor, file=file) for file in files for name, tensor in read_header(file).tensors.items()}
+    if len(tensors) != header.fields.get("split.tensors.count", len(tensors)):
+        raise Failure(f"{header.path}: the parts hold {len(tensors)} tensors, which is not what the first one says")
+    return replace(header, tensors=tensors)
 
 
 def _open(path: Path) -> Header:
     header = read_header(path)
+    if header.fields.get("split.no", 0):
+        parts(path)
     if header.arch not in READS:
         raise RequestError(
             f"{path} has architecture {header.arch!r}, which is not supported; supported are {', '.join(READS)} "
             "(files of Mistral models have the architecture llama)"
         )
-    if header.fields.get("split.count", 1) > 1:
-        raise RequestError(f"{path} is one part of several; join them first: llama-gguf-split --merge")
+    header = _joined(header)
     if header.integer("expert_count", 0):
         raise RequestError(f"{path} is a mixture of experts, which lighten does not read")
     if header.integer("rope.dimension_count", _head_dim(header)) != _head_dim(header):
@@ -389,7 +432,7 @@ def _read(header: Header, tensor: Tensor) -> torch.Tensor:
     from gguf import GGMLQuantizationType, dequantize
 
     kind = GGMLQuantizationType(tensor.type)
-    raw = np.memmap(header.path, dtype=np.uint8, mode="r", offset=tensor.start, shape=(tensor.size,))
+    raw = np.memmap(tensor.file or header.path, dtype=np.uint8, mode="r", offset=tensor.start, shape=(tensor.size,))
     plain = {"F32": np.float32, "F16": np.float16}.get(kind.name)
     row_bytes = tensor.size // math.prod(tensor.shape[:-1])
     try:

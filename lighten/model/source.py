@@ -53,7 +53,9 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
         path = _demo(model.removeprefix("demo:"))
     if path.suffix == ".gguf" or (path.is_file() and path.open("rb").read(4) == b"GGUF"):
         gguf_source.check(path)
-        return Found(model, path, "gguf", hash_file(path), gguf_source.inspect(path))
+        hashes = [hash_file(part) for part in gguf_source.parts(path)]
+        identity = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        return Found(model, path, "gguf", identity, gguf_source.inspect(path))
     if graph := find_onnx(path):
         return Found(model, path, "onnx", hash_file(graph), onnx_facts(path))
     if path.is_dir():

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from lighten.errors import RequestError
 from lighten.export import budget, ggml
-from lighten.export.gguf import Draft, importance
+from lighten.export.gguf import Draft
+from lighten.export.gguf_quantize import importance
 from lighten.export.gguf_step import Gguf
 from lighten.model.grams import Gram, GramWriter, read_layer
 from lighten.model.sensitivity import Sensitivity

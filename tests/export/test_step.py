@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -119,11 +120,52 @@ def test_importance_reaches_the_file(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_refuses_other_sources(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="this one is gptq: export before quantizing"):
-        Gguf(format="gguf").run(artifact(tiny(), "gptq"), tmp_path, Context())
+    with pytest.raises(RequestError, match="reads model directories, this one is onnx"):
+        Gguf(format="gguf").run(artifact(tiny(), "onnx"), tmp_path, Context())
+    with pytest.raises(RequestError, match="measured on an unquantized model, this one is gptq"):
+        Gguf(format="gguf", imatrix=True).run(artifact(tiny(), "gptq"), tmp_path, Context())
     with pytest.raises(RequestError, match="needs a calibration set"):
         Gguf(format="gguf", imatrix=True).run(artifact(tiny()), tmp_path, Context())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "rtn", "bits": 4, "group_size": 64},
+        {"method": "rtn", "bits": 4, "group_size": 64, "ignore": ["down_proj"]},
+        {"method": "nf4"},
+    ],
+)
+def test_a_quantized_source_is_unpacked_first(tiny: Tiny, tmp_path: Path, settings: dict[str, Any]) -> None:
+    from lighten.compress.quantize import Quantize
+    from lighten.evaluate.runtimes.torch import TorchRuntime
+    from tests.export.test_gguf import logits_of
+
+    for name in ("quantized", "out"):
+        (tmp_path / name).mkdir()
+    facts = Quantize(**settings).run(artifact(tiny("llama-bias")), tmp_path / "quantized", Context())
+    context = Context()
+    step = Gguf(format="gguf", type="F32")
+    found = step.run(artifact(tmp_path / "quantized", facts["format"]), tmp_path / "out", context)
+    assert found["type"] == "F32"
+    assert "its rounding is in the file too" in context.warnings[0]
+    runtime = TorchRuntime(tmp_path / "quantized", "cpu", None)  # which unpacks with the formats' own packages
+    ids = np.arange(3, 67)
+    expected, got = runtime.logits(ids), logits_of(tmp_path / "out/model-F32.gguf", ids.tolist())
+    cosine = (got * expected).sum(-1) / (np.linalg.norm(got, axis=-1) * np.linalg.norm(expected, axis=-1))
+    assert cosine.min() > 0.9999
+    assert (got.argmax(-1) == expected.argmax(-1)).all()
+
+
+def test_types_that_need_an_importance_matrix_say_so() -> None:
+    for type in ("IQ2_XS", "IQ1_S", "IQ3_XXS", "Q2_K_S"):
+        with pytest.raises(
+            ValidationError, match=f"rounds to {type} with an importance matrix only: set imatrix: true"
+        ):
+            Gguf(format="gguf", type=type)  # type: ignore[arg-type]
+        assert Gguf(format="gguf", type=type, imatrix=True).needs_sweep()  # type: ignore[arg-type]
+    assert not Gguf(format="gguf", type="IQ4_XS").needs_sweep()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lighten.errors import RequestError
+from lighten.model.gguf_source import parts
 from lighten.model.onnx_source import find_onnx
 from lighten.stage import Report
 
@@ -146,6 +147,8 @@ def find_gguf(path: Path) -> Path | None:
     if any(path.glob("*.safetensors")):
         return None
     found = sorted(path.glob("*.gguf"))
+    if len(found) > 1 and len(parts(found[0])) == len(found):
+        return found[0]  # llama.cpp opens the other parts itself
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise RequestError(f"{path} holds {len(found)} .gguf files ({names}): name the one to measure")

@@ -1,0 +1,96 @@
+"""Quantized checkpoints as lighten writes them, unpacked and exported."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lighten.compress import formats
+from lighten.compress.grid import Quantized
+from lighten.errors import Failure, RequestError
+from lighten.model.unpacked import open_checkpoint
+
+Tiny = Callable[..., Path]
+
+
+def grid(rows: int, columns: int, bits: int, group: int, sym: bool) -> Quantized:
+    generator = torch.Generator().manual_seed(rows + bits)
+    groups = columns // group
+    codes = torch.randint(0, 2**bits, (columns, rows), generator=generator, dtype=torch.int32)
+    scales = (torch.rand(groups, rows, generator=generator) + 0.1).half().float()
+    zeros = torch.full((groups, rows), 2 ** (bits - 1), dtype=torch.int32)
+    if not sym:
+        zeros = torch.randint(1, 2**bits, (groups, rows), generator=generator, dtype=torch.int32)
+    return Quantized(codes=codes, scales=scales, zeros=zeros, g_idx=torch.arange(columns) // group)
+
+
+def stored(kind: str) -> tuple[formats.Stored, dict[str, Any]]:
+    """Returns a linear `[96, 64]` in a format, and its configuration."""
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
+    match kind.split():
+        case ["gptq", bits]:
+            found = grid(96, 64, int(bits), 32, False)
+            return formats.gptq(found, int(bits)), formats.gptq_config(int(bits), 32, False, False, 0.05)
+        case ["awq"]:
+            return formats.awq(grid(96, 64, 4, 32, False)), formats.awq_config(4, 32, [])
+        case ["packed", bits, sym]:
+            made = formats.pack_quantized(
+                grid(96, 64, int(bits), 32, sym == "sym"), int(bits), sym == "sym", torch.float16
+            )
+            arguments = formats.integers(int(bits), 32, sym == "sym")
+            return made, formats.compressed_config([(arguments, ["Linear"])], None, "pack-quantized", [])
+        case ["int8"]:
+            made = formats.int_quantized(grid(96, 64, 8, 64, True), torch.float16)
+            arguments = formats.integers(8, -1, True)
+            return made, formats.compressed_config([(arguments, ["Linear"])], None, "int-quantized", [])
+        case ["fp8"]:
+            made = formats.float_quantized(weight, torch.bfloat16)
+            return made, formats.compressed_config([(formats.floats(), ["Linear"])], None, "float-quantized", [])
+        case ["bnb", "int8"]:
+            return formats.bnb_8bit(weight), formats.bnb_config("int8", False, [])
+        case ["bnb", name, double]:
+            made = formats.bnb_4bit(weight, name, 64, double == "double")
+            return made, formats.bnb_config(name, double == "double", [])
+    raise AssertionError(kind)
+
+
+KINDS = ["gptq 2", "gptq 3", "gptq 4", "gptq 8", "awq", "packed 4 sym", "packed 4 asym", "packed 8 sym", "int8", "fp8"]
+KINDS += ["bnb nf4 double", "bnb nf4 single", "bnb fp4 double", "bnb int8"]
+NAME = "model.layers.0.mlp.up_proj"
+
+
+def checkpoint(folder: Path, kind: str, **settings: Any) -> tuple[Path, torch.Tensor]:
+    made, config = stored(kind)
+    tensors = {f"{NAME}.{part}": tensor.contiguous() for part, tensor in made.tensors.items()}
+    tensors |= {f"{NAME}.bias": torch.ones(96), "model.norm.weight": torch.ones(64)}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {**config, **settings}}))
+    return folder, made.weight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unpacks_what_the_formats_say(tmp_path: Path, kind: str) -> None:
+    folder, expected = checkpoint(tmp_path, kind)
+    opened = open_checkpoint(folder)
+    assert torch.allclose(opened.tensor(f"{NAME}.weight"), expected, rtol=1e-6, atol=1e-7)
+    assert opened.shapes() == {f"{NAME}.weight": (96, 64), f"{NAME}.bias": (96,), "model.norm.weight": (64,)}
+    assert torch.equal(opened.tensor("model.norm.weight"), torch.ones(64))
+
+
+def test_refuses_what_cannot_be_unpacked(tmp_path: Path) -> None:
+    for kind, settings in (("awq", {"version": "gemv"}), ("gptq 4", {"quant_method": "hqq"})):
+        with pytest.raises(RequestError, match="cannot be unpacked here"):
+            open_checkpoint(checkpoint(tmp_path, kind, **settings)[0])
+
+
+def test_names_a_linear_whose_parts_do_not_fit(tmp_path: Path) -> None:
+    folder, _ = checkpoint(tmp_path, "gptq 4")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"{NAME}.scales"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(Failure, match=r"the parts of model\.layers\.0\.mlp\.up_proj do not fit together"):
+        open_checkpoint(folder).tensor(f"{NAME}.weight")
