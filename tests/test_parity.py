@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lighten import pipeline
 from lighten.errors import Failure
-from lighten.export import gguf
+from lighten.export import gguf, gguf_quantize
 from lighten.parity import check
 from lighten.recipe import parse
 from lighten.stage import silent
@@ -124,7 +124,7 @@ def test_another_chat_template_and_another_end_are_caught(source: Path, tmp_path
 def test_a_rounded_export_is_only_held_to_what_was_asked(source: Path, tmp_path: Path) -> None:
     plain, file = tmp_path / "plain.gguf", tmp_path / "made.gguf"
     gguf.write(source, plain, "F32")
-    gguf.quantize(plain, file, "Q2_K")
+    gguf_quantize.quantize(plain, file, "Q2_K")
     found = compare(source, file, perplexity=None, top1=None)
     assert 0 < found["top1_agreement"] < 0.99
     with pytest.raises(Failure, match=r"the most likely token is the same at .* at least 99.00% was asked for"):

@@ -48,7 +48,7 @@ def test_settings() -> None:
     assert not Gguf(format="gguf").needs_sweep()
     assert Gguf(format="gguf", imatrix=True).needs_sweep()
     assert not Gguf(format="gguf", type="F16", imatrix=True).needs_sweep()
-    assert Gguf(format="gguf", type="F16").requires() == [("gguf", "gguf")]
+    assert Gguf(format="gguf", type="F16").requires() == [("gguf", "gguf"), ("llama_cpp", "gguf")]
     assert Gguf(format="gguf").requires() == [("gguf", "gguf"), ("llama_cpp", "gguf")]
     for wrong in ({"format": "onnx"}, {"format": "gguf", "type": "Q4_K_X"}, {"format": "gguf", "bits": 4}):
         with pytest.raises(ValidationError):
