@@ -164,9 +164,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("arm64-work"), help="sources and builds; kept")
     parser.add_argument("--steps", type=int, default=32, help="tokens to decode after every prompt")
     parser.add_argument("--cpu", default="cortex-a76", help="the processor that QEMU plays")
-    parser.add_argument(
-        "--arch", default=ARCH, help="what the compiler may use; +fp16 lets it sum in 16 bits"
-    )
+    parser.add_argument("--arch", default=ARCH, help="what the compiler may use; +fp16 lets it sum in 16 bits")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "arm64.json")
     arguments = parser.parse_args()
