@@ -124,3 +124,28 @@ def training(found: Found) -> str:
     told = f"{settings['model']}, {step} a step; all weights train, but for LoRA."
     titles = ("Setting", "A step", "Speed", "Tokens/s", "Peak memory")
     return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
+
+
+def ready(found: Found) -> str:
+    """Returns what the ready recipes gave."""
+    parts = []
+    for recipe in found["rows"]:
+        lines = [
+            [
+                f"`{variant['name']}`",
+                f"{variant['params'] / 1e6:,.1f} M",
+                byte_count(variant["size_bytes"]),
+                significant(variant["perplexity"]["value"], 4) if variant["perplexity"] else NOT_MEASURED,
+            ]
+            for variant in recipe["variants"]
+        ]
+        value = {each["name"]: each["perplexity"]["value"] for each in recipe["variants"] if each["perplexity"]}
+        minutes = f"{recipe['seconds'] / 60:.1f} minutes"
+        told = f"{recipe['source']}, built-in held-out text; all stages together took {minutes}."
+        if {"pruned", "slim"} <= set(value):
+            given = math.log(value["pruned"] / value["slim"]) / math.log(value["pruned"] / value["baseline"])
+            told += f" Distillation gives back {given:.0%} of the log-perplexity that pruning cost.".replace("%", " %")
+        titles = ("Variant", "Weights", "Size", "Perplexity")
+        command = made({**recipe, "command": f"lighten run {recipe['recipe']}"})
+        parts.append(f"**`{recipe['recipe']}`**\n\n{rows(titles, lines)}\n\n{told} {command}")
+    return "\n\n".join(parts)

@@ -295,6 +295,7 @@ def main() -> None:
         (DOCS, "shrunk", "sparsity.json", smaller.shrunk),
         (DOCS, "quicker", "sparsity.json", smaller.quicker),
         (DOCS, "training", "training.json", smaller.training),
+        (DOCS, "ready", "recipes.json", smaller.ready),
     )
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
     for page, name, file, section in sections:
