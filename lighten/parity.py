@@ -136,8 +136,10 @@ def _compare_logits(ours: Runtime, theirs: Runtime, chunks: list[Ids], report: R
     for number, chunk in enumerate(chunks):
         expected = ours.logits(chunk).copy()
         found = theirs.logits(chunk)
+        if not np.isfinite(expected).all():
+            raise Failure("the source itself computes nothing finite: mend it, or say parity: {tokens: 0}")
         if not np.isfinite(found).all():
-            raise Failure(f"{theirs.name} computes numbers that are not finite")
+            raise Failure(f"{theirs.name} computes numbers that are not finite, where the source's are")
         kl, same = rows.divergence(expected, found)
         nll = [-rows.token_logprobs(logits[:-1], chunk[1:])[0] for logits in (expected, found)]
         for part, values in zip(parts, (kl, same, *nll), strict=True):
