@@ -166,7 +166,7 @@ def test_embedding_and_head_cost_what_their_precision_says(tiny: Tiny, to_onnx: 
     ]
     assert gaps[0] < 1e-5
     assert gaps[1] < 0.05
-    assert gaps[1] < gaps[2] / 5
+    assert gaps[1] < gaps[2] / 3  # of two tables, int4 is the head only: the builder leaves the embedding alone then
 
 
 def test_what_is_ignored_stays_a_plain_product(tiny: Tiny, to_onnx: ToOnnx) -> None:
