@@ -206,7 +206,8 @@ def test_again_makes_no_new_objects_and_a_change_runs_one_variant(home: Path) ->
     (home / "changed.yaml").write_text(recipe.replace("bits: 4", "bits: 8"))
     planned = json.loads(lighten("plan", "changed.yaml", "--json", cwd=home).stdout)["stages"]
     missing = [stage["name"] for stage in planned if not stage["cached"]]
-    wanted = ["quantize gptq", "perplexity of gptq-int4", "accuracy of gptq-int4", "speed of gptq-int4"]
+    measured = [f"{measure} of gptq-int4" for measure in ("perplexity", "accuracy", "speed", "loaders")]
+    wanted = ["quantize gptq", *measured]
     assert sorted(missing) == sorted(wanted)
 
 
