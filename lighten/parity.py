@@ -181,9 +181,12 @@ def _compare_words(source: Path, made: Path, least: float | None) -> tuple[dict[
         if mine != its:
             wrong.append(f"its {name} is {its}, the source's {mine}")
     chat = "none"
-    if ours.render:
+    if ours.render or theirs.render:
         told = [(_rendered(ours, chat), _rendered(theirs, chat)) for chat in CHATS]
         chat = "same" if all(mine == its for mine, its in told) else "differs"
+        if not any(mine or its for mine, its in told):
+            chat = "refuses"
+            warnings.append("the chat template refuses every chat that was tried: it could not be compared")
         if chat == "differs":
             expected, found = next(pair for pair in told if pair[0] != pair[1])
             wrong.append(f"its chat template writes {found!r} instead of {expected!r}")
