@@ -4,6 +4,10 @@ The llama.cpp is the one inside llama-cpp-python's source package, in the versio
 cross-compiled for the Cortex-A76 of a Raspberry Pi 5 and run by user-mode QEMU; both choose the next token
 after the same prompt and the same tokens: up to the first choice that differs, that is greedy decoding on both.
 
+The kernels of two processors sum in different orders, so a choice between two tokens that are all but equally likely
+may fall differently. To tell that apart from a fault, llama.cpp is also built for both processors from its plain C
+kernels, which sum in one order: those two must choose the same tokens with the same logits, to the last digit.
+
     python benchmarks/arm64.py --model model.gguf [--model other.gguf] [--work DIR] [--steps 32] [--out FILE]
 
 Without --model it exports the demo model in the types of TYPES. Needs, on Debian:
@@ -36,13 +40,26 @@ TOOLS = {
     "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu",
     "cmake": "cmake",
 }
-TYPES = ("Q4_K_M", "Q8_0", "F16", "F32")
+TYPES = ("Q8_0", "F16", "F32")
 ARCH = "armv8.2-a+dotprod"
 PROMPTS = {
     "chat": "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
     "story": "The old lighthouse keeper climbed the stairs one last time, and",
     "code": "def fibonacci(n):\n    ",
 }
+
+AARCH64 = {"CMAKE_C_COMPILER": "aarch64-linux-gnu-gcc", "CMAKE_CXX_COMPILER": "aarch64-linux-gnu-g++"}
+VECTORS = ("__ARM_NEON", "__ARM_NEON__", "__ARM_FEATURE_FMA", "__SSE__", "__SSE2__")
+"""Macros of the compilers by which llama.cpp finds out that a processor has vectors."""
+
+PAUSE = ["-D_mm_pause=__builtin_ia32_pause"]  # lies in a header that llama.cpp leaves out without vectors
+
+
+def plain() -> dict[str, str]:
+    """Returns the settings with which llama.cpp computes the same sums in the same order on every processor."""
+    flags = " ".join(["-ffp-contract=off", "-fsigned-char", *(f"-U{name}" for name in VECTORS), *PAUSE])
+    given = {"CMAKE_C_FLAGS": flags, "CMAKE_CXX_FLAGS": flags, "CMAKE_SYSTEM_PROCESSOR": "generic"}
+    return {**given, "GGML_LLAMAFILE": "OFF", "GGML_CPU_REPACK": "OFF"}
 
 
 def fetch(work: Path, number: str) -> Path:
@@ -57,21 +74,18 @@ def fetch(work: Path, number: str) -> Path:
     return source
 
 
-def build(work: Path, source: Path, arch: str, jobs: int) -> Path:
-    """Returns `greedy`, cross-compiled and linked statically."""
+def build(work: Path, source: Path, name: str, special: dict[str, str], jobs: int) -> Path:
+    """Returns `greedy` built with the settings of `special`, linked statically."""
     settings = {
         "LLAMA_SOURCE": source,
         "CMAKE_SYSTEM_NAME": "Linux",
-        "CMAKE_SYSTEM_PROCESSOR": "aarch64",
-        "CMAKE_C_COMPILER": "aarch64-linux-gnu-gcc",
-        "CMAKE_CXX_COMPILER": "aarch64-linux-gnu-g++",
         "CMAKE_BUILD_TYPE": "Release",
         "GGML_NATIVE": "OFF",
         "GGML_OPENMP": "OFF",
         "GGML_CCACHE": "OFF",
-        "GGML_CPU_ARM_ARCH": arch,
+        **special,
     }
-    folder = work / "build"
+    folder = work / f"build-{name}"
     given = [f"-D{name}={value}" for name, value in settings.items()]
     nice = ["nice", "-n", "10", "cmake"]
     subprocess.run([*nice, "-S", str(HERE / "arm64"), "-B", str(folder), *given], check=True, stdout=sys.stderr)
@@ -80,20 +94,22 @@ def build(work: Path, source: Path, arch: str, jobs: int) -> Path:
     return folder / "greedy"
 
 
-def there(program: Path, model: Path, ids: list[int], said: list[int], cpu: str) -> dict[str, Any]:
-    """Returns what the emulated processor finds most likely after `ids` and each token of `said`, and how clearly."""
-    command = ["nice", "-n", "10", "qemu-aarch64-static", "-cpu", cpu, str(program), str(model)]
+def choices(program: list[str], model: Path, ids: list[int], said: list[int]) -> dict[str, Any]:
+    """Returns what `program` finds most likely after `ids` and after each token of `said`, and how clearly.
+
+    -1 in `said` stands for what it said itself.
+    """
     start = time.monotonic()
-    done = subprocess.run(
-        [*command, *(",".join(map(str, each)) for each in (ids, said))], capture_output=True, text=True
-    )
+    command = ["nice", "-n", "10", *program, str(model), *(",".join(map(str, each)) for each in (ids, said))]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"the emulated llama.cpp failed: {done.stderr[-2000:]}")
+        sys.exit(f"{' '.join(program)} failed: {done.stderr[-2000:]}")
     rows = [line.split() for line in done.stdout.splitlines()]
     return {
         "tokens": [int(row[0]) for row in rows],
         "second": [int(row[2]) for row in rows],
         "gaps": [float(row[1]) - float(row[3]) for row in rows],
+        "sums": [row[4] for row in rows],
         "seconds": round(time.monotonic() - start, 1),
         "system": next((line.strip() for line in done.stderr.splitlines() if "NEON" in line), ""),
     }
@@ -145,15 +161,24 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def same(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, int]:
+    """Returns at how many places two builds choose the same token, and at how many all logits are the same numbers."""
+    return {
+        name: sum(a == b for a, b in zip(ours[key], theirs[key], strict=True))
+        for name, key in {"same_choice": "tokens", "same_logits": "sums"}.items()
+    }
+
+
 def export(work: Path) -> list[Path]:
-    """Returns the demo model as GGUF files."""
+    """Returns the demo model as GGUF files, the first one the file of its bundle for a Raspberry Pi 5."""
+    bundle = ["--format", "bundle", "--target", "rpi5", "--no-measure"]
+    kinds = {"rpi5": bundle, **{type: ["--format", "gguf", "--type", type] for type in TYPES}}
     made = []
-    for type in TYPES:
-        out = work / f"demo-{type}"
+    for name, flags in kinds.items():
+        out = work / f"demo-{name}"
         if not out.exists():
-            command = [sys.executable, "-m", "lighten", "export", "demo:smollm2-135m", "--format", "gguf"]
-            command += ["--type", type, "-o", str(out), "--artifacts", str(work / "artifacts")]
-            subprocess.run(command, check=True)
+            command = [sys.executable, "-m", "lighten", "export", "demo:smollm2-135m", *flags]
+            subprocess.run([*command, "-o", str(out), "--artifacts", str(work / "artifacts")], check=True)
         made += sorted(out.glob("*.gguf"))
     return made
 
@@ -174,7 +199,11 @@ def main() -> None:
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     number = version("llama-cpp-python")
-    program = build(work, fetch(work, number), arguments.arch, arguments.jobs)
+    source = fetch(work, number)
+    own = {**AARCH64, "CMAKE_SYSTEM_PROCESSOR": "aarch64", "GGML_CPU_ARM_ARCH": arguments.arch}
+    kinds = {"own": own, "plain": {**AARCH64, **plain()}, "plain-here": plain()}
+    made = {name: str(build(work, source, name, special, arguments.jobs)) for name, special in kinds.items()}
+    emulator = ["qemu-aarch64-static", "-cpu", arguments.cpu]
     rows = []
     system = ""
     for model in arguments.model or export(work):
@@ -182,9 +211,12 @@ def main() -> None:
         for name, prompt in PROMPTS.items():
             ids = runtime.encode(prompt)
             ours = here(runtime, ids, arguments.steps)
-            theirs = there(program, model, ids, ours["tokens"], arguments.cpu)
+            theirs = choices([*emulator, made["own"]], model, ids, ours["tokens"])
             system = theirs["system"]
             found = compare(ours, theirs)
+            alone = [-1] * arguments.steps  # each goes on with what it said itself
+            plain_here = choices([made["plain-here"]], model, ids, alone)
+            alike = same(plain_here, choices([*emulator, made["plain"]], model, ids, alone))
             rows.append(
                 {
                     "model": model.name,
@@ -195,9 +227,11 @@ def main() -> None:
                     "tokens": ours["tokens"],
                     "choices_aarch64": theirs["tokens"],
                     "seconds_emulated": theirs["seconds"],
+                    "plain_kernels": {**alike, "tokens": plain_here["tokens"]},
                 }
             )
-            print(f"{model.name} {name}: {found['same_choice']} of {found['of']} choices the same", file=sys.stderr)
+            told = f"{found['same_choice']} of {found['of']} choices the same; plain kernels: {alike}"
+            print(f"{model.name} {name}: {told}", file=sys.stderr)
         runtime.close()
     command = ["python", "benchmarks/arm64.py", "--steps", str(arguments.steps), "--cpu", arguments.cpu]
     command += ["--arch", arguments.arch]
@@ -215,6 +249,9 @@ def main() -> None:
         "rows": rows,
         "same_choice": sum(row["same_choice"] for row in rows),
         "choices": sum(row["of"] for row in rows),
+        "plain_kernels": {
+            key: sum(row["plain_kernels"][key] for row in rows) for key in ("same_choice", "same_logits")
+        },
         "equal": sum(row["equal"] for row in rows),
         "of": len(rows),
     }

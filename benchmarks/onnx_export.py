@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from turns import PROMPT, STEPS, TURNS, decode_in_turn
 
 import lighten
 from lighten.evaluate import machine
@@ -30,10 +31,22 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "int4-all": [{"export": {"format": "onnx", "precision": "int4", "embedding": "int4"}}],
     "gptq": [GPTQ],
     "gptq-onnx": [GPTQ, {"export": {"format": "onnx"}}],
+    "gptq-onnx-all": [GPTQ, {"export": {"format": "onnx", "embedding": "int4"}}],
     "gptq-onnx-float": [GPTQ, {"export": {"format": "onnx", "embedding": "float"}}],
 }
-TURNS = 7
-PROMPT, STEPS = 64, 64
+ALONE: dict[str, tuple[str, dict[str, str]]] = {
+    "builder-int4": ("baseline", {}),
+    "builder-int4-last": ("baseline", {"algo_config": "rtn_last"}),
+    "builder-gptq": ("gptq", {}),
+}
+"""What the builder makes without lighten: from which variant, with which options. `rtn_last`: the head in 8 bits."""
+COMPARED = [
+    ("int4-all", "builder-int4"),
+    ("int4", "builder-int4-last"),
+    ("int4", "builder-int4"),
+    ("gptq-onnx-all", "builder-gptq"),
+    ("gptq-onnx", "builder-gptq"),
+]
 
 
 def main() -> None:
@@ -61,17 +74,14 @@ def main() -> None:
     made = version / "variants"
     rows = [_row(row, asked.test) for row in found["variants"]]
     with tempfile.TemporaryDirectory(dir=asked.artifacts) as folder:
-        own = {"builder-int4": made / "baseline", "builder-gptq": made / "gptq"}
-        for name, source in own.items():
-            build_alone(source, Path(folder) / name)
+        for name, (source, options) in ALONE.items():
+            build_alone(made / source, Path(folder) / name, options)
             row = measure([str(Path(folder) / name)], perplexity=_perplexity(perplexity))["variants"][0]
             rows.append({**_row(row, asked.test), "name": name})
-        compared = {
-            "int4": (made / "int4", Path(folder) / "builder-int4"),
-            "int4-all": (made / "int4-all", Path(folder) / "builder-int4"),
-            "gptq-onnx": (made / "gptq-onnx", Path(folder) / "builder-gptq"),
-        }
-        speed = {name: decode_in_turn(*pair) for name, pair in compared.items()}
+        speed = [
+            {"name": ours, "peer": theirs, **decode_in_turn(made / ours, Path(folder) / theirs)}
+            for ours, theirs in COMPARED
+        ]
     texts = {"calibration": Path(asked.calibration).name, "test": Path(asked.test).name}
     told = " ".join(f"--{key} {value}" for key, value in texts.items())
     results = {
@@ -101,37 +111,11 @@ def _row(row: dict[str, Any], test: str) -> dict[str, Any]:
     return {key: row.get(key) for key in kept}
 
 
-def build_alone(source: Path, out: Path) -> None:
-    """Makes int4 of a model directory with the builder and nothing else, by its own defaults."""
+def build_alone(source: Path, out: Path, options: dict[str, str]) -> None:
+    """Makes int4 of a model directory with the builder and nothing else; what `options` lacks is its default."""
     from lighten.export.onnx import build
 
-    build(source, out, "int4", "cpu", {"hf_token": "false"}, lambda done, total, note: None)
-
-
-def decode_in_turn(ours: Path, theirs: Path) -> dict[str, Any]:
-    """Decodes with two graphs alternately; returns tokens per second of each turn and the medians."""
-    import numpy as np
-
-    from lighten.evaluate.runtimes import open_runtime
-
-    opened = [open_runtime(path) for path in (ours, theirs)]
-    prompt = np.random.default_rng(0).integers(0, opened[0].vocab, (1, PROMPT))
-    rates: list[list[float]] = [[], []]
-    for turn in range(TURNS + 1):
-        for place in (0, 1) if turn % 2 else (1, 0):
-            passed = opened[place].generate(prompt, STEPS).token_s
-            if turn:  # the first warms up
-                rates[place].append(1 / statistics.median(passed))
-    for runtime in opened:
-        runtime.close()
-    medians = [statistics.median(each) for each in rates]
-    return {
-        "ours_tok_s": medians[0],
-        "builder_tok_s": medians[1],
-        "ratio": statistics.median(mine / other for mine, other in zip(*rates, strict=True)),
-        "ours": rates[0],
-        "builder": rates[1],
-    }
+    build(source, out, "int4", "cpu", {"hf_token": "false", **options}, lambda done, total, note: None)
 
 
 if __name__ == "__main__":

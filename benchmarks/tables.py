@@ -211,9 +211,11 @@ ONNX = {
     "int4": "int4, embedding and head int8",
     "int4-all": "int4, embedding and head too",
     "builder-int4": "int4 by the builder alone",
+    "builder-int4-last": "int4 by the builder alone, head int8",
     "gptq": "GPTQ checkpoint, transformers",
     "gptq-onnx": "GPTQ kept, embedding and head int8",
     "gptq-onnx-float": "GPTQ kept, embedding and head float32",
+    "gptq-onnx-all": "GPTQ kept, embedding and head int4",
     "builder-gptq": "GPTQ by the builder alone",
 }
 
@@ -231,7 +233,7 @@ def onnx(found: Found) -> str:
         value = row["perplexity"]["value"]
         change = "" if name in ("baseline", "gptq") else f"{value / against - 1:+.2%}"
         embedding = (row["facts"] or {}).get("embedding_bytes")
-        pace = f"{speed[name]['ratio']:.2f}×" if name in speed else ""
+        pace = ", ".join(f"{each['ratio']:.2f}× ({ONNX[each['peer']]})" for each in speed if each["name"] == name)
         shown = byte_count(embedding) if embedding else NOT_MEASURED
         lines.append([told, byte_count(row["size_bytes"]), shown, significant(value, 5), change, pace])
     titles = (
@@ -240,13 +242,13 @@ def onnx(found: Found) -> str:
         "Embedding and head",
         "Perplexity",
         "against its source",
-        "Decoding, against the builder",
+        "Decoding, against the builder's",
     )
     settings, turns = found["settings"], found["speed"]["turns"]
     told = (
         f"{settings['model']}; perplexity on {settings['test_samples']} × 512 tokens of {settings['test']}; GPTQ: 4 "
         f"bits, group 64, {settings['samples']} × 512 tokens of {settings['calibration']}. Decoding: tokens per second "
-        f"over those of the builder's own graph of the same source, median of {turns} turns, one after the other."
+        f"over those of the graph in brackets, median of {turns} turns, one after the other."
     )
     return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
 

@@ -81,6 +81,7 @@ def test_a_verb_has_a_flag_for_every_setting(tmp_path: Path, verb: str, settings
     text = lighten(verb, "--help", cwd=tmp_path).stdout
     for name in {**settings.model_fields, **Sweep.model_fields}:
         assert f"--{name.replace('_', '-')}" in text
+    assert "typing" not in text and "function" not in text
 
 
 def test_quantize_export_evaluate(tmp_path: Path, model: Path) -> None:

@@ -1,10 +1,11 @@
 // What llama.cpp would say next after a prompt and after every token that another llama.cpp said: prints the ids and
-// logits of the best and the second best token. Up to the first one that differs, that is greedy decoding.
-// Usage: greedy MODEL ID,ID,... ID,ID,...
+// logits of the best and the second best token, and a digest of all logits. Up to the first one that differs, that is greedy decoding.
+// Usage: greedy MODEL ID,ID,... ID,ID,...  (-1 stands for what it said itself)
 #include "llama.h"
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,17 @@ static std::vector<llama_token> read(char * at) {
         if (*at == ',') at++;
     }
     return ids;
+}
+
+// FNV-1a of the bits of all logits.
+static unsigned long long digest(const float * logits, int count) {
+    unsigned long long hash = 1469598103934665603ull;
+    for (int i = 0; i < count; i++) {
+        unsigned int bits;
+        memcpy(&bits, logits + i, sizeof bits);
+        hash = (hash ^ bits) * 1099511628211ull;
+    }
+    return hash;
 }
 
 int main(int argc, char ** argv) {
@@ -54,8 +66,9 @@ int main(int argc, char ** argv) {
                 second = id;
             }
         }
-        printf("%d %.6f %d %.6f\n", best, logits[best], second, logits[second]);
+        printf("%d %.6f %d %.6f %016llx\n", best, logits[best], second, logits[second], digest(logits, vocab));
         fflush(stdout);
+        if (next < 0) next = best;
         batch = llama_batch_get_one(&next, 1);
     }
     return 0;

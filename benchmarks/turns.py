@@ -1,0 +1,36 @@
+"""Decodes with two models alternately, so that what else the machine does meanwhile meets both."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+TURNS = 21
+PROMPT, STEPS = 64, 64
+
+
+def decode_in_turn(ours: Path, theirs: Path) -> dict[str, Any]:
+    """Returns tokens per second of each turn of either model, the medians, and the median of the turns' ratios."""
+    import numpy as np
+
+    from lighten.evaluate.runtimes import open_runtime
+
+    opened = [open_runtime(path) for path in (ours, theirs)]
+    prompt = np.random.default_rng(0).integers(0, opened[0].vocab, (1, PROMPT))
+    rates: list[list[float]] = [[], []]
+    for turn in range(TURNS + 1):
+        for place in (0, 1) if turn % 2 else (1, 0):
+            passed = opened[place].generate(prompt, STEPS).token_s
+            if turn:  # the first warms up
+                rates[place].append(1 / statistics.median(passed))
+    for runtime in opened:
+        runtime.close()
+    medians = [statistics.median(each) for each in rates]
+    return {
+        "ours_tok_s": medians[0],
+        "theirs_tok_s": medians[1],
+        "ratio": statistics.median(mine / other for mine, other in zip(*rates, strict=True)),
+        "ours": rates[0],
+        "theirs": rates[1],
+    }
