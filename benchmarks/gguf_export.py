@@ -10,6 +10,7 @@ is installed here; the quantizer is that package's library. Each round runs both
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import subprocess
@@ -22,9 +23,9 @@ from arm64 import fetch
 from timed import Timed, timed
 from turns import PROMPT, STEPS, TURNS, decode_in_turn
 
+import lighten
 from lighten.evaluate import machine
 from lighten.evaluate.settings import Perplexity
-from lighten.model.source import find
 from lighten.store import write_json
 from lighten.verbs import measure
 
@@ -49,7 +50,7 @@ def main() -> None:
     asked = parser.parse_args()
     work = asked.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    model = find(asked.model).path
+    model = directory(asked.model, work)
     converter = Converter(work)
     runs: list[dict[str, Any]] = []
     for turn in range(asked.rounds):
@@ -84,6 +85,14 @@ def main() -> None:
     for row in rows:
         print(f"{row['name']}: perplexity {row['perplexity']:.4f}, {row['size_bytes']} bytes")
     print(f"decoding: {results['speed']['ratio']:.3f} of llama.cpp's; tensors alike: {results['same_tensors']}")
+
+
+def directory(model: str, work: Path) -> Path:
+    """Returns a model as a directory in the form of transformers, which both converters read."""
+    recipe = work / "gguf.yaml"
+    content = {"name": "gguf", "model": model, "calibration": {"data": "builtin", "samples": 1, "length": 8}}
+    recipe.write_text(json.dumps({**content, "variants": {}}), encoding="utf-8")
+    return (lighten.run(str(recipe), artifacts=work) / "variants" / "baseline").resolve()
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:

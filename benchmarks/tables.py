@@ -248,7 +248,7 @@ def onnx(found: Found) -> str:
     told = (
         f"{settings['model']}; perplexity on {settings['test_samples']} × 512 tokens of {settings['test']}; GPTQ: 4 "
         f"bits, group 64, {settings['samples']} × 512 tokens of {settings['calibration']}. Decoding: tokens per second "
-        f"over those of the graph in brackets, median of {turns} turns, one after the other."
+        f"over those of the graph in brackets, median of twice {turns} turns, one after the other."
     )
     return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
 

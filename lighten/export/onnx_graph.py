@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from lighten.errors import Failure
-from lighten.export.onnx_weights import Packed, round_to_8_bits
+from lighten.export.onnx_weights import Packed, rounded
 
 MICROSOFT = "com.microsoft"
 HEAD = "/lm_head/MatMul"
@@ -64,17 +64,17 @@ class Surgery:
             raise Failure("the builder's graph has no embedding")
         head = self._nodes[HEAD] if HEAD in self._nodes and self._nodes[HEAD].graph is not None else None
         if lookup.op_type == "Gather" and kind != "float":
-            self._round(lookup, head, block_size)
+            self._round(lookup, head, {"int4": 4, "int8": 8}[kind], block_size)
         return self._told(kind)
 
-    def _round(self, lookup: ir.Node, head: ir.Node | None, block_size: int) -> None:
+    def _round(self, lookup: ir.Node, head: ir.Node | None, bits: int, block_size: int) -> None:
         table = lookup.inputs[0]
         assert table is not None
         turned = table.producer()
         stored = turned.inputs[0] if turned is not None else table
         assert stored is not None and stored.const_value is not None
         weight = torch.from_numpy(np.array(stored.const_value.numpy(), dtype=np.float32))
-        packed = round_to_8_bits(weight.t() if turned is not None else weight, block_size)
+        packed = rounded(weight.t() if turned is not None else weight, bits, block_size)
         shared = turned is not None and head is not None and head.inputs[1] is stored
         dtype = stored.dtype
         if head is not None:
@@ -84,18 +84,18 @@ class Surgery:
                 value = head.inputs[1]
                 assert value is not None and value.const_value is not None
                 own = torch.from_numpy(np.array(value.const_value.numpy(), dtype=np.float32))
-                self.replace(HEAD, round_to_8_bits(own.t(), block_size))
+                self.replace(HEAD, rounded(own.t(), bits, block_size))
         prefix = "lm_head.MatMul" if shared else "model.embed_tokens"
         if shared:
             blocks, scales = (self.graph.initializers[f"{prefix}.{part}"] for part in ("blocks", "scales"))
         else:
             blocks, scales = self._constants(prefix, packed, dtype)
         ids, output = lookup.inputs[1], lookup.outputs[0]
-        rows, width = packed.outputs, packed.blocks[0].numel()
-        shape = self._constant("model.embed_tokens.shape", np.array([rows, width]))
+        rows, width = packed.outputs, packed.blocks[0].numel() * 8 // bits
+        shape = self._constant("model.embed_tokens.shape", np.array([rows, packed.blocks[0].numel()]))
         flat = ir.node("Reshape", [blocks, shape], name="/model/embed_tokens/Reshape")
         self.graph.insert_before(lookup, flat)
-        attributes = {"bits": 8, "block_size": packed.block_size, "gather_axis": 0, "quantize_axis": 1}
+        attributes = {"bits": bits, "block_size": packed.block_size, "gather_axis": 0, "quantize_axis": 1}
         name = "/model/embed_tokens/GatherBlockQuantized"
         made = ir.node("GatherBlockQuantized", [flat.outputs[0], ids, scales], attributes, domain=MICROSOFT, name=name)
         if width != packed.inputs:

@@ -41,7 +41,7 @@ _SECONDS = 1.5e-7
 class Onnx(Export):
     """Writes `model.onnx` with its weights beside it, and the files of the tokenizer."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     calibrated: ClassVar[bool] = False
     causal_only: ClassVar[bool] = False
 

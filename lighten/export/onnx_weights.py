@@ -158,13 +158,18 @@ def join(parts: list[Packed]) -> Packed:
     )
 
 
-def round_to_8_bits(weight: torch.Tensor, block_size: int) -> Packed:
-    """Returns a weight `[out, in]` rounded to 8 bits, symmetric, with a scale for every block."""
-    inputs = weight.shape[1]
+def rounded(weight: torch.Tensor, bits: int, block_size: int) -> Packed:
+    """Returns a weight `[out, in]` rounded to the nearest codes without zero points, with a scale for every block.
+
+    The weight of a block that is farthest from zero has the code that is: nothing is clipped but what would lie as far
+    on the other side.
+    """
+    inputs, half = weight.shape[1], 1 << (bits - 1)
     padded = torch.nn.functional.pad(weight.float(), (0, -inputs % block_size)).view(len(weight), -1, block_size)
-    scales = padded.abs().amax(-1) / 127
-    codes = (padded / scales.clamp(min=1e-30)[..., None]).round().clamp(-127, 127) + 128
-    return Packed(codes.to(torch.uint8), scales, None, None, 8, block_size, inputs)
+    scales = padded.gather(-1, padded.abs().argmax(-1, keepdim=True)) / -half
+    codes = (padded / torch.where(scales == 0, 1, scales)).round().clamp(-half, half - 1) + half
+    packed = _bytes(codes.flatten(0, 1), bits).view(len(weight), scales.shape[1], -1)
+    return Packed(packed, scales[..., 0].contiguous(), None, None, bits, block_size, inputs)
 
 
 def _uniform(g_idx: torch.Tensor, block_size: int) -> bool:

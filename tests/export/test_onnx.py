@@ -52,11 +52,13 @@ def rough(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.square(found - wanted).mean() / np.square(wanted).mean()) ** 0.5
 
 
-def in_8_bits(weight: torch.Tensor, block: int = 32) -> torch.Tensor:
-    """Rounds to 8 bits, symmetric, by the formula."""
-    parts = weight.float().view(len(weight), -1, block)
-    scales = parts.abs().amax(-1, keepdim=True) / 127
-    return ((parts / scales).round() * scales).view(weight.shape)
+def rounded(weight: torch.Tensor, bits: int, block: int = 32) -> torch.Tensor:
+    """Rounds to the nearest multiple of a block's scale, the farthest weight to the lowest code, block by block."""
+    half = 2 ** (bits - 1)
+    for part in (found := weight.float().clone()).view(-1, block):
+        scale = max(part.tolist(), key=abs) / -half
+        part.copy_((part / scale).round().clamp(-half, half - 1) * scale)
+    return found
 
 
 def operators(path: Path) -> list[onnx.NodeProto]:
@@ -174,7 +176,7 @@ def test_embedding_and_head_cost_what_their_precision_says(tiny: Tiny, to_onnx: 
     assert gaps[1] < 0.05
     stored = load_file(tiny(family) / "model.safetensors")
     names = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in stored]
-    assert off(found[1], expected(tiny(family), {name: in_8_bits(stored[name]) for name in names})) < 1e-4
+    assert off(found[1], expected(tiny(family), {name: rounded(stored[name], 8) for name in names})) < 1e-4
     if family == "llama-tied":  # of two tables the builder's int4 rounds the head only: not the same to compare with
         assert gaps[1] < gaps[2] / 5
 
@@ -211,6 +213,21 @@ def test_weights_of_a_checkpoint_are_kept(
     facts = json.loads((out / "facts.json").read_text())
     assert facts["weights"] == f"kept from {'awq' if settings.get('awq') else 'gptq'}"
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_embedding_and_head_beside_kept_weights_are_rounded_as_asked(
+    tiny: Tiny, to_onnx: ToOnnx, tmp_path: Path, family: str
+) -> None:
+    dense = quantized(tiny(family), tmp_path / "q")
+    stored = load_file(tiny(family) / "model.safetensors")
+    tables = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in stored]
+    for bits in (4, 8):
+        out = to_onnx(tmp_path / "q", "gptq", accuracy_level=1, embedding=f"int{bits}")
+        wanted = expected(tiny(family), {**dense, **{name: rounded(stored[name], bits) for name in tables}})
+        assert off(logits(out), wanted) < 1e-4, bits
+        size = len(tables) * 1006 * (256 * bits // 8 + 8 * 4)
+        assert json.loads((out / "facts.json").read_text())["embedding_bytes"] == pytest.approx(size, abs=64)
 
 
 def test_blocks_stand_for_the_weights_of_the_checkpoint() -> None:
