@@ -90,8 +90,10 @@ def main() -> None:
 def directory(model: str, work: Path) -> Path:
     """Returns a model as a directory in the form of transformers, which both converters read."""
     recipe = work / "gguf.yaml"
-    content = {"name": "gguf", "model": model, "calibration": {"data": "builtin", "samples": 1, "length": 8}}
-    recipe.write_text(json.dumps({**content, "variants": {}}), encoding="utf-8")
+    content = {"name": "gguf", "model": model, "evaluate": {}}
+    recipe.write_text(
+        json.dumps({**content, "variants": {"f16": [{"export": {"format": "gguf", "type": "F16"}}]}}), encoding="utf-8"
+    )
     return (lighten.run(str(recipe), artifacts=work) / "variants" / "baseline").resolve()
 
 
