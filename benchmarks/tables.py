@@ -19,6 +19,7 @@ from lighten.report.numbers import NOT_MEASURED, byte_count, duration, ratio, si
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs" / "benchmarks.md"
+EDGE = HERE.parent / "docs" / "edge.md"
 METHOD = HERE.parent / "docs" / "how-it-works.md"
 README = HERE / "README.md"
 FRONT = HERE.parent / "README.md"
@@ -203,56 +204,6 @@ def growth(found: Found) -> str:
     return f"{rows([*titles, 'Largest peak'], lines)}\n\n{told}\n\n{made(found)}"
 
 
-ONNX = {
-    "baseline": "source, transformers",
-    "fp32": "fp32",
-    "fp16": "fp16",
-    "int8": "int8",
-    "int4": "int4, embedding and head int8",
-    "int4-all": "int4, embedding and head too",
-    "builder-int4": "int4 by the builder alone",
-    "builder-int4-last": "int4 by the builder alone, head int8",
-    "gptq": "GPTQ checkpoint, transformers",
-    "gptq-onnx": "GPTQ kept, embedding and head int8",
-    "gptq-onnx-float": "GPTQ kept, embedding and head float32",
-    "gptq-onnx-all": "GPTQ kept, embedding and head int4",
-    "builder-gptq": "GPTQ by the builder alone",
-}
-
-
-def onnx(found: Found) -> str:
-    """Returns what ONNX export costs, and decoding speed beside the builder's own graphs."""
-    by_name = {row["name"]: row for row in found["rows"]}
-    speed = found["speed"]["compared"]
-    lines = []
-    for name, told in ONNX.items():
-        row = by_name.get(name)
-        if row is None or not row["perplexity"]:
-            continue
-        against = by_name["gptq" if "gptq" in name else "baseline"]["perplexity"]["value"]
-        value = row["perplexity"]["value"]
-        change = "" if name in ("baseline", "gptq") else f"{value / against - 1:+.2%}"
-        embedding = (row["facts"] or {}).get("embedding_bytes")
-        pace = ", ".join(f"{each['ratio']:.2f}× ({ONNX[each['peer']]})" for each in speed if each["name"] == name)
-        shown = byte_count(embedding) if embedding else NOT_MEASURED
-        lines.append([told, byte_count(row["size_bytes"]), shown, significant(value, 5), change, pace])
-    titles = (
-        "Graph",
-        "Size",
-        "Embedding and head",
-        "Perplexity",
-        "against its source",
-        "Decoding, against the builder's",
-    )
-    settings, turns = found["settings"], found["speed"]["turns"]
-    told = (
-        f"{settings['model']}; perplexity on {settings['test_samples']} × 512 tokens of {settings['test']}; GPTQ: 4 "
-        f"bits, group 64, {settings['samples']} × 512 tokens of {settings['calibration']}. Decoding: tokens per second "
-        f"over those of the graph in brackets, median of twice {turns} turns, one after the other."
-    )
-    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
-
-
 def refusals(found: Found) -> str:
     """Returns what each peer refuses, in its own words."""
     lines = [
@@ -280,7 +231,6 @@ SECTIONS: tuple[tuple[Path, str, str, Callable[[Found], str]], ...] = (
     (DOCS, "variants", "quantize_variants.json", variants),
     (DOCS, "quality", "quality.json", quality),
     (DOCS, "growth", "quantize_growth.json", growth),
-    (DOCS, "onnx", "onnx.json", onnx),
     (METHOD, "search", "search.json", search),
     (FRONT, "peers", "quantize.json", peers),
     (README, "environments", "quantize.json", environments),
@@ -289,10 +239,14 @@ SECTIONS: tuple[tuple[Path, str, str, Callable[[Found], str]], ...] = (
 
 
 def main() -> None:
+    import exports
     import smaller
 
     sections = (
         *SECTIONS,
+        (DOCS, "onnx", "onnx.json", exports.onnx),
+        (DOCS, "gguf", "gguf.json", exports.gguf),
+        (EDGE, "arm64", "arm64.json", exports.arm64),
         (DOCS, "zeros", "sparsity.json", smaller.zeros),
         (DOCS, "shrunk", "sparsity.json", smaller.shrunk),
         (DOCS, "quicker", "sparsity.json", smaller.quicker),

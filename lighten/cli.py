@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -146,6 +147,12 @@ def _fields(classes: list[type[Step]]) -> dict[str, FieldInfo]:
     return found
 
 
+def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
+    """Returns the flags among `names` that the person typed."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [f"--{name}" for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+
+
 def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     """Returns the command-line option of one field of a step's settings; its default stays with the step."""
     kind: Any = field.annotation
@@ -231,6 +238,7 @@ for _kind in VERBS:
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     paths: Annotated[
         list[str], typer.Argument(help="Model directories, .gguf files or bundles; the first one is the baseline.")
     ],
@@ -272,6 +280,10 @@ def evaluate(
     accuracy = parse_settings(
         Accuracy, {"task": Path(task).stem if local else task, "local": local, "limit": limit}, where
     )
+    useless = _given(context, ("data", "length", "samples", "task", "limit", "device"))
+    useless += ["--skip speed"] if "speed" in left_out else []
+    if target and useless:
+        raise RequestError(f"--target measures what the bundle's bench.py measures: leave out {useless[0]}")
     with watching(quiet=as_json) as watcher:
         if target:
             from lighten.device import measure_there

@@ -46,7 +46,7 @@ HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*|[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?")
 
 # Every script begins with `d`, the directory of the copy, and `python`. What they say to us begins with "lighten".
 _LOOK = """
-command -v "$python" >/dev/null 2>&1 || exit 71
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 9))' >/dev/null 2>&1 || exit 71
 mkdir -p "$d" && cd "$d" || exit 1
 for f in $names; do [ -f "$f" ] && echo "lighten have $f $(($(wc -c < "$f")))"; done
 echo "lighten free $(df -Pk . | awk 'NR == 2 {print $4}')"
@@ -77,7 +77,8 @@ class Address:
     @property
     def name(self) -> str:
         """user@host:port, as far as given."""
-        return f"{f'{self.user}@' if self.user else ''}{self.host}{f':{self.port}' if self.port else ''}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{f'{self.user}@' if self.user else ''}{host}{f':{self.port}' if self.port else ''}"
 
 
 def parse_target(target: str) -> Address:
@@ -88,7 +89,8 @@ def parse_target(target: str) -> Address:
     """
     try:
         parts = urlsplit(target)
-        host, user, port = parts.hostname or "", parts.username, parts.port
+        user, port = parts.username, parts.port
+        host = parts.netloc.rpartition("@")[2].removesuffix(f":{port}").strip("[]")  # aliases of ssh have capitals
     except ValueError as error:
         raise RequestError(f"--target {target}: {error}; give ssh://user@host[:port]") from error
     if parts.password is not None:
@@ -202,6 +204,7 @@ class Device:
         """Starts a script there; `values` are its variables."""
         given = {"python": self._python, **values}
         lines = [f"{name}={shlex.quote(value)}" for name, value in given.items()]
+        lines.append("case $python in /*) ;; */*) python=$HOME/$python ;; esac")
         folder = 'd="${XDG_CACHE_HOME:-$HOME/.cache}/lighten/' + f'{self._key}"'
         whole = "\n".join(["LC_ALL=C; export LC_ALL", *lines, folder, script])
         try:
@@ -250,11 +253,11 @@ class Device:
         reason = lines[-1] if lines else f"exit code {code}"
         name, text = self.address.name, " ".join(lines)
         if "Permission denied" in text and code == UNREACHABLE:
-            return Failure(f"{name} refuses the key ({reason}): make `ssh {name}` work without a password first")
+            return Failure(f"{name} refuses the key ({reason}): make `ssh ssh://{name}` work without a password first")
         if "Host key verification failed" in text:
             return Failure(f"the host key of {name} is not known or has changed: connect once with ssh and check it")
         if code == NO_PYTHON:
-            return Failure(f"{name} has no {self._python}: install Python 3.10 or later there, or give --python PATH")
+            return Failure(f"{name} has no {self._python} of 3.9 or later: install it there, or give --python PATH")
         if code == NO_ROOM or "No space left" in text or "Disk quota" in text:
             return Failure(f"{name} has no room for the bundle ({reason}): free some space there")
         if code == UNREACHABLE:
@@ -392,20 +395,30 @@ def measure_there(
 
     Raises:
         RequestError: a path that is no bundle, a wrong address.
-        Failure: the device cannot be reached or used; nothing is left there but a copy that a broken connection cut.
+        Failure: the device cannot be reached or used; nothing is left there but a copy that a broken connection cut. Of
+            several bundles one that fails is a row that says why.
     """
     address = parse_target(target)
     found: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
     for path in paths:
-        with opened(Path(path)) as folder:
-            copy = read_bundle(folder)
-            device = Device(address, copy.key, python)
-            send(device, copy, report)
-            try:
-                found.append(bench(device, [] if perplexity else ["--chunks", "0"], report))
-            finally:
-                device.drop()
-        found[-1]["variants"][0]["path"] = str(path)
+        try:
+            with opened(Path(path)) as folder:
+                copy = read_bundle(folder)
+                device = Device(address, copy.key, python)
+                send(device, copy, report)
+                try:
+                    found.append(bench(device, [] if perplexity else ["--chunks", "0"], report))
+                finally:
+                    device.drop()
+        except Failure as error:
+            if len(paths) == 1:
+                raise
+            failed.append({"name": Path(path).name, "status": "failed", "error": str(error), "path": str(path)})
+        else:
+            found[-1]["variants"][0]["path"] = str(path)
+    if not found:
+        raise Failure("; ".join(f"{row['path']}: {row['error']}" for row in failed))
     merged = found[0]
     for each in found[1:]:
         taken = {row["name"] for row in merged["variants"]}
@@ -414,4 +427,5 @@ def measure_there(
             name for name in (row["name"], *(f"{row['name']}-{n}" for n in range(2, 1000))) if name not in taken
         )
         merged["variants"].append(row)
+    merged["variants"] += failed
     return merged | {"recipe": "evaluate"}

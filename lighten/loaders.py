@@ -147,8 +147,12 @@ def recognise(path: Path) -> tuple[Path, str, int | None]:
 def _genai(path: Path) -> dict[str, Any]:
     """Returns what onnxruntime-genai is told about a model, nothing if there is no such file."""
     file = path / GENAI
-    told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["model"] if file.is_file() else {}
-    return told
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise Failure(f"{file} is damaged ({type(error).__name__}: {error}): export the model again") from error
 
 
 @dataclass(frozen=True)
@@ -345,7 +349,7 @@ def _feed(wanted: Any, ids: NDArray[np.int64], head_size: int) -> NDArray[Any]:
 
     kind = _ONNX_TYPES.get(wanted.type)
     if kind is None:
-        raise Failure(f"its input {wanted.name} is a {wanted.type}, which is not something that a language model takes")
+        raise Failure(f"its input {wanted.name} is a {wanted.type}, which is not handed over from Python")
     if "past" in wanted.name:
         unknown = {0: 1, 3: head_size}
         shape = [size if isinstance(size, int) else unknown.get(at, 0) for at, size in enumerate(wanted.shape)]

@@ -73,7 +73,8 @@ def check(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     facts, wrong, warnings = _compare_words(source, made, limits.get("tokenizer"))
     if payload["tokens"] and _computes_logits(source):
         trusted = payload.get("trust_remote_code", False)
-        ours, theirs = open_runtime(source, trust_remote_code=trusted), open_runtime(made, trust_remote_code=trusted)
+        ours = open_runtime(source, trust_remote_code=trusted)
+        theirs = open_runtime(made, device=payload["device"], trust_remote_code=trusted)
         chunks = _chunks(source, payload["tokens"], min(ours.vocab, theirs.vocab))
         found = _compare_logits(ours, theirs, chunks, report)
         facts |= found

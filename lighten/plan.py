@@ -186,6 +186,7 @@ class _Builder:
                 f"the step {step.kind} reads causal language models, {stage.facts.architecture} is none: "
                 "export it to ONNX instead (format: onnx)"
             )
+        step = step.after(stage.step)
         step.check(stage.facts)
         for module, extra in step.requires():
             if find_spec(module) is None:

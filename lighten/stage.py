@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -140,6 +140,10 @@ class Step(BaseModel):
     def requires(self) -> list[tuple[str, str]]:
         """Packages the step imports beyond the core, as (module name, extra that brings it)."""
         return []
+
+    def after(self, previous: Step | None) -> Self:
+        """Returns the step with what it takes over from the one before it; None before the first."""
+        return self
 
     def check(self, facts: ModelFacts) -> None:
         """Raises RequestError if these settings cannot be used on such a model."""

@@ -174,6 +174,7 @@ def measure(bundle: Path, address: str, **more: Any) -> dict[str, Any]:
     [
         ("ssh://pi@box.local:2222", ("box.local", "pi", 2222)),
         ("ssh://box", ("box", None, None)),
+        ("ssh://pi@MyPi:22", ("MyPi", "pi", 22)),
         ("ssh://[fe80::1]:22/", ("fe80::1", None, 22)),
     ],
 )
@@ -246,6 +247,13 @@ def test_measured_on_a_device(bundle: Path, server: Server) -> None:
     assert results.machine["packages"] and results.variants[1].path == str(archive)
     assert any(note.startswith("copying") for note in notes) and any("tok/s" in note for note in notes)
     assert server.left() == []
+
+
+def test_what_a_bundle_does_not_measure_is_refused(bundle: Path) -> None:
+    command = [sys.executable, "-m", "lighten", "evaluate", str(bundle), "--target", "ssh://box"]
+    for given in (["--data", "x.txt"], ["--limit", "3"], ["--skip", "speed"]):
+        done = subprocess.run([*command, *given], capture_output=True, text=True)
+        assert done.returncode == 2 and f"leave out {' '.join(given[:1])}" in done.stderr
 
 
 @needs_sshd

@@ -84,7 +84,7 @@ class Model:
     cache_per_token: int
     """Bytes of keys and values (16 bits each) of one token."""
     read_per_token: int
-    """Bytes of weights that decoding a token reads: of the embedding one row, of the experts those that are used."""
+    """Bytes of weights that decoding a token reads: of an embedding that is not the head one row."""
     runtime_bytes: int
 
 
@@ -125,14 +125,12 @@ def read_model(paths: Sequence[Path]) -> Model:
         strict=False,
     )
     vocab = len(head.fields.get("tokenizer.ggml.tokens", ()))
-    experts = head.integer("expert_count", 0)
-    used = head.integer("expert_used_count", 0) / experts if experts else 1.0
     read = 0.0
     for name, tensor in tensors.items():
         if name == "token_embd.weight" and "output.weight" in tensors:
             read += tensor.size / max(1, vocab)
         else:
-            read += tensor.size * (used if "_exps." in name else 1.0)
+            read += tensor.size
     weights = 0
     for tensor in tensors.values():
         count = 1

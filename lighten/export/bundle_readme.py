@@ -23,7 +23,8 @@ sha256sum -c SHA256SUMS   check the copy
 
 They use `python3`, or what PYTHON names, if it has llama-cpp-python. If it has not, they make `venv/` beside themselves
 and fill it from `requirements.txt` with your pip's own settings. Where pip finds no wheel for the device it compiles
-llama-cpp-python: that takes a C++ compiler and some minutes (Debian: `apt install python3-venv build-essential`).{gpu}
+llama-cpp-python: that takes a C++ compiler and some minutes (Debian: `apt install python3-venv build-essential`).
+The server takes Python 3.11 or later, the others 3.10.{gpu}
 
 As a service: unpack to `/opt/{folder}`, run `sh serve.sh` once so that `venv/` is there, then
 `cp model.service /etc/systemd/system/ && systemctl enable --now model`.

@@ -8,15 +8,15 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lighten.errors import Failure, RequestError
 from lighten.export.gguf_step import Gguf
 from lighten.export.step import Export, about
 from lighten.export.targets import find_target
-from lighten.stage import Context, Estimate, ModelFacts
+from lighten.stage import Context, Estimate, ModelFacts, Step
 from lighten.store import Artifact, write_file
 
 if TYPE_CHECKING:
@@ -55,6 +55,14 @@ class Bundle(Export):
             raise ValueError(f"type must be one of {', '.join(TYPES)}")
         return value
 
+    @model_validator(mode="after")
+    def _gguf_can(self) -> Self:
+        try:
+            _gguf(self.type or DEFAULT_TYPE, self.imatrix)
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        return self
+
     @property
     def gguf(self) -> Gguf:
         """The step that makes the file."""
@@ -73,9 +81,14 @@ class Bundle(Export):
         """What writes and runs the file, and what packs it."""
         return [("gguf", "bundle"), ("llama_cpp", "bundle"), ("zstandard", "bundle")]
 
+    def after(self, previous: Step | None) -> Self:
+        """Names the type where it makes the file itself; a GGUF file's own type stays."""
+        makes = self.type is None and not isinstance(previous, Gguf)
+        return self.model_copy(update={"type": DEFAULT_TYPE}) if makes else self
+
     def check(self, facts: ModelFacts) -> None:
         """Refuses what the GGUF step refuses, and a type that will not fit the target."""
-        if self.type is None:
+        if self.type is None:  # a GGUF file: its size is known once it is there
             return
         self.gguf.check(facts)
         self._check_size(facts)
@@ -97,7 +110,8 @@ class Bundle(Export):
         """Writes the bundle and its archive, and returns its facts.
 
         Raises:
-            RequestError: neither a model nor a GGUF artifact, or it does not fit the target.
+            RequestError: neither a model nor a GGUF artifact.
+            Failure: the file that was made does not fit the target.
         """
         from lighten.export import bundle
         from lighten.export.bundle_readme import readme
@@ -111,7 +125,10 @@ class Bundle(Export):
         need = bundle.Need(model.size_bytes, tokens * model.cache_per_token, model.runtime_bytes)
         chosen = str(made["type"])
         others = _others(facts, tokens) if (facts := _sizes(model.files[0])) else ()
-        sentence = bundle.check_fit(need, target, tokens, chosen, others)
+        try:
+            sentence = bundle.check_fit(need, target, tokens, chosen, others)
+        except RequestError as error:  # known only now, so it fails this variant and no other
+            raise Failure(str(error)) from error
         context.report(1, 4, sentence)
         short = re.sub(r"[^\w.-]+", "-", origin.get("name") or "model")
         written = bundle.write_bundle(

@@ -88,6 +88,11 @@ class Onnx(Export):
         names = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript")
         return [(name, "onnx") for name in names]
 
+    def promises(self) -> dict[str, Any]:
+        """The graph runs on its own provider; one in bf16, which numpy lacks, is compared by its tokenizer only."""
+        given = super().promises()
+        return {**given, "device": self.provider, **({"tokens": 0} if self.precision == "bf16" else {})}
+
     def check(self, facts: ModelFacts) -> None:
         """Refuses what the kind of graph cannot hold for such a model."""
         precision = self.resolved_precision(facts)

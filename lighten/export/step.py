@@ -52,7 +52,8 @@ class Export(Step):
         """Returns the limits that what it writes is checked against."""
         asked = self.parity or Parity.model_validate({})
         given = asked.model_dump(exclude={"tokens"}, exclude_none=True)
-        return {"limits": {**({} if self.rounded else PLAIN_LIMITS), **given}, "tokens": asked.tokens}
+        limits = {**({} if self.rounded else PLAIN_LIMITS), **given}
+        return {"limits": limits, "tokens": asked.tokens, "device": "cpu"}
 
 
 def about(source: Artifact) -> dict[str, str]:

@@ -18,7 +18,7 @@ def add(results: Results, others: Iterable[Results]) -> Results:
     for other in others:
         name = str(other.machine.get("name") or other.machine.get("cpu") or "another machine")
         for variant in other.variants:
-            row = _row(variant, other, name)
+            row = variant if variant.elsewhere else _row(variant, other, name)
             rows[row.name] = row
     return results.model_copy(update={"variants": list(rows.values())})
 

@@ -55,6 +55,10 @@ class OnnxRuntime:
                 f"{path} takes {', '.join(list(self.graph.inputs)[:4])} and gives {', '.join(self.graph.outputs[:3])}: "
                 "not a causal language model that can be measured here"
             )
+        if strange := [name for name, each in self.graph.inputs.items() if each.kind not in TYPES]:
+            raise RequestError(
+                f"{path}: its input {strange[0]} is of a type that numpy lacks (bf16): measure an export as fp16"
+            )
         self._past = [name for name in self.graph.inputs if name.startswith(PAST)]
         self._present = [PRESENT + name.removeprefix(PAST) for name in self._past]
         on_gpu = device != "cpu" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()

@@ -40,10 +40,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="of an answer, at most")
     parser.add_argument("--system", default="", help="what the model is told first")
     arguments = parser.parse_args()
+    from bench import cores  # type: ignore[import-not-found]  # it lies beside this file
     from llama_cpp import Llama
 
-    layers = -1 if bundle["gpu"] else 0
-    llm = Llama(str(HERE / bundle["file"]), n_ctx=bundle["context"], n_gpu_layers=layers, verbose=False)
+    llm = Llama(
+        str(HERE / bundle["file"]),
+        n_ctx=bundle["context"],
+        n_gpu_layers=-1 if bundle["gpu"] else 0,
+        n_threads=cores(),
+        n_threads_batch=cores(),
+        flash_attn=True,  # without it llama.cpp's memory grows with the context
+        verbose=False,
+    )
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     turns: list[dict[str, str]] = []
     asking = sys.stdin.isatty()

@@ -13,8 +13,15 @@ if ! has "$python"; then
     own=$here/venv/bin/python
     if ! has "$own"; then
         echo "$python has no llama-cpp-python: installing it in $here/venv (it is compiled: some minutes)" >&2
-        [ -x "$own" ] || "$python" -m venv "$here/venv" >&2
-        "$own" -m pip install -r "$here/$requirements" >&2
+        "$own" -c "import pip" >/dev/null 2>&1 || "$python" -m venv "$here/venv" >&2 || {
+            echo "$python cannot make $here/venv: install venv (Debian: apt install python3-venv)" >&2
+            exit 1
+        }
+        PIP_DISABLE_PIP_VERSION_CHECK=1 "$own" -m pip install -r "$here/$requirements" >&2 || {
+            echo "pip cannot install $requirements: it takes a C++ compiler (Debian: apt install build-essential)," \
+                "a package index, and for the server Python 3.11 or later" >&2
+            exit 1
+        }
     fi
     python=$own
 fi

@@ -5,4 +5,4 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 needs=llama_cpp
 requirements=requirements.txt
 . "$here/python.sh"
-exec "$python" "$here/chat.py" "$@"
+exec "$python" -B "$here/chat.py" "$@"

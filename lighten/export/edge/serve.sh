@@ -6,5 +6,8 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 needs="llama_cpp.server.app, uvicorn"
 requirements=requirements-server.txt
 . "$here/python.sh"
+threads=$("$python" -B -c 'import sys; sys.path.insert(0, sys.argv[1]); import bench; print(bench.cores())' "$here")
+HOST=${HOST:-127.0.0.1} PORT=${PORT:-8080}
+export HOST PORT # an empty one in the environment would mean every address
 exec "$python" -m llama_cpp.server --model "$here/@FILE@" --model_alias "@NAME@" --n_ctx @CONTEXT@ --n_gpu_layers @GPU_LAYERS@ \
-    --host "${HOST:-127.0.0.1}" --port "${PORT:-8080}" "$@"
+    --n_threads "$threads" --n_threads_batch "$threads" --flash_attn true --host "$HOST" --port "$PORT" "$@"

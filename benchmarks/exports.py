@@ -1,0 +1,106 @@
+"""The tables of exports for docs/benchmarks.md and docs/edge.md; `tables.py` puts them there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tables import made, rows
+
+from lighten.report.numbers import NOT_MEASURED, byte_count, duration, significant
+
+Found = dict[str, Any]
+ONNX = {
+    "baseline": "source, transformers",
+    "fp32": "fp32",
+    "fp16": "fp16",
+    "int8": "int8",
+    "int4": "int4, embedding and head int8",
+    "int4-all": "int4, embedding and head too",
+    "builder-int4": "int4 by the builder alone",
+    "builder-int4-last": "int4 by the builder alone, head int8",
+    "gptq": "GPTQ checkpoint, transformers",
+    "gptq-onnx": "GPTQ kept, embedding and head int8",
+    "gptq-onnx-float": "GPTQ kept, embedding and head float32",
+    "gptq-onnx-all": "GPTQ kept, embedding and head int4",
+    "builder-gptq": "GPTQ by the builder alone",
+}
+
+
+def onnx(found: Found) -> str:
+    """Returns what ONNX export costs, and decoding speed beside the builder's own graphs."""
+    by_name = {row["name"]: row for row in found["rows"]}
+    speed = found["speed"]["compared"]
+    lines = []
+    for name, told in ONNX.items():
+        row = by_name.get(name)
+        if row is None or not row["perplexity"]:
+            continue
+        against = by_name["gptq" if "gptq" in name else "baseline"]["perplexity"]["value"]
+        value = row["perplexity"]["value"]
+        change = "" if name in ("baseline", "gptq") else f"{value / against - 1:+.2%}"
+        embedding = (row["facts"] or {}).get("embedding_bytes")
+        pace = ", ".join(f"{each['ratio']:.2f}× ({ONNX[each['peer']]})" for each in speed if each["name"] == name)
+        shown = byte_count(embedding) if embedding else NOT_MEASURED
+        lines.append([told, byte_count(row["size_bytes"]), shown, significant(value, 5), change, pace])
+    titles = (
+        "Graph",
+        "Size",
+        "Embedding and head",
+        "Perplexity",
+        "against its source",
+        "Decoding, against the builder's",
+    )
+    settings, turns = found["settings"], found["speed"]["turns"]
+    told = (
+        f"{settings['model']}; perplexity on {settings['test_samples']} × 512 tokens of {settings['test']}; GPTQ: 4 "
+        f"bits, group 64, {settings['samples']} × 512 tokens of {settings['calibration']}. Decoding: tokens per second "
+        f"over those of the graph in brackets, median of twice {turns} turns, one after the other."
+    )
+    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
+
+
+def gguf(found: Found) -> str:
+    """Returns export to GGUF beside llama.cpp's own converter and quantizer."""
+    files = {row["name"]: row for row in found["rows"]}
+    source = files["source"]["perplexity"]
+    spent = found["summary"]
+    lines = []
+    for name, tool in {"lighten": "lighten", "llama.cpp": "llama.cpp"}.items():
+        row = files[name]
+        change = f"{row['perplexity'] / source - 1:+.2%}"
+        speed = found["speed"]["ours_tok_s" if name == "lighten" else "theirs_tok_s"]
+        cost = [duration(spent[name]["seconds"]), byte_count(spent[name]["peak_bytes"])]
+        lines.append(
+            [tool, *cost, byte_count(row["size_bytes"]), significant(row["perplexity"], 5), change, f"{speed:.0f}"]
+        )
+    titles = ("Tool", "Time", "Peak memory", "Size", "Perplexity", "against its source", "Tokens/s")
+    alone = duration(spent["lighten, not compared"]["seconds"])
+    same, settings, turns = found["same_tensors"], found["settings"], found["speed"]["turns"]
+    told = (
+        f"{settings['model']} as {settings['type']}; perplexity on {settings['test_samples']} × 512 tokens of "
+        f"{settings['test']}. Time is that of the whole commands; in lighten's is the comparison of the file with its "
+        f"source, {alone} without it. {same['type']} of {same['of']} tensors are of one type, {same['bytes']} hold "
+        f"the same bytes. Decoding: {found['speed']['ratio']:.2f}× llama.cpp's, median of twice {turns} turns."
+    )
+    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
+
+
+def arm64(found: Found) -> str:
+    """Returns where the processors agree."""
+    lines = []
+    for row in found["rows"]:
+        plain, parted = row["plain_kernels"], row.get("parts_at")
+        close = f"{parted['here']['gap']:.3f} here, {parted['aarch64']['gap']:.3f} there" if parted else ""
+        agreed = [f"{plain['same_choice']} of {row['of']}", f"{plain['same_logits']} of {row['of']}"]
+        lines.append([f"{row['model']}, {row['prompt']}", *agreed, f"{row['same_choice']} of {row['of']}", close])
+    titles = (
+        "File, prompt",
+        "Plain kernels: tokens",
+        "all logits to the last bit",
+        "Own kernels: tokens",
+        "Gap where they part",
+    )
+    told = (
+        f"llama-cpp-python {found['llama_cpp_python']}, {found['emulator'].partition(' (')[0]}, {found['processor']}."
+    )
+    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
