@@ -4,6 +4,12 @@ Raise `RequestError` when the request itself was wrong (exit code 2) and `Failur
 while doing a correct request (exit code 1). The message says what was wrong, where, and what to do next.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class LightenError(Exception):
     """One clear message for the person; never shown with a traceback."""
@@ -19,6 +25,19 @@ class RequestError(LightenError):
 
 class Failure(LightenError):
     """The request was fine, but something failed: broken input, a full disk, a crash."""
+
+
+@contextmanager
+def reading(file: Path, advice: str) -> Iterator[None]:
+    """Turns what goes wrong while the contents of a file are taken apart into one message.
+
+    Raises:
+        Failure: it lacks something, or has it in another form.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Failure(f"{file} is damaged ({type(error).__name__}: {error}): {advice}") from error
 
 
 def missing_extra(extra: str, package: str, purpose: str) -> RequestError:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lighten.errors import Failure, LightenError, RequestError
+from lighten.errors import Failure, LightenError, RequestError, reading
 from lighten.process import run_isolated
 from lighten.stage import Report, silent
 from lighten.store import MANIFEST, read_artifact
@@ -149,10 +149,8 @@ def _genai(path: Path) -> dict[str, Any]:
     file = path / GENAI
     if not file.is_file():
         return {}
-    try:
+    with reading(file, "export the model again"):
         return dict(json.loads(file.read_text(encoding="utf-8"))["model"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise Failure(f"{file} is damaged ({type(error).__name__}: {error}): export the model again") from error
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,12 @@ class _Builder:
                 f"the step {step.kind} reads causal language models, {stage.facts.architecture} is none: "
                 "export it to ONNX instead (format: onnx)"
             )
+        method = stage.step.quantized if isinstance(stage.step, Source) else None
+        if method and (step.kind != "export" or step.needs_sweep()):
+            raise RequestError(
+                f"this model is already quantized ({method}), which only an export without imatrix or budget reads: "
+                "give the model that it was made from"
+            )
         step = step.after(stage.step)
         step.check(stage.facts)
         for module, extra in step.requires():

@@ -289,3 +289,18 @@ def test_unknown_variant_and_artifacts_that_are_a_file(tmp_path: Path, model: Pa
     refused(lighten("run", path, "--artifacts", "file", cwd=tmp_path), 2, "artifacts directory")
     refused(lighten("report", "nothing", cwd=tmp_path), 2, "no results of 'nothing'")
     refused(lighten("quantize", model, "--bits", 5, "-o", "q", cwd=tmp_path), 2, "bits: must be 2, 3, 4 or 8, not 5")
+
+
+def test_a_quantized_directory_is_exported_and_nothing_else(tmp_path: Path, model: Path) -> None:
+    small = ("--samples", 4, "--length", 32)
+    done = lighten("quantize", model, "--bits", 4, "--group-size", 32, *small, "-o", "q", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "q" / "artifact.json").unlink()  # as if another tool had made it
+    for flags, name in ((("gguf", "--type", "F32"), "model-F32.gguf"), (("onnx",), "model.onnx")):
+        done = lighten("export", "q", "--format", *flags, "-o", f"to-{flags[0]}", "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / f"to-{flags[0]}" / name).is_file()
+        assert json.loads(done.stdout)["facts"]["parity"]["top1_agreement"] > 0.9
+    refused(lighten("quantize", "q", "-o", "again", cwd=tmp_path), 2, "already quantized (gptq)")
+    done = lighten("export", "q", "--format", "gguf", "--type", "Q4_0", "--imatrix", "-o", "i", cwd=tmp_path)
+    refused(done, 2, "without imatrix")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import lighten
 from lighten import loaders
 from lighten.compress.quantize import Quantize
-from lighten.errors import RequestError
+from lighten.errors import Failure, RequestError
 from lighten.export.gguf_step import Gguf
 from lighten.loaders import Loader, Survey, survey
 from lighten.process import Outcome, run_isolated
@@ -205,3 +205,11 @@ def test_the_doctor_opens_a_file(gguf: Path, tmp_path: Path) -> None:
     refused(bad, 1, "no loader opens bad.gguf")
     assert {load["status"] for load in json.loads(bad.stdout)["loads"]} == {"failed", "other"}
     refused(command("doctor", "nowhere", cwd=tmp_path), 2, "nowhere: no such file or directory")
+
+
+def test_a_damaged_genai_config_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"")
+    for text in ("{}", '{"model": ', '{"model": 3}'):
+        (tmp_path / "genai_config.json").write_text(text)
+        with pytest.raises(Failure, match=r"genai_config\.json is damaged .*export the model again"):
+            loaders.survey(tmp_path)

@@ -137,11 +137,16 @@ class Quantize(Step):
 
     @model_validator(mode="after")
     def _can_be_opened(self) -> Quantize:
-        """Refuses what only some loaders open: transformers expects the zero points of compressed-tensors unpacked."""
+        """Refuses what loaders do not open: transformers expects the zero points of compressed-tensors unpacked."""
         if self.format == "compressed-tensors" and self.sym is False:
             raise ValueError(
                 "a budget, ignore and head need the compressed-tensors format, in which transformers opens symmetric "
                 "grids only: leave out sym: false"
+            )
+        if self.format == "compressed-tensors" and self.desc_act and self.group_size != -1:
+            raise ValueError(
+                "a budget, ignore and head need the compressed-tensors format, whose groups are of neighbouring "
+                "inputs: leave out desc_act, or set group_size: -1"
             )
         return self
 

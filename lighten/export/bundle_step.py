@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
@@ -29,7 +30,7 @@ TYPES = tuple(name for name in get_args(Gguf.model_fields["type"].annotation) if
 class Bundle(Export):
     """Writes a GGUF file with scripts, pinned requirements and checksums for a device, and all of it as an archive."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     format: Literal["bundle"] = Field(description="what to write")
     target: str = Field(
@@ -125,10 +126,8 @@ class Bundle(Export):
         need = bundle.Need(model.size_bytes, tokens * model.cache_per_token, model.runtime_bytes)
         chosen = str(made["type"])
         others = _others(facts, tokens) if (facts := _sizes(model.files[0])) else ()
-        try:
+        with _late():
             sentence = bundle.check_fit(need, target, tokens, chosen, others)
-        except RequestError as error:  # known only now, so it fails this variant and no other
-            raise Failure(str(error)) from error
         context.report(1, 4, sentence)
         short = re.sub(r"[^\w.-]+", "-", origin.get("name") or "model")
         written = bundle.write_bundle(
@@ -183,8 +182,18 @@ class Bundle(Export):
             )
         from lighten.model.checkpoint import Checkpoint
 
-        context.report(0, 4, self._check_size(Checkpoint(source.path).facts))
+        with _late():
+            context.report(0, 4, self._check_size(Checkpoint(source.path).facts))
         return self.gguf.run(source, out, context)
+
+
+@contextmanager
+def _late() -> Iterator[None]:
+    """Makes a refusal that could not be known before a failure: of this variant, and of no other."""
+    try:
+        yield
+    except RequestError as error:
+        raise Failure(str(error)) from error
 
 
 def _gguf(type: str, imatrix: bool) -> Gguf:

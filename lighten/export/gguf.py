@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lighten.errors import Failure, RequestError, missing_extra
+from lighten.errors import Failure, RequestError, missing_extra, reading
 from lighten.export.gguf_families import Family, family_of, tensor_names
 from lighten.export.gguf_rope import Rotation, rotation
 from lighten.export.gguf_types import PLAIN, TYPES
@@ -77,11 +77,13 @@ class Draft:
         self.config = {**(self.family.defaults or {}), **self.checkpoint.config}
         self.facts = facts_of(self.config, str(source))
         _check(self.family, self.config, self.facts)
-        self.rotation = rotation(self.config, self.facts, self.family)
+        with reading(source / "config.json", "fetch the model again"):
+            self.rotation = rotation(self.config, self.facts, self.family)
         self.shapes = self.checkpoint.shapes()
         self.names = _names(self.family, self.facts, self.shapes, source)
         """GGUF names of the tensors to write, by Hugging Face name, in the order of the file."""
-        self.vocabulary = read_vocabulary(source, self.facts.vocab, self.config)
+        with reading(source / "tokenizer.json", "fetch the model again"):
+            self.vocabulary = read_vocabulary(source, self.facts.vocab, self.config)
         packed = self.checkpoint.quantization is not None
         self.stored_type = "F32" if packed else _plain_type(self.checkpoint.tensor(EMBEDDING).dtype)
         """The smallest plain type that holds the matrices as they are."""
@@ -251,10 +253,12 @@ def _name(about: Mapping[str, str], facts: ModelFacts, vocabulary: Vocabulary) -
     """Returns the model's name, which llama.cpp reads: in one with "phi-3" it strips what follows special tokens.
 
     So where the tokenizer does not do that (or lacks a token that llama.cpp then looks up), the name is spelled
-    otherwise.
+    otherwise, and where it does, the name says so.
     """
     name = about.get("name") or about.get("source") or facts.architecture
-    return name if vocabulary.strips else re.sub(r"(phi)-?3", r"\1_3", name, flags=re.IGNORECASE)
+    if vocabulary.strips:
+        return name if re.search("phi-?3", name, re.IGNORECASE) else f"{name} (Phi-3)"
+    return re.sub(r"(phi)-?3", r"\1_3", name, flags=re.IGNORECASE)
 
 
 def _add_about(writer: Any, about: Mapping[str, str], name: str) -> None:

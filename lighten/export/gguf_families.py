@@ -98,8 +98,9 @@ def _window_keys(period: int) -> Callable[[Config, ModelFacts], dict[str, Any]]:
 
     def keys(config: Config, facts: ModelFacts) -> dict[str, Any]:
         usual = [bool((layer + 1) % period) for layer in range(facts.layers)]
-        kinds = config.get("layer_types")
-        pattern = [kind == "sliding_attention" for kind in kinds] if kinds else usual
+        own = int(config.get("sliding_window_pattern") or period)
+        kinds = config.get("layer_types") or ["sliding_attention" if (n + 1) % own else "" for n in range(facts.layers)]
+        pattern = [kind == "sliding_attention" for kind in kinds]
         window = int(config["sliding_window"] or config["max_position_embeddings"])
         found: dict[str, Any] = {"attention.sliding_window": window}
         return found if pattern == usual else found | {"attention.sliding_window_pattern": pattern}

@@ -139,10 +139,11 @@ def describe(file: Path, type: str) -> dict[str, Any]:
     tensors = list(read_header(file).tensors.values())
     head = "output.weight" if any(tensor.name == "output.weight" for tensor in tensors) else "token_embd.weight"
     types = Counter(GGMLQuantizationType(tensor.type).name for tensor in tensors)
+    blocks = type in TYPES and TYPES[type].fallback_bits is not None
     odd = Counter(
         tensor.name.split(".")[-2]
         for tensor in tensors
-        if "_K" in type and len(tensor.shape) > 1 and tensor.shape[-1] % K_BLOCK and tensor.name != head
+        if blocks and len(tensor.shape) > 1 and tensor.shape[-1] % K_BLOCK and tensor.name != head
     )
     bits = 8 * sum(tensor.size for tensor in tensors)
     named = {"tensors": dict(sorted(odd.items()))} if odd else {}

@@ -39,7 +39,7 @@ def _bytes(size: Any) -> Any:
 class Gguf(Export):
     """Writes one file `model-<type>.gguf`, or `model-budget.gguf`."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     format: Literal["gguf"] = Field(description="what to write")
     type: TypeName = Field(

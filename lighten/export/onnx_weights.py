@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lighten.errors import Failure, RequestError
-from lighten.model.packing import awq_codes, unpack
+from lighten.model.packing import awq_codes, gptq_zeros, unpack
 
 if TYPE_CHECKING:
     from lighten.model.checkpoint import Checkpoint
@@ -79,6 +79,7 @@ class Quantized:
         self.method = str(config.get("quant_method"))
         if self.method == "awq" and (str(config.get("version", "gemm")).lower() != "gemm" or config.get("bits") != 4):
             raise RequestError(f"{checkpoint.path}: ONNX export reads AWQ in the 4-bit gemm layout only")
+        self._bits = int(config.get("bits", 4))
         self._stored_less_one = config.get("checkpoint_format", "gptq") != "gptq_v2"
         self.names = [name.removesuffix(".qweight") for name in checkpoint.weight_map if name.endswith(".qweight")]
 
@@ -90,12 +91,13 @@ class Quantized:
             codes = awq_codes(tensors["qweight"])
             g_idx = torch.arange(len(codes)) // (len(codes) // len(scales))
             return Codes(codes, scales, awq_codes(tensors["qzeros"]), g_idx, 4)
-        inputs = tensors["g_idx"].numel()
-        bits = len(tensors["qweight"]) * 32 // inputs
-        zeros = unpack(tensors["qzeros"].t().contiguous(), bits, scales.shape[1]).t()
-        if self._stored_less_one:
-            zeros = (zeros + 1) & ((1 << bits) - 1)
-        return Codes(unpack(tensors["qweight"], bits, inputs), scales, zeros, tensors["g_idx"].long(), bits)
+        words = tensors["qweight"]
+        inputs = len(words) * 32 // self._bits
+        neighbours = torch.arange(inputs) // (inputs // len(scales))
+        g_idx = tensors.get("g_idx", neighbours)  # GPTQModel leaves it out where groups are of neighbours
+        bits = len(words) * 32 // g_idx.numel()
+        zeros = gptq_zeros(tensors["qzeros"], bits, scales.shape[1], less_one=self._stored_less_one)
+        return Codes(unpack(words, bits, g_idx.numel()), scales, zeros, g_idx.long(), bits)
 
     def layout(self, name: str) -> tuple[Any, ...]:
         """Returns what must be the same for linears to share one `MatMulNBits`."""

@@ -64,12 +64,20 @@ def read_vocabulary(source: Path, size: int, config: Json) -> Vocabulary:
     tokenizer = _read_tokenizer(source / "tokenizer.json")
     settings = _read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
     model = tokenizer["model"]
+    added = tokenizer.get("added_tokens") or []
+    beyond = [one["content"] for one in added if one["id"] >= size]  # such as the place of an image in a text model
+    tokenizer["added_tokens"] = [one for one in added if one["id"] < size]
+    if model["type"] == "BPE":
+        model["vocab"] = {text: index for text, index in model["vocab"].items() if text not in beyond}
     tokens, types = _tokens(tokenizer, size, source)
     ids = _special_ids(settings, config, tokens)
     add_bos, add_eos = _adds(tokenizer, settings, ids)
     template = _chat_template(source, settings)
     vocabulary = Vocabulary("gpt2", tokens, types, ids, add_bos, add_eos, chat_template=template)
     vocabulary.strips, vocabulary.warnings = _stripping(tokenizer, tokens)
+    if beyond:
+        named = ", ".join(beyond[:3])
+        vocabulary.warnings.append(f"the model has no rows for {len(beyond)} tokens, which are left out: {named}")
     if model["type"] == "Unigram":
         _add_unigram(vocabulary, tokenizer)
         return vocabulary
@@ -87,6 +95,10 @@ def read_vocabulary(source: Path, size: int, config: Json) -> Vocabulary:
     else:
         _check_normalizer(tokenizer)
         vocabulary.pre, vocabulary.merges = name_of(tokenizer), merges
+        if TABLE[vocabulary.pre].ignore_merges != bool(model.get("ignore_merges")):
+            vocabulary.warnings.append(
+                f"llama.cpp's {vocabulary.pre} tokenizer treats whole words that are tokens otherwise (ignore_merges)"
+            )
         if differs := TABLE[vocabulary.pre].differs:
             vocabulary.warnings.append(
                 f"llama.cpp approximates the {vocabulary.pre} tokenizer: it splits {differs} otherwise"
@@ -116,7 +128,7 @@ def _read_tokenizer(path: Path) -> Json:
 
 def _tokens(tokenizer: Json, size: int, source: Path) -> tuple[list[str], list[int]]:
     """Returns the text and the GGUF type of every row of the embedding."""
-    model, added = tokenizer["model"], tokenizer.get("added_tokens", [])
+    model, added = tokenizer["model"], tokenizer["added_tokens"]
     vocab = _vocab(model)
     texts = {index: token for token, index in vocab.items()} | {one["id"]: one["content"] for one in added}
     if max(texts) >= size:
@@ -125,7 +137,9 @@ def _tokens(tokenizer: Json, size: int, source: Path) -> tuple[list[str], list[i
     for index, text in texts.items():
         types[index] = BYTE if model.get("byte_fallback") and _BYTE.fullmatch(text) else NORMAL
     for one in added:
-        types[one["id"]] = CONTROL if one["special"] else USER_DEFINED
+        spaces = bool(model.get("byte_fallback")) and set(one["content"]) == {_SPACE}
+        # llama.cpp turns ▁ back into spaces in tokens of the model only, so Gemma's runs of them are such
+        types[one["id"]] = CONTROL if one["special"] else NORMAL if spaces else USER_DEFINED
     unknown = model["unk_id"] if model["type"] == "Unigram" else vocab.get(model.get("unk_token"))
     if unknown is not None and (model.get("byte_fallback") or model["type"] == "Unigram"):
         types[unknown] = UNKNOWN
@@ -159,8 +173,10 @@ def _special_ids(settings: Json, config: Json, tokens: list[str]) -> dict[str, i
         index = config.get(f"{name}_token_id")
         if text in tokens:
             ids[name] = tokens.index(text)
-        elif index is not None:
-            ids[name] = index[0] if isinstance(index, list) else index
+            continue
+        index = index[0] if isinstance(index, list) and index else index
+        if isinstance(index, int) and 0 <= index < len(tokens):
+            ids[name] = index
     return ids
 
 
@@ -171,7 +187,7 @@ def _adds(tokenizer: Json, settings: Json, ids: dict[str, int]) -> tuple[bool, b
     """
     from tokenizers import Tokenizer
 
-    encoded = Tokenizer.from_str(json.dumps(tokenizer)).encode("a").ids
+    encoded = Tokenizer.from_str(json.dumps({**tokenizer, "padding": None, "truncation": None})).encode("a").ids
     bos, eos = ids.get("bos"), ids.get("eos")
     by_template = (bos is not None and encoded[:1] == [bos], eos is not None and encoded[-1:] == [eos])
     if "add_bos_token" in settings or "add_eos_token" in settings:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lighten.errors import Failure, missing_extra
+from lighten.errors import Failure, missing_extra, reading
 from lighten.stage import ModelFacts
 
 GRAPH = "model.onnx"
@@ -105,8 +105,13 @@ def facts(path: Path) -> ModelFacts:
     config = graph.parent / "genai_config.json"
     if not config.is_file():
         raise Failure(f"{graph.parent} has no config.json and no genai_config.json beside {graph.name}: add either")
-    settings = json.loads(config.read_text(encoding="utf-8"))["model"]
-    decoder = settings["decoder"]
+    with reading(config, "export the model again"):
+        settings = json.loads(config.read_text(encoding="utf-8"))["model"]
+        decoder = settings["decoder"]
+        return _facts(settings, decoder, graph)
+
+
+def _facts(settings: dict[str, Any], decoder: dict[str, Any], graph: Path) -> ModelFacts:
     return ModelFacts(
         architecture=str(settings["type"]),
         layers=int(decoder["num_hidden_layers"]),

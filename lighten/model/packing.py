@@ -75,12 +75,27 @@ def pack_gptq(
     }
 
 
-def unpack_gptq(tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
+def gptq_zeros(words: torch.Tensor, bits: int, outputs: int, *, less_one: bool = True) -> torch.Tensor:
+    """Returns the zero points `[groups, out]` of the `gptq` format, `less_one` in its first version.
+
+    As in GPTQModel, the one is added to whole words, so that a zero point of 0, whose -1 borrowed from the next code
+    when it was stored, comes back; codes of 3 bits, which cross the borders of words, get it one by one.
+    """
+    packed = words.t().contiguous()
+    if less_one and bits != 3:
+        one = pack(torch.ones(32 // bits, 1, dtype=torch.int32, device=words.device), bits)
+        packed = (packed.to(torch.int64) + one) & 0xFFFFFFFF
+    zeros = unpack(packed, bits, outputs).t()
+    return (zeros + 1) & 7 if less_one and bits == 3 else zeros
+
+
+def unpack_gptq(tensors: dict[str, torch.Tensor], *, less_one: bool = True) -> torch.Tensor:
     """Returns the weight `[out, in]` in float32 that a linear in the `gptq` format stands for."""
     g_idx = tensors["g_idx"].long()
+    bits = len(tensors["qweight"]) * 32 // g_idx.numel()
     scales = tensors["scales"].float()
     codes = unpack(tensors["qweight"], bits, g_idx.numel())
-    zeros = unpack(tensors["qzeros"].t().contiguous(), bits, scales.shape[1]).t() + 1
+    zeros = gptq_zeros(tensors["qzeros"], bits, scales.shape[1], less_one=less_one)
     return ((codes - zeros[g_idx]).float() * scales[g_idx]).t().contiguous()
 
 

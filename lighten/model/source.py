@@ -110,7 +110,7 @@ def _fetch(model: str, revision: str | None, keep_code: bool) -> Path:
 class Source(Step):
     """The source as an ordinary Hugging Face directory: the baseline, and what every step starts from.
 
-    Causal language models are in bfloat16, others in the type they are stored in.
+    Causal language models are in bfloat16; others, and what is quantized already, as they are stored.
     """
 
     kind: ClassVar[str] = "source"
@@ -125,6 +125,14 @@ class Source(Step):
     def key_config(self) -> dict[str, Any]:
         """Returns what the stage's key is made of: the content, wherever it lies."""
         return {"format": self.format, "identity": self.identity, "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def quantized(self) -> str | None:
+        """The method of a directory that is quantized already, which only an export reads."""
+        if self.format != "directory":
+            return None
+        method = (read_config(Path(self.path)).get("quantization_config") or {}).get("quant_method")
+        return None if method is None else str(method)
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns reading and writing every weight once."""
@@ -147,7 +155,7 @@ class Source(Step):
             found = _copy_directory(path, out, context, keep_code=self.trust_remote_code)
         facts = Checkpoint(out).facts
         return {
-            "format": "hf",
+            "format": self.quantized or "hf",
             "dtype": found.get("dtype", "bfloat16"),
             "model": self.model,
             "licence": found.get("licence"),
@@ -162,11 +170,8 @@ def _copy_directory(path: Path, out: Path, context: Context, *, keep_code: bool)
     from lighten.model.shards import ShardWriter
 
     checkpoint = Checkpoint(path)
-    if checkpoint.quantization:
-        method = checkpoint.quantization.get("quant_method")
-        raise RequestError(f"{path} is already quantized ({method}): give the model that it was made from")
     names = list(checkpoint.weight_map)
-    causal = checkpoint.facts.family == "causal"
+    causal = checkpoint.facts.family == "causal" and not checkpoint.quantization
     stored = "bfloat16"
     if checkpoint.facts.tied and causal:
         names = [name for name in names if name != "lm_head.weight"]
@@ -176,7 +181,7 @@ def _copy_directory(path: Path, out: Path, context: Context, *, keep_code: bool)
             if tensor.is_floating_point():
                 tensor = tensor.to(torch.bfloat16) if causal else tensor
                 stored = str(tensor.dtype).removeprefix("torch.")
-            if not torch.isfinite(tensor).all():
+            if not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():
                 raise Failure(f"{path}: {name} has NaN or infinite weights: the checkpoint is damaged; fetch it again")
             writer.add(name, tensor)
             context.report(number, len(names), "")
@@ -185,6 +190,8 @@ def _copy_directory(path: Path, out: Path, context: Context, *, keep_code: bool)
         if file.name not in (MANIFEST, "config.json") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)
     config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
+    if checkpoint.quantization:  # whose floats are of several types
+        stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or stored)
     (out / "config.json").write_text(json.dumps({**config, "dtype": stored}, indent=2) + "\n")
     return {"licence": _licence(path), "dtype": stored}
 

@@ -54,6 +54,11 @@ class Unpacked(Checkpoint):
             groups = settings.get("config_groups") or {}
             found = {str(group.get("format") or settings.get("format")) for group in groups.values()}
             reason = next((f"format {layout}" for layout in sorted(found - set(_LAYOUTS))), None)
+            weights = [group.get("weights") or {} for group in groups.values()]
+            if any(each.get("strategy") in ("block", "tensor_group") for each in weights):
+                reason = "scales of blocks"
+            if settings.get("transform_config"):
+                reason = "its inputs are rotated (transform_config)"
         known = ("gptq", "awq", "bitsandbytes", "compressed-tensors")
         if self.method not in known:
             reason = "known are " + ", ".join(known)
@@ -113,7 +118,8 @@ class Unpacked(Checkpoint):
         if (words := stored.get(f"{module}.qweight")) is not None:
             if self.method == "awq":
                 return (words[1] * 8, words[0])
-            return (words[1], words[0] * 32 // self._bits())
+            grouped = stored.get(f"{module}.g_idx")
+            return (words[1], grouped[0] if grouped else words[0] * 32 // self._bits())
         if f"{module}.weight_packed" in stored:
             return tuple(int(size) for size in super().tensor(f"{module}.weight_shape"))
         state = next((name for name in stored if name.startswith(f"{module}.{_STATE}")), None)
@@ -127,16 +133,11 @@ class Unpacked(Checkpoint):
 
         from lighten.model.packing import unpack_gptq
 
-        settings, bits = self.quantization or {}, self._bits()
+        settings = self.quantization or {}
         if "g_idx" not in parts:
-            inputs = parts["qweight"].shape[0] * 32 // bits
-            size = int(settings.get("group_size", -1))
-            parts["g_idx"] = torch.arange(inputs) // (size if size > 0 else inputs)
-        later = settings.get("checkpoint_format") == "gptq_v2"  # whose zero points are stored as they are
-        weight = unpack_gptq(parts, bits)
-        if later:
-            weight += parts["scales"].float()[parts["g_idx"].long()].t()
-        return weight
+            inputs = parts["qweight"].shape[0] * 32 // self._bits()
+            parts["g_idx"] = torch.arange(inputs) // (inputs // len(parts["scales"]))
+        return unpack_gptq(parts, less_one=settings.get("checkpoint_format") != "gptq_v2")
 
     @staticmethod
     def _awq(parts: Parts) -> torch.Tensor:
@@ -197,7 +198,7 @@ def _four_bit(parts: Parts) -> torch.Tensor:
     import torch
 
     state = _state(next(raw for name, raw in parts.items() if name.startswith(_STATE)))
-    packed = parts["weight"].flatten()
+    packed = parts["weight"].contiguous().view(torch.uint8).flatten()
     codes = torch.stack([packed >> 4, packed & 15], 1).flatten().long()
     largest = parts["weight.absmax"]
     if "weight.nested_absmax" in parts:

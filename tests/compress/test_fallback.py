@@ -56,7 +56,7 @@ def test_gptq_rounds_that_layer_to_nearest(
     tensors = load_file(out / "model.safetensors")
     parts = {name: tensors[f"{DOWN}.{name}"] for name in ("qweight", "qzeros", "scales", "g_idx")}
     weight = load_file(swept[0].path / "model.safetensors")[f"{DOWN}.weight"]
-    assert torch.equal(unpack_gptq(parts, 4), rtn(weight, 4, 32, True).weight())
+    assert torch.equal(unpack_gptq(parts), rtn(weight, 4, 32, True).weight())
     # every other layer is as it would have been
     (tmp_path / "sound").mkdir()
     sound = Quantize(group_size=32, desc_act=desc_act).run(swept[0], tmp_path / "sound", Context(grams=swept[1]))

@@ -35,7 +35,7 @@ def largest_difference(payload: dict[str, Any], report: Callable[..., None]) -> 
         assert len(quantized) == 14, sorted(quantized)
         for name, module in quantized.items():
             parts = {key: tensors[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
-            ours = unpack_gptq(parts, bits)
+            ours = unpack_gptq(parts)
             theirs = type(module).dequantize_weight(module).T.float()
             worst = max(worst, float(((ours - theirs).abs() / ours.abs().max()).max()))
         found[folder.name] = worst

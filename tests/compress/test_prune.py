@@ -341,7 +341,7 @@ def _zeros(stored: dict[str, torch.Tensor], settings: dict[str, Any]) -> torch.T
     """Returns which weights `[out, in]` are zero, from what a format stores."""
     match settings["method"]:
         case "gptq" | "rtn":
-            return unpack_gptq(stored, settings.get("bits", 4)) == 0
+            return unpack_gptq(stored) == 0
         case "awq":
             return unpack_awq(stored) == 0
         case "nf4" | "fp4":

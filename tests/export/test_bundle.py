@@ -14,7 +14,7 @@ import pytest
 import zstandard
 from pydantic import ValidationError
 
-from lighten.errors import RequestError
+from lighten.errors import Failure, RequestError
 from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
 from lighten.export import bundle, targets
 from lighten.export.bundle_step import Bundle
@@ -66,6 +66,8 @@ def test_settings() -> None:
     for wrong in ({"target": "rpi3"}, {"target": "rpi5", "type": "budget"}, {"target": "rpi5", "context": 1}, {}):
         with pytest.raises(ValidationError):
             Bundle.model_validate({"format": "bundle", **wrong})
+    with pytest.raises(ValidationError, match=r"IQ2_XXS .*imatrix"):
+        Bundle.model_validate({"format": "bundle", "target": "rpi5", "type": "IQ2_XXS"})
     step = Bundle.model_validate({"format": "bundle", "target": "rpi4-1gb", "imatrix": True})
     assert step.needs_sweep()
     assert {extra for _, extra in step.requires()} == {"bundle"}
@@ -110,10 +112,19 @@ def test_a_type_that_does_not_fit_is_refused_before_anything_runs_and_the_larges
     assert bundle.need_of(EIGHT_BILLION, 0, 4096).cache == cache
 
 
+def test_without_a_type_a_model_is_planned_as_the_type_that_it_becomes() -> None:
+    step = Bundle.model_validate({"format": "bundle", "target": "rpi4-1gb"})
+    with pytest.raises(RequestError, match="does not fit: Q4_K_M"):
+        step.after(None).check(EIGHT_BILLION)
+    after_file = step.after(Gguf.model_validate({"format": "gguf", "type": "Q8_0"}))
+    assert after_file.type is None
+    after_file.check(EIGHT_BILLION)
+
+
 def test_a_file_that_does_not_fit_is_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = replace(targets.TARGETS["rpi4-1gb"], memory_bytes=400_900_000)  # 100.9 MB beside the system
     monkeypatch.setitem(targets.TARGETS, "rpi4-1gb", small)
-    with pytest.raises(RequestError, match=r"does not fit: F32 .* no type would fit, not even"):
+    with pytest.raises(Failure, match=r"does not fit: F32 .* no type would fit, not even"):
         build(tiny("llama"), tmp_path / "out", target="rpi4-1gb", type="F32", measure=False)
 
 
@@ -219,6 +230,16 @@ def test_without_llama_cpp_an_environment_is_made_beside_it(unpacked: Path, tmp_
     assert asked == f"-m pip install -r {unpacked}/requirements.txt\n"
     nothing = clean(["/bin/sh", str(unpacked / "run.sh")], tmp_path, env={"PYTHON": "no-such-python"})
     assert nothing.returncode == 127 and "install Python" in nothing.stderr
+
+
+def test_an_environment_that_was_not_finished_is_made_again(unpacked: Path, tmp_path: Path) -> None:
+    (unpacked / "venv").mkdir()
+    half = fake_python(unpacked / "venv" / "bin", "exit 1")  # what is left where ensurepip is missing
+    (half / "python3").rename(half / "python")
+    folder = fake_python(tmp_path / "bin", 'if [ "$1" = -c ]; then exit 1; fi; echo "made $3"; exit 1')
+    done = clean(["sh", str(unpacked / "run.sh")], tmp_path, env={"PATH": f"{folder}:/usr/bin:/bin"})
+    assert done.returncode == 1 and f"made {unpacked}/venv" in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("install venv (Debian: apt install python3-venv)")
 
 
 def test_the_server_is_bound_to_loopback(unpacked: Path, tmp_path: Path) -> None:

@@ -169,6 +169,15 @@ def test_fallbacks_are_those_llama_cpp_counts(
     assert steps[-1][:2] == (facts["of"], facts["of"])
 
 
+@pytest.mark.parametrize("type", ["IQ4_XS", "TQ2_0", "Q2_K"])
+def test_fallbacks_are_counted_for_every_type_with_blocks_of_256(tiny: Tiny, tmp_path: Path, type: Any) -> None:
+    source = tiny("llama", hidden_size=192, num_attention_heads=3, num_key_value_heads=1)
+    export.write(source, tmp_path / "plain.gguf")
+    gguf_quantize.quantize(tmp_path / "plain.gguf", tmp_path / "q.gguf", type, None)
+    facts = gguf_quantize.describe(tmp_path / "q.gguf", type)
+    assert facts["fallbacks"]["count"] == 13  # six of each layer, and the embedding
+
+
 def test_importance_changes_the_rounding(tiny: Tiny, tmp_path: Path) -> None:
     name, weights = "blk.0.attn_q.weight", np.geomspace(1e-3, 1e3, 256).astype(np.float32)
     errors = []

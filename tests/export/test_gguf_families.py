@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lighten.errors import RequestError
+from lighten.errors import Failure, RequestError
 from lighten.export import gguf as export
 from lighten.export.gguf_families import FAMILIES, tensor_names
 from tests.conftest import byte_level, write_tokenizer
@@ -235,6 +235,33 @@ def test_older_gemma3_configs(folder: Path, tmp_path: Path) -> None:
     expected = {"rope.freq_base": 5e5, "rope.freq_base_swa": 123.0, "rope.scaling.factor": 8.0}
     assert {key: fields[f"gemma3.{key}"].contents() for key in expected} == expected
     assert "gemma3.attention.sliding_window_pattern" not in fields
+
+
+def test_gemma3_says_by_a_number_which_layers_see_all(folder: Path, tmp_path: Path) -> None:
+    source = changed(folder, "gemma3", tmp_path / "p", layer_types=None, sliding_window_pattern=2)
+    export.write(source, tmp_path / "p.gguf")
+    cosine, same = compare(source, tmp_path / "p.gguf")
+    assert cosine > 0.9999 and same == 1
+
+
+def test_a_config_without_what_it_needs_is_one_message(folder: Path, tmp_path: Path) -> None:
+    source = changed(folder, "llama", tmp_path / "c", rope_parameters={"rope_type": "linear", "rope_theta": 1e4})
+    with pytest.raises(Failure, match=r"config\.json is damaged \(KeyError: 'factor'\)"):
+        export.write(source, tmp_path / "c.gguf")
+    source = changed(folder, "llama", tmp_path / "t")
+    (source / "tokenizer.json").write_text("{}")
+    with pytest.raises(Failure, match=r"tokenizer\.json is damaged"):
+        export.write(source, tmp_path / "t.gguf")
+
+
+def test_a_tokenizer_that_strips_is_named_so(folder: Path) -> None:
+    from lighten.export.tokenizer import read_vocabulary
+
+    found = read_vocabulary(made(folder, "phi3"), 10**6, {})
+    facts = export.Draft(made(folder, "phi3")).facts
+    found.strips = True
+    assert export._name({"name": "my-chat"}, facts, found) == "my-chat (Phi-3)"
+    assert export._name({"name": "Phi3-mini"}, facts, found) == "Phi3-mini"
 
 
 def test_a_name_does_not_make_llama_cpp_strip(folder: Path, tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_no_tokenizer_and_too_many_tokens(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"no tokenizer\.json; write one once"):
         read_vocabulary(tmp_path, 1010, {})
     write_tokenizer(tmp_path, byte_level("gpt-2"))
-    with pytest.raises(Failure, match="token 1000, but the embedding has only 900 rows"):
+    with pytest.raises(Failure, match="token 999, but the embedding has only 900 rows"):
         read_vocabulary(tmp_path, 900, {})
 
 
@@ -184,3 +184,58 @@ def test_chat_template_from_its_own_file(tmp_path: Path, tiny: Tiny) -> None:
     (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     assert read_vocabulary(source, 1010, {"eos_token_id": [2, 1]}).chat_template == "yes"
     assert read_vocabulary(source, 1010, {"eos_token_id": [2, 1]}).ids == {"eos": 2}
+
+
+def test_runs_of_spaces_that_were_added_are_decoded_as_spaces(tmp_path: Path, tiny: Tiny) -> None:
+    source = shutil.copytree(tiny(pre="spm", hidden_size=32, intermediate_size=32, num_hidden_layers=1), tmp_path / "s")
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    one = dict(tokenizer["added_tokens"][-1])
+    for text in ("▁▁", "▁▁▁▁"):  # as Gemma has them: tokens of the model that are also added ones
+        index = tokenizer["model"]["vocab"][text]
+        tokenizer["added_tokens"].append({**one, "id": index, "content": text, "special": False, "normalized": False})
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    export.write(source, tmp_path / "m.gguf")
+    theirs = Tokenizer.from_file(str(source / "tokenizer.json"))
+    ours = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    for text in ("a  b", "a    b     c", "▁▁x"):
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.tokenize(text.encode(), add_bos=False, special=True) == ids
+        assert ours.detokenize(ids).decode().strip() == text.replace("▁", " ").strip(), text
+
+
+def test_added_tokens_beyond_the_embedding_are_left_out(tmp_path: Path) -> None:
+    tokenizer = sentencepiece()
+    size = max(tokenizer["model"]["vocab"].values()) + 1
+    image = {**tokenizer["added_tokens"][0], "id": size, "content": "<image_soft_token>"}
+    found = read_vocabulary(changed(tmp_path, tokenizer, added_tokens=[*tokenizer["added_tokens"], image]), size, {})
+    assert len(found.tokens) == size and "<image_soft_token>" not in found.tokens
+    assert "no rows for 1 tokens, which are left out: <image_soft_token>" in found.warnings[0]
+
+
+def test_special_ids_that_are_none_are_left_out(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, byte_level("gpt-2"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    for wrong in (-1, [], 10**9, None, "x"):
+        assert read_vocabulary(tmp_path, 1010, {"pad_token_id": wrong, "bos_token_id": 1}).ids == {"bos": 1}
+
+
+def test_padding_is_not_taken_for_an_end_of_text(tmp_path: Path) -> None:
+    padding = {
+        "strategy": {"Fixed": 8},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 2,
+        "pad_type_id": 0,
+        "pad_token": "</s>",
+    }
+    changed(tmp_path, sentencepiece(), padding=padding)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
+    found = read_vocabulary(tmp_path, 1010, {})
+    assert (found.add_bos, found.add_eos) == (False, False)
+
+
+def test_whole_words_that_are_treated_otherwise_are_told(tmp_path: Path) -> None:
+    tokenizer = byte_level("qwen2")
+    tokenizer["model"]["ignore_merges"] = not TABLE["qwen2"].ignore_merges
+    write_tokenizer(tmp_path, tokenizer)
+    assert "(ignore_merges)" in read_vocabulary(tmp_path, 1010, {}).warnings[0]

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lighten.model.packing import BITS, pack, pack_awq, pack_compressed, pack_gptq, unpack, unpack_awq, unpack_gptq
+from lighten.model.packing import (
+    BITS,
+    gptq_zeros,
+    pack,
+    pack_awq,
+    pack_compressed,
+    pack_gptq,
+    unpack,
+    unpack_awq,
+    unpack_gptq,
+)
 from lighten.process import run_isolated
 
 
@@ -46,7 +56,7 @@ def test_a_linear_comes_back(bits: int) -> None:
     scales = torch.rand(2, 32, generator=generator).half().float()
     zeros = torch.randint(1, 2**bits, (2, 32), generator=generator)
     g_idx = torch.arange(64) // 32
-    weight = unpack_gptq(pack_gptq(codes, scales, zeros, g_idx, bits), bits)
+    weight = unpack_gptq(pack_gptq(codes, scales, zeros, g_idx, bits))
     expected = ((codes - zeros[g_idx]).float() * scales[g_idx]).t()
     assert torch.equal(weight, expected)
 
@@ -126,3 +136,14 @@ def test_pack_quantized_is_packed_as_compressed_tensors_packs_it(bits: int, outp
     assert set(symmetric) == {"weight_packed", "weight_scale", "weight_shape"}
     assert torch.equal(symmetric["weight_packed"], packed["weight_packed"])
     assert all(each.is_contiguous() for each in packed.values())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_zero_point_of_zero_comes_back(bits: int) -> None:
+    zeros = torch.randint(0, 2**bits, (2, 32), generator=torch.Generator().manual_seed(bits))
+    zeros[0, :3] = torch.tensor([0, 2**bits - 1, 0])
+    one = pack(torch.ones(32 // bits, 1, dtype=torch.int32), bits) if bits != 3 else 0
+    less = zeros if bits != 3 else (zeros - 1) & 7
+    stored = (pack(less.t().contiguous(), bits) - one).t().contiguous()  # as GPTQModel writes the first version
+    assert torch.equal(gptq_zeros(stored, bits, 32), zeros)
+    assert torch.equal(gptq_zeros(pack(zeros.t().contiguous(), bits).t(), bits, 32, less_one=False), zeros)

@@ -94,3 +94,28 @@ def test_names_a_linear_whose_parts_do_not_fit(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(Failure, match=r"the parts of model\.layers\.0\.mlp\.up_proj do not fit together"):
         open_checkpoint(folder).tensor(f"{NAME}.weight")
+
+
+def test_bits_that_differ_between_linears_are_read_from_the_words(tmp_path: Path) -> None:
+    folder, expected = checkpoint(tmp_path, "gptq 8", bits=4)  # the configuration says 4, this linear has 8
+    opened = open_checkpoint(folder)
+    assert opened.shapes()[f"{NAME}.weight"] == (96, 64)
+    assert torch.allclose(opened.tensor(f"{NAME}.weight"), expected)
+
+
+def test_four_bits_stored_as_another_type(tmp_path: Path) -> None:
+    folder, expected = checkpoint(tmp_path, "bnb nf4 double")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{NAME}.weight"] = tensors[f"{NAME}.weight"].flatten().view(torch.bfloat16)[:, None]
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.allclose(open_checkpoint(folder).tensor(f"{NAME}.weight"), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_rotated_inputs_and_blocks_are_not_taken_for_plain(tmp_path: Path) -> None:
+    folder, _ = checkpoint(tmp_path, "fp8", transform_config={"config_groups": {}, "x": 1})
+    with pytest.raises(RequestError, match="inputs are rotated"):
+        open_checkpoint(folder)
+    (tmp_path / "blocks").mkdir()
+    block = {"group_0": {"weights": {"strategy": "block"}, "format": "float-quantized"}}
+    with pytest.raises(RequestError, match="scales of blocks"):
+        open_checkpoint(checkpoint(tmp_path / "blocks", "fp8", config_groups=block)[0])

@@ -46,3 +46,10 @@ def test_rows_of_another_machine_are_named_after_it_and_compared_with_nothing() 
 def test_the_same_again_replaces_it() -> None:
     merged = merge.add(merge.add(results(), [there()]), [there(size_bytes=2000)])
     assert [row.size_bytes for row in merged.variants if row.elsewhere] == [2000]
+
+
+def test_a_row_keeps_its_machine_when_it_is_merged_again() -> None:
+    once = merge.add(results(), [there()])
+    again = merge.add(results(), [once])
+    row = next(each for each in once.variants if each.elsewhere)
+    assert row in again.variants

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lighten.errors import Failure, RequestError, missing_extra
+from lighten.errors import Failure, RequestError, missing_extra, reading
 from lighten.evaluate import machine
 from lighten.evaluate.runtimes import Floats, Ids, Question, Score, Timings
 from lighten.evaluate.runtimes.batches import Layout, read_scores
@@ -66,11 +66,16 @@ class OnnxRuntime:
         self.dtype = self.graph.precision
         self.detail = f"onnxruntime {version('onnxruntime')}"
         self._genai = (path.parent / GENAI).is_file()
-        settings = json.loads((path.parent / GENAI).read_text()) if self._genai else {}
+        settings: dict[str, Any] = {}
+        if self._genai:
+            with reading(path.parent / GENAI, "export the model again"):
+                settings = dict(json.loads((path.parent / GENAI).read_text())["model"])
         if self._genai:
             self.detail += _genai_version()
-        self._head_size = int(settings.get("model", {}).get("decoder", {}).get("head_size", 0))
-        self.vocab = self.graph.vocab or int(settings["model"]["vocab_size"])
+        self._head_size = int(settings.get("decoder", {}).get("head_size", 0))
+        self.vocab = self.graph.vocab or int(settings.get("vocab_size", 0))
+        if not self.vocab:
+            raise Failure(f"{path} does not say how large its vocabulary is, and neither does {GENAI}: export it again")
         self._tokenizer: HfTokenizer | None = None
 
     @cached_property
@@ -170,13 +175,13 @@ class OnnxRuntime:
             import onnxruntime_genai
         except ImportError as error:
             raise missing_extra("onnx", "onnxruntime-genai", "decoding with an ONNX model") from error
-        config = onnxruntime_genai.Config(str(self.path.parent))
-        config.clear_providers()
-        if self.device != "cpu":
-            config.append_provider("cuda")
         threads = {"model": {"decoder": {"session_options": {"intra_op_num_threads": machine.cores()}}}}
-        config.overlay(json.dumps(threads))
         try:
+            config = onnxruntime_genai.Config(str(self.path.parent))
+            config.clear_providers()
+            if self.device != "cpu":
+                config.append_provider("cuda")
+            config.overlay(json.dumps(threads))
             return onnxruntime_genai.Model(config)
         except Exception as error:
             raise Failure(f"onnxruntime-genai cannot load {self.path.parent}: {_reason(error)}") from error
