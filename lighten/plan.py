@@ -285,10 +285,10 @@ def predict_measurement(settings: Settings, facts: ModelFacts) -> Estimate:
         return Estimate(
             float32_flops=letters / BYTES_PER_TOKEN * flops, seconds=6, peak_bytes=peak, disk_bytes=100 * len(tasks)
         )
-    batches = sum(settings.batch) * (settings.repeats + 1)
-    bytes_read = len(settings.batch) * (settings.repeats + 1) * settings.generate * 2.0 * facts.params
+    shapes = len(settings.batch) * len(settings.prompt)
+    bytes_read = shapes * (settings.repeats + 2) * settings.generate * 2.0 * facts.params
     return Estimate(
-        fast_flops=batches * settings.prompt * flops,
+        fast_flops=sum(settings.batch) * sum(settings.prompt) * (settings.repeats + 2) * flops,
         seconds=6 + bytes_read / 10e9,
         peak_bytes=fixed + 3 * facts.params,
         disk_bytes=10_000,

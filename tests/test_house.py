@@ -13,6 +13,7 @@ ROOT = Path(lighten.__file__).parent
 FLOORS = {
     "errors": 0,
     "knapsack": 1,
+    "steady": 1,
     "store": 1,
     "data": 1,
     "stage": 2,

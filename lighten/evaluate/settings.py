@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 
 class _Settings(BaseModel):
@@ -19,6 +19,10 @@ class Perplexity(_Settings):
     samples: int | None = Field(None, ge=1)
 
 
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, int) else value
+
+
 class Accuracy(_Settings):
     """Multiple choice: a named task, or a `local` .jsonl file under that name; at most `limit` tasks."""
 
@@ -27,13 +31,20 @@ class Accuracy(_Settings):
     limit: int | None = Field(None, ge=1)
 
 
-class Speed(_Settings):
-    """Prefill of `prompt` tokens and greedy decoding of `generate` tokens, at every batch size."""
+Sweep = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1), BeforeValidator(_one_or_many)]
 
-    prompt: int = Field(128, ge=1)
+
+class Speed(_Settings):
+    """Prefill of `prompt` tokens and greedy decoding of `generate` tokens, for every prompt length and batch size.
+
+    Repeated `repeats` times, and up to twice as often until the median decode speed is known within `error`.
+    """
+
+    prompt: Sweep = [128]
     generate: int = Field(64, ge=2)
-    batch: list[int] = Field([1], min_length=1)
-    repeats: int = Field(5, ge=2)
+    batch: Sweep = [1]
+    repeats: int = Field(6, ge=2)
+    error: float = Field(0.025, gt=0, lt=1)
 
 
 class Loaders(_Settings):

@@ -2,62 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+from lighten import steady
 from lighten.evaluate.energy import Counters
-from lighten.evaluate.runtimes import Ids, Runtime
+from lighten.evaluate.runtimes import Ids, Runtime, Timings
 from lighten.evaluate.settings import Speed
 from lighten.process import peak_rss_bytes
 from lighten.stage import Report
 
 WARM_UP_STEPS = 8
-STEADY = 0.25
-"""Largest spread of decode speeds that is no cause for a warning."""
+WARM = 0.05
+"""Largest change of speed between two warm-ups after which the machine counts as warm."""
+WARM_UPS = 5
 
 
 def measure(runtime: Runtime, settings: Speed, report: Report) -> dict[str, Any]:
-    """Returns `speed` (a row per batch size), `memory` (of this whole process), `energy` and `warnings`."""
+    """Returns `speed` (a row per shape), `memory` (of this whole process), `energy` and `warnings`."""
     speed: list[dict[str, Any]] = []
-    total = len(settings.batch) * (settings.repeats + 1)
-    report(0, total, "warming up")
-    for batch in settings.batch:
-        prompt = _prompt(runtime.vocab, batch, settings.prompt)
-        runtime.generate(prompt, min(WARM_UP_STEPS, settings.generate))
-        runs = []
-        for repeat in range(1, settings.repeats + 1):
-            runs.append(runtime.generate(prompt, settings.generate))
-            rate = batch * len(runs[-1].token_s) / sum(runs[-1].token_s)
-            report(len(speed) * (settings.repeats + 1) + repeat + 1, total, f"{rate:.0f} tok/s")
-        decode = [batch * len(run.token_s) / sum(run.token_s) for run in runs]
+    shapes = [(prompt, batch) for prompt in settings.prompt for batch in settings.batch]
+    for number, (length, batch) in enumerate(shapes):
+        runs = _runs(runtime, _prompt(runtime.vocab, batch, length), settings, report, (number, len(shapes)))
+        decode = [_rate(run, batch) for run in runs]
         speed.append(
             {
                 "batch": batch,
-                "prompt": settings.prompt,
+                "prompt": length,
                 "generate": settings.generate,
-                "prefill_tok_s": median(batch * settings.prompt / run.ttft_s for run in runs),
+                "prefill_tok_s": median(batch * length / run.ttft_s for run in runs),
                 "decode_tok_s": median(decode),
                 "ttft_ms": percentiles([run.ttft_s for run in runs]),
                 "token_ms": percentiles([seconds for run in runs for seconds in run.token_s]),
-                "repeats": settings.repeats,
-                "spread": (max(decode) - min(decode)) / median(decode),
+                "repeats": len(runs),
+                "spread": steady.spread(decode),
+                "error": steady.relative_error(decode),
+                "drift": steady.drift(decode),
                 "dtype": runtime.dtype,
             }
         )
     memory = {"peak_rss_bytes": peak_rss_bytes(), "peak_vram_bytes": runtime.peak_vram_bytes(), "dtype": runtime.dtype}
-    warnings = [
-        f"decode speeds at batch size {row['batch']} differ by {row['spread']:.0%}: the machine was busy, measure again"
-        for row in speed
-        if row["spread"] > STEADY
-    ]
     return {
         "speed": speed,
         "memory": memory,
         "energy": energy(runtime, settings, Counters()),
-        "warnings": warnings,
+        "warnings": [text for row in speed for text in _doubts(row)],
     }
+
+
+def _runs(runtime: Runtime, prompt: Ids, settings: Speed, report: Report, place: tuple[int, int]) -> list[Timings]:
+    """Warms up until two runs in a row are as fast, and repeats until the median is known well enough."""
+    number, shapes = place
+    batch, most = len(prompt), 2 * settings.repeats
+    report(number * most, shapes * most, "warming up")
+    before = 0.0
+    for _ in range(WARM_UPS):
+        rate = _rate(runtime.generate(prompt, min(WARM_UP_STEPS, settings.generate)), batch)
+        if abs(rate - before) <= WARM * rate:
+            break
+        before = rate
+    runs: list[Timings] = []
+    while len(runs) < most:
+        runs.append(runtime.generate(prompt, settings.generate))
+        rates = [_rate(run, batch) for run in runs]
+        report(number * most + len(runs), shapes * most, f"{rates[-1]:.0f} tok/s")
+        if len(runs) >= settings.repeats and steady.relative_error(rates) <= settings.error:
+            break
+    return runs
+
+
+def _rate(run: Timings, batch: int) -> float:
+    return batch * len(run.token_s) / sum(run.token_s)
+
+
+def _doubts(row: dict[str, Any]) -> Iterator[str]:
+    where = f"decode speeds at batch size {row['batch']}, prompt {row['prompt']}"
+    if row["spread"] > steady.UNSTEADY:
+        yield f"{where} differ by {row['spread']:.0%}: the machine was busy, measure again"
+    if row["drift"]:
+        turned = "fell" if row["drift"] < 0 else "rose"
+        yield f"{where} {turned} by {abs(row['drift']):.0%} while they were measured: heat or clock frequency drifts"
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:

@@ -78,7 +78,11 @@ class Percentiles(Section):
 
 
 class Speed(Section):
-    """Speed at one batch size, over `repeats` runs; `spread` is (max − min) / median of the decode speed."""
+    """Speed at one prompt length and batch size, over `repeats` runs.
+
+    Of the decode speeds, `spread` is (max − min) / median, `error` half of the 95 % interval of the median relative to
+    it, and `drift` the relative change from the first to the last runs, 0 if it may be scatter.
+    """
 
     batch: int
     prompt: int
@@ -89,6 +93,8 @@ class Speed(Section):
     token_ms: Percentiles | None = None
     repeats: int | None = None
     spread: float | None = None
+    error: float | None = None
+    drift: float | None = None
     dtype: str | None = None
 
 

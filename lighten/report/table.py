@@ -19,6 +19,7 @@ from lighten.report.numbers import (
     significant,
 )
 from lighten.report.results import Accuracy, Results, Variant
+from lighten.steady import UNSTEADY
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ def columns(results: Results) -> list[Column]:
 
     def decode(v: Variant) -> Cell:
         part = results.decode_ratio(v)
-        return replace(_plain(v.decode_tok_s, 3), details=() if part is None else (ratio(part),))
+        cell = replace(_plain(v.decode_tok_s, 3), details=() if part is None else (ratio(part),))
+        return replace(cell, text=f"≈{cell.text}") if _unsteady(v) else cell
 
     def perplexity_change(v: Variant) -> Cell:
         if v is results.baseline:
@@ -217,7 +219,13 @@ def columns(results: Results) -> list[Column]:
             lambda v: _plain(v.speed[0].prefill_tok_s if v.speed else None, 3),
         ),
         Column(
-            "decode", "Decode", "tok/s", "higher", 4, f"Tokens written per second{setting}, and × the baseline.", decode
+            "decode",
+            "Decode",
+            "tok/s",
+            "higher",
+            4,
+            f"Tokens written per second{setting}, and × the baseline. ≈: repeats differ by more than {UNSTEADY:.0%}.",
+            decode,
         ),
         Column(
             "ttft",
@@ -313,6 +321,10 @@ def _peak(v: Variant) -> tuple[int | None, str]:
     if v.memory.peak_vram_bytes:
         return v.memory.peak_vram_bytes, "GPU"
     return v.memory.peak_rss_bytes, "RSS"
+
+
+def _unsteady(v: Variant) -> bool:
+    return bool(v.speed) and (v.speed[0].spread or 0) > UNSTEADY
 
 
 def _speed_setting(results: Results) -> str:

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,36 +16,61 @@ from lighten.stage import silent
 from tests.evaluate.conftest import Tiny
 
 
-class Steady:
-    """A runtime that takes 10 ms for a prompt and 1, 2, 3, … ms for a token in its 1st, 2nd, 3rd, … run."""
+class Scripted:
+    """A runtime that takes 10 ms for a prompt, and for a token the given milliseconds, run after run."""
 
     vocab, dtype = 50, "float32"
 
-    def __init__(self) -> None:
+    def __init__(self, *milliseconds: float) -> None:
         self.shapes: list[tuple[int, ...]] = []
+        self._left = iter(milliseconds)
 
     def generate(self, prompt: Ids, steps: int) -> Timings:
         self.shapes.append((*prompt.shape, steps))
-        return Timings(0.010, [0.001 * len(self.shapes)] * (steps - 1))
+        return Timings(0.010, [0.001 * next(self._left, 1)] * (steps - 1))
 
     def peak_vram_bytes(self) -> int | None:
         return None
 
 
-def test_a_row_per_batch_size_from_medians_after_a_warm_up() -> None:
-    runtime, seen = Steady(), []
+def measured(runtime: Scripted, **settings: Any) -> dict[str, Any]:
+    return speed.measure(runtime, Speed(**settings), silent)  # type: ignore[arg-type]
+
+
+def test_a_row_per_shape_from_medians_after_a_warm_up() -> None:
+    runtime, seen = Scripted(5, 5, 2, 3, 4, 3, 3, 3), []
     settings = Speed(prompt=20, generate=11, batch=[2], repeats=3)
     found = speed.measure(runtime, settings, lambda done, total, note: seen.append((done, total)))  # type: ignore[arg-type]
-    assert runtime.shapes == [(2, 20, 8), *[(2, 20, 11)] * 3]
+    assert runtime.shapes == [(2, 20, 8), (2, 20, 8), *[(2, 20, 11)] * 6]
     (row,) = found["speed"]
     assert row["prefill_tok_s"] == pytest.approx(2 * 20 / 0.010)
-    assert row["decode_tok_s"] == pytest.approx(2 / 0.003)  # runs of 2, 3 and 4 ms
+    assert row["decode_tok_s"] == pytest.approx(2 / 0.003) and row["repeats"] == 6
     assert row["spread"] == pytest.approx((1 / 2 - 1 / 4) * 3)
     assert row["ttft_ms"] == pytest.approx({"p50": 10, "p95": 10, "p99": 10})
     assert row["token_ms"]["p50"] == pytest.approx(3)
     assert found["memory"]["peak_rss_bytes"] > 1e6
     assert "differ by 75%" in found["warnings"][0]
-    assert (seen[0], seen[-1]) == ((0, 4), (4, 4))
+    assert (seen[0], seen[-1]) == ((0, 6), (6, 6))
+    shapes = [(row["prompt"], row["batch"]) for row in measured(Scripted(), prompt=[4, 8], batch=[1, 2])["speed"]]
+    assert shapes == [(4, 1), (4, 2), (8, 1), (8, 2)]
+
+
+def test_it_warms_up_until_the_speed_stays_and_repeats_until_the_error_is_small() -> None:
+    runtime = Scripted(9, 6, 4, 4)  # the fourth run is as fast as the third
+    row = measured(runtime, prompt=2, generate=11, repeats=6)["speed"][0]
+    assert [steps for *_, steps in runtime.shapes] == [8] * 4 + [11] * 6
+    assert (row["repeats"], row["spread"], row["error"], row["drift"]) == (6, 0, 0, 0)
+    restless = Scripted(1, 1, *[1, 2] * 9)
+    assert measured(restless, prompt=2, generate=11, repeats=6)["speed"][0]["repeats"] == 12
+    never_warm = Scripted(*range(1, 40))
+    measured(never_warm, prompt=2, generate=11, repeats=2)
+    assert [steps for *_, steps in never_warm.shapes][:6] == [8] * 5 + [11]
+
+
+def test_a_machine_that_slows_down_is_reported() -> None:
+    found = measured(Scripted(1, 1, *(1 + 0.05 * n for n in range(12))), prompt=2, generate=11, repeats=6)
+    assert found["speed"][0]["drift"] < -0.2
+    assert any("fell by" in text and "drifts" in text for text in found["warnings"])
 
 
 def counters(root: Path, energy: int) -> Counters:
@@ -63,7 +89,7 @@ def test_energy_of_the_packages_without_their_parts(tmp_path: Path) -> None:
 
 
 def test_energy_is_null_with_a_reason_where_there_is_nothing_to_read(tmp_path: Path) -> None:
-    found = speed.energy(Steady(), Speed(), Counters(tmp_path))  # type: ignore[arg-type]
+    found = speed.energy(Scripted(), Speed(), Counters(tmp_path))  # type: ignore[arg-type]
     assert found["joules_per_token"] is None
     assert "no RAPL" in found["note"]
     counters(tmp_path, 1)
@@ -72,7 +98,7 @@ def test_energy_is_null_with_a_reason_where_there_is_nothing_to_read(tmp_path: P
 
 
 def test_energy_per_token_is_measured_with_a_prompt_of_one_token(tmp_path: Path) -> None:
-    runtime, found = Steady(), counters(tmp_path, 0)
+    runtime, found = Scripted(), counters(tmp_path, 0)
     readings = iter([[0], [3_000_000]])
     found.read = lambda: next(readings)  # type: ignore[method-assign]
     energy = speed.energy(runtime, Speed(generate=10, batch=[3]), found)  # type: ignore[arg-type]
