@@ -38,6 +38,7 @@ FLOORS = {
     "verbs": 10,
     "device": 10,
     "doctor": 10,
+    "fit": 10,
     "progress": 10,
     "cli": 11,
 }
