@@ -17,6 +17,7 @@ from lighten.comparison.command import compare
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.flags import Artifacts, Device, Json
 from lighten.flags import print_json as _print_json
+from lighten.recommendation.command import recommend
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -341,6 +342,7 @@ def report(
 
 
 app.command("compare")(compare)
+app.command("recommend")(recommend)
 
 
 @app.command("ls")
