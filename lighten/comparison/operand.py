@@ -109,6 +109,8 @@ def _version(text: str, artifacts: Path) -> Version | None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         return None
     versions = {folder.name: folder for folder in store.versions(name)}
+    if ":" in number:
+        return None  # a variant of that version
     if at and versions and number not in versions:
         raise RequestError(f"{name} has no version {number!r}{_near(number, list(versions))}")
     folder = versions.get(number) if at else store.latest(name)

@@ -14,8 +14,8 @@ NF4_BITS = 4.127
 ADAM = 16
 """Bytes of a weight that is trained."""
 ACTIVATIONS = (
-    "activations: 2 bytes × tokens × width × layers are kept between layers, 34 bytes × tokens × width in the layer that "
-    "is computed again (Korthikanti et al. 2022, arXiv:2205.05198, equation 1 without attention scores), "
+    "activations: 2 bytes × tokens × width × layers are kept between layers, 34 bytes × tokens × width in the layer "
+    "that is computed again (Korthikanti et al. 2022, arXiv:2205.05198, equation 1 without attention scores), "
     "8 bytes × tokens × vocabulary for logits and their gradient"
 )
 SOURCES = {
