@@ -4,7 +4,6 @@ import re
 import shlex
 from pathlib import Path
 
-import click
 import pytest
 import typer
 import yaml
@@ -42,7 +41,7 @@ def test_every_flag_exists_and_every_limit_can_be_read(name: str) -> None:
     found = commands(text)
     assert found
     for command, *words in found:
-        options = {name for param in COMMANDS[command].params if isinstance(param, click.Option) for name in param.opts}
+        options = {option for param in COMMANDS[command].params for option in param.opts}
         for at, word in enumerate(words):
             if word.startswith("--"):
                 assert word in options, (command, word)
