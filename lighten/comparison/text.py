@@ -15,6 +15,10 @@ from lighten.report.numbers import NOT_MEASURED, byte_count, change, fixed, rati
 
 BEFORE = 160
 """Characters of context that are shown before a token or an ending."""
+LEGEND = (
+    "95 %: paired bootstrap over chunks of text, Bonett and Price over tasks. "
+    "+ and −: tasks that only B and only A answers rightly, with McNemar's exact p."
+)
 
 
 def lines(comparison: Comparison, flips: int) -> Iterator[RenderableType]:
@@ -27,6 +31,9 @@ def lines(comparison: Comparison, flips: int) -> Iterator[RenderableType]:
         for note in each.notes:
             yield Text(f"  {note}", style="yellow")
         yield Text("")
+    if any(each.perplexity or each.accuracy for each in comparison.differences):
+        yield Text(LEGEND, style="dim")
+        yield Text("")
     yield from _tokens(comparison)
     for line in comparison.alone:
         yield Text(line, style="yellow")
@@ -38,9 +45,9 @@ def _grid(each: Difference) -> Table:
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=True)
     for heading, justify in (("", "left"), ("A", "right"), ("B", "right"), ("change", "right"), ("95 %", "left")):
         grid.add_column(Text(heading, style="dim"), justify="right" if justify == "right" else "left", no_wrap=True)
-    grid.add_column("", no_wrap=True)
+    grid.add_column("")
     if each.perplexity:
-        how = f"bootstrap, {each.perplexity.units} chunks" if each.perplexity.ratio.ci95 else ""
+        how = f"{each.perplexity.units} chunks" if each.perplexity.ratio.ci95 else ""
         grid.add_row("perplexity", *_values(each.perplexity), *_relative(each.perplexity), how)
     for task in each.accuracy:
         for name, rate in ((f"{task.task} acc", task.acc), (f"{task.task} acc_norm", task.acc_norm)):
@@ -71,7 +78,7 @@ def _points(rate: Rate) -> tuple[str, str, str]:
     if rate.p is None:
         return f"{text} pp", interval, ""
     p = significant(rate.p, 2, decimals=4)
-    return f"{text} pp", interval, f"+{rate.gained} −{rate.lost}, McNemar p {'' if p[0] == '<' else '= '}{p}"
+    return f"{text} pp", interval, f"+{rate.gained} −{rate.lost}, p {p}"
 
 
 def _flipped(each: Difference, most: int) -> Iterator[RenderableType]:
