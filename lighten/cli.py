@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 from rich.console import Console
 
+from lighten.comparison.command import compare
 from lighten.errors import Failure, LightenError, RequestError
+from lighten.flags import Artifacts, Device, Json
+from lighten.flags import print_json as _print_json
+from lighten.recommendation.command import recommend
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -35,9 +39,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of text for a person.")]
-Artifacts = Annotated[Path, typer.Option(help="Directory of objects and versions.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only this variant (and the baseline); may be repeated.")]
 Extra = Annotated[list[str] | None, typer.Argument()]
 
@@ -55,10 +56,6 @@ def main() -> None:
 def _stop(message: str, code: int) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print("lighten:", message, markup=False)
     sys.exit(code)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 @app.command()
@@ -363,6 +360,10 @@ def report(
         save(results, folder / FILE)
     write_report(results, folder)
     _show(folder, as_json)
+
+
+app.command("compare")(compare)
+app.command("recommend")(recommend)
 
 
 @app.command("ls")

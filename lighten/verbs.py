@@ -154,19 +154,7 @@ def _measure_one(
     watcher: Watcher,
 ) -> dict[str, Any]:
     is_baseline = number == 0
-    files = [file for file in source.path.rglob("*") if file.is_file()] if source.path.is_dir() else [source.path]
-    size = sum(file.stat().st_size for file in files)
-    weights = sum(file.stat().st_size for file in files if file.name.endswith(WEIGHTS))
-    row: dict[str, Any] = {
-        "name": "baseline" if is_baseline else source.path.name,
-        "path": str(source.path),
-        "status": "ok",
-        "error": None,
-        "format": _format(source),
-        "size_bytes": size,
-        "bits_per_weight": 8 * weights / source.facts.params,
-        "params": source.facts.params,
-    }
+    row = {"name": "baseline" if is_baseline else source.path.name, "status": "ok", **describe_source(source)}
     measured = []
     try:
         for position, (kind, settings) in enumerate(asked):
@@ -193,6 +181,20 @@ def _measure_one(
     except LightenError as error:
         row |= {"status": "failed", "error": str(error)}
     return row
+
+
+def describe_source(source: Found) -> dict[str, Any]:
+    """Returns the columns of a row of a model that lies anywhere, as far as they need no measuring."""
+    files = [file for file in source.path.rglob("*") if file.is_file()] if source.path.is_dir() else [source.path]
+    weights = sum(file.stat().st_size for file in files if file.name.endswith(WEIGHTS))
+    return {
+        "path": str(source.path),
+        "error": None,
+        "format": _format(source),
+        "size_bytes": sum(file.stat().st_size for file in files),
+        "bits_per_weight": 8 * weights / source.facts.params,
+        "params": source.facts.params,
+    }
 
 
 def _format(source: Found) -> str:

@@ -72,7 +72,8 @@ def intact(folder: Path) -> None:
 def test_help_names_the_commands(tmp_path: Path) -> None:
     done = lighten("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for command in ("run", "plan", "quantize", "export", "evaluate", "report", "ls", "verify", "gc", "doctor"):
+    making = ("run", "plan", "quantize", "export", "evaluate")
+    for command in (*making, "report", "compare", "recommend", "ls", "verify", "gc", "doctor"):
         assert re.search(rf"^\s+{command}\s", done.stdout, re.MULTILINE), command
 
 

@@ -23,6 +23,7 @@ FLOORS = {
     "compress": 5,
     "budget": 3,
     "settings": 2,
+    "flags": 2,
     "export": 5,
     "evaluate": 5,
     "report": 5,
@@ -40,7 +41,9 @@ FLOORS = {
     "doctor": 10,
     "fit": 10,
     "progress": 10,
-    "cli": 11,
+    "comparison": 11,
+    "recommendation": 12,
+    "cli": 13,
 }
 APART = ("compress", "export", "evaluate", "report")
 
@@ -86,7 +89,12 @@ HEAVY = {"torch", "transformers", "llama_cpp", "gguf", "matplotlib"}
 
 @pytest.mark.parametrize(
     ("modules", "heavy"),
-    [("lighten.cli", HEAVY | {"numpy", "huggingface_hub"}), ("lighten.verbs, lighten.pipeline, lighten.doctor", HEAVY)],
+    [
+        ("lighten.cli", HEAVY | {"numpy", "huggingface_hub"}),
+        ("lighten.verbs, lighten.pipeline, lighten.doctor", HEAVY),
+        ("lighten.comparison.compare, lighten.comparison.text", HEAVY),
+        ("lighten.recommendation.recommend, lighten.recommendation.text", HEAVY),
+    ],
 )
 def test_the_process_that_asks_imports_nothing_heavy(modules: str, heavy: set[str]) -> None:
     script = f"import sys, {modules}; print(sorted(set({sorted(heavy)!r}) & set(sys.modules)))"

@@ -33,11 +33,11 @@ def compare(kind: Literal["perplexity", "accuracy", "speed"], variant: Path, bas
     if kind == "speed":
         return {"decode_speed_ratio": speed(result["speed"], base["speed"])}
     if kind == "accuracy":
-        return {"task": result["accuracy"]["task"], **accuracy(_values(variant), _values(baseline))}
+        return {"task": result["accuracy"]["task"], **accuracy(values(variant), values(baseline))}
     ours, theirs = (each["perplexity"]["protocol"]["ids_sha256"] for each in (result, base))
     if ours != theirs:
         raise RequestError(f"{variant} and {baseline} were measured on different tokens and cannot be compared")
-    return {"perplexity": perplexity(_values(variant)["nll"], _values(baseline)["nll"])}
+    return {"perplexity": perplexity(values(variant)["nll"], values(baseline)["nll"])}
 
 
 def perplexity(nll: NDArray[np.floating[Any]], base: NDArray[np.floating[Any]]) -> dict[str, Any]:
@@ -108,12 +108,13 @@ def read(measurement: Path) -> dict[str, Any]:
         raise Failure(f"{measurement} is not a measurement: cannot read its {RESULT} ({error})") from error
 
 
-def _values(measurement: Path) -> dict[str, NDArray[Any]]:
+def values(measurement: Path) -> dict[str, NDArray[Any]]:
+    """Returns the values of every position or task of a measurement."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        values: dict[str, NDArray[Any]] = load_file(measurement / VALUES)
-        return values
+        found: dict[str, NDArray[Any]] = load_file(measurement / VALUES)
+        return found
     except (OSError, SafetensorError) as error:
         raise Failure(f"{measurement / VALUES} cannot be read: {error}") from error

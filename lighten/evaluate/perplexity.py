@@ -92,7 +92,7 @@ class Reference:
             self._hidden = safe_open(measurement / HIDDEN, framework="numpy").get_slice("hidden")  # type: ignore[no-untyped-call]
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise Failure(f"{measurement} is not a perplexity measurement with hidden states: {error}") from error
-        if protocol["ids_sha256"] != _hash(ids):
+        if protocol["ids_sha256"] != hash_ids(ids):
             raise Failure(f"{measurement} was taken on other tokens than these: measure both with the same tokenizer")
         self._head = Head(model)
 
@@ -151,7 +151,7 @@ def measure(
     protocol = {
         "data": settings.data,
         "data_sha256": digest(text),
-        "ids_sha256": _hash(ids),
+        "ids_sha256": hash_ids(ids),
         "length": settings.length,
         "stride": settings.length if tokenizer.bos is None else settings.length - 1,
         "bos": tokenizer.bos is not None,
@@ -188,5 +188,6 @@ def unfit(model: Path, runtime: Runtime, logits: Floats) -> str | None:
     return f"its logits are not a product of its head ({gap:.1e} off)" if gap > TOLERANCE[runtime.dtype] else None
 
 
-def _hash(ids: Ids) -> str:
+def hash_ids(ids: Ids) -> str:
+    """Returns the SHA-256 of the ids of a text, as the protocol has it."""
     return hashlib.sha256(ids.tobytes()).hexdigest()

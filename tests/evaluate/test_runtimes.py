@@ -88,6 +88,13 @@ def test_both_tokenizers_agree(tiny: Tiny, tiny_gguf: Path, runtime: Runtime) ->
     assert runtime.encode(text) == open_tokenizer(tiny()).encode(text) == open_tokenizer(tiny_gguf).encode(text)
 
 
+def test_both_tokenizers_give_the_text_back(tiny: Tiny, tiny_gguf: Path) -> None:
+    text = "A naïve café opens at 9:30.\n\n    x = 12345 日本 <|im_start|>end" + "\n" * 300
+    for path in (tiny(), tiny_gguf):
+        tokenizer = open_tokenizer(path)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_the_default_of_a_tokenizer_decides_on_bos(tiny: Tiny, tmp_path: Path) -> None:
     assert open_tokenizer(tiny()).bos is None
     folder = shutil.copytree(tiny(), tmp_path / "with")

@@ -55,6 +55,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, no special tokens added."""
 
+    def decode(self, ids: list[int]) -> str:
+        """Returns the text of ids; bytes that are no whole character read "\ufffd"."""
+
 
 class Runtime(Protocol):
     """A loaded model."""

@@ -92,6 +92,17 @@ class _Model:
             raise Failure(f"llama.cpp cannot tokenize a text of {len(data)} bytes")
         return list(ids[:count])
 
+    def decode(self, ids: list[int]) -> str:
+        """Returns the text of ids, special tokens by their names."""
+        tokens = (ctypes.c_int32 * len(ids))(*ids)
+        room = 64 * len(ids) + 16
+        while True:
+            data = ctypes.create_string_buffer(room)
+            count = self.library.llama_detokenize(self.vocab, tokens, len(ids), data, room, False, True)
+            if count >= 0:
+                return data.raw[:count].decode(errors="replace")
+            room = -count
+
     def close(self) -> None:
         """Frees the model."""
         self.library.llama_model_free(self.handle)
@@ -109,6 +120,10 @@ class GgufTokenizer:
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, no special tokens added."""
         return self._model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Returns the text of ids."""
+        return self._model.decode(ids)
 
 
 class LlamaCppRuntime:

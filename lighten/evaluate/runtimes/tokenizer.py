@@ -24,3 +24,7 @@ class HfTokenizer:
         """Returns the ids of a text, no special tokens added."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Returns the text of ids."""
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))

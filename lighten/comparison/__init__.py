@@ -1,0 +1,1 @@
+"""`lighten compare`: what changed from one version, variant or model to another, and whether that is allowed."""

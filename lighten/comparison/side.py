@@ -1,0 +1,178 @@
+"""One of the two that are compared: its row, and the measurements behind it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lighten.comparison.operand import VariantOf, Version
+from lighten.data import choices, text
+from lighten.errors import RequestError
+from lighten.evaluate import machine
+from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
+from lighten.model.source import Found, find
+from lighten.pipeline import Watcher, add_measurements
+from lighten.plan import check_measurable, measuring_packages, this_machine
+from lighten.process import run_isolated
+from lighten.report.results import Variant
+from lighten.store import Artifact, Store, stage_key
+from lighten.verbs import describe_source
+
+
+@dataclass(frozen=True)
+class Side:
+    """A variant or a model with everything that was measured on it."""
+
+    text: str
+    row: Variant
+    machine: dict[str, Any]
+    """Where its speed was measured."""
+    perplexity: Artifact | None = None
+    accuracy: dict[str, Artifact] = field(default_factory=dict)
+    """Measurements with their values, by task; empty where only the results are left."""
+    model: Path | None = None
+    tokenizer: Path | None = None
+    """The model whose tokenizer gave the ids."""
+    trusted: bool = False
+
+
+def of_variant(operand: VariantOf) -> Side:
+    """Returns a variant of a version; its measurements are looked up among the version's stages."""
+    version, row = operand.version, operand.row
+    where = row.facts.get("machine", version.results.machine)
+    side = Side(operand.text, row, where if isinstance(where, dict) else {"cpu": where})
+    store = version.store
+    if store is None or row.key is None:
+        return side
+    perplexity, accuracy, tokenizer = None, {}, None
+    for stage in version.results.stages:
+        if stage.kind not in ("perplexity", "accuracy") or (found := store.find(stage.key)) is None:
+            continue
+        parents = found.manifest["parents"]
+        if parents[0] != row.key:
+            continue
+        tokenizer = store.find(parents[min(1, len(parents) - 1)])
+        if stage.kind == "perplexity":
+            perplexity = found
+        else:
+            accuracy[str(found.manifest["config"]["task"])] = found
+    made = store.find(row.key)
+    return Side(
+        operand.text,
+        row,
+        side.machine,
+        perplexity,
+        accuracy,
+        made.path if made else None,
+        tokenizer.path if tokenizer else None,
+        bool(_recipe(version).get("trust_remote_code", False)),
+    )
+
+
+def protocol_of(version: Version) -> tuple[Evaluate, Path]:
+    """Returns what a version measured, and the baseline whose tokenizer it used: to measure a model likewise.
+
+    Raises:
+        RequestError: the version does not say, or its baseline is gone.
+    """
+    recipe = _recipe(version)
+    if not recipe.get("evaluate"):
+        raise RequestError(f"{version.text} does not say what it measured: name a version that `lighten run` made")
+    baseline = version.results.baseline
+    made = version.store.find(baseline.key) if version.store and baseline and baseline.key else None
+    if made is None:
+        raise RequestError(
+            f"the baseline of {version.text} is not in its store any more, so nothing can be measured as it was: "
+            "run the recipe again"
+        )
+    return Evaluate.model_validate({**recipe["evaluate"], "loaders": False}), made.path
+
+
+def _recipe(version: Version) -> dict[str, Any]:
+    value = yaml.safe_load(version.results.recipe_yaml or "{}")
+    return value if isinstance(value, dict) else {}
+
+
+def of_model(
+    name: str, evaluate: Evaluate, tokenizer: Path | None, *, store: Store, device: str, watcher: Watcher
+) -> Side:
+    """Returns a model that lies anywhere, measured now unless the store has its measurements.
+
+    Args:
+        name: a directory, a .gguf or .onnx file, a hub id or demo:NAME.
+        evaluate: what to measure.
+        tokenizer: the model whose tokenizer gives the ids; None for its own.
+        store: where measurements are kept, under the SHA-256 of model and settings.
+        device: where to run.
+        watcher: is told what is measured.
+
+    Raises:
+        RequestError: there is no such model.
+        Failure: it cannot be measured.
+    """
+    source = find(name)
+    check_measurable(source.facts, evaluate)
+    ids = find(str(tokenizer)) if tokenizer else source
+    asked: list[tuple[Any, Perplexity | Accuracy | Speed]] = [("accuracy", each) for each in evaluate.accuracy]
+    asked += [("perplexity", evaluate.perplexity)] if evaluate.perplexity else []
+    asked += [("speed", evaluate.speed)] if evaluate.speed else []
+    done = [(kind, _measured(kind, settings, source, ids, store, device, watcher)) for kind, settings in asked]
+    row: dict[str, Any] = {"name": source.path.name, "status": "ok", **describe_source(source)}
+    add_measurements(row, [(kind, artifact.path, None) for kind, artifact in done], True)
+    return Side(
+        name,
+        Variant.model_validate_json(json.dumps(row)),
+        machine.fingerprint(),
+        next((artifact for kind, artifact in done if kind == "perplexity"), None),
+        {str(artifact.manifest["config"]["task"]): artifact for kind, artifact in done if kind == "accuracy"},
+        source.path,
+        ids.path,
+    )
+
+
+def _measured(
+    kind: Any,
+    settings: Perplexity | Accuracy | Speed,
+    source: Found,
+    ids: Found,
+    store: Store,
+    device: str,
+    watcher: Watcher,
+) -> Artifact:
+    config = {"measure": kind, **settings.model_dump(mode="json"), "packages": measuring_packages()}
+    if isinstance(settings, Perplexity):
+        config["data"] = text.digest(text.load_text(settings.data, "perplexity"))
+    elif isinstance(settings, Accuracy):
+        config["data"] = choices.digest(choices.load_choices(settings.local or settings.task, settings.limit))
+    else:
+        config["machine"] = this_machine()
+    key = stage_key("measure-model", 1, {**config, "device": device}, [source.identity, ids.identity])
+    with store.lock(key):
+        if found := store.sound(key):
+            return found
+        watcher.say(f"{kind} of {source.name}")
+        with store.building(key) as out:
+            payload = {
+                "measurement": kind,
+                "config": settings.model_dump(mode="json"),
+                "model": str(source.path),
+                "tokenizer": str(ids.path),
+                "out": str(out),
+                "device": device,
+                "reference": None,
+                "save_hidden": False,
+            }
+            run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed")
+            manifest = {
+                "kind": "measurement",
+                "format": "measurement",
+                "key": key,
+                "parents": [],
+                "config": config,
+                "source": {"id": source.name, "identity": source.identity},
+            }
+            return store.finish(out, manifest)

@@ -1,0 +1,75 @@
+"""Sizes of the model behind a version, for what depends on them: keys and values, training, unmeasured formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lighten.comparison.operand import Version
+from lighten.errors import LightenError, RequestError
+from lighten.stage import ModelFacts
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes, the longest context if it is known, and what was assumed, if anything was."""
+
+    facts: ModelFacts
+    context: int | None = None
+    assumed: str | None = None
+
+    def cache(self, tokens: int) -> int:
+        """Returns the bytes of keys and values (16 bits each) of so many tokens."""
+        return self.facts.layers * 2 * self.facts.kv_heads * self.facts.head_dim * 2 * tokens
+
+
+def sizes_of(version: Version) -> Sizes:
+    """Returns the sizes from the config of the baseline or of the source, or bounds from what the results say.
+
+    Raises:
+        RequestError: the results say too little.
+    """
+    from lighten.model.checkpoint import facts_of, read_config
+    from lighten.model.source import find
+
+    source, baseline = version.results.source, version.results.baseline
+    made = version.store.find(baseline.key) if version.store and baseline and baseline.key else None
+    try:
+        if made:
+            config = read_config(made.path)
+            longest = config.get("max_position_embeddings")
+            return Sizes(facts_of(config, str(made.path)), int(longest) if longest else None)
+        if source.model.startswith("demo:") or Path(source.model).expanduser().exists():
+            return Sizes(find(source.model).facts)
+    except LightenError:
+        pass  # what the results say is enough for bounds
+    return _bounds(version)
+
+
+def _bounds(version: Version) -> Sizes:
+    source = version.results.source
+    extra = source.model_extra or {}
+    try:
+        layers, hidden, vocab = (int(extra[name]) for name in ("layers", "hidden", "vocab"))
+        params = int(source.params or 0)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RequestError(
+            f"{version.text} does not say how large its model is, and {source.model} is not on this machine: "
+            "name a version whose baseline is still in its store"
+        ) from error
+    heads = max(1, hidden // 64)
+    rest = (params - vocab * hidden) // layers - 4 * hidden * hidden
+    facts = ModelFacts(
+        architecture=str(extra.get("architecture", "")),
+        layers=layers,
+        hidden=hidden,
+        intermediate=max(hidden, rest // (3 * hidden)),
+        heads=heads,
+        kv_heads=heads,
+        head_dim=hidden // heads,
+        vocab=vocab,
+        tied=True,
+        counted=params,
+    )
+    note = "the model's config is not here: every head is taken to have keys and values of its own, the most it can be"
+    return Sizes(facts, None, note)

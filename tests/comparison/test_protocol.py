@@ -1,0 +1,63 @@
+from typing import Any
+
+import pytest
+
+from lighten.comparison.protocol import check, same_machine
+from lighten.comparison.side import Side
+from lighten.errors import RequestError
+from lighten.report.results import Accuracy, Perplexity, Variant
+
+PROTOCOL: dict[str, Any] = {
+    "data": "builtin", "data_sha256": "d", "ids_sha256": "i", "length": 512, "stride": 512, "bos": False,
+    "dtype": "float32", "chunks": 41, "method": "exp of the mean", "tokenizer": "own",
+}  # fmt: skip
+
+
+def side(
+    name: str, runtime: str = "torch", tasks: tuple[tuple[str, int], ...] = (("builtin", 10),), **protocol: Any
+) -> Side:
+    row = Variant(
+        name=name,
+        status="ok",
+        runtime=runtime,
+        device="cpu",
+        perplexity=Perplexity(value=20.0, protocol={**PROTOCOL, **protocol}),
+        accuracy=[Accuracy(task=task, acc=0.5, n=n) for task, n in tasks],
+    )
+    return Side(name, row, {"cpu": "x", "cores": 2, "gpus": []})
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"length": 256, "stride": 256, "ids_sha256": "j"}, ["length is 512 in A and 256 in B", "stride"]),
+        ({"data": "wiki.txt", "data_sha256": "e", "ids_sha256": "j"}, ["text is builtin in A and wiki.txt in B"]),
+        (
+            {"method": "second half of each chunk"},
+            ["method is exp of the mean in A and second half of each chunk in B"],
+        ),
+        ({"ids_sha256": "j"}, ["another tokenizer"]),
+        ({"dtype": "bfloat16"}, ["arithmetic is float32 in A and bfloat16 in B"]),
+        ({"tasks": (("builtin", 20),)}, ["builtin has 10 tasks in A and 20 in B"]),
+        ({"tasks": (("hellaswag", 10),)}, ["tasks are builtin in A and hellaswag in B"]),
+        ({"protocol": "llama.cpp"}, ["protocol is not given in A and llama.cpp in B"]),
+    ],
+)
+def test_other_protocols_are_refused_by_name(other: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RequestError) as refused:
+        check(side("a"), side("b", **other))
+    for word in (*words, "a and b were not measured alike"):
+        assert word in str(refused.value)
+
+
+def test_how_the_artifact_is_stored_may_differ() -> None:
+    check(side("a"), side("b", runtime="llama.cpp", dtype="Q4_K - Medium", tokenizer="the baseline's"))
+    check(side("a"), side("b", data="a copy", tasks=(("builtin", 10), ("more", 3))))
+    check(side("a"), side("b", tasks=()))
+
+
+def test_speeds_are_of_one_machine_or_not_compared() -> None:
+    a, b = side("a"), side("b")
+    assert same_machine(a, b)
+    assert not same_machine(a, Side("b", b.row, {"cpu": "y", "cores": 2, "gpus": []}))
+    assert not same_machine(a, Side("b", b.row.model_copy(update={"device": "cuda"}), a.machine))
