@@ -29,7 +29,7 @@ def test_results_come_in_order(workers: int) -> None:
     assert [index for index, _ in found] == list(range(11))
     assert done == list(range(1, 12))
     pids = {pid for _, pid in found}
-    assert len(pids) == workers
+    assert 1 <= len(pids) <= workers  # on a busy machine one may start after the others have done it all
     assert (os.getpid() in pids) == (workers == 1)
 
 
