@@ -235,7 +235,7 @@ def _perplexity_columns(results: Results) -> list[Column]:
                 f"Perplexity{named}",
                 "",
                 "lower",
-                3 if i == 0 else 14,
+                3,
                 f"Per {' or '.join(sorted(units)) or 'token'} on held-out text{how}, ± its standard error.",
                 lambda v, by=by: _ppl(v, by),  # type: ignore[misc]
             ),

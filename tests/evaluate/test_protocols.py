@@ -47,9 +47,9 @@ def test_chunks_do_not_overlap_and_the_rest_is_dropped() -> None:
         protocols.cut([1, 2, 3], 4, None, None)
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "spm"])
-def test_gptq_scores_all_but_the_first_of_chunks_without_bos(tiny: Tiny, tmp_path: Path, pre: str) -> None:
-    folder = tiny("llama", pre)
+@pytest.mark.parametrize("bos", [False, True])
+def test_gptq_scores_all_but_the_first_of_chunks_without_bos(tiny: Tiny, tiny_bos: Path, tmp_path: Path, bos: bool) -> None:
+    folder = tiny_bos if bos else tiny()
     model, tokenizer = opened(folder)
     ids = tokenizer(load_text("builtin", "perplexity"), add_special_tokens=False).input_ids
     losses = [loss for n in range(3) for loss in nll(model, ids[n * 48 : (n + 1) * 48], 1)]
@@ -59,23 +59,22 @@ def test_gptq_scores_all_but_the_first_of_chunks_without_bos(tiny: Tiny, tmp_pat
     assert (found["protocol"]["name"], found["protocol"]["bos"]) == ("gptq", False)
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "spm"])
-def test_llama_cpp_scores_the_second_half_after_a_bos(tiny: Tiny, tmp_path: Path, pre: str) -> None:
-    folder = tiny("llama", pre)
+@pytest.mark.parametrize("bos", [False, True])
+def test_llama_cpp_scores_the_second_half_after_a_bos(tiny: Tiny, tiny_bos: Path, tmp_path: Path, bos: bool) -> None:
+    folder = tiny_bos if bos else tiny()
     model, tokenizer = opened(folder)
     assert load_text("builtin", "perplexity").endswith("\n")
     ids = tokenizer(load_text("builtin", "perplexity")[:-1], add_special_tokens=False).input_ids
-    bos = tokenizer.bos_token_id if pre == "spm" else None
-    ids = ids if bos is None else [bos, *ids]
+    first = [tokenizer.bos_token_id] if bos else []
+    ids = first + ids
     losses: list[float] = []
     for number in range(3):
         chunk = ids[number * 50 : (number + 1) * 50]
-        chunk = chunk if bos is None else [bos, *chunk[1:]]
-        losses += nll(model, chunk, 26)
+        losses += nll(model, first + chunk[len(first) :], 26)
     found = run(tmp_path / "a", folder, folder, protocol="llama.cpp", length=50, samples=3)
     assert found["value"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert found["tokens"] == len(losses) == 3 * 24
-    assert found["protocol"]["bos"] is (pre == "spm")
+    assert found["protocol"]["bos"] is bos
 
 
 def test_a_gguf_file_gives_what_its_source_gives(tiny: Tiny, tiny_gguf: Path, tmp_path: Path) -> None:
@@ -92,15 +91,17 @@ def write(path: Path, documents: list[str]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "spm"])
-def test_lm_eval_predicts_every_token_of_every_document(tiny: Tiny, tmp_path: Path, pre: str) -> None:
-    folder = tiny("llama", pre)
+@pytest.mark.parametrize("bos", [False, True])
+def test_lm_eval_predicts_every_token_of_every_document(tiny: Tiny, tiny_bos: Path, tmp_path: Path, bos: bool) -> None:
+    folder = tiny_bos if bos else tiny()
     model, tokenizer = opened(folder)
     documents = [text[:size] for text, size in zip(load_documents("builtin", "perplexity"), (300, 40), strict=False)]
     file = write(tmp_path / "two.jsonl", documents)
     total, count = 0.0, 0
     for text in documents:
-        ids = tokenizer(text).input_ids  # with BOS where the tokenizer puts one, as lm-eval has it
+        ids = tokenizer(text).input_ids
+        assert (ids[0] == tokenizer.bos_token_id) is bos
+        # with BOS where the tokenizer puts one, as lm-eval has it
         prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         count += len(ids)
         for start in range(0, len(ids), 32):

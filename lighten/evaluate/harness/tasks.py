@@ -87,7 +87,7 @@ def _file_of(name: str) -> Path | None:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, [*OWN_TASKS, *known], 3, cutoff=0.6)
+    near = difflib.get_close_matches(name, {*OWN_TASKS, *known}, 3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return (
         f"there is no task {name!r}: {hint}Give builtin, hellaswag, a .jsonl file in HellaSwag's format, one of "
