@@ -48,7 +48,9 @@ def test_chunks_do_not_overlap_and_the_rest_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_gptq_scores_all_but_the_first_of_chunks_without_bos(tiny: Tiny, tiny_bos: Path, tmp_path: Path, bos: bool) -> None:
+def test_gptq_scores_all_but_the_first_of_chunks_without_bos(
+    tiny: Tiny, tiny_bos: Path, tmp_path: Path, bos: bool
+) -> None:
     folder = tiny_bos if bos else tiny()
     model, tokenizer = opened(folder)
     ids = tokenizer(load_text("builtin", "perplexity"), add_special_tokens=False).input_ids

@@ -145,7 +145,8 @@ def _reason(settings: Accuracy, error: Exception) -> str:
         return f"the data of the task {settings.task} is not there: {first}"
     if names & {"ImportError"}:
         return f"the task {settings.task} needs a package that is not installed: {first}"
-    return f"lm-eval cannot load the task {settings.task}: {type(error).__name__}: {first}"
+    hint = f": {settings.local} must have the fields of the task's own data set" if settings.local else ""
+    return f"lm-eval cannot load the task {settings.task} ({type(error).__name__}: {first}){hint}"
 
 
 def requests(loaded: dict[str, Any], limit: int | None) -> Iterator[Any]:
@@ -187,7 +188,8 @@ def describe(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     if not documents:
         raise RequestError(f"the task {settings.task} has no documents")
     for name, task in loaded["tasks"].items():
-        found.update(json.dumps([name, task.VERSION, task.dump_config()], default=_stable, sort_keys=True).encode())
+        config = {key: value for key, value in task.dump_config().items() if key not in ("dataset_kwargs", "metadata")}
+        found.update(json.dumps([name, task.VERSION, config], default=_stable, sort_keys=True).encode())
     return {
         "task": name_of(loaded, settings),
         "documents": len(documents),
