@@ -239,6 +239,7 @@ SECTIONS: tuple[tuple[Path, str, str, Callable[[Found], str]], ...] = (
 
 
 def main() -> None:
+    import evaluations
     import exports
     import smaller
 
@@ -252,6 +253,8 @@ def main() -> None:
         (DOCS, "quicker", "sparsity.json", smaller.quicker),
         (DOCS, "training", "training.json", smaller.training),
         (DOCS, "ready", "recipes.json", smaller.ready),
+        (DOCS, "harness", "evaluate.json", evaluations.harness),
+        (DOCS, "protocols", "protocols.json", evaluations.protocols),
     )
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
     for page, name, file, section in sections:

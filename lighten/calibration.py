@@ -67,12 +67,18 @@ class Used:
 
     def _evaluation_sets(self, evaluate: Evaluate) -> Iterator[tuple[str, list[str]]]:
         """Yields name and texts of what a recipe measures quality on: a text, or every task with every ending."""
-        if (perplexity := evaluate.perplexity) is not None:
+        for perplexity in evaluate.perplexity:
             whole = text.load_text(perplexity.data, "perplexity")
-            if perplexity.samples:
+            if perplexity.samples and perplexity.length:
                 whole = self.first_tokens(whole, perplexity.samples * perplexity.length)
-            yield f"perplexity {_short(perplexity.data)}", [whole]
+            protocol = "" if len(evaluate.perplexity) == 1 else f", {perplexity.protocol}"
+            yield f"perplexity {_short(perplexity.data)}{protocol}", [whole]
         for accuracy in evaluate.accuracy:
+            if accuracy.harness:
+                from lighten.evaluate.harness.tasks import texts
+
+                yield f"accuracy {accuracy.task}", texts(accuracy)
+                continue
             tasks = choices.load_choices(accuracy.local or accuracy.task, accuracy.limit)
             yield f"accuracy {accuracy.task}", [f"{task.context} {end}" for task in tasks for end in task.endings]
 

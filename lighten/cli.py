@@ -233,6 +233,13 @@ for _kind in VERBS:
         app.command(_kind, help=VERBS[_kind])(lambda: None)
 
 
+def _task(name: str) -> dict[str, str]:
+    """Returns the settings of what --task names: a task, or a file with the questions of one."""
+    path = Path(name).expanduser()
+    local = path.suffix == ".jsonl" or (path.is_file() and path.suffix not in (".yaml", ".yml"))
+    return {"task": path.stem, "local": name} if local else {"task": name}
+
+
 @app.command()
 def evaluate(
     context: typer.Context,
@@ -244,10 +251,26 @@ def evaluate(
     ] = None,
     python: Annotated[str, typer.Option(help="The Python on the device.")] = "python3",
     data: Annotated[str, typer.Option(help="Text for perplexity: builtin, a file, or a hub data set.")] = "builtin",
-    length: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 512,
-    samples: Annotated[int | None, typer.Option(help="Chunks at most.")] = None,
-    task: Annotated[str, typer.Option(help="Multiple choice: builtin, hellaswag, or a .jsonl file.")] = "builtin",
-    limit: Annotated[int | None, typer.Option(help="Tasks at most.")] = None,
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(help="How perplexity is told: lighten, gptq, llama.cpp or lm-eval; may be repeated."),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a chunk (default: the protocol's own, 512 by lighten's).")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Chunks at most; by lm-eval's protocol, documents.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="builtin, hellaswag, a .jsonl file in HellaSwag's format, any task of lm-eval's, or the .yaml file of "
+            "one; may be repeated (default: builtin)."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions at most, of every task.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples before each question, by lm-eval.")] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="lm-eval: also for what lighten scores itself (hellaswag, .jsonl files).")
+    ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Leave out perplexity, accuracy or speed; may be repeated.")
     ] = None,
@@ -258,7 +281,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure any model directories or .gguf files side by side."""
-    from lighten.evaluate.settings import Accuracy, Perplexity, Speed
+    from lighten.evaluate.settings import PROTOCOLS, Accuracy, Perplexity, Speed
     from lighten.progress import watching
     from lighten.recipe import parse_settings
     from lighten.report.render import write_report
@@ -273,11 +296,16 @@ def evaluate(
     if out and out.exists():
         raise RequestError(f"{out} exists already: choose another directory or remove it")
     where = "lighten evaluate"
-    local = task if task not in ("builtin", "hellaswag") else None
-    accuracy = parse_settings(
-        Accuracy, {"task": Path(task).stem if local else task, "local": local, "limit": limit}, where
-    )
-    useless = _given(context, ("data", "length", "samples", "task", "limit", "device"))
+    if unknown := set(protocol or ()) - set(PROTOCOLS):
+        raise RequestError(f"--protocol {unknown.pop()}: there is {', '.join(PROTOCOLS)}")
+    common = {"limit": limit, "scorer": scorer, "shots": shots}
+    accuracy = [parse_settings(Accuracy, _task(name) | common, where) for name in task or ["builtin"]]
+    text = {"data": data, "length": length, "samples": samples}
+    perplexity = [
+        parse_settings(Perplexity, text | {"protocol": name}, where) for name in dict.fromkeys(protocol or ["lighten"])
+    ]
+    flags = ("data", "protocol", "length", "samples", "task", "limit", "shots", "scorer", "device")
+    useless = _given(context, flags)
     useless += ["--skip speed"] if "speed" in left_out else []
     if target and useless:
         raise RequestError(f"--target measures what the bundle's bench.py measures: leave out {useless[0]}")
@@ -290,10 +318,8 @@ def evaluate(
         else:
             value = measure(
                 paths,
-                perplexity=None
-                if "perplexity" in left_out
-                else parse_settings(Perplexity, {"data": data, "length": length, "samples": samples}, where),
-                accuracy=[] if "accuracy" in left_out else [accuracy],
+                perplexity=[] if "perplexity" in left_out else perplexity,
+                accuracy=[] if "accuracy" in left_out else accuracy,
                 speed=None if "speed" in left_out else Speed.model_validate({}),
                 device=device,
                 watcher=watcher,

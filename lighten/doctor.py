@@ -67,7 +67,7 @@ def diagnose(
         )
     examiner = _Examiner(todo, Store(Path(artifacts)), choose_device(device), watcher or Silent())
     perplexity = todo.recipe.evaluate.perplexity
-    heldout = perplexity.data if perplexity else "builtin"
+    heldout = perplexity[0].data if perplexity else "builtin"
     with tempfile.TemporaryDirectory(prefix="lighten-") as folder:
         # a file, because a sweep that is told "builtin" reads the other half
         file = Path(folder) / "heldout.txt"

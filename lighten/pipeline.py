@@ -436,10 +436,16 @@ def add_measurements(row: dict[str, Any], measured: list[tuple[Any, Path, Path |
         row["runtime"] = result.get("runtime", row.get("runtime"))
         row["device"] = result.get("device", row.get("device"))
         if kind == "perplexity":
-            row["perplexity"] = result["perplexity"]
-            row["divergence"] = result.get("divergence")
-            if result.get("tokenizer_match") is False:
-                row.setdefault("notes", []).append("its own tokenizer gives other ids than the baseline's on this text")
+            found = result["perplexity"]
+            found["protocol"] = {"name": "lighten", **found["protocol"]}  # results from before there were several
+            if "perplexity" not in row:
+                row["perplexity"] = found
+            else:
+                row.setdefault("other_perplexity", []).append(found)
+            row["divergence"] = row.get("divergence") or result.get("divergence")
+            note = "its own tokenizer gives other ids than the baseline's on this text"
+            if result.get("tokenizer_match") is False and note not in row.setdefault("notes", []):
+                row["notes"].append(note)
         elif kind == "accuracy":
             row.setdefault("accuracy", []).append(result["accuracy"])
         else:
@@ -449,5 +455,8 @@ def add_measurements(row: dict[str, Any], measured: list[tuple[Any, Path, Path |
             change = paired.compare(kind, path, against)
             if kind == "accuracy":
                 delta.setdefault("accuracy", []).append(change)
+            elif kind == "perplexity" and "other_perplexity" in row:
+                change = {"protocol": result["perplexity"]["protocol"]["name"], **change["perplexity"]}
+                delta.setdefault("other_perplexity", []).append(change)
             else:
                 delta |= change

@@ -11,7 +11,8 @@ from lighten import loaders
 from lighten.compress.sensitivity import Sensitivities
 from lighten.data import choices, text
 from lighten.errors import RequestError, missing_extra
-from lighten.evaluate import machine
+from lighten.evaluate import harness, machine
+from lighten.evaluate.protocols import check_length
 from lighten.evaluate.settings import Accuracy, Evaluate, Loaders, Perplexity, Speed
 from lighten.model.source import Found, Source, find
 from lighten.recipe import BASELINE, Recipe
@@ -107,7 +108,7 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
         RequestError: a setting that this model cannot have, a missing package, data that cannot be read.
     """
     source = find(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    check_measurable(source.facts, recipe.evaluate)
+    check_measurable(source.facts, recipe.evaluate, recipe.model)
     chosen = [name for name in recipe.variants if name != BASELINE and (not only or name in only)]
     steps = {name: recipe.steps(name) for name in chosen}
     builder = _Builder(recipe)
@@ -129,14 +130,16 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
     return Plan(recipe, source, list(builder.stages.values()), artifacts, measurements)
 
 
-def check_measurable(facts: ModelFacts, evaluate: Evaluate) -> None:
-    """Raises RequestError if something is to be measured that only a causal language model has."""
+def check_measurable(facts: ModelFacts, evaluate: Evaluate, name: str) -> None:
+    """Raises RequestError if something is to be measured that the model has not, or if it takes fewer positions."""
     asked = [name for name in ("perplexity", "accuracy", "speed") if getattr(evaluate, name)]
     if facts.family != "causal" and asked:
         raise RequestError(
             f"{facts.architecture} is no causal language model: {', '.join(asked)} cannot be measured on it, "
             "only its size (evaluate: {}, or --skip each of them)"
         )
+    for perplexity in evaluate.perplexity:
+        check_length(perplexity, facts.context, name)
 
 
 class _Builder:
@@ -222,13 +225,12 @@ class _Builder:
     def measure(self, stage: Stage, root: Stage, evaluate: Evaluate) -> list[Stage]:
         """Returns the measurements of an artifact; those of other artifacts than the baseline refer to its own."""
         found = []
-        if evaluate.perplexity:
-            reference = [] if stage is root else self.measure(root, root, Evaluate(perplexity=evaluate.perplexity))
-            data = text.digest(text.load_text(evaluate.perplexity.data, "perplexity"))
-            found.append(self._measurement("perplexity", evaluate.perplexity, data, [stage, root, *reference]))
+        for perplexity in evaluate.perplexity:
+            reference = [] if stage is root else self.measure(root, root, Evaluate(perplexity=[perplexity]))
+            data = text.digest("\0".join(_documents(perplexity)))
+            found.append(self._measurement("perplexity", perplexity, data, [stage, root, *reference]))
         for accuracy in evaluate.accuracy:
-            tasks = choices.load_choices(accuracy.local or accuracy.task, accuracy.limit)
-            found.append(self._measurement("accuracy", accuracy, choices.digest(tasks), [stage, root]))
+            found.append(self._measurement("accuracy", accuracy, look(accuracy).digest, [stage, root]))
         if evaluate.speed:
             found.append(self._measurement("speed", evaluate.speed, None, [stage]))
         if evaluate.loaders:
@@ -238,9 +240,11 @@ class _Builder:
     def _measurement(self, measure: Measure, settings: Settings, data: str | None, parents: list[Stage]) -> Stage:
         config: dict[str, Any] = {
             "measure": measure,
-            **settings.model_dump(mode="json"),
+            **settings.key_config(),
             "packages": loaders.packages() if measure == "loaders" else measuring_packages(),
         }
+        if isinstance(settings, Accuracy) and settings.harness:
+            config["lm_eval"] = harness.look(settings).version
         if data:
             config["data"] = data
         if measure == "speed":
@@ -251,7 +255,15 @@ class _Builder:
         estimate = predict_measurement(settings, facts)
         return self._add(
             Stage(
-                measure, "measure", MEASURE_VERSION, key, config, parents, estimate, measure=measure, settings=settings
+                settings.told,
+                "measure",
+                MEASURE_VERSION,
+                key,
+                config,
+                parents,
+                estimate,
+                measure=measure,
+                settings=settings,
             )
         )
 
@@ -259,6 +271,36 @@ class _Builder:
 def measuring_packages() -> dict[str, str]:
     """Returns the versions of the packages whose arithmetic a measurement shows."""
     return {name: number for name, number in machine.packages().items() if name in MEASURING_PACKAGES}
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What is known of a set of tasks before they are measured."""
+
+    digest: str
+    letters: int
+    documents: int
+
+
+def look(accuracy: Accuracy) -> Looked:
+    """Returns what is known of a set of tasks.
+
+    Raises:
+        RequestError: there is no such task, or its data cannot be had.
+    """
+    if accuracy.harness:
+        facts = harness.look(accuracy)
+        return Looked(facts.digest, facts.letters, facts.documents)
+    tasks = choices.load_choices(accuracy.local or accuracy.task, accuracy.limit)
+    letters = sum(len(task.context) + sum(map(len, task.endings)) for task in tasks)
+    return Looked(choices.digest(tasks), letters, len(tasks))
+
+
+def _documents(perplexity: Perplexity) -> list[str]:
+    """Returns what perplexity is measured on; one text, but for a protocol that takes documents one by one."""
+    if perplexity.protocol == "lm-eval":
+        return text.load_documents(perplexity.data, "perplexity")[: perplexity.samples]
+    return [text.load_text(perplexity.data, "perplexity")]
 
 
 def predict_measurement(settings: Settings, facts: ModelFacts) -> Estimate:
@@ -270,20 +312,26 @@ def predict_measurement(settings: Settings, facts: ModelFacts) -> Estimate:
         )
     flops = 2.0 * (facts.layers * facts.layer_linear_params + facts.vocab * facts.hidden)
     if isinstance(settings, Perplexity):
-        tokens = len(text.load_text(settings.data, "perplexity")) / BYTES_PER_TOKEN
-        tokens = min(tokens, settings.samples * settings.length) if settings.samples else tokens
+        documents = [len(each) / BYTES_PER_TOKEN for each in _documents(settings)]
+        tokens, length = sum(documents), settings.tokens(facts.context)
+        if settings.protocol == "lm-eval":
+            length = int(min(length, max(documents) + 1))
+        elif settings.samples:
+            tokens = min(tokens, settings.samples * length)
         # the last products are the reference's head, for the divergence
         work = tokens * (flops + 2.0 * facts.vocab * facts.hidden)
-        peak = fixed + 4 * facts.params + 12 * settings.length * facts.vocab + 4 * facts.vocab * facts.hidden
+        peak = fixed + 4 * facts.params + 12 * length * facts.vocab + 4 * facts.vocab * facts.hidden
         return Estimate(
             float32_flops=work, seconds=6, peak_bytes=int(peak), disk_bytes=int(tokens * (16 + 4 * facts.hidden))
         )
     if isinstance(settings, Accuracy):
-        tasks = choices.load_choices(settings.local or settings.task, settings.limit)
-        letters = sum(len(task.context) + sum(map(len, task.endings)) for task in tasks)
+        looked = look(settings)
         peak = fixed + 4 * facts.params + 300_000_000
         return Estimate(
-            float32_flops=letters / BYTES_PER_TOKEN * flops, seconds=6, peak_bytes=peak, disk_bytes=100 * len(tasks)
+            float32_flops=looked.letters / BYTES_PER_TOKEN * flops,
+            seconds=6,
+            peak_bytes=peak,
+            disk_bytes=100 * looked.documents,
         )
     shapes = len(settings.batch) * len(settings.prompt)
     bytes_read = shapes * (settings.repeats + 2) * settings.generate * 2.0 * facts.params

@@ -155,6 +155,10 @@ def _lines(node: yaml.Node | None, at: tuple[str | int, ...] = ()) -> Where:
 
 
 def _place(path: str, where: Where, at: Sequence[str | int]) -> str:
+    # one entry may stand for a list of one
+    written = tuple(part for n, part in enumerate(at) if not isinstance(part, int) or tuple(at[: n + 1]) in where)
+    if where:
+        at = written
     for end in range(len(at), 0, -1):
         if tuple(at[:end]) in where:
             return f"{path}:{where[tuple(at[:end])]}: {'.'.join(map(str, at))}"

@@ -60,6 +60,8 @@ class ModelFacts:
     """Whether it predicts the next token, encodes a text, or does both with a text for each."""
     counted: int | None = None
     """All weights, where they were counted because the sizes do not tell."""
+    context: int | None = None
+    """Positions that it takes; None where nobody says."""
 
     @property
     def layer_linear_params(self) -> int:

@@ -16,7 +16,7 @@ from lighten.evaluate import machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.model.source import Found, find
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, choose_device
-from lighten.plan import Predictor, check_measurable, make_plan
+from lighten.plan import Predictor, check_measurable, look, make_plan
 from lighten.process import run_isolated
 from lighten.recipe import Recipe, parse_settings
 from lighten.report.results import Results
@@ -97,7 +97,7 @@ def export_model(model: str, out: str | Path, **settings: Any) -> Artifact:
 def measure(
     paths: list[str],
     *,
-    perplexity: Perplexity | None = None,
+    perplexity: Perplexity | list[Perplexity] | None = None,
     accuracy: list[Accuracy] | None = None,
     speed: Speed | None = None,
     device: str = "auto",
@@ -112,15 +112,17 @@ def measure(
         RequestError: a path that is no model.
     """
     watcher = watcher or Silent()
-    settings = Evaluate(perplexity=perplexity, accuracy=accuracy or [], speed=speed)
-    asked: list[tuple[str, Perplexity | Accuracy | Speed]] = [("accuracy", task) for task in settings.accuracy]
-    if settings.perplexity:
-        asked.insert(0, ("perplexity", settings.perplexity))
+    values = {"perplexity": perplexity, "accuracy": accuracy or [], "speed": speed}
+    settings = parse_settings(Evaluate, values, "lighten evaluate")
+    asked: list[tuple[str, Perplexity | Accuracy | Speed]] = [("perplexity", each) for each in settings.perplexity]
+    asked += [("accuracy", task) for task in settings.accuracy]
     if settings.speed:
         asked.append(("speed", settings.speed))
     found = [find(path) for path in paths]
     for source in found:
-        check_measurable(source.facts, settings)
+        check_measurable(source.facts, settings, source.name)
+    for task in settings.accuracy:
+        look(task)
     chosen = choose_device(device)
     rows = []
     with tempfile.TemporaryDirectory(prefix="lighten-") as scratch:
@@ -174,7 +176,7 @@ def _measure_one(
                 else None,
                 "save_hidden": comparable and is_baseline,
             }
-            watcher.say(f"{kind} of {source.name}")
+            watcher.say(f"{settings.told} of {source.name}")
             run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed")
             measured.append((kind, out, None if is_baseline else hidden))
         add_measurements(row, measured, is_baseline)

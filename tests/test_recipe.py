@@ -29,7 +29,7 @@ def test_a_good_recipe_and_its_defaults(tmp_path: Path) -> None:
     recipe = load(write(tmp_path, GOOD))
     assert [step.kind for step in recipe.steps("int4")] == ["quantize"]
     assert recipe.evaluate.accuracy[0].task == "builtin"
-    assert recipe.evaluate.perplexity is None
+    assert recipe.evaluate.perplexity == []
     resolved = yaml.safe_load(recipe.dump())
     assert resolved["variants"]["int4"][0]["quantize"]["damp_percent"] == 0.05
     assert parse(resolved) == load(write(tmp_path, recipe.dump()))

@@ -20,6 +20,10 @@ def builtin_text(part: Part) -> str:
     A smoke test, not a benchmark: about 70 kB in six registers (encyclopaedic, narrative, dialogue,
     instructions, code, tables). The two parts share no document.
     """
+    return "\n\n".join(_builtin_documents(part)) + "\n"
+
+
+def _builtin_documents(part: Part) -> list[str]:
     folder = files("lighten.data") / "builtin" / part
     # registers take turns, so that a short prefix of the text already holds all of them
     registers = [
@@ -28,8 +32,25 @@ def builtin_text(part: Part) -> str:
         if entry.name.endswith(".txt")
     ]
     longest = max(len(documents) for documents in registers)
-    turns = [documents[turn] for turn in range(longest) for documents in registers if turn < len(documents)]
-    return "\n\n".join(turns) + "\n"
+    return [documents[turn] for turn in range(longest) for documents in registers if turn < len(documents)]
+
+
+def load_documents(data: str, part: Part) -> list[str]:
+    """Returns the documents of the text that `data` names, without empty ones.
+
+    They are those of the built-in text, the lines of a `.jsonl` file, and the rows of a hub data set; a `.txt` file is
+    one document. Arguments and errors are those of `load_text`.
+    """
+    if data == "builtin":
+        found = _builtin_documents(part)
+    elif _is_file(path := Path(data).expanduser()):
+        text = _read(path)
+        found = read_lines(path, text, "text") if path.suffix == ".jsonl" else [text]
+    else:
+        found = _read_hub(data, part)
+    if not (documents := [each for each in found if each.strip()]):
+        raise RequestError(f"the text {data!r} is empty")
+    return documents
 
 
 def load_text(data: str, part: Part) -> str:
@@ -48,19 +69,23 @@ def load_text(data: str, part: Part) -> str:
     if data == "builtin":
         return builtin_text(part)
     path = Path(data).expanduser()
-    if path.suffix in (".txt", ".jsonl") or path.is_file():
-        return _read_file(path)
-    return _read_hub(data, part)
+    if not _is_file(path):
+        return "\n\n".join(_read_hub(data, part))
+    text = _read(path)
+    return "\n\n".join(read_lines(path, text, "text")) if path.suffix == ".jsonl" else text
 
 
-def _read_file(path: Path) -> str:
+def _is_file(path: Path) -> bool:
+    return path.suffix in (".txt", ".jsonl") or path.is_file()
+
+
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise Failure(f"{path} is not UTF-8 text: {error}") from error
     except OSError as error:
         raise RequestError(f"cannot read the text {path}: {error.strerror}; check the path") from error
-    return "\n\n".join(read_lines(path, text, "text")) if path.suffix == ".jsonl" else text
 
 
 def read_lines(path: Path, text: str, field: str) -> list[str]:
@@ -79,7 +104,7 @@ def read_lines(path: Path, text: str, field: str) -> list[str]:
     return values
 
 
-def _read_hub(data: str, part: Part) -> str:
+def _read_hub(data: str, part: Part) -> list[str]:
     name, _, rest = data.partition(":")
     config, _, split = rest.partition(":")
     split = split or ("train" if part == "calibration" else "test")
@@ -89,7 +114,7 @@ def _read_hub(data: str, part: Part) -> str:
         raise missing_extra("eval", "datasets", f"the hub data set {data!r} (not a .txt or .jsonl file)") from error
     try:
         rows = load_dataset(name, config or None, split=split)
-        return "\n\n".join(rows["text"])
+        return list(rows["text"])
     except Exception as error:  # the library raises many kinds; all mean that the request cannot be served
         raise RequestError(
             f"cannot load the hub data set {data!r}: {error}. Give a .txt or .jsonl file, or 'builtin'"

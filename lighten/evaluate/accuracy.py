@@ -91,6 +91,7 @@ def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Accuracy, report: 
         "n": len(tasks),
         "ci95": wilson(right, len(tasks)),
         "ci95_norm": wilson(right_norm, len(tasks)),
+        "scorer": "lighten",
     }
     text = "\n".join(f"{task.context} {ending}" for task in tasks for ending in task.endings)
     match = runtime.encode(text) == tokenizer.encode(text)

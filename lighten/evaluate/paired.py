@@ -33,11 +33,25 @@ def compare(kind: Literal["perplexity", "accuracy", "speed"], variant: Path, bas
     if kind == "speed":
         return {"decode_speed_ratio": speed(result["speed"], base["speed"])}
     if kind == "accuracy":
+        scorers = [each["accuracy"].get("scorer", "lighten") for each in (result, base)]
+        if scorers[0] != scorers[1]:
+            raise RequestError(
+                f"{variant} was scored by {scorers[0]} and {baseline} by {scorers[1]}: score both by one"
+            )
         return {"task": result["accuracy"]["task"], **accuracy(values(variant), values(baseline))}
-    ours, theirs = (each["perplexity"]["protocol"]["ids_sha256"] for each in (result, base))
-    if ours != theirs:
+    ours, theirs = (each["perplexity"]["protocol"] for each in (result, base))
+    names = [each.get("name", "lighten") for each in (ours, theirs)]
+    if names[0] != names[1]:
+        raise RequestError(
+            f"{variant} was measured by the protocol {names[0]} and {baseline} by {names[1]}: such perplexities cannot "
+            "be compared; measure both by one protocol"
+        )
+    if ours["ids_sha256"] != theirs["ids_sha256"] or ours.get("length") != theirs.get("length"):
         raise RequestError(f"{variant} and {baseline} were measured on different tokens and cannot be compared")
-    return {"perplexity": perplexity(values(variant)["nll"], values(baseline)["nll"])}
+    measured, before = values(variant), values(baseline)
+    if "words" in measured:
+        return {"perplexity": by_word(measured["nll"], before["nll"], measured["words"])}
+    return {"perplexity": perplexity(measured["nll"], before["nll"])}
 
 
 def perplexity(nll: NDArray[np.floating[Any]], base: NDArray[np.floating[Any]]) -> dict[str, Any]:
@@ -61,22 +75,59 @@ def perplexity(nll: NDArray[np.floating[Any]], base: NDArray[np.floating[Any]]) 
     return {"relative": math.expm1(middle), "ci95": interval, "absolute": absolute}
 
 
+def by_word(
+    nll: NDArray[np.floating[Any]], base: NDArray[np.floating[Any]], words: NDArray[np.integer[Any]]
+) -> dict[str, Any]:
+    """Returns the same for perplexity by word; the interval is Student's, of a ratio of sums over documents.
+
+    Args:
+        nll: negative log-likelihood of each document by the variant `[documents]`.
+        base: the same by the baseline.
+        words: words of each document.
+    """
+    total, n = float(words.sum()), len(nll)
+    change = nll - base
+    middle = float(change.sum()) / total
+    interval = None
+    if n >= 3:
+        half = student95(n - 1) * math.sqrt(float(((change - middle * words) ** 2).sum()) * n / (n - 1)) / total
+        interval = [math.expm1(middle - half), math.expm1(middle + half)]
+    absolute = math.exp(float(nll.sum()) / total) - math.exp(float(base.sum()) / total)
+    return {"relative": math.expm1(middle), "ci95": interval, "absolute": absolute}
+
+
 def accuracy(values: dict[str, NDArray[Any]], base: dict[str, NDArray[Any]]) -> dict[str, Any]:
     """Returns the changes in accuracy with 95 % intervals from the paired tasks.
 
     `gained` and `lost` count the tasks that only the variant, and only the baseline, answers rightly (acc_norm).
     """
-    label = values["label"]
-    if label.shape != base["label"].shape or (label != base["label"]).any():
-        raise RequestError("the two were measured on different tasks and cannot be compared")
     found: dict[str, Any] = {}
-    for name, choice in (("acc", "choice"), ("acc_norm", "choice_norm")):
-        change = (values[choice] == label).astype("float64") - (base[choice] == label)
+    scores, before = _scores(values), _scores(base)
+    labels = [each.get("label") for each in (values, base)]
+    same = labels[0] is None or labels[1] is None or labels[0].tolist() == labels[1].tolist()
+    if not same or {name: len(score) for name, score in scores.items()} != {
+        name: len(score) for name, score in before.items()
+    }:
+        raise RequestError("the two were measured on different tasks and cannot be compared")
+    change = next(iter(scores.values()), None)
+    if change is None or not len(change):
+        return {"acc": None, "acc_norm": None, "gained": None, "lost": None}
+    for name, score in scores.items():
+        change = score - before[name]
         half = Z95 * float(change.std(ddof=1)) / math.sqrt(len(change)) if len(change) > 1 else math.nan
         middle = float(change.mean())
         found[name] = middle
         found[f"{name}_ci95"] = None if math.isnan(half) else [middle - half, middle + half]
     return {**found, "gained": int((change > 0).sum()), "lost": int((change < 0).sum())}
+
+
+def _scores(values: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Returns the score of every task by `acc` and `acc_norm`: 1 for a right answer."""
+    if "label" in values:
+        pairs = {"acc": "choice", "acc_norm": "choice_norm"}
+        return {name: (values[choice] == values["label"]).astype("float64") for name, choice in pairs.items()}
+    pairs = {"acc": "score", "acc_norm": "score_norm"}
+    return {name: values[score] for name, score in pairs.items() if score in values}
 
 
 def speed(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> float | None:

@@ -1,7 +1,7 @@
 """Perplexity of a text, and how far the next-token distributions moved from a reference's.
 
-The text is tokenized once, by one tokenizer for all variants, and cut into chunks that do not overlap; every
-position of a chunk but the first is scored given the ones before it in the chunk.
+The text is tokenized once, by one tokenizer for all variants, and cut into chunks as a protocol has it; each scored
+position is predicted from the ones before it in the chunk.
 
 The reference's full distributions would take `vocab` numbers per token. What enters its head takes `hidden`
 numbers, and one product with the head's weight gives the same logits again, so that is what is stored.
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from lighten.data.text import digest, load_text
 from lighten.errors import Failure, RequestError
-from lighten.evaluate import rows
+from lighten.evaluate import protocols, rows
 from lighten.evaluate.head import Head
 from lighten.evaluate.runtimes import Floats, Ids, Runtime, Tokenizer
 from lighten.evaluate.settings import Perplexity
@@ -31,11 +31,6 @@ from lighten.stage import Report
 
 HIDDEN = "hidden.safetensors"
 RESULT = "result.json"
-METHOD = (
-    "exp of the mean negative log-likelihood of every position but the first of each chunk, given the positions "
-    "before it in the chunk; chunks do not overlap, the rest of the text is dropped; stderr by the delta method over "
-    "chunk means"
-)
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Relative to the largest logit: how far a product in float32 may be from the model's own, in its arithmetic."""
 
@@ -46,24 +41,9 @@ class Measured:
 
     result: dict[str, Any]
     values: dict[str, NDArray[Any]]
-    """`nll [chunks, length - 1]`; with a reference also `kl` and `top1` (1 where the most likely token is the same)."""
+    """`nll [chunks, scored positions]`; with a reference also `kl` and `top1` (1 where the likeliest token is its)."""
     hidden: Floats | None
     """What entered the head, `[chunks, length, hidden]`, if it was asked for."""
-
-
-def cut(ids: list[int], length: int, samples: int | None, bos: int | None) -> Ids:
-    """Returns the chunks `[chunks, length]` of a text; the first id of each is `bos`, if there is one.
-
-    Raises:
-        RequestError: the text is shorter than one chunk.
-    """
-    stride = length if bos is None else length - 1
-    count = len(ids) // stride
-    if not count:
-        raise RequestError(f"the text has {len(ids)} tokens, fewer than one chunk of {length}: set a smaller `length`")
-    count = min(count, samples or count)
-    chunks = np.array(ids[: count * stride], dtype=np.int64).reshape(count, stride)
-    return chunks if bos is None else np.insert(chunks, 0, bos, axis=1)
 
 
 def summarize(nll: NDArray[np.floating[Any]]) -> tuple[float, float | None]:
@@ -115,19 +95,25 @@ def measure(
     Args:
         runtime: the loaded model.
         tokenizer: gives the ids, whatever the model's own tokenizer is.
-        settings: text, length and number of chunks.
+        settings: text, protocol, length and number of chunks.
         report: called after every chunk.
         reference: directory of the baseline's measurement and of the baseline.
         hidden_of: directory of the model, if what enters its head is to be kept for use as a reference.
+
+    Raises:
+        RequestError: chunks longer than the text or than the model's context.
+        Failure: the model is broken, or has another vocabulary.
     """
-    text = load_text(settings.data, "perplexity")
+    protocols.check_length(settings, runtime.context, "this model")
+    text = protocols.prepare(load_text(settings.data, "perplexity"), settings.protocol)
     report(0, 1, "tokenizing")
     own = tokenizer.encode(text)
-    ids = cut(own, settings.length, settings.samples, tokenizer.bos)
+    chunks = protocols.chunked(own, settings, tokenizer)
+    ids, first = chunks.ids, chunks.first
     if ids.max() >= runtime.vocab:
         raise Failure(f"the tokenizer gives the id {ids.max()}, but the model has a vocabulary of {runtime.vocab}")
     against = Reference(*reference, ids) if reference else None
-    shape = (len(ids), settings.length - 1)
+    shape = (len(ids), ids.shape[1] - first)
     nll, kl, same = np.empty(shape), np.empty(shape), np.empty(shape, dtype=np.bool_)
     kept: list[Floats] = []
     warnings = []
@@ -140,24 +126,25 @@ def measure(
             hidden_of = None
         if hidden_of and (hidden := runtime.hidden()) is not None:
             kept.append(hidden.copy())
-        nll[number] = -rows.token_logprobs(logits[:-1], chunk[1:])[0]
+        nll[number] = -rows.token_logprobs(logits[first - 1 : -1], chunk[first:])[0]
         if not np.isfinite(nll[number]).all():
             raise Failure("the model's logits are not finite numbers: it is broken, or its arithmetic overflows")
         if against:
-            kl[number], same[number] = rows.divergence(against.logits(number)[:-1], logits[:-1])
-        rate = (number + 1) * settings.length / (time.monotonic() - start)
+            kl[number], same[number] = rows.divergence(against.logits(number)[first - 1 : -1], logits[first - 1 : -1])
+        rate = (number + 1) * ids.shape[1] / (time.monotonic() - start)
         report(number + 1, len(ids), f"{rate:.0f} tok/s")
     value, stderr = summarize(nll)
     protocol = {
+        "name": settings.protocol,
         "data": settings.data,
         "data_sha256": digest(text),
         "ids_sha256": hash_ids(ids),
         "length": settings.length,
-        "stride": settings.length if tokenizer.bos is None else settings.length - 1,
-        "bos": tokenizer.bos is not None,
+        "stride": chunks.stride,
+        "bos": chunks.bos,
         "dtype": runtime.dtype,
         "chunks": len(ids),
-        "method": METHOD,
+        "method": protocols.METHODS[settings.protocol],
     }
     result: dict[str, Any] = {
         "perplexity": {"value": value, "stderr": stderr, "tokens": int(nll.size), "protocol": protocol},

@@ -48,21 +48,26 @@ def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 def _perplexity(payload: dict[str, Any], model: Path, out: Path, report: Report) -> dict[str, Any]:
     from safetensors.numpy import save_file
 
-    from lighten.evaluate import perplexity
+    from lighten.evaluate import documents, perplexity
     from lighten.evaluate.runtimes import open_runtime, open_tokenizer
 
+    settings = Perplexity(**payload["config"])
     runtime = open_runtime(model, device=payload["device"], trust_remote_code=payload.get("trust_remote_code", False))
     reference = payload.get("reference")
     if reference and not (Path(reference["hidden"]) / perplexity.HIDDEN).is_file():
         reference = None  # its own measurement says why
-    measured = perplexity.measure(
-        runtime,
-        open_tokenizer(Path(payload["tokenizer"])),
-        Perplexity(**payload["config"]),
-        report,
-        reference=(Path(reference["hidden"]), Path(reference["model"])) if reference else None,
-        hidden_of=model if payload.get("save_hidden") else None,
-    )
+    tokenizer = open_tokenizer(Path(payload["tokenizer"]))
+    if settings.protocol == "lm-eval":
+        measured = documents.measure(runtime, tokenizer, settings, report)
+    else:
+        measured = perplexity.measure(
+            runtime,
+            tokenizer,
+            settings,
+            report,
+            reference=(Path(reference["hidden"]), Path(reference["model"])) if reference else None,
+            hidden_of=model if payload.get("save_hidden") else None,
+        )
     save_file(measured.values, out / VALUES)
     if measured.hidden is not None:
         save_file({"hidden": measured.hidden}, out / perplexity.HIDDEN)
@@ -77,10 +82,13 @@ def _accuracy(payload: dict[str, Any], model: Path, out: Path, report: Report) -
     from lighten.evaluate import accuracy
     from lighten.evaluate.runtimes import open_runtime, open_tokenizer
 
+    settings, scorer = Accuracy(**payload["config"]), accuracy.measure
+    if settings.harness:
+        from lighten.evaluate.harness import measure as harness
+
+        scorer = harness.measure
     runtime = open_runtime(model, device=payload["device"], trust_remote_code=payload.get("trust_remote_code", False))
-    measured = accuracy.measure(
-        runtime, open_tokenizer(Path(payload["tokenizer"])), Accuracy(**payload["config"]), report
-    )
+    measured = scorer(runtime, open_tokenizer(Path(payload["tokenizer"])), settings, report)
     save_file(measured.values, out / VALUES)
     return measured.result | _facts(runtime)
 

@@ -2,21 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+Protocol = Literal["lighten", "gptq", "llama.cpp", "lm-eval"]
+Scorer = Literal["lighten", "lm-eval"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+LENGTHS: dict[str, int | None] = {"lighten": 512, "gptq": 2048, "llama.cpp": 512, "lm-eval": None}
+"""Tokens of a chunk where none are asked for; None stands for all that the model takes."""
+
+OWN_TASKS = ("builtin", "hellaswag")
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    younger: ClassVar[dict[str, Any]] = {}
+    """Settings that came after results were kept under the others, and the values that mean what was done before."""
+
+    @property
+    def told(self) -> str:
+        """What is measured, in a word or two."""
+        return type(self).__name__.lower()
+
+    def key_config(self) -> dict[str, Any]:
+        """Returns the settings as they enter a stage's key; without the younger ones where nothing is asked of them."""
+        found = self.model_dump(mode="json")
+        return {name: value for name, value in found.items() if name not in self.younger or value != self.younger[name]}
+
 
 class Perplexity(_Settings):
-    """Perplexity of a text, in chunks of `length` tokens; at most `samples` chunks."""
+    """Perplexity of a text by a named protocol.
+
+    In chunks of `length` tokens, at most `samples` of them; by lm-eval's, in windows over at most `samples` documents.
+    """
+
+    younger = {"protocol": "lighten"}
 
     data: str = "builtin"
-    length: int = Field(512, ge=8)
+    length: int | None = Field(512, ge=8)
     samples: int | None = Field(None, ge=1)
+    protocol: Protocol = "lighten"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _length_of_the_protocol(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("length") is None:
+            return {**value, "length": LENGTHS.get(str(value.get("protocol", "lighten")), 512)}
+        return value
+
+    @property
+    def told(self) -> str:
+        """Perplexity, and the protocol where it is another's."""
+        return "perplexity" + ("" if self.protocol == "lighten" else f" by {self.protocol}")
+
+    def tokens(self, context: int | None) -> int:
+        """Returns the tokens of a chunk or window, for a model that takes `context` positions."""
+        return self.length or context or 2048
 
 
 def _one_or_many(value: Any) -> Any:
@@ -24,11 +68,39 @@ def _one_or_many(value: Any) -> Any:
 
 
 class Accuracy(_Settings):
-    """Multiple choice: a named task, or a `local` .jsonl file under that name; at most `limit` tasks."""
+    """Tasks with right answers: a named task, or a `local` file under that name; at most `limit` of its documents.
+
+    Multiple choice in HellaSwag's format is scored here, every other task by lm-eval; `shots` are examples before each
+    question, which lm-eval puts there.
+    """
+
+    younger = {"scorer": None, "shots": None}
 
     task: str = "builtin"
     local: str | None = None
     limit: int | None = Field(None, ge=1)
+    scorer: Scorer | None = None
+    shots: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _own_scorer_knows_it(self) -> Accuracy:
+        if self.scorer == "lighten" and not (self.local or self.task in OWN_TASKS):
+            raise ValueError(f"lighten's own scorer knows {', '.join(OWN_TASKS)} and `local` files, not {self.task!r}")
+        if self.scorer == "lm-eval" and self.task == "builtin":
+            raise ValueError("the built-in tasks are none of lm-eval's: name one of its tasks, or a task's .yaml file")
+        if self.shots and not self.harness:
+            raise ValueError("shots are put before the question by lm-eval: add `scorer: lm-eval`")
+        return self
+
+    @property
+    def told(self) -> str:
+        """Accuracy, and the task where lm-eval has it."""
+        return f"accuracy in {Path(self.task).stem}" if self.harness else "accuracy"
+
+    @property
+    def harness(self) -> bool:
+        """Whether lm-eval builds the requests and reads the answers."""
+        return not (self.local or self.task in OWN_TASKS) if self.scorer is None else self.scorer == "lm-eval"
 
 
 Sweep = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1), BeforeValidator(_one_or_many)]
@@ -54,12 +126,28 @@ class Loaders(_Settings):
 class Evaluate(_Settings):
     """What to measure; nothing by default, then only the size is known."""
 
-    perplexity: Perplexity | None = None
+    perplexity: list[Perplexity] = []
     accuracy: list[Accuracy] = []
     speed: Speed | None = None
     loaders: bool = False
 
-    @field_validator("accuracy", mode="before")
+    @field_validator("perplexity", "accuracy", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, dict) else value
+        return [] if value is None else [value] if isinstance(value, dict | BaseModel) else value
+
+    @field_validator("accuracy")
+    @classmethod
+    def _one_of_each_name(cls, value: list[Accuracy]) -> list[Accuracy]:
+        names = [each.task for each in value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the task {twice[0]} is asked for twice: results are kept under its name")
+        return value
+
+    @field_validator("perplexity")
+    @classmethod
+    def _one_of_each(cls, value: list[Perplexity]) -> list[Perplexity]:
+        names = [each.protocol for each in value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the protocol {twice[0]} is asked for twice: one text and length for each protocol")
+        return value

@@ -215,6 +215,7 @@ def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
             vocab=int(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", False)),
             family=family,
+            context=config.get("max_position_embeddings") or config.get("n_positions"),
         )
     except KeyError as error:
         raise RequestError(f"{where}: config.json has no {error}: not a language model that lighten reads") from error

@@ -264,6 +264,7 @@ def _facts(header: Header) -> ModelFacts:
         head_dim=_head_dim(header),
         vocab=header.tensors["token_embd.weight"].shape[0],
         tied="output.weight" not in header.tensors,
+        context=header.integer("context_length", 0) or None,
     )
 
 

@@ -123,6 +123,7 @@ def _facts(settings: dict[str, Any], decoder: dict[str, Any], graph: Path) -> Mo
         vocab=int(settings["vocab_size"]),
         tied=False,
         counted=read_graph(graph).params,
+        context=settings.get("context_length"),
     )
 
 

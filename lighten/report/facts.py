@@ -69,16 +69,15 @@ def protocols(results: Results) -> list[tuple[list[str], Pairs]]:
     """Returns each protocol that perplexity was measured by, with the variants that share it."""
     found: list[tuple[list[str], Free]] = []
     for variant in results.measured:
-        if variant.perplexity is None:
-            continue
-        protocol: Free = {**variant.perplexity.protocol}
-        if variant.perplexity.tokens is not None:
-            protocol.setdefault("tokens", variant.perplexity.tokens)
-        same = next((names for names, other in found if other == protocol), None)
-        if same is None:
-            found.append(([variant.name], protocol))
-        else:
-            same.append(variant.name)
+        for perplexity in variant.perplexities:
+            protocol: Free = {**perplexity.protocol}
+            if perplexity.tokens is not None:
+                protocol.setdefault("tokens", perplexity.tokens)
+            same = next((names for names, other in found if other == protocol), None)
+            if same is None:
+                found.append(([variant.name], protocol))
+            else:
+                same.append(variant.name)
     return [(names, pairs(protocol)) for names, protocol in found]
 
 

@@ -107,7 +107,8 @@ def _cost(results: Results, variant: Variant) -> str:
     if delta:
         parts.append(f"{change(delta.relative, delta.ci95)[0]} % perplexity")
     elif variant.perplexity:
-        parts.append(f"perplexity {significant(variant.perplexity.value, 4)}")
+        by = "" if variant.perplexity.by == "lighten" else f" ({variant.perplexity.by})"
+        parts.append(f"perplexity {significant(variant.perplexity.value, 4)}{by}")
     speed = results.decode_ratio(variant)
     if speed is not None:
         parts.append(f"{ratio(speed)} the decode speed")

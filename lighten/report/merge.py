@@ -25,14 +25,16 @@ def add(results: Results, others: Iterable[Results]) -> Results:
 
 def _row(variant: Variant, other: Results, name: str) -> Variant:
     notes = list(variant.notes)
-    if variant.perplexity:
-        data = variant.perplexity.protocol.get("data", "another text")
-        notes.append(f"perplexity {significant(variant.perplexity.value, 4)} on {data}")
+    for perplexity in variant.perplexities:
+        data = perplexity.protocol.get("data", "another text")
+        protocol = "" if perplexity.by == "lighten" else f" by the protocol {perplexity.by}"
+        notes.append(f"perplexity {significant(perplexity.value, 4)} on {data}{protocol}")
     changes = {
         "name": f"{variant.name} @ {name}",
         "key": None,
         "path": None,
         "perplexity": None,
+        "other_perplexity": [],
         "delta": None,
         "facts": {**variant.facts, "machine": other.machine},
         "notes": notes,

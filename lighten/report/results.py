@@ -41,13 +41,38 @@ class Source(Section):
     params: int | None = None
 
 
+class Levels(Section):
+    """Perplexity of the same log-likelihood by word, byte and token, and bits per byte."""
+
+    word: float
+    byte: float
+    token: float
+    bits_per_byte: float
+
+
 class Perplexity(Section):
-    """Perplexity per token and its standard error; `protocol` says on what and how."""
+    """Perplexity and its standard error, per token or what `protocol` says; that also says on what and how."""
 
     value: float
     stderr: float | None = None
     tokens: int | None = None
+    levels: Levels | None = None
     protocol: Free = {}
+
+    @property
+    def by(self) -> str:
+        """The name of the protocol."""
+        return str(self.protocol.get("name", "lighten"))
+
+    @property
+    def unit(self) -> str:
+        """What it is counted by."""
+        return str(self.protocol.get("unit", "token"))
+
+    def comparable(self, other: Perplexity) -> bool:
+        """Whether both were measured by one protocol, in chunks of one length, on one text, as far as they say."""
+        both = [(self.protocol.get(name), other.protocol.get(name)) for name in ("length", "data_sha256")]
+        return self.by == other.by and all(ours == theirs for ours, theirs in both if None not in (ours, theirs))
 
 
 class Divergence(Section):
@@ -58,8 +83,22 @@ class Divergence(Section):
     top1_agreement: float | None = None
 
 
+class Metric(Section):
+    """A number that lm-eval reports for a task, or for one in a group of tasks."""
+
+    task: str
+    metric: str
+    filter: str
+    value: float
+    higher_is_better: bool | None = None
+
+
 class Accuracy(Section):
-    """Fraction of `n` multiple-choice tasks answered rightly, plain and normalised by length."""
+    """Fraction of `n` tasks answered rightly, plain and normalised by length.
+
+    `scorer` is who built the requests and read the answers, lighten or lm-eval; `metric` is lm-eval's name of what
+    stands in `acc`. `truncated` counts the requests that were longer than the model's context.
+    """
 
     task: str
     acc: float | None = None
@@ -67,6 +106,11 @@ class Accuracy(Section):
     n: int
     ci95: Interval | None = None
     ci95_norm: Interval | None = None
+    scorer: str | None = None
+    version: str | None = None
+    metric: str | None = None
+    metrics: list[Metric] = []
+    truncated: int | None = None
 
 
 class Percentiles(Section):
@@ -114,8 +158,9 @@ class Energy(Section):
 
 
 class PerplexityDelta(Section):
-    """Paired change against the baseline; `ci95` is the interval of `relative`."""
+    """Paired change against the baseline by the same protocol; `ci95` is the interval of `relative`."""
 
+    protocol: str | None = None
     relative: float
     ci95: Interval | None = None
     absolute: float | None = None
@@ -137,6 +182,7 @@ class Delta(Section):
     """Comparison with the baseline on the same text and tasks; ratios are variant / baseline."""
 
     perplexity: PerplexityDelta | None = None
+    other_perplexity: list[PerplexityDelta] = []
     accuracy: list[AccuracyDelta] = []
     decode_speed_ratio: float | None = None
     size_ratio: float | None = None
@@ -191,6 +237,8 @@ class Variant(Section):
     params: int | None = None
     training: Training | None = None
     perplexity: Perplexity | None = None
+    other_perplexity: list[Perplexity] = []
+    """By further protocols, where several were asked for; never compared with the first."""
     divergence: Divergence | None = None
     accuracy: list[Accuracy] = []
     speed: list[Speed] = []
@@ -212,6 +260,11 @@ class Variant(Section):
     def failed(self) -> bool:
         """True if there is nothing but `error` to show."""
         return self.status == "failed"
+
+    @property
+    def perplexities(self) -> list[Perplexity]:
+        """Its perplexities by every protocol."""
+        return [*([self.perplexity] if self.perplexity else []), *self.other_perplexity]
 
     @property
     def elsewhere(self) -> bool:
@@ -310,16 +363,25 @@ class Results(Section):
         """The variant everything is compared with, unless it is missing or failed."""
         return next((variant for variant in self.measured if variant.name == BASELINE), None)
 
-    def perplexity_change(self, variant: Variant) -> PerplexityDelta | None:
-        """Returns the paired change if it was measured, else the plain one (without interval), else None."""
+    def perplexity_change(self, variant: Variant, protocol: str | None = None) -> PerplexityDelta | None:
+        """Returns the paired change by a protocol, the first unless one is named.
+
+        The plain change, without interval, where no paired one was measured; None between protocols, lengths or texts.
+        """
         base = self.baseline
         if base is None or variant is base:
             return None
-        if variant.delta and variant.delta.perplexity:
-            return variant.delta.perplexity
-        if variant.perplexity and base.perplexity:
-            absolute = variant.perplexity.value - base.perplexity.value
-            return PerplexityDelta(relative=absolute / base.perplexity.value, absolute=absolute)
+        ours = next((each for each in variant.perplexities if protocol in (None, each.by)), None)
+        first = ours is None or ours is variant.perplexity
+        deltas = variant.delta.other_perplexity if variant.delta else []
+        paired = variant.delta.perplexity if variant.delta and first else None
+        paired = paired if first else next((each for each in deltas if each.protocol == protocol), None)
+        if paired:
+            return paired
+        for theirs in base.perplexities:
+            if ours and ours.comparable(theirs):
+                absolute = ours.value - theirs.value
+                return PerplexityDelta(relative=absolute / theirs.value, absolute=absolute)
         return None
 
     def size_ratio(self, variant: Variant) -> float | None:

@@ -146,16 +146,6 @@ def columns(results: Results) -> list[Column]:
         cell = replace(_plain(v.decode_tok_s, 3), details=() if part is None else (ratio(part),))
         return replace(cell, text=f"≈{cell.text}") if _unsteady(v) else cell
 
-    def perplexity_change(v: Variant) -> Cell:
-        if v is results.baseline:
-            return Cell("")
-        delta = results.perplexity_change(v)
-        if delta is None:
-            return Cell()
-        text, interval = change(delta.relative, delta.ci95)
-        margin = (delta.ci95[1] - delta.ci95[0]) / 2 if delta.ci95 else 0.0
-        return Cell(text, (interval,) if interval else (), delta.relative, margin)
-
     return [
         Column("variant", "Variant", "", "", 0, "Its name in the recipe.", lambda v: Cell(v.name, (), v.name)),
         Column("format", "Format", "", "", 7, "File format of the artifact.", lambda v: _word(v.format)),
@@ -171,17 +161,7 @@ def columns(results: Results) -> list[Column]:
             "Bits per weight, over all weights.",
             lambda v: _plain(v.bits_per_weight, 3),
         ),
-        Column("perplexity", "Perplexity", "", "lower", 3, "Per token on held-out text, ± its standard error.", _ppl),
-        Column(
-            "change",
-            "Δ perplexity",
-            "%",
-            "lower",
-            2,
-            "Paired change against the baseline on the same tokens, with its 95 % interval; it is much tighter than "
-            "the two standard errors.",
-            perplexity_change,
-        ),
+        *_perplexity_columns(results),
         Column(
             "kl",
             "KL",
@@ -248,15 +228,71 @@ def columns(results: Results) -> list[Column]:
     ]
 
 
+def _perplexity_columns(results: Results) -> list[Column]:
+    """Returns two columns per protocol, its perplexity and the change of that; without names where there is one."""
+    protocols = list(dict.fromkeys(each.by for variant in results.measured for each in variant.perplexities))
+    found = []
+    for i, by in enumerate(protocols or ["lighten"]):
+        named = "" if len(protocols) < 2 and by == "lighten" else f" ({by})"
+        units = {each.unit for variant in results.measured for each in variant.perplexities if each.by == by}
+        how = "" if not named else f", by the protocol {by}"
+        suffix = "" if i == 0 else f"-{i}"
+        found += [
+            Column(
+                f"perplexity{suffix}",
+                f"Perplexity{named}",
+                "",
+                "lower",
+                3,
+                f"Per {' or '.join(sorted(units)) or 'token'} on held-out text{how}, ± its standard error.",
+                lambda v, by=by: _ppl(v, by),  # type: ignore[misc]
+            ),
+            Column(
+                f"change{suffix}",
+                f"Δ perplexity{named}",
+                "%",
+                "lower",
+                2 if i == 0 else 13,
+                "Paired change against the baseline on the same tokens, with its 95 % interval; it is much tighter "
+                "than the two standard errors.",
+                lambda v, by=by: _ppl_change(results, v, by),  # type: ignore[misc]
+            ),
+        ]
+    return found
+
+
+def _ppl_change(results: Results, v: Variant, by: str) -> Cell:
+    if v is results.baseline:
+        return Cell("")
+    delta = results.perplexity_change(v, by)
+    if delta is None:
+        return Cell()
+    text, interval = change(delta.relative, delta.ci95)
+    margin = (delta.ci95[1] - delta.ci95[0]) / 2 if delta.ci95 else 0.0
+    return Cell(text, (interval,) if interval else (), delta.relative, margin)
+
+
 def _accuracy_columns(results: Results) -> list[Column]:
     """Returns a column per task: acc_norm where any variant has it, else acc."""
     scores = [score for variant in results.measured for score in variant.accuracy]
     tasks = list(dict.fromkeys(score.task for score in scores))
     found = []
     for i, task in enumerate(tasks):
-        norm = any(score.acc_norm is not None for score in scores if score.task == task)
-        name = "acc_norm" if norm else "acc"
+        same = [score for score in scores if score.task == task]
+        norm = any(score.acc_norm is not None for score in same)
+        if not norm and all(score.acc is None for score in same):
+            found.append(_reported(f"metric-{i}", task, same))
+            continue
+        metric = next((score.metric for score in same if score.metric), None) or "acc"
+        name = "acc_norm" if norm else metric
         how = ", each ending's likelihood divided by its length" if norm else ""
+        by = ", ".join(dict.fromkeys(f" (scored by {score.scorer})" for score in same if score.scorer))
+        cut = ", ".join(
+            f" of {variant.name}, {score.truncated:,} requests were cut from the left to fit its context"
+            for variant in results.measured
+            for score in variant.accuracy
+            if score.task == task and score.truncated
+        )
         found.append(
             Column(
                 f"{name}-{i}",
@@ -264,13 +300,31 @@ def _accuracy_columns(results: Results) -> list[Column]:
                 "%",
                 "higher",
                 5,
-                f"Right answers in the task {task}{how}, ± half the 95 % interval; Δ is the paired change in points.",
+                f"Right answers in the task {task}{how}{by}, ± half the 95 % interval; Δ is the paired change in points"
+                f"{';' if cut else ''}{cut}.",
                 lambda v, task=task, norm=norm: _accuracy(v, task, norm),  # type: ignore[misc]
             )
         )
     if tasks:
         return found
     return [Column("acc_norm", "acc_norm", "%", "higher", 5, "Right answers.", lambda v: Cell())]
+
+
+def _reported(column: str, task: str, scores: list[Accuracy]) -> Column:
+    """Returns the column of a task that has no share of right answers: the first number that lm-eval reports."""
+    first = next((score.metrics[0] for score in scores if score.metrics), None)
+    metric = first.metric if first else ""
+    direction: Literal["higher", "lower", ""] = ""
+    if first and first.higher_is_better is not None:
+        direction = "higher" if first.higher_is_better else "lower"
+
+    def cell(v: Variant) -> Cell:
+        numbers = [each for score in v.accuracy if score.task == task for each in score.metrics]
+        value = next((each.value for each in numbers if each.metric == metric), None)
+        return _plain(value, 4)
+
+    about = f"{metric} of the task {task}, as lm-eval reports it."
+    return Column(column, f"{metric} {task}".strip(), "", direction, 5, about, cell)
 
 
 def _accuracy(v: Variant, task: str, norm: bool) -> Cell:
@@ -307,10 +361,11 @@ def _runtime(v: Variant) -> Cell:
     return replace(_word(v.runtime), details=(v.device,) if v.runtime and v.device else ())
 
 
-def _ppl(v: Variant) -> Cell:
-    if v.perplexity is None:
+def _ppl(v: Variant, by: str) -> Cell:
+    found = next((each for each in v.perplexities if each.by == by), None)
+    if found is None:
         return Cell()
-    value, stderr = v.perplexity.value, v.perplexity.stderr
+    value, stderr = found.value, found.stderr
     details = () if stderr is None else (f"± {fixed(stderr, max(decimals_of(value, 4), decimals_of(stderr, 1)))}",)
     return Cell(significant(value, 4), details, value)
 

@@ -106,4 +106,4 @@ def _loads(tried: Matrix, width: int) -> Iterator[RenderableType]:
 
 def _shown(column: Column, cell: Cell, full: bool) -> str:
     """Returns a cell's text; where space is short only the change in perplexity keeps its interval."""
-    return cell.line if full or column.name == "change" else cell.text
+    return cell.line if full or column.name.startswith("change") else cell.text

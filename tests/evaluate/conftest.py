@@ -1,5 +1,7 @@
 """Tiny models on both runtimes, and a brute-force way to score text."""
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +19,23 @@ def tiny_gguf(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     export.write(tiny(), file, "F32")
     return file
+
+
+@pytest.fixture(scope="session")
+def tiny_bos(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer puts BOS first."""
+    folder = tmp_path_factory.mktemp("bos") / "model"
+    shutil.copytree(tiny("llama", "spm"), folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    first, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
 
 
 @pytest.fixture(params=["torch", "llama.cpp"])

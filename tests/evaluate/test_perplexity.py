@@ -22,7 +22,7 @@ from transformers import (
 
 from lighten.data.text import load_text
 from lighten.errors import Failure, RequestError
-from lighten.evaluate import perplexity
+from lighten.evaluate import perplexity, protocols
 from lighten.evaluate.head import Head
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes import open_runtime, open_tokenizer
@@ -40,14 +40,6 @@ def run(out: Path, model: Path, tokenizer: Path, **more: Any) -> dict[str, Any]:
 
 def against(baseline: Path, model: Path) -> dict[str, Any]:
     return {"reference": {"hidden": str(baseline), "model": str(model)}}
-
-
-def test_chunks_do_not_overlap_and_the_rest_is_dropped() -> None:
-    assert perplexity.cut(list(range(11)), 4, None, None).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert perplexity.cut(list(range(11)), 4, 1, None).tolist() == [[0, 1, 2, 3]]
-    assert perplexity.cut(list(range(7)), 4, None, 99).tolist() == [[99, 0, 1, 2], [99, 3, 4, 5]]
-    with pytest.raises(RequestError, match="3 tokens, fewer than one chunk of 4"):
-        perplexity.cut([1, 2, 3], 4, None, None)
 
 
 def test_standard_error_is_that_of_chunk_means() -> None:
@@ -79,7 +71,7 @@ def test_divergence_is_the_textbook_one(tiny: Tiny, tmp_path: Path) -> None:
     base, other = tiny(), tiny("llama-bias")
     run(tmp_path / "base", base, base, save_hidden=True)
     found = run(tmp_path / "other", other, base, **against(tmp_path / "base", base))
-    ids = perplexity.cut(open_tokenizer(base).encode(load_text("builtin", "perplexity")), 64, 4, None)
+    ids = protocols.cut(open_tokenizer(base).encode(load_text("builtin", "perplexity")), 64, 4, None)
     kl, same = [], []
     for chunk in ids:
         ours, theirs = (log_softmax(open_runtime(model).logits(chunk)[:-1]) for model in (base, other))

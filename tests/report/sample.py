@@ -98,7 +98,14 @@ def variant(
         "bits_per_weight": bits,
         "params": 134_515_008,
         "training": None,
-        "perplexity": {"value": ppl, "stderr": ppl * 0.0171, "tokens": 20440, "protocol": PROTOCOL},
+        "perplexity": {
+            "value": ppl,
+            "stderr": ppl * 0.0171,
+            "tokens": 20440,
+            "levels": None,
+            "protocol": PROTOCOL,
+        },
+        "other_perplexity": [],
         "divergence": None,
         "accuracy": [
             {
@@ -108,6 +115,11 @@ def variant(
                 "n": n,
                 "ci95": ci(acc[0]),
                 "ci95_norm": ci(acc[1]),
+                "scorer": "lighten",
+                "version": None,
+                "metric": None,
+                "metrics": [],
+                "truncated": None,
             }
         ],
         "speed": [
@@ -126,7 +138,13 @@ def variant(
         made["divergence"] = {"kl_mean": kl[0], "kl_p99": kl[1], "top1_agreement": kl[2]}
     if rise:
         made["delta"] = {
-            "perplexity": {"relative": rise[0], "ci95": [rise[1], rise[2]], "absolute": round(25.6033 * rise[0], 4)},
+            "perplexity": {
+                "protocol": None,
+                "relative": rise[0],
+                "ci95": [rise[1], rise[2]],
+                "absolute": round(25.6033 * rise[0], 4),
+            },
+            "other_perplexity": [],
             "accuracy": [
                 {
                     "task": "builtin",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -51,12 +51,19 @@ class Tokenizer(Protocol):
     """Turns text into ids; `bos` is the id it puts first by its own default, or None if it puts none."""
 
     bos: int | None
+    prefix: int | None
+    """The id that stands for an empty context: beginning of text, or end of text where there is no such token."""
+    eos: int | None
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, no special tokens added."""
 
-    def decode(self, ids: list[int]) -> str:
-        """Returns the text of ids; bytes that are no whole character read "\ufffd"."""
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        """Returns the text of ids; special tokens are left out, or spelled out where `special` is true."""
+
+
+Decoding = Generator[Floats, int, None]
+"""Gives the logits `[vocab]` of the next token, and is sent the token that was chosen."""
 
 
 class Runtime(Protocol):
@@ -70,6 +77,8 @@ class Runtime(Protocol):
     detail: str
     """Versions and kernels."""
     vocab: int
+    context: int | None
+    """Positions that the model takes; None where it does not say."""
 
     def logits(self, ids: Ids) -> Floats:
         """Returns the logits `[n, vocab]` at every position of `ids [n]`; valid until the next call."""
@@ -85,6 +94,9 @@ class Runtime(Protocol):
 
     def generate(self, prompt: Ids, steps: int) -> Timings:
         """Decodes `steps` tokens greedily after `prompt [batch, n]`, with a cache, through any end of text."""
+
+    def decode(self, prompt: list[int], most: int) -> Decoding:
+        """Goes on after a prompt, with a cache, for at most `most` tokens; one such decoding at a time."""
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text by the model's own tokenizer, no special tokens added."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lighten.errors import Failure, missing_extra
 from lighten.evaluate import machine
-from lighten.evaluate.runtimes import Floats, Ids, Question, Score, Timings
+from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Timings
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.stage import Report, silent
 
@@ -92,16 +92,16 @@ class _Model:
             raise Failure(f"llama.cpp cannot tokenize a text of {len(data)} bytes")
         return list(ids[:count])
 
-    def decode(self, ids: list[int]) -> str:
-        """Returns the text of ids, special tokens by their names."""
-        tokens = (ctypes.c_int32 * len(ids))(*ids)
-        room = 64 * len(ids) + 16
+    def decode(self, ids: list[int], special: bool) -> str:
+        """Returns the text of ids, special tokens spelled out or left out."""
+        given = (ctypes.c_int32 * len(ids))(*ids)
+        room = 16 + 8 * len(ids)
         while True:
-            data = ctypes.create_string_buffer(room)
-            count = self.library.llama_detokenize(self.vocab, tokens, len(ids), data, room, False, True)
-            if count >= 0:
-                return data.raw[:count].decode(errors="replace")
-            room = -count
+            text = ctypes.create_string_buffer(room)
+            size = self.library.llama_detokenize(self.vocab, given, len(ids), text, room, False, special)
+            if size >= 0:
+                return text.raw[:size].decode(errors="replace")
+            room = -size
 
     def close(self) -> None:
         """Frees the model."""
@@ -115,15 +115,18 @@ class GgufTokenizer:
         self._model = _Model(path, "cpu", vocab_only=True)
         library = self._model.library
         adds = library.llama_vocab_get_add_bos(self._model.vocab)
-        self.bos: int | None = int(library.llama_vocab_bos(self._model.vocab)) if adds else None
+        named = {each: int(getattr(library, f"llama_vocab_{each}")(self._model.vocab)) for each in ("bos", "eos")}
+        self.bos: int | None = named["bos"] if adds else None
+        self.eos: int | None = named["eos"] if named["eos"] >= 0 else None
+        self.prefix: int | None = named["bos"] if named["bos"] >= 0 else self.eos
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, no special tokens added."""
         return self._model.encode(text)
 
-    def decode(self, ids: list[int]) -> str:
-        """Returns the text of ids."""
-        return self._model.decode(ids)
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        """Returns the text of ids; special tokens are left out, or spelled out where `special` is true."""
+        return self._model.decode(ids, special)
 
 
 class LlamaCppRuntime:
@@ -145,6 +148,7 @@ class LlamaCppRuntime:
         self.dtype = library.llama_ftype_name(library.llama_model_ftype(self._model.handle)).decode()
         self.detail = f"llama-cpp-python {version('llama-cpp-python')}"
         self.vocab = int(library.llama_vocab_n_tokens(self._model.vocab))
+        self.context: int | None = int(library.llama_model_n_ctx_train(self._model.handle)) or None
         self._context: Any = None
         self._shape: tuple[int, int, bool] = (0, 0, False)
 
@@ -261,6 +265,16 @@ class LlamaCppRuntime:
             times.append(time.perf_counter())
         passed = np.diff(times)
         return Timings(float(passed[0]), [float(each) for each in passed[1:]])
+
+    def decode(self, prompt: list[int], most: int) -> Decoding:
+        """See `Runtime`."""
+        context = self._open_context(len(prompt) + most, 1, False)
+        ids, start = prompt, 0
+        for _ in range(most):
+            places = np.arange(start, start + len(ids))
+            batch = _Batch(self._library, np.array(ids), places, [[0]] * len(ids), places == places[-1])
+            start += len(ids)
+            ids = [(yield self._decode(context, batch)[0])]
 
     def encode(self, text: str) -> list[int]:
         """See `Runtime`."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lighten.errors import Failure, RequestError, missing_extra, reading
 from lighten.evaluate import machine
-from lighten.evaluate.runtimes import Floats, Ids, Question, Score, Timings
+from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Timings
 from lighten.evaluate.runtimes.batches import Layout, read_scores
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.model.onnx_source import read_graph
@@ -76,6 +76,7 @@ class OnnxRuntime:
         self.vocab = self.graph.vocab or int(settings.get("vocab_size", 0))
         if not self.vocab:
             raise Failure(f"{path} does not say how large its vocabulary is, and neither does {GENAI}: export it again")
+        self.context: int | None = settings.get("context_length") or _positions(path.parent)
         self._tokenizer: HfTokenizer | None = None
 
     @cached_property
@@ -169,6 +170,13 @@ class OnnxRuntime:
         passed = np.diff(times)
         return Timings(float(passed[0]), [float(each) for each in passed[1:]])
 
+    def decode(self, prompt: list[int], most: int) -> Decoding:
+        """See `Runtime`."""
+        ids, past = prompt, None
+        for _ in range(most):
+            logits, past = self._cached(np.array(ids)[None], past)
+            ids = [(yield logits[0, -1].astype(np.float32, copy=False))]
+
     @cached_property
     def _decoder(self) -> Any:
         try:
@@ -217,6 +225,15 @@ class OnnxRuntime:
         """See `Runtime`."""
         self.__dict__.pop("_session", None)
         self.__dict__.pop("_decoder", None)
+
+
+def _positions(folder: Path) -> int | None:
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    with reading(file, "export the model again"):
+        positions: int | None = dict(json.loads(file.read_text(encoding="utf-8"))).get("max_position_embeddings")
+    return positions
 
 
 def _genai_version() -> str:

@@ -19,12 +19,16 @@ class HfTokenizer:
             raise RequestError(f"{path} has no tokenizer that transformers can read: {error}") from error
         first = self._tokenizer("a", add_special_tokens=True)["input_ids"][0]
         self.bos: int | None = int(first) if first == self._tokenizer.bos_token_id else None
+        self.eos: int | None = self._tokenizer.eos_token_id
+        named = self._tokenizer.bos_token_id
+        self.prefix: int | None = self.eos if named is None else int(named)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, no special tokens added."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Returns the text of ids."""
-        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        """Returns the text of ids; special tokens are left out, or spelled out where `special` is true."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        return text

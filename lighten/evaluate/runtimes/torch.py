@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lighten.errors import Failure, RequestError, missing_extra
-from lighten.evaluate.runtimes import Floats, Ids, Question, Score, Timings
+from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Timings
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.model.checkpoint import Checkpoint
@@ -60,7 +60,9 @@ class TorchRuntime:
         if unpack:
             _repack(self.model)
         self.detail = " + ".join([f"transformers {version('transformers')}", *_quantizer(method, kernels, unpacked)])
-        self.vocab = int(self.model.config.get_text_config().vocab_size)
+        settings = self.model.config.get_text_config()
+        self.vocab = int(settings.vocab_size)
+        self.context: int | None = getattr(settings, "max_position_embeddings", None)
         self._tokenizer_path = path
         self._tokenizer: HfTokenizer | None = None
         self._rows: Tensor | None = None
@@ -139,6 +141,16 @@ class TorchRuntime:
             times.append(self._now())
         passed = np.diff(times)
         return Timings(float(passed[0]), [float(each) for each in passed[1:]])
+
+    def decode(self, prompt: list[int], most: int) -> Decoding:
+        """See `Runtime`."""
+        ids, cache = prompt, None
+        for _ in range(most):
+            with torch.inference_mode():
+                batch = torch.tensor([ids], device=self.device)
+                output = self.model(input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            ids = [(yield _to_numpy(output.logits[0, -1]))]
 
     def _now(self) -> float:
         if self.device != "cpu":

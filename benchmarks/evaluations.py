@@ -1,0 +1,69 @@
+"""The tables of measurements for docs/benchmarks.md; `tables.py` puts them there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tables import made, rows
+
+from lighten.report.numbers import NOT_MEASURED, byte_count, duration, fixed, significant
+
+Found = dict[str, Any]
+
+
+def harness(found: Found) -> str:
+    """Returns HellaSwag by lighten beside lm-eval."""
+    agreed = {each["name"]: each for each in found["agreement"]}
+    lines = []
+    for row in found["rows"]:
+        same = agreed.get(row["name"])
+        told = ["", ""]
+        if same:
+            told = [_same(same, name) for name in ("acc", "acc_norm")]
+        shares = [f"{fixed(100 * row[name], 2)} %" for name in ("acc", "acc_norm")]
+        spent = [duration(row["seconds"]), f"{row['share_of_lm_eval']:.2f}×", byte_count(row["peak_bytes"])]
+        lines.append([row["name"], *spent, *shares, *told])
+    titles = ("Scorer", "Wall time", "of lm-eval's", "Peak memory", "acc", "acc_norm", "acc: same ending", "acc_norm")
+    settings = found["settings"]
+    pairs = "; ".join(f"{each['name']} with {each['with']}" for each in found["agreement"])
+    told = (
+        f"{settings['model']}, {settings['n']:,} tasks of HellaSwag, {settings['dtype']} everywhere; lm-eval "
+        f"{settings['lm_eval']['lm_eval']} with its `hf` model, times as multiples of its quickest. Compared task by "
+        f"task: {pairs}. A tie is a choice between endings less than {settings['tie_nats']} nats apart."
+    )
+    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
+
+
+def _same(agreed: Found, name: str) -> str:
+    found = agreed[name]
+    ties = f", {found['ties']} ties" if found["ties"] else ""
+    return f"{found['same_choice']:,} of {agreed['of']:,}{ties}"
+
+
+def protocols(found: Found) -> str:
+    """Returns perplexities by every protocol, and by llama.cpp's own tool."""
+    lines = []
+    for row in found["rows"]:
+        by, own = row["protocols"], row["llama_perplexity"]
+        gap = f"{100 * (by['llama.cpp']['value'] / own - 1):+.3f} %" if own else NOT_MEASURED
+        values = [significant(by[name]["value"], 5) for name in ("lighten", "gptq", "llama.cpp")]
+        its = f"{own:.4f}" if own else NOT_MEASURED
+        levels = by["lm-eval"]["levels"]
+        lines.append([row["name"], *values, its, gap, significant(levels["word"], 5), significant(levels["byte"], 4)])
+    titles = (
+        "Artifact",
+        "lighten",
+        "gptq",
+        "llama.cpp",
+        "by llama-perplexity",
+        "gap",
+        "lm-eval, by word",
+        "lm-eval, by byte",
+    )
+    settings = found["settings"]
+    told = (
+        f"{settings['model']} on {settings['test']}: {settings['samples']} chunks of 512 tokens by lighten's and "
+        f"llama.cpp's protocol and of 2,048 by gptq's; lm-eval's takes the whole file as one document. llama-perplexity "
+        f"is the one in llama-cpp-python {found['llama_cpp_python']}. Only numbers of one column can be compared."
+    )
+    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"

@@ -1,0 +1,40 @@
+"""Tasks of EleutherAI's lm-eval on every runtime. Imports nothing heavy: what needs lm-eval runs in another process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+from lighten.errors import missing_extra
+from lighten.evaluate.settings import Accuracy
+from lighten.process import run_isolated
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A task as lm-eval builds it."""
+
+    task: str
+    """Its name."""
+    documents: int
+    letters: int
+    """Characters of all requests, the contexts that several share counted once."""
+    digest: str
+    """SHA-256 of every request, the documents behind them, and how they are scored."""
+    version: str
+    """Of lm-eval."""
+
+
+@cache
+def look(settings: Accuracy) -> Facts:
+    """Returns the facts of a task, whose data set is fetched for it.
+
+    Raises:
+        RequestError: lm-eval is not installed or has no such task, or its data cannot be had.
+    """
+    if find_spec("lm_eval") is None:
+        raise missing_extra(
+            "harness", "lm_eval", f"the task {settings.task!r} (not builtin, hellaswag or a .jsonl file)"
+        )
+    return Facts(**run_isolated("lighten.evaluate.harness.tasks:describe", settings.model_dump(mode="json")).value)

@@ -1,0 +1,194 @@
+"""lm-eval's tasks from local files, as a recipe or a person at the command line asks for them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lighten.data.choices import load_choices
+from lighten.errors import RequestError
+from lighten.evaluate import harness, paired
+from lighten.evaluate.run import measure
+from lighten.evaluate.settings import Accuracy
+from lighten.stage import silent
+from tests.evaluate.conftest import Tiny
+from tests.test_cli import lighten, refused
+
+pytest.importorskip("lm_eval")
+from lighten.evaluate.harness import tasks
+
+HELLASWAG = """task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {file}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{activity_label}}}}: {{{{ctx}}}}"
+doc_to_target: label
+doc_to_choice: endings
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+"""
+RECORDS = [
+    {"activity_label": f"Scene {n}", "ctx": f"The {who} went to the", "endings": list(ends), "label": n % len(ends)}
+    for n, (who, ends) in enumerate(
+        [
+            ("dog", ("park and ran.", "bank.", "moon of cheese.")),
+            ("cat", ("roof.", "sea to swim far away.", "fridge.")),
+            ("man", ("office by train.", "apple.")),
+            ("girl", ("school.", "stone.", "cloud that sang.")),
+            ("band", ("stage and played.", "spoon.", "number.")),
+        ]
+    )
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A task file with its data beside it; nothing may ask the hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "tasks.jsonl").write_text("\n".join(json.dumps(each) for each in RECORDS))
+    (tmp_path / "scenes.yaml").write_text(HELLASWAG.format(name="scenes", file="tasks.jsonl"))
+    return tmp_path
+
+
+def run(out: Path, model: Path, tokenizer: Path, **config: Any) -> dict[str, Any]:
+    out.mkdir()
+    payload = {"measurement": "accuracy", "config": config, "model": str(model), "tokenizer": str(tokenizer)}
+    return measure(payload | {"out": str(out), "device": "cpu"}, silent)
+
+
+def test_lm_eval_answers_as_the_own_scorer_does(tiny: Tiny, tiny_gguf: Path, folder: Path) -> None:
+    ours = run(folder / "a", tiny(), tiny(), task="own", local=str(folder / "tasks.jsonl"))["accuracy"]
+    for name, model in {"torch": tiny(), "gguf": tiny_gguf}.items():
+        theirs = run(folder / name, model, tiny(), task=str(folder / "scenes.yaml"))["accuracy"]
+        assert (ours["scorer"], theirs["scorer"], theirs["task"]) == ("lighten", "lm-eval", "scenes")
+        assert [theirs[key] for key in ("acc", "acc_norm", "n")] == [ours[key] for key in ("acc", "acc_norm", "n")]
+        assert theirs["ci95"] == ours["ci95"]
+        values, own = load_file(folder / name / "values.safetensors"), load_file(folder / "a" / "values.safetensors")
+        assert values["score"].tolist() == (own["choice"] == own["label"]).astype(float).tolist()
+        assert values["score_norm"].tolist() == (own["choice_norm"] == own["label"]).astype(float).tolist()
+        reported = {(row["metric"], row["filter"]): row["value"] for row in theirs["metrics"]}
+        assert reported == {("acc", "none"): theirs["acc"], ("acc_norm", "none"): theirs["acc_norm"]}
+    change = paired.compare("accuracy", folder / "gguf", folder / "torch")
+    assert (change["task"], change["acc"], change["gained"]) == ("scenes", 0, 0)
+    with pytest.raises(RequestError, match=r"scored by lm-eval and .* by lighten"):
+        paired.compare("accuracy", folder / "gguf", folder / "a")
+
+
+def test_written_answers_are_counted(tiny: Tiny, folder: Path) -> None:
+    settings = {"until": ["\n"], "max_gen_toks": 4}
+    text = HELLASWAG.format(name="written", file="tasks.jsonl").replace("multiple_choice", "generate_until")
+    text = text[: text.index("doc_to_choice")] + f"generation_kwargs: {json.dumps(settings)}\n"
+    text += "metric_list:\n  - {metric: exact_match, aggregation: mean, higher_is_better: true}\n"
+    (folder / "written.yaml").write_text(text)
+    found = run(folder / "out", tiny(), tiny(), task=str(folder / "written.yaml"))["accuracy"]
+    assert (found["metric"], found["acc"], found["n"], found["acc_norm"]) == ("exact_match", 0.0, 5, None)
+
+
+def test_a_rolling_task_has_numbers_and_no_share_of_right_answers(tiny: Tiny, folder: Path) -> None:
+    text = HELLASWAG.format(name="rolling", file="tasks.jsonl").replace("multiple_choice", "loglikelihood_rolling")
+    text = text[: text.index("doc_to_text")] + 'doc_to_text: ""\ndoc_to_target: "{{ctx}}"\n'
+    text += "metric_list:\n  - {metric: word_perplexity}\n  - {metric: bits_per_byte}\n"
+    (folder / "rolling.yaml").write_text(text)
+    found = run(folder / "out", tiny(), tiny(), task=str(folder / "rolling.yaml"))["accuracy"]
+    documents = folder / "documents.jsonl"
+    documents.write_text("\n".join(json.dumps({"text": each["ctx"]}) for each in RECORDS))
+    payload = {"measurement": "perplexity", "config": {"protocol": "lm-eval", "data": str(documents)}}
+    (folder / "protocol").mkdir()
+    where = {"model": str(tiny()), "tokenizer": str(tiny()), "out": str(folder / "protocol"), "device": "cpu"}
+    levels = measure(payload | where, silent)["perplexity"]["levels"]
+    assert found["acc"] is None
+    assert {row["metric"]: row["value"] for row in found["metrics"]} == pytest.approx(
+        {"word_perplexity": levels["word"], "bits_per_byte": levels["bits_per_byte"]}
+    )
+
+
+def test_a_known_task_takes_its_documents_from_a_local_file(tiny: Tiny, folder: Path) -> None:
+    rows = [
+        {"question": f"What is {n}?", "choices": {"text": ["a", "b b"], "label": ["A", "B"]}, "answerKey": "AB"[n % 2]}
+        for n in range(4)
+    ]
+    (folder / "arc.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = {"task": "arc_easy", "local": str(folder / "arc.jsonl"), "scorer": "lm-eval"}
+    found = run(folder / "out", tiny(), tiny(), **config)["accuracy"]
+    assert (found["task"], found["n"], found["metric"]) == ("arc_easy", 4, "acc")
+    few = tasks.texts(Accuracy(**config, shots=2, limit=1))
+    assert few[0].count("Question:") == 3
+    with pytest.raises(RequestError, match=r"must have the fields of the task's own data set|do not fit it"):
+        tasks.texts(Accuracy(**{**config, "local": str(folder / "tasks.jsonl")}))
+
+
+def test_the_digest_is_that_of_what_is_asked(folder: Path) -> None:
+    first = harness.look(Accuracy(task=str(folder / "scenes.yaml")))
+    assert (first.task, first.documents) == ("scenes", 5)
+    moved = folder / "elsewhere"
+    moved.mkdir()
+    for name in ("scenes.yaml", "tasks.jsonl"):
+        (moved / name).write_text((folder / name).read_text())
+    assert harness.look(Accuracy(task=str(folder / "scenes.yaml"), limit=3)).digest != first.digest
+    assert harness.look(Accuracy(task=str(moved / "scenes.yaml"))).digest == first.digest
+    harness.look.cache_clear()
+    changed = [{**RECORDS[0], "label": 1}, *RECORDS[1:]]
+    (moved / "tasks.jsonl").write_text("\n".join(json.dumps(each) for each in changed))
+    assert harness.look(Accuracy(task=str(moved / "scenes.yaml"))).digest != first.digest
+
+
+def test_who_scores_what() -> None:
+    assert not Accuracy(task="hellaswag").harness
+    assert not Accuracy(task="mine", local="mine.jsonl").harness
+    assert Accuracy(task="arc_easy").harness
+    assert Accuracy(task="hellaswag", scorer="lm-eval").harness
+    assert Accuracy(task="x", limit=3).key_config() == {"task": "x", "local": None, "limit": 3}
+    for wrong in ({"scorer": "lm-eval"}, {"task": "arc_easy", "scorer": "lighten"}, {"shots": 2}):
+        with pytest.raises(ValueError, match="lm-eval|own scorer knows"):
+            Accuracy.model_validate(wrong)
+
+
+def test_a_person_measures_a_task_file(tiny: Tiny, tiny_gguf: Path, folder: Path) -> None:
+    flags = ("--task", str(folder / "scenes.yaml"), "--skip", "speed", "--protocol", "gptq", "--protocol", "llama.cpp")
+    lengths = ("--length", "64", "--samples", "2", "--json", "-o", str(folder / "out"))
+    done = lighten("evaluate", tiny(), tiny_gguf, *flags, *lengths, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    for row in value["variants"]:
+        assert row["accuracy"][0]["task"] == "scenes" and row["accuracy"][0]["scorer"] == "lm-eval"
+        assert row["perplexity"]["protocol"]["name"] == "gptq"
+        assert [each["protocol"]["name"] for each in row["other_perplexity"]] == ["llama.cpp"]
+    delta = value["variants"][1]["delta"]
+    assert abs(delta["perplexity"]["relative"]) < 1e-2 > abs(delta["other_perplexity"][0]["relative"])
+    for name in ("report.md", "report.html"):
+        report = (folder / "out" / name).read_text()
+        assert "Perplexity (gptq)" in report and "Perplexity (llama.cpp)" in report
+        assert "scored by lm-eval" in report
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--task", "helaswag"), "there is no task 'helaswag': did you mean 'hellaswag'"),
+        (("--task", "arc_easy"), "takes its data from the hub, which cannot be reached"),
+        (("--task", "nowhere.yaml"), "there is no task file nowhere.yaml"),
+        (("--protocol", "gguf"), "--protocol gguf: there is lighten, gptq, llama.cpp, lm-eval"),
+        (("--protocol", "gptq"), "takes chunks of 2048 tokens, but"),
+        (("--shots", "2"), "add `scorer: lm-eval`"),
+    ],
+)
+def test_a_wrong_request_is_one_message(tiny: Tiny, folder: Path, flags: tuple[str, ...], told: str) -> None:
+    refused(lighten("evaluate", tiny(), "--skip", "speed", *flags, cwd=folder), 2, told)
+
+
+def test_builtin_choices_are_asked_alike(tiny: Tiny, folder: Path) -> None:
+    lines = [
+        {"activity_label": each.context.partition(": ")[0], "ctx": each.context.partition(": ")[2]}
+        | {"endings": list(each.endings), "label": each.label}
+        for each in load_choices("builtin", 12)
+    ]
+    (folder / "tasks.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    ours = run(folder / "a", tiny(), tiny(), task="own", local=str(folder / "tasks.jsonl"))["accuracy"]
+    theirs = run(folder / "b", tiny(), tiny(), task=str(folder / "scenes.yaml"))["accuracy"]
+    assert np.array([ours["acc"], ours["acc_norm"]]) == pytest.approx([theirs["acc"], theirs["acc_norm"]])

@@ -1,0 +1,165 @@
+"""Each protocol against a direct loop over a model of transformers', in float64."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lighten.data.text import load_documents, load_text
+from lighten.errors import RequestError
+from lighten.evaluate import paired, protocols
+from lighten.evaluate.run import measure
+from lighten.evaluate.settings import Evaluate, Perplexity
+from lighten.plan import check_measurable
+from lighten.recipe import parse_settings
+from lighten.stage import ModelFacts, silent
+from tests.evaluate.conftest import Tiny
+
+FACTS = ModelFacts("LlamaForCausalLM", 2, 8, 8, 2, 2, 4, 100, False, context=1024)
+
+
+def run(out: Path, model: Path, tokenizer: Path, **config: Any) -> dict[str, Any]:
+    out.mkdir()
+    payload = {"measurement": "perplexity", "config": config, "model": str(model), "tokenizer": str(tokenizer)}
+    return measure(payload | {"out": str(out), "device": "cpu"}, silent)["perplexity"]
+
+
+@torch.no_grad()
+def nll(model: Any, ids: list[int], first: int) -> list[float]:
+    """Negative log-likelihood of the tokens from `first` on, each given those before it."""
+    logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return [-float(logprobs[place - 1, ids[place]]) for place in range(first, len(ids))]
+
+
+def opened(folder: Path) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64), AutoTokenizer.from_pretrained(folder)
+
+
+def test_chunks_do_not_overlap_and_the_rest_is_dropped() -> None:
+    assert protocols.cut(list(range(11)), 4, None, None).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert protocols.cut(list(range(11)), 4, 1, None).tolist() == [[0, 1, 2, 3]]
+    assert protocols.cut(list(range(7)), 4, None, 99).tolist() == [[99, 0, 1, 2], [99, 3, 4, 5]]
+    with pytest.raises(RequestError, match="3 tokens, fewer than one chunk of 4"):
+        protocols.cut([1, 2, 3], 4, None, None)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_gptq_scores_all_but_the_first_of_chunks_without_bos(
+    tiny: Tiny, tiny_bos: Path, tmp_path: Path, bos: bool
+) -> None:
+    folder = tiny_bos if bos else tiny()
+    model, tokenizer = opened(folder)
+    ids = tokenizer(load_text("builtin", "perplexity"), add_special_tokens=False).input_ids
+    losses = [loss for n in range(3) for loss in nll(model, ids[n * 48 : (n + 1) * 48], 1)]
+    found = run(tmp_path / "a", folder, folder, protocol="gptq", length=48, samples=3)
+    assert found["value"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert found["tokens"] == len(losses) == 3 * 47
+    assert (found["protocol"]["name"], found["protocol"]["bos"]) == ("gptq", False)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_llama_cpp_scores_the_second_half_after_a_bos(tiny: Tiny, tiny_bos: Path, tmp_path: Path, bos: bool) -> None:
+    folder = tiny_bos if bos else tiny()
+    model, tokenizer = opened(folder)
+    assert load_text("builtin", "perplexity").endswith("\n")
+    ids = tokenizer(load_text("builtin", "perplexity")[:-1], add_special_tokens=False).input_ids
+    first = [tokenizer.bos_token_id] if bos else []
+    ids = first + ids
+    losses: list[float] = []
+    for number in range(3):
+        chunk = ids[number * 50 : (number + 1) * 50]
+        losses += nll(model, first + chunk[len(first) :], 26)
+    found = run(tmp_path / "a", folder, folder, protocol="llama.cpp", length=50, samples=3)
+    assert found["value"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert found["tokens"] == len(losses) == 3 * 24
+    assert found["protocol"]["bos"] is bos
+
+
+def test_a_gguf_file_gives_what_its_source_gives(tiny: Tiny, tiny_gguf: Path, tmp_path: Path) -> None:
+    for number, (name, length) in enumerate({"gptq": 64, "llama.cpp": 64, "lm-eval": None}.items()):
+        config = {"protocol": name, "length": length, "samples": 3}
+        source = run(tmp_path / f"{number}", tiny(), tiny(), **config)
+        made = run(tmp_path / f"{number}-gguf", tiny_gguf, tiny(), **config)
+        assert made["value"] == pytest.approx(source["value"], rel=2e-3)
+        assert made["protocol"]["ids_sha256"] == source["protocol"]["ids_sha256"]
+
+
+def write(path: Path, documents: list[str]) -> Path:
+    path.write_text("\n".join(json.dumps({"text": each}) for each in documents))
+    return path
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_lm_eval_predicts_every_token_of_every_document(tiny: Tiny, tiny_bos: Path, tmp_path: Path, bos: bool) -> None:
+    folder = tiny_bos if bos else tiny()
+    model, tokenizer = opened(folder)
+    documents = [text[:size] for text, size in zip(load_documents("builtin", "perplexity"), (300, 40), strict=False)]
+    file = write(tmp_path / "two.jsonl", documents)
+    total, count = 0.0, 0
+    for text in documents:
+        ids = tokenizer(text).input_ids
+        assert (ids[0] == tokenizer.bos_token_id) is bos
+        # with BOS where the tokenizer puts one, as lm-eval has it
+        prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        count += len(ids)
+        for start in range(0, len(ids), 32):
+            seen = [prefix, *ids][max(start - 32 + len(ids[start : start + 32]), 0) : start + 32 + 1]
+            total += sum(nll(model, seen, len(seen) - len(ids[start : start + 32])))
+    found = run(tmp_path / "a", folder, folder, protocol="lm-eval", length=32, data=str(file))
+    words = sum(len(text.split()) for text in documents)
+    assert found["value"] == found["levels"]["word"] == pytest.approx(math.exp(total / words), rel=1e-5)
+    assert found["levels"]["token"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    letters = sum(len(text.encode()) for text in documents)
+    assert found["levels"]["byte"] == pytest.approx(math.exp(total / letters), rel=1e-5)
+    assert found["levels"]["bits_per_byte"] == pytest.approx(total / letters / math.log(2), rel=1e-5)
+    assert found["tokens"] == count
+    assert found["protocol"]["unit"] == "word"
+
+
+def test_the_change_by_word_is_that_of_the_sums(tiny: Tiny, tmp_path: Path) -> None:
+    config = {"protocol": "lm-eval", "samples": 5, "length": 64}
+    base = run(tmp_path / "a", tiny(), tiny(), **config)
+    other = run(tmp_path / "b", tiny("llama-bias"), tiny(), **config)
+    change = paired.compare("perplexity", tmp_path / "b", tmp_path / "a")["perplexity"]
+    assert change["relative"] == pytest.approx(other["value"] / base["value"] - 1)
+    assert change["absolute"] == pytest.approx(other["value"] - base["value"])
+    assert change["ci95"][0] < change["relative"] < change["ci95"][1]
+    same = paired.compare("perplexity", tmp_path / "a", tmp_path / "a")["perplexity"]
+    assert (same["relative"], same["ci95"]) == (0, [0, 0])
+
+
+def test_perplexities_of_two_protocols_are_not_compared(tiny: Tiny, tmp_path: Path) -> None:
+    # without BOS both cut the text into the same chunks, so that only the name tells them apart
+    run(tmp_path / "a", tiny(), tiny(), protocol="lighten", length=64, samples=2)
+    run(tmp_path / "b", tiny(), tiny(), protocol="gptq", length=64, samples=2)
+    with pytest.raises(RequestError, match=r"protocol gptq .* by lighten: .* cannot be compared"):
+        paired.compare("perplexity", tmp_path / "b", tmp_path / "a")
+
+
+def test_chunks_longer_than_the_context_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"gptq takes chunks of 2048 tokens, but .* 512 positions: set `length`"):
+        run(tmp_path / "a", tiny(), tiny(), protocol="gptq")
+    asked = Evaluate.model_validate({"perplexity": [{}, {"protocol": "gptq"}]})
+    with pytest.raises(RequestError, match="chunks of 2048 tokens, but mine takes 1024 positions"):
+        check_measurable(FACTS, asked, "mine")
+    check_measurable(FACTS, Evaluate.model_validate({"perplexity": {"protocol": "gptq", "length": 1024}}), "mine")
+
+
+def test_a_protocol_has_its_own_length() -> None:
+    lengths = {name: Perplexity.model_validate({"protocol": name}).length for name in protocols.METHODS}
+    assert lengths == {"lighten": 512, "gptq": 2048, "llama.cpp": 512, "lm-eval": None}
+    assert Perplexity.model_validate({"protocol": "gptq", "length": 64}).length == 64
+
+
+def test_what_was_measured_before_there_were_protocols_is_found_again() -> None:
+    assert Perplexity().key_config() == {"data": "builtin", "length": 512, "samples": None}
+    assert Perplexity(protocol="gptq").key_config()["protocol"] == "gptq"
+
+
+def test_a_protocol_that_is_asked_for_twice_is_refused() -> None:
+    with pytest.raises(RequestError, match="the protocol gptq is asked for twice"):
+        parse_settings(Evaluate, {"perplexity": [{"protocol": "gptq"}, {"protocol": "gptq", "length": 64}]}, "recipe")
