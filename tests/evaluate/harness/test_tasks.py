@@ -1,12 +1,13 @@
 """lm-eval's tasks from local files, as a recipe or a person at the command line asks for them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lighten.data.choices import load_choices
 from lighten.errors import RequestError
@@ -145,7 +146,7 @@ def test_who_scores_what() -> None:
     assert Accuracy(task="hellaswag", scorer="lm-eval").harness
     assert Accuracy(task="x", limit=3).key_config() == {"task": "x", "local": None, "limit": 3}
     for wrong in ({"scorer": "lm-eval"}, {"task": "arc_easy", "scorer": "lighten"}, {"shots": 2}):
-        with pytest.raises(ValueError, match="lm-eval|own scorer knows"):
+        with pytest.raises(ValueError, match=r"lm-eval|own scorer knows"):
             Accuracy.model_validate(wrong)
 
 
@@ -192,3 +193,51 @@ def test_builtin_choices_are_asked_alike(tiny: Tiny, folder: Path) -> None:
     ours = run(folder / "a", tiny(), tiny(), task="own", local=str(folder / "tasks.jsonl"))["accuracy"]
     theirs = run(folder / "b", tiny(), tiny(), task=str(folder / "scenes.yaml"))["accuracy"]
     assert np.array([ours["acc"], ours["acc_norm"]]) == pytest.approx([theirs["acc"], theirs["acc_norm"]])
+
+
+def test_a_recipe_measures_by_several_protocols_and_keeps_what_it_measured(tiny: Tiny, folder: Path) -> None:
+    (folder / "two.yaml").write_text(
+        f"""name: two
+model: {tiny()}
+variants: {{f16: [{{export: {{format: gguf, type: F16}}}}]}}
+evaluate:
+  perplexity:
+    - {{length: 64, samples: 2}}
+    - {{protocol: llama.cpp, length: 64, samples: 2}}
+    - {{protocol: lm-eval, samples: 4}}
+  accuracy: [{{task: scenes.yaml, limit: 4}}, {{task: builtin, limit: 4}}]
+"""
+    )
+    done = lighten("run", "two.yaml", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    for row in json.loads(done.stdout)["variants"]:
+        assert row["perplexity"]["protocol"]["name"] == "lighten"
+        assert [each["protocol"]["name"] for each in row["other_perplexity"]] == ["llama.cpp", "lm-eval"]
+        assert [(each["task"], each["scorer"]) for each in row["accuracy"]] == [
+            ("scenes", "lm-eval"),
+            ("builtin", "lighten"),
+        ]
+        if row["name"] != "baseline":
+            assert [each["protocol"] for each in row["delta"]["other_perplexity"]] == ["llama.cpp", "lm-eval"]
+    planned = json.loads(lighten("plan", "two.yaml", "--json", cwd=folder).stdout)
+    assert all(stage["cached"] for stage in planned["stages"])
+    assert {"perplexity by lm-eval of f16", "accuracy in scenes of f16"} <= {each["name"] for each in planned["stages"]}
+
+
+def test_a_misspelt_key_is_named_with_its_line(tiny: Tiny, folder: Path) -> None:
+    (folder / "wrong.yaml").write_text(
+        f"name: w\nmodel: {tiny()}\nvariants: {{a: []}}\nevaluate:\n  perplexity:\n    protocl: gptq\n"
+    )
+    refused(lighten("plan", "wrong.yaml", cwd=folder), 2, "wrong.yaml:6: evaluate.perplexity.protocl", "'protocol'")
+
+
+def test_a_broken_variant_is_one_failed_row(tiny: Tiny, tiny_gguf: Path, folder: Path) -> None:
+    broken = shutil.copytree(tiny(), folder / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = np.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    flags = ("--task", "scenes.yaml", "--skip", "speed", "--length", "64", "--samples", "2", "--json")
+    done = lighten("evaluate", tiny(), broken, tiny_gguf, *flags, cwd=folder)
+    assert done.returncode == 1
+    assert "not finite numbers" in done.stderr
+    assert [row["status"] for row in json.loads(done.stdout)["variants"]] == ["ok", "failed", "ok"]
