@@ -63,7 +63,7 @@ def protocols(found: Found) -> str:
     settings = found["settings"]
     told = (
         f"{settings['model']} on {settings['test']}: {settings['samples']} chunks of 512 tokens by lighten's and "
-        f"llama.cpp's protocol and of 2,048 by gptq's; lm-eval's takes the whole file as one document. "
+        f"llama.cpp's protocol and of 2,048 by gptq's; lm-eval's takes {settings['documents']} articles. "
         f"llama-perplexity is the one in llama-cpp-python {found['llama_cpp_python']}. Only numbers of one "
         "column can be compared."
     )

@@ -9,6 +9,7 @@ source package, in the version that is installed here, built with cmake for this
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo:smollm2-135m")
     parser.add_argument("--test", type=Path, required=True, help="text file to measure on")
     parser.add_argument("--samples", type=int, default=40, help="chunks at most, of every protocol but lm-eval's")
+    parser.add_argument("--documents", type=int, default=10, help="articles at most, of lm-eval's protocol")
     parser.add_argument("--length", type=int, help="tokens of lm-eval's windows (default: all that the model takes)")
     parser.add_argument("--work", type=Path, default=Path("artifacts") / "protocols", help="sources and builds; kept")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
@@ -63,7 +65,8 @@ def main() -> None:
     protocols = [
         Perplexity(protocol=name, data=text, samples=asked.samples) for name in ("lighten", "gptq", "llama.cpp")
     ]
-    protocols.append(Perplexity(protocol="lm-eval", data=text, length=asked.length))
+    articles = documents(asked.test, work / "articles.jsonl")
+    protocols.append(Perplexity(protocol="lm-eval", data=articles, length=asked.length, samples=asked.documents))
     measured = measure([str(path) for path in (model, *files)], perplexity=protocols)["variants"]
     rows: list[dict[str, Any]] = []
     for name, path, found in zip(("source", *TYPES), (model, *files), measured, strict=True):
@@ -75,15 +78,29 @@ def main() -> None:
         its = None if path.is_dir() else own(tool, path, asked.test, asked.samples)
         rows.append({"name": name, "protocols": by, "llama_perplexity": its})
         print(name, {protocol: each["value"] for protocol, each in by.items()}, its)
-    told = f"--test {asked.test.name} --samples {asked.samples}" + (f" --length {asked.length}" if asked.length else "")
+    told = f"--test {asked.test.name} --samples {asked.samples} --documents {asked.documents}"
+    told += f" --length {asked.length}" if asked.length else ""
     results = {
         "command": f"python benchmarks/protocols.py {told}",
         "machine": machine.fingerprint(),
-        "settings": {"model": asked.model, "test": asked.test.name, "samples": asked.samples},
+        "settings": {
+            "model": asked.model,
+            "test": asked.test.name,
+            "samples": asked.samples,
+            "documents": asked.documents,
+        },
         "llama_cpp_python": version("llama-cpp-python"),
         "rows": rows,
     }
     write_json(asked.out, results)
+
+
+def documents(text: Path, out: Path) -> str:
+    """Writes the articles of a WikiText file, which begin with " = Title = ", as documents; returns where."""
+    articles = re.split(r"(?m)^(?= = [^=\n]+ = *$)", text.read_text(encoding="utf-8"))
+    lines = [json.dumps({"text": each.strip()}) for each in articles if each.strip()]
+    out.write_text("\n".join(lines), encoding="utf-8")
+    return str(out)
 
 
 def build(source: Path, folder: Path, jobs: int) -> Path:
