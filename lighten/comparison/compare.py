@@ -147,7 +147,12 @@ def _tokens(
     given, said = b.perplexity.manifest["config"], b.row.perplexity.protocol
     payload: dict[str, Any] = {
         "tokenizer": str(b.tokenizer),
-        "config": {"data": said["data"], "length": given["length"], "samples": given.get("samples")},
+        "config": {
+            "data": said["data"],
+            "length": given["length"],
+            "samples": given.get("samples"),
+            "protocol": given.get("protocol", "lighten"),
+        },
         "ids_sha256": said.get("ids_sha256"),
         "count": count,
     }

@@ -90,7 +90,11 @@ def _perplexity(a: Side, b: Side, notes: list[str]) -> Change | None:
     if not (a.perplexity and b.perplexity):
         notes.append("perplexity has no interval: the values of single chunks are not in the store")
         return _change(ours, theirs)
-    first, second = (paired.values(side.perplexity.path)["nll"] for side in (a, b) if side.perplexity)
+    stored = [paired.values(side.perplexity.path) for side in (a, b) if side.perplexity]
+    if "words" in stored[0]:
+        notes.append("perplexity has no interval: lm-eval's protocol scores whole documents")
+        return _change(ours, theirs)
+    first, second = (values["nll"] for values in stored)
     ratio = bootstrap_ratio(second, first)
     if ratio.ci95 is None:
         notes.append(f"perplexity has no interval: {len(first)} chunks are too few")
@@ -110,6 +114,9 @@ def _task(name: str, ours: Accuracy, theirs: Accuracy, a: Side, b: Side, notes: 
         plain, normalized = ((getattr(ours, key), getattr(theirs, key)) for key in ("acc", "acc_norm"))
         return Task(name, ours.n, _plain(*plain), _plain(*normalized))
     before, after = (paired.values(side.accuracy[name].path) for side in (a, b))
+    if "choice_norm" not in before or "choice_norm" not in after:
+        notes.append(f"{name} has no interval: lm-eval scored it, and only what it reports is kept")
+        return Task(name, ours.n, _plain(ours.acc, theirs.acc), _plain(ours.acc_norm, theirs.acc_norm))
     found, why = flips(a.accuracy[name], before, after)
     if why:
         notes.append(f"the text of {name} is not shown: {why}")

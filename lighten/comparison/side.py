@@ -115,10 +115,10 @@ def of_model(
         Failure: it cannot be measured.
     """
     source = find(name)
-    check_measurable(source.facts, evaluate)
+    check_measurable(source.facts, evaluate, name)
     ids = find(str(tokenizer)) if tokenizer else source
     asked: list[tuple[Any, Perplexity | Accuracy | Speed]] = [("accuracy", each) for each in evaluate.accuracy]
-    asked += [("perplexity", evaluate.perplexity)] if evaluate.perplexity else []
+    asked += [("perplexity", each) for each in evaluate.perplexity[:1]]  # the one that leads the report
     asked += [("speed", evaluate.speed)] if evaluate.speed else []
     done = [(kind, _measured(kind, settings, source, ids, store, device, watcher)) for kind, settings in asked]
     row: dict[str, Any] = {"name": source.path.name, "status": "ok", **describe_source(source)}
@@ -143,10 +143,14 @@ def _measured(
     device: str,
     watcher: Watcher,
 ) -> Artifact:
-    config = {"measure": kind, **settings.model_dump(mode="json"), "packages": measuring_packages()}
+    config = {"measure": kind, **settings.key_config(), "packages": measuring_packages()}
     if isinstance(settings, Perplexity):
         config["data"] = text.digest(text.load_text(settings.data, "perplexity"))
     elif isinstance(settings, Accuracy):
+        if settings.harness:
+            raise RequestError(
+                f"a model beside a variant is not measured in lm-eval's {settings.task}: name two variants"
+            )
         config["data"] = choices.digest(choices.load_choices(settings.local or settings.task, settings.limit))
     else:
         config["machine"] = this_machine()

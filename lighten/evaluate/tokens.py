@@ -11,7 +11,8 @@ from lighten.data.text import load_text
 from lighten.errors import Failure, RequestError
 from lighten.evaluate import rows
 from lighten.evaluate.paired import values
-from lighten.evaluate.perplexity import cut, hash_ids
+from lighten.evaluate.perplexity import hash_ids
+from lighten.evaluate.protocols import chunked
 from lighten.evaluate.runtimes import Floats, Ids, Runtime, open_runtime, open_tokenizer
 from lighten.evaluate.settings import Perplexity
 from lighten.process import share_cores
@@ -42,7 +43,11 @@ def largest(payload: dict[str, Any], report: Report) -> list[dict[str, Any]]:
     settings = Perplexity(**payload["config"])
     tokenizer = open_tokenizer(Path(payload["tokenizer"]))
     text = load_text(settings.data, "perplexity")
-    ids = cut(tokenizer.encode(text), settings.length, settings.samples, tokenizer.bos)
+    if settings.protocol != "lighten":
+        raise RequestError(
+            f"--tokens tells the places of lighten's own protocol, this perplexity is by {settings.protocol}"
+        )
+    ids = chunked(tokenizer.encode(text), settings, tokenizer).ids
     if payload.get("ids_sha256") not in (None, hash_ids(ids)):
         raise Failure(f"the text {settings.data!r} is not the one that was measured: it has changed since, or moved")
     pair = None
@@ -64,11 +69,11 @@ def largest(payload: dict[str, Any], report: Report) -> list[dict[str, Any]]:
     for chunk, at in places:
         row = [int(each) for each in ids[chunk]]
         place: dict[str, Any] = {"kl": float(kl[chunk, at]), "chunk": chunk, "position": at + 1}
-        place["before"] = tokenizer.decode(row[max(0, at + 1 - BEFORE) : at + 1])
-        place["token"] = tokenizer.decode([row[at + 1]])
-        place["after"] = tokenizer.decode(row[at + 2 : at + 2 + AFTER])
+        place["before"] = tokenizer.decode(row[max(0, at + 1 - BEFORE) : at + 1], special=True)
+        place["token"] = tokenizer.decode([row[at + 1]], special=True)
+        place["after"] = tokenizer.decode(row[at + 2 : at + 2 + AFTER], special=True)
         for name, (top, p, p_actual) in zip(("first", "second"), sides.get((chunk, at), ()), strict=False):
-            place[name] = {"token": tokenizer.decode([top]), "p": p, "p_actual": p_actual}
+            place[name] = {"token": tokenizer.decode([top], special=True), "p": p, "p_actual": p_actual}
         found.append(place)
     return found
 
