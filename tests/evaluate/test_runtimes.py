@@ -92,7 +92,8 @@ def test_both_tokenizers_give_the_text_back(tiny: Tiny, tiny_gguf: Path) -> None
     text = "A naïve café opens at 9:30.\n\n    x = 12345 日本 <|im_start|>end" + "\n" * 300
     for path in (tiny(), tiny_gguf):
         tokenizer = open_tokenizer(path)
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.decode(tokenizer.encode(text), special=True) == text
+        assert tokenizer.decode(tokenizer.encode(text)) == text.replace("<|im_start|>", "")
 
 
 def test_the_default_of_a_tokenizer_decides_on_bos(tiny: Tiny, tmp_path: Path) -> None:
