@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -12,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lighten.errors import Failure, LightenError, RequestError, reading
+from lighten.errors import Failure, LightenError, RequestError
+from lighten.model.onnx_source import GENAI, genai
 from lighten.process import run_isolated
 from lighten.stage import Report, silent
 from lighten.store import MANIFEST, read_artifact
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-GENAI = "genai_config.json"
 IDS = 8
 """Tokens that every loader is given."""
 LONGEST = 400
@@ -132,7 +131,7 @@ def recognise(path: Path) -> tuple[Path, str, int | None]:
     told = read_artifact(path).format if (path / MANIFEST).is_file() else None
     vocab = read_config(path).get("vocab_size") if (path / "config.json").is_file() else None
     if told == "onnx" or (path / "model.onnx").is_file():
-        return path, "onnx", vocab or _genai(path).get("vocab_size")
+        return path, "onnx", vocab or genai(path).get("vocab_size")
     files = [] if any(path.glob("*.safetensors")) else sorted(path.glob("*.gguf"))
     if len(files) > 1 and "-00001-of-" not in files[0].name:
         names = ", ".join(file.name for file in files)
@@ -142,15 +141,6 @@ def recognise(path: Path) -> tuple[Path, str, int | None]:
     checkpoint = Checkpoint(path)
     checkpoint.weight_map  # noqa: B018  refuses pickles
     return path, told or str((checkpoint.quantization or {}).get("quant_method", "hf")), vocab
-
-
-def _genai(path: Path) -> dict[str, Any]:
-    """Returns what onnxruntime-genai is told about a model, nothing if there is no such file."""
-    file = path / GENAI
-    if not file.is_file():
-        return {}
-    with reading(file, "export the model again"):
-        return dict(json.loads(file.read_text(encoding="utf-8"))["model"])
 
 
 @dataclass(frozen=True)
@@ -321,7 +311,7 @@ def _onnxruntime(opening: Opening) -> Answer:
     session = onnxruntime.InferenceSession(
         opening.path / "model.onnx", options, providers=[name for name in wanted if name in offered]
     )
-    head_size = int(_genai(opening.path).get("decoder", {}).get("head_size", 0))
+    head_size = int(genai(opening.path).get("decoder", {}).get("head_size", 0))
     feed = {each.name: _feed(each, opening.ids(), head_size) for each in session.get_inputs()}
     names = [output.name for output in session.get_outputs()]
     found = session.run(["logits" if "logits" in names else names[0]], feed)[0]

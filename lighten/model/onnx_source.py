@@ -13,6 +13,9 @@ from lighten.errors import Failure, missing_extra, reading
 from lighten.stage import ModelFacts
 
 GRAPH = "model.onnx"
+GENAI = "genai_config.json"
+KEY = "past_key_values."
+"""What the names of a graph's cache begin with."""
 _NAMES = {1: "float32", 10: "float16", 16: "bfloat16", 2: "int8", 3: "int8"}
 
 
@@ -102,13 +105,20 @@ def facts(path: Path) -> ModelFacts:
     if (graph.parent / "config.json").is_file():
         found = facts_of(read_config(graph.parent), str(graph.parent))
         return found if found.family == "causal" else _counted(found, graph)
-    config = graph.parent / "genai_config.json"
-    if not config.is_file():
-        raise Failure(f"{graph.parent} has no config.json and no genai_config.json beside {graph.name}: add either")
-    with reading(config, "export the model again"):
-        settings = json.loads(config.read_text(encoding="utf-8"))["model"]
-        decoder = settings["decoder"]
-        return _facts(settings, decoder, graph)
+    settings = genai(graph.parent)
+    if not settings:
+        raise Failure(f"{graph.parent} has no config.json and no {GENAI} beside {graph.name}: add either")
+    with reading(graph.parent / GENAI, "export the model again"):
+        return _facts(settings, settings["decoder"], graph)
+
+
+def genai(folder: Path) -> dict[str, Any]:
+    """Returns what onnxruntime-genai is told about the model in a directory, nothing if there is no such file."""
+    file = folder / GENAI
+    if not file.is_file():
+        return {}
+    with reading(file, "export the model again"):
+        return dict(json.loads(file.read_text(encoding="utf-8"))["model"])
 
 
 def _facts(settings: dict[str, Any], decoder: dict[str, Any], graph: Path) -> ModelFacts:

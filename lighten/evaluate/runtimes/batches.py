@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lighten.evaluate import rows
-from lighten.evaluate.runtimes import Floats, Question, Score
+from lighten.evaluate.runtimes import Floats, Ids, Question, Score
 
 
 def by_length(
@@ -56,6 +57,35 @@ class Layout:
         firsts = 1 + np.cumsum([0, *rests])
         self.picks = [np.array([0, *range(first, first + rest)]) for first, rest in zip(firsts, rests, strict=False)]
         self.targets = np.concatenate([np.array(ending) for ending in question.endings])
+
+
+class Row:
+    """The layouts of a batch one after the other, as one row of tokens.
+
+    Attributes:
+        ids: token ids `[n]`.
+        positions: position of each token in its text `[n]`.
+        sees: whether a token (row) attends to another (column), `[n, n]`: its context's, its ending's and its own.
+        wanted: places of the tokens whose logits are needed, layout by layout.
+    """
+
+    def __init__(self, layouts: Sequence[Layout]) -> None:
+        sizes = [len(layout.ids) for layout in layouts]
+        starts = np.cumsum([0, *sizes])
+        self.ids = np.concatenate([layout.ids for layout in layouts])
+        self.positions = np.concatenate([layout.positions for layout in layouts])
+        self.wanted = np.concatenate([start + each.wanted for start, each in zip(starts, layouts, strict=False)])
+        self.sees = np.zeros((len(self.ids), len(self.ids)), dtype=np.bool_)
+        for start, size, layout in zip(starts, sizes, layouts, strict=False):
+            block = slice(start, start + size)
+            self.sees[block, block] = attended(layout.segments)
+
+
+def attended(segments: Ids) -> NDArray[np.bool_]:
+    """Returns which tokens see which, `[..., n, n]`, from their segments `[..., n]`: 0 is seen by all that follow."""
+    same = segments[..., None, :] == segments[..., :, None]
+    seen: NDArray[np.bool_] = (same | (segments[..., None, :] == 0)) & np.tri(segments.shape[-1], dtype=np.bool_)
+    return seen
 
 
 def read_scores(logits: Floats, layouts: Sequence[Layout]) -> list[list[Score]]:

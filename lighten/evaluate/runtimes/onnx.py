@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from lighten.errors import Failure, RequestError, missing_extra, reading
 from lighten.evaluate import machine
 from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Timings
-from lighten.evaluate.runtimes.batches import Layout, read_scores
+from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
+from lighten.evaluate.runtimes.onnx_packed import Packed, packable
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
-from lighten.model.onnx_source import read_graph
+from lighten.model.onnx_source import GENAI, KEY, genai, read_graph
 from lighten.stage import Report, silent
 
-GENAI = "genai_config.json"
-PAST, PRESENT = "past_key_values.", "present."
+PAST, PRESENT = KEY, "present."
+BATCH_TOKENS = 384
 TYPES = {1: np.float32, 10: np.float16, 7: np.int64, 6: np.int32}
 Cache = dict[str, NDArray[Any]]
 
@@ -65,11 +66,8 @@ class OnnxRuntime:
         self.device = device if on_gpu else "cpu"
         self.dtype = self.graph.precision
         self.detail = f"onnxruntime {version('onnxruntime')}"
-        self._genai = (path.parent / GENAI).is_file()
-        settings: dict[str, Any] = {}
-        if self._genai:
-            with reading(path.parent / GENAI, "export the model again"):
-                settings = dict(json.loads((path.parent / GENAI).read_text())["model"])
+        settings = genai(path.parent)
+        self._genai = bool(settings)
         if self._genai:
             self.detail += _genai_version()
         self._head_size = int(settings.get("decoder", {}).get("head_size", 0))
@@ -81,7 +79,13 @@ class OnnxRuntime:
 
     @cached_property
     def _session(self) -> Any:
+        return self._open(str(self.path))
+
+    def _open(self, graph: str | bytes, folder: Path | None = None) -> Any:
+        """Returns a session of a file, or of a graph in memory with its weights in a folder."""
         options = self._library.SessionOptions()
+        if folder:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         options.intra_op_num_threads = machine.cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
@@ -89,7 +93,7 @@ class OnnxRuntime:
         if self.device != "cpu":
             providers.insert(0, "CUDAExecutionProvider")
         try:
-            return self._library.InferenceSession(str(self.path), options, providers=providers)
+            return self._library.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # its own exceptions share no base class
             raise Failure(f"onnxruntime cannot load {self.path}: {_reason(error)}") from error
 
@@ -111,11 +115,11 @@ class OnnxRuntime:
             raise Failure(f"onnxruntime failed on {length} tokens of {self.path}: {_reason(error)}") from error
         return found
 
-    def _empty(self, batch: int) -> Cache:
+    def _empty(self, batch: int, length: int = 0) -> Cache:
         empty: Cache = {}
         for name in self._past:
             heads, size = self.graph.inputs[name].shape[1], self.graph.inputs[name].shape[3] or self._head_size
-            empty[name] = np.zeros((batch, heads, 0, size), TYPES[self.graph.inputs[name].kind])
+            empty[name] = np.zeros((batch, heads, length, size), TYPES[self.graph.inputs[name].kind])
         return empty
 
     def _cached(self, ids: Ids, past: Cache | None) -> tuple[NDArray[Any], Cache]:
@@ -136,20 +140,36 @@ class OnnxRuntime:
         return self.choose_many([Question(context, endings)], silent)[0]
 
     def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
-        """See `Runtime`. The cache of a context serves all its endings, which are run one after the other.
-
-        The attention operator takes several tokens after a cache for one sequence at a time only.
-        """
-        scores = []
-        start, tokens = time.monotonic(), 0
+        """See `Runtime`. Questions are run in rows where the attention takes a mask, else one after the other."""
+        scores: list[list[Score]] = [[] for _ in questions]
+        start, done, tokens = time.monotonic(), 0, 0
         report(0, len(questions), "")
-        for done, question in enumerate(questions, 1):
-            scores.append(self._score(question))
-            tokens += question.packed
+        packed = self._packed
+        for batch in by_length(questions, BATCH_TOKENS if packed else 1, padded=False):
+            asked = [questions[index] for index in batch]
+            if packed and packed.takes(asked):
+                found = packed.score([Layout(each) for each in asked])
+            else:
+                found = [self._score(each) for each in asked]
+            for index, score in zip(batch, found, strict=True):
+                scores[index] = score
+            done += len(batch)
+            tokens += sum(each.packed for each in asked)
             report(done, len(questions), f"{tokens / (time.monotonic() - start):.0f} tok/s")
         return scores
 
+    @cached_property
+    def _packed(self) -> Packed | None:
+        """The graph with a mask, if it scores with it as without."""
+        found = packable(self.path) if self.device == "cpu" else None
+        if found is None:
+            return None
+        graph, window = found
+        packed = Packed(self._open(graph, self.path.parent), window, lambda length: self._empty(1, length))
+        return packed if packed.agrees(self.vocab) else None
+
     def _score(self, question: Question) -> list[Score]:
+        """Computes the context once; its cache serves all endings, of which the attention takes one at a time."""
         shared, past = self._cached(np.array(question.context)[None], None)
         rows = [shared[0, -1:]]
         for ending in question.endings:
@@ -224,6 +244,7 @@ class OnnxRuntime:
     def close(self) -> None:
         """See `Runtime`."""
         self.__dict__.pop("_session", None)
+        self.__dict__.pop("_packed", None)
         self.__dict__.pop("_decoder", None)
 
 

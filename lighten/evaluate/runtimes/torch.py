@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lighten.errors import Failure, RequestError, missing_extra
 from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Timings
-from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
+from lighten.evaluate.runtimes.batches import Layout, attended, by_length, read_scores
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.packing import unpack_awq
@@ -112,8 +112,7 @@ class TorchRuntime:
         ids = padded([layout.ids for layout in layouts], 0)
         positions = padded([layout.positions for layout in layouts], 0)
         segments = padded([layout.segments for layout in layouts], -1)
-        sees = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
-        sees &= np.tril(np.ones((width, width), dtype=np.bool_))
+        sees = attended(segments)
         mask = torch.zeros(sees.shape, dtype=DTYPES[self.dtype])
         mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(mask.dtype).min)
         wanted = [number * width + layout.wanted for number, layout in enumerate(layouts)]
