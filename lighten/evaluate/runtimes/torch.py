@@ -23,7 +23,7 @@ from lighten.model.checkpoint import Checkpoint
 from lighten.model.packing import unpack_awq
 from lighten.stage import Report, silent
 
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 512
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NEEDS = {
     "gptq": ("gptq", ("gptqmodel", "optimum")),
@@ -302,7 +302,7 @@ class _PackedLinear(nn.Module):
         super().__init__()
         self.bias = None if linear.bias is None else linear.bias.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), BATCH_TOKENS // 2)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), BATCH_TOKENS)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Returns inputs `[..., in]` times the transposed weight, plus the bias."""
