@@ -80,7 +80,7 @@ def main() -> None:
     results = {
         "command": f"python benchmarks/evaluate.py --tasks {tasks.name}"
         + (f" --limit {asked.limit}" if asked.limit else "")
-        + f" --rounds {asked.rounds}",
+        + f" --rounds {asked.rounds} --batch-size {' '.join(map(str, asked.batch_size))}",
         "machine": machine.fingerprint(),
         "settings": {
             "model": asked.model,
