@@ -21,7 +21,8 @@ variants:
   {other}
 evaluate:
   perplexity: {{data: builtin, length: {length}, samples: 8}}
-  accuracy: {{task: builtin, limit: 30}}
+"""
+ALL = RECIPE + """  accuracy: {{task: builtin, limit: 30}}
   speed: {{prompt: 8, generate: 4, batch: [1], repeats: 2}}
 """
 Q8 = "q8: [{export: {format: gguf, type: Q8_0}}]"
@@ -34,9 +35,9 @@ def home(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("compare")
     model = tiny(dtype=torch.bfloat16)
     shutil.copytree(tiny(dtype=torch.bfloat16, initializer_range=0.12), folder / "wide")
-    settings = [("mine", 32, Q8, 64), ("mine", 64, INT2, 64), ("other", 32, Q8, 32)]
-    for name, group, other, length in settings:
-        text = RECIPE.format(name=name, model=model, group=group, other=other, length=length)
+    settings = [(ALL, "mine", 32, Q8, 64), (ALL, "mine", 64, INT2, 64), (RECIPE, "other", 32, "", 32)]
+    for recipe, name, group, other, length in settings:
+        text = recipe.format(name=name, model=model, group=group, other=other, length=length)
         (folder / f"{name}.yaml").write_text(text)
         done = lighten("run", f"{name}.yaml", cwd=folder)
         assert done.returncode == 0, done.stderr
