@@ -34,6 +34,23 @@ def harness(found: Found) -> str:
     return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
 
 
+def scorers(found: Found) -> str:
+    """Returns the short table of the README: the same tasks by lighten on each runtime, and by lm-eval."""
+    agreed = {each["name"]: each for each in found["agreement"]}
+    lines = []
+    for row in found["rows"]:
+        same = f"{agreed[row['name']]['acc_norm']['same_result']:,}" if row["name"] in agreed else ""
+        told = [duration(row["seconds"]), byte_count(row["peak_bytes"]), f"{fixed(100 * row['acc_norm'], 2)} %", same]
+        lines.append([row["name"], *told])
+    titles = ("Scorer", "Wall time", "Peak memory", "acc_norm", "the same answers")
+    told = (
+        f"SmolLM2-135M, {found['settings']['n']:,} tasks of HellaSwag in {found['settings']['dtype']}; lm-eval "
+        f"{found['settings']['lm_eval']['lm_eval']} with its `hf` model, torch compared with it and the other two with "
+        "torch: [benchmarks](docs/benchmarks.md#hellaswag-beside-lm-eval)."
+    )
+    return f"{rows(titles, lines)}\n\n{told}"
+
+
 def _same(agreed: Found, name: str) -> str:
     found = agreed[name]
     ties = f", {found['ties']} ties" if found["ties"] else ""

@@ -254,6 +254,7 @@ def main() -> None:
         (DOCS, "training", "training.json", smaller.training),
         (DOCS, "ready", "recipes.json", smaller.ready),
         (DOCS, "harness", "evaluate.json", evaluations.harness),
+        (FRONT, "scorers", "evaluate.json", evaluations.scorers),
         (DOCS, "protocols", "protocols.json", evaluations.protocols),
     )
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
