@@ -22,9 +22,12 @@ variants:
 evaluate:
   perplexity: {{data: builtin, length: {length}, samples: 8}}
 """
-ALL = RECIPE + """  accuracy: {{task: builtin, limit: 30}}
+ALL = (
+    RECIPE
+    + """  accuracy: {{task: builtin, limit: 30}}
   speed: {{prompt: 8, generate: 4, batch: [1], repeats: 2}}
 """
+)
 Q8 = "q8: [{export: {format: gguf, type: Q8_0}}]"
 INT2 = "int2: [{quantize: {bits: 2, group_size: 32}}]"
 
