@@ -14,6 +14,8 @@ from lighten import loaders
 from lighten.compress.sweep import Sweep
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine, paired
+from lighten.evaluate.options import lacking
+from lighten.evaluate.settings import Speed
 from lighten.plan import Plan, Predictor, Stage, make_plan, measuring_packages, this_machine, what
 from lighten.process import Outcome, run_isolated, warm
 from lighten.recipe import BASELINE, Recipe, load
@@ -224,6 +226,12 @@ def choose_device(device: str) -> str:
     return ("cuda" if machine.fingerprint()["gpus"] else "cpu") if device == "auto" else device
 
 
+def check_options(speed: Speed | None, device: str) -> None:
+    """Raises RequestError for options that this machine has not the means for; those of single variants may fail."""
+    if speed and (lack := lacking(speed, device)):
+        raise RequestError(lack)
+
+
 def plan(recipe: str | Recipe, *, only: list[str] | None = None) -> Plan:
     """Returns the stages of a recipe (a path, the name of a ready one, or a Recipe)."""
     return make_plan(open_recipe(recipe, only), only)
@@ -257,12 +265,14 @@ def run(
     watcher = watcher or Silent()
     todo = plan(recipe, only=only)
     store = Store(Path(artifacts))
+    chosen = choose_device(device)
+    check_options(todo.recipe.evaluate.speed, chosen)
     predictor = Predictor(store)
     predicted = {stage.key: predictor.predict(stage) for stage in todo.stages}
     watcher.planned(todo, {key: prediction.seconds for key, prediction in predicted.items()})
     if any(store.find(stage.key) is None for stage in todo.stages):
         warm()
-    builder = build_all(todo, store, predictor, choose_device(device), watcher)
+    builder = build_all(todo, store, predictor, chosen, watcher)
     root = todo.artifacts[BASELINE]
     if root.key in builder.failed:
         raise Failure(builder.failed[root.key])

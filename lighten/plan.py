@@ -121,13 +121,30 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
         artifacts[name] = stage
     measurements: dict[str, list[Stage]] = {}
     for name, stage in artifacts.items():
-        measurements[name] = builder.measure(stage, root, recipe.evaluate)
+        measurements[name] = builder.measure(stage, root, _of_variant(recipe.evaluate, name, stage))
         for each in (stage, *measurements[name]):
             each.user(name)
     for stage in builder.stages.values():
         if stage.measure:
-            stage.name = f"{stage.name} of {stage.variants[0] if stage.parents[0] is not root else BASELINE}"
+            stage.name = f"{stage.name} of {stage.variants[0]}"
     return Plan(recipe, source, list(builder.stages.values()), artifacts, measurements)
+
+
+def _of_variant(evaluate: Evaluate, name: str, stage: Stage) -> Evaluate:
+    """Returns what to measure of one variant: with its own options of speed, if transformers runs it.
+
+    Raises:
+        RequestError: options for this very variant, which another runtime serves.
+    """
+    if not evaluate.speed:
+        return evaluate
+    exported = stage.kind == "export"
+    if exported and name in evaluate.speed.options:
+        raise RequestError(
+            f"evaluate.speed.options.{name}: attention, compile and cache are options of transformers, and {name} is "
+            "exported to another runtime: leave it out"
+        )
+    return evaluate.model_copy(update={"speed": evaluate.speed.plain if exported else evaluate.speed.of(name)})
 
 
 def check_measurable(facts: ModelFacts, evaluate: Evaluate, name: str) -> None:
@@ -140,6 +157,17 @@ def check_measurable(facts: ModelFacts, evaluate: Evaluate, name: str) -> None:
         )
     for perplexity in evaluate.perplexity:
         check_length(perplexity, facts.context, name)
+    if evaluate.speed:
+        check_room("speed", max(evaluate.speed.prompt), evaluate.speed.generate, facts.context, name)
+
+
+def check_room(what: str, prompt: int, generate: int, context: int | None, name: str) -> None:
+    """Raises RequestError if a prompt and what follows it are longer than the model's context."""
+    if context and prompt + generate > context:
+        raise RequestError(
+            f"{what}: {prompt} prompt and {generate} generated tokens are more than the {context} positions "
+            f"that {name} takes: set a smaller `prompt` or `generate`"
+        )
 
 
 class _Builder:

@@ -97,11 +97,20 @@ def _speed(payload: dict[str, Any], model: Path, report: Report) -> dict[str, An
     from lighten.evaluate import speed
     from lighten.evaluate.runtimes import open_runtime
 
-    fast = payload["device"] != "cpu" or machine.fast_bfloat16()
-    dtype = "bfloat16" if fast else "float32"
-    trusted = payload.get("trust_remote_code", False)
-    runtime = open_runtime(model, device=payload["device"], dtype=dtype, trust_remote_code=trusted)
-    return speed.measure(runtime, Speed(**payload["config"]), report) | _facts(runtime)
+    settings = Speed(**payload["config"])
+    runtime = open_runtime(
+        model,
+        device=payload["device"],
+        dtype=_served(payload["device"]),
+        trust_remote_code=payload.get("trust_remote_code", False),
+        options=settings,
+    )
+    return speed.measure(runtime, settings, report) | _facts(runtime)
+
+
+def _served(device: str) -> str:
+    """Returns the arithmetic that a Hugging Face model is served in."""
+    return "bfloat16" if device != "cpu" or machine.fast_bfloat16() else "float32"
 
 
 def _facts(runtime: Runtime) -> dict[str, Any]:

@@ -125,7 +125,8 @@ class Speed(Section):
     """Speed at one prompt length and batch size, over `repeats` runs.
 
     Of the decode speeds, `spread` is (max − min) / median, `error` half of the 95 % interval of the median relative to
-    it, and `drift` the relative change from the first to the last runs, 0 if it may be scatter.
+    it, and `drift` the relative change from the first to the last runs, 0 if it may be scatter. `attention`, `compile`
+    and `cache` are what transformers ran with; null where another runtime did.
     """
 
     batch: int
@@ -140,6 +141,14 @@ class Speed(Section):
     error: float | None = None
     drift: float | None = None
     dtype: str | None = None
+    attention: str | None = None
+    compile: str | None = None
+    cache: str | None = None
+
+    @property
+    def how(self) -> tuple[str | None, str | None, str | None]:
+        """The options of transformers."""
+        return self.attention, self.compile, self.cache
 
 
 class Memory(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -133,6 +133,7 @@ class LlamaCppRuntime:
     """A GGUF model. See `Runtime` for the methods."""
 
     name = "llama.cpp"
+    options: Mapping[str, str] = {}
 
     def __init__(self, path: Path, device: str) -> None:
         """Loads the model.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ class OnnxRuntime:
     """An ONNX graph of a causal language model. See `Runtime` for the methods."""
 
     name = "onnxruntime"
+    options: Mapping[str, str] = {}
 
     def __init__(self, path: Path, device: str) -> None:
         """Reads the graph; the weights are loaded by the first use, by whichever library does the work.
