@@ -138,16 +138,21 @@ def parse(value: dict[str, Any], path: str = "recipe", where: Where | None = Non
                     raise _explain(error, path, where, at, step_class(kind, settings)) from error
                 except RequestError as error:
                     raise RequestError(f"{_place(path, where, at)}: {error}") from error
-    _check_options(recipe, path, where)
+    _check_names(recipe, path, where)
     return recipe
 
 
-def _check_options(recipe: Recipe, path: str, where: Where) -> None:
-    """Raises RequestError for options of variants that are not there, or that do not go together."""
+def _check_names(recipe: Recipe, path: str, where: Where) -> None:
+    """Raises RequestError for variants that `evaluate` names and are not there, or options that do not go together."""
+    names = list(dict.fromkeys([BASELINE, *recipe.variants]))
+    for role in ("draft", "target"):
+        name = getattr(recipe.evaluate.speculative, role, BASELINE)
+        if name not in names:
+            place = _place(path, where, ("evaluate", "speculative", role))
+            raise RequestError(f"{place}: there is no variant {name!r}{_nearest(name, names)}")
     if not recipe.evaluate.speed:
         return
     at = ("evaluate", "speed", "options")
-    names = list(dict.fromkeys([BASELINE, *recipe.variants]))
     for pattern in recipe.evaluate.speed.options:
         if not any(fnmatchcase(name, pattern) for name in names):
             place = _place(path, where, (*at, pattern))

@@ -65,7 +65,7 @@ class Perplexity(_Settings):
 
 
 def _one_or_many(value: Any) -> Any:
-    return [value] if isinstance(value, int) else value
+    return [value] if isinstance(value, int | float) else value
 
 
 class Accuracy(_Settings):
@@ -175,6 +175,52 @@ class Speed(Options):
         return Speed.model_validate(self.model_dump(exclude={"options", "attention", "compile", "cache"}))
 
 
+class Speculative(_Settings):
+    """Greedy decoding of `generate` tokens by the variant `target`; `draft`, another one, proposes `tokens` at once.
+
+    After `samples` pieces of `data`, of `prompt` tokens each. `dtype` is the arithmetic of what transformers runs; None
+    is what it is served in.
+    """
+
+    draft: str
+    target: str = "baseline"
+    tokens: int = Field(5, ge=1)
+    prompt: int = Field(64, ge=1)
+    generate: int = Field(64, ge=2)
+    samples: int = Field(6, ge=1)
+    data: str = "builtin"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @model_validator(mode="after")
+    def _two_of_them(self) -> Self:
+        if self.draft == self.target:
+            raise ValueError(f"{self.draft} cannot be its own draft: name another variant")
+        return self
+
+    def key_config(self) -> dict[str, Any]:
+        """Returns the settings without the names: the stage has the two as parents."""
+        return self.model_dump(mode="json", exclude={"draft", "target"})
+
+
+Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(_one_or_many)]
+
+
+class Load(_Settings):
+    """Requests that arrive at random, `rate` a second on average, at the server of the runtime.
+
+    Each has `prompt` tokens of `data` and asks for `generate` more. transformers, which brings no server, decodes those
+    that wait together, at most `batch`.
+    """
+
+    rate: Rates = [0.5, 1.0, 2.0]
+    requests: int = Field(16, ge=1)
+    prompt: int = Field(128, ge=1)
+    generate: int = Field(64, ge=2)
+    batch: int = Field(8, ge=1)
+    data: str = "builtin"
+    seed: int = 0
+
+
 class Loaders(_Settings):
     """Opening the artifact with every loader that has business with its format; there is nothing to set."""
 
@@ -185,6 +231,8 @@ class Evaluate(_Settings):
     perplexity: list[Perplexity] = []
     accuracy: list[Accuracy] = []
     speed: Speed | None = None
+    load: Load | None = None
+    speculative: Speculative | None = None
     loaders: bool = False
 
     @field_validator("perplexity", "accuracy", mode="before")

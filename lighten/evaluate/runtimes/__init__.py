@@ -69,6 +69,18 @@ Decoding = Generator[Floats, int, None]
 """Gives the logits `[vocab]` of the next token, and is sent the token that was chosen."""
 
 
+class Text(Protocol):
+    """A text in the cache of a model, of which the end can be taken back."""
+
+    length: int
+
+    def extend(self, ids: list[int], wanted: int) -> list[int]:
+        """Adds tokens; returns the likeliest next one after each of the last `wanted`."""
+
+    def cut(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+
+
 class Runtime(Protocol):
     """A loaded model."""
 
@@ -102,6 +114,13 @@ class Runtime(Protocol):
 
     def decode(self, prompt: list[int], most: int) -> Decoding:
         """Goes on after a prompt, with a cache, for at most `most` tokens; one such decoding at a time."""
+
+    def text(self, most: int) -> Text:
+        """Returns an empty text of at most `most` tokens; one at a time.
+
+        Raises:
+            Failure: the runtime cannot take tokens back.
+        """
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text by the model's own tokenizer, no special tokens added."""

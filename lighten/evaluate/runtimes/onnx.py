@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lighten.errors import Failure, RequestError, missing_extra, reading
 from lighten.evaluate import machine
-from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Timings
+from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.batches import Layout, read_scores
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.model.onnx_source import read_graph
@@ -211,6 +211,10 @@ class OnnxRuntime:
             times.append(time.perf_counter())
         passed = np.diff(times)
         return Timings(float(passed[0]), [float(each) for each in passed[1:]])
+
+    def text(self, most: int) -> Text:
+        """See `Runtime`: not on onnxruntime."""
+        raise Failure(f"speculative decoding takes tokens back, which is not done on onnxruntime: not with {self.path}")
 
     def encode(self, text: str) -> list[int]:
         """See `Runtime`."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lighten.errors import Failure, RequestError, missing_extra
 from lighten.evaluate.options import ATTENTION, Caches, compiled, lacking
-from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Timings
+from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.evaluate.settings import Options
@@ -178,6 +178,10 @@ class TorchRuntime:
             cache = output.past_key_values
             ids = [(yield _to_numpy(output.logits[0, -1]))]
 
+    def text(self, most: int) -> Text:
+        """See `Runtime`."""
+        return _Text(self)
+
     def _now(self) -> float:
         if self.device != "cpu":
             torch.cuda.synchronize()
@@ -197,6 +201,35 @@ class TorchRuntime:
         """See `Runtime`."""
         del self.model
         self._hidden = None
+
+
+class _Text:
+    """See `Text`."""
+
+    def __init__(self, runtime: TorchRuntime) -> None:
+        from transformers import DynamicCache
+
+        self._runtime = runtime
+        self._cache = DynamicCache(config=runtime.model.config)
+        if hasattr(self._cache, "activate_past_recording"):
+            self._cache.activate_past_recording()  # a sliding window forgets what may be needed again otherwise
+        self.length = 0
+
+    @torch.inference_mode()
+    def extend(self, ids: list[int], wanted: int) -> list[int]:
+        """See `Text`."""
+        batch = torch.tensor([ids], device=self._runtime.device)
+        output = self._runtime.model(
+            input_ids=batch, past_key_values=self._cache, use_cache=True, logits_to_keep=wanted
+        )
+        self.length += len(ids)
+        found: list[int] = output.logits[0].argmax(-1).tolist()
+        return found
+
+    def cut(self, length: int) -> None:
+        """See `Text`."""
+        self._cache.crop(length - self.length)
+        self.length = length
 
 
 def _load(
