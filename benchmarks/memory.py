@@ -40,7 +40,7 @@ TINYLLAMA = Shape(hidden=2048, inner=5632, layers=22, heads=32, kv_heads=4, voca
 
 
 def make_random(folder: Path, shape: Shape) -> None:
-    """Saves a randomly initialised Llama in bfloat16, one tensor at a time; its tokenizer knows bytes only."""
+    """Saves a randomly initialised Llama in bfloat16, one tensor at a time; its tokenizer knows bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig
@@ -76,7 +76,8 @@ def make_random(folder: Path, shape: Shape) -> None:
             tensor = torch.ones(size) if len(size) == 1 else torch.randn(size) * 0.02
             writer.add(f"{name}.weight", tensor.to(torch.bfloat16))
     alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    alphabet["th"] = len(alphabet)
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[("t", "h")]))  # llama.cpp loads none without a merge
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))

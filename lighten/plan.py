@@ -13,14 +13,16 @@ from lighten.data import choices, text
 from lighten.errors import RequestError, missing_extra
 from lighten.evaluate import harness, machine
 from lighten.evaluate.protocols import check_length
-from lighten.evaluate.settings import Accuracy, Evaluate, Loaders, Perplexity, Speed
+from lighten.evaluate.settings import Accuracy, Evaluate, Load, Loaders, Perplexity, Speculative, Speed
 from lighten.model.source import Found, Source, find
 from lighten.recipe import BASELINE, Recipe
 from lighten.stage import Estimate, ModelFacts, Step
 from lighten.store import Store, stage_key
 
-Measure = Literal["perplexity", "accuracy", "speed", "loaders"]
-Settings = Perplexity | Accuracy | Speed | Loaders
+Measure = Literal["perplexity", "accuracy", "speed", "load", "speculative", "loaders"]
+Settings = Perplexity | Accuracy | Speed | Load | Speculative | Loaders
+TIMED: tuple[Measure, ...] = ("speed", "load", "speculative")
+"""What depends on the machine, and on what else it does."""
 MEASURE_VERSION = 1
 MEASURING_PACKAGES = ("torch", "transformers", "gptqmodel", "llama-cpp-python", "onnxruntime", "onnxruntime-genai")
 BYTES_PER_TOKEN = 4.0
@@ -121,25 +123,60 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
         artifacts[name] = stage
     measurements: dict[str, list[Stage]] = {}
     for name, stage in artifacts.items():
-        measurements[name] = builder.measure(stage, root, recipe.evaluate)
+        measurements[name] = builder.measure(stage, root, _of_variant(recipe.evaluate, name, stage))
+    if (asked := recipe.evaluate.speculative) and {asked.draft, asked.target} <= artifacts.keys():
+        # with the draft's: if it cannot draft, its row fails and not the target's
+        measurements[asked.draft].append(builder.speculate(asked, artifacts))
+    for name, stage in artifacts.items():
         for each in (stage, *measurements[name]):
             each.user(name)
     for stage in builder.stages.values():
         if stage.measure:
-            stage.name = f"{stage.name} of {stage.variants[0] if stage.parents[0] is not root else BASELINE}"
+            stage.name = f"{stage.name} of {stage.variants[0]}"
     return Plan(recipe, source, list(builder.stages.values()), artifacts, measurements)
+
+
+def _of_variant(evaluate: Evaluate, name: str, stage: Stage) -> Evaluate:
+    """Returns what to measure of one variant: with its own options of speed, if transformers runs it.
+
+    Raises:
+        RequestError: options for this very variant, which another runtime serves.
+    """
+    if not evaluate.speed:
+        return evaluate
+    exported = stage.kind == "export"
+    if exported and name in evaluate.speed.options:
+        raise RequestError(
+            f"evaluate.speed.options.{name}: attention, compile and cache are options of transformers, and {name} is "
+            "exported to another runtime: leave it out"
+        )
+    return evaluate.model_copy(update={"speed": evaluate.speed.plain if exported else evaluate.speed.of(name)})
 
 
 def check_measurable(facts: ModelFacts, evaluate: Evaluate, name: str) -> None:
     """Raises RequestError if something is to be measured that the model has not, or if it takes fewer positions."""
-    asked = [name for name in ("perplexity", "accuracy", "speed") if getattr(evaluate, name)]
-    if facts.family != "causal" and asked:
+    wanted = [name for name in ("perplexity", "accuracy", *TIMED) if getattr(evaluate, name)]
+    if facts.family != "causal" and wanted:
         raise RequestError(
-            f"{facts.architecture} is no causal language model: {', '.join(asked)} cannot be measured on it, "
+            f"{facts.architecture} is no causal language model: {', '.join(wanted)} cannot be measured on it, "
             "only its size (evaluate: {}, or --skip each of them)"
         )
     for perplexity in evaluate.perplexity:
         check_length(perplexity, facts.context, name)
+    if evaluate.speed:
+        check_room("speed", max(evaluate.speed.prompt), evaluate.speed.generate, facts.context, name)
+    for what, asked in (("load", evaluate.load), ("speculative", evaluate.speculative)):
+        if asked:
+            check_room(what, asked.prompt, asked.generate, facts.context, name)
+
+
+def check_room(what: str, prompt: int, generate: int, context: int | None, name: str) -> None:
+    """Raises RequestError if a prompt and what follows it are longer than the model's context."""
+    if context and prompt + generate > context:
+        raise RequestError(
+            f"{what}: {prompt} prompt and {generate} generated tokens are more than the {context} positions "
+            f"that {name} takes: set a smaller `prompt` or `generate`"
+        )
 
 
 class _Builder:
@@ -233,9 +270,16 @@ class _Builder:
             found.append(self._measurement("accuracy", accuracy, look(accuracy).digest, [stage, root]))
         if evaluate.speed:
             found.append(self._measurement("speed", evaluate.speed, None, [stage]))
+        if evaluate.load:
+            found.append(self._measurement("load", evaluate.load, text.digest(_text(evaluate.load)), [stage]))
         if evaluate.loaders:
             found.append(self._measurement("loaders", Loaders(), None, [stage]))
         return found
+
+    def speculate(self, asked: Speculative, artifacts: dict[str, Stage]) -> Stage:
+        """Returns the measurement of a target with its draft."""
+        parents = [artifacts[asked.target], artifacts[asked.draft]]
+        return self._measurement("speculative", asked, text.digest(_text(asked)), parents)
 
     def _measurement(self, measure: Measure, settings: Settings, data: str | None, parents: list[Stage]) -> Stage:
         config: dict[str, Any] = {
@@ -247,7 +291,7 @@ class _Builder:
             config["lm_eval"] = harness.look(settings).version
         if data:
             config["data"] = data
-        if measure == "speed":
+        if measure in TIMED:
             config["machine"] = this_machine()
         key = stage_key("measure", MEASURE_VERSION, config, [parent.key for parent in parents])
         facts = parents[0].facts
@@ -303,6 +347,10 @@ def _documents(perplexity: Perplexity) -> list[str]:
     return [text.load_text(perplexity.data, "perplexity")]
 
 
+def _text(settings: Load | Speculative) -> str:
+    return text.load_text(settings.data, "perplexity")
+
+
 def predict_measurement(settings: Settings, facts: ModelFacts) -> Estimate:
     """Returns what a measurement should cost: products of every token with every weight."""
     fixed = 550_000_000
@@ -333,6 +381,13 @@ def predict_measurement(settings: Settings, facts: ModelFacts) -> Estimate:
             peak_bytes=peak,
             disk_bytes=100 * looked.documents,
         )
+    if isinstance(settings, Load):
+        read = len(settings.rate) * settings.requests * settings.generate * 2.0 * facts.params / 10e9
+        waits = sum(settings.requests / rate for rate in settings.rate)
+        return Estimate(seconds=10 + max(read, waits), peak_bytes=fixed + 3 * facts.params, disk_bytes=10_000)
+    if isinstance(settings, Speculative):
+        read = 3 * settings.samples * settings.generate * 2.0 * facts.params / 10e9
+        return Estimate(seconds=8 + read, peak_bytes=fixed + 5 * facts.params, disk_bytes=10_000)
     shapes = len(settings.batch) * len(settings.prompt)
     bytes_read = shapes * (settings.repeats + 2) * settings.generate * 2.0 * facts.params
     return Estimate(

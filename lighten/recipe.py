@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -137,7 +138,34 @@ def parse(value: dict[str, Any], path: str = "recipe", where: Where | None = Non
                     raise _explain(error, path, where, at, step_class(kind, settings)) from error
                 except RequestError as error:
                     raise RequestError(f"{_place(path, where, at)}: {error}") from error
+    _check_names(recipe, path, where)
     return recipe
+
+
+def _check_names(recipe: Recipe, path: str, where: Where) -> None:
+    """Raises RequestError for variants that `evaluate` names and are not there, or options that do not go together."""
+    names = list(dict.fromkeys([BASELINE, *recipe.variants]))
+    for role in ("draft", "target"):
+        name = getattr(recipe.evaluate.speculative, role, BASELINE)
+        if name not in names:
+            place = _place(path, where, ("evaluate", "speculative", role))
+            raise RequestError(f"{place}: there is no variant {name!r}{_nearest(name, names)}")
+    if not recipe.evaluate.speed:
+        return
+    at = ("evaluate", "speed", "options")
+    for pattern in recipe.evaluate.speed.options:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            place = _place(path, where, (*at, pattern))
+            raise RequestError(f"{place}: there is no such variant{_nearest(pattern, names)}")
+    for name in names:
+        try:
+            recipe.evaluate.speed.of(name)
+        except ValidationError as error:
+            raise RequestError(f"{_place(path, where, at)}: {name}: {_message(error)}") from error
+
+
+def _message(error: ValidationError) -> str:
+    return error.errors()[0]["msg"].removeprefix("Value error, ")
 
 
 def _lines(node: yaml.Node | None, at: tuple[str | int, ...] = ()) -> Where:

@@ -11,6 +11,8 @@ UNSTEADY = 0.10
 """Spread of repeats above which a speed is marked wherever it is shown."""
 DRIFTED = 0.05
 """Change between the first and the last third of the repeats that is called a drift, if it is no scatter."""
+REPEATED = 0.05
+"""Difference between two measurements of the same on a quiet machine, above which it is told."""
 ORDERED = 0.6
 """Kendall's tau with time above which a change is no scatter."""
 
@@ -39,6 +41,11 @@ def relative_error(values: Sequence[float]) -> float:
 def spread(values: Sequence[float]) -> float:
     """Returns (max − min) / median."""
     return (max(values) - min(values)) / median(values)
+
+
+def apart(first: float, second: float) -> float:
+    """Returns how far the larger of two speeds is above the smaller, relative to that."""
+    return max(first, second) / min(first, second) - 1
 
 
 def drift(values: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.model.source import Found, find
-from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, choose_device
+from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
 from lighten.plan import Predictor, check_measurable, look, make_plan
 from lighten.process import run_isolated
 from lighten.recipe import Recipe, parse_settings
@@ -124,6 +124,8 @@ def measure(
     for task in settings.accuracy:
         look(task)
     chosen = choose_device(device)
+    if any(source.kind == "directory" for source in found):
+        check_options(settings.speed, chosen)
     rows = []
     with tempfile.TemporaryDirectory(prefix="lighten-") as scratch:
         for number, source in enumerate(found):

@@ -12,6 +12,7 @@ from lighten.comparison.side import Side
 from lighten.evaluate import paired
 from lighten.evaluate.intervals import Interval, bootstrap_ratio, mcnemar
 from lighten.report.results import Accuracy, Speed
+from lighten.report.serving import alike, told
 
 
 @dataclass(frozen=True)
@@ -151,11 +152,21 @@ def _decode(a: Side, b: Side, notes: list[str]) -> Change | None:
         notes.append("decode speeds are not compared: no batch size, prompt and length were measured on both")
         return None
     first, second = ours[common[0]], theirs[common[0]]
+    if None not in (*first.how, *second.how) and first.how != second.how:
+        notes.append(f"decode speeds are of {_how(first)} in {a.text} and of {_how(second)} in {b.text}")
+    elif a.row.key and a.row.key == b.row.key and alike(first, second) and (line := told(first, second)):
+        notes.append(f"both are the same artifact, and {line}")
     spread = max(first.spread or 0.0, second.spread or 0.0)
     change = _change(first.decode_tok_s, second.decode_tok_s)
     if change and spread and abs(change.ratio.value - 1) < spread:
         notes.append(f"the decode speeds differ by less than their repeats did ({100 * spread:.0f} % of the median)")
     return change
+
+
+def _how(speed: Speed) -> str:
+    """Returns the options that transformers ran with, in words."""
+    names = ("attention", "compile", "cache")
+    return ", ".join(f"{name} {value}" for name, value in zip(names, speed.how, strict=True))
 
 
 def _missing(what: str, ours: Any, theirs: Any, a: Side, b: Side, notes: list[str]) -> None:

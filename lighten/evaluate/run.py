@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.evaluate import machine
 from lighten.evaluate.paired import RESULT, VALUES
-from lighten.evaluate.settings import Accuracy, Perplexity, Speed
+from lighten.evaluate.settings import Accuracy, Load, Perplexity, Speculative, Speed
 from lighten.process import share_cores
 from lighten.stage import Report
 from lighten.store import write_json
@@ -20,9 +20,10 @@ def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Measures a model and writes `result.json`, `values.safetensors` and, if asked, `hidden.safetensors`.
 
     Args:
-        payload: `measurement` ("perplexity", "accuracy" or "speed"), `config` (its settings), `model` (a path),
-            `tokenizer` (path of the model whose tokenizer gives the ids), `out` (an existing empty directory),
-            `device`, `reference` (`{"hidden": the baseline's measurement, "model": the baseline}` or None),
+        payload: `measurement` ("perplexity", "accuracy", "speed", "load" or "speculative"), `config` (its settings),
+            `model` (a path), `draft` (another, if a draft is measured), `tokenizer` (path of the model whose tokenizer
+            gives the ids), `out` (an existing empty directory), `device`,
+            `reference` (`{"hidden": the baseline's measurement, "model": the baseline}` or None),
             and `save_hidden` (whether this measurement is to serve as a reference).
         report: called as the work goes on.
 
@@ -33,8 +34,8 @@ def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     model = Path(payload["model"])
     kind = payload["measurement"]
     report(0, 1, "loading")
-    if kind == "speed":
-        result = _speed(payload, model, report)
+    if timed := TIMED.get(kind):
+        result = timed(payload, model, report)
     else:
         share_cores()
         result = (
@@ -97,11 +98,46 @@ def _speed(payload: dict[str, Any], model: Path, report: Report) -> dict[str, An
     from lighten.evaluate import speed
     from lighten.evaluate.runtimes import open_runtime
 
-    fast = payload["device"] != "cpu" or machine.fast_bfloat16()
-    dtype = "bfloat16" if fast else "float32"
+    settings = Speed(**payload["config"])
+    runtime = open_runtime(
+        model,
+        device=payload["device"],
+        dtype=_served(payload["device"]),
+        trust_remote_code=payload.get("trust_remote_code", False),
+        options=settings,
+    )
+    return speed.measure(runtime, settings, report) | _facts(runtime)
+
+
+def _speculative(payload: dict[str, Any], model: Path, report: Report) -> dict[str, Any]:
+    from lighten.evaluate import speculative
+    from lighten.evaluate.runtimes import open_runtime
+
+    settings = Speculative(**payload["config"])
+    dtype, trusted = settings.dtype or _served(payload["device"]), payload.get("trust_remote_code", False)
+    target, draft = (
+        open_runtime(path, device=payload["device"], dtype=dtype, trust_remote_code=trusted)
+        for path in (model, Path(payload["draft"]))
+    )
+    return speculative.measure(target, draft, settings, report) | _facts(target)
+
+
+def _load(payload: dict[str, Any], model: Path, report: Report) -> dict[str, Any]:
+    from lighten.evaluate import load
+
     trusted = payload.get("trust_remote_code", False)
-    runtime = open_runtime(model, device=payload["device"], dtype=dtype, trust_remote_code=trusted)
-    return speed.measure(runtime, Speed(**payload["config"]), report) | _facts(runtime)
+    return load.measure(
+        model, Load(**payload["config"]), payload["device"], _served(payload["device"]), report, trusted=trusted
+    )
+
+
+TIMED = {"speed": _speed, "speculative": _speculative, "load": _load}
+"""What is measured in a process that has imported nothing, on a machine that does nothing else."""
+
+
+def _served(device: str) -> str:
+    """Returns the arithmetic that a Hugging Face model is served in."""
+    return "bfloat16" if device != "cpu" or machine.fast_bfloat16() else "float32"
 
 
 def _facts(runtime: Runtime) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -64,7 +65,7 @@ class Perplexity(_Settings):
 
 
 def _one_or_many(value: Any) -> Any:
-    return [value] if isinstance(value, int) else value
+    return [value] if isinstance(value, int | float) else value
 
 
 class Accuracy(_Settings):
@@ -106,17 +107,118 @@ class Accuracy(_Settings):
 Sweep = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1), BeforeValidator(_one_or_many)]
 
 
-class Speed(_Settings):
+Attention = Literal["eager", "sdpa", "flash"]
+Compile = Annotated[
+    Literal["off", "default", "reduce-overhead", "max-autotune"],
+    BeforeValidator(lambda value: "off" if value is False else value),  # what YAML makes of a bare off
+]
+Cache = Literal["dynamic", "static", "quantized"]
+
+
+class Options(_Settings):
+    """How transformers runs a model; what another runtime serves has no such choice.
+
+    `attention` None is transformers' own choice; `compile` is torch.compile's mode, of the step of one token; `cache`
+    holds keys and values: growing, of one size, or in 4 bits.
+    """
+
+    attention: Attention | None = None
+    compile: Compile = "off"
+    cache: Cache = "dynamic"
+
+    @model_validator(mode="after")
+    def _can_be_compiled(self) -> Self:
+        if self.compile != "off" and self.cache == "quantized":
+            raise ValueError("a quantized cache cannot be compiled: set `compile: off`, or another cache")
+        return self
+
+
+class Override(_Settings):
+    """Options of some variants, in the place of everyone's; None keeps those."""
+
+    attention: Attention | None = None
+    compile: Compile | None = None
+    cache: Cache | None = None
+
+
+class Speed(Options):
     """Prefill of `prompt` tokens and greedy decoding of `generate` tokens, for every prompt length and batch size.
 
-    Repeated `repeats` times, and up to twice as often until the median decode speed is known within `error`.
+    Repeated `repeats` times, and up to twice as often until the median decode speed is known within `error`. `options`
+    maps names of variants, or patterns such as `gptq-*`, to options of their own; a later entry wins.
     """
+
+    younger = {"attention": None, "compile": "off", "cache": "dynamic", "options": {}}
 
     prompt: Sweep = [128]
     generate: int = Field(64, ge=2)
     batch: Sweep = [1]
     repeats: int = Field(6, ge=2)
     error: float = Field(0.025, gt=0, lt=1)
+    options: dict[str, Override] = {}
+
+    def of(self, variant: str) -> Speed:
+        """Returns the settings as they are for one variant.
+
+        Raises:
+            ValidationError: its options do not go together.
+        """
+        told = self.model_dump(exclude={"options"})
+        for pattern, override in self.options.items():
+            if fnmatchcase(variant, pattern):
+                told |= override.model_dump(exclude_none=True)
+        return Speed.model_validate(told)
+
+    @property
+    def plain(self) -> Speed:
+        """The settings for what transformers does not run."""
+        return Speed.model_validate(self.model_dump(exclude={"options", "attention", "compile", "cache"}))
+
+
+class Speculative(_Settings):
+    """Greedy decoding of `generate` tokens by the variant `target`; `draft`, another one, proposes `tokens` at once.
+
+    After `samples` pieces of `data`, of `prompt` tokens each. `dtype` is the arithmetic of what transformers runs; None
+    is what it is served in.
+    """
+
+    draft: str
+    target: str = "baseline"
+    tokens: int = Field(5, ge=1)
+    prompt: int = Field(64, ge=1)
+    generate: int = Field(64, ge=2)
+    samples: int = Field(6, ge=1)
+    data: str = "builtin"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @model_validator(mode="after")
+    def _two_of_them(self) -> Self:
+        if self.draft == self.target:
+            raise ValueError(f"{self.draft} cannot be its own draft: name another variant")
+        return self
+
+    def key_config(self) -> dict[str, Any]:
+        """Returns the settings without the names: the stage has the two as parents."""
+        return self.model_dump(mode="json", exclude={"draft", "target"})
+
+
+Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(_one_or_many)]
+
+
+class Load(_Settings):
+    """Requests that arrive at random, `rate` a second on average, at the server of the runtime.
+
+    Each has `prompt` tokens of `data` and asks for `generate` more. transformers, which brings no server, decodes those
+    that wait together, at most `batch`.
+    """
+
+    rate: Rates = [0.5, 1.0, 2.0]
+    requests: int = Field(16, ge=1)
+    prompt: int = Field(128, ge=1)
+    generate: int = Field(64, ge=2)
+    batch: int = Field(8, ge=1)
+    data: str = "builtin"
+    seed: int = 0
 
 
 class Loaders(_Settings):
@@ -129,6 +231,8 @@ class Evaluate(_Settings):
     perplexity: list[Perplexity] = []
     accuracy: list[Accuracy] = []
     speed: Speed | None = None
+    load: Load | None = None
+    speculative: Speculative | None = None
     loaders: bool = False
 
     @field_validator("perplexity", "accuracy", mode="before")

@@ -42,6 +42,7 @@ def measure(runtime: Runtime, settings: Speed, report: Report) -> dict[str, Any]
                 "error": steady.relative_error(decode),
                 "drift": steady.drift(decode),
                 "dtype": runtime.dtype,
+                **runtime.options,
             }
         )
     memory = {"peak_rss_bytes": peak_rss_bytes(), "peak_vram_bytes": runtime.peak_vram_bytes(), "dtype": runtime.dtype}
@@ -59,8 +60,11 @@ def _runs(runtime: Runtime, prompt: Ids, settings: Speed, report: Report, place:
     batch, most = len(prompt), 2 * settings.repeats
     report(number * most, shapes * most, "warming up")
     before = 0.0
+    # what is compiled, or made for one length, is warm only for what it will do
+    whole = settings.compile != "off" or settings.cache == "static"
+    steps = settings.generate if whole else min(WARM_UP_STEPS, settings.generate)
     for _ in range(WARM_UPS):
-        rate = _rate(runtime.generate(prompt, min(WARM_UP_STEPS, settings.generate)), batch)
+        rate = _rate(runtime.generate(prompt, steps), batch)
         if abs(rate - before) <= WARM * rate:
             break
         before = rate

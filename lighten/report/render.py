@@ -21,6 +21,7 @@ from lighten.report.matrix import LEGEND, mark, matrix
 from lighten.report.pareto import pareto
 from lighten.report.plots import draw, plots
 from lighten.report.results import Free, Results, Variant
+from lighten.report.serving import serving
 from lighten.report.table import first_line, table
 from lighten.report.terminal import terminal
 from lighten.store import write_file
@@ -87,6 +88,7 @@ def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "") -> str
         loads_legend=LEGEND,
         amount=calibration.amount,
         shared=calibration.shared,
+        serving=serving(results),
         obstacle=obstacle,
         protocols=facts.protocols(results),
         changes={variant.name: _changes(variant) for variant in results.variants},

@@ -125,7 +125,8 @@ class Speed(Section):
     """Speed at one prompt length and batch size, over `repeats` runs.
 
     Of the decode speeds, `spread` is (max − min) / median, `error` half of the 95 % interval of the median relative to
-    it, and `drift` the relative change from the first to the last runs, 0 if it may be scatter.
+    it, and `drift` the relative change from the first to the last runs, 0 if it may be scatter. `attention`, `compile`
+    and `cache` are what transformers ran with; null where another runtime did.
     """
 
     batch: int
@@ -140,6 +141,57 @@ class Speed(Section):
     error: float | None = None
     drift: float | None = None
     dtype: str | None = None
+    attention: str | None = None
+    compile: str | None = None
+    cache: str | None = None
+
+    @property
+    def how(self) -> tuple[str | None, str | None, str | None]:
+        """The options of transformers."""
+        return self.attention, self.compile, self.cache
+
+
+class Served(Section):
+    """Requests that arrived `rate` a second on average, and how those that were completed were served.
+
+    `ttft_ms` is from a request's arrival, `token_ms` between its tokens; `throughput_tok_s` is of all together.
+    """
+
+    rate: float
+    requests: int
+    completed: int
+    throughput_tok_s: float
+    ttft_ms: Percentiles
+    token_ms: Percentiles | None = None
+    server: str
+
+
+class Parted(Section):
+    """A text that a draft changed: from which token on, and by how much the first logit was above the second there."""
+
+    text: int
+    position: int
+    gap: float
+
+
+class Speculative(Section):
+    """Greedy decoding with a draft that proposes `tokens` at a time, of which the share `acceptance` stays.
+
+    `identical` is whether every text is, token by token, what is written without it; `parted` has those that are not.
+    """
+
+    draft: str
+    tokens: int
+    acceptance: float
+    decode_tok_s: float
+    plain_tok_s: float
+    speedup: float
+    identical: bool
+    proposed: int | None = None
+    texts: int | None = None
+    generate: int | None = None
+    dtype: str | None = None
+    parted: list[Parted] = []
 
 
 class Memory(Section):
@@ -242,6 +294,8 @@ class Variant(Section):
     divergence: Divergence | None = None
     accuracy: list[Accuracy] = []
     speed: list[Speed] = []
+    load: list[Served] = []
+    speculative: Speculative | None = None
     memory: Memory | None = None
     energy: Energy | None = None
     delta: Delta | None = None

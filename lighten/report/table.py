@@ -19,6 +19,7 @@ from lighten.report.numbers import (
     significant,
 )
 from lighten.report.results import Accuracy, Results, Variant
+from lighten.report.serving import doubts
 from lighten.steady import UNSTEADY
 
 
@@ -91,7 +92,7 @@ def table(results: Results) -> Table:
     ]
     failed = [Row(v, baseline=v.name == "baseline", reason=v.error or "") for v in results.variants if v.failed]
     missing = tuple(column.title for i, column in enumerate(everything) if i not in used)
-    return Table(tuple(everything[i] for i in used), (*rows, *failed), missing, overlaps(results))
+    return Table(tuple(everything[i] for i in used), (*rows, *failed), missing, (*overlaps(results), *doubts(results)))
 
 
 def _used(column: Column, cells: list[Cell]) -> bool:

@@ -2,7 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -20,6 +20,7 @@ class Scripted:
     """A runtime that takes 10 ms for a prompt, and for a token the given milliseconds, run after run."""
 
     vocab, dtype = 50, "float32"
+    options: ClassVar[dict[str, str]] = {}
 
     def __init__(self, *milliseconds: float) -> None:
         self.shapes: list[tuple[int, ...]] = []

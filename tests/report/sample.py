@@ -45,6 +45,9 @@ def speed(batch: int, prefill: float, decode: float, ttft: float, dtype: str) ->
         "error": 0.012,
         "drift": 0.0,
         "dtype": dtype,
+        "attention": None,
+        "compile": None,
+        "cache": None,
     }
 
 
@@ -126,6 +129,8 @@ def variant(
             speed(1, *rates, dtype),
             speed(4, rates[0] * 1.16, rates[1] * 2.7, rates[2] * 3.5, dtype),
         ],
+        "load": [],
+        "speculative": None,
         "memory": {"peak_rss_bytes": rss, "peak_vram_bytes": None, "dtype": dtype},
         "energy": {"joules_per_token": None, "note": "this machine has no energy counter that can be read"},
         "delta": None,

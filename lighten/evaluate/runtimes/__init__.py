@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lighten.errors import RequestError
+from lighten.evaluate.settings import Options
 from lighten.model.gguf_source import parts
 from lighten.model.onnx_source import find_onnx
 from lighten.stage import Report
@@ -45,6 +46,8 @@ class Timings:
 
     ttft_s: float
     token_s: list[float]
+    ids: Ids | None = None
+    """What was written, `[batch, steps]`, where the runtime keeps it."""
 
 
 class Tokenizer(Protocol):
@@ -66,6 +69,18 @@ Decoding = Generator[Floats, int, None]
 """Gives the logits `[vocab]` of the next token, and is sent the token that was chosen."""
 
 
+class Text(Protocol):
+    """A text in the cache of a model, of which the end can be taken back."""
+
+    length: int
+
+    def extend(self, ids: list[int], wanted: int) -> list[int]:
+        """Adds tokens; returns the likeliest next one after each of the last `wanted`."""
+
+    def cut(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+
+
 class Runtime(Protocol):
     """A loaded model."""
 
@@ -79,6 +94,8 @@ class Runtime(Protocol):
     vocab: int
     context: int | None
     """Positions that the model takes; None where it does not say."""
+    options: Mapping[str, str]
+    """The attention, compile and cache in use; empty where a runtime leaves no such choice."""
 
     def logits(self, ids: Ids) -> Floats:
         """Returns the logits `[n, vocab]` at every position of `ids [n]`; valid until the next call."""
@@ -98,6 +115,13 @@ class Runtime(Protocol):
     def decode(self, prompt: list[int], most: int) -> Decoding:
         """Goes on after a prompt, with a cache, for at most `most` tokens; one such decoding at a time."""
 
+    def text(self, most: int) -> Text:
+        """Returns an empty text of at most `most` tokens; one at a time.
+
+        Raises:
+            Failure: the runtime cannot take tokens back.
+        """
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text by the model's own tokenizer, no special tokens added."""
 
@@ -109,7 +133,12 @@ class Runtime(Protocol):
 
 
 def open_runtime(
-    path: Path, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
+    path: Path,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    options: Options | None = None,
 ) -> Runtime:
     """Loads a model on the runtime that serves its format.
 
@@ -119,10 +148,11 @@ def open_runtime(
         dtype: arithmetic for a Hugging Face model. None is for measuring quality: float32 on a CPU (so that
             the noise of arithmetic is not taken for a loss by compression), bfloat16 on a GPU.
         trust_remote_code: whether code that lies beside the weights may run; only if the person asked for it.
+        options: how transformers is to run it; other runtimes have no such choice.
 
     Raises:
         RequestError: nothing there that can be run, or an extra is missing.
-        Failure: the model is damaged.
+        Failure: the model is damaged, or this machine has not what the options ask for.
     """
     if onnx := find_onnx(path):
         from lighten.evaluate.runtimes.onnx import OnnxRuntime
@@ -135,7 +165,7 @@ def open_runtime(
         return LlamaCppRuntime(gguf, device)
     from lighten.evaluate.runtimes.torch import TorchRuntime
 
-    return TorchRuntime(path, device, dtype, trust_remote_code)
+    return TorchRuntime(path, device, dtype, trust_remote_code, options)
 
 
 def open_tokenizer(path: Path) -> Tokenizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lighten.errors import Failure, missing_extra
 from lighten.evaluate import machine
-from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Timings
+from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.stage import Report, silent
 
@@ -133,6 +133,7 @@ class LlamaCppRuntime:
     """A GGUF model. See `Runtime` for the methods."""
 
     name = "llama.cpp"
+    options: Mapping[str, str] = {}
 
     def __init__(self, path: Path, device: str) -> None:
         """Loads the model.
@@ -276,6 +277,10 @@ class LlamaCppRuntime:
             start += len(ids)
             ids = [(yield self._decode(context, batch)[0])]
 
+    def text(self, most: int) -> Text:
+        """See `Runtime`."""
+        return _Text(self, most)
+
     def encode(self, text: str) -> list[int]:
         """See `Runtime`."""
         return self._model.encode(text)
@@ -288,6 +293,30 @@ class LlamaCppRuntime:
         """See `Runtime`."""
         self._free_context()
         self._model.close()
+
+
+class _Text:
+    """See `Text`."""
+
+    def __init__(self, runtime: LlamaCppRuntime, most: int) -> None:
+        self._runtime = runtime
+        self._context = runtime._open_context(most, 1, False)
+        self.length = 0
+
+    def extend(self, ids: list[int], wanted: int) -> list[int]:
+        """See `Text`."""
+        places = np.arange(self.length, self.length + len(ids))
+        self.length += len(ids)
+        rows = places >= self.length - wanted
+        batch = _Batch(self._runtime._library, np.array(ids), places, [[0]] * len(ids), rows)
+        found: list[int] = self._runtime._decode(self._context, batch).argmax(-1).tolist()
+        return found
+
+    def cut(self, length: int) -> None:
+        """See `Text`."""
+        library = self._runtime._library
+        library.llama_memory_seq_rm(library.llama_get_memory(self._context), 0, length, -1)
+        self.length = length
 
 
 class _Batch:

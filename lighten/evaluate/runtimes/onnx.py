@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lighten.errors import Failure, RequestError, missing_extra, reading
 from lighten.evaluate import machine
-from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Timings
+from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.evaluate.runtimes.onnx_packed import Packed, packable
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
@@ -32,6 +32,7 @@ class OnnxRuntime:
     """An ONNX graph of a causal language model. See `Runtime` for the methods."""
 
     name = "onnxruntime"
+    options: Mapping[str, str] = {}
 
     def __init__(self, path: Path, device: str) -> None:
         """Reads the graph; the weights are loaded by the first use, by whichever library does the work.
@@ -230,6 +231,10 @@ class OnnxRuntime:
             times.append(time.perf_counter())
         passed = np.diff(times)
         return Timings(float(passed[0]), [float(each) for each in passed[1:]])
+
+    def text(self, most: int) -> Text:
+        """See `Runtime`: not on onnxruntime."""
+        raise Failure(f"speculative decoding takes tokens back, which is not done on onnxruntime: not with {self.path}")
 
     def encode(self, text: str) -> list[int]:
         """See `Runtime`."""

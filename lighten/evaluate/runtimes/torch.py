@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lighten.errors import Failure, RequestError, missing_extra
-from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Timings
+from lighten.evaluate.options import ATTENTION, Caches, compiled, lacking
+from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.batches import Layout, attended, by_length, read_scores
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
+from lighten.evaluate.settings import Options
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.packing import unpack_awq
 from lighten.stage import Report, silent
@@ -39,13 +41,23 @@ class TorchRuntime:
 
     name = "torch"
 
-    def __init__(self, path: Path, device: str, dtype: str | None, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: str,
+        dtype: str | None,
+        trust_remote_code: bool = False,
+        options: Options | None = None,
+    ) -> None:
         """Loads the model; with no `dtype` as it is best for measuring quality, else as it would be served.
 
         Raises:
             RequestError: no model that transformers reads from safetensors, or a missing extra.
-            Failure: damaged weights.
+            Failure: damaged weights, or options that this machine has not the means for.
         """
+        options = options or Options()
+        if lack := lacking(options, device):
+            raise Failure(lack)
         checkpoint = Checkpoint(path)
         checkpoint.weight_map  # noqa: B018  refuses pickles and names missing shards before anything is loaded
         method = (checkpoint.quantization or {}).get("quant_method")
@@ -54,7 +66,7 @@ class TorchRuntime:
         self.dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
         # a kernel's rounding is no part of a checkpoint's quality, and its prefill can be slow: take the weights
         unpack = for_quality and device == "cpu"
-        self.model = _load(path, device, DTYPES[self.dtype], method, unpack, trust_remote_code)
+        self.model = _load(path, device, DTYPES[self.dtype], method, unpack, trust_remote_code, options.attention)
         kernels = _kernels(self.model)
         unpacked = unpack and _unpack(self.model)
         if unpack:
@@ -67,7 +79,18 @@ class TorchRuntime:
         self._tokenizer: HfTokenizer | None = None
         self._rows: Tensor | None = None
         self._hidden: Tensor | None = None
-        self.model.get_output_embeddings().register_forward_pre_hook(self._before_head)
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(self._before_head)
+        self._caches = Caches(self.model.config, options.cache)
+        self._step = self.model
+        if options.compile != "off":
+            hook.remove()
+            self._step = compiled(self.model, options.compile)
+        attention = str(self.model.config._attn_implementation)
+        self.options: Mapping[str, str] = {
+            "attention": "flash" if attention == ATTENTION["flash"] else attention,
+            "compile": options.compile,
+            "cache": options.cache,
+        }
 
     def _before_head(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         """Keeps what enters the head, and lets through only the rows whose logits are wanted."""
@@ -132,14 +155,17 @@ class TorchRuntime:
     def generate(self, prompt: Ids, steps: int) -> Timings:
         """See `Runtime`."""
         ids = torch.from_numpy(prompt).to(self.device)
-        cache = None
+        cache = self._caches.empty(len(prompt), prompt.shape[1] + steps)
+        forward, written = self.model, []
         times = [self._now()]
         for _ in range(steps):
-            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             ids, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
             times.append(self._now())
+            written.append(ids)
+            forward = self._step
         passed = np.diff(times)
-        return Timings(float(passed[0]), [float(each) for each in passed[1:]])
+        return Timings(float(passed[0]), [float(each) for each in passed[1:]], torch.cat(written, 1).cpu().numpy())
 
     def decode(self, prompt: list[int], most: int) -> Decoding:
         """See `Runtime`."""
@@ -150,6 +176,10 @@ class TorchRuntime:
                 output = self.model(input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             ids = [(yield _to_numpy(output.logits[0, -1]))]
+
+    def text(self, most: int) -> Text:
+        """See `Runtime`."""
+        return _Text(self)
 
     def _now(self) -> float:
         if self.device != "cpu":
@@ -172,10 +202,49 @@ class TorchRuntime:
         self._hidden = None
 
 
-def _load(path: Path, device: str, dtype: torch.dtype, method: str | None, unpack: bool, trusted: bool) -> Any:
+class _Text:
+    """See `Text`."""
+
+    def __init__(self, runtime: TorchRuntime) -> None:
+        from transformers import DynamicCache
+
+        self._runtime = runtime
+        self._cache = DynamicCache(config=runtime.model.config)
+        if hasattr(self._cache, "activate_past_recording"):
+            self._cache.activate_past_recording()  # a sliding window forgets what may be needed again otherwise
+        self.length = 0
+
+    @torch.inference_mode()
+    def extend(self, ids: list[int], wanted: int) -> list[int]:
+        """See `Text`."""
+        batch = torch.tensor([ids], device=self._runtime.device)
+        output = self._runtime.model(
+            input_ids=batch, past_key_values=self._cache, use_cache=True, logits_to_keep=wanted
+        )
+        self.length += len(ids)
+        found: list[int] = output.logits[0].argmax(-1).tolist()
+        return found
+
+    def cut(self, length: int) -> None:
+        """See `Text`."""
+        self._cache.crop(length - self.length)
+        self.length = length
+
+
+def _load(
+    path: Path,
+    device: str,
+    dtype: torch.dtype,
+    method: str | None,
+    unpack: bool,
+    trusted: bool,
+    attention: str | None,
+) -> Any:
     if device != "cpu" and not torch.cuda.is_available():
         raise RequestError(f"the device {device} is not there: torch sees no GPU. Use --device cpu")
     options: dict[str, Any] = {"trust_remote_code": trusted}
+    if attention:
+        options["attn_implementation"] = ATTENTION[attention]
     extra, packages = NEEDS.get(method or "", ("", ()))
     for module in packages:
         if find_spec(module) is None:

@@ -1,0 +1,64 @@
+"""The tables of speed for docs/benchmarks.md; `tables.py` puts them there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tables import made, rows
+
+from lighten.report.numbers import NOT_MEASURED, byte_count, fixed, ratio, significant
+from lighten.report.table import first_line
+
+Found = dict[str, Any]
+
+
+def ladder(found: Found) -> str:
+    """Returns the measured ladder with the published one beside it."""
+    published = {each["rung"]: each for each in found["published"]["rows"]}
+    first = next((row["decode_tok_s"] for row in found["rows"] if row["name"] == "baseline"), None)
+    theirs_first = published["baseline"]["decode_tok_s"]
+    lines, failed = [], []
+    for row in found["rows"]:
+        theirs = published.get(found["stands_for"].get(row["name"], row["name"]))
+        told = [NOT_MEASURED] * 3
+        if theirs:
+            memory = NOT_MEASURED if theirs["memory_gb"] is None else f"{theirs['memory_gb']} GB"
+            speed = f"{theirs['decode_tok_s']:g} ({ratio(theirs['decode_tok_s'] / theirs_first)})"
+            told = [theirs["name"], memory, speed]
+        if row["status"] == "failed":
+            failed.append(f"- {row['name']}: {first_line(row['error'])}")
+        speed = significant(row["decode_tok_s"], 3) if row["decode_tok_s"] else NOT_MEASURED
+        speed += f" ({ratio(row['decode_tok_s'] / first)})" if row["decode_tok_s"] and first else ""
+        sizes = [byte_count(row[key]) if row[key] else NOT_MEASURED for key in ("size_bytes", "peak_bytes")]
+        quality = significant(row["perplexity"], 4) if row["perplexity"] else NOT_MEASURED
+        lines.append([", ".join(filter(None, (row["name"], _how(row)))), *sizes, speed, quality, *told])
+    titles = ("Rung", "Size", "Peak memory", "Decode, tok/s", "Perplexity", "Published rung", "memory", "tok/s")
+    parts = [rows(titles, lines), *(["\n".join(failed)] if failed else [])]
+    parts += [f"Published: {found['published']['source']}. × is of the first rung.", made(found)]
+    return "\n\n".join(parts)
+
+
+def _how(row: Found) -> str:
+    if not row["attention"]:
+        return row["runtime"] or ""
+    extra = [] if row["compile"] == "off" else [f"compiled ({row['compile']})"]
+    extra += [] if row["cache"] == "dynamic" else [f"{row['cache']} cache"]
+    return ", ".join([row["attention"], *extra])
+
+
+def repeat(found: Found) -> str:
+    """Returns how far two measurements of the same speed are apart."""
+    lines = [
+        [
+            each["name"],
+            *(significant(value, 3) for value in each["decode_tok_s"]),
+            f"{fixed(100 * each['apart'], 1)} %",
+            ", ".join(f"{fixed(100 * spread, 0)} %" for spread in each["spread"]),
+        ]
+        for each in found["rows"]
+    ]
+    titles = ("Artifact", "First, tok/s", "Second, tok/s", "Apart", "Spread of the repeats")
+    limit = f"{fixed(100 * found['limit'], 0)} %"
+    beyond = [each["name"] for each in found["rows"] if each["apart"] > found["limit"]]
+    verdict = f"More than {limit} apart: {', '.join(beyond)}." if beyond else f"None is more than {limit} apart."
+    return f"{rows(titles, lines)}\n\n{verdict}\n\n{made(found)}"

@@ -1,0 +1,150 @@
+"""The OpenAI-compatible server of llama-cpp-python, as a person would start it: over HTTP, streaming."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Self
+
+from lighten.errors import Failure, missing_extra
+from lighten.evaluate import machine
+from lighten.process import death, die_with
+
+NEEDS = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
+START_SECONDS = 120
+ANSWER_SECONDS = 600
+BANNED = -100
+"""Bias that keeps a token from being chosen."""
+
+
+class Refused(Exception):
+    """The server did not answer a request to its end."""
+
+
+class LlamaServer:
+    """A server that runs as long as the block it is opened for; it does not outlive this process either."""
+
+    def __init__(self, path: Path, context: int, device: str) -> None:
+        """Sets it up for a .gguf file and texts of at most `context` tokens.
+
+        Raises:
+            RequestError: a package is missing.
+        """
+        for module in NEEDS:
+            if find_spec(module) is None:
+                raise missing_extra("serve", module, f"serving {path.name} over HTTP")
+        self.device = device
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = int(free.getsockname()[1])
+        threads = str(machine.cores())
+        self._command = [sys.executable, "-m", "llama_cpp.server", "--model", str(path), "--port", str(self.port)]
+        self._command += ["--n_ctx", str(context), "--n_threads", threads, "--n_threads_batch", threads]
+        self._command += ["--n_gpu_layers", "0" if device == "cpu" else "-1", "--logits_all", "false"]
+        self._command += ["--interrupt_requests", "false"]  # a new request would end the one before it
+        self._noise = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the server
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        """Starts it and waits until it answers.
+
+        Raises:
+            Failure: it ended, or does not answer.
+        """
+        self._process = subprocess.Popen(
+            self._command, stdout=self._noise, stderr=self._noise, preexec_fn=partial(die_with, os.getpid())
+        )
+        deadline = time.monotonic() + START_SECONDS
+        try:
+            while not self._answers():
+                self.check("before it answered")
+                if time.monotonic() > deadline:
+                    raise Failure(f"llama_cpp.server does not answer after {START_SECONDS} s: {self._tail()}")
+                time.sleep(0.1)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stops it."""
+        assert self._process
+        self._process.kill()
+        self._process.wait()
+        self._noise.close()
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        assert self._process
+        return self._process.pid
+
+    def check(self, when: str) -> None:
+        """Raises Failure if it has ended."""
+        assert self._process
+        code = self._process.poll()
+        if code is not None:
+            raise Failure(f"llama_cpp.server ended {when} ({death(code)}): {self._tail()}")
+
+    def _tail(self, limit: int = 1000) -> str:
+        size = os.fstat(self._noise.fileno()).st_size
+        text = os.pread(self._noise.fileno(), limit, max(0, size - limit)).decode(errors="replace")
+        return " ".join(text.split()) or "it printed nothing"
+
+    def _answers(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            connection.request("GET", "/v1/models")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+    def stream(self, prompt: str, steps: int, banned: list[int]) -> list[float]:
+        """Returns the moments (`time.perf_counter`) at which each token of a greedy answer arrived.
+
+        A token is a piece of text that the server sends; one that is no whole character comes with the next.
+
+        Raises:
+            Refused: it did not answer to the end.
+        """
+        asked = {
+            "prompt": prompt,
+            "max_tokens": steps,
+            "temperature": 0,
+            "stream": True,
+            "logit_bias": {str(token): BANNED for token in banned},
+        }
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_SECONDS)
+        moments: list[float] = []
+        try:
+            connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            if response.status != 200:
+                raise Refused(f"status {response.status}: {response.read(300).decode(errors='replace')}")
+            while line := response.readline():
+                name, _, value = line.partition(b": ")
+                if name != b"data":
+                    continue
+                if value.strip() == b"[DONE]":
+                    return moments
+                event = json.loads(value)
+                if "error" in event:
+                    raise Refused(str(event["error"]))
+                if event["choices"][0]["text"]:
+                    moments.append(time.perf_counter())
+        except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
+            raise Refused(f"{type(error).__name__}: {error}") from error
+        finally:
+            connection.close()
+        raise Refused("it stopped before the end")

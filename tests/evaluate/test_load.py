@@ -1,0 +1,143 @@
+"""Requests that keep arriving, at a real server over HTTP and at our own loop."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from lighten.errors import Failure
+from lighten.evaluate import load
+from lighten.evaluate.load import Served, arrivals, batched, row
+from lighten.evaluate.run import measure
+from lighten.evaluate.runtimes import Ids, Timings
+from lighten.evaluate.server import LlamaServer
+from lighten.evaluate.settings import Load
+from lighten.stage import silent
+from tests.evaluate.conftest import Tiny
+
+SMALL = {"rate": 20, "requests": 4, "prompt": 20, "generate": 6}
+
+
+def payload(model: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    config = Load.model_validate({**SMALL, **changes}).model_dump(mode="json")
+    names = {"measurement": "load", "model": str(model), "tokenizer": str(model)}
+    return {**names, "config": config, "out": str(out), "device": "cpu"}
+
+
+def test_arrivals_are_a_seeded_poisson_process() -> None:
+    settings = Load(requests=4000, seed=3)
+    times = np.array(arrivals(settings, 2.0))
+    gaps = np.diff(times)
+    assert (gaps > 0).all() and gaps.mean() == pytest.approx(0.5, rel=0.05)
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.05)  # as in an exponential distribution
+    assert (times == arrivals(settings, 2.0)).all() and (times != arrivals(Load(requests=4000), 2.0)).any()
+    assert times == pytest.approx(2 * np.array(arrivals(settings, 4.0)))
+
+
+def test_a_row_tells_what_somebody_waiting_sees() -> None:
+    found = row(2.0, 3, [Served(1.0, [1.5, 1.6, 1.9]), Served(2.0, [2.25, 5.0])], "ours")
+    assert (found["requests"], found["completed"], found["server"]) == (3, 2, "ours")
+    assert found["throughput_tok_s"] == pytest.approx(5 / 4)
+    assert found["ttft_ms"]["p50"] == pytest.approx(375) and found["token_ms"]["p50"] == pytest.approx(300)
+    with pytest.raises(Failure, match="ours completed none of 3 requests at 2 a second"):
+        row(2.0, 3, [], "ours")
+
+
+class Slow:
+    """A runtime that takes 30 ms for a prompt and 10 ms for a token, and keeps the sizes of its batches."""
+
+    vocab, dtype, name, device = 50, "float32", "torch", "cpu"
+    options: ClassVar[dict[str, str]] = {}
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def generate(self, prompt: Ids, steps: int) -> Timings:
+        self.batches.append(len(prompt))
+        time.sleep(0.030 + 0.010 * (steps - 1))
+        return Timings(0.030, [0.010] * (steps - 1))
+
+
+def test_those_that_wait_are_decoded_together() -> None:
+    runtime = Slow()
+    ids = np.zeros((6, 5), dtype=np.int64)
+    settings = Load(requests=6, prompt=5, generate=4, batch=3)
+    served = batched(runtime, ids, [0.0, 0.01, 0.02, 0.03, 0.04, 0.5], settings)  # type: ignore[arg-type]
+    assert runtime.batches == [1, 3, 1, 1]
+    assert [len(each.tokens) for each in served] == [4] * 6
+    assert served[0].tokens[0] == pytest.approx(0.03, abs=0.02)
+    assert served[1].tokens[0] - served[1].arrived > 0.05  # it waited for the first one to end
+    assert served[5].tokens[0] - served[5].arrived == pytest.approx(0.03, abs=0.02)
+
+
+def test_load_of_a_model_directory(tiny: Tiny, tmp_path: Path) -> None:
+    (found,) = measure(payload(tiny(), tmp_path), silent)["load"]
+    assert found["requests"] == found["completed"] == 4 and found["server"].startswith("batched loop")
+    assert 0 < found["ttft_ms"]["p50"] <= found["ttft_ms"]["p99"] and found["throughput_tok_s"] > 0
+
+
+def test_load_of_a_gguf_over_http(tiny_gguf: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    found = measure(payload(tiny_gguf, tmp_path, rate=[10, 40]), silent)
+    assert [each["rate"] for each in found["load"]] == [10, 40] and found["runtime"] == "llama.cpp"
+    for each in found["load"]:
+        assert each["completed"] == 4 and each["server"].startswith("llama_cpp.server 0.")
+        assert each["ttft_ms"]["p50"] > 0 and each["throughput_tok_s"] > 0
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_server_is_stopped_whatever_happens(tiny_gguf: Path) -> None:
+    pytest.importorskip("fastapi")
+    with pytest.raises(ZeroDivisionError), LlamaServer(tiny_gguf, 64, "cpu") as server:
+        assert alive(server.pid) and server.stream("the", 3, [])
+        raise ZeroDivisionError
+    assert not alive(server.pid)
+
+
+def test_a_server_that_dies_midway_is_one_message(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastapi")
+    servers: list[LlamaServer] = []
+    answers = LlamaServer.stream
+
+    def watched(self: LlamaServer, *asked: Any) -> list[float]:
+        servers.append(self)
+        if len(servers) == 4:  # after the warm-up and two requests
+            threading.Timer(0.0, os.kill, (self.pid, signal.SIGKILL)).start()
+            time.sleep(0.2)
+        return answers(self, *asked)
+
+    monkeypatch.setattr(LlamaServer, "stream", watched)
+    with pytest.raises(Failure, match=r"llama_cpp\.server ended after [012] of 4 requests .*killed by SIGKILL"):
+        measure(payload(tiny_gguf, tmp_path, rate=2), silent)
+    assert not alive(servers[0].pid)
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+    with (
+        pytest.raises(Failure, match=r"llama_cpp\.server ended before it answered"),
+        LlamaServer(tmp_path / "bad.gguf", 64, "cpu"),
+    ):
+        pass
+
+
+def test_pieces_are_all_different_while_the_text_lasts(tiny: Tiny) -> None:
+    from lighten.evaluate.runtimes import open_tokenizer
+
+    tokenizer = open_tokenizer(tiny())
+    found = load._pieces(tokenizer, Load(requests=30, prompt=50))
+    assert len({tuple(each) for each in found}) == 30 and {len(each) for each in found} == {50}

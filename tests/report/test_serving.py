@@ -1,0 +1,57 @@
+from typing import Any
+
+import pytest
+
+from lighten.report.results import Results
+from lighten.report.serving import doubts, serving
+from lighten.report.table import table
+from tests.report.sample import raw
+
+
+def results(*changes: dict[str, Any]) -> Results:
+    """Results of one artifact that was measured several times, 100 tok/s unless it is said."""
+    speed = {"batch": 1, "prompt": 128, "generate": 64, "decode_tok_s": 100.0}
+    rows = []
+    for number, change in enumerate(changes):
+        row = {"name": f"r{number}", "status": "ok", "key": "a" * 64, "device": "cpu", **change}
+        rows.append(row | {"speed": [speed | change.get("speed", {})]})
+    return Results.model_validate({**raw(), "variants": rows})
+
+
+def test_two_measurements_of_the_same_that_differ_are_told() -> None:
+    assert doubts(results({}, {"speed": {"decode_tok_s": 104.9}})) == ()
+    (line,) = doubts(results({}, {"speed": {"decode_tok_s": 94.0}}))
+    assert line.startswith("r0 and r1 are the same, and their decode speeds at batch 1, prompt 128 differ by 6.4 %")
+    assert line in table(results({}, {"speed": {"decode_tok_s": 94.0}})).notes
+    by_path = [{"key": None, "path": "m", "speed": {"decode_tok_s": value}} for value in (100.0, 90.0)]
+    assert len(doubts(results(*by_path))) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"key": "b" * 64},
+        {"device": "cuda"},
+        {"facts": {"machine": {"cpu": "another"}}},
+        {"speed": {"prompt": 64, "decode_tok_s": 50.0}},
+        {"speed": {"compile": "default", "decode_tok_s": 50.0}},
+    ],
+)
+def test_what_is_not_the_same_is_not_compared(other: dict[str, Any]) -> None:
+    changed = {"speed": {"decode_tok_s": 50.0}} | other
+    assert doubts(results({}, changed)) == ()
+
+
+def test_load_and_drafts_in_words() -> None:
+    times = {"p50": 120.0, "p95": 300.0, "p99": 410.0}
+    load = {"rate": 0.5, "requests": 16, "completed": 15, "throughput_tok_s": 31.2, "server": "llama_cpp.server 0.3"}
+    draft = {"draft": "q4", "tokens": 5, "acceptance": 0.81, "decode_tok_s": 60.0, "plain_tok_s": 40.0, "speedup": 1.5}
+    rows = results({"load": [load | {"ttft_ms": times, "token_ms": times}], "speculative": draft | {"identical": True}})
+    first, second = serving(rows)
+    assert first.startswith("r0, 0.5 requests a second (llama_cpp.server 0.3): 15 of 16 completed, 31.2 tok/s")
+    assert "first token 120 ms (p95 300, p99 410)" in first
+    assert "with q4 as its draft, 5 tokens at a time, 81" in second and "60.0 tok/s instead of 40.0 (1.5×)" in second
+    assert second.endswith("the texts are the same token by token")
+    parted = {"parted": [{"text": 0, "position": 7, "gap": 0.0312}], "texts": 6, "identical": False}
+    (line,) = serving(results({"speculative": draft | parted}))
+    assert "1 of 6 texts are not the same" in line and "differ by 0.031 at most" in line
