@@ -43,8 +43,7 @@ def markdown(results: Results, earlier: Sequence[Results] = ()) -> str:
     learned = [f"{', '.join(each.variants)}: {each.sentence}" for each in lessons(results)]
     if learned:
         parts += ["### Training", _bullets(learned)]
-    for part in sections.parts(results, earlier):
-        parts += _part(part)
+    parts += [part_text(part) for part in sections.parts(results, earlier)]
     if tried := matrix(results):
         parts += ["### Where it loads", _matrix(tried), LEGEND]
         parts += [_bullets(list(tried.remarks))] if tried.remarks else []
@@ -59,7 +58,7 @@ def markdown(results: Results, earlier: Sequence[Results] = ()) -> str:
     if results.stages:
         parts += ["### Predicted and actual", _stages(results.stages)]
     if results.recipe_yaml:
-        parts += ["<details><summary>Recipe</summary>", _fence(results.recipe_yaml), "</details>"]
+        parts += ["<details><summary>Recipe</summary>", fence(results.recipe_yaml), "</details>"]
     return "\n\n".join(parts) + f"\n\n<sub>Made by lighten, {escape(results.created)}.</sub>\n"
 
 
@@ -108,14 +107,14 @@ def _legend(comparison: Table) -> str:
     return "\n".join(["<details><summary>How to read it</summary>", "", *lines, "", "</details>"])
 
 
-def _part(part: Part) -> list[str]:
-    """Returns the paragraphs of a section that a module added; its pictures are in plots/."""
+def part_text(part: Part) -> str:
+    """Returns a section that a module added; its pictures are in plots/."""
     said = [f"### {escape(part.title)}", *([escape(part.intro)] if part.intro else [])]
     for grid in part.grids:
         said += [f"**{escape(grid.caption)}**"] if grid.caption else []
         said.append(grid_table(grid))
     said += [f"![{escape(each.title)}](plots/{each.stem}.png)" for each in part.pictures]
-    return said + ([_bullets(list(part.notes))] if part.notes else [])
+    return "\n\n".join(said + ([_bullets(list(part.notes))] if part.notes else []))
 
 
 def grid_table(grid: Grid) -> str:
@@ -149,7 +148,7 @@ def cost_line(cost: Cost | None) -> str:
     return ", ".join(parts) or NOT_MEASURED
 
 
-def _fence(code: str) -> str:
+def fence(code: str) -> str:
     """Returns a code block whose fence is longer than any in the code."""
     longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
     fence = "`" * max(3, longest + 1)

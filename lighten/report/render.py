@@ -1,4 +1,4 @@
-"""Write the report of a version: report.md, report.html and plots/."""
+"""Write the report of a version: report.md, report.html, plots/ and the models' cards."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from markupsafe import Markup
 from lighten.errors import Failure, RequestError
 from lighten.report import calibration, facts, numbers
 from lighten.report.allocation import allocations, draw_allocation
+from lighten.report.card import CARD, cards
 from lighten.report.csv_table import csv_table
 from lighten.report.drawing import inline
 from lighten.report.headline import headline
@@ -30,11 +31,11 @@ from lighten.report.table import first_line, table
 from lighten.report.terminal import terminal
 from lighten.store import write_file
 
-__all__ = ["csv_table", "html", "markdown", "pareto", "terminal", "write_report"]
+__all__ = ["csv_table", "html", "markdown", "page", "pareto", "terminal", "write_report"]
 
 
 def write_report(results: Results, directory: Path, earlier: Sequence[Results] = ()) -> list[Path]:
-    """Writes report.md, report.html and plots/ into a directory (made if need be) and returns their paths.
+    """Writes report.md, report.html, plots/ and cards/ into a directory (made if need be) and returns their paths.
 
     `earlier` are the versions before it, oldest first, for the history. Without matplotlib the report is complete but
     for the plots, and says how to get them.
@@ -42,20 +43,13 @@ def write_report(results: Results, directory: Path, earlier: Sequence[Results] =
     Raises:
         Failure: the directory cannot be written to.
     """
-    drawings: dict[str, tuple[bytes, bytes]] = {}
-    obstacle = ""
-    try:
-        drawings = {plot.stem: draw(plot) for plot in plots(results)}
-        drawings |= {each.stem: draw_allocation(each) for each in allocations(results)}
-        drawings |= {each.stem: draw_lessons(each) for each in lessons(results)}
-        drawings |= {each.stem: each.draw() for part in parts(results, earlier) for each in part.pictures}
-    except RequestError as error:
-        obstacle = str(error)
+    drawings, obstacle = _drawings(results, earlier)
     svgs = {stem: svg for stem, (svg, _) in drawings.items()}
     written = {
         "report.md": markdown(results, earlier).encode(),
         "report.html": html(results, svgs, obstacle, earlier).encode(),
     }
+    written |= {f"cards/{name}/{CARD}": text.encode() for name, text in cards(results, directory).items()}
     for stem, (svg, png) in drawings.items():
         written[f"plots/{stem}.svg"] = svg
         written[f"plots/{stem}.png"] = png
@@ -66,6 +60,24 @@ def write_report(results: Results, directory: Path, earlier: Sequence[Results] =
     except OSError as error:
         raise Failure(f"cannot write the report to {directory}: {error.strerror}") from error
     return [directory / name for name in written]
+
+
+def page(results: Results, earlier: Sequence[Results] = ()) -> str:
+    """Returns report.html with its plots, where matplotlib is installed."""
+    drawings, obstacle = _drawings(results, earlier)
+    return html(results, {stem: svg for stem, (svg, _) in drawings.items()}, obstacle, earlier)
+
+
+def _drawings(results: Results, earlier: Sequence[Results]) -> tuple[dict[str, tuple[bytes, bytes]], str]:
+    """Returns every picture as SVG and PNG, by stem; or none, and how to get them."""
+    try:
+        drawings = {plot.stem: draw(plot) for plot in plots(results)}
+        drawings |= {each.stem: draw_allocation(each) for each in allocations(results)}
+        drawings |= {each.stem: draw_lessons(each) for each in lessons(results)}
+        drawings |= {each.stem: each.draw() for part in parts(results, earlier) for each in part.pictures}
+    except RequestError as error:
+        return {}, str(error)
+    return drawings, ""
 
 
 def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "", earlier: Sequence[Results] = ()) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from lighten.report.history import history
 from lighten.report.part import Part
 from lighten.report.results import Results
 
 Section = Callable[[Results, Sequence[Results]], Part | None]
 """Takes the results and those of the earlier versions, oldest first; returns nothing where there is nothing to say."""
 
-SECTIONS: tuple[Section, ...] = ()
+SECTIONS: tuple[Section, ...] = (history,)
 
 
 def parts(results: Results, earlier: Sequence[Results] = ()) -> list[Part]:
