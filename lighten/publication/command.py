@@ -52,7 +52,7 @@ def report(
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
 ) -> None:
-    """Show the results of a run again and write its report anew; or print them in another form, or push artifacts."""
+    """Show the results of a run again and write its report anew; or print another form, the history, or push."""
     from lighten.report import merge as merging
     from lighten.report.history import read
     from lighten.report.render import write_report
