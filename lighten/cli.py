@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Sequence
 from copy import copy
@@ -17,6 +16,7 @@ from lighten.comparison.command import compare
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.flags import Artifacts, Device, Json
 from lighten.flags import print_json as _print_json
+from lighten.publication.command import Public, Push, check_push, push_version, report, show
 from lighten.recommendation.command import recommend
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def run(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a ready recipe such as quickstart.")],
     only: Only = None,
     device: Device = "auto",
+    push_to_hub: Push = None,
+    public: Public = False,
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
 ) -> None:
@@ -70,24 +72,16 @@ def run(
     from lighten import pipeline
     from lighten.progress import watching
 
+    if public and not push_to_hub:
+        raise RequestError("--public belongs to --push-to-hub OWNER/NAME")
+    wanted = only or list(pipeline.open_recipe(recipe, only).variants)
+    if push_to_hub:
+        check_push(push_to_hub, wanted)
     with watching(quiet=as_json) as watcher:
         folder = pipeline.run(recipe, artifacts=artifacts, only=only, device=device, watcher=watcher)
-    _show(folder, as_json)
-
-
-def _show(folder: Path, as_json: bool) -> None:
-    from lighten.report import results as report
-    from lighten.report.terminal import terminal
-
-    results = report.load(folder)
-    if as_json:
-        _print_json(json.loads((folder / report.FILE).read_text(encoding="utf-8")))
-    else:
-        Console().print(terminal(results))
-        Console(soft_wrap=True).print(f"report: {(folder / 'report.html').resolve()}", highlight=False)
-    failed = [variant.name for variant in results.variants if variant.failed]
-    if failed:
-        raise Failure(f"failed: {', '.join(failed)}; the report says why, and the same command tries again")
+    if push_to_hub:
+        push_version(folder, push_to_hub, wanted, public=public, quiet=as_json)
+    show(folder, as_json)
 
 
 @app.command()
@@ -372,36 +366,7 @@ def fit(
         Console().print(shown)
 
 
-@app.command()
-def report(
-    name: Annotated[str, typer.Argument(help="A recipe's name (its latest version), or the directory of a version.")],
-    version: Annotated[str | None, typer.Option(help="A version such as v1.")] = None,
-    merge: Annotated[
-        list[Path] | None, typer.Option(help="Add the rows of a results.json from another machine; may be repeated.")
-    ] = None,
-    artifacts: Artifacts = Path("artifacts"),
-    as_json: Json = False,
-) -> None:
-    """Show the results of a run again, and write its report anew."""
-    from lighten.report import merge as merging
-    from lighten.report.render import write_report
-    from lighten.report.results import FILE, load, save
-    from lighten.store import Store
-
-    folder = Path(name) if Path(name, "results.json").is_file() else Store(artifacts).latest(name)
-    if folder and version:
-        folder = folder.parent / version
-    if not folder or not folder.is_dir():
-        known = sorted({path.parent.name for path in Store(artifacts).versions()})
-        raise RequestError(f"no results of {name!r} in {artifacts}; there are {', '.join(known) or 'none yet'}")
-    results = load(folder)
-    if merge:
-        results = merging.add(results, [load(file) for file in merge])
-        save(results, folder / FILE)
-    write_report(results, folder)
-    _show(folder, as_json)
-
-
+app.command("report")(report)
 app.command("compare")(compare)
 app.command("recommend")(recommend)
 

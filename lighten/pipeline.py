@@ -293,6 +293,7 @@ def build_all(todo: Plan, store: Store, predictor: Predictor, device: str, watch
 
 def _publish(todo: Plan, builder: Builder, results: dict[str, Any], store: Store, watcher: Watcher) -> Path:
     """Writes the next version, unless the latest one already says the same."""
+    from lighten.report.history import read
     from lighten.report.render import write_report
 
     name = todo.recipe.name
@@ -316,7 +317,10 @@ def _publish(todo: Plan, builder: Builder, results: dict[str, Any], store: Store
             if stage.key in builder.done:
                 (links / variant).symlink_to(Path("../../../objects") / stage.key)
         write_json(folder / "results.json", results)
-        write_report(Results.model_validate(results), folder)
+        earlier, refused = read(store.versions(name))
+        for line in refused:
+            watcher.say(line)
+        write_report(Results.model_validate(results), folder, earlier)
     published = store.latest(name)
     assert published is not None
     return published

@@ -43,6 +43,7 @@ FLOORS = {
     "progress": 10,
     "comparison": 11,
     "recommendation": 12,
+    "publication": 12,
     "cli": 13,
 }
 APART = ("compress", "export", "evaluate", "report")

@@ -6,15 +6,7 @@ from typing import Any
 
 from lighten.comparison.side import Side
 from lighten.errors import RequestError
-
-OWN = ("dtype", "tokenizer", "data")
-"""What may differ: how the artifact itself is stored, whose tokenizer gave the same ids, what the text is called."""
-WORDS = {
-    "data_sha256": "text",
-    "ids_sha256": "tokens of the text (another tokenizer)",
-    "bos": "beginning-of-text token",
-    "chunks": "number of chunks",
-}
+from lighten.report import alike
 
 
 def check(a: Side, b: Side) -> None:
@@ -33,18 +25,14 @@ def check(a: Side, b: Side) -> None:
 
 def same_machine(a: Side, b: Side) -> bool:
     """Returns whether speeds of the two can be compared."""
-    keys = ("cpu", "cores", "gpus")
-    return a.row.device == b.row.device and all(a.machine.get(key) == b.machine.get(key) for key in keys)
+    return a.row.device == b.row.device and alike.same_machine(a.machine, b.machine)
 
 
 def _perplexity(a: Side, b: Side) -> list[str]:
     if not (a.row.perplexity and b.row.perplexity):
         return []
     ours, theirs = a.row.perplexity.protocol, b.row.perplexity.protocol
-    keys = [key for key in sorted({*ours, *theirs}) if key not in OWN and ours.get(key) != theirs.get(key)]
-    if len(keys) > 1:  # other tokens follow from another text, length or number of chunks
-        keys = [key for key in keys if key != "ids_sha256"]
-    lines = [f"perplexity: {_differs(key, ours, theirs)}" for key in keys]
+    lines = [f"perplexity: {_differs(key, ours, theirs)}" for key in alike.differing(ours, theirs)]
     both_torch = a.row.runtime == b.row.runtime == "torch"
     if both_torch and ours.get("dtype") != theirs.get("dtype"):
         lines.append(f"perplexity: arithmetic is {ours.get('dtype')} in A and {theirs.get('dtype')} in B")
@@ -55,8 +43,8 @@ def _differs(key: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     if key == "data_sha256" and ours.get("data") != theirs.get("data"):
         return f"text is {ours.get('data')} in A and {theirs.get('data')} in B"
     if key.endswith("sha256"):
-        return f"another {WORDS.get(key, key)}"
-    return f"{WORDS.get(key, key)} is {_short(ours.get(key))} in A and {_short(theirs.get(key))} in B"
+        return f"another {alike.WORDS.get(key, key)}"
+    return f"{alike.WORDS.get(key, key)} is {_short(ours.get(key))} in A and {_short(theirs.get(key))} in B"
 
 
 def _short(value: Any) -> str:

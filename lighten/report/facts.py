@@ -65,20 +65,33 @@ def text(value: JsonValue, key: str = "") -> str:
             return ", ".join(f"{name} {text(item, name)}" for name, item in value.items()) or "none"
 
 
-def protocols(results: Results) -> list[tuple[list[str], Pairs]]:
-    """Returns each protocol that perplexity was measured by, with the variants that share it."""
-    found: list[tuple[list[str], Free]] = []
+def protocols(results: Results) -> list[tuple[str, Pairs]]:
+    """Returns the name and the settings of each protocol that perplexity was measured by.
+
+    A setting that is not the same for all variants says whose it is: "F16 (gguf-f16), float32 (baseline, gptq-int4)".
+    """
+    found: dict[str, dict[str, Free]] = {}
     for variant in results.measured:
         for perplexity in variant.perplexities:
             protocol: Free = {**perplexity.protocol}
             if perplexity.tokens is not None:
                 protocol.setdefault("tokens", perplexity.tokens)
-            same = next((names for names, other in found if other == protocol), None)
-            if same is None:
-                found.append(([variant.name], protocol))
-            else:
-                same.append(variant.name)
-    return [(names, pairs(protocol)) for names, protocol in found]
+            found.setdefault(perplexity.by, {})[variant.name] = protocol
+    return [(name, _shared(each)) for name, each in found.items()]
+
+
+def _shared(protocols: dict[str, Free]) -> Pairs:
+    """Returns the settings of several variants, each once where all share it."""
+    told = []
+    for key in dict.fromkeys(key for protocol in protocols.values() for key in protocol):
+        whose: dict[str, list[str]] = {}
+        for name, protocol in protocols.items():
+            if key in protocol:
+                ((label, words),) = pairs({key: protocol[key]})
+                whose.setdefault(words, []).append(name)
+        alike = len(whose) == 1 and len(whose[words]) == len(protocols)
+        told.append((label, words if alike else "; ".join(f"{said} ({', '.join(by)})" for said, by in whose.items())))
+    return told
 
 
 def sentence(items: Iterable[tuple[str, str]]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from lighten.report import sections
 from lighten.report.allocation import allocations
 from lighten.report.calibration import amount, shared
 from lighten.report.facts import kept, pairs, protocols, sentence
@@ -11,13 +13,14 @@ from lighten.report.headline import headline
 from lighten.report.learning import lessons
 from lighten.report.matrix import LEGEND, Matrix, mark, matrix
 from lighten.report.numbers import NOT_MEASURED, byte_count, duration
+from lighten.report.part import Grid, Part
 from lighten.report.results import Cost, Results, StageCost, Variant
 from lighten.report.serving import serving
 from lighten.report.table import Table, first_line, table
 
 
-def markdown(results: Results) -> str:
-    """Returns the report in GitHub's Markdown."""
+def markdown(results: Results, earlier: Sequence[Results] = ()) -> str:
+    """Returns the report in GitHub's Markdown; `earlier` are the versions before it, oldest first."""
     answer, comparison = headline(results), table(results)
     parts = [
         f"## {escape(results.title)}: {escape(results.source.model)}",
@@ -41,6 +44,7 @@ def markdown(results: Results) -> str:
     learned = [f"{', '.join(each.variants)}: {each.sentence}" for each in lessons(results)]
     if learned:
         parts += ["### Training", _bullets(learned)]
+    parts += [part_text(part) for part in sections.parts(results, earlier)]
     if tried := matrix(results):
         parts += ["### Where it loads", _matrix(tried), LEGEND]
         parts += [_bullets(list(tried.remarks))] if tried.remarks else []
@@ -49,7 +53,7 @@ def markdown(results: Results) -> str:
     if results.calibration:
         lines = [amount(results.calibration), *map(shared, results.calibration.overlap)]
         parts += ["### Calibration", _bullets(lines)]
-    measured = [f"{', '.join(names)}: {sentence(items)}" for names, items in protocols(results)]
+    measured = [f"Perplexity by {name}: {sentence(items)}" for name, items in protocols(results)]
     if measured:
         parts += ["### Protocol", _bullets(measured)]
     if results.machine:
@@ -57,7 +61,7 @@ def markdown(results: Results) -> str:
     if results.stages:
         parts += ["### Predicted and actual", _stages(results.stages)]
     if results.recipe_yaml:
-        parts += ["<details><summary>Recipe</summary>", _fence(results.recipe_yaml), "</details>"]
+        parts += ["<details><summary>Recipe</summary>", fence(results.recipe_yaml), "</details>"]
     return "\n\n".join(parts) + f"\n\n<sub>Made by lighten, {escape(results.created)}.</sub>\n"
 
 
@@ -106,6 +110,23 @@ def _legend(comparison: Table) -> str:
     return "\n".join(["<details><summary>How to read it</summary>", "", *lines, "", "</details>"])
 
 
+def part_text(part: Part) -> str:
+    """Returns a section that a module added; its pictures are in plots/."""
+    said = [f"### {escape(part.title)}", *([escape(part.intro)] if part.intro else [])]
+    for grid in part.grids:
+        said += [f"**{escape(grid.caption)}**"] if grid.caption else []
+        said.append(grid_table(grid))
+    said += [f"![{escape(each.title)}](plots/{each.stem}.png)" for each in part.pictures]
+    return "\n\n".join(said + ([_bullets(list(part.notes))] if part.notes else []))
+
+
+def grid_table(grid: Grid) -> str:
+    """Returns a grid of text as a table."""
+    ruler = [":---" if i < grid.text else "---:" for i in range(len(grid.heads))]
+    lines = [_row([escape(head) for head in grid.heads]), _row(ruler)]
+    return "\n".join(lines + [_row([escape(cell) for cell in row]) for row in grid.rows])
+
+
 def _matrix(tried: Matrix) -> str:
     heads = [escape(f"{name} {version}".strip()) for name, version in tried.loaders]
     lines = [_row(["Variant", *heads]), _row([":---"] * (1 + len(heads)))]
@@ -130,7 +151,7 @@ def cost_line(cost: Cost | None) -> str:
     return ", ".join(parts) or NOT_MEASURED
 
 
-def _fence(code: str) -> str:
+def fence(code: str) -> str:
     """Returns a code block whose fence is longer than any in the code."""
     longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
     fence = "`" * max(3, longest + 1)

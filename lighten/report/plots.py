@@ -107,9 +107,9 @@ def _points(axes: Any, plot: Plot) -> None:
         ("baseline", [p for p in plot.points if p.baseline], {"marker": "D", "mfc": INK, "mec": INK, "ms": 5.5}),
     ]
     for label, points, style in styles:
-        if points:
-            drawn = {"ls": "", "ms": 6.5, "mew": 1.2, "zorder": 3, "label": label, **style}
-            axes.plot([p.x for p in points], [p.y for p in points], **drawn)
+        for n, p in enumerate(points):  # each with an id of its own, so that the page can say its figures
+            drawn = {"ls": "", "ms": 6.5, "mew": 1.2, "zorder": 3, "label": "" if n else label, **style}
+            axes.plot([p.x], [p.y], gid=f"point-{plot.points.index(p)}", **drawn)
     legend(axes)
 
 

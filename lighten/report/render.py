@@ -1,54 +1,56 @@
-"""Write the report of a version: report.md, report.html and plots/."""
+"""Write the report of a version: report.md, report.html, plots/ and the models' cards."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+import re
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from lighten.errors import Failure, RequestError
 from lighten.report import calibration, facts, numbers
 from lighten.report.allocation import allocations, draw_allocation
+from lighten.report.card import CARD, cards
+from lighten.report.csv_table import csv_table
 from lighten.report.drawing import inline
 from lighten.report.headline import headline
 from lighten.report.learning import draw_lessons, lessons
-from lighten.report.markdown import markdown
+from lighten.report.markdown import markdown, markdown_table
 from lighten.report.matrix import LEGEND, mark, matrix
 from lighten.report.pareto import pareto
 from lighten.report.plots import draw, plots
+from lighten.report.points import figures, lively
 from lighten.report.results import Free, Results, Variant
+from lighten.report.sections import parts
 from lighten.report.serving import serving
 from lighten.report.table import first_line, table
 from lighten.report.terminal import terminal
 from lighten.store import write_file
 
-__all__ = ["html", "markdown", "pareto", "terminal", "write_report"]
+__all__ = ["csv_table", "html", "markdown", "page", "pareto", "terminal", "write_report"]
 
 
-def write_report(results: Results, directory: Path) -> list[Path]:
-    """Writes report.md, report.html and plots/ into a directory (made if need be) and returns their paths.
+def write_report(results: Results, directory: Path, earlier: Sequence[Results] = ()) -> list[Path]:
+    """Writes report.md, report.html, plots/ and cards/ into a directory (made if need be) and returns their paths.
 
-    Without matplotlib the report is complete but for the plots, and says how to get them.
+    `earlier` are the versions before it, oldest first, for the history. Without matplotlib the report is complete but
+    for the plots, and says how to get them.
 
     Raises:
         Failure: the directory cannot be written to.
     """
-    drawings: dict[str, tuple[bytes, bytes]] = {}
-    obstacle = ""
-    try:
-        drawings = {plot.stem: draw(plot) for plot in plots(results)}
-        drawings |= {each.stem: draw_allocation(each) for each in allocations(results)}
-        drawings |= {each.stem: draw_lessons(each) for each in lessons(results)}
-    except RequestError as error:
-        obstacle = str(error)
+    drawings, obstacle = _drawings(results, earlier)
+    svgs = {stem: svg for stem, (svg, _) in drawings.items()}
     written = {
-        "report.md": markdown(results).encode(),
-        "report.html": html(results, {stem: svg for stem, (svg, _) in drawings.items()}, obstacle).encode(),
+        "report.md": markdown(results, earlier).encode(),
+        "report.html": html(results, svgs, obstacle, earlier).encode(),
     }
+    written |= {f"cards/{name}/{CARD}": text.encode() for name, text in cards(results, directory).items()}
     for stem, (svg, png) in drawings.items():
         written[f"plots/{stem}.svg"] = svg
         written[f"plots/{stem}.png"] = png
@@ -61,9 +63,29 @@ def write_report(results: Results, directory: Path) -> list[Path]:
     return [directory / name for name in written]
 
 
-def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "") -> str:
+def page(results: Results, earlier: Sequence[Results] = ()) -> str:
+    """Returns report.html with its plots, where matplotlib is installed."""
+    drawings, obstacle = _drawings(results, earlier)
+    return html(results, {stem: svg for stem, (svg, _) in drawings.items()}, obstacle, earlier)
+
+
+def _drawings(results: Results, earlier: Sequence[Results]) -> tuple[dict[str, tuple[bytes, bytes]], str]:
+    """Returns every picture as SVG and PNG, by stem; or none, and how to get them."""
+    try:
+        drawings = {plot.stem: draw(plot) for plot in plots(results)}
+        drawings |= {each.stem: draw_allocation(each) for each in allocations(results)}
+        drawings |= {each.stem: draw_lessons(each) for each in lessons(results)}
+        drawings |= {each.stem: each.draw() for part in parts(results, earlier) for each in part.pictures}
+    except RequestError as error:
+        return {}, str(error)
+    return drawings, ""
+
+
+def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "", earlier: Sequence[Results] = ()) -> str:
     """Returns report.html with the drawn plots inside; `obstacle` says why there are none, if that is so."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FunctionLoader(_read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters.update(
         pairs=facts.pairs,
         settings=facts.settings,
@@ -75,14 +97,26 @@ def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "") -> str
         share=numbers.share,
         sig=numbers.significant,
     )
-    template = environment.from_string((files("lighten.report") / "template.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    environment.globals["dash"] = numbers.NOT_MEASURED
+    comparison = table(results)
+    told = figures(comparison)
+    drawn = {stem: inline(svg, stem) for stem, svg in svgs.items()}
+    return environment.get_template("template.html.j2").render(
+        style=Markup(_read("page.css")),
+        script=Markup(_read("page.js")),
         results=results,
         headline=headline(results),
-        table=table(results),
-        plots=[(plot, inline(svgs[plot.stem], plot.stem)) for plot in plots(results) if plot.stem in svgs],
-        grids=[(each, inline(svgs[each.stem], each.stem)) for each in allocations(results) if each.stem in svgs],
-        lessons=[(each, inline(svgs[each.stem], each.stem)) for each in lessons(results) if each.stem in svgs],
+        table=comparison,
+        downloads=_downloads(results),
+        drawn=drawn,
+        plots=[
+            (plot, lively(drawn[plot.stem], [point.name for point in plot.points], told))
+            for plot in plots(results)
+            if plot.stem in drawn
+        ],
+        grids=[each for each in allocations(results) if each.stem in drawn],
+        lessons=[each for each in lessons(results) if each.stem in drawn],
+        parts=parts(results, earlier),
         matrix=matrix(results),
         mark=mark,
         loads_legend=LEGEND,
@@ -91,9 +125,27 @@ def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "") -> str
         serving=serving(results),
         obstacle=obstacle,
         protocols=facts.protocols(results),
+        spent=sum(stage.actual.seconds or 0.0 for stage in results.stages if stage.actual),
         changes={variant.name: _changes(variant) for variant in results.variants},
-        dash=numbers.NOT_MEASURED,
     )
+
+
+def _read(name: str) -> str:
+    """Returns the text of one of the page's files."""
+    return (files("lighten.report") / name).read_text(encoding="utf-8")
+
+
+def _downloads(results: Results) -> list[tuple[str, str, Markup]]:
+    """Returns label, file name and data URL of what the page can be asked for; it needs no script for that."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", results.title) or "results"
+    made = [
+        ("CSV", f"{stem}.csv", "text/csv", csv_table(results)),
+        ("Markdown", f"{stem}.md", "text/markdown", markdown_table(table(results)) + "\n"),
+    ]
+    return [
+        (label, name, Markup(f"data:{kind};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"))
+        for label, name, kind, text in made
+    ]
 
 
 def _changes(variant: Variant) -> dict[str, str]:

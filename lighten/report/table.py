@@ -2,57 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from lighten.report.accuracy import accuracy_columns
 from lighten.report.calibration import overlaps
+from lighten.report.cell import Cell, Column, plain
 from lighten.report.numbers import (
-    NOT_MEASURED,
     byte_unit,
     change,
-    decimals_for,
     decimals_of,
     fixed,
     ratio,
     share,
     significant,
 )
-from lighten.report.results import Accuracy, Results, Variant
+from lighten.report.results import Results, Variant
 from lighten.report.serving import doubts
 from lighten.steady import UNSTEADY
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What stands in one cell: the number, what qualifies it, and the value to sort by.
-
-    Values within the best one's `margin` are as good as it.
-    """
-
-    text: str = NOT_MEASURED
-    details: tuple[str, ...] = ()
-    value: float | str | None = None
-    margin: float = 0.0
-    best: bool = False
-
-    @property
-    def line(self) -> str:
-        """The cell on one line: intervals as they are, other details in brackets."""
-        return " ".join([self.text, *(d if d[0] in "±[Δ" else f"({d})" for d in self.details)])
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column. `rank` orders what a narrow terminal keeps; `about` is the sentence that explains it."""
-
-    name: str
-    title: str
-    unit: str
-    better: Literal["lower", "higher", ""]
-    rank: int
-    about: str
-    cell: Callable[[Variant], Cell]
 
 
 @dataclass(frozen=True)
@@ -126,7 +92,7 @@ def columns(results: Results) -> list[Column]:
             "M",
             "lower",
             9,
-            "Millions of weights that are left.",
+            "How many numbers the model consists of, in millions.",
             lambda v: Cell() if v.params is None else Cell(significant(v.params / 1e6, 4), (), float(v.params)),
         )
     ]
@@ -144,7 +110,7 @@ def columns(results: Results) -> list[Column]:
 
     def decode(v: Variant) -> Cell:
         part = results.decode_ratio(v)
-        cell = replace(_plain(v.decode_tok_s, 3), details=() if part is None else (ratio(part),))
+        cell = replace(plain(v.decode_tok_s, 3), details=() if part is None else (ratio(part),))
         return replace(cell, text=f"≈{cell.text}") if _unsteady(v) else cell
 
     return [
@@ -159,8 +125,8 @@ def columns(results: Results) -> list[Column]:
             "",
             "lower",
             8,
-            "Bits per weight, over all weights.",
-            lambda v: _plain(v.bits_per_weight, 3),
+            "Bits that a weight takes on average, over all weights. The source mostly has 16.",
+            lambda v: plain(v.bits_per_weight, 3),
         ),
         *_perplexity_columns(results),
         Column(
@@ -169,7 +135,8 @@ def columns(results: Results) -> list[Column]:
             "nats",
             "lower",
             10,
-            "Mean divergence of the next-token distribution from the baseline's.",
+            "Kullback–Leibler divergence: how far the probabilities of the next token moved from the baseline's, on "
+            "average. 0 is the same model.",
             lambda v: (
                 Cell()
                 if v.divergence is None
@@ -182,22 +149,22 @@ def columns(results: Results) -> list[Column]:
             "%",
             "higher",
             13,
-            "How often the likeliest next token is the baseline's.",
+            "How often the token it finds likeliest is the one that the baseline finds likeliest.",
             lambda v: (
                 Cell()
                 if v.divergence is None or v.divergence.top1_agreement is None
                 else Cell(share(v.divergence.top1_agreement), (), v.divergence.top1_agreement)
             ),
         ),
-        *_accuracy_columns(results),
+        *accuracy_columns(results),
         Column(
             "prefill",
             "Prefill",
             "tok/s",
             "higher",
             12,
-            f"Prompt tokens read per second{setting}.",
-            lambda v: _plain(v.speed[0].prefill_tok_s if v.speed else None, 3),
+            f"Tokens of the prompt that are read per second{setting}.",
+            lambda v: plain(v.speed[0].prefill_tok_s if v.speed else None, 3),
         ),
         Column(
             "decode",
@@ -214,8 +181,8 @@ def columns(results: Results) -> list[Column]:
             "ms",
             "lower",
             11,
-            f"Median time to the first token{setting}.",
-            lambda v: _plain(v.speed[0].ttft_ms.p50 if v.speed and v.speed[0].ttft_ms else None, 3),
+            f"Time to first token: how long one waits for the answer to begin, in half of the runs at most{setting}.",
+            lambda v: plain(v.speed[0].ttft_ms.p50 if v.speed and v.speed[0].ttft_ms else None, 3),
         ),
         Column(
             "memory",
@@ -223,7 +190,7 @@ def columns(results: Results) -> list[Column]:
             memory_unit,
             "lower",
             6,
-            "Peak of the measuring process: GPU memory if it used any, else RSS.",
+            "The most memory the measuring process took: of the GPU if it used one, else of the machine (RSS).",
             memory,
         ),
     ]
@@ -245,7 +212,9 @@ def _perplexity_columns(results: Results) -> list[Column]:
                 "",
                 "lower",
                 3,
-                f"Per {' or '.join(sorted(units)) or 'token'} on held-out text{how}, ± its standard error.",
+                f"Among how many equally likely choices it hesitates, in effect, at each "
+                f"{' or '.join(sorted(units)) or 'token'} of a text it was not made with{how}; 1 would be certainty. "
+                "± is the standard error.",
                 lambda v, by=by: _ppl(v, by),  # type: ignore[misc]
             ),
             Column(
@@ -254,8 +223,8 @@ def _perplexity_columns(results: Results) -> list[Column]:
                 "%",
                 "lower",
                 2 if i == 0 else 13,
-                "Paired change against the baseline on the same tokens, with its 95 % interval; it is much tighter "
-                "than the two standard errors.",
+                "How much perplexity rose over the baseline's on the same tokens, with its 95 % interval. Being paired "
+                "it is much tighter than the two standard errors.",
                 lambda v, by=by: _ppl_change(results, v, by),  # type: ignore[misc]
             ),
         ]
@@ -271,87 +240,6 @@ def _ppl_change(results: Results, v: Variant, by: str) -> Cell:
     text, interval = change(delta.relative, delta.ci95)
     margin = (delta.ci95[1] - delta.ci95[0]) / 2 if delta.ci95 else 0.0
     return Cell(text, (interval,) if interval else (), delta.relative, margin)
-
-
-def _accuracy_columns(results: Results) -> list[Column]:
-    """Returns a column per task: acc_norm where any variant has it, else acc."""
-    scores = [score for variant in results.measured for score in variant.accuracy]
-    tasks = list(dict.fromkeys(score.task for score in scores))
-    found = []
-    for i, task in enumerate(tasks):
-        same = [score for score in scores if score.task == task]
-        norm = any(score.acc_norm is not None for score in same)
-        if not norm and all(score.acc is None for score in same):
-            found.append(_reported(f"metric-{i}", task, same))
-            continue
-        metric = next((score.metric for score in same if score.metric), None) or "acc"
-        name = "acc_norm" if norm else metric
-        how = ", each ending's likelihood divided by its length" if norm else ""
-        by = ", ".join(dict.fromkeys(f" (scored by {score.scorer})" for score in same if score.scorer))
-        cut = ", ".join(
-            f" of {variant.name}, {score.truncated:,} requests were cut from the left to fit its context"
-            for variant in results.measured
-            for score in variant.accuracy
-            if score.task == task and score.truncated
-        )
-        found.append(
-            Column(
-                f"{name}-{i}",
-                name if len(tasks) == 1 else f"{name} {task}",
-                "%",
-                "higher",
-                5,
-                f"Right answers in the task {task}{how}{by}, ± half the 95 % interval; Δ is the paired change in points"
-                f"{';' if cut else ''}{cut}.",
-                lambda v, task=task, norm=norm: _accuracy(v, task, norm),  # type: ignore[misc]
-            )
-        )
-    if tasks:
-        return found
-    return [Column("acc_norm", "acc_norm", "%", "higher", 5, "Right answers.", lambda v: Cell())]
-
-
-def _reported(column: str, task: str, scores: list[Accuracy]) -> Column:
-    """Returns the column of a task that has no share of right answers: the first number that lm-eval reports."""
-    first = next((score.metrics[0] for score in scores if score.metrics), None)
-    metric = first.metric if first else ""
-    direction: Literal["higher", "lower", ""] = ""
-    if first and first.higher_is_better is not None:
-        direction = "higher" if first.higher_is_better else "lower"
-
-    def cell(v: Variant) -> Cell:
-        numbers = [each for score in v.accuracy if score.task == task for each in score.metrics]
-        value = next((each.value for each in numbers if each.metric == metric), None)
-        return _plain(value, 4)
-
-    about = f"{metric} of the task {task}, as lm-eval reports it."
-    return Column(column, f"{metric} {task}".strip(), "", direction, 5, about, cell)
-
-
-def _accuracy(v: Variant, task: str, norm: bool) -> Cell:
-    score = next((score for score in v.accuracy if score.task == task), None)
-    value = _score(score, norm)
-    if score is None or value is None:
-        return Cell()
-    interval = score.ci95_norm if norm else score.ci95
-    half = 50 * (interval[1] - interval[0]) if interval else None
-    decimals = 1 if half is None else decimals_for(half, most=2)
-    parts = [] if half is None else [f"± {fixed(half, decimals)}"]
-    deltas = v.delta.accuracy if v.delta else []
-    delta = next((delta for delta in deltas if delta.task == task), None)
-    moved = None if delta is None else delta.acc_norm if norm else delta.acc
-    if moved is not None:
-        parts.append(f"Δ {fixed(100 * moved, max(1, decimals), sign=True)}")
-    margin = 0.0 if half is None else half / 100
-    return Cell(fixed(100 * value, decimals), (", ".join(parts),) if parts else (), value, margin)
-
-
-def _score(score: Accuracy | None, norm: bool) -> float | None:
-    return None if score is None else score.acc_norm if norm else score.acc
-
-
-def _plain(value: float | None, digits: int) -> Cell:
-    return Cell() if value is None else Cell(significant(value, digits), (), float(value))
 
 
 def _word(value: str | None) -> Cell:

@@ -10,10 +10,11 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from lighten.report.cell import Cell, Column
 from lighten.report.headline import Headline, headline
 from lighten.report.matrix import Matrix, mark, matrix
 from lighten.report.results import Results
-from lighten.report.table import Cell, Column, Table, first_line, table
+from lighten.report.table import Table, first_line, table
 
 GAP = 2
 

@@ -26,7 +26,7 @@ NUMBERS = ["145", "8.61", "25.62", "+0.05", "[−0.03, +0.13]", "0.0012", "97.9"
 class Page(HTMLParser):
     """Tags and visible text of a page; fails on tags that do not nest."""
 
-    VOID = frozenset({"meta", "link", "br", "img", "use", "path"})
+    VOID = frozenset({"meta", "link", "br", "img", "use", "path", "input"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_a_failed_variant_is_a_row_that_says_why() -> None:
     assert why in printed(made, 100)
     assert re.search(rf"^\| nf4 \| failed: .*{why}.*\|$", markdown(made), re.MULTILINE)
     shown = page(made)
-    assert ("tr", {"class": " failed"}) in shown.tags
+    assert ("tr", {"class": " failed", "data-name": "nf4"}) in shown.tags
     assert why in shown.text and "lower calibration.samples" in shown.text
     assert [row.variant.name for row in table(made).rows][-1] == "nf4"
 

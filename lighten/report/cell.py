@@ -1,0 +1,52 @@
+"""A cell and a column of the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from lighten.report.numbers import NOT_MEASURED, significant
+from lighten.report.results import Variant
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in one cell: the number, what qualifies it, and the value to sort by.
+
+    Values within the best one's `margin` are as good as it.
+    """
+
+    text: str = NOT_MEASURED
+    details: tuple[str, ...] = ()
+    value: float | str | None = None
+    margin: float = 0.0
+    best: bool = False
+
+    @property
+    def line(self) -> str:
+        """The cell on one line: intervals as they are, other details in brackets."""
+        return self.told("")
+
+    def told(self, unit: str) -> str:
+        """The cell on one line with its unit, such as "145 MB (53 %)"."""
+        parts = [self.text, unit, *(d if d[0] in "±[Δ" else f"({d})" for d in self.details)]
+        return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column. `rank` orders what a narrow terminal keeps; `about` is the sentence that explains it."""
+
+    name: str
+    title: str
+    unit: str
+    better: Literal["lower", "higher", ""]
+    rank: int
+    about: str
+    cell: Callable[[Variant], Cell]
+
+
+def plain(value: float | None, digits: int) -> Cell:
+    """Returns the cell of a number, with significant digits; a dash where there is none."""
+    return Cell() if value is None else Cell(significant(value, digits), (), float(value))

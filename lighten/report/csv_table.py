@@ -1,0 +1,88 @@
+"""The comparison for spreadsheets and data frames: every number as it was measured, a row for every variant."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+
+from lighten.report.results import Accuracy, Results, Speed, Variant
+
+Fields = Iterator[tuple[str, str | int | float | None]]
+"""Name of a column and what stands in it."""
+
+HOW = ("attention", "compile", "cache", "draft")
+"""What tells two measurements of speed apart that have one batch and one prompt."""
+
+
+def csv_table(results: Results) -> str:
+    """Returns RFC 4180 CSV: fractions as fractions, sizes in bytes, latencies in ms; empty is not measured.
+
+    The columns are those that any variant has something in, the first ones always.
+    """
+    rows = [dict(_fields(results, variant)) for variant in results.variants]
+    names = dict.fromkeys(name for row in rows for name in row)
+    always = ("variant", "status", "error")
+    used = [name for name in names if name in always or any(row.get(name) is not None for row in rows)] or [*always]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, used, extrasaction="ignore", lineterminator="\r\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _fields(results: Results, v: Variant) -> Fields:
+    yield "variant", v.name
+    yield "status", v.status
+    yield "error", v.error
+    yield from (("format", v.format), ("runtime", v.runtime), ("device", v.device), ("params", v.params))
+    yield from (("size_bytes", v.size_bytes), ("size_ratio", results.size_ratio(v)))
+    yield "bits_per_weight", v.bits_per_weight
+    for i, each in enumerate(v.perplexities):
+        name = "perplexity" if i == 0 else f"perplexity {each.by}"
+        yield from ((name, each.value), (f"{name} stderr", each.stderr), (f"{name} tokens", each.tokens))
+        yield f"{name} protocol", each.by
+        delta = results.perplexity_change(v, each.by)
+        low, high = (delta.ci95 if delta else None) or (None, None)
+        yield f"{name} change", delta.relative if delta else None
+        yield from ((f"{name} change low", low), (f"{name} change high", high))
+    for name in ("kl_mean", "kl_p99", "top1_agreement"):
+        yield name, getattr(v.divergence, name, None)
+    for score in v.accuracy:
+        yield from _accuracy(score)
+    for i, speed in enumerate(v.speed):
+        how = [str(value) for name in HOW if (value := getattr(speed, name, None))]
+        yield from _speed(speed, "" if i == 0 else " ".join([f" batch {speed.batch} prompt {speed.prompt}", *how]))
+    yield "decode_ratio", results.decode_ratio(v)
+    if v.memory:
+        yield from (("peak_rss_bytes", v.memory.peak_rss_bytes), ("peak_vram_bytes", v.memory.peak_vram_bytes))
+    if v.energy:
+        yield "joules_per_token", v.energy.joules_per_token
+    yield "key", v.key
+
+
+def _accuracy(score: Accuracy) -> Fields:
+    for name, value, interval in (
+        ("acc", score.acc, score.ci95),
+        ("acc_norm", score.acc_norm, score.ci95_norm),
+    ):
+        low, high = interval or (None, None)
+        yield from (
+            (f"{name} {score.task}", value),
+            (f"{name} {score.task} low", low),
+            (f"{name} {score.task} high", high),
+        )
+    yield f"n {score.task}", score.n
+    for each in score.metrics:
+        yield f"{each.task} {each.metric} {each.filter}", each.value
+
+
+def _speed(speed: Speed, setting: str) -> Fields:
+    if not setting:
+        yield from (("batch", speed.batch), ("prompt", speed.prompt), ("generate", speed.generate))
+    yield f"prefill_tok_s{setting}", speed.prefill_tok_s
+    yield f"decode_tok_s{setting}", speed.decode_tok_s
+    for name, latency in (("ttft_ms", speed.ttft_ms), ("token_ms", speed.token_ms)):
+        for end in ("p50", "p95", "p99"):
+            yield f"{name} {end}{setting}", getattr(latency, end) if latency else None
+    yield f"spread{setting}", speed.spread
