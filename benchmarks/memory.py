@@ -57,6 +57,8 @@ def make_random(folder: Path, shape: Shape) -> None:
         vocab_size=shape.vocab,
         max_position_embeddings=2048,
         tie_word_embeddings=shape.tied,
+        bos_token_id=None,  # the tokenizer has none
+        eos_token_id=None,
     )
     config.save_pretrained(folder)
     hidden, inner, kv = shape.hidden, shape.inner, shape.hidden // shape.heads * shape.kv_heads
