@@ -15,7 +15,6 @@ from lighten.report.matrix import LEGEND, Matrix, mark, matrix
 from lighten.report.numbers import NOT_MEASURED, byte_count, duration
 from lighten.report.part import Grid, Part
 from lighten.report.results import Cost, Results, StageCost, Variant
-from lighten.report.serving import serving
 from lighten.report.table import Table, first_line, table
 
 
@@ -48,8 +47,6 @@ def markdown(results: Results, earlier: Sequence[Results] = ()) -> str:
     if tried := matrix(results):
         parts += ["### Where it loads", _matrix(tried), LEGEND]
         parts += [_bullets(list(tried.remarks))] if tried.remarks else []
-    if served := serving(results):
-        parts += ["### Serving", _bullets(served)]
     if results.calibration:
         lines = [amount(results.calibration), *map(shared, results.calibration.overlap)]
         parts += ["### Calibration", _bullets(lines)]

@@ -27,7 +27,6 @@ from lighten.report.plots import draw, plots
 from lighten.report.points import figures, lively
 from lighten.report.results import Free, Results, Variant
 from lighten.report.sections import parts
-from lighten.report.serving import serving
 from lighten.report.table import first_line, table
 from lighten.report.terminal import terminal
 from lighten.store import write_file
@@ -122,7 +121,6 @@ def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "", earlie
         loads_legend=LEGEND,
         amount=calibration.amount,
         shared=calibration.shared,
-        serving=serving(results),
         obstacle=obstacle,
         protocols=facts.protocols(results),
         spent=sum(stage.actual.seconds or 0.0 for stage in results.stages if stage.actual),

@@ -2,49 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 
-from lighten.report.numbers import fixed, ratio, share, significant
-from lighten.report.results import Percentiles, Results, Speculative, Speed, Variant
+from lighten.report.numbers import NOT_MEASURED, fixed, ratio, share, significant
+from lighten.report.part import Grid, Part
+from lighten.report.results import Percentiles, Results, Served, Speculative, Speed, Variant
 from lighten.steady import REPEATED, apart
 
+LOADS = ("Variant", "Requests a second", "Completed", "Tok/s", "First token, ms", "Between tokens, ms", "Server")
+DRAFTS = ("Variant", "Draft", "Proposed at once", "Kept, %", "Tok/s", "Plain, tok/s", "Times", "The same texts")
 
-def serving(results: Results) -> list[str]:
-    """Returns a sentence for every rate of requests, and one for every draft."""
-    found = []
-    for variant in results.measured:
-        for each in variant.load:
-            waits = [f"first token {_times(each.ttft_ms)}"]
-            waits += [f"between tokens {_times(each.token_ms)}"] if each.token_ms else []
-            found.append(
-                f"{variant.name}, {each.rate:g} requests a second ({each.server}): {each.completed} of {each.requests} "
-                f"completed, {significant(each.throughput_tok_s, 3)} tok/s; {', '.join(waits)}"
-            )
-        if variant.speculative:
-            found.append(f"{variant.name}: {drafted(variant.speculative)}")
-    return found
+
+def serving(results: Results, _earlier: Sequence[Results]) -> Part | None:
+    """Returns the section about requests that keep arriving and about drafts, or None where neither was measured."""
+    loads = tuple(_load(variant.name, each) for variant in results.measured for each in variant.load)
+    drafts = tuple(_draft(each.name, each.speculative) for each in results.measured if each.speculative)
+    grids = []
+    if loads:
+        grids.append(Grid(LOADS, loads, "Requests that arrive at random; times at p50, p95 and p99"))
+    if drafts:
+        grids.append(Grid(DRAFTS, drafts, "Greedy decoding with a smaller model's proposals", text=2))
+    notes = tuple(_parted(each.name, each.speculative) for each in results.measured if each.speculative)
+    return Part("Serving", grids=tuple(grids), notes=tuple(filter(None, notes))) if grids else None
+
+
+def _load(name: str, each: Served) -> tuple[str, ...]:
+    between = _times(each.token_ms) if each.token_ms else NOT_MEASURED
+    completed = f"{each.completed} of {each.requests}"
+    speed = significant(each.throughput_tok_s, 3)
+    return name, f"{each.rate:g}", completed, speed, _times(each.ttft_ms), between, each.server
 
 
 def _times(found: Percentiles) -> str:
-    p50, p95, p99 = (significant(each, 3) for each in (found.p50, found.p95, found.p99))
-    return f"{p50} ms (p95 {p95}, p99 {p99})"
+    return ", ".join(significant(each, 3) for each in (found.p50, found.p95, found.p99))
 
 
-def drafted(each: Speculative) -> str:
-    """Returns what a draft is worth, in words."""
-    same = "the texts are the same token by token"
-    if each.parted:
-        gap = max(part.gap for part in each.parted)
-        of = f" of {each.texts}" if each.texts else ""
-        same = (
-            f"{len(each.parted)}{of} texts are not the same: they part where the two likeliest logits differ by "
-            f"{significant(gap, 2)} at most"
-        )
-    return (
-        f"with {each.draft} as its draft, {each.tokens} tokens at a time, {share(each.acceptance)} % of them kept: "
-        f"{significant(each.decode_tok_s, 3)} tok/s instead of {significant(each.plain_tok_s, 3)} "
-        f"({ratio(each.speedup)}); {same}"
-    )
+def _draft(name: str, each: Speculative) -> tuple[str, ...]:
+    same = "all" if not each.parted else f"all but {len(each.parted)} of {each.texts}"
+    speeds = (significant(each.decode_tok_s, 3), significant(each.plain_tok_s, 3), ratio(each.speedup))
+    return name, each.draft, str(each.tokens), share(each.acceptance), *speeds, same
+
+
+def _parted(name: str, each: Speculative) -> str:
+    if not each.parted:
+        return ""
+    gap = significant(max(part.gap for part in each.parted), 2)
+    return f"{name}: texts part where the two likeliest logits differ by {gap} at most"
 
 
 def doubts(results: Results) -> tuple[str, ...]:

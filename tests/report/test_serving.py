@@ -42,16 +42,21 @@ def test_what_is_not_the_same_is_not_compared(other: dict[str, Any]) -> None:
     assert doubts(results({}, changed)) == ()
 
 
-def test_load_and_drafts_in_words() -> None:
+def test_load_and_drafts_are_tables() -> None:
     times = {"p50": 120.0, "p95": 300.0, "p99": 410.0}
     load = {"rate": 0.5, "requests": 16, "completed": 15, "throughput_tok_s": 31.2, "server": "llama_cpp.server 0.3"}
     draft = {"draft": "q4", "tokens": 5, "acceptance": 0.81, "decode_tok_s": 60.0, "plain_tok_s": 40.0, "speedup": 1.5}
     rows = results({"load": [load | {"ttft_ms": times, "token_ms": times}], "speculative": draft | {"identical": True}})
-    first, second = serving(rows)
-    assert first.startswith("r0, 0.5 requests a second (llama_cpp.server 0.3): 15 of 16 completed, 31.2 tok/s")
-    assert "first token 120 ms (p95 300, p99 410)" in first
-    assert "with q4 as its draft, 5 tokens at a time, 81" in second and "60.0 tok/s instead of 40.0 (1.5×)" in second
-    assert second.endswith("the texts are the same token by token")
+    part = serving(rows, [])
+    assert part is not None and part.notes == ()
+    loads, drafts = part.grids
+    each = "120, 300, 410"
+    assert loads.rows == (("r0", "0.5", "15 of 16", "31.2", each, each, "llama_cpp.server 0.3"),)
+    assert drafts.rows == (("r0", "q4", "5", "81.0", "60.0", "40.0", "1.5×", "all"),)
+    assert all(len(grid.heads) == len(grid.rows[0]) for grid in part.grids)
     parted = {"parted": [{"text": 0, "position": 7, "gap": 0.0312}], "texts": 6, "identical": False}
-    (line,) = serving(results({"speculative": draft | parted}))
-    assert "1 of 6 texts are not the same" in line and "differ by 0.031 at most" in line
+    part = serving(results({"speculative": draft | parted}), [])
+    assert part is not None
+    assert part.grids[0].rows[0][-1] == "all but 1 of 6"
+    assert part.notes == ("r0: texts part where the two likeliest logits differ by 0.031 at most",)
+    assert serving(results({}), []) is None
