@@ -41,6 +41,7 @@ FLOORS = {
     "doctor": 10,
     "fit": 10,
     "progress": 10,
+    "commands": 11,
     "comparison": 11,
     "recommendation": 12,
     "cli": 13,

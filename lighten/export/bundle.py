@@ -90,8 +90,7 @@ class Model:
 
 def need_of(facts: ModelFacts, weights: int, context: int) -> Need:
     """Returns what a model of these sizes takes, before its file is there."""
-    cache = facts.layers * 2 * facts.kv_heads * facts.head_dim * 2 * context
-    return Need(weights, cache, _runtime(facts.vocab, facts.hidden, facts.intermediate))
+    return Need(weights, facts.cache_bytes(context), _runtime(facts.vocab, facts.hidden, facts.intermediate))
 
 
 def _runtime(vocab: int, hidden: int, intermediate: int) -> int:
