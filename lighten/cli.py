@@ -132,7 +132,9 @@ for _kind in VERBS:
 def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
     """Returns the flags among `names` that the person typed."""
     sources = {name: context.get_parameter_source(name) for name in names}
-    return [f"--{name}" for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    return [
+        "--" + name.replace("_", "-") for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    ]
 
 
 def _task(name: str) -> dict[str, str]:
@@ -176,6 +178,19 @@ def evaluate(
     skip: Annotated[
         list[str] | None, typer.Option(help="Leave out perplexity, accuracy or speed; may be repeated.")
     ] = None,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Say how near each speed is to what memory and arithmetic allow.")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="What the machine costs in an hour: tells what a million tokens cost.")
+    ] = None,
+    currency: Annotated[str, typer.Option(help="Of that price.")] = "USD",
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write a trace of each model there and say where its time goes, instead of measuring."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Also write results.json and the report there.")
     ] = None,
@@ -198,6 +213,9 @@ def evaluate(
     if out and out.exists():
         raise RequestError(f"{out} exists already: choose another directory or remove it")
     where = "lighten evaluate"
+    if profile:
+        _profile(paths, profile, device, as_json)
+        return
     if unknown := set(protocol or ()) - set(PROTOCOLS):
         raise RequestError(f"--protocol {unknown.pop()}: there is {', '.join(PROTOCOLS)}")
     common = {"limit": limit, "scorer": scorer, "shots": shots}
@@ -206,8 +224,8 @@ def evaluate(
     perplexity = [
         parse_settings(Perplexity, text | {"protocol": name}, where) for name in dict.fromkeys(protocol or ["lighten"])
     ]
-    flags = ("data", "protocol", "length", "samples", "task", "limit", "shots", "scorer", "device")
-    useless = _given(context, flags)
+    settings = ("data", "protocol", "length", "samples", "task", "limit", "shots", "scorer", "device")
+    useless = _given(context, (*settings, "roofline", "price_per_hour", "currency"))
     useless += ["--skip speed"] if "speed" in left_out else []
     if target and useless:
         raise RequestError(f"--target measures what the bundle's bench.py measures: leave out {useless[0]}")
@@ -223,6 +241,9 @@ def evaluate(
                 perplexity=[] if "perplexity" in left_out else perplexity,
                 accuracy=[] if "accuracy" in left_out else accuracy,
                 speed=None if "speed" in left_out else Speed.model_validate({}),
+                roofline=roofline,
+                price_per_hour=price_per_hour,
+                currency=currency,
                 device=device,
                 watcher=watcher,
             )
@@ -237,6 +258,22 @@ def evaluate(
         Console().print(terminal(results))
     if failed := [f"{variant.path}: {variant.error}" for variant in results.variants if variant.failed]:
         raise Failure("; ".join(failed))
+
+
+def _profile(paths: list[str], folder: Path, device: str, as_json: bool) -> None:
+    from lighten.commands.profile import shown
+    from lighten.progress import watching
+    from lighten.verbs import profile
+
+    found = {}
+    for number, path in enumerate(paths):
+        out = folder if len(paths) == 1 else folder / f"{number + 1}-{Path(path).stem}"
+        with watching(quiet=as_json) as watcher:
+            found[path] = profile(path, out, device=device, watcher=watcher)
+        if not as_json:
+            Console(highlight=False).print(*shown(path, found[path], out), sep="\n")
+    if as_json:
+        _print_json(found)
 
 
 @app.command()

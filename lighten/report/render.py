@@ -21,6 +21,8 @@ from lighten.report.matrix import LEGEND, mark, matrix
 from lighten.report.pareto import pareto
 from lighten.report.plots import draw, plots
 from lighten.report.results import Free, Results, Variant
+from lighten.report.roofs import LEGEND as ROOFS
+from lighten.report.roofs import draw_roofs, lines, price, roofs
 from lighten.report.table import first_line, table
 from lighten.report.terminal import terminal
 from lighten.store import write_file
@@ -42,6 +44,7 @@ def write_report(results: Results, directory: Path) -> list[Path]:
         drawings = {plot.stem: draw(plot) for plot in plots(results)}
         drawings |= {each.stem: draw_allocation(each) for each in allocations(results)}
         drawings |= {each.stem: draw_lessons(each) for each in lessons(results)}
+        drawings |= {each.stem: draw_roofs(each) for each in filter(None, [roofs(results)])}
     except RequestError as error:
         obstacle = str(error)
     written = {
@@ -82,6 +85,10 @@ def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "") -> str
         plots=[(plot, inline(svgs[plot.stem], plot.stem)) for plot in plots(results) if plot.stem in svgs],
         grids=[(each, inline(svgs[each.stem], each.stem)) for each in allocations(results) if each.stem in svgs],
         lessons=[(each, inline(svgs[each.stem], each.stem)) for each in lessons(results) if each.stem in svgs],
+        roofs=[(each, inline(svgs[each.stem], each.stem)) for each in [roofs(results)] if each and each.stem in svgs],
+        roof_lines=lines(results),
+        roofs_legend=ROOFS,
+        price=price,
         matrix=matrix(results),
         mark=mark,
         loads_legend=LEGEND,
