@@ -109,9 +109,10 @@ def draw_roofs(each: Roofs) -> tuple[bytes, bytes]:
         _slope(axes, each.memory, max(each.peaks.values(), default=top), (left, right), "-")
         if each.cache and each.cache > each.memory:
             _slope(axes, each.cache, max(each.peaks.values(), default=top), (left, right), (0, (4, 2)))
-        for name, rate in each.peaks.items():
+        for number, (name, rate) in enumerate(each.peaks.items()):
             axes.plot([rate / (each.cache or each.memory), right], [rate, rate], color=MUTED, lw=0.9, zorder=1)
-            axes.text(right, rate, f"{name} {rate:,.0f} ", fontsize=7, color=MUTED, ha="right", va="bottom")
+            beside = right / (right / left) ** (0.19 * number)  # side by side: rates may be almost the same
+            axes.text(beside, rate, f"{name} {rate:,.0f}", fontsize=7, color=MUTED, ha="right", va="bottom")
         for decode, label, style in (
             (True, "decode", {"marker": "o", "mfc": FRONT, "mec": FRONT}),
             (False, "prefill", {"marker": "^", "mfc": GROUND, "mec": INK}),
@@ -146,7 +147,7 @@ def _slope(axes: Any, bandwidth: float, peak: float, ends: tuple[float, float], 
     axes.annotate(
         f"{bandwidth:,.0f} GB/s",
         (ends[0], ends[0] * bandwidth),
-        xytext=(14, 16),
+        xytext=(2, 18),
         textcoords="offset points",
         fontsize=7,
         color=MUTED,
