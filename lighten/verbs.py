@@ -20,6 +20,7 @@ from lighten.plan import Predictor, check_measurable, look, make_plan
 from lighten.process import run_isolated
 from lighten.recipe import Recipe, parse_settings
 from lighten.report.results import Results
+from lighten.roofline import Addition
 from lighten.steps import step_class
 from lighten.store import Artifact, Store, read_artifact
 
@@ -100,6 +101,9 @@ def measure(
     perplexity: Perplexity | list[Perplexity] | None = None,
     accuracy: list[Accuracy] | None = None,
     speed: Speed | None = None,
+    roofline: bool = False,
+    price_per_hour: float | None = None,
+    currency: str = "USD",
     device: str = "auto",
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
@@ -112,7 +116,8 @@ def measure(
         RequestError: a path that is no model.
     """
     watcher = watcher or Silent()
-    values = {"perplexity": perplexity, "accuracy": accuracy or [], "speed": speed}
+    values: dict[str, Any] = {"perplexity": perplexity, "accuracy": accuracy or [], "speed": speed}
+    values |= {"roofline": roofline, "price_per_hour": price_per_hour, "currency": currency}
     settings = parse_settings(Evaluate, values, "lighten evaluate")
     asked: list[tuple[str, Perplexity | Accuracy | Speed]] = [("perplexity", each) for each in settings.perplexity]
     asked += [("accuracy", task) for task in settings.accuracy]
@@ -126,10 +131,12 @@ def measure(
     chosen = choose_device(device)
     if any(source.kind == "directory" for source in found):
         check_options(settings.speed, chosen)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    addition = Addition(settings, watcher)
     with tempfile.TemporaryDirectory(prefix="lighten-") as scratch:
         for number, source in enumerate(found):
             rows.append(_measure_one(source, found[0], number, asked, Path(scratch), chosen, watcher))
+            addition.to(rows[-1], source.path, source.facts)
     if rows[0]["status"] == "ok":
         for row in rows[1:]:
             row.setdefault("delta", {})["size_ratio"] = row["size_bytes"] / rows[0]["size_bytes"]
@@ -138,12 +145,12 @@ def measure(
         "recipe": "evaluate",
         "version": "",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine.fingerprint(),
+        "machine": {**machine.fingerprint(), **addition.machine()},
         "source": {"model": found[0].name, "params": found[0].facts.params},
         "variants": rows,
         "stages": [],
         "recipe_yaml": "",
-        "warnings": [],
+        "warnings": addition.warnings,
     }
     return Results.model_validate(results).model_dump(mode="json")
 
@@ -206,3 +213,40 @@ def _format(source: Found) -> str:
         return source.kind
     config = json.loads((source.path / "config.json").read_text())
     return str(config.get("quantization_config", {}).get("quant_method", "hf"))
+
+
+def profile(
+    path: str,
+    out: Path,
+    *,
+    prompt: int = 128,
+    steps: int = 16,
+    device: str = "auto",
+    watcher: Watcher | None = None,
+) -> dict[str, Any]:
+    """Profiles a model directory, a .gguf or an .onnx file as it is served, and leaves trace and summary in `out`.
+
+    Returns:
+        The contents of profile.json: seconds and operators of prefill and decoding, and the bottleneck of each.
+
+    Raises:
+        RequestError: the path is no model, or `out` exists already.
+        Failure: it does not run.
+    """
+    found = find(path)
+    if found.facts.family != "causal":
+        raise RequestError(f"{path} is no causal language model: there is no decoding to profile")
+    if out.exists():
+        raise RequestError(f"{out} exists already: choose another directory or remove it")
+    out.mkdir(parents=True)
+    payload = {
+        "model": str(found.path),
+        "out": str(out.resolve()),
+        "device": choose_device(device),
+        "prompt": prompt,
+        "steps": steps,
+    }
+    if watcher:
+        watcher.say(f"profile of {found.name}")
+    value: dict[str, Any] = run_isolated("lighten.evaluate.profiling:profile", payload, fresh=True).value
+    return value

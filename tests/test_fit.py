@@ -21,20 +21,22 @@ def lighten(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_the_cache_is_that_of_transformers(tiny: Tiny) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny(), dtype=torch.bfloat16)
+@pytest.mark.parametrize("kv", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
+def test_the_cache_is_that_of_transformers(tiny: Tiny, kv: int) -> None:
+    folder = tiny(num_key_value_heads=kv)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     cache = model(input_ids=torch.ones(3, 40, dtype=torch.int64), use_cache=True).past_key_values
     held = sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
-    found = fit.fits(fit.open_model(str(tiny())), 10**9, context=40, batch=3)
+    found = fit.fits(fit.open_model(str(folder)), 10**9, context=40, batch=3)
     assert {each.cache for each in found if each.runtime == "torch"} == {held}
-    halved = fit.fits(fit.open_model(str(tiny())), 10**9, context=40, batch=3, cache="q8_0")
+    halved = fit.fits(fit.open_model(str(folder)), 10**9, context=40, batch=3, cache="q8_0")
     assert {each.cache for each in halved if each.runtime == "llama.cpp"} == {round(held * 8.5 / 16)}
 
 
 def test_the_longest_context_just_fits(tiny: Tiny) -> None:
     model = fit.open_model(str(tiny()))
     for each in fit.fits(model, 260_000_000, context=1, batch=1000):
-        if 0 < each.longest < (model.trained or 0):
+        if 0 < each.longest < (model.facts.context or 0):
             one, two = (
                 next(f for f in fit.fits(model, 260_000_000, each.longest + more, 1000) if f.name == each.name)
                 for more in (0, 1)

@@ -1,14 +1,20 @@
-"""Energy of the processor packages, read from Linux's RAPL counters."""
+"""Energy of processor packages, from Linux's RAPL counters, and of NVIDIA GPUs, from their driver's (NVML)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 RAPL = Path("/sys/class/powercap")
+GPU_SECONDS = 2.0
+"""A GPU's counter moves some ten times in a second: what is measured with it must last longer."""
 
 
 class Counters:
-    """The energy counters of all packages; `note` says why there are none to read, or what they cover."""
+    """The energy counters of all processor packages; `note` says why there are none to read, or what they cover."""
+
+    least = 0.0
+    """Seconds that a measurement should last."""
 
     def __init__(self, root: Path = RAPL) -> None:
         packages = sorted(path for path in root.glob("intel-rapl:*") if path.name.count(":") == 1)
@@ -38,3 +44,44 @@ class Counters:
         ranges = [limit for _, limit in self._packages]
         steps = [(late - early) % (limit + 1) for early, late, limit in zip(before, after, ranges, strict=True)]
         return sum(steps) / 1e6
+
+
+class GpuCounters:
+    """The energy counter of one NVIDIA GPU, through nvidia-ml-py; `note` says why it cannot be read, or its extent."""
+
+    least = GPU_SECONDS
+
+    def __init__(self, index: int = 0) -> None:
+        self._library: Any = None
+        try:
+            import pynvml
+        except ImportError:
+            self.note = "a GPU's energy is read through nvidia-ml-py: pip install 'lighten[nvml]'"
+            return
+        try:
+            pynvml.nvmlInit()
+            self._device = pynvml.nvmlDeviceGetHandleByIndex(index)
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(self._device)
+        except pynvml.NVMLError as error:
+            self.note = f"the driver tells no energy of GPU {index} (NVML: {error})"
+            return
+        self._library = pynvml
+        self.note = f"GPU {index} (NVML) while decoding at the first batch size after a prompt of one token"
+
+    def __bool__(self) -> bool:
+        return self._library is not None
+
+    def read(self) -> list[int]:
+        """Returns the millijoules since the driver was loaded."""
+        return [int(self._library.nvmlDeviceGetTotalEnergyConsumption(self._device))]
+
+    def joules(self, before: list[int], after: list[int]) -> float:
+        """Returns the energy between two readings."""
+        return (after[0] - before[0]) / 1e3
+
+
+def counters(device: str) -> Counters | GpuCounters:
+    """Returns the counters of what does the work: the processor, or the GPU that `device` names ("cuda", "cuda:1")."""
+    if device == "cpu":
+        return Counters()
+    return GpuCounters(int(device.partition(":")[2] or 0))

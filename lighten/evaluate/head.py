@@ -8,9 +8,9 @@ import numpy as np
 
 from lighten.errors import RequestError
 from lighten.evaluate.runtimes import Floats
+from lighten.model.traffic import EMBEDDINGS
 
 HEADS = ("lm_head", "embed_out")
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 FACTORS = ("logit_scale", "lm_head_multiplier")
 DIVISORS = ("logits_scaling",)
 

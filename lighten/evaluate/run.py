@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.evaluate import machine
 from lighten.evaluate.paired import RESULT, VALUES
-from lighten.evaluate.settings import Accuracy, Load, Perplexity, Speculative, Speed
+from lighten.evaluate.settings import Accuracy, Load, Options, Perplexity, Speculative, Speed
 from lighten.process import share_cores
 from lighten.stage import Report
 from lighten.store import write_json
@@ -94,18 +94,24 @@ def _accuracy(payload: dict[str, Any], model: Path, out: Path, report: Report) -
     return measured.result | _facts(runtime)
 
 
-def _speed(payload: dict[str, Any], model: Path, report: Report) -> dict[str, Any]:
-    from lighten.evaluate import speed
+def served(payload: dict[str, Any], options: Options | None = None) -> Runtime:
+    """Opens the model of a payload in the arithmetic that it is served in."""
     from lighten.evaluate.runtimes import open_runtime
 
-    settings = Speed(**payload["config"])
-    runtime = open_runtime(
-        model,
+    return open_runtime(
+        Path(payload["model"]),
         device=payload["device"],
         dtype=_served(payload["device"]),
         trust_remote_code=payload.get("trust_remote_code", False),
-        options=settings,
+        options=options,
     )
+
+
+def _speed(payload: dict[str, Any], _model: Path, report: Report) -> dict[str, Any]:
+    from lighten.evaluate import speed
+
+    settings = Speed(**payload["config"])
+    runtime = served(payload, settings)
     return speed.measure(runtime, settings, report) | _facts(runtime)
 
 

@@ -234,6 +234,16 @@ class Evaluate(_Settings):
     load: Load | None = None
     speculative: Speculative | None = None
     loaders: bool = False
+    roofline: bool = False
+    price_per_hour: float | None = Field(default=None, gt=0)
+    currency: str = Field(default="USD", min_length=1, max_length=8)
+
+    @model_validator(mode="after")
+    def _speed_is_measured(self) -> Evaluate:
+        asked = "roofline" if self.roofline else "price_per_hour" if self.price_per_hour is not None else None
+        if asked and self.speed is None:
+            raise ValueError(f"{asked} is reckoned from measured speeds: add `speed: {{}}`")
+        return self
 
     @field_validator("perplexity", "accuracy", mode="before")
     @classmethod

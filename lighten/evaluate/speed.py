@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from statistics import median
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lighten import steady
-from lighten.evaluate.energy import Counters
+from lighten.evaluate.energy import Counters, GpuCounters, counters
 from lighten.evaluate.runtimes import Ids, Runtime, Timings
 from lighten.evaluate.settings import Speed
 from lighten.process import peak_rss_bytes
@@ -49,7 +50,7 @@ def measure(runtime: Runtime, settings: Speed, report: Report) -> dict[str, Any]
     return {
         "speed": speed,
         "memory": memory,
-        "energy": energy(runtime, settings, Counters()),
+        "energy": energy(runtime, settings, counters(runtime.device)),
         "warnings": [text for row in speed for text in _doubts(row)],
     }
 
@@ -97,15 +98,17 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {name: float(value) for name, value in zip(("p50", "p95", "p99"), values, strict=True)}
 
 
-def energy(runtime: Runtime, settings: Speed, counters: Counters) -> dict[str, Any]:
-    """Returns joules per generated token of one more run, or None and the reason."""
-    if not counters:
-        return {"joules_per_token": None, "note": counters.note}
+def energy(runtime: Runtime, settings: Speed, source: Counters | GpuCounters) -> dict[str, Any]:
+    """Returns joules per generated token of one more run (several if a counter is slow), or None and the reason."""
+    if not source:
+        return {"joules_per_token": None, "note": source.note}
     batch = settings.batch[0]
-    before = counters.read()
-    runtime.generate(_prompt(runtime.vocab, batch, 1), settings.generate)
-    joules = counters.joules(before, counters.read())
-    return {"joules_per_token": joules / (batch * settings.generate), "note": counters.note}
+    before, begin, runs = source.read(), time.monotonic(), 0
+    while runs == 0 or time.monotonic() - begin < source.least:
+        runtime.generate(_prompt(runtime.vocab, batch, 1), settings.generate)
+        runs += 1
+    joules = source.joules(before, source.read())
+    return {"joules_per_token": joules / (runs * batch * settings.generate), "note": source.note}
 
 
 def _prompt(vocab: int, batch: int, length: int) -> Ids:

@@ -90,8 +90,7 @@ class Model:
 
 def need_of(facts: ModelFacts, weights: int, context: int) -> Need:
     """Returns what a model of these sizes takes, before its file is there."""
-    cache = facts.layers * 2 * facts.kv_heads * facts.head_dim * 2 * context
-    return Need(weights, cache, _runtime(facts.vocab, facts.hidden, facts.intermediate))
+    return Need(weights, facts.cache_bytes(context), _runtime(facts.vocab, facts.hidden, facts.intermediate))
 
 
 def _runtime(vocab: int, hidden: int, intermediate: int) -> int:
@@ -105,6 +104,7 @@ def read_model(paths: Sequence[Path]) -> Model:
         Failure: a file is cut short or damaged.
     """
     from lighten.model.gguf_source import read_header
+    from lighten.model.traffic import gguf_reads
 
     headers = [read_header(path) for path in paths]
     head = headers[0]
@@ -125,12 +125,6 @@ def read_model(paths: Sequence[Path]) -> Model:
         strict=False,
     )
     vocab = len(head.fields.get("tokenizer.ggml.tokens", ()))
-    read = 0.0
-    for name, tensor in tensors.items():
-        if name == "token_embd.weight" and "output.weight" in tensors:
-            read += tensor.size / max(1, vocab)
-        else:
-            read += tensor.size
     weights = 0
     for tensor in tensors.values():
         count = 1
@@ -144,7 +138,7 @@ def read_model(paths: Sequence[Path]) -> Model:
         bits_per_weight=round(8 * sum(tensor.size for tensor in tensors.values()) / weights, 4),
         trained_context=head.integer("context_length", 0),
         cache_per_token=sum(2 * count * (key + value) for count, key, value in kv),
-        read_per_token=round(read),
+        read_per_token=gguf_reads(paths),
         runtime_bytes=_runtime(vocab, width, max(each("feed_forward_length", 0))),
     )
 

@@ -85,7 +85,7 @@ def _need(row: Variant, question: Question, sizes: Sizes | None) -> tuple[int | 
     if peak and not (question.purpose == "edge" and question.target):
         seen = row.speed[0].prompt + row.speed[0].generate if row.speed else 0
         more = max(0, (question.context or seen) - seen)
-        return (peak + sizes.cache(more) if more and sizes else peak), True
+        return (peak + sizes.facts.cache_bytes(more) if more and sizes else peak), True
     if sizes and row.size_bytes:
         return need_of(sizes.facts, row.size_bytes, question.context or 2048).total, False
     return None, False

@@ -43,10 +43,10 @@ BOARD = {
     "IQ2_S": (3.419148, True),
 }
 """Rise of perplexity on WikiText-2 and whether an importance matrix (WT 10m) was used, by type."""
-AWQ_PAPER = "Lin et al. 2023, AWQ (https://arxiv.org/abs/2306.00978), the table of Llama-2 perplexities, INT4-g128"
+AWQ_PAPER = "Lin et al. 2023, AWQ (https://arxiv.org/abs/2306.00978), Table 4, INT4 g128"
 LLAMA_2_7B = 5.47
 PAPER = {"awq": 5.60, "gptq": 5.69, "rtn": 5.73}
-"""Perplexity of Llama-2-7B on WikiText-2, by method, 4 bits with groups of 128."""
+"""Perplexity of Llama-2-7B on WikiText-2, by method, 4 bits with groups of 128; GPTQ without reordering."""
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ def recommend(version: Version, question: Question) -> Recommendation:
     """
     sizes = _sizes(version, question)
     notes = [sizes.assumed] if sizes and sizes.assumed else []
-    if sizes and sizes.context and question.context and question.context > sizes.context:
-        raise RequestError(f"--context {question.context}: this model reads {sizes.context:,} tokens at most")
+    if sizes and sizes.facts.context and question.context and question.context > sizes.facts.context:
+        raise RequestError(f"--context {question.context}: this model reads {sizes.facts.context:,} tokens at most")
     if question.purpose == "training":
         assert sizes
         return _training(version, question, sizes, tuple(notes))

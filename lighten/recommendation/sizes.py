@@ -12,15 +12,10 @@ from lighten.stage import ModelFacts
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes, the longest context if it is known, and what was assumed, if anything was."""
+    """The sizes, and what was assumed, if anything was."""
 
     facts: ModelFacts
-    context: int | None = None
     assumed: str | None = None
-
-    def cache(self, tokens: int) -> int:
-        """Returns the bytes of keys and values (16 bits each) of so many tokens."""
-        return self.facts.layers * 2 * self.facts.kv_heads * self.facts.head_dim * 2 * tokens
 
 
 def sizes_of(version: Version) -> Sizes:
@@ -36,9 +31,7 @@ def sizes_of(version: Version) -> Sizes:
     made = version.store.find(baseline.key) if version.store and baseline and baseline.key else None
     try:
         if made:
-            config = read_config(made.path)
-            longest = config.get("max_position_embeddings")
-            return Sizes(facts_of(config, str(made.path)), int(longest) if longest else None)
+            return Sizes(facts_of(read_config(made.path), str(made.path)))
         if source.model.startswith("demo:") or Path(source.model).expanduser().exists():
             return Sizes(find(source.model).facts)
     except LightenError:
@@ -72,4 +65,4 @@ def _bounds(version: Version) -> Sizes:
         counted=params,
     )
     note = "the model's config is not here: every head is taken to have keys and values of its own, the most it can be"
-    return Sizes(facts, None, note)
+    return Sizes(facts, note)

@@ -10,21 +10,23 @@ from lighten.stage import ModelFacts
 RANK = 16
 TOKENS = 512
 NF4_BITS = 4.127
-"""Of a weight in NF4 with its scales quantized too."""
+"""Of a weight in NF4 with its scales quantized too: 4 + 8/64 + 32/(64·256) (QLoRA, section 3)."""
 ADAM = 16
-"""Bytes of a weight that is trained."""
+"""Bytes of a weight that is trained: 2 + 2 + 12 (ZeRO, section 3.1)."""
 ACTIVATIONS = (
-    "activations: 2 bytes × tokens × width × layers are kept between layers, 34 bytes × tokens × width in the layer "
-    "that is computed again (Korthikanti et al. 2022, arXiv:2205.05198, equation 1 without attention scores), "
-    "8 bytes × tokens × vocabulary for logits and their gradient"
+    "activations: 2 bytes × tokens × width × layers are kept between layers (Korthikanti et al. 2022, "
+    "arXiv:2205.05198, full recomputation in table 2), 34 bytes × tokens × width in the layer that is computed again "
+    "(its equation 1 without the scores, which no attention kernel of today keeps), "
+    "8 bytes × tokens × vocabulary for logits and their gradient in float32 (counted here, not published)"
 )
 SOURCES = {
     "full": "16 bytes × weights: 2 the weight, 2 its gradient, 4 its master copy, 8 Adam's moments "
     "(Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 3.1)",
     "lora": "2 bytes × weights, frozen, and 16 bytes × weights of the adapters "
-    "(Hu et al. 2021, LoRA, arXiv:2106.09685; the 16 bytes as for full training)",
+    "(Hu et al. 2021, LoRA, arXiv:2106.09685, section 4.2: no optimizer states for what is frozen; "
+    "the 16 bytes as for full training)",
     "qlora": "4.127 bits × weights of linear layers (NF4, scales quantized too), 2 bytes × the others, "
-    "and 16 bytes × weights of the adapters (Dettmers et al. 2023, QLoRA, arXiv:2305.14314)",
+    "and 16 bytes × weights of the adapters (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3)",
 }
 """Where each formula was published."""
 

@@ -26,6 +26,7 @@ from lighten.report.pareto import pareto
 from lighten.report.plots import draw, plots
 from lighten.report.points import figures, lively
 from lighten.report.results import Free, Results, Variant
+from lighten.report.roofs import price
 from lighten.report.sections import parts
 from lighten.report.table import first_line, table
 from lighten.report.terminal import terminal
@@ -116,6 +117,7 @@ def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "", earlie
         grids=[each for each in allocations(results) if each.stem in drawn],
         lessons=[each for each in lessons(results) if each.stem in drawn],
         parts=parts(results, earlier),
+        price=price,
         matrix=matrix(results),
         mark=mark,
         loads_legend=LEGEND,

@@ -209,6 +209,49 @@ class Energy(Section):
     note: str | None = None
 
 
+class Place(Section):
+    """A speed under the machine's roof: operations and bytes of a token, what was reached, and what bounds it.
+
+    `bandwidth_gb_s` is what so many bytes are read at, from memory or a cache; `share` is what was reached of the roof.
+    """
+
+    flops_per_token: float
+    bytes_per_token: float
+    intensity: float
+    gflop_s: float
+    gb_s: float
+    bandwidth_gb_s: float | None = None
+    roof_gflop_s: float
+    share: float
+    bound: Literal["memory", "cache", "compute"]
+    note: str | None = None
+
+
+class Roofline(Place):
+    """The place of decoding at the first measured shape, and that of its prefill."""
+
+    batch: int | None = None
+    context: int | None = None
+    dtype: str | None = None
+    prefill: Place | None = None
+
+
+class TokenCost(Section):
+    """A price of a million tokens."""
+
+    prefill: float | None = None
+    decode: float | None = None
+
+
+class Price(Section):
+    """What tokens cost on a machine that costs `price_per_hour`, when it does nothing else."""
+
+    per_million_tokens: TokenCost
+    price_per_hour: float
+    currency: str
+    note: str | None = None
+
+
 class PerplexityDelta(Section):
     """Paired change against the baseline by the same protocol; `ci95` is the interval of `relative`."""
 
@@ -298,6 +341,8 @@ class Variant(Section):
     speculative: Speculative | None = None
     memory: Memory | None = None
     energy: Energy | None = None
+    roofline: Roofline | None = None
+    cost: Price | None = None
     delta: Delta | None = None
     loads: list[Load] = []
     facts: Free = {}

@@ -14,6 +14,7 @@ from lighten.report.cell import Cell, Column
 from lighten.report.headline import Headline, headline
 from lighten.report.matrix import Matrix, mark, matrix
 from lighten.report.results import Results
+from lighten.report.roofs import lines, prices
 from lighten.report.table import Table, first_line, table
 
 GAP = 2
@@ -22,7 +23,9 @@ GAP = 2
 def terminal(results: Results) -> RenderableType:
     """Returns the comparison and the headline; printed, it keeps the columns that fit, most important first."""
     tried = matrix(results)
-    return _Comparison(table(results), headline(results), tried.used() if tried else None)
+    return _Comparison(
+        table(results), headline(results), tried.used() if tried else None, (*lines(results), *prices(results))
+    )
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class _Comparison:
     table: Table
     headline: Headline
     tried: Matrix | None
+    remarks: tuple[str, ...] = ()
+    """Of roofline and cost."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if any(row.cells for row in self.table.rows):
@@ -43,6 +48,8 @@ class _Comparison:
             yield Text(note, style="yellow")
         if self.tried:
             yield from _loads(self.tried, options.max_width)
+        for remark in self.remarks:
+            yield Text(remark)
         yield Text("\n" + self.headline.sentence, style="bold")
         for line in (self.headline.reason, *self.headline.others):
             yield Text(line, style="dim")

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import pytest
 
 from lighten.evaluate import speed
-from lighten.evaluate.energy import Counters
+from lighten.evaluate.energy import Counters, GpuCounters
+from lighten.evaluate.energy import counters as counters_of
 from lighten.evaluate.machine import fingerprint
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes import Ids, Timings
@@ -19,7 +20,7 @@ from tests.evaluate.conftest import Tiny
 class Scripted:
     """A runtime that takes 10 ms for a prompt, and for a token the given milliseconds, run after run."""
 
-    vocab, dtype = 50, "float32"
+    vocab, dtype, device = 50, "float32", "cpu"
     options: ClassVar[dict[str, str]] = {}
 
     def __init__(self, *milliseconds: float) -> None:
@@ -136,3 +137,12 @@ def test_the_fingerprint_is_json_and_names_what_matters() -> None:
     assert found["packages"]["torch"].startswith("2.")
     assert isinstance(found["flags"], list)
     assert isinstance(found["gpus"], list)
+
+
+def test_a_gpu_without_a_driver_or_its_library_has_no_energy_and_says_why() -> None:
+    found = counters_of("cuda:7")
+    if not found:
+        assert "nvidia-ml-py" in found.note or "NVML" in found.note
+    assert isinstance(counters_of("cpu"), Counters)
+    energy = speed.energy(Scripted(), Speed(), GpuCounters(4096))  # type: ignore[arg-type]
+    assert energy["joules_per_token"] is None and energy["note"]

@@ -152,6 +152,7 @@ class LlamaCppRuntime:
         self.context: int | None = int(library.llama_model_n_ctx_train(self._model.handle)) or None
         self._context: Any = None
         self._shape: tuple[int, int, bool] = (0, 0, False)
+        self._callback: Any = None
 
     def _open_context(self, tokens: int, sequences: int, shared: bool) -> Any:
         """Returns an empty context for `tokens` in all; kept and cleared for as long as the shape stays the same."""
@@ -164,6 +165,8 @@ class LlamaCppRuntime:
             params.n_seq_max = sequences
             params.kv_unified = shared
             params.n_threads = params.n_threads_batch = machine.cores()
+            if self._callback:
+                params.cb_eval = self._callback
             self._context = library.llama_init_from_model(self._model.handle, params)
             if not self._context:
                 raise Failure(f"llama.cpp cannot make room for {tokens} tokens: {_log().take()}")
@@ -189,6 +192,12 @@ class LlamaCppRuntime:
         context = self._open_context(len(ids), 1, False)
         every = np.ones(len(ids), dtype=np.bool_)
         return self._decode(context, _Batch(self._library, ids, np.arange(len(ids)), [[0]] * len(ids), every))
+
+    def watch(self, callback: Any) -> None:
+        """Lets ggml call `callback(tensor, asking, data)` for every tensor from here on; None stops that."""
+        self._free_context()
+        kind = type(self._library.llama_context_default_params().cb_eval)
+        self._callback = kind(callback) if callback else None
 
     def watched(self, callback: Any, ids: Ids) -> None:
         """Computes `ids [n]` in one batch while ggml calls `callback(tensor, asking, data)` for every tensor."""

@@ -77,6 +77,8 @@ class OnnxRuntime:
             raise Failure(f"{path} does not say how large its vocabulary is, and neither does {GENAI}: export it again")
         self.context: int | None = settings.get("context_length") or _positions(path.parent)
         self._tokenizer: HfTokenizer | None = None
+        self.profile: Path | None = None
+        """Where onnxruntime is to write its profile of the session, if it is to make one."""
 
     @cached_property
     def _session(self) -> Any:
@@ -90,6 +92,9 @@ class OnnxRuntime:
         options.intra_op_num_threads = machine.cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
+        if self.profile:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self.profile)
         providers = ["CPUExecutionProvider"]
         if self.device != "cpu":
             providers.insert(0, "CUDAExecutionProvider")
@@ -245,6 +250,10 @@ class OnnxRuntime:
     def peak_vram_bytes(self) -> int | None:
         """See `Runtime`: onnxruntime does not tell."""
         return None
+
+    def end_profile(self) -> str:
+        """Returns the file that onnxruntime wrote its profile into."""
+        return str(self._session.end_profiling())
 
     def close(self) -> None:
         """See `Runtime`."""

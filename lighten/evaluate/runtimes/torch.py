@@ -278,11 +278,11 @@ def _load(
 
 def _kernels(model: nn.Module) -> list[str]:
     """Returns the class names of the quantized linear layers."""
-    found = {type(module).__name__ for module in model.modules() if _stored(module)}
+    found = {type(module).__name__ for module in model.modules() if stored(module)}
     return sorted(found)
 
 
-def _stored(module: nn.Module) -> str | None:
+def stored(module: nn.Module) -> str | None:
     """Returns the format that a module's weight is stored in, None for a plain one."""
     if hasattr(module, "qweight"):
         return "awq" if "awq" in str(getattr(module, "QUANT_TYPE", "")).lower() else "gptq"
@@ -306,7 +306,7 @@ def _unpack(model: Any) -> bool:
     Layers that quantize their inputs too are left to their own arithmetic.
     """
     found = False
-    if any(_stored(module) == "compressed" for module in model.modules()):
+    if any(stored(module) == "compressed" for module in model.modules()):
         model.hf_quantizer.compressor.remove_decompression_hook(model)  # what it does at the first batch is done here
     for name, module in list(model.named_modules()):
         weight = _weight(module)
@@ -327,20 +327,20 @@ def _unpack(model: Any) -> bool:
 
 def _weight(module: Any) -> Tensor | None:
     """Returns the float32 weight `[out, in]` that a quantized linear stands for; None where there is none to take."""
-    stored = _stored(module)
-    if stored == "gptq":
+    kind = stored(module)
+    if kind == "gptq":
         module.scales = module.scales.float()
         # the class's own function: the instance's is wrapped by torch.compile and would be compiled for every layer
         weight: Tensor = type(module).dequantize_weight(module).T.contiguous()
         return weight
-    if stored == "awq":
+    if kind == "awq":
         return unpack_awq({name: getattr(module, name) for name in ("qweight", "qzeros", "scales")})
-    if stored == "bnb" and module.weight.quant_state.quant_type in ("nf4", "fp4"):
+    if kind == "bnb" and module.weight.quant_state.quant_type in ("nf4", "fp4"):
         from bitsandbytes.functional import dequantize_4bit
 
         dense: Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
         return dense.float()
-    if stored == "compressed":
+    if kind == "compressed":
         from compressed_tensors.compressors import decompress_module
 
         if module.quantization_scheme.input_activations is not None:
@@ -359,7 +359,7 @@ def _repack(model: nn.Module) -> None:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     for name, module in list(model.named_modules()):
-        plain = type(module) is nn.Linear and _stored(module) is None
+        plain = type(module) is nn.Linear and stored(module) is None
         if plain and module.weight.dtype == torch.float32:
             model.set_submodule(name, _PackedLinear(module))
 

@@ -1,0 +1,111 @@
+"""Where the time of a prefill and of decoding goes, operator by operator, and which bottleneck that looks like."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lighten.evaluate.profiling.verdict import Phase, judge
+from lighten.evaluate.run import served
+from lighten.evaluate.runtimes import Runtime
+from lighten.process import share_cores
+from lighten.stage import Report
+from lighten.store import write_json
+
+TRACE = "trace.json.gz"
+SUMMARY = "profile.json"
+SHOWN = 30
+PHASES = ("prefill", "decode")
+PROFILERS = {
+    "torch": "lighten.evaluate.profiling.torch",
+    "onnxruntime": "lighten.evaluate.profiling.onnx",
+    "llama.cpp": "lighten.evaluate.profiling.llama_cpp",
+}
+
+Mark = Callable[[str], AbstractContextManager[Any]]
+"""Called with the name of a phase; what runs inside belongs to it."""
+
+
+def profile(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Profiles a model as it is served; the target of `lighten.process.run_isolated`.
+
+    Args:
+        payload: `model` (a path), `out` (an existing directory), `device`, `prompt` and `steps` (tokens).
+        report: called as the work goes on.
+
+    Returns:
+        The contents of `profile.json`, which lies in `out` beside the trace.
+    """
+    share_cores()
+    out, prompt, steps = Path(payload["out"]), int(payload["prompt"]), int(payload["steps"])
+    report(0, 3, "loading")
+    runtime = served(payload)
+    prompt = min(prompt, (runtime.context or prompt + steps) - steps - 1)
+    ids = [int(each) for each in np.random.default_rng(0).integers(0, runtime.vocab, prompt)]
+    report(1, 3, "without the profiler")
+    drive(runtime, ids, 2, _no_mark)
+    plain = timed(runtime, ids, steps)
+    report(2, 3, "with the profiler")
+    found: list[Phase] = import_module(PROFILERS[runtime.name]).phases(runtime, ids, steps, out / TRACE)
+    result = {
+        "runtime": runtime.name,
+        "device": runtime.device,
+        "dtype": runtime.dtype,
+        "detail": runtime.detail,
+        "prompt": prompt,
+        "steps": steps,
+        "plain_seconds": plain,
+        "phases": [_told(phase) for phase in found],
+        "trace": TRACE,
+    }
+    write_json(out / SUMMARY, result)
+    return result
+
+
+def _told(phase: Phase) -> dict[str, Any]:
+    found = judge(phase)
+    operators = sorted(phase.operators, key=lambda each: -each.seconds)
+    return {
+        "name": phase.name,
+        "seconds": phase.seconds,
+        **asdict(found),
+        "operators": [{**asdict(each), "share": each.seconds / phase.seconds} for each in operators[:SHOWN]],
+    }
+
+
+def drive(runtime: Runtime, ids: list[int], steps: int, mark: Mark) -> None:
+    """Reads a prompt and decodes `steps` tokens after it greedily, each under its mark."""
+    decoding = runtime.decode(ids, steps + 1)
+    with mark("prefill"):
+        logits = next(decoding)
+    with mark("decode"):
+        for _ in range(steps):
+            logits = decoding.send(int(logits.argmax()))
+    decoding.close()
+
+
+def timed(runtime: Runtime, ids: list[int], steps: int) -> dict[str, float]:
+    """Returns the seconds of each phase, with nothing looking on."""
+    found: dict[str, float] = {}
+    drive(runtime, ids, steps, lambda name: clock(name, found))
+    return found
+
+
+@contextlib.contextmanager
+def clock(name: str, into: dict[str, float]) -> Any:
+    """Notes the seconds that what runs inside takes."""
+    begin = time.perf_counter()
+    yield
+    into[name] = time.perf_counter() - begin
+
+
+def _no_mark(_name: str) -> AbstractContextManager[Any]:
+    return contextlib.nullcontext()

@@ -1,0 +1,135 @@
+"""What an artifact makes a runtime read and multiply for a token, from its own headers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import Failure
+from lighten.stage import ModelFacts
+
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+HEADS = ("lm_head.", "embed_out.")
+CACHE_BITS = {1: 32, 10: 16, 16: 16}
+"""Bits of a key or value by ONNX's number of the type."""
+WIDTHS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
+"""Bits of an element by ONNX's number of its type; others count as 8."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one decoding step: bytes of weights, and what the rest follows from."""
+
+    weights: int
+    """Bytes of weights that a step reads: an embedding that is not the head counts with one row."""
+    products: int
+    """Weights that every token is multiplied with, the head's not among them."""
+    head: int
+    """Weights of the head."""
+    attention: int
+    """Operations of attention for each token of the context."""
+    cache_bytes: int
+    """Bytes of keys and values of a token of the context."""
+
+
+def traffic(path: Path, facts: ModelFacts, dtype: str) -> Traffic:
+    """Returns the traffic of an artifact: a model directory, a .gguf file or its directory, an ONNX directory.
+
+    Args:
+        path: the artifact.
+        facts: its sizes.
+        dtype: arithmetic that a model directory is opened with; its floating-point weights are read in it.
+
+    Raises:
+        Failure: a header cannot be read.
+    """
+    from lighten.model.onnx_source import find_onnx
+
+    bits = 32 if dtype == "float32" else 16
+    if graph := find_onnx(path):
+        weights, bits = _onnx(graph)
+    elif gguf := _gguf_files(path):
+        weights, bits = gguf_reads(gguf), 16
+    else:
+        weights = _safetensors(path, bits // 8)
+    head = facts.vocab * facts.hidden
+    linear = facts.layers * facts.layer_linear_params
+    if facts.counted is not None and not facts.intermediate:  # the sizes do not tell: what was counted, less the head
+        linear = max(0, facts.counted - head)
+    return Traffic(weights, linear, head, 4 * facts.layers * facts.heads * facts.head_dim, facts.cache_bytes(1, bits))
+
+
+def _gguf_files(path: Path) -> list[Path]:
+    from lighten.model.gguf_source import parts
+
+    if path.is_file():
+        return parts(path) if path.suffix == ".gguf" else []
+    if any(path.glob("*.safetensors")):
+        return []
+    first = next(iter(sorted(path.glob("*.gguf"))), None)
+    return parts(first) if first else []
+
+
+def gguf_reads(paths: Iterable[Path]) -> int:
+    """Returns the bytes of weights that decoding a token reads from the files of a GGUF model."""
+    from lighten.model.gguf_source import read_header
+
+    tensors = {name: tensor for path in paths for name, tensor in read_header(path).tensors.items()}
+    read = 0.0
+    for name, tensor in tensors.items():
+        rows = tensor.shape[0] if name == "token_embd.weight" and "output.weight" in tensors else 1
+        read += tensor.size / rows
+    return round(read)
+
+
+def _safetensors(path: Path, width: int) -> int:
+    """Returns bytes read from a model directory; floating-point weights have `width` bytes once they are loaded."""
+    tensors = {name: entry for file in sorted(path.glob("*.safetensors")) for name, entry in _header(file).items()}
+    own_head = any(name.startswith(HEADS) for name in tensors)
+    read = 0.0
+    for name, entry in tensors.items():
+        begin, end = entry["data_offsets"]
+        size = math.prod(entry["shape"]) * width if entry["dtype"] in FLOATS else end - begin
+        rows = entry["shape"][0] if own_head and name.endswith(EMBEDDINGS) else 1
+        read += size / rows
+    return round(read)
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Returns the entries of a safetensors file's tensors, without opening its data."""
+    try:
+        with file.open("rb") as data:
+            length = int.from_bytes(data.read(8), "little")
+            found: dict[str, Any] = json.loads(data.read(min(length, file.stat().st_size)))
+    except (OSError, ValueError) as error:
+        raise Failure(f"{file} cannot be read ({error}): cut short or damaged; make or fetch it again") from error
+    found.pop("__metadata__", None)
+    return found
+
+
+def _onnx(path: Path) -> tuple[int, int]:
+    """Returns bytes of weights that a step of a graph reads, and bits of its keys and values."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    users: dict[str, list[tuple[str, int]]] = {}
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            users.setdefault(name, []).append((node.op_type, position))
+    read = 0.0
+    for each in graph.initializer:
+        size = math.prod(each.dims) * WIDTHS.get(each.data_type, 8) / 8
+        looked_up = all(_gathers(kind, position) for kind, position in users.get(each.name, [("", 0)]))
+        read += size / each.dims[0] if looked_up and each.dims else size
+    cached = [each.type.tensor_type.elem_type for each in graph.input if each.name.startswith("past_key_values.")]
+    return round(read), CACHE_BITS.get(cached[0], 16) if cached else 16
+
+
+def _gathers(kind: str, position: int) -> bool:
+    """Whether an operator takes single rows of this input: an embedding, or a table of positions."""
+    return (kind == "Gather" and position == 0) or (kind == "GatherBlockQuantized" and position != 1)
