@@ -56,7 +56,9 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    write_report(with_failure(), folder)
+    made = with_failure()
+    earlier = [made.model_copy(update={"version": f"v{number}"}) for number in (1, 2)]
+    write_report(made.model_copy(update={"machine": {"cpu": "another"}}), folder, earlier)
     return folder / "report.html"
 
 
@@ -195,6 +197,19 @@ def test_a_point_says_its_figures_to_the_mouse_and_to_the_keyboard(page: Open) -
     assert tip.is_displayed() and named.splitlines()[0] == tip.text.splitlines()[0]
     box, width = tip.rect, chrome.execute_script("return innerWidth")
     assert box["x"] >= 0 and box["x"] + box["width"] <= width
+
+
+def test_the_history_says_its_figures_too(page: Open) -> None:
+    chrome = page()
+    point = chrome.find_elements(By.CSS_SELECTOR, "svg.spark .point[data-name='gguf-q8_0']")[-1]
+    chrome.execute_script("arguments[0].focus()", point)
+    said = chrome.find_element(By.ID, "tip").text
+    for words in (
+        "gguf-q8_0 in v3",
+        "Decode, tok/s 78.4",
+        "Not to be compared with the version before another machine",
+    ):
+        assert words in said
 
 
 def test_dark_and_light(page: Open) -> None:
