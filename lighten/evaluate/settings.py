@@ -250,18 +250,13 @@ class Evaluate(_Settings):
     def _one_or_many(cls, value: Any) -> Any:
         return [] if value is None else [value] if isinstance(value, dict | BaseModel) else value
 
-    @field_validator("accuracy")
-    @classmethod
-    def _one_of_each_name(cls, value: list[Accuracy]) -> list[Accuracy]:
-        names = [each.task for each in value]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"the task {twice[0]} is asked for twice: results are kept under its name")
-        return value
-
-    @field_validator("perplexity")
-    @classmethod
-    def _one_of_each(cls, value: list[Perplexity]) -> list[Perplexity]:
-        names = [each.protocol for each in value]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"the protocol {twice[0]} is asked for twice: one text and length for each protocol")
-        return value
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        names: list[str]
+        for what, names in (
+            ("task", [each.task for each in self.accuracy]),
+            ("protocol", [each.protocol for each in self.perplexity]),
+        ):
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"the {what} {twice[0]} is asked for twice: results are kept under its name")
+        return self
