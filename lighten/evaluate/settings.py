@@ -252,11 +252,11 @@ class Evaluate(_Settings):
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
-        names: list[str]
-        for what, names in (
-            ("task", [each.task for each in self.accuracy]),
-            ("protocol", [each.protocol for each in self.perplexity]),
-        ):
+        asked: dict[str, list[str]] = {
+            "task": [each.task for each in self.accuracy],
+            "protocol": [each.protocol for each in self.perplexity],
+        }
+        for what, names in asked.items():
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"the {what} {twice[0]} is asked for twice: results are kept under its name")
         return self
