@@ -44,6 +44,7 @@ def rung(variant: dict[str, Any]) -> dict[str, Any]:
         **{key: speed.get(key) for key in kept},
         "peak_bytes": memory.get("peak_vram_bytes") or memory.get("peak_rss_bytes"),
         "perplexity": (variant.get("perplexity") or {}).get("value"),
+        "roofline": variant.get("roofline"),
     }
 
 

@@ -10,6 +10,9 @@ from lighten.report.numbers import NOT_MEASURED, byte_count, fixed, ratio, signi
 from lighten.report.table import first_line
 
 Found = dict[str, Any]
+PERCENTILES = ("p50", "p95", "p99")
+WAITS = ("ttft_ms", "token_ms")
+WAITED = ("first token p50/p95/p99", "between tokens p50/p95/p99")
 
 
 def ladder(found: Found) -> str:
@@ -31,8 +34,20 @@ def ladder(found: Found) -> str:
         speed += f" ({ratio(row['decode_tok_s'] / first)})" if row["decode_tok_s"] and first else ""
         sizes = [byte_count(row[key]) if row[key] else NOT_MEASURED for key in ("size_bytes", "peak_bytes")]
         quality = significant(row["perplexity"], 4) if row["perplexity"] else NOT_MEASURED
-        lines.append([", ".join(filter(None, (row["name"], _how(row)))), *sizes, speed, quality, *told])
-    titles = ("Rung", "Size", "Peak memory", "Decode, tok/s", "Perplexity", "Published rung", "memory", "tok/s")
+        roof = row.get("roofline")
+        share = f"{fixed(100 * roof['share'], 0)} %, {roof['bound']}" if roof else NOT_MEASURED
+        lines.append([", ".join(filter(None, (row["name"], _how(row)))), *sizes, speed, share, quality, *told])
+    titles = (
+        "Rung",
+        "Size",
+        "Peak memory",
+        "Decode, tok/s",
+        "Of the roof",
+        "Perplexity",
+        "Published rung",
+        "memory",
+        "tok/s",
+    )
     parts = [rows(titles, lines), *(["\n".join(failed)] if failed else [])]
     parts += [f"Published: {found['published']['source']}. × is of the first rung.", made(found)]
     return "\n\n".join(parts)
@@ -62,3 +77,32 @@ def repeat(found: Found) -> str:
     beyond = [each["name"] for each in found["rows"] if each["apart"] > found["limit"]]
     verdict = f"More than {limit} apart: {', '.join(beyond)}." if beyond else f"None is more than {limit} apart."
     return f"{rows(titles, lines)}\n\n{verdict}\n\n{made(found)}"
+
+
+def served(found: Found) -> str:
+    """Returns how artifacts serve requests that keep arriving, with a draft, under the roof and for what price."""
+    loads, roofs, parts = [], [], []
+    for row in found["rows"]:
+        for each in row["load"]:
+            waits = ("/".join(significant(each[key][share], 3) for share in PERCENTILES) for key in WAITS)
+            counted = f"{each['completed']} of {each['requests']}"
+            rate = f"{each['rate']:g}"
+            loads.append([row["name"], each["server"], rate, counted, significant(each["throughput_tok_s"], 3), *waits])
+        if place := row["roofline"]:
+            price = row["cost"]["per_million_tokens"]
+            reached = [significant(place[key], 3) for key in ("intensity", "gb_s", "gflop_s")]
+            share = f"{fixed(100 * place['share'], 0)} % ({place['bound']})"
+            roofs.append([row["name"], *reached, share, *(significant(price[key], 2) for key in ("prefill", "decode"))])
+        if draft := row["speculative"]:
+            same = "none parts" if draft["identical"] else f"{len(draft['parted'])} part"
+            parts.append(
+                f"With {draft['draft']} as its draft, {draft['tokens']} tokens at a time, {row['name']} "
+                f"({draft['dtype']}) keeps {fixed(100 * draft['acceptance'], 0)} % of them and writes "
+                f"{significant(draft['decode_tok_s'], 3)} tok/s instead of {significant(draft['plain_tok_s'], 3)} "
+                f"({ratio(draft['speedup'])}); of {draft['texts']} texts {same} from what it writes alone."
+            )
+    titles = ("Artifact", "Server", "Requests/s", "Completed", "Tok/s", *(f"{each}, ms" for each in WAITED))
+    hour = next((row["cost"] for row in found["rows"] if row["cost"]), None)
+    paid = f", {hour['currency']} at {hour['price_per_hour']:g} an hour" if hour else ""
+    heads = ("Artifact", "Operations a byte", "GB/s", "GFLOP/s", "Of the roof", "A million read", f"written{paid}")
+    return "\n\n".join([rows(titles, loads), *parts, rows(heads, roofs), made(found)])

@@ -259,6 +259,7 @@ def main() -> None:
         (DOCS, "protocols", "protocols.json", evaluations.protocols),
         (DOCS, "ladder", "ladder.json", serving.ladder),
         (DOCS, "repeat", "repeat.json", serving.repeat),
+        (DOCS, "served", "serving.json", serving.served),
     )
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
     for page, name, file, section in sections:

@@ -55,6 +55,7 @@ def doctor(
         "lora": ("peft",),
         "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript"),
         "bundle": ("zstandard",),
+        "harness": ("lm_eval",),
         "nvml": ("pynvml",),
         "quanto": ("optimum.quanto",),
         "report": ("matplotlib",),

@@ -1,0 +1,41 @@
+"""Requests that keep arriving, speculative decoding, the machine's roof and the price of tokens, for three artifacts.
+
+    python benchmarks/served.py [--artifacts DIR]
+
+Runs the recipe `serving` on a machine that does nothing else, and writes benchmarks/results/serving.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import lighten
+from lighten.progress import watching
+from lighten.store import write_json
+
+RESULTS = Path(__file__).parent / "results" / "serving.json"
+KEPT = ("name", "status", "error", "runtime", "load", "speculative", "roofline", "cost", "speed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    with watching(quiet=False) as watcher:
+        folder = lighten.run("serving", artifacts=asked.artifacts, watcher=watcher)
+    told = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    found = {
+        "command": "python benchmarks/served.py",
+        "created": told["created"],
+        "machine": told["machine"],
+        "model": told["source"]["model"],
+        "rows": [{key: variant.get(key) for key in KEPT} for variant in told["variants"]],
+    }
+    write_json(asked.out, found)
+
+
+if __name__ == "__main__":
+    main()
