@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.model import gguf_source
-from lighten.model.source import find
 from lighten.model.tokenizer_table import TABLE
 from lighten.stage import ModelFacts
 
@@ -395,17 +394,3 @@ def test_without_the_gguf_package(make: Make, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(RequestError, match=r"pip install 'lighten\[gguf\]'"):
         gguf_source.check(path)
-
-
-def test_a_directory_that_holds_one_gguf_model_is_that_model(tiny_gguf: Path, tmp_path: Path) -> None:
-    (tmp_path / "artifact.json").write_text("{}")
-    assert gguf_source.within(tmp_path) is None
-    (tmp_path / "model-Q8_0.gguf").write_bytes(tiny_gguf.read_bytes())
-    found = find(str(tmp_path))
-    assert (found.kind, found.path.name) == ("gguf", "model-Q8_0.gguf")
-    assert found.identity == find(str(tiny_gguf)).identity
-    (tmp_path / "other.gguf").write_bytes(tiny_gguf.read_bytes())
-    with pytest.raises(RequestError, match=r"holds 2 \.gguf files \(model-Q8_0\.gguf, other\.gguf\): name the one"):
-        find(str(tmp_path))
-    (tmp_path / "model.safetensors").touch()
-    assert gguf_source.within(tmp_path) is None
