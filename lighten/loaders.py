@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lighten.errors import Failure, LightenError, RequestError
+from lighten.model.gguf_source import within
 from lighten.model.onnx_source import GENAI, genai
 from lighten.process import run_isolated
 from lighten.stage import Report, silent
@@ -132,12 +133,8 @@ def recognise(path: Path) -> tuple[Path, str, int | None]:
     vocab = read_config(path).get("vocab_size") if (path / "config.json").is_file() else None
     if told == "onnx" or (path / "model.onnx").is_file():
         return path, "onnx", vocab or genai(path).get("vocab_size")
-    files = [] if any(path.glob("*.safetensors")) else sorted(path.glob("*.gguf"))
-    if len(files) > 1 and "-00001-of-" not in files[0].name:
-        names = ", ".join(file.name for file in files)
-        raise RequestError(f"{path} holds {len(files)} .gguf files ({names}): name the one to open")
-    if files:
-        return files[0], "gguf", None
+    if gguf := within(path):
+        return gguf, "gguf", None
     checkpoint = Checkpoint(path)
     checkpoint.weight_map  # noqa: B018  refuses pickles
     return path, told or str((checkpoint.quantization or {}).get("quant_method", "hf")), vocab

@@ -177,6 +177,21 @@ def _parse(path: Path, data: mmap.mmap, sizes: dict[int, tuple[int, int]]) -> He
     return Header(path, fields, tensors, fields_end)
 
 
+def within(folder: Path) -> Path | None:
+    """Returns the .gguf file that a directory without other weights holds, the first one of a model in parts.
+
+    Raises:
+        RequestError: it holds several models.
+    """
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return None
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) > 1 and len(parts(found[0])) != len(found):
+        names = ", ".join(file.name for file in found)
+        raise RequestError(f"{folder} holds {len(found)} .gguf files ({names}): name the one to take")
+    return found[0] if found else None  # llama.cpp opens the other parts itself
+
+
 def parts(path: Path) -> list[Path]:
     """Returns the files of a model in parts, by the first one's name, or just the file.
 

@@ -51,6 +51,7 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
     path = Path(model).expanduser()
     if model.startswith("demo:"):
         path = _demo(model.removeprefix("demo:"))
+    path = gguf_source.within(path) or path
     if path.suffix == ".gguf" or (path.is_file() and path.open("rb").read(4) == b"GGUF"):
         gguf_source.check(path)
         hashes = [hash_file(part) for part in gguf_source.parts(path)]

@@ -65,13 +65,11 @@ def traffic(path: Path, facts: ModelFacts, dtype: str) -> Traffic:
 
 
 def _gguf_files(path: Path) -> list[Path]:
-    from lighten.model.gguf_source import parts
+    from lighten.model.gguf_source import parts, within
 
     if path.is_file():
         return parts(path) if path.suffix == ".gguf" else []
-    if any(path.glob("*.safetensors")):
-        return []
-    first = next(iter(sorted(path.glob("*.gguf"))), None)
+    first = within(path)
     return parts(first) if first else []
 
 

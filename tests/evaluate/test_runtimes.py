@@ -12,7 +12,9 @@ from lighten.errors import Failure, RequestError
 from lighten.evaluate.runtimes import Question, Runtime, Tokenizer, open_runtime, open_tokenizer
 from lighten.evaluate.runtimes import torch as torch_runtime
 from lighten.evaluate.runtimes.batches import Layout, by_length
+from lighten.model import gguf_source
 from lighten.model.packing import pack_gptq
+from lighten.model.source import find
 from lighten.process import run_isolated
 from lighten.stage import silent
 from tests.evaluate.conftest import Tiny, score_alone
@@ -225,3 +227,19 @@ def test_batches_hold_every_question_once_and_stay_within_their_room(padded: boo
         sizes = [asked[index].packed for index in batch]
         assert (len(sizes) * max(sizes) if padded else sum(sizes)) <= 100
         assert sum(len(asked[index].endings) for index in batch) <= 9
+
+
+
+
+def test_a_directory_that_holds_one_gguf_model_is_that_model(tiny_gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / "artifact.json").write_text("{}")
+    assert gguf_source.within(tmp_path) is None
+    (tmp_path / "model-Q8_0.gguf").write_bytes(tiny_gguf.read_bytes())
+    found = find(str(tmp_path))
+    assert (found.kind, found.path.name) == ("gguf", "model-Q8_0.gguf")
+    assert found.identity == find(str(tiny_gguf)).identity
+    (tmp_path / "other.gguf").write_bytes(tiny_gguf.read_bytes())
+    with pytest.raises(RequestError, match=r"holds 2 \.gguf files \(model-Q8_0\.gguf, other\.gguf\): name the one"):
+        find(str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    assert gguf_source.within(tmp_path) is None

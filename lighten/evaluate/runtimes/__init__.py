@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lighten.errors import RequestError
 from lighten.evaluate.settings import Options
-from lighten.model.gguf_source import parts
+from lighten.model.gguf_source import within
 from lighten.model.onnx_source import find_onnx
 from lighten.stage import Report
 
@@ -189,14 +189,7 @@ def find_gguf(path: Path) -> Path | None:
     if not path.is_dir():
         what = "is neither a .gguf file nor a model directory" if path.exists() else "does not exist"
         raise RequestError(f"cannot measure {path}: it {what}")
-    if any(path.glob("*.safetensors")):
-        return None
-    found = sorted(path.glob("*.gguf"))
-    if len(found) > 1 and len(parts(found[0])) == len(found):
-        return found[0]  # llama.cpp opens the other parts itself
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise RequestError(f"{path} holds {len(found)} .gguf files ({names}): name the one to measure")
-    if not found and not (path / "config.json").is_file():
+    found = within(path)
+    if not found and not any(path.glob("*.safetensors")) and not (path / "config.json").is_file():
         raise RequestError(f"{path} holds neither a config.json nor a .gguf file: not a model")
-    return found[0] if found else None
+    return found
