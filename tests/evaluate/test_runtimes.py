@@ -229,8 +229,6 @@ def test_batches_hold_every_question_once_and_stay_within_their_room(padded: boo
         assert sum(len(asked[index].endings) for index in batch) <= 9
 
 
-
-
 def test_a_directory_that_holds_one_gguf_model_is_that_model(tiny_gguf: Path, tmp_path: Path) -> None:
     (tmp_path / "artifact.json").write_text("{}")
     assert gguf_source.within(tmp_path) is None
