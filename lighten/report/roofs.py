@@ -89,7 +89,7 @@ def cost(results: Results, _earlier: Sequence[Results]) -> Part | None:
         if found := variant.cost:
             each = found.per_million_tokens
             shown = [NOT_MEASURED if value is None else significant(value, 3) for value in (each.prefill, each.decode)]
-            rows.append((variant.name, *shown, f"{significant(found.price_per_hour, 4)} {found.currency}"))
+            rows.append((variant.name, *shown, f"{found.price_per_hour:g} {found.currency}"))
             notes += [found.note] if found.note else []
     if not rows:
         return None
@@ -103,7 +103,7 @@ def lines(results: Results) -> list[str]:
         if variant.roofline:
             at = variant.roofline
             parts = [f"decode {_told(at)}"] + ([f"prefill {_told(at.prefill)}"] if at.prefill else [])
-            found.append(f"{variant.name}: {'; '.join(parts)}")
+            found.append(f"{variant.name}: {', '.join(parts)}")
     return found
 
 
@@ -121,14 +121,14 @@ def price(variant: Variant) -> str:
     kinds = (("read", each.prefill), ("written", each.decode))
     told = [f"{significant(value, 3)} {cost.currency} {name}" for name, value in kinds if value is not None]
     note = f"; {cost.note}" if cost.note else ""
-    return f"a million tokens: {', '.join(told)} ({significant(cost.price_per_hour, 4)} {cost.currency} an hour{note})"
+    return f"a million tokens: {', '.join(told)} ({cost.price_per_hour:g} {cost.currency} an hour{note})"
 
 
 def _told(at: Place) -> str:
-    """Returns "24.5 GB/s and 12.3 GFLOP/s, 35 % of what memory allows"."""
-    what = {"memory": "memory allows", "cache": "caches and memory allow", "compute": "its arithmetic allows"}[at.bound]
-    reached = f"{significant(at.gb_s, 3)} GB/s and {significant(at.gflop_s, 3)} GFLOP/s"
-    return f"{reached}, {100 * at.share:.0f} % of what {what}" + (f" ({at.note})" if at.note else "")
+    """Returns "24.5 GB/s (35 % of memory's peak)", or what it computes where arithmetic binds."""
+    reached = f"{significant(at.gflop_s, 3)} GFLOP/s" if at.bound == "compute" else f"{significant(at.gb_s, 3)} GB/s"
+    peak = {"memory": "memory's", "cache": "the caches'", "compute": "the"}[at.bound]
+    return f"{reached} ({100 * at.share:.0f} % of {peak} peak{f'; {at.note}' if at.note else ''})"
 
 
 def draw_roofs(each: Roofs) -> tuple[bytes, bytes]:
