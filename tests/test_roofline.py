@@ -54,7 +54,7 @@ def test_evaluate_places_a_model_under_the_roof_and_prices_it(tiny: Tiny, tmp_pa
         assert (out / "plots" / name).stat().st_size > 1000
     html, text = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert "Under the roof" in html and "EUR" in html and 'aria-label="Roofline of this machine"' in html
-    assert "### Roofline" in text and "### Cost" in text
+    assert "### Under the roof" in text and "### What tokens cost" in text
     each = roofs(results)
     assert each and {mark.decode for mark in each.marks} == {True, False}
     assert draw_roofs(each)[0] == draw_roofs(each)[0]

@@ -127,7 +127,7 @@ def price(variant: Variant) -> str:
 def _told(at: Place) -> str:
     """Returns "24.5 GB/s (35 % of memory's peak)", or what it computes where arithmetic binds."""
     reached = f"{significant(at.gflop_s, 3)} GFLOP/s" if at.bound == "compute" else f"{significant(at.gb_s, 3)} GB/s"
-    peak = {"memory": "memory's", "cache": "the caches'", "compute": "the"}[at.bound]
+    peak = {"memory": "memory's", "cache": "the caches'", "compute": "its"}[at.bound]
     return f"{reached} ({100 * at.share:.0f} % of {peak} peak{f'; {at.note}' if at.note else ''})"
 
 
