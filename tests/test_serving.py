@@ -44,9 +44,8 @@ def test_load_and_a_draft_in_a_recipe(model: Path, tmp_path: Path) -> None:
     assert told["draft"] == "q8" and told["identical"] and told["acceptance"] > 0.5
     assert rows["q8"]["speculative"] is None
     report = (folder / "report.md").read_text()
-    assert "### Serving" in report and "with q8 as its draft, 3 tokens at a time" in report
-    assert "40 requests a second (llama\\_cpp.server" in report or "40 requests a second (llama_cpp.server" in report
-    assert "with q8 as its draft" in (folder / "report.html").read_text()
+    assert "### Serving" in report and "| baseline | q8 | 3 |" in report and "| q8 | 40 |" in report
+    assert "Greedy decoding with a smaller model" in (folder / "report.html").read_text()
 
 
 def test_a_draft_that_cannot_take_tokens_back_fails_alone(model: Path, tmp_path: Path) -> None:
