@@ -223,6 +223,10 @@ def _explain(error: BaseException) -> dict[str, Any]:
     if full or "No space left on device" in str(error):
         advice = "free some space (`lighten gc` removes objects that no version uses) or choose another --artifacts"
         return {"error": f"no space left on the device: {advice}; then run the same command again", "request": False}
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported here
+        reason = str(error).partition(". ")[0]
+        advice = "close what else uses it, lower the batch or the length, or take --device cpu"
+        return {"error": f"the memory of the GPU does not suffice ({reason}): {advice}", "request": False}
     where = "".join(traceback.format_exception(error)[-3:])
     return {"error": f"{type(error).__name__}: {error}\n{where}", "request": False}
 
