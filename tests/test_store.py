@@ -94,7 +94,7 @@ def test_a_corrupt_object_is_found_removed_and_never_used(tmp_path: Path, harm: 
         manifest = file.parent.parent / MANIFEST
         os.chmod(manifest, 0o644)
         manifest.write_text("{")
-    report = dict(store.verify())
+    report = {each.key: each.damage for each in store.verify()}
     assert report[OTHER] == []
     assert report[KEY]
     assert store.finished() == [OTHER]
@@ -163,7 +163,7 @@ def test_versions_count_up_and_latest_follows(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), store.new_version("demo"):
         raise RuntimeError
     assert len(store.versions()) == 2
-    with pytest.raises(RequestError, match="objects"), store.new_version("objects"):
+    with pytest.raises(RequestError, match="objects"), store.publishing("objects"):
         pass
 
 

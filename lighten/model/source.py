@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from lighten.errors import Failure, RequestError, missing_extra
+from lighten.links import follow
 from lighten.model.checkpoint import Checkpoint, facts_of, read_config, refuse_pickle
 from lighten.model.onnx_source import facts as onnx_facts
 from lighten.model.onnx_source import find_onnx
@@ -49,6 +50,7 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
     from lighten.model import gguf_source
 
     path = Path(model).expanduser()
+    path = follow(path) if path.parent.name == "variants" and path.is_file() else path
     if model.startswith("demo:"):
         path = _demo(model.removeprefix("demo:"))
     path = gguf_source.within(path) or path

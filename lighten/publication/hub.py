@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, RequestError
+from lighten.links import follow
 from lighten.report.card import CARD, HUB_ID, card
 from lighten.report.results import BASELINE, Results
 from lighten.store import MANIFEST, Artifact, find_damage, read_artifact
@@ -82,7 +83,7 @@ def uploads(results: Results, folder: Path, repo: str, variants: Sequence[str] =
     check(repo, chosen)
     found = []
     for name in chosen:
-        artifact = read_artifact((folder / "variants" / name).resolve())
+        artifact = read_artifact(follow(folder / "variants" / name))
         if damage := find_damage(artifact):
             raise Failure(f"{name} is damaged ({damage[0]}): 'lighten verify' removes it, and a run makes it again")
         there = repo.replace(PLACE, name)
