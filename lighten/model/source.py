@@ -16,6 +16,7 @@ from pydantic import Field
 from lighten.errors import Failure, RequestError, missing_extra
 from lighten.links import follow
 from lighten.model.checkpoint import Checkpoint, facts_of, read_config, refuse_pickle
+from lighten.model.hub import fetch
 from lighten.model.onnx_source import facts as onnx_facts
 from lighten.model.onnx_source import find_onnx
 from lighten.stage import Context, Estimate, ModelFacts, Step
@@ -96,18 +97,7 @@ def _hash_directory(path: Path) -> str:
 
 
 def _fetch(model: str, revision: str | None, keep_code: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        patterns = [*COPIED, "*.safetensors", *(["*.py"] if keep_code else [])]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RequestError(
-            f"{model}: no such directory here, and it could not be fetched from the hub ({reason}); "
-            "check the name, the revision and the connection, or give a local directory"
-        ) from error
+    return fetch(model, revision, [*COPIED, "*.safetensors", *(["*.py"] if keep_code else [])])
 
 
 class Source(Step):
