@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def campaign(asked: argparse.Namespace, folder: Path, how: str, room: Room) -> t
         it.kill_on_the_way(whole, asked.run_kills)
         if turn % 2 == 1:
             it.fill(found[turn // 2 % 2], room)
-        if turn % 4 == 0:
+        if turn % 6 == 1:
             it.together(wide)
         turn += 1
         say(f"{sum(it.tally.kills.values())} kills, {len(it.tally.faults)} faults")
@@ -113,7 +113,7 @@ def main() -> None:
         "recipes": [
             {"name": each.recipe["name"], "stages": each.stages, "files": len(each.contents)} for each in found
         ],
-        **asdict(tally),
+        **{name: dict(each) if isinstance(each, Counter) else each for name, each in vars(tally).items()},
     }
     write_json(asked.out, value)
     print(f"{sum(tally.kills.values())} kills of runs, {tally.gc_kills} of gc, {sum(tally.full.values())} full disks,")

@@ -175,7 +175,7 @@ class Campaign:
             self.tally.kills[kind_of(target)] += 1
             self.say(f"killed {wait:5.2f} s into {target}")
             todo = todo[todo.index(target) :] if target != "start" else todo[1:]
-            if self.random.random() < 0.25:
+            if self.random.random() < 0.2:
                 self.damage(store)
         self.finish(store, whole)
         shutil.rmtree(store)
