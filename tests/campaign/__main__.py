@@ -31,15 +31,22 @@ INSIDE = "LIGHTEN_CAMPAIGN_INSIDE"
 """Set in a campaign that has been started again in a namespace of its own."""
 
 
-def disk() -> tuple[str, Room]:
-    """Returns how a full disk is made here, and what makes it: by mounting, or else by limits of files."""
+def disk(*, again: bool = True) -> tuple[str, Room]:
+    """Returns how a full disk is made here, and what makes it: by mounting, or else by limits of files.
+
+    With `again` the campaign is started again where it may mount, if there it may.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tried = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
         if tried.returncode == 0:
             subprocess.run(["umount", folder], check=True)
             how = "a tmpfs in a namespace of the user" if os.environ.get(INSIDE) else "a tmpfs mounted by root"
             return how, small_disk
-    if not os.environ.get(INSIDE) and not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+    if (
+        again
+        and not os.environ.get(INSIDE)
+        and not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
+    ):
         os.environ[INSIDE] = "1"
         os.execvp("unshare", ["unshare", "-rm", sys.executable, "-m", "tests.campaign", *sys.argv[1:]])
     return "a limit on the length of files (RLIMIT_FSIZE)", short_files
