@@ -158,11 +158,16 @@ def own_child(payload, report):
 
 
 @pytest.mark.parametrize(
-    "command", [["-m", "lighten"], ["-P", "-c", "from lighten.__main__ import main; main()"]], ids=["-m", "script"]
+    ("command", "colon"),
+    [
+        (["-m", "lighten"], ""),
+        (["-m", "lighten"], ":"),
+        (["-P", "-c", "from lighten.__main__ import main; main()"], ":"),
+    ],
 )
-def test_neither_does_the_command(command: list[str], tmp_path: Path) -> None:
+def test_neither_does_the_command(command: list[str], colon: str, tmp_path: Path) -> None:
     mark = trap(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": f":{os.environ['PYTHONPATH']}"}
+    environment = {**os.environ, "PYTHONPATH": f"{colon}{os.environ['PYTHONPATH']}"}
     done = subprocess.run(
         [sys.executable, *command, "ls", "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
