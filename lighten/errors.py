@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,6 +53,16 @@ def disk_full(error: BaseException | None) -> DiskFull | None:
             )
         error = error.__cause__ or error.__context__
     return None
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises RequestError for a name that is no Unicode text: neither reports nor JSON could name such a path."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            shown = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            raise RequestError(f"{shown} is not UTF-8: rename that file or directory") from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -94,13 +95,14 @@ def same(descriptor: int, file: Path) -> bool:
 @contextlib.contextmanager
 def scratch_beside(target: Path) -> Iterator[Path]:
     """Yields a temporary directory beside `target`, and removes those that killed processes left there."""
-    for left in target.parent.glob(f".{target.name}-????????"):
-        if left.is_dir() and not is_locked(left):
-            shutil.rmtree(left, ignore_errors=True)
+    with contextlib.suppress(RequestError):  # without locks nobody knows who lives, and nothing is removed
+        for left in target.parent.glob(f".{glob.escape(target.name)}-????????"):
+            if left.is_dir() and not is_locked(left):
+                shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            with contextlib.suppress(RequestError):  # without locks nobody may clean up, and nobody does
+            with contextlib.suppress(RequestError):
                 take(descriptor, fcntl.LOCK_EX, target)
             yield Path(folder)
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from lighten.errors import DiskFull, Failure, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.locks import scratch_beside
+from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, find
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
 from lighten.plan import Predictor, check_measurable, look, make_plan
@@ -215,8 +215,7 @@ def describe_source(source: Found) -> dict[str, Any]:
 def _format(source: Found) -> str:
     if source.kind != "directory":
         return source.kind
-    config = json.loads((source.path / "config.json").read_text())
-    return str(config.get("quantization_config", {}).get("quant_method", "hf"))
+    return str((read_config(source.path).get("quantization_config") or {}).get("quant_method", "hf"))
 
 
 def profile(

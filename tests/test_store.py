@@ -261,7 +261,7 @@ def test_a_damaged_manifest_is_told_and_the_object_removed(tmp_path: Path, harm:
     manifest.write_text(harm)
     said: list[str] = []
     assert store.find(KEY) is None
-    with pytest.raises(Failure, match="artifact.json"):
+    with pytest.raises(Failure, match=r"artifact\.json"):
         read_artifact(manifest.parent)
     assert store.sound(KEY, said.append) is None
     assert len(said) == 1 and KEY[:12] in said[0]

@@ -42,11 +42,8 @@ def disk(*, again: bool = True) -> tuple[str, Room]:
             subprocess.run(["umount", folder], check=True)
             how = "a tmpfs in a namespace of the user" if os.environ.get(INSIDE) else "a tmpfs mounted by root"
             return how, small_disk
-    if (
-        again
-        and not os.environ.get(INSIDE)
-        and not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
-    ):
+    again = again and not os.environ.get(INSIDE)
+    if again and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0:
         os.environ[INSIDE] = "1"
         os.execvp("unshare", ["unshare", "-rm", sys.executable, "-m", "tests.campaign", *sys.argv[1:]])
     return "a limit on the length of files (RLIMIT_FSIZE)", short_files
