@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from typing import Any
 
@@ -17,6 +19,14 @@ FURTHER: dict[str, type] = {
     "source": dict,
 }
 """Parts that may be absent, and their types."""
+DIGEST = "sha256"
+"""Of the manifest itself; absent in those of earlier versions of lighten."""
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """Returns the SHA-256 of a manifest without its own digest, whatever the spaces and the order of its keys."""
+    value = json.loads(json.dumps({name: each for name, each in manifest.items() if name != DIGEST}))
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def fault(manifest: Any) -> str | None:
@@ -34,4 +44,6 @@ def fault(manifest: Any) -> str | None:
         kinds = {"path": str, "size": int, "sha256": str}
         if not isinstance(entry, dict) or not all(isinstance(entry.get(name), kind) for name, kind in kinds.items()):
             return "an entry of files lacks its path, size or sha256"
+    if manifest.get(DIGEST, digest(manifest)) != digest(manifest):
+        return "its content differs from its SHA-256"
     return None

@@ -34,7 +34,7 @@ from lighten.files import write_json as write_json
 from lighten.leases import declared, living
 from lighten.links import follow, point
 from lighten.locks import locked
-from lighten.manifest import KEY, fault
+from lighten.manifest import DIGEST, KEY, digest, fault
 
 MANIFEST = "artifact.json"
 OWN = ("objects", "locks", "costs", "leases", "unfinished")
@@ -281,6 +281,7 @@ class Store:
     def finish(self, path: Path, manifest: dict[str, Any]) -> Artifact:
         """Hashes what lies under `path`, writes its manifest, makes it read-only and gives it its name."""
         complete = {"schema": 1, **manifest, "files": hash_files(path)}
+        complete[DIGEST] = digest(complete)
         write_json(path / MANIFEST, complete)
         freeze(path)
         target = self.objects / str(manifest["key"])

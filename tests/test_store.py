@@ -268,6 +268,19 @@ def test_a_damaged_manifest_is_told_and_the_object_removed(tmp_path: Path, harm:
     assert store.finished() == []
 
 
+def test_a_changed_digit_in_a_manifest_is_damage_and_old_manifests_have_no_digest(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    manifest = put(store, KEY).path / MANIFEST
+    manifest.chmod(0o644)
+    whole = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**whole, "kind": "tesu"}))
+    assert store.find(KEY) is None
+    assert store.damage(KEY)
+    del whole["sha256"]
+    manifest.write_text(json.dumps(whole))
+    assert store.damage(KEY) == []
+
+
 def test_an_object_without_a_manifest_or_with_anothers_is_made_anew(tmp_path: Path) -> None:
     store = Store(tmp_path)
     (store.objects / KEY).mkdir(parents=True)

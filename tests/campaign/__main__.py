@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def prepare(folder: Path, recipes: list[Any]) -> tuple[Path, list[Undisturbed]]:
     return before, found
 
 
-def campaign(asked: argparse.Namespace, folder: Path, how: str, room: Room) -> tuple[Tally, list[Undisturbed]]:
-    """Disturbs until the time is over and the kills are done."""
+def campaign(asked: argparse.Namespace, folder: Path, how: str, room: Room) -> Tally:
+    """Disturbs until the time is over and the kills are done; writes the figures after each turn."""
     begin = time.monotonic()
 
     def say(text: str) -> None:
@@ -77,42 +78,28 @@ def campaign(asked: argparse.Namespace, folder: Path, how: str, room: Room) -> t
     for whole in found:
         say(f"{whole.recipe['name']} in peace: {len(whole.stages)} stages, {len(whole.contents)} files")
     it = Campaign(folder, asked.seed, before, say)
-    it.tally.checks = 0
     it.read_only(wide, folder / "peace-0", room)
     it.kill_gc(wide, folder / "peace-0", asked.gc_kills)
-    turn = 0
-    while True:
-        killed = sum(it.tally.kills.values())
-        over = time.monotonic() - begin > 60 * asked.minutes
-        if (over and killed >= asked.kills) or time.monotonic() - begin > 120 * asked.minutes:
-            return it.tally, found
-        whole = others[turn // 3 % 2] if turn % 3 == 2 else wide
-        it.kill_on_the_way(whole, asked.run_kills)
+    for turn in count():
+        it.kill_on_the_way(others[turn // 4 % 2] if turn % 4 == 2 else wide, asked.run_kills)
         if turn % 2 == 1:
             it.fill(found[turn // 2 % 2], room)
-        if turn % 6 == 1:
+        if turn % 6 == 0:
             it.together(wide)
-        turn += 1
-        say(f"{sum(it.tally.kills.values())} kills, {len(it.tally.faults)} faults")
+        minutes = (time.monotonic() - begin) / 60
+        say(f"{it.killed} kills, {len(it.tally.faults)} faults")
+        write(asked, how, minutes, found, it.tally)
+        if minutes > asked.minutes and (it.killed >= asked.kills or minutes > 2 * asked.minutes):
+            break
+    return it.tally
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--kills", type=int, default=100, help="at least so many, in at most twice the time")
-    parser.add_argument("--run-kills", type=int, default=10, help="kills on the way of one recipe to its end")
-    parser.add_argument("--gc-kills", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    asked = parser.parse_args()
-    how, room = disk()
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
-        tally, found = campaign(asked, Path(folder), how, room)
+def write(asked: argparse.Namespace, how: str, minutes: float, found: list[Undisturbed], tally: Tally) -> None:
+    """Writes the figures."""
     value = {
-        "command": f"python -m tests.campaign --minutes {asked.minutes:g} --seed {asked.seed}",
+        "command": f"python -m tests.campaign --minutes {asked.minutes:g} --kills {asked.kills} --seed {asked.seed}",
         "machine": machine.fingerprint(),
-        "minutes": round((time.monotonic() - begin) / 60, 1),
+        "minutes": round(minutes, 1),
         "disk": how,
         "recipes": [
             {"name": each.recipe["name"], "stages": each.stages, "files": len(each.contents)} for each in found
@@ -120,6 +107,20 @@ def main() -> None:
         **{name: dict(each) if isinstance(each, Counter) else each for name, each in vars(tally).items()},
     }
     write_json(asked.out, value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--kills", type=int, default=100, help="at least so many, in at most twice the time")
+    parser.add_argument("--run-kills", type=int, default=14, help="kills on the way of one recipe to its end")
+    parser.add_argument("--gc-kills", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    how, room = disk()
+    with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
+        tally = campaign(asked, Path(folder), how, room)
     print(f"{sum(tally.kills.values())} kills of runs, {tally.gc_kills} of gc, {sum(tally.full.values())} full disks,")
     print(f"{tally.together} times two runs at once; {tally.checks} checks, {len(tally.faults)} faults: {asked.out}")
     sys.exit(bool(tally.faults))

@@ -26,7 +26,7 @@ STARTED = re.compile(r"^(.+) … ?(\(|$)")
 ENDED = re.compile(r"^[✓✗] (.+?): ")
 PATIENCE = 600
 """Seconds after which a run counts as hanging."""
-AHEAD = 3
+AHEAD = 2
 """A run is killed in one of the next so many stages that are to be done."""
 
 
@@ -141,6 +141,11 @@ class Campaign:
         self.say = say
         self.tally = Tally()
         self.number = 0
+
+    @property
+    def killed(self) -> int:
+        """Kills of runs so far."""
+        return sum(self.tally.kills.values())
 
     def fresh(self, folder: Path | None = None) -> Path:
         """Returns a store in which one version has been published before."""

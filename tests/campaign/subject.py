@@ -116,6 +116,7 @@ def digest(path: Path) -> str:
         value = without_times(json.loads(content))
         if path.name == MANIFEST:  # has the sizes and hashes of the other files, with their times
             value["files"] = sorted(entry["path"] for entry in value["files"])
+            del value["sha256"]
         content = json.dumps(value, sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()
 
