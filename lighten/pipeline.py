@@ -23,7 +23,7 @@ from lighten.recipe import BASELINE, Recipe, load
 from lighten.report.results import Results
 from lighten.roofline import Addition
 from lighten.stage import Report
-from lighten.store import Artifact, Store, write_json
+from lighten.store import Artifact, Store, check_name, write_json
 
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx.data")
 
@@ -244,6 +244,7 @@ def plan(recipe: str | Recipe, *, only: list[str] | None = None) -> Plan:
 def open_recipe(recipe: str | Recipe, only: list[str] | None) -> Recipe:
     """Returns a recipe, loaded if it is given by name, after checking that the variants in `only` are in it."""
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
+    check_name(recipe.name)
     unknown = [name for name in only or () if name not in recipe.variants and name != BASELINE]
     if unknown:
         raise RequestError(f"the recipe has no variant {unknown[0]!r}; it has {', '.join(recipe.variants)}")

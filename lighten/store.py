@@ -127,6 +127,12 @@ def find_damage(artifact: Artifact) -> list[str]:
     return damage
 
 
+def check_name(name: str) -> None:
+    """Raises RequestError if a recipe cannot have a name because the store uses it itself."""
+    if name in OWN:
+        raise RequestError(f"a recipe cannot be named {name!r}: the store uses that name; choose another")
+
+
 @dataclass(frozen=True)
 class Checked:
     """What `verify` found about an object."""
@@ -330,8 +336,7 @@ class Store:
         Raises:
             RequestError: the store uses that name itself.
         """
-        if name in OWN:
-            raise RequestError(f"a recipe cannot be named {name!r}: the store uses that name; choose another")
+        check_name(name)
         with self.lock(f"version-{name}"):
             self.point_latest(name)
             yield

@@ -17,7 +17,8 @@ import lighten
 from lighten.errors import RequestError
 from lighten.plan import Stage, make_plan
 from lighten.recipe import parse
-from lighten.store import Store
+from lighten.store import Store, find_damage
+from lighten.verbs import one_step
 
 
 def recipe(model: Path, **changes: object) -> dict:
@@ -160,30 +161,49 @@ def test_a_step_that_cannot_follow_another_is_refused(model: Path, tmp_path: Pat
         run(value, tmp_path)
 
 
-def test_gc_beside_a_run_takes_nothing_from_it(model: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Nothing is published yet when gc runs, after each stage; nor is anything left when the run has ended."""
+class Collector(Listener):
+    """Calls gc after each stage, while nothing is published yet."""
 
-    class Collector(Listener):
-        def ended(self, stage: Stage, seconds: float | None, error: str | None) -> None:
-            super().ended(stage, seconds, error)
-            assert [name for name, _ in Store(tmp_path).gc() if len(name) == 64] == []
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
 
-    collector = Collector()
+    def ended(self, stage: Stage, seconds: float | None, error: str | None) -> None:
+        super().ended(stage, seconds, error)
+        assert [name for name, _ in Store(self.folder).gc() if len(name) == 64] == []
+
+
+def test_gc_beside_a_run_takes_nothing_from_it(model: Path, tmp_path: Path) -> None:
+    collector = Collector(tmp_path)
     lighten.run(parse(recipe(model, evaluate={})), artifacts=tmp_path, watcher=collector)
-    same = contents(tmp_path)
-    assert len(collector.built) == 5 and same
-    assert same == {name: content for name, content in contents(undisturbed).items() if name in same}
+    store = Store(tmp_path)
+    assert len(collector.built) == len(store.finished()) == 5
+    assert not any(each.damage for each in store.verify())
     assert list((tmp_path / "leases").iterdir()) == []
 
 
-@pytest.mark.parametrize("harm", ["", "[]", "{}", '{"key": 1}'])
-def test_a_damaged_manifest_is_made_anew_and_said(model: Path, undisturbed: Path, tmp_path: Path, harm: str) -> None:
+def test_gc_beside_one_step_takes_nothing_from_it(model: Path, tmp_path: Path) -> None:
+    settings = {"method": "rtn", "bits": 8, "group_size": 32}
+    store = tmp_path / "a"
+    made = one_step("quantize", str(model), tmp_path / "out", settings, artifacts=store, watcher=Collector(store))
+    assert find_damage(made) == []
+    assert len(Store(store).gc()) == 2  # nobody needs them when it has ended
+
+
+def test_names_of_the_stores_own_directories_are_refused_before_any_work(model: Path, tmp_path: Path) -> None:
+    for name in ("objects", "leases"):
+        with pytest.raises(RequestError, match="the store uses that name"):
+            lighten.run(parse(recipe(model, name=name)), artifacts=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_damaged_manifest_is_made_anew_and_said(model: Path, undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path / "a", symlinks=True)
     store = Store(tmp_path / "a")
     sweep = next(stage for stage in make_plan(parse(recipe(model))).stages if stage.kind == "sweep")
     manifest = store.objects / sweep.key / "artifact.json"
     os.chmod(manifest, 0o644)
-    manifest.write_text(harm)
+    manifest.write_text("[]")
     said: list[str] = []
     listener = Listener()
     listener.say = said.append  # type: ignore[method-assign]
