@@ -21,11 +21,8 @@ from lighten.compress.losses import Said, Sums, Targets
 from lighten.compress.student import Student, finite
 from lighten.compress.teacher import Lessons, batches, last_states
 from lighten.errors import Failure
-<<<<<<< HEAD
-from lighten.model import accelerator
-=======
 from lighten.links import link_or_copy
->>>>>>> main
+from lighten.model import accelerator
 from lighten.model.stream import fast_dtype
 from lighten.process import keep_freed_memory
 from lighten.stage import Context
