@@ -5,6 +5,7 @@ A device is named as torch names it: "cpu", "cuda" (the first GPU that is visibl
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -150,3 +151,16 @@ def uuid(device: str) -> str:
     import torch
 
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def deterministic(device: str) -> None:
+    """Makes what follows in this process the same every time on a GPU; call before the device is used.
+
+    Where torch has no such kernel it warns and goes on; on the processor everything is the same every time already.
+    """
+    if kind(device) != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
