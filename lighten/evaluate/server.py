@@ -21,7 +21,7 @@ from lighten.model import llama_library
 from lighten.process import death, die_with
 
 PYTHON_NEEDS = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
-"""Modules that the server of llama-cpp-python is made of."""
+"""Modules that the server written in Python is made of."""
 START_SECONDS = 120
 ANSWER_SECONDS = 600
 BANNED = -100

@@ -23,6 +23,7 @@ BATCH_TOKENS = 512
 ENDINGS = 64
 ERROR = 4
 CONTINUED = 5
+FLOAT32 = 0
 
 
 def _library() -> Library:
@@ -130,8 +131,8 @@ class LlamaCppRuntime:
     name = "llama.cpp"
     options: Mapping[str, str] = {}
 
-    def __init__(self, path: Path, device: str) -> None:
-        """Loads the model.
+    def __init__(self, path: Path, device: str, *, float32_cache: bool = False) -> None:
+        """Loads the model; keys and values are kept in float16 unless `float32_cache`.
 
         Raises:
             RequestError: no package brings llama.cpp.
@@ -149,6 +150,7 @@ class LlamaCppRuntime:
         self._context: Any = None
         self._shape: tuple[int, int, bool] = (0, 0, False)
         self._callback: Any = None
+        self._float32_cache = float32_cache
 
     def _open_context(self, tokens: int, sequences: int, shared: bool) -> Any:
         """Returns an empty context for `tokens` in all; kept and cleared for as long as the shape stays the same."""
@@ -161,6 +163,8 @@ class LlamaCppRuntime:
             params.n_seq_max = sequences
             params.kv_unified = shared
             params.n_threads = params.n_threads_batch = machine.cores()
+            if self._float32_cache:
+                params.type_k = params.type_v = FLOAT32
             if self._callback:
                 params.cb_eval = self._callback
             self._context = library.llama_init_from_model(self._model.handle, params)
