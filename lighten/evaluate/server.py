@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Self
 from lighten.errors import Failure, missing_extra
 from lighten.evaluate import machine
 from lighten.model import llama_library
-from lighten.process import death, die_with
+from lighten.process import death, die_with, environment, interpreter
 
 PYTHON_NEEDS = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
 """Modules that the server written in Python is made of."""
@@ -26,6 +25,19 @@ START_SECONDS = 120
 ANSWER_SECONDS = 600
 BANNED = -100
 """Bias that keeps a token from being chosen."""
+
+
+KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TMPDIR", "USER", "VIRTUAL_ENV")
+KEPT_FAMILIES = ("CUDA_", "DYLD_", "GGML_", "GOMP_", "HIP_", "HSA_", "KMP_", "LC_", "OMP_", "PYTHON", "ROCR_", "XDG_")
+"""What the server's process is told of this one's environment, and what such names begin with."""
+
+
+def own_environment() -> dict[str, str]:
+    """Returns an environment for the server, which reads every setting there that its arguments leave open.
+
+    A HOST, an API_KEY or a CONFIG_FILE of the person's, meant for something else, would be taken for its own.
+    """
+    return {name: value for name, value in environment().items() if name in KEPT or name.startswith(KEPT_FAMILIES)}
 
 
 def needs() -> tuple[str, ...]:
@@ -44,7 +56,7 @@ def _native(program: Path) -> list[str]:
 
 
 def _python(device: str) -> list[str]:
-    command = [sys.executable, "-m", "llama_cpp.server", "--n_gpu_layers", "0" if device == "cpu" else "-1"]
+    command = [*interpreter(), "-m", "llama_cpp.server", "--n_gpu_layers", "0" if device == "cpu" else "-1"]
     # a new request would end the one before it
     return [*command, "--logits_all", "false", "--interrupt_requests", "false"]
 
@@ -84,7 +96,11 @@ class LlamaServer:
             Failure: it ended, or does not answer.
         """
         self._process = subprocess.Popen(
-            self._command, stdout=self._noise, stderr=self._noise, preexec_fn=partial(die_with, os.getpid())
+            self._command,
+            stdout=self._noise,
+            stderr=self._noise,
+            env=own_environment(),
+            preexec_fn=partial(die_with, os.getpid()),
         )
         deadline = time.monotonic() + START_SECONDS
         try:
