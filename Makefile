@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: `make demo` runs the main job on the built-in demo model, `make test` passes the tests.
-# Needs Python 3.11 or later with venv, and a C++ compiler (llama-cpp-python is built from source: some minutes).
+# Needs Python 3.11 or later with venv and headers, and a C compiler: a small package that GPTQModel needs is built, in seconds.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

