@@ -154,8 +154,8 @@ def test_fallbacks_are_those_llama_cpp_counts(
     lines: list[str] = []
 
     @contextlib.contextmanager
-    def listening(report: Any) -> Any:
-        with log(report) as said:
+    def listening(*given: Any) -> Any:
+        with log(*given) as said:
             yield said
             lines.extend(said)
 
