@@ -301,10 +301,12 @@ class Store:
     def cost(self, key: str) -> dict[str, Any] | None:
         """Returns what building an object took, or None if that is not known."""
         try:
-            value: dict[str, Any] = json.loads((self.root / "costs" / f"{key}.json").read_text())
-            return value
-        except (OSError, ValueError):
+            value = json.loads((self.root / "costs" / f"{key}.json").read_text())
+        except (OSError, ValueError, RecursionError):
             return None
+        kinds: dict[str, Any] = {"what": str, "seconds": (int, float), "nominal_seconds": (int, float)}
+        whole = isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+        return value if whole else None
 
     def costs(self) -> list[dict[str, Any]]:
         """Returns every recorded cost."""
@@ -379,9 +381,14 @@ class Store:
         for version in self.versions():
             refs = version / "objects.json"
             try:
-                keys.update(json.loads(refs.read_text()))
-            except (OSError, ValueError) as error:
+                told = json.loads(refs.read_text())
+                if not (isinstance(told, list) and all(isinstance(key, str) and KEY.fullmatch(key) for key in told)):
+                    raise ValueError("it is no list of keys")
+            except (OSError, ValueError, RecursionError) as error:
                 raise Failure(f"{refs} cannot be read ({error}): restore it or remove {version}") from error
+            keys.update(told)
+            links = version / "variants"
+            keys.update(follow(link).name for link in (links.iterdir() if links.is_dir() else ()))
         return keys
 
     def finished(self) -> list[str]:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lighten.errors import Failure, RequestError
+from lighten.links import point
 from lighten.store import MANIFEST, Store, canonical, find_damage, read_artifact, stage_key, write_json
 
 KEY = "ab" * 32
@@ -186,14 +187,37 @@ def test_gc_keeps_what_a_version_refers_to_and_what_is_being_built(tmp_path: Pat
         assert building.exists()
 
 
-def test_gc_refuses_to_guess(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [None, "", "{}", '"text"', "[1]", '["short"]'])
+def test_gc_refuses_to_guess(tmp_path: Path, told: str | None) -> None:
     store = Store(tmp_path)
     put(store, KEY)
-    with store.new_version("demo"):
-        pass
+    with store.new_version("demo") as folder:
+        if told is not None:
+            (folder / "objects.json").write_text(told)
     with pytest.raises(Failure, match=r"objects\.json"):
         store.gc()
     assert store.finished() == [KEY]
+
+
+def test_gc_keeps_what_the_variants_of_a_version_lead_to(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    put(store, KEY)
+    with store.new_version("demo") as folder:
+        write_json(folder / "objects.json", [])
+        (folder / "variants").mkdir()
+        point(folder / "variants" / "int4", f"../../../objects/{KEY}")
+    store.gc()
+    assert store.finished() == [KEY]
+
+
+@pytest.mark.parametrize("told", ["", "[]", "[1]", "{}", '{"what": 1, "seconds": "x", "nominal_seconds": 1}'])
+def test_a_damaged_cost_counts_as_none(tmp_path: Path, told: str) -> None:
+    store = Store(tmp_path)
+    cost = {"what": "sweep", "seconds": 1.0, "nominal_seconds": 2, "machine": "here"}
+    store.record_cost(KEY, cost)
+    store.record_cost(OTHER, cost)
+    (tmp_path / "costs" / f"{OTHER}.json").write_text(told)
+    assert store.costs() == [cost]
 
 
 def test_an_unusable_directory_is_one_message(tmp_path: Path) -> None:

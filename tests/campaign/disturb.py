@@ -24,6 +24,7 @@ from .subject import command, contents, lighten, published
 
 STARTED = re.compile(r"^(.+) … ?(\(|$)")
 ENDED = re.compile(r"^[✓✗] (.+?): ")
+PAGE = 4096
 PATIENCE = 600
 """Seconds after which a run counts as hanging."""
 AHEAD = 2
@@ -126,8 +127,13 @@ def undisturbed(recipe: dict[str, Any], store: Path) -> Undisturbed:
     last = max(running.moments.values())
     took |= {"start": running.moments[stages[0]] - running.begin, "publish": time.monotonic() - last}
     version = store / recipe["name"] / "v1"
-    size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
-    return Undisturbed(recipe, contents(store), published(version), stages, took, size)
+    return Undisturbed(recipe, contents(store), published(version), stages, took, on_disk(store))
+
+
+def on_disk(folder: Path) -> int:
+    """Returns the bytes that a directory takes, in whole pages."""
+    files = [path for path in folder.rglob("*") if not path.is_symlink()]
+    return sum(-(-path.stat().st_size // PAGE) * PAGE + PAGE for path in files)
 
 
 class Campaign:
@@ -138,6 +144,7 @@ class Campaign:
         self.random = random.Random(seed)
         self.seed_store = seed_store
         self.kept = contents(seed_store)
+        self.kept_bytes = on_disk(seed_store)
         self.say = say
         self.tally = Tally()
         self.number = 0
@@ -233,7 +240,8 @@ class Campaign:
     def fill(self, whole: Undisturbed, room: Room) -> None:
         """Runs a recipe on a disk that is too small, then on one that is large enough."""
         share = self.random.uniform(0.05, 0.98)
-        with room(self.folder / f"disk-{self.number}", int(share * whole.bytes)) as (folder, grow, before):
+        size = int(self.kept_bytes + share * (whole.bytes - self.kept_bytes))
+        with room(self.folder / f"disk-{self.number}", size) as (folder, grow, before):
             store = self.fresh(folder)
             running = Running(command(whole.recipe, store), preexec_fn=before)
             code = running.end()
