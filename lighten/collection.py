@@ -1,4 +1,4 @@
-"""What `lighten gc` removes: objects that nobody refers to, and whatever killed runs left anywhere in the store."""
+"""What `lighten gc` and `lighten verify` remove: what nobody refers to, what killed runs left, what is damaged."""
 
 from __future__ import annotations
 
@@ -6,14 +6,38 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from lighten.errors import Failure
 from lighten.files import UNFINISHED, remove_tree
 from lighten.locks import is_locked
 from lighten.manifest import KEY
+from lighten.store import Checked, Store
 
-if TYPE_CHECKING:
-    from lighten.store import Store
+
+def check(store: Store) -> Iterator[Checked]:
+    """Re-hashes every object; yields what was found, and removes a damaged one if that may be."""
+    for key in store.finished():
+        try:
+            damage = store.damage(key)
+        except (Failure, OSError) as error:
+            yield Checked(key, [str(error)], "it cannot be read")
+            continue
+        checked = _removed(store, key, damage) if damage else Checked(key)
+        if checked:
+            yield checked
+
+
+def _removed(store: Store, key: str, damage: list[str]) -> Checked | None:
+    """Removes a damaged object; None if it has gone meanwhile."""
+    if not store.writable():
+        return Checked(key, damage, "the artifacts directory is read-only")
+    with store.gate(), store.lock(key, wait=False) as free:
+        if not free or key in store.leased():
+            return Checked(key, damage, "a run under way needs it: verify again when that has ended")
+        if not (store.objects / key).exists():
+            return None
+        store.remove(key)
+    return Checked(key, damage)
 
 
 def collect(store: Store, *, dry_run: bool) -> list[tuple[str, int]]:

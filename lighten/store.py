@@ -39,6 +39,8 @@ from lighten.manifest import DIGEST, KEY, digest, fault
 MANIFEST = "artifact.json"
 OWN = ("objects", "locks", "costs", "leases", "unfinished")
 """Names in the store's directory that no recipe can have."""
+_BROKEN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
+"""Errors of reading that say that a file is gone or broken."""
 _VERSION = re.compile(r"v([1-9][0-9]*)")
 
 
@@ -186,17 +188,19 @@ class Store:
         return found if found.key == key else None
 
     def damage(self, key: str) -> list[str]:
-        """Re-hashes an object that is there; returns one line for everything that is wrong with it."""
+        """Re-hashes an object that is there; returns one line for everything that is wrong with it.
+
+        Raises:
+            Failure, OSError: it cannot be read, for want of permission or of open files.
+        """
         try:
             found = read_artifact(self.objects / key)
-        except Failure as error:
+            return find_damage(found) if found.key == key else [f"its {MANIFEST} is that of another object"]
+        except (Failure, OSError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if isinstance(cause, OSError) and cause.errno not in _BROKEN:
+                raise  # what cannot be read just now may be sound
             return [str(error)]
-        if found.key != key:
-            return [f"its {MANIFEST} is that of another object"]
-        try:
-            return find_damage(found)
-        except OSError as error:
-            return [f"cannot be read: {error}"]
 
     def sound(self, key: str, say: Callable[[str], None] = lambda message: None) -> Artifact | None:
         """Returns the object after re-hashing it; a corrupt one is removed and None is returned.
@@ -399,23 +403,9 @@ class Store:
 
     def verify(self) -> Iterator[Checked]:
         """Re-hashes every object. A damaged one is removed, unless a run needs it or the store is read-only."""
-        for key in self.finished():
-            damage = self.damage(key)
-            checked = self._removed(key, damage) if damage else Checked(key)
-            if checked:
-                yield checked
+        from lighten.collection import check
 
-    def _removed(self, key: str, damage: list[str]) -> Checked | None:
-        """Removes a damaged object if that may be; None if it has gone meanwhile."""
-        if not self.writable():
-            return Checked(key, damage, "the artifacts directory is read-only")
-        with self.gate(), self.lock(key, wait=False) as free:
-            if not free or key in self.leased():
-                return Checked(key, damage, "a run under way needs it: verify again when that has ended")
-            if not (self.objects / key).exists():
-                return None
-            self.remove(key)
-        return Checked(key, damage)
+        return check(self)
 
     def gc(self, *, dry_run: bool = False) -> list[tuple[str, int]]:
         """Removes objects that no version refers to and what killed runs left; returns (name, bytes) of each.

@@ -1,6 +1,7 @@
 """The store, as two processes and kill -9 see it."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -303,6 +305,21 @@ def test_a_changed_digit_in_a_manifest_is_damage_and_old_manifests_have_no_diges
     del whole["sha256"]
     manifest.write_text(json.dumps(whole))
     assert store.damage(KEY) == []
+
+
+def test_what_cannot_be_read_just_now_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    put(store, KEY)
+
+    def refuse(root: Path) -> list[dict[str, Any]]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("lighten.store.hash_files", refuse)
+    with pytest.raises(OSError, match="open files"):
+        store.sound(KEY)
+    (checked,) = store.verify()
+    assert checked.kept == "it cannot be read"
+    assert store.finished() == [KEY]
 
 
 def test_an_object_without_a_manifest_or_with_anothers_is_made_anew(tmp_path: Path) -> None:
