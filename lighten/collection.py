@@ -5,17 +5,28 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lighten.errors import Failure
 from lighten.files import UNFINISHED, remove_tree
 from lighten.locks import is_locked
 from lighten.manifest import KEY
-from lighten.store import Checked, Store
+from lighten.store import Store
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found about an object."""
+
+    key: str
+    damage: list[str] = field(default_factory=list)
+    kept: str | None = None
+    """Why a damaged one was not removed."""
 
 
 def check(store: Store) -> Iterator[Checked]:
-    """Re-hashes every object; yields what was found, and removes a damaged one if that may be."""
+    """Re-hashes every object. A damaged one is removed, unless a run needs it or the store is read-only."""
     for key in store.finished():
         try:
             damage = store.damage(key)
@@ -40,7 +51,7 @@ def _removed(store: Store, key: str, damage: list[str]) -> Checked | None:
     return Checked(key, damage)
 
 
-def collect(store: Store, *, dry_run: bool) -> list[tuple[str, int]]:
+def collect(store: Store, *, dry_run: bool = False) -> list[tuple[str, int]]:
     """Removes what is not needed any more; returns (name, bytes) of each, without empty locks.
 
     Leases are read before references: a run publishes before it gives its lease back, so that what it made is in one

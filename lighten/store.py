@@ -23,7 +23,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,16 +133,6 @@ def check_name(name: str) -> None:
     """Raises RequestError if a recipe cannot have a name because the store uses it itself."""
     if name in OWN:
         raise RequestError(f"a recipe cannot be named {name!r}: the store uses that name; choose another")
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What `verify` found about an object."""
-
-    key: str
-    damage: list[str] = field(default_factory=list)
-    kept: str | None = None
-    """Why a damaged one was not removed."""
 
 
 class Store:
@@ -400,18 +390,3 @@ class Store:
         if not self.objects.is_dir():
             return []
         return sorted(path.name for path in self.objects.iterdir() if KEY.fullmatch(path.name))
-
-    def verify(self) -> Iterator[Checked]:
-        """Re-hashes every object. A damaged one is removed, unless a run needs it or the store is read-only."""
-        from lighten.collection import check
-
-        return check(self)
-
-    def gc(self, *, dry_run: bool = False) -> list[tuple[str, int]]:
-        """Removes objects that no version refers to and what killed runs left; returns (name, bytes) of each.
-
-        What a run under way needs is left alone. See `lighten.collection`.
-        """
-        from lighten.collection import collect
-
-        return collect(self, dry_run=dry_run)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lighten.collection import check, collect
 from lighten.store import MANIFEST, Store
 
 from .subject import command, contents, lighten, published
@@ -222,13 +223,13 @@ class Campaign:
             shutil.rmtree(store / whole.recipe["name"])
             child = os.fork()
             if not child:
-                Store(store).gc()
+                collect(Store(store))
                 os._exit(0)
             time.sleep(self.random.uniform(0, 0.03))
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             self.tally.gc_kills += os.WIFSIGNALED(status)
-            Store(store).gc()
+            collect(Store(store))
             self.sound(store, "after a killed gc")
             left = set(Store(store).finished()) - {name.split("/")[0] for name in self.kept}
             if left:
@@ -318,7 +319,7 @@ class Campaign:
         if code := running.end():
             self.fault(f"{name} after a disturbance: exit code {code}: {running.lines[-5:]}")
             return
-        Store(store).gc()
+        collect(Store(store))
         found = contents(store, {key.split("/")[0] for key in whole.contents})
         differ = sorted(file for file in whole.contents if found.get(file) != whole.contents[file])
         if differ or found.keys() != whole.contents.keys():
@@ -333,7 +334,7 @@ class Campaign:
         """Notes what is damaged, lost, or left lying about after gc."""
         self.tally.checks += 1
         it = Store(store)
-        if damaged := [each for each in it.verify() if each.damage]:
+        if damaged := [each for each in check(it) if each.damage]:
             self.fault(f"{when}: damaged: {damaged[:3]}")
         if contents(store, {name.split("/")[0] for name in self.kept}) != self.kept:
             self.fault(f"{when}: what was published before is lost")
