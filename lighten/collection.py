@@ -154,7 +154,7 @@ def _drop_locks(store: Store) -> None:
 
 
 def _shown(store: Store, path: Path) -> str:
-    if path.parent == store.objects:
+    if path.parent in (store.objects, store.root / "unfinished"):
         return path.name
     return str(path.relative_to(store.root))
 
