@@ -14,6 +14,7 @@ from lighten.errors import RequestError, missing_extra
 from lighten.evaluate import harness, machine
 from lighten.evaluate.protocols import check_length
 from lighten.evaluate.settings import Accuracy, Evaluate, Load, Loaders, Perplexity, Speculative, Speed
+from lighten.model import llama_library
 from lighten.model.accelerator import CPU, Device
 from lighten.model.source import Found, Source, find
 from lighten.recipe import BASELINE, Recipe
@@ -25,7 +26,7 @@ Settings = Perplexity | Accuracy | Speed | Load | Speculative | Loaders
 TIMED: tuple[Measure, ...] = ("speed", "load", "speculative")
 """What depends on the machine, and on what else it does."""
 MEASURE_VERSION = 1
-MEASURING_PACKAGES = ("torch", "transformers", "gptqmodel", "llama-cpp-python", "onnxruntime", "onnxruntime-genai")
+MEASURING_PACKAGES = ("torch", "transformers", "gptqmodel", "onnxruntime", "onnxruntime-genai")
 GPU_FLOPS = 150e12, 30e12
 """Operations per second that a large GPU reaches in bfloat16 and in float32, before anything was measured here."""
 BYTES_PER_TOKEN = 4.0
@@ -365,7 +366,9 @@ def check_memory(todo: Plan) -> None:
 
 def measuring_packages() -> dict[str, str]:
     """Returns the versions of the packages whose arithmetic a measurement shows."""
-    return {name: number for name, number in machine.packages().items() if name in MEASURING_PACKAGES}
+    used = llama_library.installed()
+    names = (*MEASURING_PACKAGES, used.package if used else "")
+    return {name: number for name, number in machine.packages().items() if name in names}
 
 
 @dataclass(frozen=True)
@@ -386,7 +389,7 @@ def look(accuracy: Accuracy) -> Looked:
     if accuracy.harness:
         facts = harness.look(accuracy)
         return Looked(facts.digest, facts.letters, facts.documents)
-    tasks = choices.load_choices(accuracy.local or accuracy.task, accuracy.limit)
+    tasks = choices.load_choices(accuracy.local or accuracy.task, accuracy.most)
     letters = sum(len(task.context) + sum(map(len, task.endings)) for task in tasks)
     return Looked(choices.digest(tasks), letters, len(tasks))
 
@@ -415,8 +418,8 @@ def predict_measurement(settings: Settings, facts: ModelFacts) -> Estimate:
         tokens, length = sum(documents), settings.tokens(facts.context)
         if settings.protocol == "lm-eval":
             length = int(min(length, max(documents) + 1))
-        elif settings.samples:
-            tokens = min(tokens, settings.samples * length)
+        elif settings.most:
+            tokens = min(tokens, settings.most * length)
         # the last products are the reference's head, for the divergence
         work = tokens * (flops + 2.0 * facts.vocab * facts.hidden)
         peak = fixed + 4 * facts.params + 12 * length * facts.vocab + 4 * facts.vocab * facts.hidden

@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from lighten.model import llama_library
+
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve")
 PACKAGES = (
     "lighten",
@@ -20,12 +22,11 @@ PACKAGES = (
     "transformers",
     "gptqmodel",
     "optimum",
-    "llama-cpp-python",
+    *llama_library.PACKAGES,
     "gguf",
     "onnxruntime",
     "onnxruntime-genai",
 )
-FAST_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 @cache
@@ -49,11 +50,6 @@ def cores() -> int:
     physical = psutil.cpu_count(logical=False) or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
     return min(physical, allowed)
-
-
-def fast_bfloat16() -> bool:
-    """Returns whether the processor multiplies bfloat16 faster than float32."""
-    return bool(FAST_BFLOAT16 & set(fingerprint()["flags"]))
 
 
 def packages() -> dict[str, str]:
