@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -198,8 +199,9 @@ class TorchRuntime:
 
     def close(self) -> None:
         """See `Runtime`."""
-        del self.model
+        del self.model, self._step
         self._hidden = None
+        gc.collect()  # hooks and modules refer to each other
 
 
 class _Text:
