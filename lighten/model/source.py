@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lighten.errors import Failure, RequestError, missing_extra
+from lighten.errors import Failure, RequestError, check_names, missing_extra
 from lighten.model.checkpoint import Checkpoint, read_config
 from lighten.model.forms import HEAD
 from lighten.model.onnx_source import facts as onnx_facts
@@ -68,6 +68,7 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
     """
     from lighten.model import gguf_source
 
+    check_names([model])
     path = Path(model).expanduser()
     if model.startswith("demo:"):
         path = _demo(model.removeprefix("demo:"))
