@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from lighten.errors import Failure, RequestError
 from lighten.model import forms
+from lighten.model.config_checks import size
+from lighten.model.files import refuse_pointer, without_pickles
 from lighten.model.forms import EMBEDDING, ENCODERS, HEAD, INDEX, SINGLE, read_config, refuse_pickle
 from lighten.stage import ModelFacts
 from lighten.store import MANIFEST
@@ -101,10 +103,10 @@ class Checkpoint:
                 file.seek(start)
             left = places[0][1]
             while left > 0:
-                size = min(_PIECE, left)
-                if files[0].read(size) != files[1].read(size):
+                piece = min(_PIECE, left)
+                if files[0].read(piece) != files[1].read(piece):
                     return False
-                left -= size
+                left -= piece
         finally:
             for file in files:
                 file.close()
@@ -114,10 +116,10 @@ class Checkpoint:
         """Returns where a tensor begins (file, byte), its bytes, type and shape."""
         path = self.path / self.weight_map[name]
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            entry = json.loads(file.read(size))[self.stored[name]]
+            header = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(header))[self.stored[name]]
         start, end = entry["data_offsets"]
-        return (path, 8 + size + start), end - start, entry["dtype"], tuple(entry["shape"])
+        return (path, 8 + header + start), end - start, entry["dtype"], tuple(entry["shape"])
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -134,9 +136,9 @@ class Checkpoint:
 
     def write_others(self, out: Path, config: dict[str, Any]) -> None:
         """Writes everything but the weights into a directory: a config, and the other files as they are."""
-        for file in sorted(self.path.iterdir()):
+        for file in without_pickles(self.path):
             weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
-            if file.is_file() and not weights and file.name not in (MANIFEST, "config.json"):
+            if not weights and file.name not in (MANIFEST, "config.json"):
                 shutil.copyfile(file, out / file.name)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -145,7 +147,7 @@ class Checkpoint:
         try:
             return safe_open(self.path / name, framework=framework)
         except (SafetensorError, OSError) as error:
-            forms.refuse_pointer(self.path / name)
+            refuse_pointer(self.path / name)
             raise Failure(
                 f"{self.path / name} cannot be read ({error}): cut short or damaged; fetch it again"
             ) from error
@@ -227,17 +229,17 @@ def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
             **{name: config[each] for name, names in _SIZES.items() for each in reversed(names) if each in config},
         }
     try:
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
+        heads = size(config, "num_attention_heads", where)
+        hidden = size(config, "hidden_size", where)
         return ModelFacts(
             architecture=(config.get("architectures") or [config["model_type"]])[0],
-            layers=int(config["num_hidden_layers"]),
+            layers=size(config, "num_hidden_layers", where),
             hidden=hidden,
-            intermediate=int(config["intermediate_size"]),
+            intermediate=size(config, "intermediate_size", where),
             heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            vocab=int(config["vocab_size"]),
+            kv_heads=size(config, "num_key_value_heads", where) if config.get("num_key_value_heads") else heads,
+            head_dim=size(config, "head_dim", where) if config.get("head_dim") else hidden // heads,
+            vocab=size(config, "vocab_size", where),
             tied=bool(config.get("tie_word_embeddings", False)),
             family=family,
             context=config.get("max_position_embeddings") or config.get("n_positions"),

@@ -15,7 +15,7 @@ from typing import Any
 
 from lighten.errors import Failure, RequestError
 from lighten.model.checkpoint import Checkpoint
-from lighten.model.forms import read_json
+from lighten.model.files import read_json
 from lighten.model.unpacked import open_checkpoint
 from lighten.stage import Report
 

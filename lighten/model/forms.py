@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, RequestError
+from lighten.model.config_checks import check_config
+from lighten.model.files import PICKLES, check_links, plain, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 ADAPTER_CONFIG = "adapter_config.json"
 BODY = "model."
 """What the names of a language model's weights begin with where its head is saved too."""
@@ -30,34 +30,6 @@ ENCODERS = (
     "xlm-roberta",
 )
 """The `model_type` of encoders."""
-_POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object of a file.
-
-    Raises:
-        Failure: it holds something else.
-    """
-    refuse_pointer(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise Failure(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise Failure(f"{path} must hold a JSON object")
-    return value
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raises RequestError if Git put a pointer where a file should be."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise RequestError(
-                f"{path} is a Git LFS pointer, a few lines in place of the file: run `git lfs pull` in {path.parent}"
-            )
 
 
 def weight_files(path: Path) -> tuple[list[str], dict[str, str] | None, list[str]]:
@@ -70,9 +42,9 @@ def weight_files(path: Path) -> tuple[list[str], dict[str, str] | None, list[str
     single = (path / SINGLE).is_file()
     if (path / INDEX).is_file():
         index = read_json(path / INDEX).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-            raise Failure(f"{path / INDEX} has no weight_map that names a file for every tensor: fetch it again")
-        shards = sorted(set(index.values()))
+        if not isinstance(index, dict):
+            raise Failure(f"{path / INDEX} has no weight_map: damaged; fetch it again")
+        shards = sorted({plain(name, path, INDEX).name for name in index.values()})
         missing = [name for name in shards if not (path / name).is_file()]
         if not missing and (not single or SINGLE in shards):
             return shards, index, []
@@ -138,10 +110,12 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise RequestError(f"{path}: no such model directory")
+    check_links(path)
     if not (path / "config.json").is_file():
         refuse_adapter(path)
         raise RequestError(f"{path} has no config.json: not a Hugging Face model directory")
     config = read_json(path / "config.json")
+    check_config(config, path / "config.json")
     if not config.get("quantization_config") and (found := _old_settings(path)):
         config["quantization_config"] = found
     _check_rope(config, path)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lighten.model.checkpoint import Checkpoint
-from lighten.model.forms import INDEX, SINGLE, read_json
+from lighten.model.files import read_json
+from lighten.model.forms import INDEX, SINGLE
 
 
 def from_pretrained(kind: Any, path: Path, **options: Any) -> Any:

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from lighten.errors import Failure, RequestError, check_names, missing_extra
 from lighten.model.checkpoint import Checkpoint, read_config
+from lighten.model.files import check_links, inside
 from lighten.model.forms import HEAD
 from lighten.model.onnx_source import facts as onnx_facts
 from lighten.model.onnx_source import find_onnx
@@ -72,6 +73,8 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
     path = Path(model).expanduser()
     if model.startswith("demo:"):
         path = _demo(model.removeprefix("demo:"))
+    if path.is_dir():
+        check_links(path)
     path = gguf_source.within(path) or path
     if path.suffix == ".gguf" or (path.is_file() and path.open("rb").read(4) == b"GGUF"):
         gguf_source.check(path)
@@ -265,7 +268,7 @@ class Source(Step):
         patterns = (*COPIED, "*.py") if self.trust_remote_code else COPIED
         for file in sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()}):
             if file.name not in (MANIFEST, "config.json") and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, out / file.name)
+                shutil.copyfile(inside(file, path), out / file.name)
 
 
 def _changed(before: torch.Tensor, after: torch.Tensor) -> int:

@@ -115,7 +115,9 @@ def test_a_tied_head_that_is_the_embedding_is_stored_once(edited: Callable[..., 
 
 
 def test_a_tied_embedding_may_have_the_name_of_the_head(edited: Callable[..., Path], tmp_path: Path) -> None:
-    folder = edited(lambda weights: {HEAD if name == EMBEDDING else name: w for name, w in weights.items()}, "llama-tied")
+    folder = edited(
+        lambda weights: {HEAD if name == EMBEDDING else name: w for name, w in weights.items()}, "llama-tied"
+    )
     expected = load_file(folder / SINGLE)[HEAD].bfloat16()
     weights, _, _ = source(folder, tmp_path / "out")
     assert torch.equal(weights[EMBEDDING], expected)
@@ -197,7 +199,9 @@ def test_an_index_that_names_what_no_shard_holds_is_refused(edited: Callable[...
     folder = edited()
     names = dict.fromkeys([*load_file(folder / SINGLE), "model.layers.9.mlp.up_proj.weight"], SINGLE)
     (folder / INDEX).write_text(json.dumps({"weight_map": names}))
-    with pytest.raises(RequestError, match=r"names model.layers.9.mlp.up_proj.weight, which model.safetensors does not"):
+    with pytest.raises(
+        RequestError, match=r"names model.layers.9.mlp.up_proj.weight, which model.safetensors does not"
+    ):
         find(str(folder))
 
 
@@ -240,9 +244,7 @@ def test_an_adapter_is_named_with_its_base(tmp_path: Path) -> None:
 
 def test_encoders_and_others_with_surplus_heads_are_whole(tmp_path: Path) -> None:
     bert = BertForMaskedLM(
-        BertConfig(
-            vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-        )
+        BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     )
     bert.save_pretrained(tmp_path / "bert")
     weights = load_file(tmp_path / "bert" / SINGLE)
