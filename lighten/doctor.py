@@ -165,7 +165,7 @@ class _Examiner:
         plan = replace(self.todo, stages=stages, measurements={})
         predicted = {stage.key: self.predictor.predict(stage).seconds for stage in stages}
         self.watcher.planned(plan, predicted)
-        builder = build_all(plan, self.store, self.predictor, self.device, self.watcher)
+        builder = build_all(plan, self.store, self.predictor, self.device, self.watcher, list(predicted))
         if builder.failed:
             raise Failure(next(iter(builder.failed.values())))
         return builder

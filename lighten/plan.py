@@ -110,7 +110,12 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
     Raises:
         RequestError: a setting that this model cannot have, a missing package, data that cannot be read.
     """
-    source = find(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    source = find(
+        recipe.model,
+        recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        merge_adapter=recipe.merge_adapter,
+    )
     check_measurable(source.facts, recipe.evaluate, recipe.model)
     chosen = [name for name in recipe.variants if name != BASELINE and (not only or name in only)]
     steps = {name: recipe.steps(name) for name in chosen}
@@ -215,6 +220,7 @@ class _Builder:
             dtype=found.dtype if exact and found.facts.family == "causal" and not quantized else None,
             surplus=found.surplus if found.facts.family == "causal" and not quantized else (),
             notes=found.notes,
+            adapter=str(found.adapter) if found.adapter else None,
         )
         return self._build(step, found.facts)
 

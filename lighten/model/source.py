@@ -52,9 +52,18 @@ class Found:
     """Weights that its architecture has no use for."""
     dtype: str | None = None
     """A type that holds all its weights as they are stored; None where that is bfloat16, or not known."""
+    adapter: Path | None = None
+    """A LoRA adapter that is to be merged into what lies at `path`."""
 
 
-def find(model: str, revision: str | None = None, *, trust_remote_code: bool = False, weights: bool = True) -> Found:
+def find(
+    model: str,
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    merge_adapter: bool = False,
+) -> Found:
     """Returns where a source lies, fetching it from the hub if it is a hub id.
 
     Args:
@@ -62,12 +71,13 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
         revision: of a hub id.
         trust_remote_code: whether to fetch the code that comes with it.
         weights: whether to make sure that all its weights are there, by their names and shapes.
+        merge_adapter: whether a LoRA adapter stands for its base with the adapter merged.
 
     Raises:
         RequestError: there is no such model, it is pickled, its architecture is not supported, or it lacks weights.
         Failure: the file is damaged.
     """
-    from lighten.model import gguf_source
+    from lighten.model import adapter, gguf_source
 
     check_names([model])
     path = Path(model).expanduser()
@@ -75,6 +85,8 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
         path = _demo(model.removeprefix("demo:"))
     if path.is_dir():
         check_links(path)
+    if merge_adapter and adapter.is_adapter(path):
+        return _with_adapter(model, path, trust_remote_code)
     path = gguf_source.within(path) or path
     if path.suffix == ".gguf" or (path.is_file() and path.open("rb").read(4) == b"GGUF"):
         gguf_source.check(path)
@@ -98,6 +110,21 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
     told = _examine(str(path), model, identity) if weights else {"surplus": (), "notes": ()}
     notes = (*checkpoint.notes, *told["notes"])
     return Found(model, path, "directory", identity, facts, notes, told["surplus"], dtype)
+
+
+def _with_adapter(model: str, path: Path, trust_remote_code: bool) -> Found:
+    """Returns the base of an adapter, with the adapter to merge."""
+    from lighten.model.adapter import WEIGHTS, Merged, base_of
+
+    base = find(base_of(path), trust_remote_code=trust_remote_code)
+    if base.kind != "directory":
+        raise RequestError(f"{path} is an adapter of {base.name}, which is no model directory: give one as its base")
+    merged = Merged(path, base.path)
+    names = [WEIGHTS, *(file.name for pattern in ("*.json", "*.jinja", "*.model") for file in path.glob(pattern))]
+    listing = [base.identity, *((name, hash_file(path / name)) for name in sorted(names))]
+    notes = (*base.notes, f"the adapter changes {len(merged.parts) + len(merged.whole)} weights of {base.name}")
+    identity = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return replace(base, name=model, identity=identity, notes=notes, adapter=path)
 
 
 @functools.cache
@@ -179,6 +206,7 @@ class Source(Step):
     dtype: str | None = Field(None, description="type that a causal language model keeps, instead of bfloat16")
     surplus: tuple[str, ...] = Field((), description="weights to leave out")
     notes: tuple[str, ...] = Field((), description="what the person should know of how it is read")
+    adapter: str | None = Field(None, description="a LoRA adapter to merge into it; `identity` is of both")
 
     def key_config(self) -> dict[str, Any]:
         """Returns what the stage's key is made of: the content, wherever it lies."""
@@ -230,9 +258,10 @@ class Source(Step):
     def _copy(self, path: Path, out: Path, context: Context) -> dict[str, Any]:
         import torch
 
+        from lighten.model.adapter import TOKENIZER, Merged
         from lighten.model.shards import ShardWriter
 
-        checkpoint = Checkpoint(path)
+        checkpoint = Merged(Path(self.adapter), path) if self.adapter else Checkpoint(path)
         causal = checkpoint.facts.family == "causal" and not checkpoint.quantization
         left_out = {*self.surplus, *([HEAD] if checkpoint.facts.tied else [])} if causal else set()
         names = [name for name in checkpoint.weight_map if name not in left_out]
@@ -257,6 +286,10 @@ class Source(Step):
                 "GGUF in F32 or F16 and to ONNX in fp32 or fp16"
             )
         self._copy_others(path, out)
+        if self.adapter:
+            own = {file for pattern in TOKENIZER for file in Path(self.adapter).glob(pattern) if file.is_file()}
+            for file in sorted(own):
+                shutil.copyfile(inside(file, Path(self.adapter)), out / file.name)
         config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
         if checkpoint.quantization:  # whose floats are of several types
             stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or stored)
