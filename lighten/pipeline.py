@@ -114,7 +114,9 @@ class Builder:
 
     def in_words(self, message: str) -> str:
         """Returns a message with the names of models and stages in place of where the store keeps them."""
-        places = {str(place) for place in (self.store.objects, self.store.objects.absolute(), self.store.objects.resolve())}
+        places = {
+            str(place) for place in (self.store.objects, self.store.objects.absolute(), self.store.objects.resolve())
+        }
         where = "|".join(re.escape(place) for place in sorted(places, key=len, reverse=True))
         stored = re.compile(rf"(?:{where})/(?:\.tmp-)?([0-9a-f]{{64}})(?:-\w+)?")
         return stored.sub(lambda found: self.names.get(found[1], found[0]), message)

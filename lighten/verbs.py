@@ -15,7 +15,7 @@ from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.model.checkpoint import read_config
-from lighten.model.source import Found, Source, find
+from lighten.model.source import Found, find
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
 from lighten.plan import Predictor, check_measurable, look, make_plan
 from lighten.process import run_isolated
@@ -167,16 +167,16 @@ def _merged(source: Found, out: Path, watcher: Watcher) -> Found:
     if not source.adapter:
         return source
     watcher.say(f"merging {source.name}")
-    step = Source(
-        model=source.name,
-        path=str(source.path),
-        format="directory",
-        identity=source.identity,
-        dtype=source.dtype,
-        adapter=str(source.adapter),
-    )
+    settings = {
+        "model": source.name,
+        "path": str(source.path),
+        "format": "directory",
+        "identity": source.identity,
+        "dtype": source.dtype,
+        "surplus": source.surplus,
+        "adapter": str(source.adapter),
+    }
     out.mkdir()
-    settings = step.model_dump(mode="json")
     payload = {"kind": "source", "settings": settings, "inputs": {}, "out": str(out), "scratch": None, "device": "cpu"}
     run_isolated("lighten.steps:run_step", {**payload, "trust_remote_code": False})
     return replace(source, path=out, adapter=None)

@@ -20,7 +20,7 @@ FLOORS = {
     "settings": 1,
     "stage": 2,
     "process": 3,
-    "model": 3,
+    "model": 4,
     "workers": 4,
     "compress": 5,
     "budget": 3,

@@ -27,7 +27,9 @@ def add_verb(app: typer.Typer, kind: str, about: str) -> None:
     settings = _fields(list(classes.values()))
     calibration = Sweep.model_fields if any(each.calibrated for each in classes.values()) else {}
 
-    def verb(model: str, out: Path, artifacts: Path, device: str, merge_adapter: bool, as_json: bool, **values: Any) -> None:
+    def verb(
+        model: str, out: Path, artifacts: Path, device: str, merge_adapter: bool, as_json: bool, **values: Any
+    ) -> None:
         from lighten.progress import watching
         from lighten.verbs import one_step
 

@@ -79,7 +79,7 @@ class Merged(Checkpoint):
         with self._adapter_file() as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         for stored in shapes:
-            name = stored.removeprefix(_PREFIX)
+            name = stored.removeprefix(_PREFIX).replace(".base_layer.", ".")
             found = _PART.match(name)
             if found and f"{found['module']}.weight" in known:
                 self.parts.setdefault(found["module"], {})[found["part"][-1]] = stored
@@ -116,20 +116,22 @@ class Merged(Checkpoint):
 
     def _of(self, module: str, patterns: str, common: str) -> Any:
         own = self.settings.get(patterns) or {}
-        return next((value for key, value in own.items() if re.match(rf"(.*\.)?({key})$", module)), None) or (
-            self.settings[common]
+        return (
+            next((value for key, value in own.items() if re.match(rf"(.*\.)?({key})$", module)), None)
+            or (self.settings[common])
         )
 
     def tensor(self, name: str) -> torch.Tensor:
         """Returns one tensor, merged."""
         weight = super().tensor(name)
         module = name.removesuffix(".weight")
-        if name not in self.whole and (module not in self.parts or name == module):
+        changed = name == f"{module}.weight" and module in self.parts
+        if name not in self.whole and not changed:
             return weight
         with self._adapter_file() as file:
-            if name in self.whole:
-                found: torch.Tensor = file.get_tensor(self.whole[name])
-                return found.to(weight.dtype)
+            base: torch.Tensor = file.get_tensor(self.whole[name]) if name in self.whole else weight
+            if not changed:
+                return base.to(weight.dtype)
             first, second = (file.get_tensor(self.parts[module][part]).float() for part in "AB")
         change = second @ first
         if "embedding" in self.parts[module]["A"]:
@@ -138,7 +140,8 @@ class Merged(Checkpoint):
             raise RequestError(
                 f"{self.adapter}: its change of {name} is {list(change.shape)}, the base has {list(weight.shape)}"
             )
-        return (weight.float() + self.scale(module) * change).to(weight.dtype)
+        merged: torch.Tensor = base.float() + self.scale(module) * change
+        return merged.to(weight.dtype)
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """Returns every tensor whose name starts with `prefix`, merged, by the rest of its name."""

@@ -44,7 +44,8 @@ def check(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         report: not used.
 
     Returns:
-        `surplus`: names that its architecture has no use for; `unchecked`: why nothing was compared, or None.
+        `surplus`: names that its architecture has no use for; `known`: those of them that older versions of it saved,
+        which transformers passes over without a word; `unchecked`: why nothing was compared, or None.
 
     Raises:
         RequestError: weights are missing, or have another shape than its config.json asks for.
@@ -56,14 +57,14 @@ def check(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         checkpoint = Checkpoint(path)
         if not checkpoint.quantization:
             raise
-        return {"surplus": [], "unchecked": f"the format {checkpoint.quantization.get('quant_method')} is not known"}
+        return {"surplus": [], "known": [], "unchecked": f"the format {checkpoint.quantization.get('quant_method')} is not known"}
     try:
         model = _empty(checkpoint)
     except _Unknown as error:
-        return {"surplus": [], "unchecked": str(error)}
-    missing, wrong, surplus = compare(model, checkpoint.shapes())
+        return {"surplus": [], "known": [], "unchecked": str(error)}
+    missing, wrong, surplus, known = compare(model, checkpoint.shapes())
     refuse(payload["name"], checkpoint, missing, wrong, surplus, set(model.state_dict()))
-    return {"surplus": sorted(surplus), "unchecked": None}
+    return {"surplus": surplus, "known": known, "unchecked": None}
 
 
 class _Unknown(Exception):
@@ -118,7 +119,7 @@ def _quiet() -> Iterator[None]:
 
 def compare(
     model: Any, shapes: dict[str, tuple[int, ...]]
-) -> tuple[list[str], list[tuple[str, tuple[int, ...], tuple[int, ...]]], list[str]]:
+) -> tuple[list[str], list[tuple[str, tuple[int, ...], tuple[int, ...]]], list[str], list[str]]:
     """Hands shapes to transformers' loader in place of weights.
 
     Args:
@@ -126,7 +127,8 @@ def compare(
         shapes: of every stored tensor, by its name.
 
     Returns:
-        Names that would stay random; names with their stored and their expected shape; names that are not used.
+        Names that would stay random; names with their stored and their expected shape; names that are not used; those
+        of them that transformers knows from older versions.
     """
     import torch
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -142,11 +144,12 @@ def compare(
     with _quiet():
         info, _ = convert_and_load_state_dict_in_model(model, given, how)
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+        surplus = set(info.unexpected_keys)
         model._adjust_missing_and_unexpected_keys(info)
     wrong = [(name, tuple(stored), tuple(expected)) for name, stored, expected in info.mismatched_keys]
     wrong += [(name, (), wanted.get(name, ())) for name in info.conversion_errors]
     missing = set(info.missing_keys) - {name for name, *_ in wrong}
-    return sorted(missing, key=lambda name: order.get(name, 0)), sorted(wrong), sorted(info.unexpected_keys)
+    return sorted(missing, key=lambda name: order.get(name, 0)), sorted(wrong), sorted(surplus), sorted(surplus - set(info.unexpected_keys))
 
 
 def refuse(

@@ -144,9 +144,9 @@ def _examine(path: str, name: str, identity: str) -> dict[str, tuple[str, ...]]:
     notes = [f"its weights could not be compared with its architecture: {found['unchecked']}"] * bool(
         found["unchecked"]
     )
-    if surplus:
-        more = f" and {len(surplus) - 3} more" if len(surplus) > 3 else ""
-        notes.append(f"weights that its architecture has no use for are left out: {', '.join(surplus[:3])}{more}")
+    if odd := [name for name in surplus if name not in found["known"]]:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        notes.append(f"weights that its architecture has no use for are left out: {', '.join(odd[:3])}{more}")
     return {"surplus": surplus, "notes": tuple(notes)}
 
 

@@ -83,5 +83,5 @@ def test_what_is_not_merged_is_refused(adapter: Callable[..., Path], tiny: Calla
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     weights = load_file(folder / WEIGHTS)
     save_file({**weights, "base_model.model.other.lora_A.weight": torch.ones(4, 4)}, folder / WEIGHTS)
-    with pytest.raises(RequestError, match="no place for base_model.model.other"):
+    with pytest.raises(RequestError, match=r"no place for base_model\.model\.other"):
         Merged(folder, tiny())

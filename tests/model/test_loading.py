@@ -199,9 +199,7 @@ def test_an_index_that_names_what_no_shard_holds_is_refused(edited: Callable[...
     folder = edited()
     names = dict.fromkeys([*load_file(folder / SINGLE), "model.layers.9.mlp.up_proj.weight"], SINGLE)
     (folder / INDEX).write_text(json.dumps({"weight_map": names}))
-    with pytest.raises(
-        RequestError, match=r"names model.layers.9.mlp.up_proj.weight, which model.safetensors"
-    ):
+    with pytest.raises(RequestError, match=r"names model.layers.9.mlp.up_proj.weight, which model.safetensors"):
         find(str(folder))
 
 
