@@ -16,10 +16,12 @@ from lighten.model.checkpoint import Checkpoint
 from lighten.model.forms import read_config
 from lighten.model.loading import from_pretrained, readable
 from lighten.model.source import Source, find
-from lighten.plan import make_plan
+from lighten.pipeline import Builder, Silent
+from lighten.plan import Predictor, Stage, make_plan
 from lighten.recipe import Recipe
 from lighten.stage import Context
-from lighten.store import Artifact
+from lighten.store import Artifact, Store
+from lighten.verbs import one_step
 
 Tiny = Callable[..., Path]
 Weights = dict[str, torch.Tensor]
@@ -282,3 +284,25 @@ def test_a_source_keeps_its_type_where_that_shows(tiny: Tiny, tmp_path: Path) ->
     weights, _, warnings = source(tiny(), tmp_path / "rounded")
     assert torch.equal(weights[UP], expected.bfloat16())
     assert any("rounded to bfloat16" in line for line in warnings)
+
+
+def test_a_failure_is_told_once_in_the_person_s_words(edited: Callable[..., Path], tmp_path: Path) -> None:
+    class Heard(Silent):
+        lines: list[str]
+
+        def __init__(self) -> None:
+            self.lines = []
+
+        def ended(self, stage: Stage, seconds: float | None, error: str | None) -> None:
+            self.lines += [error or "done"]
+
+    folder = edited(lambda weights: {**weights, UP: torch.full_like(weights[UP], torch.nan)})
+    heard, settings = Heard(), {"format": "gguf", "type": "F16"}
+    with pytest.raises(Failure, match=f"{UP} has NaN"):
+        one_step("export", str(folder), tmp_path / "out", settings, artifacts=tmp_path / "store", watcher=heard)
+    assert heard.lines == ["failed"]
+    store = Store(tmp_path / "store")
+    builder = Builder(store, Predictor(store), "cpu", heard, {}, False)
+    builder.names["a" * 64] = "mine"
+    for place in (store.objects / ("a" * 64), store.objects / f".tmp-{'a' * 64}-x1y2_z"):
+        assert builder.in_words(f"{place}/{SINGLE} is cut short") == f"mine/{SINGLE} is cut short"
