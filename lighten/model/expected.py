@@ -57,7 +57,11 @@ def check(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         checkpoint = Checkpoint(path)
         if not checkpoint.quantization:
             raise
-        return {"surplus": [], "known": [], "unchecked": f"the format {checkpoint.quantization.get('quant_method')} is not known"}
+        return {
+            "surplus": [],
+            "known": [],
+            "unchecked": f"the format {checkpoint.quantization.get('quant_method')} is not known",
+        }
     try:
         model = _empty(checkpoint)
     except _Unknown as error:
@@ -149,7 +153,12 @@ def compare(
     wrong = [(name, tuple(stored), tuple(expected)) for name, stored, expected in info.mismatched_keys]
     wrong += [(name, (), wanted.get(name, ())) for name in info.conversion_errors]
     missing = set(info.missing_keys) - {name for name, *_ in wrong}
-    return sorted(missing, key=lambda name: order.get(name, 0)), sorted(wrong), sorted(surplus), sorted(surplus - set(info.unexpected_keys))
+    return (
+        sorted(missing, key=lambda name: order.get(name, 0)),
+        sorted(wrong),
+        sorted(surplus),
+        sorted(surplus - set(info.unexpected_keys)),
+    )
 
 
 def refuse(
