@@ -92,6 +92,8 @@ def _open(source: Path, facts: ModelFacts, dtype: torch.dtype, trusted: bool) ->
 
     name = facts.architecture
     found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        found = None  # the name is the file's: no other class is called
     if found is None and facts.family == "causal":
         found = transformers.AutoModelForCausalLM
     if found is None:

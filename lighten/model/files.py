@@ -81,7 +81,7 @@ def read_json(path: Path, advice: str = "fetch or save it again") -> dict[str, A
             raise Failure(f"{path} has {size:,} bytes, and no such file of a model has as many: {advice}")
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (OSError, ValueError) as error:
-        raise Failure(f"{path} is not readable JSON ({error}): {advice}") from error
+        raise Failure(f"{path} is damaged (not readable JSON: {error}): {advice}") from error
     except RecursionError as error:
         raise Failure(f"{path} is nested too deep to be what it should be: {advice}") from error
     if not isinstance(value, dict):

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from lighten.errors import Failure, RequestError, check_names, missing_extra
 from lighten.model.checkpoint import Checkpoint, facts_of, read_config, refuse_pickle
+from lighten.model.config_checks import refuse_code
 from lighten.model.files import check_links, inside
 from lighten.model.onnx_source import facts as onnx_facts
 from lighten.model.onnx_source import find_onnx
@@ -70,7 +71,10 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
         identity = f"{model}@{path.name}"
     else:
         raise RequestError(f"{model}: no such model here; give a directory, a .gguf file, a hub id, or demo:NAME")
-    facts = facts_of(read_config(path), str(path))
+    config = read_config(path)
+    if not trust_remote_code:
+        refuse_code(config, path / "config.json")
+    facts = facts_of(config, str(path))
     from lighten.model.checkpoint import INDEX, SINGLE
 
     if not (path / INDEX).is_file() and not (path / SINGLE).is_file():

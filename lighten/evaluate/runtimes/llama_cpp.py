@@ -18,6 +18,7 @@ from lighten.errors import Failure, missing_extra
 from lighten.evaluate import machine
 from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
+from lighten.model.gguf_source import check_header
 from lighten.stage import Report, silent
 
 BATCH_TOKENS = 512
@@ -73,6 +74,7 @@ class _Model:
 
     def __init__(self, path: Path, device: str, vocab_only: bool) -> None:
         self.library = library = _library()
+        check_header(path)
         _log().listen()
         params = library.llama_model_default_params()
         params.vocab_only = vocab_only
