@@ -49,8 +49,7 @@ def check_genai(settings: dict[str, Any], file: Path) -> None:
         if key == "filename":
             plain(value, file.parent, file.name)
         elif "provider_options" in path:
-            name = (*path, "")[path.index("provider_options") + 1]
-            if name.lower() not in PROVIDERS or not _SETTING.fullmatch(value):
+            if not _SETTING.fullmatch(value):
                 _refuse(where, value, file)
         elif not (_TENSOR if {"inputs", "outputs"} & set(path[:-1]) else _TEXTS.get(key, _NOTHING)).fullmatch(value):
             _refuse(where, value, file)

@@ -394,33 +394,3 @@ def test_without_the_gguf_package(make: Make, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(RequestError, match=r"pip install 'lighten\[gguf\]'"):
         gguf_source.check(path)
-
-
-def test_a_tensor_of_another_shape_is_named(make: Make) -> None:
-    def narrow(held: dict[str, np.ndarray[Any, Any]]) -> None:
-        held["blk.0.attn_k.weight"] = held["blk.0.attn_q.weight"]
-
-    with pytest.raises(Failure, match=r"tensor blk\.0\.attn_k\.weight is \[64, 64\], its sizes say \[32, 64\]"):
-        converted(make(change=narrow))
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "told"),
-    [
-        ("block_count", 2**32 - 1, "block_count is 4294967295"),
-        ("block_count", 5000, "tells of 5,000 layers, but has"),
-        ("embedding_length", 0, "embedding_length is 0"),
-    ],
-)
-def test_llama_cpp_is_not_given_what_a_file_cannot_hold(make: Make, key: str, value: int, told: str) -> None:
-    pytest.importorskip("llama_cpp")
-    from lighten.evaluate.runtimes import open_runtime, open_tokenizer
-
-    path = make()
-    whole = path.read_bytes()
-    name = f"llama.{key}".encode()
-    at = whole.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4
-    path.write_bytes(whole[:at] + struct.pack("<I", value) + whole[at + 4 :])
-    for read in (open_runtime, open_tokenizer):
-        with pytest.raises(Failure, match=told):
-            read(path)
