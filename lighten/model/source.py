@@ -200,5 +200,6 @@ def _copy_directory(path: Path, out: Path, context: Context, *, keep_code: bool)
 def _licence(path: Path) -> str | None:
     """Returns the licence that a model card's front matter names, if there is one."""
     card = path / "README.md"
-    found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.search(r"^license:\s*(\S+)", text, re.MULTILINE)
     return found.group(1) if found else None

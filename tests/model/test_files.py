@@ -81,6 +81,7 @@ def test_links_within_a_directory_and_in_the_hubs_cache_are_followed(model: Path
 def test_pickles_and_code_are_not_copied(model: Path, tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "training_args.bin", "x.pt", "y.pkl", "modeling_x.py"):
         (model / name).write_bytes(b"\x80\x04.")
+    (model / "README.md").write_bytes(b"license: mit\n\xff")  # no UTF-8
     assert not any(name.endswith((".bin", ".pt", ".pkl", ".py")) for name in copied(model, tmp_path / "a"))
     trusted = copied(model, tmp_path / "b", trust_remote_code=True)
     assert "modeling_x.py" in trusted and "training_args.bin" not in trusted
