@@ -67,9 +67,9 @@ class _Model:
     """A loaded GGUF file: its weights, or its vocabulary only."""
 
     def __init__(self, path: Path, device: str, vocab_only: bool) -> None:
+        check_header(path)
         loaded = _library()
         self.library = library = loaded.api
-        check_header(path)
         _log().listen()
         params = library.llama_model_default_params()
         params.vocab_only = vocab_only
