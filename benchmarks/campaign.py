@@ -25,7 +25,7 @@ def campaign(found: Found) -> str:
         f"- {found['damaged']} objects damaged between a kill and the next run.",
         f"- Two runs at once: {found['together']}; `gc` was called {found['gc_beside']} times beside them.",
         f"- {found['read_only']} commands on a read-only store.",
-        f"- {found['checks']} times everything was compared with an undisturbed run: {len(found['faults'])} faults.",
+        f"- {found['checks']} times everything was compared with an undisturbed run: faults: {len(found['faults'])}.",
     ]
     where = (
         f"`{found['command']}`, {found['minutes']:g} minutes on {found['machine']['cores']} cores beside other work."
