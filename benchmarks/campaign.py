@@ -25,7 +25,9 @@ def campaign(found: Found) -> str:
         f"- {found['damaged']} objects damaged between a kill and the next run.",
         f"- Two runs at once: {found['together']}; `gc` was called {found['gc_beside']} times beside them.",
         f"- {found['read_only']} commands on a read-only store.",
-        f"- {found['checks']} times everything was compared with an undisturbed run: faults: {len(found['faults'])}.",
+        f"- {found['checks']} times looked for what is damaged, lost or left behind; {found['checks'] - found['gc_kills']} "
+        f"times every byte was compared with an undisturbed run, the others after a killed `gc`. Faults: "
+        f"{len(found['faults'])}.",
     ]
     where = (
         f"`{found['command']}`, {found['minutes']:g} minutes on {found['machine']['cores']} cores beside other work."
