@@ -15,6 +15,7 @@ def campaign(found: Found) -> str:
     most = max(kills.values())
     full = found["full"]
     titles = ("stage", "kills at a random moment after its start", "", "disks that filled up in it")
+    whole = found["checks"] - found["gc_kills"]
     lines = [f"| {' | '.join(titles)} |", "| :--- | ---: | :--- | ---: |"]
     for name in sorted({*kills, *full}, key=lambda each: -kills.get(each, 0)):
         bar = "█" * round(WIDTH * kills.get(name, 0) / most)
@@ -25,7 +26,7 @@ def campaign(found: Found) -> str:
         f"- {found['damaged']} objects damaged between a kill and the next run.",
         f"- Two runs at once: {found['together']}; `gc` was called {found['gc_beside']} times beside them.",
         f"- {found['read_only']} commands on a read-only store.",
-        f"- {found['checks']} times looked for what is damaged, lost or left behind; {found['checks'] - found['gc_kills']} "
+        f"- {found['checks']} times looked for what is damaged, lost or left behind; {whole} "
         f"times every byte was compared with an undisturbed run, the others after a killed `gc`. Faults: "
         f"{len(found['faults'])}.",
     ]
