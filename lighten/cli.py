@@ -15,7 +15,7 @@ from lighten.commands.fit import fit
 from lighten.commands.step import add_verb
 from lighten.comparison.command import compare
 from lighten.errors import Failure, LightenError, RequestError
-from lighten.flags import Artifacts, Device, Json
+from lighten.flags import Artifacts, Device, Json, TrustCode, TrustTasks
 from lighten.flags import print_json as _print_json
 from lighten.publication.command import Public, Push, check_push, push_version, report, show
 from lighten.recommendation.command import recommend
@@ -61,6 +61,8 @@ def run(
     device: Device = "auto",
     push_to_hub: Push = None,
     public: Public = False,
+    trust_remote_code: TrustCode = False,
+    trust_tasks: TrustTasks = False,
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
 ) -> None:
@@ -74,7 +76,15 @@ def run(
     if push_to_hub:
         check_push(push_to_hub, wanted)
     with watching(quiet=as_json) as watcher:
-        folder = pipeline.run(recipe, artifacts=artifacts, only=only, device=device, watcher=watcher)
+        folder = pipeline.run(
+            recipe,
+            artifacts=artifacts,
+            only=only,
+            device=device,
+            watcher=watcher,
+            trust_remote_code=trust_remote_code,
+            trust_tasks=trust_tasks,
+        )
     if push_to_hub:
         push_version(folder, push_to_hub, wanted, public=public, quiet=as_json)
     show(folder, as_json)
@@ -84,6 +94,8 @@ def run(
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a ready recipe.")],
     only: Only = None,
+    trust_remote_code: TrustCode = False,
+    trust_tasks: TrustTasks = False,
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
 ) -> None:
@@ -93,7 +105,7 @@ def plan(
     from lighten.progress import plan_table
     from lighten.store import Store
 
-    todo = pipeline.plan(recipe, only=only)
+    todo = pipeline.plan(recipe, only=only, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
     store = Store(artifacts)
     predictor = Predictor(store)
     rows = []
@@ -199,6 +211,7 @@ def evaluate(
             metavar="DIR", help="Write a trace of each model there and say where its time goes, instead of measuring."
         ),
     ] = None,
+    trust_tasks: TrustTasks = False,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Also write results.json and the report there.")
     ] = None,
@@ -234,7 +247,19 @@ def evaluate(
     ]
     options = {"attention": attention, "compile": compile_, "cache": cache}
     speed = parse_settings(Speed, {name: value for name, value in options.items() if value}, where)
-    flags = ("data", "protocol", "length", "samples", "task", "limit", "shots", "scorer", "device", *options)
+    flags = (
+        "data",
+        "protocol",
+        "length",
+        "samples",
+        "task",
+        "limit",
+        "shots",
+        "scorer",
+        "trust_tasks",
+        "device",
+        *options,
+    )
     useless = _given(context, [{"compile": "compile_"}.get(name, name) for name in flags])
     useless += _given(context, ("roofline", "price_per_hour", "currency"))
     useless += ["--skip speed"] if "speed" in left_out else []
@@ -255,6 +280,7 @@ def evaluate(
                 roofline=roofline,
                 price_per_hour=price_per_hour,
                 currency=currency,
+                trust_tasks=trust_tasks,
                 device=device,
                 watcher=watcher,
             )

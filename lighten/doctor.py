@@ -13,8 +13,8 @@ from lighten.advice import Finding
 from lighten.compress.sweep import Sweep
 from lighten.data.text import load_text
 from lighten.errors import Failure, RequestError
-from lighten.pipeline import Builder, Silent, Watcher, build_all, choose_device, open_recipe
-from lighten.plan import Plan, Predictor, Stage, make_plan, stage_of
+from lighten.pipeline import Builder, Silent, Watcher, build_all, choose_device, plan
+from lighten.plan import Plan, Predictor, Stage, stage_of
 from lighten.process import run_isolated, share_cores
 from lighten.recipe import BASELINE, Recipe
 from lighten.stage import Estimate, Report
@@ -49,6 +49,8 @@ def diagnose(
     artifacts: str | Path = "artifacts",
     device: str = "auto",
     watcher: Watcher | None = None,
+    trust_remote_code: bool = False,
+    trust_tasks: bool = False,
 ) -> Diagnosis:
     """Examines the calibration text of a recipe by the sweep that its variants use, and by smaller ones.
 
@@ -58,7 +60,7 @@ def diagnose(
         RequestError: the recipe is wrong, or none of its variants uses calibration text.
         Failure: a sweep failed.
     """
-    todo = make_plan(open_recipe(recipe, None))
+    todo = plan(recipe, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
     name, sweep = todo.recipe.name, todo.recipe.calibration
     if not any(stage.kind == Sweep.kind for stage in todo.stages):
         raise RequestError(
@@ -162,10 +164,10 @@ class _Examiner:
         return self._sweep(sweep, "sweep of the held-out text")
 
     def _build(self, stages: list[Stage]) -> Builder:
-        plan = replace(self.todo, stages=stages, measurements={})
+        todo = replace(self.todo, stages=stages, measurements={})
         predicted = {stage.key: self.predictor.predict(stage).seconds for stage in stages}
-        self.watcher.planned(plan, predicted)
-        builder = build_all(plan, self.store, self.predictor, self.device, self.watcher)
+        self.watcher.planned(todo, predicted)
+        builder = build_all(todo, self.store, self.predictor, self.device, self.watcher)
         if builder.failed:
             raise Failure(next(iter(builder.failed.values())))
         return builder

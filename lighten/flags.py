@@ -14,6 +14,17 @@ Artifacts = Annotated[Path, typer.Option(help="Directory of objects and versions
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the Python code that comes with a model, where the recipe names it for that."
+    ),
+]
+TrustTasks = Annotated[
+    bool, typer.Option("--trust-tasks", help="Let lm-eval run what the task files (.yaml) that are named say.")
+]
+
+
 def print_json(value: Any) -> None:
     """Prints a value as JSON on standard output."""
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from lighten import loaders
+from lighten import loaders, trust
 from lighten.compress.sweep import Sweep
 from lighten.errors import Failure, LightenError, RequestError
-from lighten.evaluate import machine, paired
+from lighten.evaluate import harness, machine, paired
 from lighten.evaluate.options import lacking
 from lighten.evaluate.settings import Speed
-from lighten.plan import TIMED, Plan, Predictor, Stage, make_plan, measuring_packages, this_machine, what
+from lighten.plan import TIMED, Plan, Predictor, Stage, make_plan, measuring_packages, this_machine, trusted, what
 from lighten.process import Outcome, run_isolated, warm
 from lighten.recipe import BASELINE, Recipe, load
 from lighten.report.results import Results
@@ -70,14 +70,12 @@ class Builder:
         device: str,
         watcher: Watcher,
         source: dict[str, Any],
-        trusted: bool,
     ) -> None:
         self.store = store
         self.device = device
         self.watcher = watcher
         self.predictor = predictor
         self.source = source
-        self.trusted = trusted
         self.failed: dict[str, str] = {}
         self.done: dict[str, Artifact] = {}
         self.cached: set[str] = set()
@@ -167,7 +165,7 @@ class Builder:
                 self.done[stage.parents[0].key].path,
                 vocab=stage.parents[0].facts.vocab,
                 device=self.device,
-                trust_remote_code=self.trusted,
+                trust_remote_code=trusted(stage),
                 report=report,
             )
         except RequestError as error:  # what no loader reads is a row that says so, and no end of the run
@@ -185,7 +183,7 @@ class Builder:
         payload = {
             "source": str(self.done[stage.parents[0].key].path),
             "made": str(made),
-            "trust_remote_code": self.trusted,
+            "trust_remote_code": trusted(stage),
             **promised,
         }
         found = run_isolated("lighten.parity:check", payload, report)
@@ -207,7 +205,7 @@ class Builder:
                 "draft": paths[1] if drafted else None,
                 "out": str(out),
                 "device": self.device,
-                "trust_remote_code": self.trusted,
+                "trust_remote_code": trusted(stage),
                 "reference": reference,
                 "save_hidden": stage.measure == "perplexity" and reference is None,
             }
@@ -220,7 +218,7 @@ class Builder:
             "out": str(out),
             "key": stage.key,
             "device": self.device,
-            "trust_remote_code": self.trusted,
+            "trust_remote_code": trusted(stage),
         }
 
 
@@ -235,9 +233,17 @@ def check_options(speed: Speed | None, device: str) -> None:
         raise RequestError(lack)
 
 
-def plan(recipe: str | Recipe, *, only: list[str] | None = None) -> Plan:
-    """Returns the stages of a recipe (a path, the name of a ready one, or a Recipe)."""
-    return make_plan(open_recipe(recipe, only), only)
+def plan(
+    recipe: str | Recipe, *, only: list[str] | None = None, trust_remote_code: bool = False, trust_tasks: bool = False
+) -> Plan:
+    """Returns the stages of a recipe (a path, the name of a ready one, or a Recipe).
+
+    Raises:
+        RequestError: the recipe or what it asks for is wrong, or it asks for trust that is not given here.
+    """
+    opened = open_recipe(recipe, only)
+    trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
+    return make_plan(opened, only)
 
 
 def open_recipe(recipe: str | Recipe, only: list[str] | None) -> Recipe:
@@ -256,8 +262,13 @@ def run(
     only: list[str] | None = None,
     device: str = "auto",
     watcher: Watcher | None = None,
+    trust_remote_code: bool = False,
+    trust_tasks: bool = False,
 ) -> Path:
     """Runs or resumes a recipe; returns the directory of its version.
+
+    `trust_remote_code` lets the code run that comes with the models that the recipe names for it, `trust_tasks` what
+    its task files say: a recipe can only ask for either.
 
     A variant that fails is a row in the results that says why; look at their `status`.
 
@@ -266,7 +277,10 @@ def run(
         Failure: the source itself could not be read.
     """
     watcher = watcher or Silent()
-    todo = plan(recipe, only=only)
+    todo = plan(recipe, only=only, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
+    for task in todo.recipe.evaluate.accuracy:
+        if task.task_file:  # what the plan only read: wrong data is found before work is done
+            harness.build(task)
     store = Store(Path(artifacts))
     chosen = choose_device(device)
     check_options(todo.recipe.evaluate.speed, chosen)
@@ -286,7 +300,7 @@ def run(
 def build_all(todo: Plan, store: Store, predictor: Predictor, device: str, watcher: Watcher) -> Builder:
     """Builds every stage of a plan, measurements last."""
     source = {"id": todo.source.name, "revision": todo.recipe.revision, "identity": todo.source.identity}
-    builder = Builder(store, predictor, device, watcher, source, todo.recipe.trust_remote_code)
+    builder = Builder(store, predictor, device, watcher, source)
     for stage in sorted(todo.stages, key=lambda stage: stage.measure is not None):
         builder.build(stage)
     return builder

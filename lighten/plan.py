@@ -109,7 +109,7 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
     Raises:
         RequestError: a setting that this model cannot have, a missing package, data that cannot be read.
     """
-    source = find(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    source = find(recipe.model, recipe.revision, trust_remote_code=recipe.model in recipe.trusted)
     check_measurable(source.facts, recipe.evaluate, recipe.model)
     chosen = [name for name in recipe.variants if name != BASELINE and (not only or name in only)]
     steps = {name: recipe.steps(name) for name in chosen}
@@ -133,7 +133,33 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
     for stage in builder.stages.values():
         if stage.measure:
             stage.name = f"{stage.name} of {stage.variants[0]}"
+    for stage in builder.stages.values():
+        _check_trust(stage)
     return Plan(recipe, source, list(builder.stages.values()), artifacts, measurements)
+
+
+def sources(stage: Stage) -> list[Source]:
+    """Returns the models that a stage is made from."""
+    if isinstance(stage.step, Source):
+        return [stage.step]
+    return list({each.identity: each for parent in stage.parents for each in sources(parent)}.values())
+
+
+def trusted(stage: Stage) -> bool:
+    """Returns whether code that comes with a model may run in a stage: it has to be granted to all that it opens."""
+    found = sources(stage)
+    return bool(found) and all(each.trust_remote_code for each in found)
+
+
+def _check_trust(stage: Stage) -> None:
+    """Raises RequestError for a stage that opens one model whose code may run beside one whose code may not."""
+    found = sources(stage)
+    strangers = [each.model for each in found if not each.trust_remote_code]
+    if strangers and len(strangers) < len(found):
+        raise RequestError(
+            f"{stage.name} opens {strangers[0]} beside a model whose own code may run: name both in the recipe's "
+            "trust_remote_code, such as [org/one, org/other]"
+        )
 
 
 def _of_variant(evaluate: Evaluate, name: str, stage: Stage) -> Evaluate:
@@ -208,7 +234,7 @@ class _Builder:
             path=str(found.path),
             format=found.kind,
             identity=found.identity,
-            trust_remote_code=self.recipe.trust_remote_code,
+            trust_remote_code=found.name in self.recipe.trusted,
         )
         return self._build(step, found.facts)
 
@@ -219,7 +245,7 @@ class _Builder:
             RequestError: a setting that this model cannot have, a missing package, a teacher of other vocabulary.
         """
         if isinstance(student := getattr(step, "student", None), str):
-            stage = self.open(find(student, trust_remote_code=self.recipe.trust_remote_code))
+            stage = self.open(find(student, trust_remote_code=student in self.recipe.trusted))
         assert stage.facts
         if step.causal_only and stage.facts.family != "causal":
             raise RequestError(
@@ -250,7 +276,7 @@ class _Builder:
     def _taught(self, step: Step, lessons: Step, student: ModelFacts, root: Stage) -> dict[str, Stage]:
         """Returns the teacher of a step, and what it says about the text."""
         name = getattr(step, "teacher", "source")
-        teacher = root if name == "source" else self.open(find(name, trust_remote_code=self.recipe.trust_remote_code))
+        teacher = root if name == "source" else self.open(find(name, trust_remote_code=name in self.recipe.trusted))
         assert teacher.facts
         if teacher.facts.vocab != student.vocab:
             raise RequestError(

@@ -176,6 +176,8 @@ class Store:
     def find(self, key: str) -> Artifact | None:
         """Returns the object, or None if there is none. Only its manifest is read: see `sound`."""
         path = self.objects / key
+        if not KEY.fullmatch(key):  # a key of somebody's results.json may be any text
+            return None
         return read_artifact(path) if (path / MANIFEST).is_file() else None
 
     def sound(self, key: str) -> Artifact | None:

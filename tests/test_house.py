@@ -12,6 +12,9 @@ import lighten
 ROOT = Path(lighten.__file__).parent
 FLOORS = {
     "errors": 0,
+    "names": 0,
+    "reading": 1,
+    "trust": 8,
     "knapsack": 1,
     "steady": 1,
     "store": 1,

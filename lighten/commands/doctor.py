@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from lighten.errors import Failure, RequestError
-from lighten.flags import Artifacts, Device, Json, print_json
+from lighten.flags import Artifacts, Device, Json, TrustCode, TrustTasks, print_json
 
 
 def doctor(
@@ -22,6 +22,8 @@ def doctor(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure memory bandwidth and matrix products of this machine again.")
     ] = False,
+    trust_remote_code: TrustCode = False,
+    trust_tasks: TrustTasks = False,
     device: Device = "auto",
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
@@ -29,11 +31,13 @@ def doctor(
     """Tell what this machine can do, where a model loads, or what a recipe's calibration text is worth."""
     if path is not None and calibration is not None:
         raise RequestError("give either a path or --calibration, not both")
+    if calibration is None and (trust_remote_code or trust_tasks):
+        raise RequestError("--trust-remote-code and --trust-tasks belong to --calibration RECIPE")
     if path is not None:
         _try_loaders(path, device, as_json)
         return
     if calibration is not None:
-        _examine(calibration, artifacts, device, as_json)
+        _examine(calibration, artifacts, device, as_json, trust_remote_code, trust_tasks)
         return
     from importlib.util import find_spec
 
@@ -107,12 +111,19 @@ def _try_loaders(path: Path, device: str, as_json: bool) -> None:
         raise Failure(f"no loader opens {path}")
 
 
-def _examine(recipe: str, artifacts: Path, device: str, as_json: bool) -> None:
+def _examine(recipe: str, artifacts: Path, device: str, as_json: bool, code: bool, tasks: bool) -> None:
     from lighten.doctor import diagnose
     from lighten.progress import watching
 
     with watching(quiet=as_json) as watcher:
-        diagnosis = diagnose(recipe, artifacts=artifacts, device=device, watcher=watcher)
+        diagnosis = diagnose(
+            recipe,
+            artifacts=artifacts,
+            device=device,
+            watcher=watcher,
+            trust_remote_code=code,
+            trust_tasks=tasks,
+        )
     if as_json:
         print_json(diagnosis.json())
         return

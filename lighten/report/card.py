@@ -36,6 +36,8 @@ def cards(results: Results, folder: Path) -> dict[str, str]:
     """Returns the card of every variant of a version whose artifact is there, by name."""
     found = {}
     for variant in results.measured:
+        if variant.elsewhere:  # there is no artifact of it here
+            continue
         try:
             artifact = read_artifact(folder / "variants" / variant.name)
         except LightenError:

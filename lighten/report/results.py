@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from lighten.errors import Failure, RequestError
+from lighten.names import is_elsewhere, is_name
 from lighten.store import write_json
 
 SCHEMA = 1
@@ -348,6 +349,13 @@ class Variant(Section):
     facts: Free = {}
     steps: list[Free] = []
     notes: list[str] = []
+
+    @model_validator(mode="after")
+    def _is_a_name(self) -> Self:
+        """A name becomes that of a directory: it has to be one."""
+        if not (is_name(self.name) or (self.elsewhere and is_elsewhere(self.name))):
+            raise ValueError(f"the variant name {self.name!r} may hold letters, digits, '.', '_' and '-' only")
+        return self
 
     @model_validator(mode="after")
     def _failed_says_why(self) -> Self:
