@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from lighten import screen
 from lighten.commands.doctor import doctor
 from lighten.commands.fit import fit
 from lighten.commands.step import add_verb
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _stop(message: str, code: int) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print("lighten:", message, markup=False)
+    screen.console(stderr=True, highlight=False, soft_wrap=True).print("lighten:", message, markup=False)
     sys.exit(code)
 
 
@@ -125,7 +125,7 @@ def plan(
     if as_json:
         _print_json({"recipe": todo.recipe.name, "stages": rows})
     else:
-        Console().print(plan_table(todo.recipe.name, rows))
+        screen.console().print(plan_table(todo.recipe.name, rows))
 
 
 for _kind in VERBS:
@@ -292,7 +292,7 @@ def evaluate(
     if as_json:
         _print_json(value)
     else:
-        Console().print(terminal(results))
+        screen.console().print(terminal(results))
     if failed := [f"{variant.path}: {variant.error}" for variant in results.variants if variant.failed]:
         raise Failure("; ".join(failed))
 
@@ -308,7 +308,7 @@ def _profile(paths: list[str], folder: Path, device: str, as_json: bool) -> None
         with watching(quiet=as_json) as watcher:
             found[path] = profile(path, out, device=device, watcher=watcher)
         if not as_json:
-            Console(highlight=False).print(*shown(path, found[path], out), sep="\n")
+            screen.console(highlight=False).print(*shown(path, found[path], out), sep="\n")
     if as_json:
         _print_json(found)
 
@@ -342,7 +342,7 @@ def list_versions(artifacts: Artifacts = Path("artifacts"), as_json: Json = Fals
     for row in rows:
         megabytes = f"{row['size_bytes'] / 1e6:.1f}" if row["size_bytes"] else "–"
         table.add_row(row["recipe"], row["version"], row["variant"], row["format"], megabytes, row["key"][:12])
-    Console().print(table if rows else f"nothing in {artifacts} yet: try `lighten run quickstart`")
+    screen.console().print(table if rows else f"nothing in {artifacts} yet: try `lighten run quickstart`")
 
 
 @app.command()
@@ -357,7 +357,7 @@ def verify(artifacts: Artifacts = Path("artifacts"), as_json: Json = False) -> N
         if damage:
             damaged[key] = damage
             if not as_json:
-                print(f"{key[:12]}: corrupt, removed: {'; '.join(damage)}")
+                screen.say(f"{key[:12]}: corrupt, removed: {'; '.join(damage)}")
     if as_json:
         _print_json({"checked": count, "corrupt": damaged})
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program ins
 Artifacts = Annotated[Path, typer.Option(help="Directory of objects and versions.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
+
+CONTROLS = "[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 
 TrustCode = Annotated[
     bool,
@@ -26,5 +29,6 @@ TrustTasks = Annotated[
 
 
 def print_json(value: Any) -> None:
-    """Prints a value as JSON on standard output."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Prints a value as JSON on standard output; controls that JSON leaves as they are stand there escaped."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    sys.stdout.write(re.sub(CONTROLS, lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")

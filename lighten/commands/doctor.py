@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from lighten import screen
 from lighten.errors import Failure, RequestError
 from lighten.flags import Artifacts, Device, Json, TrustCode, TrustTasks, print_json
 
@@ -76,21 +76,21 @@ def doctor(
         print_json({"machine": told, "missing": found, "loaders": loaders.versions()})
         return
     for key, value in machine.fingerprint().items():
-        print(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
-    print(
+        screen.say(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    screen.say(
         f"reading: {roofs.memory:.1f} GB/s from memory, {roofs.bandwidth[0][1]:.1f} GB/s from caches "
         f"({roofs.device}, {roofs.measured})"
     )
     rates = {name: f"{rate:,.0f}" if rate else "none" for name, rate in roofs.matrix.items()}
-    print(f"products: {', '.join(f'{name} {rate} GFLOP/s' for name, rate in rates.items())}")
+    screen.say(f"products: {', '.join(f'{name} {rate} GFLOP/s' for name, rate in rates.items())}")
     if roofs.busy:
-        print(f"warning: {busy(roofs)}")
+        screen.say(f"warning: {busy(roofs)}")
     for extra, missing in found.items():
-        print(
+        screen.say(
             f"extra {extra}: " + (f"lacks {', '.join(missing)}: pip install 'lighten[{extra}]'" if missing else "ready")
         )
     for name, version in loaders.versions().items():
-        print(f"loader {name}: {version or 'not installed'}")
+        screen.say(f"loader {name}: {version or 'not installed'}")
 
 
 def _try_loaders(path: Path, device: str, as_json: bool) -> None:
@@ -106,7 +106,7 @@ def _try_loaders(path: Path, device: str, as_json: bool) -> None:
     else:
         for load in map(Load.model_validate, found):
             why = f": {load.error}" if load.error else " (not for this format)" if load.status == "other" else ""
-            print(f"{' '.join(filter(None, (load.loader, load.version)))}: {mark(load)}{why}")
+            screen.say(f"{' '.join(filter(None, (load.loader, load.version)))}: {mark(load)}{why}")
     if not any(load["status"] == "ok" for load in found):
         raise Failure(f"no loader opens {path}")
 
@@ -127,7 +127,7 @@ def _examine(recipe: str, artifacts: Path, device: str, as_json: bool, code: boo
     if as_json:
         print_json(diagnosis.json())
         return
-    console = Console(soft_wrap=True, highlight=False)
+    console = screen.console(soft_wrap=True, highlight=False)
     for finding in diagnosis.findings:
         console.print(finding.title, style="bold", markup=False)
         for line in finding.lines:

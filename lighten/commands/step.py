@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from rich.console import Console
 
+from lighten import screen
 from lighten.flags import Artifacts, Device, Json, TrustCode, print_json
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ def add_verb(app: typer.Typer, kind: str, about: str) -> None:
         if as_json:
             print_json({"path": str(artifact.path), **artifact.manifest})
         else:
-            Console(soft_wrap=True).print(f"{artifact.path}: {artifact.format}, {artifact.size_bytes / 1e6:.1f} MB")
+            screen.console(soft_wrap=True).print(
+                f"{artifact.path}: {artifact.format}, {artifact.size_bytes / 1e6:.1f} MB"
+            )
 
     fixed = [
         ("model", Annotated[str, typer.Argument(help="A hub id, a directory, a .gguf file, or demo:NAME.")], None),

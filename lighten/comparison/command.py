@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from lighten import screen
 from lighten.errors import RequestError
 from lighten.flags import Artifacts, Device, Json, TrustCode, print_json
 
@@ -80,7 +80,7 @@ def compare(
     if as_json:
         print_json(found.json())
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = screen.console(highlight=False, soft_wrap=True)
         for line in lines(found, flips):
             console.print(line)
     if found.failed:
