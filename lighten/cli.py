@@ -14,7 +14,7 @@ from lighten.commands.doctor import doctor
 from lighten.commands.fit import fit
 from lighten.commands.step import add_verb
 from lighten.comparison.command import compare
-from lighten.errors import Failure, LightenError, RequestError
+from lighten.errors import Failure, LightenError, RequestError, check_names, disk_full
 from lighten.flags import Artifacts, Device, Json, TrustCode, TrustTasks
 from lighten.flags import print_json as _print_json
 from lighten.publication.command import Public, Push, check_push, push_version, report, show
@@ -39,13 +39,33 @@ Only = Annotated[list[str] | None, typer.Option(help="Only this variant (and the
 Extra = Annotated[list[str] | None, typer.Argument()]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from lighten import __version__
+
+        print(f"lighten {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compress a causal language model in one pass over the calibration data, and measure what you ship."""
+
+
 def main() -> None:
     """Runs the command line: exit code 0 done, 1 something failed, 2 the request was wrong, 130 interrupted."""
     try:
+        check_names(sys.argv[1:])
         app(standalone_mode=True)
     except LightenError as error:
         _stop(str(error), error.exit_code)
     except OSError as error:
+        if full := disk_full(error):
+            _stop(str(full), full.exit_code)
         _stop(f"{error.strerror or error}{': ' + str(error.filename) if error.filename else ''}", 1)
 
 
@@ -228,7 +248,7 @@ def evaluate(
     from lighten.store import write_json
     from lighten.verbs import measure
 
-    left_out = set(skip or ())
+    left_out = {name.lower() for name in skip or ()}
     if unknown := left_out - {"perplexity", "accuracy", "speed"}:
         raise RequestError(f"--skip {unknown.pop()}: there is perplexity, accuracy and speed")
     if out and out.exists():
@@ -237,7 +257,8 @@ def evaluate(
     if profile:
         _profile(paths, profile, device, as_json)
         return
-    if unknown := set(protocol or ()) - set(PROTOCOLS):
+    protocol = [name.lower() for name in protocol or ()]
+    if unknown := set(protocol) - set(PROTOCOLS):
         raise RequestError(f"--protocol {unknown.pop()}: there is {', '.join(PROTOCOLS)}")
     common = {"limit": limit, "scorer": scorer, "shots": shots}
     accuracy = [parse_settings(Accuracy, _task(name) | common, where) for name in task or ["builtin"]]
@@ -324,17 +345,19 @@ def list_versions(artifacts: Artifacts = Path("artifacts"), as_json: Json = Fals
     """List versions, and the objects that they refer to."""
     from rich.table import Table
 
+    from lighten.links import follow
     from lighten.store import Store
 
     store = Store(artifacts)
     rows = []
     for version in store.versions():
         for link in sorted((version / "variants").iterdir()):
-            artifact = store.find(link.resolve().name)
+            key = follow(link).name
+            artifact = store.find(key)
             size = artifact.size_bytes if artifact else None
             kind = artifact.format if artifact else "missing"
             row: dict[str, Any] = {"recipe": version.parent.name, "version": version.name, "variant": link.name}
-            rows.append({**row, "format": kind, "size_bytes": size, "key": link.resolve().name})
+            rows.append({**row, "format": kind, "size_bytes": size, "key": key})
     if as_json:
         _print_json(rows)
         return
@@ -348,18 +371,22 @@ def list_versions(artifacts: Artifacts = Path("artifacts"), as_json: Json = Fals
 @app.command()
 def verify(artifacts: Artifacts = Path("artifacts"), as_json: Json = False) -> None:
     """Re-hash every object; a corrupt one is reported and removed, to be made again by the next run."""
+    from lighten.collection import check
     from lighten.store import Store
 
-    damaged = {}
+    damaged, kept = {}, {}
     count = 0
-    for key, damage in Store(artifacts).verify():
+    for each in check(Store(artifacts)):
         count += 1
-        if damage:
-            damaged[key] = damage
+        if each.damage:
+            damaged[each.key] = each.damage
+            if each.kept:
+                kept[each.key] = each.kept
             if not as_json:
-                screen.say(f"{key[:12]}: corrupt, removed: {'; '.join(damage)}")
+                fate = f"not removed ({each.kept})" if each.kept else "removed"
+                screen.say(f"{each.key[:12]}: corrupt, {fate}: {'; '.join(each.damage)}")
     if as_json:
-        _print_json({"checked": count, "corrupt": damaged})
+        _print_json({"checked": count, "corrupt": damaged, "not_removed": kept})
     else:
         print(f"{count} objects checked, {len(damaged)} corrupt")
     if damaged:
@@ -373,9 +400,10 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Remove objects that no version refers to, and what killed runs left."""
+    from lighten.collection import collect
     from lighten.store import Store
 
-    removed = Store(artifacts).gc(dry_run=dry_run)
+    removed = collect(Store(artifacts), dry_run=dry_run)
     total = sum(size for _, size in removed)
     if as_json:
         _print_json({"removed": dict(removed), "bytes": total, "dry_run": dry_run})

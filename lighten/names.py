@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-LONGEST = 100
+LONGEST = 128
 """Letters of a name: it becomes a directory's, beside a suffix or two."""
 PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 NAME = re.compile(PATTERN)

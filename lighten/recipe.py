@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -12,17 +13,19 @@ from typing import Any, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from lighten import recipe_yaml
 from lighten.compress.sweep import Sweep
 from lighten.errors import RequestError
 from lighten.evaluate.settings import Evaluate
 from lighten.names import LONGEST, PATTERN, is_name
-from lighten.reading import compose_yaml, construct_yaml
+from lighten.recipe_yaml import Where
 from lighten.stage import Step
 from lighten.steps import kinds, step_class
 
 BASELINE = "baseline"
 Checked = TypeVar("Checked", bound=BaseModel)
-Where = dict[tuple[str | int, ...], int]
+NOTES = "x-"
+"""How the top-level keys begin that hold anchors for the rest of the recipe, and nothing else."""
 
 
 class Recipe(BaseModel):
@@ -44,9 +47,9 @@ class Recipe(BaseModel):
     def _one_kind_each(cls, variants: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
         for name, steps in variants.items():
             if not is_name(name):
+                shown = name if len(name) <= 40 else f"{name[:40]}…"
                 raise ValueError(
-                    f"the variant name {name[: 2 * LONGEST]!r} may hold letters, digits, '.', '_' and '-' only, "
-                    f"{LONGEST} at most"
+                    f"the variant name {shown!r} may hold up to {LONGEST} letters, digits, '.', '_' and '-' only"
                 )
             if name == BASELINE and steps:
                 raise ValueError("the variant named baseline is the source itself and has no steps: []")
@@ -137,9 +140,7 @@ def load(name: str) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path}: cannot read this recipe: {error}") from error
-    node = compose_yaml(text, str(path))
-    where = _lines(node)
-    value = construct_yaml(node, str(path))
+    value, where = recipe_yaml.read(text, path)
     if not isinstance(value, dict):
         raise RequestError(f"{path}:1: a recipe is a mapping with name, model and variants")
     return parse(value, str(path), where)
@@ -149,7 +150,7 @@ def parse(value: dict[str, Any], path: str = "recipe", where: Where | None = Non
     """Checks a recipe given as a mapping; `where` tells the line of every key, for messages."""
     where = where or {}
     try:
-        recipe = Recipe.model_validate(value)
+        recipe = Recipe.model_validate({key: each for key, each in value.items() if not str(key).startswith(NOTES)})
     except ValidationError as error:
         raise _explain(error, path, where, (), Recipe) from error
     for variant, steps in recipe.variants.items():
@@ -196,20 +197,6 @@ def _message(error: ValidationError) -> str:
     return error.errors()[0]["msg"].removeprefix("Value error, ")
 
 
-def _lines(node: yaml.Node | None, at: tuple[str | int, ...] = ()) -> Where:
-    """Returns the line of every key and item below a YAML node, by its path."""
-    found: Where = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, child in node.value:
-            found[(*at, key.value)] = key.start_mark.line + 1
-            found.update(_lines(child, (*at, key.value)))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, child in enumerate(node.value):
-            found[(*at, index)] = child.start_mark.line + 1
-            found.update(_lines(child, (*at, index)))
-    return found
-
-
 def _place(path: str, where: Where, at: Sequence[str | int]) -> str:
     # one entry may stand for a list of one
     written = tuple(part for n, part in enumerate(at) if not isinstance(part, int) or tuple(at[: n + 1]) in where)
@@ -240,7 +227,9 @@ def _explain(
     if first["type"] == "missing":
         return RequestError(f"{place}: this key is required")
     given = first.get("input")
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
+    shown = f", not {given!r}" if isinstance(given, str | int | float | bool | datetime.date) else ""
+    if first["type"] == "string_type" and shown:
+        shown += ": put it in quotes, so that YAML does not take it for something else"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return RequestError(f"{place}: {'must be ' if 'Input should' in first['msg'] else ''}{message}{shown}")
 

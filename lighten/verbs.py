@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import shutil
 import tempfile
@@ -11,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lighten.compress.sweep import Sweep
-from lighten.errors import Failure, LightenError, RequestError
+from lighten.errors import DiskFull, Failure, LightenError, RequestError
 from lighten.evaluate import harness, machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
+from lighten.locks import scratch_beside
+from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, find
 from lighten.names import as_name
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
@@ -63,18 +64,19 @@ def one_step(
     watcher = watcher or Silent()
     predictor = Predictor(store)
     watcher.planned(todo, {stage.key: predictor.predict(stage).seconds for stage in todo.stages})
-    builder = build_all(todo, store, predictor, choose_device(device), watcher)
-    stage = todo.artifacts["result"]
-    if stage.key in builder.failed:
-        raise Failure(builder.failed[stage.key])
-    return _copy_out(builder.done[stage.key], target)
+    with store.lease(stage.key for stage in todo.stages):
+        builder = build_all(todo, store, predictor, choose_device(device), watcher)
+        stage = todo.artifacts["result"]
+        if stage.key in builder.failed:
+            raise Failure(builder.failed[stage.key])
+        return _copy_out(builder.done[stage.key], target)
 
 
 def _copy_out(artifact: Artifact, target: Path) -> Artifact:
     """Copies an artifact to where the person asked for it, under a temporary name first."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-        copy = Path(folder) / target.name
+    with scratch_beside(target) as folder:
+        copy = folder / target.name
         shutil.copytree(artifact.path, copy, copy_function=shutil.copyfile)
         os.chmod(copy, 0o755)
         copy.rename(target)
@@ -201,6 +203,8 @@ def _measure_one(
             run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed")
             measured.append((kind, out, None if is_baseline else hidden))
         add_measurements(row, measured, is_baseline)
+    except DiskFull:
+        raise
     except LightenError as error:
         row |= {"status": "failed", "error": str(error)}
     return row
@@ -223,8 +227,7 @@ def describe_source(source: Found) -> dict[str, Any]:
 def _format(source: Found) -> str:
     if source.kind != "directory":
         return source.kind
-    config = json.loads((source.path / "config.json").read_text())
-    return str(config.get("quantization_config", {}).get("quant_method", "hf"))
+    return str((read_config(source.path).get("quantization_config") or {}).get("quant_method", "hf"))
 
 
 def profile(
