@@ -140,9 +140,13 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
 
 def sources(stage: Stage) -> list[Source]:
     """Returns the models that a stage is made from."""
-    if isinstance(stage.step, Source):
-        return [stage.step]
-    return list({each.identity: each for parent in stage.parents for each in sources(parent)}.values())
+    waiting, seen = [stage], {stage.key: stage}
+    while waiting:
+        for parent in waiting.pop().parents:
+            if parent.key not in seen:
+                seen[parent.key] = parent
+                waiting.append(parent)
+    return [each.step for each in seen.values() if isinstance(each.step, Source)]
 
 
 def trusted(stage: Stage) -> bool:
