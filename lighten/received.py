@@ -101,7 +101,7 @@ def read_bundle(folder: Path) -> Copy:
     """Reads a bundle and checks its checksums.
 
     Raises:
-        RequestError: not a bundle, or llama-cpp-python is not installed, whose version goes to the device.
+        RequestError: not a bundle.
         Failure: a file is missing or damaged.
     """
     try:
