@@ -15,7 +15,7 @@ from lighten.commands.fit import fit
 from lighten.commands.step import add_verb
 from lighten.comparison.command import compare
 from lighten.errors import Failure, LightenError, RequestError, check_names, disk_full
-from lighten.flags import Artifacts, Device, Json, TrustCode, TrustTasks
+from lighten.flags import Artifacts, Device, Json, MergeAdapter, TrustCode, TrustTasks
 from lighten.flags import print_json as _print_json
 from lighten.publication.command import Public, Push, check_push, push_version, report, show
 from lighten.recommendation.command import recommend
@@ -236,6 +236,7 @@ def evaluate(
         Path | None, typer.Option("-o", "--out", help="Also write results.json and the report there.")
     ] = None,
     device: Device = "auto",
+    merge_adapter: MergeAdapter = False,
     as_json: Json = False,
 ) -> None:
     """Measure any model directories or .gguf files side by side."""
@@ -303,6 +304,7 @@ def evaluate(
                 currency=currency,
                 trust_tasks=trust_tasks,
                 device=device,
+                merge_adapter=merge_adapter,
                 watcher=watcher,
             )
     results = Results.model_validate(value)

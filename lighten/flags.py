@@ -13,6 +13,9 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of text for a person.")]
 Artifacts = Annotated[Path, typer.Option(help="Directory of objects and versions.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+MergeAdapter = Annotated[
+    bool, typer.Option("--merge-adapter", help="If the model is a LoRA adapter, merge it into its base first.")
+]
 
 
 CONTROLS = "[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from lighten import screen
-from lighten.flags import Artifacts, Device, Json, TrustCode, print_json
+from lighten.flags import Artifacts, Device, Json, MergeAdapter, TrustCode, print_json
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -28,7 +28,14 @@ def add_verb(app: typer.Typer, kind: str, about: str) -> None:
     calibration = Sweep.model_fields if any(each.calibrated for each in classes.values()) else {}
 
     def verb(
-        model: str, out: Path, artifacts: Path, device: str, trust_remote_code: bool, as_json: bool, **values: Any
+        model: str,
+        out: Path,
+        artifacts: Path,
+        device: str,
+        merge_adapter: bool,
+        trust_remote_code: bool,
+        as_json: bool,
+        **values: Any,
     ) -> None:
         from lighten.progress import watching
         from lighten.verbs import one_step
@@ -43,6 +50,7 @@ def add_verb(app: typer.Typer, kind: str, about: str) -> None:
                 calibration={name: value for name, value in given.items() if name in calibration},
                 artifacts=artifacts,
                 device=device,
+                merge_adapter=merge_adapter,
                 trust_remote_code=trust_remote_code,
                 watcher=watcher,
             )
@@ -58,6 +66,7 @@ def add_verb(app: typer.Typer, kind: str, about: str) -> None:
         ("out", Annotated[Path, typer.Option("-o", "--out", help="Directory to write; must not exist.")], None),
         ("artifacts", Artifacts, Path("artifacts")),
         ("device", Device, "auto"),
+        ("merge_adapter", MergeAdapter, False),
         ("trust_remote_code", TrustCode, False),
         ("as_json", Json, False),
     ]

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from lighten import names
 from lighten.errors import Failure, RequestError
-from lighten.report.results import FILE, Results, load, save
+from lighten.report.results import FILE, Results, Speed, load, save
+from lighten.report.table import Cell, table
 from lighten.store import Store
 
 from .sample import raw, raw_failed, results, with_failure
@@ -145,3 +146,19 @@ def test_a_key_of_results_is_none_of_a_path(tmp_path: Path) -> None:
     (tmp_path / "artifact.json").write_text("{}")
     assert Store(tmp_path).find("..") is None
     assert Store(tmp_path).find(str(tmp_path)) is None
+
+
+def test_the_arithmetic_of_each_phase_is_told_where_two_were_measured() -> None:
+    made = results()
+    first = made.variants[0].speed[0]
+    both = [first, first.model_copy(update={"dtype": "bfloat16", "prefill_dtype": "float32"})]
+    plain, shown = (_first_row(made, each) for each in both)
+    assert shown["prefill"].details == ("float32",) and "bfloat16" in shown["decode"].details
+    assert plain["prefill"].details == () and "bfloat16" not in plain["decode"].details
+    assert [each.arithmetic for each in both] == [first.dtype, "bfloat16, prefill float32"]
+
+
+def _first_row(made: Results, speed: Speed) -> dict[str, Cell]:
+    variants = [made.variants[0].model_copy(update={"speed": [speed]}), *made.variants[1:]]
+    found = table(made.model_copy(update={"variants": variants}))
+    return {column.name: cell for column, cell in zip(found.columns, found.rows[0].cells, strict=True)}
