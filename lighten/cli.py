@@ -114,8 +114,12 @@ def run(
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a ready recipe.")],
     only: Only = None,
+<<<<<<< HEAD
     trust_remote_code: TrustCode = False,
     trust_tasks: TrustTasks = False,
+=======
+    device: Device = "auto",
+>>>>>>> main
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
 ) -> None:
@@ -125,9 +129,13 @@ def plan(
     from lighten.progress import plan_table
     from lighten.store import Store
 
+<<<<<<< HEAD
     todo = pipeline.plan(recipe, only=only, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
+=======
+    todo = pipeline.plan(recipe, only=only, device=device)
+>>>>>>> main
     store = Store(artifacts)
-    predictor = Predictor(store)
+    predictor = Predictor(store, todo.device)
     rows = []
     for stage in todo.stages:
         predicted = predictor.predict(stage)

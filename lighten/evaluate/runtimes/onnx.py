@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lighten.errors import Failure, RequestError, missing_extra, reading
+from lighten.errors import Failure, RequestError, missing_extra
 from lighten.evaluate import machine
 from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.evaluate.runtimes.onnx_packed import Packed, packable
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
+from lighten.model.files import read_json
 from lighten.model.onnx_source import GENAI, KEY, genai, read_graph
 from lighten.stage import Report, silent
 
@@ -86,6 +87,13 @@ class OnnxRuntime:
 
     def _open(self, graph: str | bytes, folder: Path | None = None) -> Any:
         """Returns a session of a file, or of a graph in memory with its weights in a folder."""
+        session = self._opened(graph, folder)
+        if self.device != "cpu" and "CUDAExecutionProvider" not in session.get_providers():
+            self.device = "cpu"  # a provider that is listed may still fail to start: what is used counts
+            self.detail += " (its CUDA provider did not start)"
+        return session
+
+    def _opened(self, graph: str | bytes, folder: Path | None) -> Any:
         options = self._library.SessionOptions()
         if folder:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
@@ -266,8 +274,7 @@ def _positions(folder: Path) -> int | None:
     file = folder / "config.json"
     if not file.is_file():
         return None
-    with reading(file, "export the model again"):
-        positions: int | None = dict(json.loads(file.read_text(encoding="utf-8"))).get("max_position_embeddings")
+    positions: int | None = read_json(file, "export the model again").get("max_position_embeddings")
     return positions
 
 
