@@ -114,12 +114,9 @@ def run(
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a ready recipe.")],
     only: Only = None,
-<<<<<<< HEAD
+    device: Device = "auto",
     trust_remote_code: TrustCode = False,
     trust_tasks: TrustTasks = False,
-=======
-    device: Device = "auto",
->>>>>>> main
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
 ) -> None:
@@ -129,11 +126,7 @@ def plan(
     from lighten.progress import plan_table
     from lighten.store import Store
 
-<<<<<<< HEAD
-    todo = pipeline.plan(recipe, only=only, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
-=======
-    todo = pipeline.plan(recipe, only=only, device=device)
->>>>>>> main
+    todo = pipeline.plan(recipe, only=only, device=device, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
     store = Store(artifacts)
     predictor = Predictor(store, todo.device)
     rows = []

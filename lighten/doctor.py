@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lighten import advice, loaders
+from lighten import advice, loaders, trust
 from lighten.advice import Finding
 from lighten.compress.sweep import Sweep
 from lighten.data.text import load_text
 from lighten.errors import Failure, RequestError
-from lighten.pipeline import Builder, Silent, Watcher, build_all, choose_device, plan
-from lighten.plan import Plan, Predictor, Stage, stage_of
+from lighten.pipeline import Builder, Silent, Watcher, build_all, choose_device, open_recipe
+from lighten.plan import Plan, Predictor, Stage, make_plan, stage_of
 from lighten.process import run_isolated, share_cores
 from lighten.recipe import BASELINE, Recipe
 from lighten.stage import Estimate, Report
@@ -61,12 +61,10 @@ def diagnose(
         RequestError: the recipe is wrong, or none of its variants uses calibration text.
         Failure: a sweep failed.
     """
-<<<<<<< HEAD
-    todo = plan(recipe, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
-=======
+    opened = open_recipe(recipe, None)
+    trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
     chosen = choose_device(device, watcher)
-    todo = make_plan(open_recipe(recipe, None), device=chosen)
->>>>>>> main
+    todo = make_plan(opened, device=chosen)
     name, sweep = todo.recipe.name, todo.recipe.calibration
     if not any(stage.kind == Sweep.kind for stage in todo.stages):
         raise RequestError(

@@ -20,9 +20,6 @@ from lighten.evaluate.settings import Speed
 from lighten.links import point
 from lighten.model.accelerator import Device, resolve
 from lighten.model.source import Source
-<<<<<<< HEAD
-from lighten.plan import TIMED, Plan, Predictor, Stage, make_plan, measuring_packages, this_machine, trusted, what
-=======
 from lighten.plan import (
     TIMED,
     Plan,
@@ -32,9 +29,9 @@ from lighten.plan import (
     make_plan,
     measuring_packages,
     this_machine,
+    trusted,
     what,
 )
->>>>>>> main
 from lighten.process import Outcome, run_isolated, warm
 from lighten.recipe import BASELINE, Recipe, load
 from lighten.report.results import Results
@@ -240,12 +237,8 @@ class Builder:
                 "draft": paths[1] if drafted else None,
                 "out": str(out),
                 "device": self.device,
-<<<<<<< HEAD
-                "trust_remote_code": trusted(stage),
-=======
                 "arithmetic": stage.arithmetic,
-                "trust_remote_code": self.trusted,
->>>>>>> main
+                "trust_remote_code": trusted(stage),
                 "reference": reference,
                 "save_hidden": stage.measure == "perplexity" and reference is None,
             }
@@ -280,29 +273,24 @@ def check_options(speed: Speed | None, device: str) -> None:
         raise RequestError(lack)
 
 
-<<<<<<< HEAD
 def plan(
-    recipe: str | Recipe, *, only: list[str] | None = None, trust_remote_code: bool = False, trust_tasks: bool = False
+    recipe: str | Recipe,
+    *,
+    only: list[str] | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    trust_tasks: bool = False,
 ) -> Plan:
-    """Returns the stages of a recipe (a path, the name of a ready one, or a Recipe).
-
-    Raises:
-        RequestError: the recipe or what it asks for is wrong, or it asks for trust that is not given here.
-    """
-    opened = open_recipe(recipe, only)
-    trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
-    return make_plan(opened, only)
-=======
-def plan(recipe: str | Recipe, *, only: list[str] | None = None, device: str = "auto") -> Plan:
     """Returns the stages of a recipe (a path, the name of a ready one, or a Recipe) on a device.
 
     Raises:
-        RequestError: what `run` would refuse.
+        RequestError: what `run` would refuse; trust that the recipe asks for and that is not given here.
     """
-    todo = make_plan(open_recipe(recipe, only), only, choose_device(device))
+    opened = open_recipe(recipe, only)
+    trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
+    todo = make_plan(opened, only, choose_device(device))
     check_memory(todo)
     return todo
->>>>>>> main
 
 
 def open_recipe(recipe: str | Recipe, only: list[str] | None) -> Recipe:
@@ -337,16 +325,14 @@ def run(
         Failure: the source itself could not be read.
     """
     watcher = watcher or Silent()
-<<<<<<< HEAD
-    todo = plan(recipe, only=only, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
+    opened = open_recipe(recipe, only)
+    trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
+    found = choose_device(device, watcher)
+    todo = make_plan(opened, only, found)
+    check_memory(todo)
     for task in todo.recipe.evaluate.accuracy:
         if task.task_file:  # what the plan only read: wrong data is found before work is done
             harness.build(task)
-=======
-    found = choose_device(device, watcher)
-    todo = make_plan(open_recipe(recipe, only), only, found)
-    check_memory(todo)
->>>>>>> main
     store = Store(Path(artifacts))
     chosen = found.name
     check_options(todo.recipe.evaluate.speed, chosen)

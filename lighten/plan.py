@@ -150,13 +150,9 @@ def make_plan(recipe: Recipe, only: list[str] | None = None, device: Device = CP
     for stage in builder.stages.values():
         if stage.measure:
             stage.name = f"{stage.name} of {stage.variants[0]}"
-<<<<<<< HEAD
     for stage in builder.stages.values():
         _check_trust(stage)
-    return Plan(recipe, source, list(builder.stages.values()), artifacts, measurements)
-=======
     return Plan(recipe, source, list(builder.stages.values()), artifacts, measurements, device)
->>>>>>> main
 
 
 def sources(stage: Stage) -> list[Source]:

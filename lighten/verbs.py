@@ -60,13 +60,8 @@ def one_step(
     swept = parse_settings(Sweep, calibration or {}, command)
     variants = {"result": [{kind: settings}]}
     recipe = Recipe(name=kind, model=model, merge_adapter=merge_adapter, calibration=swept, variants=variants)
-<<<<<<< HEAD
     if trust_remote_code:
         recipe = recipe.model_copy(update={"trust_remote_code": recipe.models})
-    todo = make_plan(recipe)
-    store = Store(Path(artifacts))
-=======
->>>>>>> main
     watcher = watcher or Silent()
     chosen = choose_device(device, watcher)
     todo = make_plan(recipe, device=chosen)
@@ -154,13 +149,9 @@ def measure(
             watcher.say(f"{source.name}: {note}")
     for task in settings.accuracy:
         look(task)
-<<<<<<< HEAD
         if task.task_file:
             harness.build(task)
-    chosen = choose_device(device)
-=======
     chosen = choose_device(device, watcher)
->>>>>>> main
     if any(source.kind == "directory" for source in found):
         check_options(settings.speed, chosen.name)
     wanted = arithmetic(max(source.facts.params for source in found), chosen)

@@ -81,16 +81,16 @@ def test_trust_is_for_the_models_that_are_named(own_code: Path, tiny: Callable[.
     assert not any(planning.trusted(stage) for stage in untrusted.stages)
 
 
-def refuse(*_: object) -> None:
+def refuse(*_: object, **__: object) -> None:
     raise Failure("far enough")
 
 
 def test_a_single_step_trusts_when_told(own_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
 
-    def planned(recipe: Recipe) -> planning.Plan:
+    def planned(recipe: Recipe, **more: Any) -> planning.Plan:
         seen.append(recipe.trusted)
-        return planning.make_plan(recipe)
+        return planning.make_plan(recipe, **more)
 
     for granted in (False, True):
         monkeypatch.setattr(verbs, "make_plan", planned)
