@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lighten.errors import Failure, LightenError, RequestError
-from lighten.model.gguf_source import within
+from lighten.model.gguf_source import is_gguf, within
 from lighten.model.onnx_source import GENAI, genai
 from lighten.process import run_isolated
 from lighten.stage import Report, silent
@@ -124,7 +124,7 @@ def recognise(path: Path) -> tuple[Path, str, int | None]:
     from lighten.model.checkpoint import Checkpoint, read_config
 
     if path.is_file():
-        if path.suffix != ".gguf":
+        if not is_gguf(path):
             raise RequestError(f"{path} is no .gguf file: give one, or the directory of a model")
         return path, "gguf", None
     if not path.is_dir():
@@ -224,7 +224,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _transformers(opening: Opening) -> Answer:
-    if opening.path.suffix != ".gguf":
+    if not is_gguf(opening.path):
         return _as_served(opening) if _causal(opening.path) else _other_task(opening)
     import torch
     from transformers import AutoModelForCausalLM

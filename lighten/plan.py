@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from lighten.errors import RequestError, missing_extra
 from lighten.evaluate import harness, machine
 from lighten.evaluate.protocols import check_length
 from lighten.evaluate.settings import Accuracy, Evaluate, Load, Loaders, Perplexity, Speculative, Speed
+from lighten.model import gguf_source, tokenizer_files
+from lighten.model.architectures import check_architecture
 from lighten.model.source import Found, Source, find
 from lighten.recipe import BASELINE, Recipe
 from lighten.stage import Estimate, ModelFacts, Step
@@ -179,11 +182,25 @@ def check_room(what: str, prompt: int, generate: int, context: int | None, name:
         )
 
 
+def _first(stage: Stage) -> Stage:
+    """Returns the source that a stage's model comes from."""
+    while stage.parents:
+        stage = stage.parents[0]
+    return stage
+
+
+def _origin(stage: Stage) -> Path | None:
+    """Returns the directory that a stage's model has its tokenizer from; None if that was a GGUF file."""
+    source = _first(stage).step
+    return Path(source.path) if isinstance(source, Source) and source.format == "directory" else None
+
+
 class _Builder:
     """Makes each stage once."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.stages: dict[str, Stage] = {}
+        self._looked_at: set[tuple[Any, ...]] = set()
         self.recipe = recipe
         self.tokens = recipe.calibration.samples * recipe.calibration.length
         if recipe.calibration.data == "builtin":
@@ -203,6 +220,12 @@ class _Builder:
         """
         if found.kind == "onnx":
             raise RequestError(f"{found.name} is an ONNX directory: give the model that it was made from")
+        facts = found.facts
+        if found.kind == "gguf":
+            gguf_source.check(found.path)
+            facts = gguf_source.inspect(found.path)
+        elif (found.path / tokenizer_files.FILE).is_file():
+            tokenizer_files.read_tokenizer(found.path)
         step = Source(
             model=found.name,
             path=str(found.path),
@@ -210,7 +233,7 @@ class _Builder:
             identity=found.identity,
             trust_remote_code=self.recipe.trust_remote_code,
         )
-        return self._build(step, found.facts)
+        return self._build(step, facts)
 
     def apply(self, step: Step, stage: Stage, root: Stage) -> Stage:
         """Returns the stage of a step on what another one leaves, with all that it needs besides.
@@ -237,6 +260,9 @@ class _Builder:
         for module, extra in step.requires():
             if find_spec(module) is None:
                 raise missing_extra(extra, module, f"the step {step.kind}")
+        self._check_files(step, stage, stage.facts)
+        if step.needs_sweep() and not self.recipe.trust_remote_code:
+            check_architecture(stage.facts.architecture)
         inputs = {"source": stage}
         if step.needs_sweep():
             inputs["grams"] = self._build(self.recipe.calibration, stage.facts, source=stage)
@@ -246,6 +272,18 @@ class _Builder:
         if lessons := step.lessons():
             inputs |= self._taught(step, lessons, stage.facts, root)
         return self._build(step, stage.facts, **inputs)
+
+    def _check_files(self, step: Step, stage: Stage, facts: ModelFacts) -> None:
+        """Raises RequestError for what a step cannot read where its model comes from; looks once for each kind."""
+        origin = _origin(stage)
+        reads = step.needs_sweep() or step.lessons() is not None
+        asked = (step.kind, getattr(step, "format", None), reads, origin)
+        if origin is None or asked in self._looked_at:
+            return
+        if reads:
+            tokenizer_files.read_tokenizer(origin)
+        step.check_files(origin, facts)
+        self._looked_at.add(asked)
 
     def _taught(self, step: Step, lessons: Step, student: ModelFacts, root: Stage) -> dict[str, Stage]:
         """Returns the teacher of a step, and what it says about the text."""
@@ -287,6 +325,8 @@ class _Builder:
             **settings.key_config(),
             "packages": loaders.packages() if measure == "loaders" else measuring_packages(),
         }
+        if data and len(parents) > 1 and _first(parents[0]) is not _first(parents[1]):
+            config["vocabulary"] = "compared"  # a student from elsewhere may have another one than the baseline
         if isinstance(settings, Accuracy) and settings.harness:
             config["lm_eval"] = harness.look(settings).version
         if data:

@@ -14,6 +14,8 @@ from lighten.compress.sweep import Sweep
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
+from lighten.evaluate.paired import RESULT
+from lighten.model import gguf_source
 from lighten.model.source import Found, find
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
 from lighten.plan import Predictor, check_measurable, look, make_plan
@@ -166,7 +168,9 @@ def _measure_one(
 ) -> dict[str, Any]:
     is_baseline = number == 0
     row = {"name": "baseline" if is_baseline else source.path.name, "status": "ok", **describe_source(source)}
-    measured = []
+    measured: list[tuple[Any, Path, Path | None]] = []
+    for note in row["notes"]:
+        watcher.say(f"{source.name}: {note}")
     try:
         for position, (kind, settings) in enumerate(asked):
             out = scratch / f"{number}-{position}"
@@ -186,8 +190,14 @@ def _measure_one(
                 "save_hidden": comparable and is_baseline,
             }
             watcher.say(f"{settings.told} of {source.name}")
-            run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed")
-            measured.append((kind, out, None if is_baseline else hidden))
+            value = run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed").value
+            if value.get("vocabulary") and not measured:
+                watcher.say(
+                    f"{source.name} has another vocabulary than {baseline.name} ({value['vocabulary']}): each is "
+                    "measured on its own tokens; compare bits per byte, not perplexity"
+                )
+            paired = not is_baseline and (hidden / RESULT).is_file()  # its own row says why it was not measured
+            measured.append((kind, out, hidden if paired else None))
         add_measurements(row, measured, is_baseline)
     except LightenError as error:
         row |= {"status": "failed", "error": str(error)}
@@ -197,7 +207,7 @@ def _measure_one(
 def describe_source(source: Found) -> dict[str, Any]:
     """Returns the columns of a row of a model that lies anywhere, as far as they need no measuring."""
     files = [file for file in source.path.rglob("*") if file.is_file()] if source.path.is_dir() else [source.path]
-    weights = sum(file.stat().st_size for file in files if file.name.endswith(WEIGHTS))
+    weights = sum(file.stat().st_size for file in files if file.name.endswith(WEIGHTS) or gguf_source.is_gguf(file))
     return {
         "path": str(source.path),
         "error": None,
@@ -205,6 +215,7 @@ def describe_source(source: Found) -> dict[str, Any]:
         "size_bytes": sum(file.stat().st_size for file in files),
         "bits_per_weight": 8 * weights / source.facts.params,
         "params": source.facts.params,
+        "notes": gguf_source.doubts(source.path) if source.kind == "gguf" else [],
     }
 
 

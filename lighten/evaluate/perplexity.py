@@ -134,6 +134,7 @@ def measure(
         rate = (number + 1) * ids.shape[1] / (time.monotonic() - start)
         report(number + 1, len(ids), f"{rate:.0f} tok/s")
     value, stderr = summarize(nll)
+    letters = scored_bytes(tokenizer, chunks)
     protocol = {
         "name": settings.protocol,
         "data": settings.data,
@@ -147,7 +148,13 @@ def measure(
         "method": protocols.METHODS[settings.protocol],
     }
     result: dict[str, Any] = {
-        "perplexity": {"value": value, "stderr": stderr, "tokens": int(nll.size), "protocol": protocol},
+        "perplexity": {
+            "value": value,
+            "stderr": stderr,
+            "tokens": int(nll.size),
+            "bits_per_byte": float(nll.sum()) / letters / math.log(2) if letters else None,
+            "protocol": protocol,
+        },
         "divergence": None,
         "tokenizer_match": runtime.encode(text) == own,
         "warnings": warnings,
@@ -158,6 +165,20 @@ def measure(
         result["divergence"] = {"kl_mean": float(kl.mean()), "kl_p99": kl_p99, "top1_agreement": float(same.mean())}
         values |= {"kl": kl.astype(np.float32), "top1": same.astype(np.uint8)}
     return Measured(result, values, np.stack(kept) if kept else None)
+
+
+def scored_bytes(tokenizer: Tokenizer, chunks: protocols.Chunks) -> int:
+    """Returns the bytes of text that the scored positions stand for.
+
+    A character that the border of two chunks parts counts as a byte in each of them.
+    """
+    start = int(chunks.bos)
+
+    def count(ids: list[int]) -> int:
+        return len(tokenizer.decode(ids, special=True).replace("\ufffd", "?").encode()) if ids else 0
+
+    rows = [[int(each) for each in row] for row in chunks.ids]
+    return sum(count(row[start:]) - count(row[start : chunks.first]) for row in rows)
 
 
 def unfit(model: Path, runtime: Runtime, logits: Floats) -> str | None:

@@ -404,7 +404,10 @@ def _only_standard(path: Path) -> None:
 
 
 def _copy_others(source: Path, out: Path) -> None:
-    """Copies config, tokenizer and chat template."""
+    """Copies config, tokenizer and chat templates."""
+    from lighten.model.tokenizer_files import copy_templates
+
+    copy_templates(source, out)
     for file in sorted(source.iterdir()):
         known = file.suffix in (".json", ".model", ".txt", ".jinja") or file.name.startswith("LICENSE")
         if file.is_file() and known and not file.name.endswith(".index.json") and file.name != "artifact.json":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from lighten.errors import Failure, RequestError
+from lighten.model import tokenizer_files
 from lighten.stage import ModelFacts
 from lighten.store import MANIFEST
 
@@ -78,6 +79,7 @@ class Checkpoint:
             weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
             if file.is_file() and not weights and file.name not in (MANIFEST, "config.json"):
                 shutil.copyfile(file, out / file.name)
+        tokenizer_files.copy_templates(self.path, out)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def _open(self, name: str) -> Any:

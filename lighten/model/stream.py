@@ -14,22 +14,12 @@ import torch
 from torch import nn
 
 from lighten.errors import Failure, RequestError
+from lighten.model.architectures import check_architecture
 from lighten.model.checkpoint import Checkpoint
-
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-"""Architectures that can be swept: decoder layers at `model.layers`, embedding at `model.embed_tokens`."""
 
 LAYERS = "model.layers."
 HEAD_ROWS = 128
 """Positions whose logits are in memory at a time."""
-
-
-def check_architecture(architecture: str) -> None:
-    """Raises RequestError, naming those that are supported, if `architecture` is not."""
-    if architecture not in ARCHITECTURES:
-        raise RequestError(
-            f"the architecture {architecture} is not supported; supported are {', '.join(ARCHITECTURES)}"
-        )
 
 
 def fast_dtype(device: str) -> torch.dtype:

@@ -353,7 +353,9 @@ def test_unsupported_models(make: Make, keys: dict[str, Any], message: str) -> N
 
 
 def test_unsupported_architecture(make: Make) -> None:
-    with pytest.raises(RequestError, match=r"architecture 'gemma2'.*supported are llama, qwen2.*Mistral"):
+    with pytest.raises(
+        RequestError, match=r"'gemma2', which can be measured but not changed.*llama and qwen2.*Mistral"
+    ):
         gguf_source.check(renamed(make(), "gemma2"))
 
 

@@ -14,7 +14,8 @@ from lighten.model import attention
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_layer
 from lighten.model.shards import ShardWriter
-from lighten.model.stream import StreamedModel, check_architecture
+from lighten.model.architectures import check_architecture
+from lighten.model.stream import StreamedModel
 from lighten.stage import Context
 from lighten.store import Artifact
 
