@@ -4,13 +4,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test fuzz lint clean
+FUZZ_EXAMPLES ?= 5000
 
 demo: $(VENV)/.demo
 	$(BIN)/lighten run quickstart
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Damaged and hostile files, many more than the tests try; prints inputs tried and crashes found.
+fuzz: $(VENV)/.dev
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q tests/fuzz
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

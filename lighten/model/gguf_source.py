@@ -28,11 +28,16 @@ READS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 """The GGUF architectures that can be read (Mistral models are stored as "llama"), and what they become."""
 
 SHARD_BYTES = 2_000_000_000
+MOST_VALUES, MOST_TEXT, MOST_AXES = 1 << 24, 1 << 26, 4
+"""Values in all arrays of a header together, bytes of a text, and axes of a tensor (ggml's own limit): no model has
+more, and what a header asks for is made in memory."""
 ROPE_FREQS = "rope_freqs.weight"
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_FIELD_BYTES, _TENSOR_BYTES = 13, 32
+"""The least that a field and the entry of a tensor take."""
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -73,20 +78,36 @@ class Header:
             value = value[0]
         if value is None:
             raise Failure(f"{self.path} has no {self.arch}.{key}: a damaged file; fetch it again")
-        if isinstance(value, list):
+        if isinstance(value, list) and value:
             raise RequestError(f"{self.path}: {key} differs from layer to layer, which lighten does not read")
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise Failure(f"{self.path}: {self.arch}.{key} is {str(value)[:40]!r}, no number: damaged; fetch it again")
         return float(value)
 
     def integer(self, key: str, default: int | None = None) -> int:
         """Returns a whole number of the architecture."""
         return int(self.number(key, default))
 
+    def size(self, key: str, default: int | None = None) -> int:
+        """Returns a whole number of the architecture that counts something there must be."""
+        found = self.integer(key, default)
+        if not 0 < found < 1 << 31:
+            raise Failure(f"{self.path}: {self.arch}.{key} is {found}: damaged; fetch it again")
+        return found
+
+    def count(self, key: str, default: int) -> int:
+        """Returns a whole number that stands for the whole file, whatever its architecture."""
+        found = self.fields.get(key, default)
+        if not isinstance(found, int):
+            raise Failure(f"{self.path}: {key} is {str(found)[:40]!r}, no number: damaged; fetch it again")
+        return found
+
 
 class _Cursor:
     """Reads the header; running past the end of the file is a Failure."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.at = path, data, 0
+        self.path, self.data, self.at, self.values = path, data, 0, 0
 
     def take(self, size: int) -> bytes:
         end = self.at + size
@@ -99,11 +120,22 @@ class _Cursor:
         self.at = end
         return taken
 
+    def holds(self, count: int, size: int) -> None:
+        """Refuses what many things, of at least `size` bytes each, could not be in the rest of the file."""
+        if self.at + count * size > len(self.data):
+            raise Failure(
+                f"{self.path} is cut short: its header tells of {count:,} entries at byte {self.at:,}, "
+                f"the file has {len(self.data)}; fetch it again"
+            )
+
     def scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def string(self) -> str:
-        return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
+        size = self.scalar("Q")
+        if size > MOST_TEXT and self.at + size <= len(self.data):
+            raise Failure(f"{self.path}: a text of {size:,} bytes in its header: damaged; fetch it again")
+        return self.take(size).decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -113,11 +145,15 @@ class _Cursor:
         if kind != _ARRAY:
             raise Failure(f"{self.path}: metadata of unknown type {kind} at byte {self.at}: damaged; fetch it again")
         item, count = self.scalar("I"), self.scalar("Q")
-        if item in _SCALARS:
-            code = _SCALARS[item]
-            return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize("<" + code))))
-        if item != _STRING:
+        if item not in _SCALARS and item != _STRING:
             raise Failure(f"{self.path}: an array of type {item} at byte {self.at}: damaged; fetch it again")
+        size = struct.calcsize("<" + _SCALARS.get(item, "Q"))
+        self.holds(count, size)
+        self.values += count
+        if self.values > MOST_VALUES:
+            raise Failure(f"{self.path}: its header has arrays of {self.values:,} values: damaged; fetch it again")
+        if item in _SCALARS:
+            return list(struct.unpack(f"<{count}{_SCALARS[item]}", self.take(count * size)))
         return [self.string() for _ in range(count)]
 
 
@@ -151,31 +187,56 @@ def _parse(path: Path, data: mmap.mmap, sizes: dict[int, tuple[int, int]]) -> He
     if version not in (2, 3):
         raise RequestError(f"{path} is GGUF version {version} or big-endian; lighten reads versions 2 and 3")
     tensor_count, field_count = cursor.scalar("Q"), cursor.scalar("Q")
-    fields = {}
+    cursor.holds(field_count, _FIELD_BYTES)
+    fields: dict[str, Any] = {}
     for _ in range(field_count):
         key = cursor.string()
+        if key in fields:
+            raise Failure(f"{path} has {key[:80]!r} twice in its header: damaged; fetch it again")
         fields[key] = cursor.value(cursor.scalar("I"))
     fields_end = cursor.at
-    entries = []
+    cursor.holds(tensor_count, _TENSOR_BYTES)
+    entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(tensor_count):
         name, rank = cursor.string(), cursor.scalar("I")
+        if not 1 <= rank <= MOST_AXES or name in entries:
+            what = "is there twice" if name in entries else f"has {rank} axes"
+            raise Failure(f"{path}: tensor {name[:80]} {what}: damaged; fetch it again")
         shape = struct.unpack(f"<{rank}Q", cursor.take(8 * rank))
-        entries.append((name, shape[::-1], cursor.scalar("I"), cursor.scalar("Q")))
-    alignment = int(fields.get("general.alignment", 32)) or 32
-    start = cursor.at + -cursor.at % alignment
+        entries[name] = (shape[::-1], cursor.scalar("I"), cursor.scalar("Q"))
+    alignment = int(fields.get("general.alignment", 32))
+    if alignment < 1 or alignment & (alignment - 1):
+        raise Failure(f"{path} aligns its tensors by {alignment} bytes: damaged; fetch it again")
+    return Header(
+        path, fields, _lay_out(path, entries, cursor.at + -cursor.at % alignment, len(data), sizes), fields_end
+    )
+
+
+def _lay_out(
+    path: Path,
+    entries: dict[str, tuple[tuple[int, ...], int, int]],
+    start: int,
+    length: int,
+    sizes: dict[int, tuple[int, int]],
+) -> dict[str, Tensor]:
+    """Returns tensors by name from shape, type and place after `start`; each lies in a file of `length` bytes."""
     tensors = {}
-    for name, shape, kind, offset in entries:
+    for name, (shape, kind, offset) in entries.items():
         if kind not in sizes:
             raise RequestError(f"{path}: tensor {name} has type {kind}, which the installed gguf package does not know")
         block, block_bytes = sizes[kind]
+        if 0 in shape or shape[-1] % block:
+            raise Failure(f"{path}: tensor {name} has the impossible shape {list(shape)}: damaged; fetch it again")
         tensors[name] = Tensor(name, shape, kind, start + offset, math.prod(shape) // block * block_bytes)
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor.start):
-        if tensor.start + tensor.size > len(data):
+        if tensor.start + tensor.size > length:
             raise Failure(
                 f"{path} is cut short: tensor {tensor.name} needs bytes up to {tensor.start + tensor.size}, "
-                f"the file has {len(data)}; fetch it again"
+                f"the file has {length}; fetch it again"
             )
-    return Header(path, fields, tensors, fields_end)
+    if sum(tensor.size for tensor in tensors.values()) > length:
+        raise Failure(f"{path}: its tensors lie over each other: damaged; fetch it again")
+    return tensors
 
 
 def is_gguf(path: Path) -> bool:
@@ -230,7 +291,7 @@ def parts(path: Path) -> list[Path]:
 
 def _joined(header: Header) -> Header:
     """Returns a header with the tensors of all parts."""
-    count = header.fields.get("split.count", 1)
+    count = header.count("split.count", 1)
     if count <= 1:
         return header
     files = parts(header.path)
@@ -239,7 +300,7 @@ def _joined(header: Header) -> Header:
             f"{header.path} is one of {count} parts, and is not named like one (NAME-00001-of-{count:05d}.gguf)"
         )
     tensors = {name: replace(tensor, file=file) for file in files for name, tensor in read_header(file).tensors.items()}
-    if len(tensors) != header.fields.get("split.tensors.count", len(tensors)):
+    if len(tensors) != header.count("split.tensors.count", len(tensors)):
         raise Failure(f"{header.path}: the parts hold {len(tensors)} tensors, which is not what the first one says")
     return replace(header, tensors=tensors)
 
@@ -260,7 +321,7 @@ def _open_any(path: Path) -> Header:
         Failure: the file is cut short or damaged.
     """
     header = read_header(path)
-    if header.fields.get("split.no", 0):
+    if header.count("split.no", 0):
         parts(path)
     kind = str(header.fields.get("general.type", "model"))
     kind = {"imatrix": "imatrix", "clip": "mmproj"}.get(header.arch, kind)
@@ -286,6 +347,8 @@ def _open(path: Path) -> Header:
         )
     if header.integer("expert_count", 0):
         raise RequestError(f"{path} is a mixture of experts, which lighten does not read")
+    if (layers := header.size("block_count")) > len(header.tensors):
+        raise Failure(f"{path} tells of {layers:,} layers, but has {len(header.tensors)} tensors: fetch it again")
     if header.integer("rope.dimension_count", _head_dim(header)) != _head_dim(header):
         raise RequestError(f"{path} rotates only a part of each head, which lighten does not read")
     return header
@@ -365,22 +428,20 @@ def _family(header: Header) -> Literal["causal", "encoder", "seq2seq"]:
 
 
 def _head_dim(header: Header) -> int:
-    return header.integer(
-        "attention.key_length", header.integer("embedding_length") // header.integer("attention.head_count")
-    )
+    return header.size("attention.key_length", header.size("embedding_length") // header.size("attention.head_count"))
 
 
 def _facts(header: Header) -> ModelFacts:
     if "token_embd.weight" not in header.tensors:
         raise Failure(f"{header.path} has no tensor token_embd.weight: a damaged file; fetch it again")
-    heads = header.integer("attention.head_count")
+    heads = header.size("attention.head_count")
     return ModelFacts(
         architecture=READS[header.arch],
-        layers=header.integer("block_count"),
-        hidden=header.integer("embedding_length"),
-        intermediate=header.integer("feed_forward_length"),
+        layers=header.size("block_count"),
+        hidden=header.size("embedding_length"),
+        intermediate=header.size("feed_forward_length"),
         heads=heads,
-        kv_heads=header.integer("attention.head_count_kv", heads),
+        kv_heads=header.size("attention.head_count_kv", heads),
         head_dim=_head_dim(header),
         vocab=header.tensors["token_embd.weight"].shape[0],
         tied="output.weight" not in header.tensors,
