@@ -7,7 +7,7 @@ do. What is not the same is said together with the first place inside the model 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ class Words:
     bos: int | None
     """The id that a text begins with."""
     eos: int | None
-    render: dict[str, Callable[[Chat], str]]
+    render: Mapping[str, Callable[[Chat], str]]
     """What writes a chat with each of the model's templates, by name."""
     special: tuple[str, ...] = ()
     ends: tuple[int, ...] = ()

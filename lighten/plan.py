@@ -15,7 +15,7 @@ from lighten.errors import RequestError, missing_extra
 from lighten.evaluate import harness, machine
 from lighten.evaluate.protocols import check_length
 from lighten.evaluate.settings import Accuracy, Evaluate, Load, Loaders, Perplexity, Speculative, Speed
-from lighten.model import gguf_source, tokenizer_files
+from lighten.model import gguf_source, tokenizer_files, vocabulary
 from lighten.model.architectures import check_architecture
 from lighten.model.source import Found, Source, find
 from lighten.recipe import BASELINE, Recipe
@@ -270,7 +270,7 @@ class _Builder:
             sensitivities = Sensitivities(**self.recipe.calibration.model_dump())
             inputs["sensitivity"] = self._build(sensitivities, stage.facts, source=stage)
         if lessons := step.lessons():
-            inputs |= self._taught(step, lessons, stage.facts, root)
+            inputs |= self._taught(step, lessons, stage, root)
         return self._build(step, stage.facts, **inputs)
 
     def _check_files(self, step: Step, stage: Stage, facts: ModelFacts) -> None:
@@ -285,16 +285,21 @@ class _Builder:
         step.check_files(origin, facts)
         self._looked_at.add(asked)
 
-    def _taught(self, step: Step, lessons: Step, student: ModelFacts, root: Stage) -> dict[str, Stage]:
-        """Returns the teacher of a step, and what it says about the text."""
+    def _taught(self, step: Step, lessons: Step, stage: Stage, root: Stage) -> dict[str, Stage]:
+        """Returns the teacher of a step on what `stage` leaves, and what it says about the text."""
         name = getattr(step, "teacher", "source")
         teacher = root if name == "source" else self.open(find(name, trust_remote_code=self.recipe.trust_remote_code))
-        assert teacher.facts
-        if teacher.facts.vocab != student.vocab:
+        assert teacher.facts and stage.facts
+        student = stage.facts
+        origins = [_first(each).step for each in (stage, teacher)]
+        paths = [Path(each.path) for each in origins if isinstance(each, Source)]
+        if paths[0] != paths[1] and (other := vocabulary.differing(*paths)):
             raise RequestError(
-                f"the student has {student.vocab:,} tokens and its teacher {name} {teacher.facts.vocab:,}: "
-                "distillation compares token by token, so take a teacher with the same vocabulary"
+                f"the student and its teacher {name} have different vocabularies ({other}): distillation compares "
+                "token by token, so take a teacher with the same tokenizer"
             )
+        if teacher.facts.vocab > student.vocab:  # rows that only pad the teacher's
+            lessons = lessons.model_copy(update={"rows": student.vocab})
         return {"teacher": teacher, "lessons": self._build(lessons, teacher.facts, source=teacher)}
 
     def measure(self, stage: Stage, root: Stage, evaluate: Evaluate) -> list[Stage]:

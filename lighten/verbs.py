@@ -13,8 +13,8 @@ from typing import Any
 from lighten.compress.sweep import Sweep
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine
-from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.evaluate.paired import RESULT
+from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.model import gguf_source
 from lighten.model.source import Found, find
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device

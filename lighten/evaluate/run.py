@@ -135,10 +135,14 @@ def _speed(payload: dict[str, Any], _model: Path, report: Report) -> dict[str, A
 
 
 def _speculative(payload: dict[str, Any], model: Path, report: Report) -> dict[str, Any]:
+    from lighten.errors import Failure
     from lighten.evaluate import speculative
     from lighten.evaluate.runtimes import open_runtime
+    from lighten.model import vocabulary
 
     settings = Speculative(**payload["config"])
+    if other := vocabulary.differing(model, Path(payload["draft"])):
+        raise Failure(f"target and draft have different vocabularies ({other}): take a draft with the same tokenizer")
     dtype, trusted = settings.dtype or _served(payload["device"]), payload.get("trust_remote_code", False)
     target, draft = (
         open_runtime(path, device=payload["device"], dtype=dtype, trust_remote_code=trusted)

@@ -12,6 +12,5 @@ def check_architecture(architecture: str) -> None:
     """Raises RequestError, naming those that are supported, if `architecture` is not."""
     if architecture not in ARCHITECTURES:
         raise RequestError(
-            f"the architecture {architecture} is not supported where calibration text runs through the model; "
-            f"supported are {', '.join(ARCHITECTURES)}"
+            f"the architecture {architecture} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
