@@ -14,7 +14,7 @@ from lighten.commands.doctor import doctor
 from lighten.commands.fit import fit
 from lighten.commands.step import add_verb
 from lighten.comparison.command import compare
-from lighten.errors import Failure, LightenError, RequestError
+from lighten.errors import Failure, LightenError, RequestError, check_names
 from lighten.flags import Artifacts, Device, Json
 from lighten.flags import print_json as _print_json
 from lighten.publication.command import Public, Push, check_push, push_version, report, show
@@ -39,9 +39,27 @@ Only = Annotated[list[str] | None, typer.Option(help="Only this variant (and the
 Extra = Annotated[list[str] | None, typer.Argument()]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from lighten import __version__
+
+        print(f"lighten {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compress a causal language model in one pass over the calibration data, and measure what you ship."""
+
+
 def main() -> None:
     """Runs the command line: exit code 0 done, 1 something failed, 2 the request was wrong, 130 interrupted."""
     try:
+        check_names(sys.argv[1:])
         app(standalone_mode=True)
     except LightenError as error:
         _stop(str(error), error.exit_code)
@@ -215,7 +233,7 @@ def evaluate(
     from lighten.store import write_json
     from lighten.verbs import measure
 
-    left_out = set(skip or ())
+    left_out = {name.lower() for name in skip or ()}
     if unknown := left_out - {"perplexity", "accuracy", "speed"}:
         raise RequestError(f"--skip {unknown.pop()}: there is perplexity, accuracy and speed")
     if out and out.exists():
@@ -224,7 +242,8 @@ def evaluate(
     if profile:
         _profile(paths, profile, device, as_json)
         return
-    if unknown := set(protocol or ()) - set(PROTOCOLS):
+    protocol = [name.lower() for name in protocol or ()]
+    if unknown := set(protocol) - set(PROTOCOLS):
         raise RequestError(f"--protocol {unknown.pop()}: there is {', '.join(PROTOCOLS)}")
     common = {"limit": limit, "scorer": scorer, "shots": shots}
     accuracy = [parse_settings(Accuracy, _task(name) | common, where) for name in task or ["builtin"]]

@@ -6,7 +6,7 @@ while doing a correct request (exit code 1). The message says what was wrong, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,16 @@ class RequestError(LightenError):
 
 class Failure(LightenError):
     """The request was fine, but something failed: broken input, a full disk, a crash."""
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises RequestError for a name that is no Unicode text: neither reports nor JSON could name such a path."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            shown = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            raise RequestError(f"{shown} is not UTF-8: rename that file or directory") from error
 
 
 @contextmanager

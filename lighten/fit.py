@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from lighten.errors import RequestError
 from lighten.knapsack import parse_size
+from lighten.settings import as_spelled
 from lighten.stage import ModelFacts
 
 GGUF_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
@@ -107,6 +108,7 @@ def fits(model: Model, space: int, context: int, batch: int = 1, cache: str = "f
     """
     if context < 1 or batch < 1:
         raise RequestError("context and batch are numbers of at least 1")
+    cache = as_spelled(cache, list(CACHE_BITS))
     if cache not in CACHE_BITS:
         raise RequestError(f"--cache {cache}: there is {', '.join(CACHE_BITS)}")
     facts, trained = model.facts, model.facts.context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import re
 from collections.abc import Sequence
@@ -13,15 +14,20 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from lighten import recipe_yaml
 from lighten.compress.sweep import Sweep
 from lighten.errors import RequestError
 from lighten.evaluate.settings import Evaluate
+from lighten.recipe_yaml import Where
 from lighten.stage import Step
 from lighten.steps import kinds, step_class
 
 BASELINE = "baseline"
 Checked = TypeVar("Checked", bound=BaseModel)
-Where = dict[tuple[str | int, ...], int]
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+"""What recipes and variants may be called: they become names of files, with an ending."""
+NOTES = "x-"
+"""How the top-level keys begin that hold anchors for the rest of the recipe, and nothing else."""
 
 
 class Recipe(BaseModel):
@@ -29,7 +35,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=rf"^{NAME}$")
     model: str
     revision: str | None = None
     trust_remote_code: bool = False
@@ -41,8 +47,11 @@ class Recipe(BaseModel):
     @classmethod
     def _one_kind_each(cls, variants: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
         for name, steps in variants.items():
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise ValueError(f"the variant name {name!r} may hold letters, digits, '.', '_' and '-' only")
+            if not re.fullmatch(NAME, name):
+                shown = name if len(name) <= 40 else f"{name[:40]}…"
+                raise ValueError(
+                    f"the variant name {shown!r} may hold up to 128 letters, digits, '.', '_' and '-' only"
+                )
             if name == BASELINE and steps:
                 raise ValueError("the variant named baseline is the source itself and has no steps: []")
             if any(len(step) != 1 for step in steps):
@@ -105,13 +114,9 @@ def load(name: str) -> Recipe:
     path = find(name)
     try:
         text = path.read_text(encoding="utf-8")
-        value = yaml.safe_load(text)
-        where = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RequestError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path}: cannot read this recipe: {error}") from error
+    value, where = recipe_yaml.read(text, path)
     if not isinstance(value, dict):
         raise RequestError(f"{path}:1: a recipe is a mapping with name, model and variants")
     return parse(value, str(path), where)
@@ -121,7 +126,7 @@ def parse(value: dict[str, Any], path: str = "recipe", where: Where | None = Non
     """Checks a recipe given as a mapping; `where` tells the line of every key, for messages."""
     where = where or {}
     try:
-        recipe = Recipe(**value)
+        recipe = Recipe(**{key: each for key, each in value.items() if not key.startswith(NOTES)})
     except ValidationError as error:
         raise _explain(error, path, where, (), Recipe) from error
     for variant, steps in recipe.variants.items():
@@ -168,20 +173,6 @@ def _message(error: ValidationError) -> str:
     return error.errors()[0]["msg"].removeprefix("Value error, ")
 
 
-def _lines(node: yaml.Node | None, at: tuple[str | int, ...] = ()) -> Where:
-    """Returns the line of every key and item below a YAML node, by its path."""
-    found: Where = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, child in node.value:
-            found[(*at, key.value)] = key.start_mark.line + 1
-            found.update(_lines(child, (*at, key.value)))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, child in enumerate(node.value):
-            found[(*at, index)] = child.start_mark.line + 1
-            found.update(_lines(child, (*at, index)))
-    return found
-
-
 def _place(path: str, where: Where, at: Sequence[str | int]) -> str:
     # one entry may stand for a list of one
     written = tuple(part for n, part in enumerate(at) if not isinstance(part, int) or tuple(at[: n + 1]) in where)
@@ -212,7 +203,9 @@ def _explain(
     if first["type"] == "missing":
         return RequestError(f"{place}: this key is required")
     given = first.get("input")
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
+    shown = f", not {given!r}" if isinstance(given, str | int | float | bool | datetime.date) else ""
+    if first["type"] == "string_type" and shown:
+        shown += ": put it in quotes, so that YAML does not take it for something else"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return RequestError(f"{place}: {'must be ' if 'Input should' in first['msg'] else ''}{message}{shown}")
 

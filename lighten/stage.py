@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
+from lighten.settings import AnyCase
 from lighten.store import Artifact
 
 Report = Callable[[int, int, str], None]
@@ -103,7 +104,7 @@ class Estimate:
     disk_bytes: int = 0
 
 
-class Step(BaseModel):
+class Step(AnyCase):
     """Settings of one step: strict, immutable, and the only place where their defaults stand.
 
     A subclass sets `kind` and `version` (raise it whenever the step's output changes for the same

@@ -10,6 +10,7 @@ from typing import Any
 
 from lighten.errors import RequestError
 from lighten.process import share_cores
+from lighten.settings import as_spelled
 from lighten.stage import Context, Report, Step
 from lighten.store import Artifact, read_artifact
 
@@ -63,7 +64,7 @@ def step_class(kind: str, settings: Mapping[str, Any] | None = None) -> type[Ste
     found = ({**kinds(), **INTERNAL}).get(kind)
     if not isinstance(found, dict):
         return step_classes(kind)[""]
-    given = (settings or {}).get("format")
+    given = as_spelled((settings or {}).get("format"), list(found))
     if given not in found:
         said = f"not {given!r}" if given is not None else "and none was given"
         raise RequestError(f"{kind}: format must be one of {', '.join(found)}, {said}")

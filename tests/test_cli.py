@@ -305,3 +305,17 @@ def test_a_quantized_directory_is_exported_and_nothing_else(tmp_path: Path, mode
     refused(lighten("quantize", "q", "-o", "again", cwd=tmp_path), 2, "already quantized (gptq)")
     done = lighten("export", "q", "--format", "gguf", "--type", "Q4_0", "--imatrix", "-o", "i", cwd=tmp_path)
     refused(done, 2, "without imatrix")
+
+
+def test_version(tmp_path: Path) -> None:
+    from lighten import __version__
+
+    assert lighten("--version", cwd=tmp_path).stdout.strip() == f"lighten {__version__}"
+
+
+def test_a_path_that_is_no_text_is_refused_before_the_work(tmp_path: Path, copy: Path) -> None:
+    name = os.fsdecode(os.fsencode(copy.parent) + b"/\xff")
+    copy.rename(name)
+    done = lighten("quantize", name, "-o", tmp_path / "out", cwd=tmp_path)
+    refused(done, 2, r"\xff is not UTF-8: rename")
+    assert not (tmp_path / "artifacts").exists()

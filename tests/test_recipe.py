@@ -83,3 +83,70 @@ def test_a_missing_recipe_lists_the_ready_ones() -> None:
 def test_unknown_step_class() -> None:
     with pytest.raises(RequestError, match="there is no step"):
         step_class("shrink")
+
+
+NAMES = "name: demo\nmodel: m\nvariants:\n"
+
+
+def test_of_two_equal_keys_both_lines_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"recipe\.yaml:6: the key 'q' stands here and in line 4"):
+        load(write(tmp_path, NAMES + "  q: []\n  r: []\n  'q': []\n"))
+    with pytest.raises(RequestError, match=r":4: the key 'bits' stands here and in line 4"):
+        load(write(tmp_path, NAMES + "  q: [{quantize: {bits: 4, bits: 8}}]\n"))
+
+
+def test_keys_are_read_as_they_are_written(tmp_path: Path) -> None:
+    names = ["on", "yes", "4.25", "1e3", "0x10", "2024-01-01", "null", "8"]
+    recipe = load(write(tmp_path, NAMES + "".join(f"  {name}: []\n" for name in names)))
+    assert list(recipe.variants) == names
+    assert list(load(write(tmp_path, recipe.dump())).variants) == names
+
+
+def test_a_name_that_yaml_takes_for_something_else_wants_quotes(tmp_path: Path) -> None:
+    for name in ("2024", "on", "2024-01-01"):
+        with pytest.raises(RequestError, match=r":1: name: .*put it in quotes"):
+            load(write(tmp_path, NAMES.replace("demo", name) + "  q: []\n"))
+
+
+def test_top_level_notes_hold_anchors(tmp_path: Path) -> None:
+    steps = "x-common: &common {method: gptq, group_size: 32}\n"
+    recipe = load(write(tmp_path, steps + NAMES + "  q: [{quantize: {<<: *common, bits: 8}}]\n"))
+    assert recipe.steps("q")[0].dump()["group_size"] == 32
+    assert "x-common" not in recipe.dump()
+    with pytest.raises(RequestError, match="y-common: unknown key"):
+        load(write(tmp_path, steps.replace("x-", "y-") + NAMES + "  q: []\n"))
+
+
+def test_names_have_an_end(tmp_path: Path) -> None:
+    assert parse({"name": "n" * 128, "model": "m", "variants": {"v" * 128: []}}).name
+    with pytest.raises(RequestError, match=r"'v{40}…' may hold up to 128"):
+        parse({"name": "n", "model": "m", "variants": {"v" * 129: []}})
+    with pytest.raises(RequestError, match="name"):
+        parse({"name": "n" * 129, "model": "m", "variants": {"v": []}})
+
+
+@pytest.mark.parametrize(
+    ("step", "key", "meant"),
+    [
+        ({"export": {"format": "GGUF", "type": "q4_k_m"}}, "type", "Q4_K_M"),
+        ({"quantize": {"method": "GPTQ", "bits": "4"}}, "method", "gptq"),
+        ({"quantize": {"method": "NF4"}}, "block_size", 64),  # its method's defaults are found too
+        ({"export": {"format": "Onnx", "precision": "INT4"}}, "precision", "int4"),
+        ({"export": {"format": "Bundle", "target": "RPI5"}}, "target", "rpi5-8gb"),
+        ({"prune": {"what": "MLP", "ratio": 0.2}}, "what", "mlp"),
+    ],
+)
+def test_choices_in_any_case(step: dict[str, dict[str, object]], key: str, meant: object) -> None:
+    (read,) = parse({"name": "n", "model": "m", "variants": {"v": [step]}}).steps("v")
+    assert read.dump()[key] == meant
+    lower = {kind: {name: str(each).lower() for name, each in given.items()} for kind, given in step.items()}
+    assert (
+        parse({"name": "n", "model": "m", "variants": {"v": [lower]}}).steps("v")[0].key_config() == read.key_config()
+    )
+
+
+def test_choices_of_measurements_in_any_case() -> None:
+    evaluate = {"perplexity": {"protocol": "GPTQ"}, "speed": {"attention": "SDPA", "compile": False}}
+    read = parse({"name": "n", "model": "m", "variants": {"v": []}, "evaluate": evaluate}).evaluate
+    assert (read.perplexity[0].protocol, read.perplexity[0].length) == ("gptq", 2048)
+    assert read.speed and (read.speed.attention, read.speed.compile) == ("sdpa", "off")

@@ -44,7 +44,7 @@ def compare(
     from lighten.progress import watching
     from lighten.recipe import parse_settings
 
-    left_out = set(skip or ())
+    left_out = {name.lower() for name in skip or ()}
     if unknown := left_out - {"perplexity", "accuracy", "speed"}:
         raise RequestError(f"--skip {unknown.pop()}: there is perplexity, accuracy and speed")
     named = ("data", "length", "samples", "task", "limit", "skip")

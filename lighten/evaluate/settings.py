@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from lighten.settings import AnyCase
+
 Protocol = Literal["lighten", "gptq", "llama.cpp", "lm-eval"]
 Scorer = Literal["lighten", "lm-eval"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
@@ -17,7 +19,7 @@ LENGTHS: dict[str, int | None] = {"lighten": 512, "gptq": 2048, "llama.cpp": 512
 OWN_TASKS = ("builtin", "hellaswag")
 
 
-class _Settings(BaseModel):
+class _Settings(AnyCase, BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     younger: ClassVar[dict[str, Any]] = {}

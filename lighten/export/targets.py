@@ -82,6 +82,7 @@ def find_target(name: str) -> Target:
     Raises:
         RequestError: there is no such device; lists them.
     """
-    if found := TARGETS.get(SHORT.get(name, name)):
+    low = name.casefold()
+    if found := TARGETS.get(SHORT.get(low, low)):
         return found
     raise RequestError(f"there is no target {name!r}; there is {', '.join([*SHORT, *TARGETS])}")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lighten.errors import Failure, RequestError, missing_extra
+from lighten.errors import Failure, RequestError, check_names, missing_extra
 from lighten.model import tokenizer_files
 from lighten.model.checkpoint import Checkpoint, facts_of, read_config, refuse_pickle
 from lighten.model.onnx_source import facts as onnx_facts
@@ -49,6 +49,7 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
     """
     from lighten.model import gguf_source
 
+    check_names([model])
     path = Path(model).expanduser()
     if model.startswith("demo:"):
         path = _demo(model.removeprefix("demo:"))

@@ -33,7 +33,9 @@ Public = Annotated[bool, typer.Option("--public", help="With --push-to-hub: a re
 def report(
     name: Annotated[str, typer.Argument(help="NAME (its latest version), NAME@v1, or the directory of a version.")],
     version: Annotated[str | None, typer.Option(help="A version such as v1.")] = None,
-    format: Annotated[Format, typer.Option(help="What to print instead of the table for a terminal.")] = "terminal",
+    format: Annotated[
+        Format, typer.Option(help="What to print instead of the table for a terminal.", case_sensitive=False)
+    ] = "terminal",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="With --format: a file instead.")] = None,
     history: Annotated[
         bool, typer.Option("--history", help="Show the numbers of all versions up to this one.")

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from lighten.errors import RequestError
 from lighten.export.targets import Target, find_target
 from lighten.knapsack import parse_size
+from lighten.settings import as_spelled
 
 Prefer = Literal["speed", "quality", "size", "memory"]
 Purpose = Literal["inference", "training", "edge"]
@@ -51,6 +52,8 @@ def ask(
         RequestError: one of them cannot be read; says how it is written.
     """
     device = find_target(target) if target else None
+    purpose, prefer = as_spelled(purpose, list(get_args(Purpose))), as_spelled(prefer, list(get_args(Prefer)))
+    runtime = as_spelled(runtime, ["torch", "llama.cpp", "onnxruntime"])
     if purpose is None:
         purpose = "edge" if device and device.architecture == "aarch64" else "inference"
     if purpose not in get_args(Purpose):
