@@ -296,7 +296,7 @@ class _Builder:
         if paths[0] != paths[1] and (other := vocabulary.differing(*paths)):
             raise RequestError(
                 f"the student and its teacher {name} have different vocabularies ({other}): distillation compares "
-                "token by token, so take a teacher with the same tokenizer"
+                "token by token, so take a teacher with the same vocabulary"
             )
         if teacher.facts.vocab > student.vocab:  # rows that only pad the teacher's
             lessons = lessons.model_copy(update={"rows": student.vocab})

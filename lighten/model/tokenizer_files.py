@@ -44,7 +44,7 @@ def read_tokenizer(folder: Path) -> Json:
     """
     path = folder / FILE
     if not path.is_file():
-        raise RequestError(_without(folder))
+        raise RequestError(without(folder))
     tokenizer = _read(path)
     with reading(path, "fetch the model again"):
         tokenizer["model"].setdefault("type", "BPE")
@@ -115,7 +115,7 @@ def says_more(folder: Path) -> bool:
     return partial or bool(chat_templates(folder).keys() - {DEFAULT}) or len(ends(folder)) > 1
 
 
-def _without(folder: Path) -> str:
+def without(folder: Path) -> str:
     """Returns what to do about a directory without a tokenizer.json."""
     if (folder / _SENTENCEPIECE).is_file():
         return (

@@ -92,7 +92,7 @@ def _of_transformers(folder: Path) -> Entries:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise RequestError(f"{folder} has no tokenizer that transformers can read: {error}") from error
+        raise RequestError(tokenizer_files.without(folder)) from error
     others = {int(index): str(token) for token, index in tokenizer.get_added_vocab().items()}
     learned = {int(index): str(token) for token, index in tokenizer.get_vocab().items() if index not in others}
     return Entries(learned, others)

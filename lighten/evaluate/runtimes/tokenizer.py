@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lighten.errors import RequestError
+from lighten.model import tokenizer_files
 
 
 class HfTokenizer:
@@ -15,7 +16,9 @@ class HfTokenizer:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            if not (path / tokenizer_files.FILE).is_file():
+                raise RequestError(tokenizer_files.without(path)) from error
             raise RequestError(f"{path} has no tokenizer that transformers can read: {error}") from error
         first = self._tokenizer("a", add_special_tokens=True)["input_ids"][0]
         self.bos: int | None = int(first) if first == self._tokenizer.bos_token_id else None
