@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from lighten.evaluate import machine
 from lighten.evaluate.paired import RESULT
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.model import gguf_source
+from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, find
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
 from lighten.plan import Predictor, check_measurable, look, make_plan
@@ -222,8 +222,7 @@ def describe_source(source: Found) -> dict[str, Any]:
 def _format(source: Found) -> str:
     if source.kind != "directory":
         return source.kind
-    config = json.loads((source.path / "config.json").read_text())
-    return str(config.get("quantization_config", {}).get("quant_method", "hf"))
+    return str((read_config(source.path).get("quantization_config") or {}).get("quant_method", "hf"))
 
 
 def profile(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, RequestError
+from lighten.model.files import read_json
 from lighten.model.tokenizer_files import DEFAULT, FILE, chat_templates, ends, read_tokenizer, vocabulary_of
 from lighten.model.tokenizer_table import BYTE, CONTROL, NORMAL, TABLE, UNKNOWN, UNUSED, USER_DEFINED, Json, name_of
 
@@ -69,7 +70,7 @@ def read_vocabulary(source: Path, size: int, config: Json) -> Vocabulary:
         Failure: the tokenizer has ids that the embedding has no rows for.
     """
     tokenizer = _read_tokenizer(source)
-    settings = _read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
+    settings = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
     model = tokenizer["model"]
     added = tokenizer.get("added_tokens") or []
     beyond = [one["content"] for one in added if one["id"] >= size]  # such as the place of an image in a text model
@@ -116,14 +117,6 @@ def read_vocabulary(source: Path, size: int, config: Json) -> Vocabulary:
                 f"llama.cpp approximates the {vocabulary.pre} tokenizer: it splits {differs} otherwise"
             )
     return vocabulary
-
-
-def _read_json(path: Path) -> Json:
-    try:
-        value: Json = json.loads(path.read_text(encoding="utf-8"))
-        return value
-    except (OSError, ValueError) as error:
-        raise Failure(f"{path} is not readable JSON: {error}") from error
 
 
 def _read_tokenizer(folder: Path) -> Json:

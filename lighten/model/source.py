@@ -16,6 +16,7 @@ from pydantic import Field
 from lighten.errors import Failure, RequestError, check_names, missing_extra
 from lighten.model import tokenizer_files
 from lighten.model.checkpoint import Checkpoint, facts_of, read_config, refuse_pickle
+from lighten.model.files import check_links, inside
 from lighten.model.onnx_source import facts as onnx_facts
 from lighten.model.onnx_source import find_onnx
 from lighten.stage import Context, Estimate, ModelFacts, Step
@@ -53,6 +54,8 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
     path = Path(model).expanduser()
     if model.startswith("demo:"):
         path = _demo(model.removeprefix("demo:"))
+    if path.is_dir():
+        check_links(path)
     path = gguf_source.within(path) or path
     if path.suffix == ".gguf" or gguf_source.is_gguf(path):
         facts = gguf_source.measurable(path)
@@ -203,7 +206,7 @@ def _copy_directory(path: Path, out: Path, context: Context, *, keep_code: bool)
         if file.name not in (MANIFEST, "config.json") and not file.name.endswith(".index.json"):
             copy = out / file.relative_to(path)
             copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
+            shutil.copyfile(inside(file, path), copy)
     if (path / tokenizer_files.FILE).is_file() and not tokenizer_files.is_whole(path):
         whole = json.dumps(tokenizer_files.read_tokenizer(path), ensure_ascii=False)
         (out / tokenizer_files.FILE).write_text(whole, encoding="utf-8")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, RequestError, reading
+from lighten.model.files import inside, read_json
 
 Json = dict[str, Any]
 
@@ -45,7 +46,7 @@ def read_tokenizer(folder: Path) -> Json:
     path = folder / FILE
     if not path.is_file():
         raise RequestError(without(folder))
-    tokenizer = _read(path)
+    tokenizer = read_json(path)
     with reading(path, "fetch the model again"):
         tokenizer["model"].setdefault("type", "BPE")
         if missing := list(_missing(folder, tokenizer)):
@@ -57,7 +58,7 @@ def read_tokenizer(folder: Path) -> Json:
 def is_whole(folder: Path) -> bool:
     """Returns whether tokenizer.json has every token that the other files name; False too where there is none."""
     path = folder / FILE
-    return path.is_file() and not list(_missing(folder, _read(path)))
+    return path.is_file() and not list(_missing(folder, read_json(path)))
 
 
 def chat_templates(folder: Path) -> dict[str, str]:
@@ -69,11 +70,11 @@ def chat_templates(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for file, key in (("chat_template.json", "chat_template"), (SETTINGS, "chat_template")):
         if (folder / file).is_file():
-            found |= named_templates(_read(folder / file).get(key))
+            found |= named_templates(read_json(folder / file).get(key))
     if (folder / TEMPLATE).is_file():
-        found[DEFAULT] = _text(folder / TEMPLATE)
+        found[DEFAULT] = _text(inside(folder / TEMPLATE, folder))
     for path in sorted((folder / TEMPLATES).glob("*.jinja")):
-        found[path.stem] = _text(path)
+        found[path.stem] = _text(inside(path, folder))
     return dict(sorted(found.items(), key=lambda entry: (entry[0] != DEFAULT, entry[0])))
 
 
@@ -92,14 +93,14 @@ def copy_templates(source: Path, out: Path) -> None:
     """Copies the directory of further chat templates, where there is one."""
     for file in sorted((source / TEMPLATES).glob("*.jinja")):
         (out / TEMPLATES).mkdir(exist_ok=True)
-        shutil.copyfile(file, out / TEMPLATES / file.name)
+        shutil.copyfile(inside(file, source), out / TEMPLATES / file.name)
 
 
 def ends(folder: Path) -> list[int]:
     """Returns the ids that end a text by generation_config.json, or by config.json where that names none."""
     for file in ("generation_config.json", "config.json"):
         if (folder / file).is_file():
-            value = _read(folder / file).get("eos_token_id")
+            value = read_json(folder / file).get("eos_token_id")
             ids = value if isinstance(value, list) else [value]
             if found := [each for each in ids if isinstance(each, int) and not isinstance(each, bool)]:
                 return list(dict.fromkeys(found))
@@ -144,9 +145,9 @@ def _told(folder: Path) -> dict[str, Json]:
     """Returns the added tokens whose ids are told beside tokenizer.json, by content."""
     found: dict[str, Json] = {}
     if (folder / "added_tokens.json").is_file():
-        for content, index in _read(folder / "added_tokens.json").items():
+        for content, index in read_json(folder / "added_tokens.json").items():
             found[content] = {"id": int(index), "content": content, **dict.fromkeys(_FLAGS, False), "normalized": True}
-    decoder = _read(folder / SETTINGS).get("added_tokens_decoder") if (folder / SETTINGS).is_file() else None
+    decoder = read_json(folder / SETTINGS).get("added_tokens_decoder") if (folder / SETTINGS).is_file() else None
     for index, one in (decoder or {}).items():
         found[one["content"]] = {"id": int(index), "content": one["content"], **_flags(one)}
     special = _special(folder)
@@ -157,12 +158,12 @@ def _told(folder: Path) -> dict[str, Json]:
 
 def _special(folder: Path) -> dict[str, Json]:
     """Returns the flags of the special tokens that are named, by content: those that transformers adds by itself."""
-    settings = _read(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     lists = ("additional_special_tokens", "extra_special_tokens")
     named = {key: value for key, value in settings.items() if key in (*_NAMED, *lists)}
     path = folder / "special_tokens_map.json"
     if path.is_file() and "added_tokens_decoder" not in settings:
-        named = {**named, **_read(path)}
+        named = {**named, **read_json(path)}
     found: dict[str, Json] = {}
     for value in named.values():
         for one in _several(value):
@@ -210,16 +211,6 @@ def _check_ids(folder: Path, tokenizer: Json, added: list[Json]) -> None:
                 f"{folder}: the files beside {FILE} give the token {one['content']!r} the id {one['id']}, {why}; "
                 f"save the tokenizer again: {save_again(folder)}"
             )
-
-
-def _read(path: Path) -> Json:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Failure(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise Failure(f"{path} must hold a JSON object")
-    return value
 
 
 def _text(path: Path) -> str:
