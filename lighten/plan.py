@@ -222,8 +222,7 @@ class _Builder:
             raise RequestError(f"{found.name} is an ONNX directory: give the model that it was made from")
         facts = found.facts
         if found.kind == "gguf":
-            gguf_source.check(found.path)
-            facts = gguf_source.inspect(found.path)
+            facts = gguf_source.check(found.path)
         elif (found.path / tokenizer_files.FILE).is_file():
             tokenizer_files.read_tokenizer(found.path)
         step = Source(

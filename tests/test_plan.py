@@ -8,21 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from lighten.comparison.side import of_model
 from lighten.compress.teacher import Teacher
 from lighten.errors import RequestError
+from lighten.evaluate.settings import Evaluate, Perplexity
 from lighten.export import gguf
 from lighten.model.checkpoint import Checkpoint
-from lighten.pipeline import add_measurements
+from lighten.pipeline import Silent, add_measurements
 from lighten.plan import Plan, make_plan
 from lighten.recipe import parse
+from lighten.store import Store
 from lighten.verbs import measure
 from tests.conftest import SIZES, byte_level, write_tokenizer
 
 Tiny = Callable[..., Path]
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+PT = {"format": "pt"}
 GGUF = {"export": {"format": "gguf", "type": "F16"}}
 GPTQ = {"quantize": {"method": "gptq", "bits": 4, "group_size": 32}}
 
@@ -55,11 +60,16 @@ def test_an_architecture_that_cannot_be_swept_is_refused(qwen3: Path) -> None:
         plan(qwen3, GPTQ)
 
 
-def test_a_gguf_file_that_cannot_be_changed_is_refused_but_measured(blob: Path) -> None:
+def test_a_gguf_file_that_cannot_be_changed_is_refused_but_measured(blob: Path, qwen3: Path, tmp_path: Path) -> None:
+    """Also beside a baseline that fails, which has a reason of its own."""
     with pytest.raises(RequestError, match="'qwen3', which can be measured but not changed"):
         plan(blob, GGUF)
-    perplexity = {"length": 32, "samples": 2}
-    found = measure([str(blob)], perplexity=perplexity, device="cpu")["variants"][0]  # type: ignore[arg-type]
+    broken = Path(shutil.copytree(qwen3, tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": torch.full((32,), torch.nan)}, broken / "model.safetensors", PT)
+    asked = Perplexity(length=32, samples=2)
+    failed, found = measure([str(broken), str(blob)], perplexity=asked, device="cpu")["variants"]
+    assert "not finite" in failed["error"]
     assert (found["status"], found["runtime"], found["format"]) == ("ok", "llama.cpp", "gguf")
     assert found["bits_per_weight"] > 16
     assert found["perplexity"]["value"] > 1
@@ -106,3 +116,10 @@ def test_a_row_of_another_vocabulary_has_no_change(tmp_path: Path) -> None:
     assert row["vocabulary"] == "9 and 7 tokens"
     assert "delta" not in row
     assert "compare bits per byte, not perplexity" in row["notes"][0]
+
+
+def test_a_comparison_of_other_tokens_is_refused_before_it_is_measured(tiny: Tiny, tmp_path: Path) -> None:
+    base, other = tiny(**SMALL), tiny(pre="spm", **SMALL)
+    store = Store(tmp_path)
+    with pytest.raises(RequestError, match=r"another vocabulary .*id 3.*cannot be paired. `lighten evaluate`"):
+        of_model(str(other), Evaluate(), base, store=store, device="cpu", watcher=Silent())

@@ -354,8 +354,8 @@ def _open(path: Path) -> Header:
     return header
 
 
-def check(path: Path) -> None:
-    """Checks that a file can be read as a source, from its header alone: raises all that `convert` does before weights.
+def check(path: Path) -> ModelFacts:
+    """Returns the sizes of the model in a file that can be a source; raises all that `convert` does before weights.
 
     Raises:
         RequestError: no such file, not GGUF, or an architecture, a tokenizer or tensors that cannot be expressed.
@@ -366,6 +366,7 @@ def check(path: Path) -> None:
     tokenizer_table.tokenizer_json(header.fields)
     _config(header, facts)
     _names(header, facts)
+    return facts
 
 
 def inspect(path: Path) -> ModelFacts:
