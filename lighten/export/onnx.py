@@ -63,7 +63,7 @@ def write(source: Path, out: Path, step: Onnx, context: Context) -> dict[str, An
         for file in sorted((scratch / "graph").iterdir()):
             if file.is_file() and file.name not in (GRAPH, DATA):
                 shutil.copyfile(file, out / file.name)
-        tokenizer_files.copy_templates(source, out)
+        tokenizer_files.write_templates(tokenizer_files.chat_templates(source), out)
     _write_config(checkpoint.config, out)
     return {
         "format": "onnx",

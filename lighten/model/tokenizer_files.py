@@ -7,8 +7,9 @@ chat templates in four places. This is the one reader of them all.
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ TEMPLATES = "additional_chat_templates"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _SENTENCEPIECE = "tokenizer.model"
+_UNUSUAL = re.compile(r"[^\w-]")
+"""What has no place in the name of a file."""
 
 
 def save_again(folder: Path) -> str:
@@ -94,6 +97,14 @@ def copy_templates(source: Path, out: Path) -> None:
     for file in sorted((source / TEMPLATES).glob("*.jinja")):
         (out / TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(inside(file, source), out / TEMPLATES / file.name)
+
+
+def write_templates(templates: Mapping[str, str], out: Path) -> None:
+    """Writes chat templates where every reader looks first, whatever place they came from."""
+    for name, text in templates.items():
+        file = out / TEMPLATE if name == DEFAULT else out / TEMPLATES / f"{_UNUSUAL.sub('_', name)}.jinja"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
 
 
 def ends(folder: Path) -> list[int]:

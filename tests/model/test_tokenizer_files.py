@@ -111,6 +111,15 @@ def test_templates_are_found_in_all_four_places(model: Path) -> None:
     assert list(read(model).items()) == [("default", "its own"), ("rag", "other documents"), ("tool_use", "tools")]
 
 
+def test_templates_are_written_where_they_are_read_and_nowhere_else(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    given = {"default": "first", "rag": "second", "../../up": "third"}
+    tokenizer_files.write_templates(given, out)
+    assert tokenizer_files.chat_templates(out) == {"default": "first", "______up": "third", "rag": "second"}
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["out"]
+
+
 def test_further_templates_are_copied_and_part_of_the_identity(model: Path, tmp_path: Path) -> None:
     plain = source.find(str(model)).identity
     (model / "additional_chat_templates").mkdir()
