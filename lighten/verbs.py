@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lighten.compress.sweep import Sweep
-from lighten.errors import Failure, LightenError, RequestError
+from lighten.errors import DiskFull, Failure, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.paired import RESULT
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
+from lighten.locks import scratch_beside
 from lighten.model import gguf_source
 from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, find
@@ -59,18 +60,19 @@ def one_step(
     watcher = watcher or Silent()
     predictor = Predictor(store)
     watcher.planned(todo, {stage.key: predictor.predict(stage).seconds for stage in todo.stages})
-    builder = build_all(todo, store, predictor, choose_device(device), watcher)
-    stage = todo.artifacts["result"]
-    if stage.key in builder.failed:
-        raise Failure(builder.failed[stage.key])
-    return _copy_out(builder.done[stage.key], target)
+    with store.lease(stage.key for stage in todo.stages):
+        builder = build_all(todo, store, predictor, choose_device(device), watcher)
+        stage = todo.artifacts["result"]
+        if stage.key in builder.failed:
+            raise Failure(builder.failed[stage.key])
+        return _copy_out(builder.done[stage.key], target)
 
 
 def _copy_out(artifact: Artifact, target: Path) -> Artifact:
     """Copies an artifact to where the person asked for it, under a temporary name first."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-        copy = Path(folder) / target.name
+    with scratch_beside(target) as folder:
+        copy = folder / target.name
         shutil.copytree(artifact.path, copy, copy_function=shutil.copyfile)
         os.chmod(copy, 0o755)
         copy.rename(target)
@@ -199,6 +201,8 @@ def _measure_one(
             paired = not is_baseline and (hidden / RESULT).is_file()  # its own row says why it was not measured
             measured.append((kind, out, hidden if paired else None))
         add_measurements(row, measured, is_baseline)
+    except DiskFull:
+        raise
     except LightenError as error:
         row |= {"status": "failed", "error": str(error)}
     return row
