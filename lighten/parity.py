@@ -205,13 +205,13 @@ def _compare_chats(name: str, ours: Words, theirs: Words) -> tuple[str, str]:
     """Returns whether two templates of one name write the same, and what there is to say of it."""
     told = [(_rendered(ours, name, chat), _rendered(theirs, name, chat)) for chat in CHATS]
     which = "chat template" if name == DEFAULT else f"chat template {name}"
+    if (name in ours.render) != (name in theirs.render):
+        return "differs", f"it has {'a' if name in theirs.render else 'no'} {which}, unlike the source"
     for expected, found in told:
         if expected != found:
             return "differs", f"its {which} writes {found!r} instead of {expected!r}"
-    if name in ours.render and name in theirs.render and any(mine is not None for mine, _ in told):
+    if any(mine is not None for mine, _ in told):
         return "same", ""
-    if (name in ours.render) != (name in theirs.render):
-        return "differs", f"it has {'a' if name in theirs.render else 'no'} {which}, unlike the source"
     return "refuses", f"the {which} refuses every chat that was tried: it could not be compared"
 
 
