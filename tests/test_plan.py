@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ GPTQ = {"quantize": {"method": "gptq", "bits": 4, "group_size": 32}}
 
 def plan(model: Path, *steps: dict[str, Any]) -> Plan:
     value = {"name": "r", "model": str(model), "calibration": {"samples": 4, "length": 32}, "variants": {"v": [*steps]}}
-    return make_plan(parse(json.dumps(value), "r.yaml"))
+    return make_plan(parse(value))
 
 
 @pytest.fixture(scope="module")
@@ -122,4 +123,4 @@ def test_a_comparison_of_other_tokens_is_refused_before_it_is_measured(tiny: Tin
     base, other = tiny(**SMALL), tiny(pre="spm", **SMALL)
     store = Store(tmp_path)
     with pytest.raises(RequestError, match=r"another vocabulary .*id 3.*cannot be paired. `lighten evaluate`"):
-        of_model(str(other), Evaluate(), base, store=store, device="cpu", watcher=Silent())
+        of_model(str(other), Evaluate(), base, store=store, device="cpu", watcher=Silent(), kept=ExitStack())

@@ -89,11 +89,11 @@ def _rise(results: Results, variant: Variant) -> float | None:
         delta = results.perplexity_change(variant)
         return delta.relative if delta else None
     ours = variant.perplexity
-    if ours is None:
+    if ours is None or variant.vocabulary:
         return None
-    values = [other.perplexity.value for other in results.measured if other.perplexity]
-    alike = all(other.perplexity.comparable(ours) for other in results.measured if other.perplexity)
-    return ours.value / min(values) - 1 if alike else None
+    others = [other.perplexity for other in results.measured if other.perplexity and not other.vocabulary]
+    alike = [other.value for other in others if other.comparable(ours)]
+    return ours.value / min(alike) - 1 if len(alike) == len(others) else None
 
 
 def _cost(results: Results, variant: Variant) -> str:
