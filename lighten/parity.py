@@ -337,11 +337,11 @@ def _gguf_words(path: Path) -> Words:
     names = {name: "" if index is None else str(tokens[index]) for name, index in ids.items()}
 
     def render(name: str, chat: Chat) -> str:
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+        from transformers.utils.chat_template_utils import render_jinja_template
 
-        formatter = Jinja2ChatFormatter(template=templates[name], eos_token=names["eos"], bos_token=names["bos"])
-        prompt = formatter(messages=chat).prompt
-        return str(prompt)
+        tokens = {"bos_token": names["bos"], "eos_token": names["eos"]}
+        rendered, _ = render_jinja_template([chat], chat_template=templates[name], add_generation_prompt=True, **tokens)
+        return str(rendered[0])
 
     full = all(f"tokenizer.ggml.{name}_token_id" in fields for name in ("eot", "eom"))
     renders = {name: partial(render, name) for name in templates}
