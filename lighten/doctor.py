@@ -169,7 +169,7 @@ class _Examiner:
         predicted = {stage.key: self.predictor.predict(stage).seconds for stage in stages}
         self.watcher.planned(plan, predicted)
         self.kept.enter_context(self.store.lease(stage.key for stage in stages))
-        builder = build_all(plan, self.store, self.predictor, self.device, self.watcher)
+        builder = build_all(plan, self.store, self.predictor, self.device, self.watcher, list(predicted))
         if builder.failed:
             raise Failure(next(iter(builder.failed.values())))
         return builder

@@ -244,7 +244,10 @@ def _gptqmodel(opening: Opening) -> Answer:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "3")  # with fewer it fails on a machine of two cores
     from gptqmodel import GPTQModel
 
-    found = GPTQModel.load(str(opening.path), device=opening.device, trust_remote_code=opening.trust_remote_code)
+    from lighten.model.loading import readable
+
+    with readable(opening.path) as folder:
+        found = GPTQModel.load(str(folder), device=opening.device, trust_remote_code=opening.trust_remote_code)
     return _forward(found.model, opening)
 
 
@@ -280,8 +283,10 @@ def _other_task(opening: Opening) -> Answer:
     import torch
     import transformers
 
+    from lighten.model.loading import from_pretrained
+
     name = transformers.AutoConfig.from_pretrained(opening.path, local_files_only=True).architectures[0]
-    model = getattr(transformers, name).from_pretrained(opening.path, use_safetensors=True, local_files_only=True)
+    model = from_pretrained(getattr(transformers, name), opening.path)
     ids = torch.from_numpy(opening.ids()).to(opening.device)[None]
     asked = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
     with torch.inference_mode():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from lighten.evaluate import machine, paired
 from lighten.evaluate.options import lacking
 from lighten.evaluate.settings import Speed
 from lighten.links import point
+from lighten.model.source import Source
 from lighten.plan import TIMED, Plan, Predictor, Stage, make_plan, measuring_packages, this_machine, what
 from lighten.process import Outcome, run_isolated, warm
 from lighten.recipe import BASELINE, Recipe, load
@@ -72,6 +74,7 @@ class Builder:
         watcher: Watcher,
         source: dict[str, Any],
         trusted: bool,
+        fatal: Collection[str] = (),
     ) -> None:
         self.store = store
         self.device = device
@@ -79,12 +82,16 @@ class Builder:
         self.predictor = predictor
         self.source = source
         self.trusted = trusted
+        self.fatal = fatal
+        """Keys of stages whose failure ends the command, which says why: the watcher need not."""
+        self.names: dict[str, str] = {}
         self.failed: dict[str, str] = {}
         self.done: dict[str, Artifact] = {}
         self.cached: set[str] = set()
 
     def build(self, stage: Stage) -> Artifact | None:
         """Returns the object of a stage, building it if the store has no sound one; None if it failed."""
+        self.names[stage.key] = stage.step.model if isinstance(stage.step, Source) else stage.name
         broken = next((parent for parent in stage.parents if parent.key in self.failed), None)
         if broken:
             self.failed[stage.key] = f"needs {broken.name}, which failed: {self.failed[broken.key]}"
@@ -97,14 +104,25 @@ class Builder:
                     self.watcher.ended(stage, None, None)
                 else:
                     artifact = self._run(stage)
-        except (RequestError, DiskFull):
+        except DiskFull:
             raise
+        except RequestError as error:
+            raise RequestError(self.in_words(str(error))) from error
         except LightenError as error:
-            self.failed[stage.key] = str(error)
-            self.watcher.ended(stage, None, str(error))
+            self.failed[stage.key] = self.in_words(str(error))
+            self.watcher.ended(stage, None, "failed" if stage.key in self.fatal else self.failed[stage.key])
             return None
         self.done[stage.key] = artifact
         return artifact
+
+    def in_words(self, message: str) -> str:
+        """Returns a message with the names of models and stages in place of where the store keeps them."""
+        places = {
+            str(place) for place in (self.store.objects, self.store.objects.absolute(), self.store.objects.resolve())
+        }
+        where = "|".join(re.escape(place) for place in sorted(places, key=len, reverse=True))
+        stored = re.compile(rf"(?:{where})/(?:\.tmp-)?([0-9a-f]{{64}})(?:-\w+)?")
+        return stored.sub(lambda found: self.names.get(found[1], found[0]), message)
 
     @contextlib.contextmanager
     def _locked(self, stage: Stage) -> Iterator[None]:
@@ -173,8 +191,9 @@ class Builder:
             )
         except RequestError as error:  # what no loader reads is a row that says so, and no end of the run
             raise Failure(str(error)) from error
-        write_json(out / paired.RESULT, {"measurement": "loaders", "loads": found.loads})
-        return Outcome({"loads": found.loads}, time.monotonic() - begin, found.peak_rss_bytes)
+        loads = [{**load, "error": load["error"] and self.in_words(load["error"])} for load in found.loads]
+        write_json(out / paired.RESULT, {"measurement": "loaders", "loads": loads})
+        return Outcome({"loads": loads}, time.monotonic() - begin, found.peak_rss_bytes)
 
     def _compared(self, promised: dict[str, Any], stage: Stage, out: Path, outcome: Outcome, report: Report) -> Outcome:
         """Returns the outcome with what was found when an export was compared with its source.
@@ -275,11 +294,11 @@ def run(
     predictor = Predictor(store)
     predicted = {stage.key: predictor.predict(stage) for stage in todo.stages}
     watcher.planned(todo, {key: prediction.seconds for key, prediction in predicted.items()})
+    root = todo.artifacts[BASELINE]
     with store.lease(stage.key for stage in todo.stages):
         if any(store.find(stage.key) is None for stage in todo.stages):
             warm()
-        builder = build_all(todo, store, predictor, chosen, watcher)
-        root = todo.artifacts[BASELINE]
+        builder = build_all(todo, store, predictor, chosen, watcher, {root.key})
         if root.key in builder.failed:
             raise Failure(builder.failed[root.key])
         results = _results(todo, builder, predicted, Addition(todo.recipe.evaluate, watcher))
@@ -287,10 +306,15 @@ def run(
             return _publish(todo, builder, results, store, watcher)
 
 
-def build_all(todo: Plan, store: Store, predictor: Predictor, device: str, watcher: Watcher) -> Builder:
-    """Builds every stage of a plan, measurements last; call while the store has a lease of their keys."""
+def build_all(
+    todo: Plan, store: Store, predictor: Predictor, device: str, watcher: Watcher, fatal: Collection[str] = ()
+) -> Builder:
+    """Builds every stage of a plan, measurements last; call while the store has a lease of their keys.
+
+    The failure of a `fatal` one is for the caller to tell.
+    """
     source = {"id": todo.source.name, "revision": todo.recipe.revision, "identity": todo.source.identity}
-    builder = Builder(store, predictor, device, watcher, source, todo.recipe.trust_remote_code)
+    builder = Builder(store, predictor, device, watcher, source, todo.recipe.trust_remote_code, fatal)
     for stage in sorted(todo.stages, key=lambda stage: stage.measure is not None):
         builder.build(stage)
     return builder

@@ -6,6 +6,7 @@ import datetime
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def one_step(
     calibration: dict[str, Any] | None = None,
     artifacts: str | Path = "artifacts",
     device: str = "auto",
+    merge_adapter: bool = False,
     watcher: Watcher | None = None,
 ) -> Artifact:
     """Runs one step on a model and leaves a copy of the artifact in `out`.
@@ -54,14 +56,15 @@ def one_step(
     parse_settings(step_class(kind, settings), settings, command)
     swept = parse_settings(Sweep, calibration or {}, command)
     variants = {"result": [{kind: settings}]}
-    recipe = Recipe(name=kind, model=model, calibration=swept, variants=variants)
+    recipe = Recipe(name=kind, model=model, merge_adapter=merge_adapter, calibration=swept, variants=variants)
     todo = make_plan(recipe)
     store = Store(Path(artifacts))
     watcher = watcher or Silent()
     predictor = Predictor(store)
     watcher.planned(todo, {stage.key: predictor.predict(stage).seconds for stage in todo.stages})
-    with store.lease(stage.key for stage in todo.stages):
-        builder = build_all(todo, store, predictor, choose_device(device), watcher)
+    keys = [stage.key for stage in todo.stages]
+    with store.lease(keys):
+        builder = build_all(todo, store, predictor, choose_device(device), watcher, keys)
         stage = todo.artifacts["result"]
         if stage.key in builder.failed:
             raise Failure(builder.failed[stage.key])
@@ -109,6 +112,7 @@ def measure(
     price_per_hour: float | None = None,
     currency: str = "USD",
     device: str = "auto",
+    merge_adapter: bool = False,
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
     """Measures any model directories, .gguf or .onnx files; the first one is the baseline of the others.
@@ -127,9 +131,11 @@ def measure(
     asked += [("accuracy", task) for task in settings.accuracy]
     if settings.speed:
         asked.append(("speed", settings.speed))
-    found = [find(path) for path in paths]
+    found = [find(path, merge_adapter=merge_adapter) for path in paths]
     for source in found:
         check_measurable(source.facts, settings, source.name)
+        for note in source.notes:
+            watcher.say(f"{source.name}: {note}")
     for task in settings.accuracy:
         look(task)
     chosen = choose_device(device)
@@ -138,6 +144,7 @@ def measure(
     rows: list[dict[str, Any]] = []
     addition = Addition(settings, watcher)
     with tempfile.TemporaryDirectory(prefix="lighten-") as scratch:
+        found = [_merged(source, Path(scratch) / f"merged-{n}", watcher) for n, source in enumerate(found)]
         for number, source in enumerate(found):
             rows.append(_measure_one(source, found[0], number, asked, Path(scratch), chosen, watcher))
             addition.to(rows[-1], source.path, source.facts)
@@ -159,6 +166,26 @@ def measure(
     return Results.model_validate(results).model_dump(mode="json")
 
 
+def _merged(source: Found, out: Path, watcher: Watcher) -> Found:
+    """Returns a source as it is, or a directory with its adapter merged."""
+    if not source.adapter:
+        return source
+    watcher.say(f"merging {source.name}")
+    settings = {
+        "model": source.name,
+        "path": str(source.path),
+        "format": "directory",
+        "identity": source.identity,
+        "dtype": source.dtype,
+        "surplus": source.surplus,
+        "adapter": str(source.adapter),
+    }
+    out.mkdir()
+    payload = {"kind": "source", "settings": settings, "inputs": {}, "out": str(out), "scratch": None, "device": "cpu"}
+    run_isolated("lighten.steps:run_step", {**payload, "trust_remote_code": False})
+    return replace(source, path=out, adapter=None)
+
+
 def _measure_one(
     source: Found,
     baseline: Found,
@@ -171,7 +198,7 @@ def _measure_one(
     is_baseline = number == 0
     row = {"name": "baseline" if is_baseline else source.path.name, "status": "ok", **describe_source(source)}
     measured: list[tuple[Any, Path, Path | None]] = []
-    for note in row["notes"]:
+    for note in row["notes"][len(source.notes) :]:  # the others were said before
         watcher.say(f"{source.name}: {note}")
     try:
         for position, (kind, settings) in enumerate(asked):
@@ -219,7 +246,7 @@ def describe_source(source: Found) -> dict[str, Any]:
         "size_bytes": sum(file.stat().st_size for file in files),
         "bits_per_weight": 8 * weights / source.facts.params,
         "params": source.facts.params,
-        "notes": gguf_source.doubts(source.path) if source.kind == "gguf" else [],
+        "notes": [*source.notes, *(gguf_source.doubts(source.path) if source.kind == "gguf" else [])],
     }
 
 

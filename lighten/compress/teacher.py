@@ -104,10 +104,12 @@ def open_teacher(path: Path, context: Context, rows: int | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     from lighten.model import attention
+    from lighten.model.loading import from_pretrained
     from lighten.model.stream import fast_dtype
 
     model: Any = (
-        AutoModelForCausalLM.from_pretrained(
+        from_pretrained(
+            AutoModelForCausalLM,
             path,
             dtype=fast_dtype(context.device),
             attn_implementation=attention.NAME,
