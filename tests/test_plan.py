@@ -95,6 +95,10 @@ def test_a_teacher_whose_rows_are_padded_is_taken_and_cut(tiny: Tiny, tmp_path: 
     config = json.loads((teacher / "config.json").read_text())
     rows = Checkpoint(model).facts.vocab
     (teacher / "config.json").write_text(json.dumps({**config, "vocab_size": rows + 64}))
+    tensors = load_file(teacher / "model.safetensors")
+    padding = torch.zeros(64, SMALL["hidden_size"])
+    padded = {name: torch.cat([tensors[name], padding]) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    save_file({**tensors, **padded}, teacher / "model.safetensors", PT)
     found = plan(model, {"distill": {"teacher": str(teacher)}})
     asked = next(stage.step for stage in found.stages if isinstance(stage.step, Teacher))
     assert asked.rows == rows
