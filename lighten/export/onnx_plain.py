@@ -93,7 +93,9 @@ def _open(source: Path, facts: ModelFacts, dtype: torch.dtype, trusted: bool) ->
     from lighten.model.loading import from_pretrained
 
     name = facts.architecture
-    found = getattr(transformers, name, None)
+    found: Any = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        found = None  # the name is the file's: no other class is called
     if found is None and facts.family == "causal":
         found = transformers.AutoModelForCausalLM
     if found is None:

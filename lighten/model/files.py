@@ -93,7 +93,7 @@ def read_json(path: Path, advice: str = "fetch or save it again") -> dict[str, A
         refuse_pointer(path)
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (OSError, ValueError) as error:
-        raise Failure(f"{path} is not readable JSON ({error}): {advice}") from error
+        raise Failure(f"{path} is damaged (not readable JSON: {error}): {advice}") from error
     except RecursionError as error:
         raise Failure(f"{path} is nested too deep to be what it should be: {advice}") from error
     if not isinstance(value, dict):

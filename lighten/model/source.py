@@ -19,6 +19,7 @@ from lighten.errors import Failure, RequestError, check_names
 from lighten.links import follow
 from lighten.model import tokenizer_files
 from lighten.model.checkpoint import Checkpoint, read_config
+from lighten.model.config_checks import refuse_code
 from lighten.model.files import check_links, inside
 from lighten.model.forms import HEAD
 from lighten.model.hub import fetch
@@ -107,6 +108,8 @@ def find(
     else:
         raise RequestError(f"{model}: no such model here; give a directory, a .gguf file, a hub id, or demo:NAME")
     checkpoint = Checkpoint(path)
+    if not trust_remote_code:
+        refuse_code(checkpoint.config, path / "config.json")
     facts = checkpoint.facts
     if facts.family != "causal":
         facts = replace(facts, counted=checkpoint.count())
@@ -326,5 +329,6 @@ def _changed(before: torch.Tensor, after: torch.Tensor) -> int:
 def _licence(path: Path) -> str | None:
     """Returns the licence that a model card's front matter names, if there is one."""
     card = path / "README.md"
-    found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.search(r"^license:\s*(\S+)", text, re.MULTILINE)
     return found.group(1) if found else None

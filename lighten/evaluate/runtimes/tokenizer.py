@@ -16,10 +16,11 @@ class HfTokenizer:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # its parts in Rust raise nothing more special
             if not (path / tokenizer_files.FILE).is_file():
                 raise RequestError(tokenizer_files.without(path)) from error
-            raise RequestError(f"{path} has no tokenizer that transformers can read: {error}") from error
+            reason = " ".join(str(error).split())[:400]
+            raise RequestError(f"{path} has no tokenizer that transformers can read: {reason}") from error
         first = self._tokenizer("a", add_special_tokens=True)["input_ids"][0]
         self.bos: int | None = int(first) if first == self._tokenizer.bos_token_id else None
         self.eos: int | None = self._tokenizer.eos_token_id
