@@ -68,6 +68,9 @@ class Teacher(Step):
         """
         import torch
 
+        from lighten.model import accelerator
+
+        accelerator.deterministic(context.device)
         ids = _sequences(source.path, self.data, self.samples, self.length)
         with torch.inference_mode():
             model = open_teacher(source.path, context, self.rows) if self.top_k or self.written else None

@@ -51,11 +51,11 @@ def _perplexity(payload: dict[str, Any], model: Path, out: Path, report: Report)
     from safetensors.numpy import save_file
 
     from lighten.evaluate import documents, perplexity
-    from lighten.evaluate.runtimes import open_runtime, open_tokenizer
+    from lighten.evaluate.runtimes import open_tokenizer
 
     settings = Perplexity(**payload["config"])
     other = _other_vocabulary(payload)
-    runtime = open_runtime(model, device=payload["device"], trust_remote_code=payload.get("trust_remote_code", False))
+    runtime = _for_quality(model, payload)
     reference = None if other else payload.get("reference")
     if reference and not (Path(reference["hidden"]) / perplexity.HIDDEN).is_file():
         reference = None  # its own measurement says why
@@ -95,11 +95,22 @@ def _vocabulary(other: str | None) -> dict[str, Any]:
     return {"vocabulary": other} if other else {}
 
 
+def _for_quality(model: Path, payload: dict[str, Any]) -> Runtime:
+    from lighten.evaluate.runtimes import open_runtime
+
+    return open_runtime(
+        model,
+        device=payload["device"],
+        trust_remote_code=payload.get("trust_remote_code", False),
+        arithmetic=payload.get("arithmetic"),
+    )
+
+
 def _accuracy(payload: dict[str, Any], model: Path, out: Path, report: Report) -> dict[str, Any]:
     from safetensors.numpy import save_file
 
     from lighten.evaluate import accuracy
-    from lighten.evaluate.runtimes import open_runtime, open_tokenizer
+    from lighten.evaluate.runtimes import open_tokenizer
 
     settings, scorer = Accuracy(**payload["config"]), accuracy.measure
     if settings.harness:
@@ -107,7 +118,7 @@ def _accuracy(payload: dict[str, Any], model: Path, out: Path, report: Report) -
 
         scorer = harness.measure
     other = _other_vocabulary(payload)
-    runtime = open_runtime(model, device=payload["device"], trust_remote_code=payload.get("trust_remote_code", False))
+    runtime = _for_quality(model, payload)
     tokenizer = open_tokenizer(model if other else Path(payload["tokenizer"]))
     measured = scorer(runtime, tokenizer, settings, report)
     save_file(measured.values, out / VALUES)
