@@ -117,6 +117,8 @@ class Step(AnyCase):
     version: ClassVar[int]
     calibrated: ClassVar[bool] = True
     """Whether the calibration set is of any use to it."""
+    computes: ClassVar[bool] = True
+    """Whether it computes on the device that was chosen: what it writes, and so its key, depends on that then."""
     causal_only: ClassVar[bool] = True
     """Whether it reads decoder-only language models and no others."""
 
@@ -158,6 +160,12 @@ class Step(AnyCase):
 
     def check(self, facts: ModelFacts) -> None:
         """Raises RequestError if these settings cannot be used on such a model."""
+
+    def check_files(self, folder: Path, facts: ModelFacts) -> None:
+        """Raises RequestError for what the step cannot read in the directory that the model comes from.
+
+        It is called before anything is copied.
+        """
 
     def result(self, facts: ModelFacts) -> ModelFacts:
         """Returns the sizes of what the step makes of such a model, as far as they are known before."""

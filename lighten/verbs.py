@@ -13,12 +13,15 @@ from typing import Any
 from lighten.compress.sweep import Sweep
 from lighten.errors import DiskFull, Failure, LightenError, RequestError
 from lighten.evaluate import machine
+from lighten.evaluate.paired import RESULT
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.locks import scratch_beside
+from lighten.model import gguf_source
+from lighten.model.accelerator import Device
 from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, find
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
-from lighten.plan import Predictor, check_measurable, look, make_plan
+from lighten.plan import Predictor, arithmetic, check_measurable, check_memory, look, make_plan
 from lighten.process import run_isolated
 from lighten.recipe import Recipe, parse_settings
 from lighten.report.results import Results
@@ -55,14 +58,16 @@ def one_step(
     swept = parse_settings(Sweep, calibration or {}, command)
     variants = {"result": [{kind: settings}]}
     recipe = Recipe(name=kind, model=model, merge_adapter=merge_adapter, calibration=swept, variants=variants)
-    todo = make_plan(recipe)
-    store = Store(Path(artifacts))
     watcher = watcher or Silent()
-    predictor = Predictor(store)
+    chosen = choose_device(device, watcher)
+    todo = make_plan(recipe, device=chosen)
+    check_memory(todo)
+    store = Store(Path(artifacts))
+    predictor = Predictor(store, chosen)
     watcher.planned(todo, {stage.key: predictor.predict(stage).seconds for stage in todo.stages})
     keys = [stage.key for stage in todo.stages]
     with store.lease(keys):
-        builder = build_all(todo, store, predictor, choose_device(device), watcher, keys)
+        builder = build_all(todo, store, predictor, chosen.name, watcher, keys)
         stage = todo.artifacts["result"]
         if stage.key in builder.failed:
             raise Failure(builder.failed[stage.key])
@@ -136,15 +141,16 @@ def measure(
             watcher.say(f"{source.name}: {note}")
     for task in settings.accuracy:
         look(task)
-    chosen = choose_device(device)
+    chosen = choose_device(device, watcher)
     if any(source.kind == "directory" for source in found):
-        check_options(settings.speed, chosen)
+        check_options(settings.speed, chosen.name)
+    wanted = arithmetic(max(source.facts.params for source in found), chosen)
     rows: list[dict[str, Any]] = []
     addition = Addition(settings, watcher)
     with tempfile.TemporaryDirectory(prefix="lighten-") as scratch:
         found = [_merged(source, Path(scratch) / f"merged-{n}", watcher) for n, source in enumerate(found)]
         for number, source in enumerate(found):
-            rows.append(_measure_one(source, found[0], number, asked, Path(scratch), chosen, watcher))
+            rows.append(_measure_one(source, found[0], number, asked, Path(scratch), chosen, wanted, watcher))
             addition.to(rows[-1], source.path, source.facts)
     if rows[0]["status"] == "ok":
         for row in rows[1:]:
@@ -190,12 +196,15 @@ def _measure_one(
     number: int,
     asked: list[tuple[str, Perplexity | Accuracy | Speed]],
     scratch: Path,
-    device: str,
+    device: Device,
+    wanted: str | None,
     watcher: Watcher,
 ) -> dict[str, Any]:
     is_baseline = number == 0
     row = {"name": "baseline" if is_baseline else source.path.name, "status": "ok", **describe_source(source)}
-    measured = []
+    measured: list[tuple[Any, Path, Path | None]] = []
+    for note in row["notes"][len(source.notes) :]:  # the others were said before
+        watcher.say(f"{source.name}: {note}")
     try:
         for position, (kind, settings) in enumerate(asked):
             out = scratch / f"{number}-{position}"
@@ -208,15 +217,22 @@ def _measure_one(
                 "model": str(source.path),
                 "tokenizer": str(baseline.path),
                 "out": str(out),
-                "device": device,
+                "device": device.name,
+                "arithmetic": wanted,
                 "reference": {"hidden": str(hidden), "model": str(baseline.path)}
                 if comparable and not is_baseline
                 else None,
                 "save_hidden": comparable and is_baseline,
             }
             watcher.say(f"{settings.told} of {source.name}")
-            run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed")
-            measured.append((kind, out, None if is_baseline else hidden))
+            value = run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed").value
+            if value.get("vocabulary") and not measured:
+                watcher.say(
+                    f"{source.name} has another vocabulary than {baseline.name} ({value['vocabulary']}): each is "
+                    "measured on its own tokens; compare bits per byte, not perplexity"
+                )
+            paired = not is_baseline and (hidden / RESULT).is_file()  # its own row says why it was not measured
+            measured.append((kind, out, hidden if paired else None))
         add_measurements(row, measured, is_baseline)
     except DiskFull:
         raise
@@ -228,7 +244,7 @@ def _measure_one(
 def describe_source(source: Found) -> dict[str, Any]:
     """Returns the columns of a row of a model that lies anywhere, as far as they need no measuring."""
     files = [file for file in source.path.rglob("*") if file.is_file()] if source.path.is_dir() else [source.path]
-    weights = sum(file.stat().st_size for file in files if file.name.endswith(WEIGHTS))
+    weights = sum(file.stat().st_size for file in files if file.name.endswith(WEIGHTS) or gguf_source.is_gguf(file))
     return {
         "path": str(source.path),
         "error": None,
@@ -236,7 +252,7 @@ def describe_source(source: Found) -> dict[str, Any]:
         "size_bytes": sum(file.stat().st_size for file in files),
         "bits_per_weight": 8 * weights / source.facts.params,
         "params": source.facts.params,
-        "notes": list(source.notes),
+        "notes": [*source.notes, *(gguf_source.doubts(source.path) if source.kind == "gguf" else [])],
     }
 
 
@@ -273,7 +289,7 @@ def profile(
     payload = {
         "model": str(found.path),
         "out": str(out.resolve()),
-        "device": choose_device(device),
+        "device": choose_device(device).name,
         "prompt": prompt,
         "steps": steps,
     }

@@ -215,17 +215,22 @@ class Distill(Step):
         from lighten.compress.student import Student, check_vocabularies
         from lighten.compress.teacher import Lessons, open_teacher
         from lighten.compress.training import Trainer
+        from lighten.model import accelerator
         from lighten.model.checkpoint import Checkpoint
         from lighten.model.shards import ShardWriter
 
+        accelerator.deterministic(context.device)
         checkpoint = Checkpoint(source.path)
         if checkpoint.quantization:
             raise RequestError(f"this model is {source.format}: distil the one that it was made from")
         assert context.teacher and context.lessons and context.scratch
         check_vocabularies(source.path, context.teacher)
         student = Student(self, source.path, context)
-        teacher = open_teacher(context.teacher, context) if self.runs_along else None
-        trainer = Trainer(self, student, Lessons(context.lessons), teacher, context, context.scratch)
+        teacher = open_teacher(context.teacher, context, checkpoint.facts.vocab) if self.runs_along else None
+        lessons = Lessons(context.lessons)
+        if (largest := int(lessons.ids.max())) >= checkpoint.facts.vocab:
+            raise RequestError(f"the text has the token {largest}, for which the student has no row: take another text")
+        trainer = Trainer(self, student, lessons, teacher, context, context.scratch)
         trainer.run()
         best = context.scratch / "best.safetensors"
         if not best.exists():

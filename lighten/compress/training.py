@@ -22,6 +22,7 @@ from lighten.compress.student import Student, finite
 from lighten.compress.teacher import Lessons, batches, last_states
 from lighten.files import flush
 from lighten.links import link_or_copy
+from lighten.model import accelerator
 from lighten.model.stream import fast_dtype
 from lighten.process import keep_freed_memory
 from lighten.stage import Context
@@ -33,6 +34,8 @@ POINTS = 200
 """Of the loss curve, at most about."""
 PARTS = 4
 """Layers whose hidden states are compared, evenly spread, the last one among them."""
+NEVER = -1e4
+"""Log-probability of rows that only pad a head: next to none, and finite."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,7 +66,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             weights, lr=step.lr, betas=(0.9, step.beta2), weight_decay=step.weight_decay, foreach=False, fused=True
         )
-        self.scaler = torch.amp.GradScaler(context.device, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(accelerator.kind(context.device), enabled=self.dtype == torch.float16)
         self.done = 0
         self.best: float | None = None
         self.curve: list[dict[str, float]] = []
@@ -174,7 +177,7 @@ class Trainer:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(torch.device(self.context.device).type, self.dtype)
+        return torch.autocast(accelerator.kind(self.context.device), self.dtype)
 
     def _derive(self, sequences: list[int], of: int) -> Sums:
         """Adds the derivatives of the loss of some sequences, `of` of which make a step, to every weight's `grad`."""
@@ -216,7 +219,10 @@ class Trainer:
             parts = [losses.hidden_distance(ours, theirs, module) for ours, theirs, module in pairs]
             extra = torch.stack(parts).mean()
         states = said.last_hidden_state[:, :-1].flatten(0, 1)
-        return (_Live(self.teacher.lm_head, states, self.step.temperature) if self._taught else None), extra
+        if not self._taught:
+            return None, extra
+        rows = self.student.core.config.vocab_size
+        return _Live(self.teacher.lm_head, states, self.step.temperature, rows), extra
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -329,14 +335,15 @@ class Trainer:
 
 
 class _Live:
-    """A teacher's distributions, computed for the positions that are asked for."""
+    """A teacher's distributions, computed for the positions that are asked for, over the rows of the student's head."""
 
-    def __init__(self, head: nn.Module, states: torch.Tensor, temperature: float) -> None:
-        self.head, self.states, self.temperature = head, states, temperature
+    def __init__(self, head: nn.Module, states: torch.Tensor, temperature: float, rows: int) -> None:
+        self.head, self.states, self.temperature, self.rows = head, states, temperature, rows
 
     @torch.no_grad()
     def __getitem__(self, rows: slice) -> torch.Tensor:
-        return nn.functional.log_softmax(self.head(self.states[rows]).float() / self.temperature, -1)
+        found = nn.functional.log_softmax(self.head(self.states[rows]).float() / self.temperature, -1)
+        return nn.functional.pad(found, (0, self.rows - found.shape[-1]), value=NEVER)
 
 
 def _join(targets: list[Targets], device: str) -> Targets:
