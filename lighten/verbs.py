@@ -12,12 +12,15 @@ from typing import Any
 
 from lighten.compress.sweep import Sweep
 from lighten.errors import DiskFull, Failure, LightenError, RequestError
-from lighten.evaluate import machine
+from lighten.evaluate import harness, machine
+from lighten.evaluate.paired import RESULT
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.locks import scratch_beside
+from lighten.model import gguf_source
 from lighten.model.accelerator import Device
 from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, find
+from lighten.names import as_name
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
 from lighten.plan import Predictor, arithmetic, check_measurable, check_memory, look, make_plan
 from lighten.process import run_isolated
@@ -26,6 +29,7 @@ from lighten.report.results import Results
 from lighten.roofline import Addition
 from lighten.steps import step_class
 from lighten.store import Artifact, Store, read_artifact
+from lighten.trust import check_tasks
 
 
 def one_step(
@@ -39,10 +43,12 @@ def one_step(
     device: str = "auto",
     merge_adapter: bool = False,
     watcher: Watcher | None = None,
+    trust_remote_code: bool = False,
 ) -> Artifact:
     """Runs one step on a model and leaves a copy of the artifact in `out`.
 
     The stages are kept in the store at `artifacts`, so that another step on the same model shares the sweep.
+    `trust_remote_code` lets the code run that comes with the models that are named.
 
     Raises:
         RequestError: a wrong setting, or `out` exists already.
@@ -56,6 +62,8 @@ def one_step(
     swept = parse_settings(Sweep, calibration or {}, command)
     variants = {"result": [{kind: settings}]}
     recipe = Recipe(name=kind, model=model, merge_adapter=merge_adapter, calibration=swept, variants=variants)
+    if trust_remote_code:
+        recipe = recipe.model_copy(update={"trust_remote_code": recipe.models})
     watcher = watcher or Silent()
     chosen = choose_device(device, watcher)
     todo = make_plan(recipe, device=chosen)
@@ -83,24 +91,24 @@ def _copy_out(artifact: Artifact, target: Path) -> Artifact:
     return read_artifact(target)
 
 
-def quantize(model: str, out: str | Path, **settings: Any) -> Artifact:
+def quantize(model: str, out: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Artifact:
     """Quantizes a model into the directory `out`: `quantize("demo:smollm2-135m", "out", method="gptq", bits=4)`."""
-    return one_step("quantize", model, out, settings)
+    return one_step("quantize", model, out, settings, trust_remote_code=trust_remote_code)
 
 
-def prune(model: str, out: str | Path, **settings: Any) -> Artifact:
+def prune(model: str, out: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Artifact:
     """Prunes a model into the directory `out`: `prune("demo:smollm2-135m", "out", what="mlp", ratio=0.2)`."""
-    return one_step("prune", model, out, settings)
+    return one_step("prune", model, out, settings, trust_remote_code=trust_remote_code)
 
 
-def distill(model: str, out: str | Path, **settings: Any) -> Artifact:
+def distill(model: str, out: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Artifact:
     """Trains a model on its teacher into the directory `out`: `distill("pruned", "out", teacher="org/model")`."""
-    return one_step("distill", model, out, settings)
+    return one_step("distill", model, out, settings, trust_remote_code=trust_remote_code)
 
 
-def export_model(model: str, out: str | Path, **settings: Any) -> Artifact:
+def export_model(model: str, out: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Artifact:
     """Exports a model into the directory `out`: `export_model(model, "out", format="gguf", type="Q4_K_M")`."""
-    return one_step("export", model, out, settings)
+    return one_step("export", model, out, settings, trust_remote_code=trust_remote_code)
 
 
 def measure(
@@ -115,8 +123,11 @@ def measure(
     device: str = "auto",
     merge_adapter: bool = False,
     watcher: Watcher | None = None,
+    trust_tasks: bool = False,
 ) -> dict[str, Any]:
     """Measures any model directories, .gguf or .onnx files; the first one is the baseline of the others.
+
+    `trust_tasks` lets lm-eval run what task files say.
 
     Returns:
         The contents of a results.json, with one row per path. A path that fails is a row that says why.
@@ -128,6 +139,7 @@ def measure(
     values: dict[str, Any] = {"perplexity": perplexity, "accuracy": accuracy or [], "speed": speed}
     values |= {"roofline": roofline, "price_per_hour": price_per_hour, "currency": currency}
     settings = parse_settings(Evaluate, values, "lighten evaluate")
+    check_tasks(settings.accuracy, trust_tasks)
     asked: list[tuple[str, Perplexity | Accuracy | Speed]] = [("perplexity", each) for each in settings.perplexity]
     asked += [("accuracy", task) for task in settings.accuracy]
     if settings.speed:
@@ -139,6 +151,8 @@ def measure(
             watcher.say(f"{source.name}: {note}")
     for task in settings.accuracy:
         look(task)
+        if task.task_file:
+            harness.build(task)
     chosen = choose_device(device, watcher)
     if any(source.kind == "directory" for source in found):
         check_options(settings.speed, chosen.name)
@@ -199,8 +213,10 @@ def _measure_one(
     watcher: Watcher,
 ) -> dict[str, Any]:
     is_baseline = number == 0
-    row = {"name": "baseline" if is_baseline else source.path.name, "status": "ok", **describe_source(source)}
-    measured = []
+    row = {"name": "baseline" if is_baseline else as_name(source.path.name), "status": "ok", **describe_source(source)}
+    measured: list[tuple[Any, Path, Path | None]] = []
+    for note in row["notes"][len(source.notes) :]:  # the others were said before
+        watcher.say(f"{source.name}: {note}")
     try:
         for position, (kind, settings) in enumerate(asked):
             out = scratch / f"{number}-{position}"
@@ -221,8 +237,14 @@ def _measure_one(
                 "save_hidden": comparable and is_baseline,
             }
             watcher.say(f"{settings.told} of {source.name}")
-            run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed")
-            measured.append((kind, out, None if is_baseline else hidden))
+            value = run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed").value
+            if value.get("vocabulary") and not measured:
+                watcher.say(
+                    f"{source.name} has another vocabulary than {baseline.name} ({value['vocabulary']}): each is "
+                    "measured on its own tokens; compare bits per byte, not perplexity"
+                )
+            paired = not is_baseline and (hidden / RESULT).is_file()  # its own row says why it was not measured
+            measured.append((kind, out, hidden if paired else None))
         add_measurements(row, measured, is_baseline)
     except DiskFull:
         raise
@@ -234,7 +256,7 @@ def _measure_one(
 def describe_source(source: Found) -> dict[str, Any]:
     """Returns the columns of a row of a model that lies anywhere, as far as they need no measuring."""
     files = [file for file in source.path.rglob("*") if file.is_file()] if source.path.is_dir() else [source.path]
-    weights = sum(file.stat().st_size for file in files if file.name.endswith(WEIGHTS))
+    weights = sum(file.stat().st_size for file in files if file.name.endswith(WEIGHTS) or gguf_source.is_gguf(file))
     return {
         "path": str(source.path),
         "error": None,
@@ -242,7 +264,7 @@ def describe_source(source: Found) -> dict[str, Any]:
         "size_bytes": sum(file.stat().st_size for file in files),
         "bits_per_weight": 8 * weights / source.facts.params,
         "params": source.facts.params,
-        "notes": list(source.notes),
+        "notes": [*source.notes, *(gguf_source.doubts(source.path) if source.kind == "gguf" else [])],
     }
 
 

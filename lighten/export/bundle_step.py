@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from lighten.errors import Failure, RequestError
 from lighten.export.gguf_step import Gguf
 from lighten.export.step import Export, about
 from lighten.export.targets import find_target
+from lighten.names import as_name
 from lighten.stage import Context, Estimate, ModelFacts, Step
 from lighten.store import Artifact, write_file
 
@@ -55,6 +55,10 @@ class Bundle(Export):
         if value is not None and value not in TYPES:
             raise ValueError(f"type must be one of {', '.join(TYPES)}")
         return value
+
+    def check_files(self, folder: Path, facts: ModelFacts) -> None:
+        """Refuses tokenizers that llama.cpp cannot follow."""
+        Gguf.model_validate({"format": "gguf"}).check_files(folder, facts)
 
     @model_validator(mode="after")
     def _gguf_can(self) -> Self:
@@ -129,7 +133,7 @@ class Bundle(Export):
         with _late():
             sentence = bundle.check_fit(need, target, tokens, chosen, others)
         context.report(1, 4, sentence)
-        short = re.sub(r"[^\w.-]+", "-", origin.get("name") or "model")
+        short = as_name(origin.get("name") or "model")[:80]
         written = bundle.write_bundle(
             out, model, target, name=f"{short}-{chosen}", type=chosen, context=tokens, about=origin
         )

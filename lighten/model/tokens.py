@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,20 @@ import numpy as np
 
 from lighten.data.text import load_text
 from lighten.errors import RequestError
+from lighten.model import tokenizer_files
 
 
 def load_tokenizer(model: Path) -> Any:
-    """Returns the `tokenizers.Tokenizer` of a model directory.
+    """Returns the `tokenizers.Tokenizer` of a model directory, with the tokens that other files add.
 
     Raises:
-        RequestError: the directory has no tokenizer.json.
+        RequestError: the directory has no tokenizer.json, or the other files contradict it.
     """
     from tokenizers import Tokenizer
 
-    path = model / "tokenizer.json"
-    if not path.is_file():
-        raise RequestError(f"{model} has no tokenizer.json: save its fast tokenizer there")
-    return Tokenizer.from_file(str(path))
+    if tokenizer_files.is_whole(model):
+        return Tokenizer.from_file(str(model / tokenizer_files.FILE))
+    return Tokenizer.from_str(json.dumps(tokenizer_files.read_tokenizer(model)))
 
 
 def calibration_ids(model: Path, data: str, samples: int, length: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -6,13 +6,15 @@ divergences are nats. A section that was not measured is null, or an empty list.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from lighten.errors import Failure, RequestError
+from lighten.names import is_elsewhere, is_name
+from lighten.reading import Refused, parse_json
+from lighten.screen import deep
 from lighten.store import write_json
 
 SCHEMA = 1
@@ -51,11 +53,15 @@ class Levels(Section):
 
 
 class Perplexity(Section):
-    """Perplexity and its standard error, per token or what `protocol` says; that also says on what and how."""
+    """Perplexity and its standard error, per token or what `protocol` says; that also says on what and how.
+
+    `bits_per_byte` is the same log-likelihood by byte of text, which also models of different vocabularies share.
+    """
 
     value: float
     stderr: float | None = None
     tokens: int | None = None
+    bits_per_byte: float | None = None
     levels: Levels | None = None
     protocol: Free = {}
 
@@ -70,8 +76,12 @@ class Perplexity(Section):
         return str(self.protocol.get("unit", "token"))
 
     def comparable(self, other: Perplexity) -> bool:
-        """Whether both were measured by one protocol, in chunks of one length, on one text, as far as they say."""
-        both = [(self.protocol.get(name), other.protocol.get(name)) for name in ("length", "data_sha256")]
+        """Whether both were measured by one protocol, in chunks of one length, on one text, as far as they say.
+
+        Also on the same tokens: per token of another vocabulary is per something else.
+        """
+        names = ("length", "data_sha256", "ids_sha256")
+        both = [(self.protocol.get(name), other.protocol.get(name)) for name in names]
         return self.by == other.by and all(ours == theirs for ours, theirs in both if None not in (ours, theirs))
 
 
@@ -342,6 +352,8 @@ class Variant(Section):
     perplexity: Perplexity | None = None
     other_perplexity: list[Perplexity] = []
     """By further protocols, where several were asked for; never compared with the first."""
+    vocabulary: str | None = None
+    """How its vocabulary differs from the baseline's; its tokens are its own then. Null where both are the same."""
     divergence: Divergence | None = None
     accuracy: list[Accuracy] = []
     speed: list[Speed] = []
@@ -358,6 +370,13 @@ class Variant(Section):
     notes: list[str] = []
 
     @model_validator(mode="after")
+    def _is_a_name(self) -> Self:
+        """A name becomes that of a directory: it has to be one."""
+        if not (is_name(self.name) or (self.elsewhere and is_elsewhere(self.name))):
+            raise ValueError(f"the variant name {self.name!r} may hold letters, digits, '.', '_' and '-' only")
+        return self
+
+    @model_validator(mode="after")
     def _failed_says_why(self) -> Self:
         if self.status == "failed" and not (self.error or "").strip():
             raise ValueError(f"variant {self.name!r} failed but its error is empty")
@@ -372,6 +391,12 @@ class Variant(Section):
     def perplexities(self) -> list[Perplexity]:
         """Its perplexities by every protocol."""
         return [*([self.perplexity] if self.perplexity else []), *self.other_perplexity]
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits that a byte of text takes by the first protocol."""
+        found = self.perplexity
+        return None if found is None else found.levels.bits_per_byte if found.levels else found.bits_per_byte
 
     @property
     def elsewhere(self) -> bool:
@@ -447,6 +472,12 @@ class Results(Section):
     recipe_yaml: str = ""
     warnings: list[str] = []
 
+    @model_validator(mode="before")
+    @classmethod
+    def _shown_as_text(cls, value: Any) -> Any:
+        """What others wrote is printed and put into pages: no control character of it is kept."""
+        return deep(value) if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         names = [variant.name for variant in self.variants]
@@ -476,7 +507,7 @@ class Results(Section):
         The plain change, without interval, where no paired one was measured; None between protocols, lengths or texts.
         """
         base = self.baseline
-        if base is None or variant is base:
+        if base is None or variant is base or variant.vocabulary:
             return None
         ours = next((each for each in variant.perplexities if protocol in (None, each.by)), None)
         first = ours is None or ours is variant.perplexity
@@ -527,8 +558,8 @@ def load(path: Path) -> Results:
             f"cannot read {file}: {error.strerror}; give a version directory or its {FILE} ('lighten ls' lists them)"
         ) from error
     try:
-        raw = json.loads(text)
-    except ValueError as error:
+        raw = parse_json(text)
+    except Refused as error:
         raise Failure(f"{file} is not JSON ({error}): restore it, or run the recipe again") from error
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if schema is None:
@@ -538,7 +569,7 @@ def load(path: Path) -> Results:
             f"{file} has schema {schema!r}, this lighten reads schema {SCHEMA}: use the version that wrote it"
         )
     try:
-        return Results.model_validate_json(text)
+        return Results.model_validate(raw)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
         lines = [f"  {'.'.join(map(str, problem['loc'])) or 'file'}: {problem['msg']}" for problem in problems[:5]]
