@@ -154,7 +154,9 @@ def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
 def _task(name: str) -> dict[str, str]:
     """Returns the settings of what --task names: a task, or a file with the questions of one."""
     path = Path(name).expanduser()
-    local = path.suffix == ".jsonl" or (path.is_file() and path.suffix not in (".yaml", ".yml"))
+    local = path.suffix in (".jsonl", ".json", ".csv", ".parquet") or (
+        path.is_file() and path.suffix not in (".yaml", ".yml")
+    )
     return {"task": path.stem, "local": name} if local else {"task": name}
 
 

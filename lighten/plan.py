@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 from lighten import loaders
 from lighten.compress.sensitivity import Sensitivities
+from lighten.compress.teacher import Teacher
 from lighten.data import choices, text
 from lighten.errors import RequestError, missing_extra
 from lighten.evaluate import harness, machine
 from lighten.evaluate.protocols import check_length
 from lighten.evaluate.settings import Accuracy, Evaluate, Load, Loaders, Perplexity, Speculative, Speed
 from lighten.model.source import Found, Source, find
+from lighten.model.tokens import check_text
 from lighten.recipe import BASELINE, Recipe
 from lighten.stage import Estimate, ModelFacts, Step
 from lighten.store import Store, stage_key
@@ -111,6 +114,7 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
     """
     source = find(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     check_measurable(source.facts, recipe.evaluate, recipe.model)
+    check_texts(source.path, recipe.evaluate)
     chosen = [name for name in recipe.variants if name != BASELINE and (not only or name in only)]
     steps = {name: recipe.steps(name) for name in chosen}
     builder = _Builder(recipe)
@@ -168,6 +172,23 @@ def check_measurable(facts: ModelFacts, evaluate: Evaluate, name: str) -> None:
     for what, asked in (("load", evaluate.load), ("speculative", evaluate.speculative)):
         if asked:
             check_room(what, asked.prompt, asked.generate, facts.context, name)
+
+
+def check_texts(model: Path, evaluate: Evaluate) -> None:
+    """Raises RequestError or Failure if a model cannot be given what is to be measured on; before any work."""
+    for perplexity in evaluate.perplexity:
+        least = 1 if perplexity.protocol == "lm-eval" else perplexity.length or 1
+        check_text(model, perplexity.data, "perplexity", least)
+    for asked in (evaluate.load, evaluate.speculative):
+        if asked:
+            check_text(model, asked.data, "perplexity", asked.prompt)
+
+
+def _tokenizer_of(stage: Stage) -> Path:
+    """Returns where the source lies that a stage goes back to: its tokenizer and template are handed on."""
+    while not isinstance(stage.step, Source):
+        stage = stage.parents[0]
+    return Path(stage.step.path)
 
 
 def check_room(what: str, prompt: int, generate: int, context: int | None, name: str) -> None:
@@ -239,6 +260,8 @@ class _Builder:
                 raise missing_extra(extra, module, f"the step {step.kind}")
         inputs = {"source": stage}
         if step.needs_sweep():
+            swept = self.recipe.calibration
+            check_text(_tokenizer_of(stage), swept.data, "calibration", swept.length, swept.samples)
             inputs["grams"] = self._build(self.recipe.calibration, stage.facts, source=stage)
         if step.needs_sensitivity():
             sensitivities = Sensitivities(**self.recipe.calibration.model_dump())
@@ -257,6 +280,8 @@ class _Builder:
                 f"the student has {student.vocab:,} tokens and its teacher {name} {teacher.facts.vocab:,}: "
                 "distillation compares token by token, so take a teacher with the same vocabulary"
             )
+        if isinstance(lessons, Teacher):
+            check_text(_tokenizer_of(teacher), lessons.data, "calibration", lessons.length, lessons.samples)
         return {"teacher": teacher, "lessons": self._build(lessons, teacher.facts, source=teacher)}
 
     def measure(self, stage: Stage, root: Stage, evaluate: Evaluate) -> list[Stage]:
@@ -264,14 +289,16 @@ class _Builder:
         found = []
         for perplexity in evaluate.perplexity:
             reference = [] if stage is root else self.measure(root, root, Evaluate(perplexity=[perplexity]))
-            data = text.digest("\0".join(_documents(perplexity)))
+            data = _identity(perplexity)
             found.append(self._measurement("perplexity", perplexity, data, [stage, root, *reference]))
         for accuracy in evaluate.accuracy:
             found.append(self._measurement("accuracy", accuracy, look(accuracy).digest, [stage, root]))
         if evaluate.speed:
             found.append(self._measurement("speed", evaluate.speed, None, [stage]))
         if evaluate.load:
-            found.append(self._measurement("load", evaluate.load, text.digest(_text(evaluate.load)), [stage]))
+            found.append(
+                self._measurement("load", evaluate.load, text.identity(evaluate.load.data, "perplexity"), [stage])
+            )
         if evaluate.loaders:
             found.append(self._measurement("loaders", Loaders(), None, [stage]))
         return found
@@ -279,7 +306,7 @@ class _Builder:
     def speculate(self, asked: Speculative, artifacts: dict[str, Stage]) -> Stage:
         """Returns the measurement of a target with its draft."""
         parents = [artifacts[asked.target], artifacts[asked.draft]]
-        return self._measurement("speculative", asked, text.digest(_text(asked)), parents)
+        return self._measurement("speculative", asked, text.identity(asked.data, "perplexity"), parents)
 
     def _measurement(self, measure: Measure, settings: Settings, data: str | None, parents: list[Stage]) -> Stage:
         config: dict[str, Any] = {
@@ -340,15 +367,19 @@ def look(accuracy: Accuracy) -> Looked:
     return Looked(choices.digest(tasks), letters, len(tasks))
 
 
-def _documents(perplexity: Perplexity) -> list[str]:
-    """Returns what perplexity is measured on; one text, but for a protocol that takes documents one by one."""
-    if perplexity.protocol == "lm-eval":
-        return text.load_documents(perplexity.data, "perplexity")[: perplexity.samples]
-    return [text.load_text(perplexity.data, "perplexity")]
+def _identity(perplexity: Perplexity) -> str:
+    """Returns the digest of what perplexity is measured on; a protocol may take documents one by one."""
+    found = text.read(perplexity.data, "perplexity")
+    plain = [each for each in found if isinstance(each, str)]
+    if perplexity.protocol != "lm-eval" or len(plain) < len(found):
+        return text.identity(perplexity.data, "perplexity")
+    return text.digest("\0".join([each for each in plain if each.strip()][: perplexity.samples]))
 
 
-def _text(settings: Load | Speculative) -> str:
-    return text.load_text(settings.data, "perplexity")
+def _lengths(perplexity: Perplexity) -> list[int]:
+    """Returns the letters of each document that perplexity is measured on, of one text by most protocols."""
+    found = [text.letters_of(each) for each in text.read(perplexity.data, "perplexity")]
+    return found[: perplexity.samples] if perplexity.protocol == "lm-eval" else [sum(found)]
 
 
 def predict_measurement(settings: Settings, facts: ModelFacts) -> Estimate:
@@ -360,7 +391,7 @@ def predict_measurement(settings: Settings, facts: ModelFacts) -> Estimate:
         )
     flops = 2.0 * (facts.layers * facts.layer_linear_params + facts.vocab * facts.hidden)
     if isinstance(settings, Perplexity):
-        documents = [len(each) / BYTES_PER_TOKEN for each in _documents(settings)]
+        documents = [each / BYTES_PER_TOKEN for each in _lengths(settings)]
         tokens, length = sum(documents), settings.tokens(facts.context)
         if settings.protocol == "lm-eval":
             length = int(min(length, max(documents) + 1))

@@ -16,7 +16,7 @@ from lighten.evaluate import machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.model.source import Found, find
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
-from lighten.plan import Predictor, check_measurable, look, make_plan
+from lighten.plan import Predictor, check_measurable, check_texts, look, make_plan
 from lighten.process import run_isolated
 from lighten.recipe import Recipe, parse_settings
 from lighten.report.results import Results
@@ -126,6 +126,7 @@ def measure(
     found = [find(path) for path in paths]
     for source in found:
         check_measurable(source.facts, settings, source.name)
+    check_texts(found[0].path, settings)
     for task in settings.accuracy:
         look(task)
     chosen = choose_device(device)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from lighten.data.origin import Text
 from lighten.settings import AnyCase
 
 Protocol = Literal["lighten", "gptq", "llama.cpp", "lm-eval"]
@@ -44,7 +45,7 @@ class Perplexity(_Settings):
 
     younger = {"protocol": "lighten"}
 
-    data: str = "builtin"
+    data: Text = "builtin"
     length: int | None = Field(512, ge=8)
     samples: int | None = Field(None, ge=1)
     protocol: Protocol = "lighten"
@@ -190,7 +191,7 @@ class Speculative(_Settings):
     prompt: int = Field(64, ge=1)
     generate: int = Field(64, ge=2)
     samples: int = Field(6, ge=1)
-    data: str = "builtin"
+    data: Text = "builtin"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @model_validator(mode="after")
@@ -219,7 +220,7 @@ class Load(_Settings):
     prompt: int = Field(128, ge=1)
     generate: int = Field(64, ge=2)
     batch: int = Field(8, ge=1)
-    data: str = "builtin"
+    data: Text = "builtin"
     seed: int = 0
 
 
