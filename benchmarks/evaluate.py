@@ -129,7 +129,7 @@ def ours(path: Path, tokenizer: Path, tasks: Path, limit: int | None) -> dict[st
             "out": folder,
             "device": "cpu",
         }
-        spent = told(timed([sys.executable, "-c", OURS, json.dumps(payload)]))
+        spent = told(timed([sys.executable, "-P", "-c", OURS, json.dumps(payload)]))
         values = load_file(Path(folder) / "values.safetensors")
         result = json.loads((Path(folder) / "result.json").read_text())
     letters = [[len(ending) for ending in task.endings] for task in load_choices(str(tasks), limit)]

@@ -130,7 +130,7 @@ class Converter:
         command = [sys.executable, script, str(model), "--outtype", "f16", "--outfile", str(self.whole)]
         steps = [
             told(timed(command, env={"PYTHONPATH": str(self.packages)})),
-            told(timed([sys.executable, "-c", QUANTIZE, str(self.whole), str(self.out)])),
+            told(timed([sys.executable, "-P", "-c", QUANTIZE, str(self.whole), str(self.out)])),
         ]
         return {
             "seconds": sum(step["seconds"] for step in steps),

@@ -48,6 +48,22 @@ class Outcome:
     peak_rss_bytes: int
 
 
+def interpreter() -> list[str]:
+    """Returns the command of a Python that imports nothing from the directory it is started in: a model's, maybe."""
+    return [sys.executable, "-P"]
+
+
+def environment() -> dict[str, str]:
+    """Returns the environment for an interpreter: what that one starts imports nothing from there either.
+
+    An empty entry in PYTHONPATH, which a colon too many leaves, would mean the working directory.
+    """
+    kept = {**os.environ, "PYTHONSAFEPATH": "1"}
+    if entries := [entry for entry in kept.pop("PYTHONPATH", "").split(os.pathsep) if entry]:
+        kept["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, entries))
+    return kept
+
+
 class Nursery:
     """An interpreter that serves one task after the other, each in a child of its own where it can fork."""
 
@@ -57,10 +73,11 @@ class Nursery:
         self.env = dict(os.environ)
         self._noise = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this does
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lighten.process", *([ALONE] if alone else [])],
+            [*interpreter(), "-m", "lighten.process", *([ALONE] if alone else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._noise,
+            env=environment(),
         )
 
     @classmethod

@@ -129,6 +129,7 @@ def find_damage(artifact: Artifact) -> list[str]:
     found = {entry["path"]: entry for entry in hash_files(artifact.path)}
     expected = {entry["path"]: entry for entry in artifact.manifest["files"]}
     damage = [f"{name}: not in the manifest" for name in found if name not in expected]
+    damage += [f"{name}: a link, and no file of its own" for name in found if (artifact.path / name).is_symlink()]
     for name, entry in expected.items():
         if name not in found:
             damage.append(f"{name}: missing")

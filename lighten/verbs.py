@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from lighten.compress.sweep import Sweep
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
+from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, find
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
 from lighten.plan import Predictor, check_measurable, check_texts, look, make_plan
@@ -212,8 +212,7 @@ def describe_source(source: Found) -> dict[str, Any]:
 def _format(source: Found) -> str:
     if source.kind != "directory":
         return source.kind
-    config = json.loads((source.path / "config.json").read_text())
-    return str(config.get("quantization_config", {}).get("quant_method", "hf"))
+    return str((read_config(source.path).get("quantization_config") or {}).get("quant_method", "hf"))
 
 
 def profile(

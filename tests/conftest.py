@@ -1,6 +1,7 @@
 """Tiny random models with real tokenizers, made once per run."""
 
 import json
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lighten.model import tokenizer_table
+
+# processes find the tests' own functions, and the package that is tested, from any directory
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]).strip(
+    ":"
+)
 
 TEXT = "".join(
     file.read_text() for file in sorted((Path(__file__).parents[1] / "lighten/data/builtin/calibration").glob("*.txt"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lighten.errors import Failure, RequestError
-from lighten.process import Nursery, run_isolated
+from lighten.process import Nursery, environment, run_isolated
 
 HERE = "tests.test_process"
 
@@ -128,3 +128,53 @@ run_isolated('{HERE}:wait', {{}}, lambda pid, *_: print(pid, flush=True))
                 return
         time.sleep(0.1)
     pytest.fail("the child outlived its parent")
+
+
+def trap(folder: Path) -> Path:
+    """Puts modules of well-known names into a directory; returns the file that appears when one is imported."""
+    mark = folder / "imported"
+    for name in ("torch", "typer", "yaml", "transformers", "numpy", "llama_cpp"):
+        (folder / f"{name}.py").write_text(f"open({str(mark)!r}, 'w').close()")
+    return mark
+
+
+@pytest.mark.parametrize("empty", ["", os.pathsep])
+def test_nothing_is_imported_from_the_working_directory(
+    empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = trap(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{empty}{os.environ['PYTHONPATH']}")
+    for fresh in (False, True):
+        assert run_isolated(f"{HERE}:own_child", {}, fresh=fresh).value == 0
+    monkeypatch.undo()  # the next nursery is one of an ordinary environment
+    assert not mark.exists()
+
+
+def own_child(payload, report):
+    import numpy  # noqa: F401
+
+    return subprocess.run([sys.executable, "-c", "import yaml, torch"]).returncode
+
+
+@pytest.mark.parametrize(
+    ("command", "colon"),
+    [
+        (["-m", "lighten"], ""),
+        (["-m", "lighten"], ":"),
+        (["-P", "-c", "from lighten.__main__ import main; main()"], ":"),
+    ],
+)
+def test_neither_does_the_command(command: list[str], colon: str, tmp_path: Path) -> None:
+    mark = trap(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": f"{colon}{os.environ['PYTHONPATH']}"}
+    done = subprocess.run(
+        [sys.executable, *command, "ls", "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, mark.exists()) == (0, False), done.stderr
+
+
+def test_a_directory_that_the_person_names_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"mine::{os.environ['PYTHONPATH']}")
+    assert environment()["PYTHONPATH"] == f"{tmp_path / 'mine'}{os.pathsep}{os.environ['PYTHONPATH'].split('::')[1]}"

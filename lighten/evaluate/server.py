@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
@@ -17,13 +16,26 @@ from typing import Self
 
 from lighten.errors import Failure, missing_extra
 from lighten.evaluate import machine
-from lighten.process import death, die_with
+from lighten.process import death, die_with, environment, interpreter
 
 NEEDS = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
 START_SECONDS = 120
 ANSWER_SECONDS = 600
 BANNED = -100
 """Bias that keeps a token from being chosen."""
+
+
+KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TMPDIR", "USER", "VIRTUAL_ENV")
+KEPT_FAMILIES = ("CUDA_", "DYLD_", "GGML_", "GOMP_", "HIP_", "HSA_", "KMP_", "LC_", "OMP_", "PYTHON", "ROCR_", "XDG_")
+"""What the server's process is told of this one's environment, and what such names begin with."""
+
+
+def own_environment() -> dict[str, str]:
+    """Returns an environment for the server, which reads every setting there that its arguments leave open.
+
+    A HOST, an API_KEY or a CONFIG_FILE of the person's, meant for something else, would be taken for its own.
+    """
+    return {name: value for name, value in environment().items() if name in KEPT or name.startswith(KEPT_FAMILIES)}
 
 
 class Refused(Exception):
@@ -47,7 +59,8 @@ class LlamaServer:
             free.bind(("127.0.0.1", 0))
             self.port = int(free.getsockname()[1])
         threads = str(machine.cores())
-        self._command = [sys.executable, "-m", "llama_cpp.server", "--model", str(path), "--port", str(self.port)]
+        self._command = [*interpreter(), "-m", "llama_cpp.server", "--model", str(path)]
+        self._command += ["--host", "127.0.0.1", "--port", str(self.port)]
         self._command += ["--n_ctx", str(context), "--n_threads", threads, "--n_threads_batch", threads]
         self._command += ["--n_gpu_layers", "0" if device == "cpu" else "-1", "--logits_all", "false"]
         self._command += ["--interrupt_requests", "false"]  # a new request would end the one before it
@@ -61,7 +74,11 @@ class LlamaServer:
             Failure: it ended, or does not answer.
         """
         self._process = subprocess.Popen(
-            self._command, stdout=self._noise, stderr=self._noise, preexec_fn=partial(die_with, os.getpid())
+            self._command,
+            stdout=self._noise,
+            stderr=self._noise,
+            env=own_environment(),
+            preexec_fn=partial(die_with, os.getpid()),
         )
         deadline = time.monotonic() + START_SECONDS
         try:

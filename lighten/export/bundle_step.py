@@ -30,7 +30,7 @@ TYPES = tuple(name for name in get_args(Gguf.model_fields["type"].annotation) if
 class Bundle(Export):
     """Writes a GGUF file with scripts, pinned requirements and checksums for a device, and all of it as an archive."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     format: Literal["bundle"] = Field(description="what to write")
     target: str = Field(

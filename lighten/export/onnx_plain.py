@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lighten.errors import Failure, RequestError, missing_extra
+from lighten.model.files import without_pickles
 from lighten.stage import Context, ModelFacts
 
 OPSET = 20
@@ -405,9 +406,9 @@ def _only_standard(path: Path) -> None:
 
 def _copy_others(source: Path, out: Path) -> None:
     """Copies config, tokenizer and chat template."""
-    for file in sorted(source.iterdir()):
+    for file in without_pickles(source):
         known = file.suffix in (".json", ".model", ".txt", ".jinja") or file.name.startswith("LICENSE")
-        if file.is_file() and known and not file.name.endswith(".index.json") and file.name != "artifact.json":
+        if known and not file.name.endswith(".index.json") and file.name != "artifact.json":
             shutil.copyfile(file, out / file.name)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, RequestError
+from lighten.model.files import read_json
 from lighten.model.tokenizer_table import BYTE, CONTROL, NORMAL, TABLE, UNKNOWN, UNUSED, USER_DEFINED, Json, name_of
 
 _SPACE = "▁"
@@ -62,7 +63,7 @@ def read_vocabulary(source: Path, size: int, config: Json) -> Vocabulary:
         Failure: the tokenizer has ids that the embedding has no rows for.
     """
     tokenizer = _read_tokenizer(source / "tokenizer.json")
-    settings = _read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
+    settings = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
     model = tokenizer["model"]
     added = tokenizer.get("added_tokens") or []
     beyond = [one["content"] for one in added if one["id"] >= size]  # such as the place of an image in a text model
@@ -106,20 +107,12 @@ def read_vocabulary(source: Path, size: int, config: Json) -> Vocabulary:
     return vocabulary
 
 
-def _read_json(path: Path) -> Json:
-    try:
-        value: Json = json.loads(path.read_text(encoding="utf-8"))
-        return value
-    except (OSError, ValueError) as error:
-        raise Failure(f"{path} is not readable JSON: {error}") from error
-
-
 def _read_tokenizer(path: Path) -> Json:
     if not path.is_file():
         folder = path.parent
         code = f"from transformers import AutoTokenizer as A; A.from_pretrained('{folder}').save_pretrained('{folder}')"
         raise RequestError(f'{folder} has no tokenizer.json; write one once: python -c "{code}"')
-    tokenizer = _read_json(path)
+    tokenizer = read_json(path)
     kind = tokenizer["model"].setdefault("type", "BPE")
     if kind not in ("BPE", "Unigram"):
         raise RequestError(f"{path} is of kind {kind}; GGUF export knows BPE and Unigram tokenizers")

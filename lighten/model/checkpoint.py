@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from lighten.errors import Failure, RequestError
+from lighten.model.config_checks import check_config, size
+from lighten.model.files import PICKLES, check_links, plain, read_json, without_pickles
 from lighten.stage import ModelFacts
 from lighten.store import MANIFEST
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Checkpoint:
@@ -44,8 +45,11 @@ class Checkpoint:
     def weight_map(self) -> dict[str, str]:
         """File name of the shard of every tensor."""
         if (self.path / INDEX).is_file():
-            weights: dict[str, str] = _read_json(self.path / INDEX)["weight_map"]
-            missing = sorted({name for name in weights.values() if not (self.path / name).is_file()})
+            weights: Any = read_json(self.path / INDEX).get("weight_map")
+            if not isinstance(weights, dict):
+                raise Failure(f"{self.path / INDEX} has no weight_map: damaged; fetch it again")
+            shards = {str(name): plain(name, self.path, INDEX) for name in weights.values()}
+            missing = sorted(name for name, file in shards.items() if not file.is_file())
             if missing:
                 raise Failure(f"{self.path}: {INDEX} names shards that are missing: {', '.join(missing)}; fetch them")
             return weights
@@ -74,9 +78,9 @@ class Checkpoint:
 
     def write_others(self, out: Path, config: dict[str, Any]) -> None:
         """Writes everything but the weights into a directory: a config, and the other files as they are."""
-        for file in sorted(self.path.iterdir()):
+        for file in without_pickles(self.path):
             weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
-            if file.is_file() and not weights and file.name not in (MANIFEST, "config.json"):
+            if not weights and file.name not in (MANIFEST, "config.json"):
                 shutil.copyfile(file, out / file.name)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -141,19 +145,12 @@ def read_config(path: Path) -> dict[str, Any]:
     """Returns `config.json` of a model directory."""
     if not path.is_dir():
         raise RequestError(f"{path}: no such model directory")
+    check_links(path)
     if not (path / "config.json").is_file():
         raise RequestError(f"{path} has no config.json: not a Hugging Face model directory")
-    return _read_json(path / "config.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Failure(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise Failure(f"{path} must hold a JSON object")
-    return value
+    config = read_json(path / "config.json")
+    check_config(config, path / "config.json")
+    return config
 
 
 _SIZES: dict[str, tuple[str, ...]] = {
@@ -202,17 +199,17 @@ def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
             **{name: config[each] for name, names in _SIZES.items() for each in reversed(names) if each in config},
         }
     try:
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
+        heads = size(config, "num_attention_heads", where)
+        hidden = size(config, "hidden_size", where)
         return ModelFacts(
             architecture=(config.get("architectures") or [config["model_type"]])[0],
-            layers=int(config["num_hidden_layers"]),
+            layers=size(config, "num_hidden_layers", where),
             hidden=hidden,
-            intermediate=int(config["intermediate_size"]),
+            intermediate=size(config, "intermediate_size", where),
             heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            vocab=int(config["vocab_size"]),
+            kv_heads=size(config, "num_key_value_heads", where) if config.get("num_key_value_heads") else heads,
+            head_dim=size(config, "head_dim", where) if config.get("head_dim") else hidden // heads,
+            vocab=size(config, "vocab_size", where),
             tied=bool(config.get("tie_word_embeddings", False)),
             family=family,
             context=config.get("max_position_embeddings") or config.get("n_positions"),

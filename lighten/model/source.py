@@ -15,6 +15,7 @@ from pydantic import Field
 
 from lighten.errors import Failure, RequestError, check_names, missing_extra
 from lighten.model.checkpoint import Checkpoint, facts_of, read_config, refuse_pickle
+from lighten.model.files import check_links, inside
 from lighten.model.onnx_source import facts as onnx_facts
 from lighten.model.onnx_source import find_onnx
 from lighten.stage import Context, Estimate, ModelFacts, Step
@@ -52,6 +53,8 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
     path = Path(model).expanduser()
     if model.startswith("demo:"):
         path = _demo(model.removeprefix("demo:"))
+    if path.is_dir():
+        check_links(path)
     path = gguf_source.within(path) or path
     if path.suffix == ".gguf" or (path.is_file() and path.open("rb").read(4) == b"GGUF"):
         gguf_source.check(path)
@@ -190,7 +193,7 @@ def _copy_directory(path: Path, out: Path, context: Context, *, keep_code: bool)
     patterns = (*COPIED, "*.py") if keep_code else COPIED
     for file in sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()}):
         if file.name not in (MANIFEST, "config.json") and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, out / file.name)
+            shutil.copyfile(inside(file, path), out / file.name)
     config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
     if checkpoint.quantization:  # whose floats are of several types
         stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or stored)

@@ -15,7 +15,7 @@ from lighten.evaluate import load
 from lighten.evaluate.load import Served, arrivals, batched, row
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes import Ids, Timings
-from lighten.evaluate.server import LlamaServer
+from lighten.evaluate.server import LlamaServer, own_environment
 from lighten.evaluate.settings import Load
 from lighten.stage import silent
 from tests.evaluate.conftest import Tiny
@@ -97,12 +97,27 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_the_server_is_stopped_whatever_happens(tiny_gguf: Path) -> None:
+def test_the_server_is_stopped_whatever_happens(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fastapi")
+    meant_for_others = {"HOST": "0.0.0.0", "PORT": "1", "API_KEY": "secret", "CONFIG_FILE": "none", "N_CTX": "1"}
+    for name, value in meant_for_others.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ZeroDivisionError), LlamaServer(tiny_gguf, 64, "cpu") as server:
         assert alive(server.pid) and server.stream("the", 3, [])
         raise ZeroDivisionError
     assert not alive(server.pid)
+
+
+def test_no_setting_of_the_server_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi")
+    from llama_cpp.server.settings import Settings
+
+    names = [*Settings.model_fields, "config_file"]
+    for name in names:
+        monkeypatch.setenv(name.upper(), "x")
+        monkeypatch.setenv(name, "x")
+    assert {name.lower() for name in own_environment()} & set(names) == set()
+    assert own_environment()["PATH"] == os.environ["PATH"]
 
 
 def test_a_server_that_dies_midway_is_one_message(

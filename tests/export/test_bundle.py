@@ -243,8 +243,14 @@ def test_an_environment_that_was_not_finished_is_made_again(unpacked: Path, tmp_
 
 
 def test_the_server_is_bound_to_loopback(unpacked: Path, tmp_path: Path) -> None:
-    folder = fake_python(tmp_path / "bin", 'case "$1" in -c) ;; -B) echo 3;; *) echo "$@ HOST=$HOST PORT=$PORT";; esac')
-    env = {"PATH": f"{folder}:/usr/bin:/bin", "HOST": ""}  # the server listens everywhere if that reaches it
+    folder = fake_python(
+        tmp_path / "bin", 'case "$1" in -c) ;; -B) echo 3;; *) echo "$@ HOST=$HOST PORT=$PORT$CONFIG_FILE";; esac'
+    )
+    env = {
+        "PATH": f"{folder}:/usr/bin:/bin",
+        "HOST": "",
+        "CONFIG_FILE": "x",
+    }  # the server listens everywhere if that reaches it
     done = clean(["sh", str(unpacked / "serve.sh")], tmp_path, env=env)
     assert done.stdout.startswith(f"-m llama_cpp.server --model {unpacked}/{MODEL} ")
     assert "--n_ctx 256" in done.stdout and "--n_threads 3 --n_threads_batch 3 --flash_attn true" in done.stdout

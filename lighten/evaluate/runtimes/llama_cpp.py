@@ -76,6 +76,7 @@ class _Model:
         _log().listen()
         params = library.llama_model_default_params()
         params.vocab_only = vocab_only
+        params.use_extra_bufts = "amx_int8" not in machine.fingerprint()["flags"]  # its AMX kernels crash
         params.n_gpu_layers = 0 if device == "cpu" else -1
         self.handle = library.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:

@@ -1,0 +1,61 @@
+"""What a config.json may say: values that others take apart have the right types, and sizes are such as models have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import Failure, RequestError
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "architectures": list,
+    "model_type": str,
+    "quantization_config": dict,
+    "text_config": dict,
+    "auto_map": dict,
+    "rope_scaling": dict,
+    "rope_parameters": dict,
+    "tie_word_embeddings": bool,
+    "dtype": (str, dict),
+    "torch_dtype": (str, dict),
+}
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+_MOST = {"num_hidden_layers": 10_000, "num_attention_heads": 1 << 20}
+"""No model has more; others of its sizes are below 2³¹."""
+
+
+def check_config(config: dict[str, Any], file: Path) -> None:
+    """Makes sure of the types of what a config.json says, and that it asks for no code of the hub.
+
+    Raises:
+        Failure: a value of a type that it cannot have.
+        RequestError: it names a kernel that would be fetched and run.
+    """
+    for key, kinds in _TYPES.items():
+        if (value := config.get(key)) is not None and not isinstance(value, kinds):
+            raise Failure(f"{file}: {key} is {str(value)[:60]!r}, which it cannot be: damaged; fetch it again")
+    if not all(isinstance(each, str) for each in config.get("architectures") or []):
+        raise Failure(f"{file}: architectures are no names of classes: damaged; fetch it again")
+    for part in (config, config.get("text_config") or {}):
+        for key in _KERNELS:
+            if "/" in str(part.get(key)):
+                raise RequestError(
+                    f"{file} asks for the kernel {str(part[key])[:60]} of the hub ({key}), which is code that would be "
+                    "fetched and run: take that line out, and a kernel of this machine is used"
+                )
+
+
+def size(config: dict[str, Any], key: str, where: str) -> int:
+    """Returns a size.
+
+    Raises:
+        KeyError: it is not there.
+        RequestError: it is no size.
+    """
+    value = config[key]
+    most = _MOST.get(key, (1 << 31) - 1)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+        raise RequestError(
+            f"{where}: config.json says {key} is {str(value)[:60]}, where a number from 1 to {most:,} belongs"
+        )
+    return value
