@@ -13,7 +13,7 @@ from lighten.advice import Finding
 from lighten.compress.sweep import Sweep
 from lighten.data.origin import told
 from lighten.data.text import load_text
-from lighten.errors import Failure, RequestError
+from lighten.errors import RequestError
 from lighten.model.template import renderer
 from lighten.pipeline import Builder, Silent, Watcher, build_all, choose_device, open_recipe
 from lighten.plan import Plan, Predictor, Stage, make_plan, stage_of
@@ -167,10 +167,8 @@ class _Examiner:
         plan = replace(self.todo, stages=stages, measurements={})
         predicted = {stage.key: self.predictor.predict(stage).seconds for stage in stages}
         self.watcher.planned(plan, predicted)
-        builder = build_all(plan, self.store, self.predictor, self.device, self.watcher)
-        if builder.failed:
-            raise Failure(next(iter(builder.failed.values())))
-        return builder
+        every = {stage.key for stage in stages}
+        return build_all(plan, self.store, self.predictor, self.device, self.watcher, every)
 
     def _isolated(self, name: str, target: str, payload: dict[str, Any]) -> Any:
         stage = Stage(name, "doctor", 1, name, {}, [], Estimate())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,8 +72,12 @@ class Builder:
         watcher: Watcher,
         source: dict[str, Any],
         trusted: bool,
+        essential: Set[str] = frozenset(),
     ) -> None:
+        """`essential` are the keys of stages whose failure ends the run: their errors are raised, not remembered."""
         self.store = store
+        self.essential = essential
+        self.labels: dict[str, str] = {}
         self.device = device
         self.watcher = watcher
         self.predictor = predictor
@@ -84,6 +89,7 @@ class Builder:
 
     def build(self, stage: Stage) -> Artifact | None:
         """Returns the object of a stage, building it if the store has no sound one; None if it failed."""
+        self.labels[stage.key] = getattr(stage.step, "model", f"({stage.name})")
         broken = next((parent for parent in stage.parents if parent.key in self.failed), None)
         if broken:
             self.failed[stage.key] = f"needs {broken.name}, which failed: {self.failed[broken.key]}"
@@ -96,14 +102,21 @@ class Builder:
                     self.watcher.ended(stage, None, None)
                 else:
                     artifact = self._run(stage)
-        except RequestError:
-            raise
         except LightenError as error:
-            self.failed[stage.key] = str(error)
-            self.watcher.ended(stage, None, str(error))
+            message = self._in_words(str(error))
+            if isinstance(error, RequestError) or stage.key in self.essential:
+                raise type(error)(message) from error
+            self.failed[stage.key] = message
+            self.watcher.ended(stage, None, message)
             return None
         self.done[stage.key] = artifact
         return artifact
+
+    def _in_words(self, message: str) -> str:
+        """Returns a message with the model or the stage in the place of where the store keeps it."""
+        roots = sorted({str(path) for path in (self.store.objects, self.store.objects.resolve())}, key=len)
+        kept = rf"(?:{'|'.join(map(re.escape, reversed(roots)))})/(?:\.\w+-)?([0-9a-f]{{64}})(?:-\w+)?"
+        return re.sub(kept, lambda found: self.labels.get(found[1], "(an object of the store)"), message)
 
     @contextlib.contextmanager
     def _locked(self, stage: Stage) -> Iterator[None]:
@@ -120,7 +133,7 @@ class Builder:
         with self.store.building(stage.key) as out:
             outcome = self._work(stage, out, report)
             facts = dict(outcome.value)
-            warnings = facts.pop("warnings", [])
+            warnings = [self._in_words(warning) for warning in facts.pop("warnings", [])]
             origin = stage.parents[0].key if stage.parents else None
             inherited = self.done[origin].manifest["source"] if origin else {}
             manifest = {
@@ -275,18 +288,22 @@ def run(
     watcher.planned(todo, {key: prediction.seconds for key, prediction in predicted.items()})
     if any(store.find(stage.key) is None for stage in todo.stages):
         warm()
-    builder = build_all(todo, store, predictor, chosen, watcher)
-    root = todo.artifacts[BASELINE]
-    if root.key in builder.failed:
-        raise Failure(builder.failed[root.key])
+    builder = build_all(todo, store, predictor, chosen, watcher, {todo.artifacts[BASELINE].key})
     results = _results(todo, builder, predicted, Addition(todo.recipe.evaluate, watcher))
     return _publish(todo, builder, results, store, watcher)
 
 
-def build_all(todo: Plan, store: Store, predictor: Predictor, device: str, watcher: Watcher) -> Builder:
-    """Builds every stage of a plan, measurements last."""
+def build_all(
+    todo: Plan,
+    store: Store,
+    predictor: Predictor,
+    device: str,
+    watcher: Watcher,
+    essential: Set[str] = frozenset(),
+) -> Builder:
+    """Builds every stage of a plan, measurements last; raises what makes an `essential` one fail."""
     source = {"id": todo.source.name, "revision": todo.recipe.revision, "identity": todo.source.identity}
-    builder = Builder(store, predictor, device, watcher, source, todo.recipe.trust_remote_code)
+    builder = Builder(store, predictor, device, watcher, source, todo.recipe.trust_remote_code, essential)
     for stage in sorted(todo.stages, key=lambda stage: stage.measure is not None):
         builder.build(stage)
     return builder

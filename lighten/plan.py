@@ -254,6 +254,11 @@ class _Builder:
                 "give the model that it was made from"
             )
         step = step.after(stage.step)
+        assert stage.step
+        form = stage.step.writes
+        step.check_source(form, stage.facts)
+        if form != "hf" and step.needs_sweep():
+            raise RequestError(f"the step {step.kind} needs inputs of unquantized weights, and this model is {form}")
         step.check(stage.facts)
         for module, extra in step.requires():
             if find_spec(module) is None:

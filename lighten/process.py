@@ -22,12 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from dataclasses import dataclass
 from typing import IO, Any
 
-from lighten.errors import Failure, LightenError, RequestError
+from lighten.errors import Failure, LightenError, RequestError, unexpected
 from lighten.stage import Report, silent
 
 PRELOADED = ("torch", "lighten.steps", "transformers.models.llama.modeling_llama")
@@ -240,8 +239,7 @@ def _explain(error: BaseException) -> dict[str, Any]:
     if full or "No space left on device" in str(error):
         advice = "free some space (`lighten gc` removes objects that no version uses) or choose another --artifacts"
         return {"error": f"no space left on the device: {advice}; then run the same command again", "request": False}
-    where = "".join(traceback.format_exception(error)[-3:])
-    return {"error": f"{type(error).__name__}: {error}\n{where}", "request": False}
+    return {"error": unexpected(error), "request": False}
 
 
 def call(function: Any, *arguments: Any) -> dict[str, Any]:

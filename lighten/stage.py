@@ -155,6 +155,14 @@ class Step(AnyCase):
     def check(self, facts: ModelFacts) -> None:
         """Raises RequestError if these settings cannot be used on such a model."""
 
+    @property
+    def writes(self) -> str:
+        """The format of what it writes, as its manifest has it."""
+        return "hf"
+
+    def check_source(self, form: str, facts: ModelFacts) -> None:
+        """Raises RequestError if it cannot read a model of such a format (what the step before `writes`)."""
+
     def result(self, facts: ModelFacts) -> ModelFacts:
         """Returns the sizes of what the step makes of such a model, as far as they are known before."""
         return facts

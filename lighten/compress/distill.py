@@ -190,6 +190,11 @@ class Distill(Step):
         """Packages beyond the core."""
         return [("peft", "lora")] if self.lora else []
 
+    def check_source(self, form: str, facts: ModelFacts) -> None:
+        """Refuses what is not plain weights."""
+        if form != "hf":
+            raise RequestError(f"this model is {form}: distil the one that it was made from")
+
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns forward and backward passes over every token of every step."""
         there = (
