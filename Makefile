@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz lint clean
+.PHONY: demo test fuzz campaign lint clean
 FUZZ_EXAMPLES ?= 5000
 
 demo: $(VENV)/.demo
@@ -16,6 +16,12 @@ test: $(VENV)/.dev
 # Damaged and hostile files, many more than the tests try; prints inputs tried and crashes found.
 fuzz: $(VENV)/.dev
 	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q tests/fuzz
+
+# Kills, full disks, runs side by side for half an hour; checks that nothing was lost, and writes the figures.
+MINUTES ?= 30
+KILLS ?= 100
+campaign: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign --minutes $(MINUTES) --kills $(KILLS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

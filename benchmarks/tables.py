@@ -20,6 +20,7 @@ from lighten.report.numbers import NOT_MEASURED, byte_count, duration, ratio, si
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs" / "benchmarks.md"
 EDGE = HERE.parent / "docs" / "edge.md"
+ROBUST = HERE.parent / "docs" / "robustness.md"
 METHOD = HERE.parent / "docs" / "how-it-works.md"
 README = HERE / "README.md"
 FRONT = HERE.parent / "README.md"
@@ -239,6 +240,7 @@ SECTIONS: tuple[tuple[Path, str, str, Callable[[Found], str]], ...] = (
 
 
 def main() -> None:
+    import campaign
     import evaluations
     import exports
     import serving
@@ -260,12 +262,15 @@ def main() -> None:
         (DOCS, "ladder", "ladder.json", serving.ladder),
         (DOCS, "repeat", "repeat.json", serving.repeat),
         (DOCS, "served", "serving.json", serving.served),
+        (ROBUST, "campaign", "campaign.json", campaign.campaign),
     )
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
     for page, name, file, section in sections:
         path = results / file
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        whole = {"zeros": "perplexity", "shrunk": "perplexity", "quicker": "speed"}.get(name, "rows")
+        whole = {"campaign": "kills", "zeros": "perplexity", "shrunk": "perplexity", "quicker": "speed"}.get(
+            name, "rows"
+        )
         if not found.get(
             "summary" if name in ("comparison", "variants", "peers", "environments", "refusals") else whole
         ):

@@ -14,7 +14,7 @@ from lighten.commands.doctor import doctor
 from lighten.commands.fit import fit
 from lighten.commands.step import add_verb
 from lighten.comparison.command import compare
-from lighten.errors import Failure, LightenError, RequestError, check_names, unexpected
+from lighten.errors import Failure, LightenError, RequestError, check_names, disk_full, unexpected
 from lighten.flags import Artifacts, Device, Json
 from lighten.flags import print_json as _print_json
 from lighten.publication.command import Public, Push, check_push, push_version, report, show
@@ -64,6 +64,8 @@ def main() -> None:
     except LightenError as error:
         _stop(str(error), error.exit_code)
     except OSError as error:
+        if full := disk_full(error):
+            _stop(str(full), full.exit_code)
         _stop(f"{error.strerror or error}{': ' + str(error.filename) if error.filename else ''}", 1)
     except Exception as error:
         _stop(unexpected(error), 1)
@@ -339,17 +341,19 @@ def list_versions(artifacts: Artifacts = Path("artifacts"), as_json: Json = Fals
     """List versions, and the objects that they refer to."""
     from rich.table import Table
 
+    from lighten.links import follow
     from lighten.store import Store
 
     store = Store(artifacts)
     rows = []
     for version in store.versions():
         for link in sorted((version / "variants").iterdir()):
-            artifact = store.find(link.resolve().name)
+            key = follow(link).name
+            artifact = store.find(key)
             size = artifact.size_bytes if artifact else None
             kind = artifact.format if artifact else "missing"
             row: dict[str, Any] = {"recipe": version.parent.name, "version": version.name, "variant": link.name}
-            rows.append({**row, "format": kind, "size_bytes": size, "key": link.resolve().name})
+            rows.append({**row, "format": kind, "size_bytes": size, "key": key})
     if as_json:
         _print_json(rows)
         return
@@ -365,16 +369,19 @@ def verify(artifacts: Artifacts = Path("artifacts"), as_json: Json = False) -> N
     """Re-hash every object; a corrupt one is reported and removed, to be made again by the next run."""
     from lighten.store import Store
 
-    damaged = {}
+    damaged, kept = {}, {}
     count = 0
-    for key, damage in Store(artifacts).verify():
+    for each in Store(artifacts).verify():
         count += 1
-        if damage:
-            damaged[key] = damage
+        if each.damage:
+            damaged[each.key] = each.damage
+            if each.kept:
+                kept[each.key] = each.kept
             if not as_json:
-                print(f"{key[:12]}: corrupt, removed: {'; '.join(damage)}")
+                fate = f"not removed ({each.kept})" if each.kept else "removed"
+                print(f"{each.key[:12]}: corrupt, {fate}: {'; '.join(each.damage)}")
     if as_json:
-        _print_json({"checked": count, "corrupt": damaged})
+        _print_json({"checked": count, "corrupt": damaged, "not_removed": kept})
     else:
         print(f"{count} objects checked, {len(damaged)} corrupt")
     if damaged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -67,10 +68,10 @@ def diagnose(
             f"no variant of {name} uses the calibration text, so there is nothing to examine; "
             "GPTQ does, and an export with imatrix: true"
         )
-    examiner = _Examiner(todo, Store(Path(artifacts)), choose_device(device), watcher or Silent())
     perplexity = todo.recipe.evaluate.perplexity
     heldout = perplexity[0].data if perplexity else "builtin"
-    with tempfile.TemporaryDirectory(prefix="lighten-") as folder:
+    with tempfile.TemporaryDirectory(prefix="lighten-") as folder, contextlib.ExitStack() as kept:
+        examiner = _Examiner(todo, Store(Path(artifacts)), choose_device(device), watcher or Silent(), kept)
         # a file, because a sweep that is told "builtin" reads the other half
         file = Path(folder) / "heldout.txt"
         file.write_text(load_text(heldout, "perplexity", renderer(todo.source.path)), encoding="utf-8")
@@ -112,11 +113,13 @@ def examine_grams(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 class _Examiner:
     """Builds the sweeps and hands them to the processes that look at them."""
 
-    def __init__(self, todo: Plan, store: Store, device: str, watcher: Watcher) -> None:
+    def __init__(self, todo: Plan, store: Store, device: str, watcher: Watcher, kept: contextlib.ExitStack) -> None:
         self.todo = todo
         self.store = store
         self.device = device
         self.watcher = watcher
+        self.kept = kept
+        """Holds the leases of what was built until all of it has been looked at."""
         self.predictor = Predictor(store)
         self.root = todo.artifacts[BASELINE]
 
@@ -167,6 +170,7 @@ class _Examiner:
         plan = replace(self.todo, stages=stages, measurements={})
         predicted = {stage.key: self.predictor.predict(stage).seconds for stage in stages}
         self.watcher.planned(plan, predicted)
+        self.kept.enter_context(self.store.lease(stage.key for stage in stages))
         every = {stage.key for stage in stages}
         return build_all(plan, self.store, self.predictor, self.device, self.watcher, every)
 

@@ -6,6 +6,7 @@ while doing a correct request (exit code 1). The message says what was wrong, wh
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,32 @@ class RequestError(LightenError):
 
 class Failure(LightenError):
     """The request was fine, but something failed: broken input, a full disk, a crash."""
+
+
+class DiskFull(Failure):
+    """Nothing more can be written: what runs next would fail as well."""
+
+
+def disk_full(error: BaseException | None) -> DiskFull | None:
+    """Returns the message for an error, if it or what led to it is that nothing more can be written."""
+    reasons = {
+        errno.ENOSPC: "no space left on the device",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EFBIG: "a file is longer than the file system or the limit of the shell (ulimit -f) allows",
+    }
+    while error is not None:
+        if isinstance(error, DiskFull):
+            return error
+        # libraries in other languages tell it by its text
+        code = error.errno if isinstance(error, OSError) else None
+        told = code if code in reasons else next((each for each in reasons if os.strerror(each) in str(error)), None)
+        if told is not None:
+            return DiskFull(
+                f"{reasons[told]}: free some space (`lighten gc` removes objects that no version uses) or choose "
+                "another --artifacts; then run the same command again, which goes on from what is finished"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def check_names(names: Iterable[str]) -> None:

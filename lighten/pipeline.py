@@ -13,17 +13,18 @@ from typing import Any, Protocol
 
 from lighten import loaders
 from lighten.compress.sweep import Sweep
-from lighten.errors import Failure, LightenError, RequestError
+from lighten.errors import DiskFull, Failure, LightenError, RequestError
 from lighten.evaluate import machine, paired
 from lighten.evaluate.options import lacking
 from lighten.evaluate.settings import Speed
+from lighten.links import point
 from lighten.plan import TIMED, Plan, Predictor, Stage, make_plan, measuring_packages, this_machine, what
 from lighten.process import Outcome, run_isolated, warm
 from lighten.recipe import BASELINE, Recipe, load
 from lighten.report.results import Results
 from lighten.roofline import Addition
 from lighten.stage import Report
-from lighten.store import Artifact, Store, write_json
+from lighten.store import Artifact, Store, check_name, write_json
 
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx.data")
 
@@ -96,7 +97,7 @@ class Builder:
             return None
         try:
             with self._locked(stage):
-                artifact = self.store.sound(stage.key)
+                artifact = self.store.sound(stage.key, lambda damage: self.watcher.say(f"{stage.name}: {damage}"))
                 if artifact:
                     self.cached.add(stage.key)
                     self.watcher.ended(stage, None, None)
@@ -104,7 +105,7 @@ class Builder:
                     artifact = self._run(stage)
         except LightenError as error:
             message = self._in_words(str(error))
-            if isinstance(error, RequestError) or stage.key in self.essential:
+            if isinstance(error, RequestError | DiskFull) or stage.key in self.essential:
                 raise type(error)(message) from error
             self.failed[stage.key] = message
             self.watcher.ended(stage, None, message)
@@ -256,6 +257,7 @@ def plan(recipe: str | Recipe, *, only: list[str] | None = None) -> Plan:
 def open_recipe(recipe: str | Recipe, only: list[str] | None) -> Recipe:
     """Returns a recipe, loaded if it is given by name, after checking that the variants in `only` are in it."""
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
+    check_name(recipe.name)
     unknown = [name for name in only or () if name not in recipe.variants and name != BASELINE]
     if unknown:
         raise RequestError(f"the recipe has no variant {unknown[0]!r}; it has {', '.join(recipe.variants)}")
@@ -286,11 +288,13 @@ def run(
     predictor = Predictor(store)
     predicted = {stage.key: predictor.predict(stage) for stage in todo.stages}
     watcher.planned(todo, {key: prediction.seconds for key, prediction in predicted.items()})
-    if any(store.find(stage.key) is None for stage in todo.stages):
-        warm()
-    builder = build_all(todo, store, predictor, chosen, watcher, {todo.artifacts[BASELINE].key})
-    results = _results(todo, builder, predicted, Addition(todo.recipe.evaluate, watcher))
-    return _publish(todo, builder, results, store, watcher)
+    with store.lease(stage.key for stage in todo.stages):
+        if any(store.find(stage.key) is None for stage in todo.stages):
+            warm()
+        builder = build_all(todo, store, predictor, chosen, watcher, {todo.artifacts[BASELINE].key})
+        results = _results(todo, builder, predicted, Addition(todo.recipe.evaluate, watcher))
+        with store.publishing(todo.recipe.name):
+            return _publish(todo, builder, results, store, watcher)
 
 
 def build_all(
@@ -301,7 +305,10 @@ def build_all(
     watcher: Watcher,
     essential: Set[str] = frozenset(),
 ) -> Builder:
-    """Builds every stage of a plan, measurements last; raises what makes an `essential` one fail."""
+    """Builds every stage of a plan, measurements last; call while the store has a lease of their keys.
+
+    What makes an `essential` stage fail is raised.
+    """
     source = {"id": todo.source.name, "revision": todo.recipe.revision, "identity": todo.source.identity}
     builder = Builder(store, predictor, device, watcher, source, todo.recipe.trust_remote_code, essential)
     for stage in sorted(todo.stages, key=lambda stage: stage.measure is not None):
@@ -310,7 +317,7 @@ def build_all(
 
 
 def _publish(todo: Plan, builder: Builder, results: dict[str, Any], store: Store, watcher: Watcher) -> Path:
-    """Writes the next version, unless the latest one already says the same."""
+    """Writes the next version, unless the latest one already says the same; call while publishing."""
     from lighten.report.history import read
     from lighten.report.render import write_report
 
@@ -333,7 +340,7 @@ def _publish(todo: Plan, builder: Builder, results: dict[str, Any], store: Store
         links.mkdir()
         for variant, stage in todo.artifacts.items():
             if stage.key in builder.done:
-                (links / variant).symlink_to(Path("../../../objects") / stage.key)
+                point(links / variant, f"../../../objects/{stage.key}")
         write_json(folder / "results.json", results)
         earlier, refused = read(store.versions(name))
         for line in refused:

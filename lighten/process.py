@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import errno
 import importlib
 import json
 import os
@@ -26,7 +25,7 @@ import warnings
 from dataclasses import dataclass
 from typing import IO, Any
 
-from lighten.errors import Failure, LightenError, RequestError, unexpected
+from lighten.errors import DiskFull, Failure, LightenError, RequestError, disk_full, unexpected
 from lighten.stage import Report, silent
 
 PRELOADED = ("torch", "lighten.steps", "transformers.models.llama.modeling_llama")
@@ -156,7 +155,7 @@ def run_isolated(target: str, payload: dict[str, Any], report: Report = silent, 
     if final is None:
         raise Failure(f"{target} crashed ({death(code)}). The end of what it printed:\n{printed}")
     if "error" in final:
-        raise (RequestError if final["request"] else Failure)(final["error"])
+        raise raised(final)
     return Outcome(final["value"], time.monotonic() - begin, int(final["peak_rss_bytes"]))
 
 
@@ -165,7 +164,8 @@ def death(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name
-    hint = ", often because memory ran out" if name == "SIGKILL" else ""
+    hints = {"SIGKILL": ", often because memory ran out", "SIGBUS": ", often because the disk is full"}
+    hint = hints.get(name, "")
     return f"killed by {name}{hint}"
 
 
@@ -233,13 +233,17 @@ def die_with(parent: int) -> None:
 
 
 def _explain(error: BaseException) -> dict[str, Any]:
+    if full := disk_full(error):
+        return {"error": str(full), "kind": DiskFull.__name__}
     if isinstance(error, LightenError):
-        return {"error": str(error), "request": isinstance(error, RequestError)}
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left on device" in str(error):
-        advice = "free some space (`lighten gc` removes objects that no version uses) or choose another --artifacts"
-        return {"error": f"no space left on the device: {advice}; then run the same command again", "request": False}
-    return {"error": unexpected(error), "request": False}
+        return {"error": str(error), "kind": (RequestError if isinstance(error, RequestError) else Failure).__name__}
+    return {"error": unexpected(error), "kind": Failure.__name__}
+
+
+def raised(event: dict[str, Any]) -> LightenError:
+    """Returns the error that an event of another process tells."""
+    kinds = {kind.__name__: kind for kind in (DiskFull, Failure, RequestError)}
+    return kinds[event["kind"]](event["error"])
 
 
 def call(function: Any, *arguments: Any) -> dict[str, Any]:

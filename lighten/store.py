@@ -4,6 +4,7 @@
     <recipe>/v1/ v2/ latest   what a run left: links into objects/, results and report
     costs/<sha256>.json       what building an object took (not part of the object: it differs from run to run)
     locks/<sha256>.lock       held while an object is being built
+    leases/<random>           keys that a run under way needs; as long as it lives, it holds the file's lock
     unfinished/<sha256>/…     checkpoints of a stage that can go on where it was killed
 
 An object is written under a temporary name in the same directory and renamed, so a name that exists is complete.
@@ -12,25 +13,32 @@ An object is written under a temporary name in the same directory and renamed, s
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from lighten.errors import Failure, RequestError
+from lighten.files import flush, freeze, remove_tree
+from lighten.files import write_file as write_file
+from lighten.files import write_json as write_json
+from lighten.leases import declared, living
+from lighten.links import follow, point
+from lighten.locks import locked
+from lighten.manifest import DIGEST, KEY, digest, fault
 
 MANIFEST = "artifact.json"
-KEY = re.compile(r"[0-9a-f]{64}")
+OWN = ("objects", "locks", "costs", "leases", "unfinished")
+"""Names in the store's directory that no recipe can have."""
 _VERSION = re.compile(r"v([1-9][0-9]*)")
 
 
@@ -90,38 +98,19 @@ def hash_files(root: Path) -> list[dict[str, Any]]:
     ]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON as `write_file` does."""
-    write_file(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it, so that readers see the old file or the new one."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-
-
 def read_artifact(path: Path) -> Artifact:
     """Opens a directory that holds an `artifact.json`.
 
     Raises:
-        Failure: no manifest there, or one that cannot be read.
+        Failure: no manifest there, or one that cannot be read or lacks something.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return Artifact(path, manifest)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Failure(f"{path} is not a lighten artifact: cannot read its {MANIFEST} ({error})") from error
+    if wrong := fault(manifest):
+        raise Failure(f"{path} is not a lighten artifact: its {MANIFEST} is damaged ({wrong})")
+    return Artifact(path, manifest)
 
 
 def find_damage(artifact: Artifact) -> list[str]:
@@ -138,26 +127,20 @@ def find_damage(artifact: Artifact) -> list[str]:
     return damage
 
 
-def _remove(path: Path) -> None:
-    """Removes a directory tree, read-only entries included."""
-
-    def allow(function: Any, name: str, _error: Any) -> None:
-        os.chmod(os.path.dirname(name), 0o755)
-        os.chmod(name, 0o755)
-        function(name)
-
-    shutil.rmtree(path, onerror=allow)
+def check_name(name: str) -> None:
+    """Raises RequestError if a recipe cannot have a name because the store uses it itself."""
+    if name in OWN:
+        raise RequestError(f"a recipe cannot be named {name!r}: the store uses that name; choose another")
 
 
-def _freeze(path: Path) -> None:
-    """Flushes a tree to disk and takes its write permissions away."""
-    for entry in [*path.rglob("*"), path]:
-        descriptor = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.chmod(entry, stat.S_IMODE(entry.stat().st_mode) & ~0o222)
+@dataclass(frozen=True)
+class Checked:
+    """What `verify` found about an object."""
+
+    key: str
+    damage: list[str] = field(default_factory=list)
+    kept: str | None = None
+    """Why a damaged one was not removed."""
 
 
 class Store:
@@ -167,49 +150,111 @@ class Store:
         self.root = root
         self.objects = root / "objects"
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Makes the store's own directories.
+
+        Raises:
+            RequestError: they cannot be made or written to.
+        """
+        folders = [self.objects, *(self.root / name for name in ("locks", "costs", "leases"))]
         try:
-            for folder in (self.objects, self.root / "locks", self.root / "costs"):
+            for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise RequestError(f"cannot use {self.root} as the artifacts directory: {error}") from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise RequestError(
+                f"cannot use {self.root} as the artifacts directory: {error.strerror}; choose another with --artifacts"
+            ) from error
+        if not self.writable():
+            raise RequestError(
+                f"cannot use {self.root} as the artifacts directory: it is read-only; choose another with --artifacts, "
+                "or make it writable"
+            )
+
+    def writable(self) -> bool:
+        """Returns whether anything can be written to the store."""
+        folders = [self.root, self.objects, *(self.root / name for name in ("locks", "costs", "leases"))]
+        return all(os.access(folder, os.W_OK) for folder in folders if folder.is_dir())
 
     def find(self, key: str) -> Artifact | None:
-        """Returns the object, or None if there is none. Only its manifest is read: see `sound`."""
-        path = self.objects / key
-        return read_artifact(path) if (path / MANIFEST).is_file() else None
+        """Returns the object, or None if there is none or its manifest is damaged. No file is hashed: see `sound`."""
+        try:
+            found = read_artifact(self.objects / key)
+        except Failure:
+            return None
+        return found if found.key == key else None
 
-    def sound(self, key: str) -> Artifact | None:
-        """Returns the object after re-hashing it; a corrupt one is removed and None is returned."""
-        artifact = self.find(key)
-        if artifact is None or not find_damage(artifact):
-            return artifact
+    def damage(self, key: str) -> list[str]:
+        """Re-hashes an object that is there; returns one line for everything that is wrong with it."""
+        try:
+            found = read_artifact(self.objects / key)
+        except Failure as error:
+            return [str(error)]
+        if found.key != key:
+            return [f"its {MANIFEST} is that of another object"]
+        try:
+            return find_damage(found)
+        except OSError as error:
+            return [f"cannot be read: {error}"]
+
+    def sound(self, key: str, say: Callable[[str], None] = lambda message: None) -> Artifact | None:
+        """Returns the object after re-hashing it; a corrupt one is removed and None is returned.
+
+        Args:
+            key: which object; call with its lock held.
+            say: told what was wrong with an object that was removed.
+        """
+        if not (self.objects / key).exists():
+            return None
+        if not (damage := self.damage(key)):
+            return self.find(key)
         self.remove(key)
+        say(f"the object {key[:12]} was damaged and is made anew: {'; '.join(damage[:3])}")
         return None
 
     def remove(self, key: str) -> None:
         """Deletes an object; the name disappears first, so nobody sees half of it."""
         path = self.objects / key
         if path.exists():
-            os.chmod(path, 0o755)
-            doomed = self.objects / f".gone-{key}-{os.getpid()}"
-            path.rename(doomed)
-            _remove(doomed)
+            remove_tree(self.hide(path))
+
+    def hide(self, path: Path) -> Path:
+        """Gives what is to be removed from `objects` another name, at once; returns that."""
+        os.chmod(path, 0o755)
+        key = KEY.findall(path.name)[0]
+        doomed = self.objects / f".gone-{key}-{secrets.token_hex(4)}"
+        return path.rename(doomed)
 
     @contextlib.contextmanager
     def lock(self, key: str, *, wait: bool = True) -> Iterator[bool]:
         """Holds the lock of an object; yields whether it was got (always true with `wait`)."""
-        self._prepare()
-        lock = FileLock(self.root / "locks" / f"{key}.lock")
-        try:
-            lock.acquire(timeout=-1 if wait else 0)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        self.prepare()
+        with locked(self.root / "locks" / f"{key}.lock", wait=wait) as held:
+            yield held
+
+    @contextlib.contextmanager
+    def lease(self, keys: Iterable[str]) -> Iterator[None]:
+        """Declares objects that a run needs: until the block ends, `gc` and `verify` remove none of them.
+
+        The kernel drops the lease if the process dies. Take it before any lock of an object.
+
+        Raises:
+            RequestError: the store cannot be written to.
+        """
+        self.prepare()
+        with declared(self.root / "leases", keys, self.gate):
+            yield
+
+    @contextlib.contextmanager
+    def gate(self) -> Iterator[None]:
+        """Holds the lock under which leases are declared and objects chosen for removal; for a moment only."""
+        with self.lock("gate"):
+            yield
+
+    def leased(self) -> set[str]:
+        """Returns the keys that runs under way have declared; dead ones do not count."""
+        return living(self.root / "leases")
 
     @contextlib.contextmanager
     def building(self, key: str) -> Iterator[Path]:
@@ -218,16 +263,16 @@ class Store:
         Whatever an earlier killed run left under this key is removed first; the directory is removed
         if it was not finished.
         """
-        self._prepare()
+        self.prepare()
         for stale in self.objects.glob(f".tmp-{key}-*"):
-            _remove(stale)
+            remove_tree(stale)
         path = Path(tempfile.mkdtemp(dir=self.objects, prefix=f".tmp-{key}-"))
         os.chmod(path, 0o755)
         try:
             yield path
         finally:
             if path.exists():
-                _remove(path)
+                remove_tree(path)
 
     def scratch(self, key: str) -> Path:
         """Returns a directory that outlives a kill; `drop_scratch` removes it once the object is finished."""
@@ -242,13 +287,15 @@ class Store:
     def finish(self, path: Path, manifest: dict[str, Any]) -> Artifact:
         """Hashes what lies under `path`, writes its manifest, makes it read-only and gives it its name."""
         complete = {"schema": 1, **manifest, "files": hash_files(path)}
+        complete[DIGEST] = digest(complete)
         write_json(path / MANIFEST, complete)
-        _freeze(path)
+        freeze(path)
         target = self.objects / str(manifest["key"])
         if not target.exists():
             os.chmod(path, 0o755)
             path.rename(target)
             os.chmod(target, 0o555)
+            flush(self.objects)
         return Artifact(target, complete)
 
     def cost(self, key: str) -> dict[str, Any] | None:
@@ -266,7 +313,7 @@ class Store:
 
     def record_cost(self, key: str, cost: dict[str, Any]) -> None:
         """Keeps what building an object took."""
-        self._prepare()
+        self.prepare()
         write_json(self.root / "costs" / f"{key}.json", cost)
 
     # versions
@@ -283,29 +330,48 @@ class Store:
         return found[-1] if found else None
 
     @contextlib.contextmanager
+    def publishing(self, name: str) -> Iterator[None]:
+        """Holds the lock of a recipe's versions: whoever looks at the latest and adds one does both inside.
+
+        Raises:
+            RequestError: the store uses that name itself.
+        """
+        check_name(name)
+        with self.lock(f"version-{name}"):
+            self.point_latest(name)
+            yield
+
+    def point_latest(self, name: str) -> None:
+        """Lets the link `latest` lead to the newest version, if a killed run left it behind; call when publishing."""
+        newest, link = self.latest(name), self.root / name / "latest"
+        if newest and (not link.exists() or follow(link) != newest.resolve()):
+            point(link, newest.name)
+
+    @contextlib.contextmanager
     def new_version(self, name: str) -> Iterator[Path]:
-        """Yields a temporary directory that becomes the next version of `name` when the block ends well."""
-        if name in ("objects", "locks", "costs", "unfinished"):
-            raise RequestError(f"a recipe cannot be named {name!r}: the store uses that name; choose another")
+        """Yields a temporary directory that becomes the next version of `name` when the block ends well.
+
+        Call it inside `publishing`. What a killed run left beside the versions is removed first.
+        """
         folder = self.root / name
-        self._prepare()
+        self.prepare()
         folder.mkdir(exist_ok=True)
+        for stale in folder.glob(".tmp-*"):
+            remove_tree(stale)
         path = Path(tempfile.mkdtemp(dir=folder, prefix=".tmp-"))
         os.chmod(path, 0o755)
         try:
             yield path
-            with self.lock(f"version-{name}"):
-                last = self.latest(name)
-                number = int(last.name[1:]) + 1 if last else 1
-                path.rename(folder / f"v{number}")
-                link = folder / ".latest"
-                with contextlib.suppress(FileNotFoundError):
-                    link.unlink()
-                link.symlink_to(f"v{number}")
-                os.replace(link, folder / "latest")
+            for entry in [*path.rglob("*"), path]:
+                if not entry.is_symlink():
+                    flush(entry)
+            last = self.latest(name)
+            path.rename(folder / f"v{int(last.name[1:]) + 1 if last else 1}")
+            flush(folder)
+            self.point_latest(name)
         finally:
             if path.exists():
-                _remove(path)
+                remove_tree(path)
 
     def referenced(self) -> set[str]:
         """Returns the keys that any version refers to, with everything those were made from."""
@@ -324,37 +390,31 @@ class Store:
             return []
         return sorted(path.name for path in self.objects.iterdir() if KEY.fullmatch(path.name))
 
-    def verify(self) -> Iterator[tuple[str, list[str]]]:
-        """Re-hashes every object; yields its key and its damage. A damaged object is removed."""
+    def verify(self) -> Iterator[Checked]:
+        """Re-hashes every object. A damaged one is removed, unless a run needs it or the store is read-only."""
         for key in self.finished():
-            try:
-                damage = find_damage(read_artifact(self.objects / key))
-            except (Failure, KeyError, TypeError) as error:
-                damage = [f"{MANIFEST}: {error}"]
-            if damage:
-                with self.lock(key):
-                    self.remove(key)
-            yield key, damage
+            damage = self.damage(key)
+            checked = self._removed(key, damage) if damage else Checked(key)
+            if checked:
+                yield checked
+
+    def _removed(self, key: str, damage: list[str]) -> Checked | None:
+        """Removes a damaged object if that may be; None if it has gone meanwhile."""
+        if not self.writable():
+            return Checked(key, damage, "the artifacts directory is read-only")
+        with self.gate(), self.lock(key, wait=False) as free:
+            if not free or key in self.leased():
+                return Checked(key, damage, "a run under way needs it: verify again when that has ended")
+            if not (self.objects / key).exists():
+                return None
+            self.remove(key)
+        return Checked(key, damage)
 
     def gc(self, *, dry_run: bool = False) -> list[tuple[str, int]]:
         """Removes objects that no version refers to and what killed runs left; returns (name, bytes) of each.
 
-        An object that is being built right now is left alone.
+        What a run under way needs is left alone. See `lighten.collection`.
         """
-        keep = self.referenced()
-        removed = []
-        folders = [folder for folder in (self.objects, self.root / "unfinished") if folder.is_dir()]
-        for path in sorted(path for folder in folders for path in folder.iterdir()):
-            key = next(iter(KEY.findall(path.name)), None)
-            if key is None or (path.name in keep and path.parent == self.objects):
-                continue
-            with self.lock(key, wait=False) as held:
-                if not held:
-                    continue
-                size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-                if not dry_run:
-                    self.remove(key) if path == self.objects / key else _remove(path)
-                    with contextlib.suppress(FileNotFoundError):
-                        (self.root / "costs" / f"{key}.json").unlink()
-                removed.append((path.name, size))
-        return removed
+        from lighten.collection import collect
+
+        return collect(self, dry_run=dry_run)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lighten.compress.sweep import Sweep
-from lighten.errors import LightenError, RequestError
+from lighten.errors import DiskFull, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
+from lighten.locks import scratch_beside
 from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, find
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
@@ -58,15 +59,16 @@ def one_step(
     predictor = Predictor(store)
     watcher.planned(todo, {stage.key: predictor.predict(stage).seconds for stage in todo.stages})
     every = {stage.key for stage in todo.stages}
-    builder = build_all(todo, store, predictor, choose_device(device), watcher, every)
-    return _copy_out(builder.done[todo.artifacts["result"].key], target)
+    with store.lease(every):
+        builder = build_all(todo, store, predictor, choose_device(device), watcher, every)
+        return _copy_out(builder.done[todo.artifacts["result"].key], target)
 
 
 def _copy_out(artifact: Artifact, target: Path) -> Artifact:
     """Copies an artifact to where the person asked for it, under a temporary name first."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-        copy = Path(folder) / target.name
+    with scratch_beside(target) as folder:
+        copy = folder / target.name
         shutil.copytree(artifact.path, copy, copy_function=shutil.copyfile)
         os.chmod(copy, 0o755)
         copy.rename(target)
@@ -188,6 +190,8 @@ def _measure_one(
             run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed")
             measured.append((kind, out, None if is_baseline else hidden))
         add_measurements(row, measured, is_baseline)
+    except DiskFull:
+        raise
     except LightenError as error:
         row |= {"status": "failed", "error": str(error)}
     return row

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from lighten.errors import Failure, RequestError
-from lighten.process import CAN_FORK, call, count_helpers, death, die_with, peak_rss_bytes
+from lighten.errors import Failure
+from lighten.process import CAN_FORK, call, count_helpers, death, die_with, peak_rss_bytes, raised
 
 MEMORY_SHARE = 0.5
 """Of the machine's memory, what all workers together may take."""
@@ -95,7 +95,7 @@ def _gather(team: dict[Any, Any], peaks: dict[Any, int], count: int, report: Cal
                     raise Failure(f"a worker crashed ({death(team[ours].exitcode)})") from None
                 continue
             if "error" in event:
-                raise (RequestError if event["request"] else Failure)(event["error"])
+                raise raised(event)
             waiting[index] = event["value"]
             peaks[ours] = event["peak_rss_bytes"]
             report(done := done + 1)

@@ -2,15 +2,12 @@
 
 import json
 import os
-import random
+import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +18,7 @@ from lighten.errors import RequestError
 from lighten.plan import Stage, make_plan
 from lighten.recipe import parse
 from lighten.store import Store, find_damage
+from lighten.verbs import one_step
 
 
 def recipe(model: Path, **changes: object) -> dict:
@@ -163,30 +161,79 @@ def test_a_step_that_cannot_follow_another_is_refused(model: Path, tmp_path: Pat
         run(value, tmp_path)
 
 
-def command_line(value: dict[str, Any], folder: Path) -> list[str]:
-    (folder / "recipe.yaml").write_text(json.dumps(value))
-    return [sys.executable, "-m", "lighten", "run", str(folder / "recipe.yaml"), "--artifacts", str(folder / "a")]
+class Collector(Listener):
+    """Calls gc after each stage, while nothing is published yet."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def ended(self, stage: Stage, seconds: float | None, error: str | None) -> None:
+        super().ended(stage, seconds, error)
+        assert [name for name, _ in Store(self.folder).gc() if len(name) == 64] == []
 
 
-def test_two_runs_side_by_side(model: Path, undisturbed: Path, tmp_path: Path) -> None:
-    command = command_line(recipe(model, evaluate={}), tmp_path)
-    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait(300) for process in both] == [0, 0]
-    same = contents(tmp_path / "a")
-    assert same == {name: content for name, content in contents(undisturbed).items() if name in same}
-    assert all(find_damage(Store(tmp_path / "a").find(key)) == [] for key in Store(tmp_path / "a").finished())
+def test_gc_beside_a_run_takes_nothing_from_it(model: Path, tmp_path: Path) -> None:
+    collector = Collector(tmp_path)
+    lighten.run(parse(recipe(model, evaluate={})), artifacts=tmp_path, watcher=collector)
+    store = Store(tmp_path)
+    assert len(collector.built) == len(store.finished()) == 5
+    assert not any(each.damage for each in store.verify())
+    assert list((tmp_path / "leases").iterdir()) == []
 
 
-def test_kill_9_at_any_moment_then_the_same_bytes(model: Path, undisturbed: Path, tmp_path: Path) -> None:
-    command = command_line(recipe(model), tmp_path)
-    moments = random.Random(0)
-    for _ in range(5):
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-        time.sleep(moments.uniform(2, 9))
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=300).returncode == 0
-    ours, theirs = contents(tmp_path / "a"), contents(undisturbed)
-    assert ours.keys() <= theirs.keys()
-    assert all(ours[name] == theirs[name] for name in ours)
-    assert [path.name for path in (tmp_path / "a" / "objects").iterdir() if path.name.startswith(".")] == []
+def test_gc_beside_one_step_takes_nothing_from_it(model: Path, tmp_path: Path) -> None:
+    settings = {"method": "rtn", "bits": 8, "group_size": 32}
+    store = tmp_path / "a"
+    made = one_step("quantize", str(model), tmp_path / "out", settings, artifacts=store, watcher=Collector(store))
+    assert find_damage(made) == []
+    assert len(Store(store).gc()) == 2  # nobody needs them when it has ended
+
+
+def test_names_of_the_stores_own_directories_are_refused_before_any_work(model: Path, tmp_path: Path) -> None:
+    for name in ("objects", "leases"):
+        with pytest.raises(RequestError, match="the store uses that name"):
+            lighten.run(parse(recipe(model, name=name)), artifacts=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_damaged_manifest_is_made_anew_and_said(model: Path, undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "a", symlinks=True)
+    store = Store(tmp_path / "a")
+    sweep = next(stage for stage in make_plan(parse(recipe(model))).stages if stage.kind == "sweep")
+    manifest = store.objects / sweep.key / "artifact.json"
+    os.chmod(manifest, 0o644)
+    manifest.write_text("[]")
+    said: list[str] = []
+    listener = Listener()
+    listener.say = said.append  # type: ignore[method-assign]
+    value = recipe(model, evaluate={}, name="again")
+    lighten.run(parse(value), artifacts=tmp_path / "a", watcher=listener)
+    assert listener.built == ["sweep"]
+    assert any("sweep" in line and "damaged" in line and "made anew" in line for line in said)
+    assert contents(tmp_path / "a") == contents(undisturbed)
+
+
+def test_a_full_disk_ends_the_run_and_publishes_nothing(model: Path, tmp_path: Path) -> None:
+    """A limit on the length of files stands for the disk: the run says it once, and goes on when there is room."""
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(model, evaluate={})))
+    command = [
+        sys.executable,
+        "-m",
+        "lighten",
+        "run",
+        str(tmp_path / "recipe.yaml"),
+        "--artifacts",
+        str(tmp_path / "a"),
+    ]
+    limit = (model / "model.safetensors").stat().st_size // 3
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("lighten: ") == 1 and "free some space" in done.stderr and "Traceback" not in done.stderr
+    assert Store(tmp_path / "a").versions() == []
+    assert [path for path in (tmp_path / "a" / "objects").iterdir() if path.name.startswith(".")] == []

@@ -1,12 +1,15 @@
 """The store, as two processes and kill -9 see it."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -94,7 +97,7 @@ def test_a_corrupt_object_is_found_removed_and_never_used(tmp_path: Path, harm: 
         manifest = file.parent.parent / MANIFEST
         os.chmod(manifest, 0o644)
         manifest.write_text("{")
-    report = dict(store.verify())
+    report = {each.key: each.damage for each in store.verify()}
     assert report[OTHER] == []
     assert report[KEY]
     assert store.finished() == [OTHER]
@@ -163,7 +166,7 @@ def test_versions_count_up_and_latest_follows(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), store.new_version("demo"):
         raise RuntimeError
     assert len(store.versions()) == 2
-    with pytest.raises(RequestError, match="objects"), store.new_version("objects"):
+    with pytest.raises(RequestError, match="objects"), store.publishing("objects"):
         pass
 
 
@@ -197,3 +200,168 @@ def test_an_unusable_directory_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RequestError, match="artifacts directory"), Store(tmp_path / "file").lock(KEY):
         pass
+
+
+def _hold(root: str, connection: Connection) -> None:
+    with Store(Path(root)).lease([KEY]):
+        connection.send("held")
+        time.sleep(60)
+
+
+def test_what_a_living_run_declared_is_kept_and_what_a_dead_one_declared_is_not(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for key in (KEY, OTHER):
+        put(store, key)
+    ours, theirs = multiprocessing.Pipe()
+    holder = multiprocessing.get_context("spawn").Process(target=_hold, args=(str(tmp_path), theirs))
+    holder.start()
+    assert ours.recv() == "held"
+    assert [name for name, _ in store.gc()] == [OTHER]
+    (store.objects / KEY / MANIFEST).chmod(0o644)
+    (store.objects / KEY / MANIFEST).write_text("{}")
+    (checked,) = store.verify()
+    assert checked.damage and "run under way" in str(checked.kept)
+    holder.kill()
+    holder.join()
+    assert [name for name, _ in store.gc()] == [KEY]
+    assert list((tmp_path / "leases").iterdir()) == []
+
+
+@pytest.mark.parametrize("looked_at", ["leased", "referenced"])
+def test_a_run_that_ends_while_gc_looks_keeps_its_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looked_at: str
+) -> None:
+    """It publishes, then gives its lease back: right after gc has read one of the two."""
+    store = Store(tmp_path)
+    put(store, KEY)
+    run = contextlib.ExitStack()
+    run.enter_context(store.lease([KEY]))
+    look = getattr(Store, looked_at)
+
+    def look_then_end(self: Store) -> set[str]:
+        found: set[str] = look(self)
+        if not store.versions():
+            with store.publishing("demo"), store.new_version("demo") as folder:
+                write_json(folder / "objects.json", [KEY])
+            run.close()
+        return found
+
+    monkeypatch.setattr(Store, looked_at, look_then_end)
+    store.gc()
+    assert store.finished() == [KEY]
+
+
+@pytest.mark.parametrize(
+    "harm", ["", "[]", "{}", "[" * 5000, '{"key": 7, "format": "x", "files": []}', '{"format": "x", "files": []}']
+)
+def test_a_damaged_manifest_is_told_and_the_object_removed(tmp_path: Path, harm: str) -> None:
+    store = Store(tmp_path)
+    manifest = put(store, KEY).path / MANIFEST
+    manifest.chmod(0o644)
+    manifest.write_text(harm)
+    said: list[str] = []
+    assert store.find(KEY) is None
+    with pytest.raises(Failure, match=r"artifact\.json"):
+        read_artifact(manifest.parent)
+    assert store.sound(KEY, said.append) is None
+    assert len(said) == 1 and KEY[:12] in said[0]
+    assert store.finished() == []
+
+
+def test_a_changed_digit_in_a_manifest_is_damage_and_old_manifests_have_no_digest(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    manifest = put(store, KEY).path / MANIFEST
+    manifest.chmod(0o644)
+    whole = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**whole, "kind": "tesu"}))
+    assert store.find(KEY) is None
+    assert store.damage(KEY)
+    del whole["sha256"]
+    manifest.write_text(json.dumps(whole))
+    assert store.damage(KEY) == []
+
+
+def test_an_object_without_a_manifest_or_with_anothers_is_made_anew(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (store.objects / KEY).mkdir(parents=True)
+    assert store.sound(KEY) is None
+    put(store, KEY)
+    shutil.copytree(store.objects / KEY, store.objects / OTHER)
+    assert store.find(OTHER) is None
+    assert store.sound(OTHER) is None
+    assert store.finished() == [KEY]
+
+
+def test_gc_collects_whatever_killed_runs_leave(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    put(store, KEY)
+    with store.publishing("demo"), store.new_version("demo") as folder:
+        write_json(folder / "objects.json", [KEY])
+    store.record_cost(KEY, {"seconds": 1})
+    store.scratch(OTHER).joinpath("checkpoint").touch()
+    store.record_cost(OTHER, {"seconds": 1})
+    with store.publishing("half"):
+        pass
+    for folder in (store.objects / f".tmp-{OTHER}-x", store.objects / f".gone-{OTHER}-1", tmp_path / "half" / ".tmp-x"):
+        folder.mkdir(parents=True)
+    (tmp_path / "demo" / ".tmp-y").mkdir()
+    (tmp_path / "demo" / ".latest").symlink_to("v1")
+    (tmp_path / "demo" / "v1" / ".results.json.abcd_123").touch()
+    (tmp_path / "costs" / f".{OTHER}.json.abcd_123").touch()
+    (tmp_path / "leases" / "dead").write_text(f'["{OTHER}"]')
+    (tmp_path / "mine" / ".tmp-z").mkdir(parents=True)  # no recipe's directory: not the store's
+    before = sorted(tmp_path.rglob("*"))
+    named = {name for name, _ in store.gc(dry_run=True)}
+    assert sorted(tmp_path.rglob("*")) == before
+    assert {f".tmp-{OTHER}-x", f"unfinished/{OTHER}", "demo/.tmp-y", "half"} <= named
+    store.gc()
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if KEY not in path.parts}
+    folders = {"objects", "locks", "costs", "leases", "unfinished", "demo", "mine", "mine/.tmp-z"}
+    files = {"locks/gate.lock", f"costs/{KEY}.json", "demo/v1", "demo/v1/objects.json", "demo/latest"}
+    assert left == folders | files
+    assert store.gc() == []
+
+
+def test_gc_leaves_a_version_alone_that_is_being_published(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.publishing("demo"), store.new_version("demo") as folder:
+        write_json(folder / "objects.json", [])
+        store.gc()
+        assert folder.is_dir()
+    assert [path.name for path in store.versions("demo")] == ["v1"]
+
+
+def _publish(root: str, count: int) -> None:
+    store = Store(Path(root))
+    for _ in range(count):
+        with store.publishing("demo"), store.new_version("demo") as folder:
+            number = len(store.versions("demo")) + 1
+            write_json(folder / "objects.json", [])
+            write_json(folder / "number.json", number)
+
+
+def test_versions_published_at_once_get_numbers_of_their_own(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=_publish, args=(str(tmp_path), 20)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+        assert process.exitcode == 0
+    store = Store(tmp_path)
+    found = [(path.name, json.loads((path / "number.json").read_text())) for path in store.versions("demo")]
+    assert found == [(f"v{number}", number) for number in range(1, 41)]
+    assert (tmp_path / "demo" / "latest").resolve().name == "v40"
+
+
+def test_latest_is_mended_where_a_kill_came_between(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for _ in range(2):
+        with store.publishing("demo"), store.new_version("demo") as folder:
+            write_json(folder / "objects.json", [])
+    latest = tmp_path / "demo" / "latest"
+    latest.unlink()
+    latest.symlink_to("v1")
+    with store.publishing("demo"):
+        pass
+    assert latest.resolve().name == "v2"

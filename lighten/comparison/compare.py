@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,11 +79,12 @@ def compare(
         if tokens:
             raise RequestError("--tokens is for two variants or models: name a variant of each, such as NAME:VARIANT")
         return _versions(first, second, asked)
-    one, other_one = _sides(first, second, artifacts, evaluate, chosen, watcher)
-    protocol.check(one, other_one)
-    found = difference.compare(one, other_one)
-    verdicts = tuple(verdict for limit in asked for verdict in limits.judge(limit, found))
-    places, missing = _tokens(one, other_one, tokens, chosen, watcher) if tokens else (None, None)
+    with contextlib.ExitStack() as kept:
+        one, other_one = _sides(first, second, artifacts, evaluate, chosen, watcher, kept)
+        protocol.check(one, other_one)
+        found = difference.compare(one, other_one)
+        verdicts = tuple(verdict for limit in asked for verdict in limits.judge(limit, found))
+        places, missing = _tokens(one, other_one, tokens, chosen, watcher) if tokens else (None, None)
     return Comparison((found,), (), verdicts, places, missing)
 
 
@@ -113,7 +115,13 @@ def _versions(a: Version, b: Version, asked: list[Limit]) -> Comparison:
 
 
 def _sides(
-    first: Operand, second: Operand, artifacts: Path, evaluate: Evaluate | None, device: str, watcher: Watcher
+    first: Operand,
+    second: Operand,
+    artifacts: Path,
+    evaluate: Evaluate | None,
+    device: str,
+    watcher: Watcher,
+    kept: contextlib.ExitStack,
 ) -> tuple[Side, Side]:
     variants = [each for each in (first, second) if isinstance(each, VariantOf)]
     if variants and evaluate:
@@ -130,7 +138,7 @@ def _sides(
             sides.append(side.of_variant(each))
         elif isinstance(each, Model):
             assert wanted is not None
-            made = side.of_model(each.text, wanted, tokenizer, store=store, device=device, watcher=watcher)
+            made = side.of_model(each.text, wanted, tokenizer, store=store, device=device, watcher=watcher, kept=kept)
             tokenizer = tokenizer or made.model  # the first model's tokenizer gives the ids, as in `evaluate`
             sides.append(made)
     return sides[0], sides[1]

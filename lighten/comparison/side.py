@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,14 @@ def _recipe(version: Version) -> dict[str, Any]:
 
 
 def of_model(
-    name: str, evaluate: Evaluate, tokenizer: Path | None, *, store: Store, device: str, watcher: Watcher
+    name: str,
+    evaluate: Evaluate,
+    tokenizer: Path | None,
+    *,
+    store: Store,
+    device: str,
+    watcher: Watcher,
+    kept: contextlib.ExitStack,
 ) -> Side:
     """Returns a model that lies anywhere, measured now unless the store has its measurements.
 
@@ -109,6 +117,7 @@ def of_model(
         store: where measurements are kept, under the SHA-256 of model and settings.
         device: where to run.
         watcher: is told what is measured.
+        kept: keeps the leases of the measurements as long as they are looked at.
 
     Raises:
         RequestError: there is no such model.
@@ -120,7 +129,7 @@ def of_model(
     asked: list[tuple[Any, Perplexity | Accuracy | Speed]] = [("accuracy", each) for each in evaluate.accuracy]
     asked += [("perplexity", each) for each in evaluate.perplexity[:1]]  # the one that leads the report
     asked += [("speed", evaluate.speed)] if evaluate.speed else []
-    done = [(kind, _measured(kind, settings, source, ids, store, device, watcher)) for kind, settings in asked]
+    done = [(kind, _measured(kind, settings, source, ids, store, device, watcher, kept)) for kind, settings in asked]
     row: dict[str, Any] = {"name": source.path.name, "status": "ok", **describe_source(source)}
     add_measurements(row, [(kind, artifact.path, None) for kind, artifact in done], True)
     return Side(
@@ -142,6 +151,7 @@ def _measured(
     store: Store,
     device: str,
     watcher: Watcher,
+    kept: contextlib.ExitStack,
 ) -> Artifact:
     config = {"measure": kind, **settings.key_config(), "packages": measuring_packages()}
     if isinstance(settings, Perplexity):
@@ -155,8 +165,9 @@ def _measured(
     else:
         config["machine"] = this_machine()
     key = stage_key("measure-model", 1, {**config, "device": device}, [source.identity, ids.identity])
+    kept.enter_context(store.lease([key]))
     with store.lock(key):
-        if found := store.sound(key):
+        if found := store.sound(key, watcher.say):
             return found
         watcher.say(f"{kind} of {source.name}")
         with store.building(key) as out:

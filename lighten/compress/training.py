@@ -21,6 +21,7 @@ from lighten.compress.losses import Said, Sums, Targets
 from lighten.compress.student import Student, finite
 from lighten.compress.teacher import Lessons, batches, last_states
 from lighten.errors import Failure
+from lighten.links import link_or_copy
 from lighten.model.stream import fast_dtype
 from lighten.process import keep_freed_memory
 from lighten.stage import Context
@@ -266,7 +267,7 @@ class Trainer:
         }
         (part / "state.json").write_text(json.dumps(told))
         if (self.folder / "best.safetensors").exists():
-            os.link(self.folder / "best.safetensors", part / "best.safetensors")
+            link_or_copy(self.folder / "best.safetensors", part / "best.safetensors")
         whole = self.folder / f"checkpoint-{self.done:08d}"
         part.rename(whole)
         for old in self._checkpoints():
@@ -316,7 +317,7 @@ class Trainer:
         best = self.folder / "best.safetensors"
         best.unlink(missing_ok=True)
         if (found[-1] / best.name).exists():
-            os.link(found[-1] / best.name, best)
+            link_or_copy(found[-1] / best.name, best)
 
 
 class _Live:

@@ -14,8 +14,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from lighten.errors import Failure, RequestError, check_names, missing_extra
+from lighten.links import follow
 from lighten.model.checkpoint import Checkpoint, facts_of, read_config, refuse_pickle
 from lighten.model.files import check_links, inside
+from lighten.model.hub import fetch
 from lighten.model.onnx_source import facts as onnx_facts
 from lighten.model.onnx_source import find_onnx
 from lighten.stage import Context, Estimate, ModelFacts, Step
@@ -51,6 +53,7 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
 
     check_names([model])
     path = Path(model).expanduser()
+    path = follow(path) if path.parent.name == "variants" and path.is_file() else path
     if model.startswith("demo:"):
         path = _demo(model.removeprefix("demo:"))
     if path.is_dir():
@@ -98,18 +101,7 @@ def _hash_directory(path: Path) -> str:
 
 
 def _fetch(model: str, revision: str | None, keep_code: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        patterns = [*COPIED, "*.safetensors", *(["*.py"] if keep_code else [])]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RequestError(
-            f"{model}: no such directory here, and it could not be fetched from the hub ({reason}); "
-            "check the name, the revision and the connection, or give a local directory"
-        ) from error
+    return fetch(model, revision, [*COPIED, "*.safetensors", *(["*.py"] if keep_code else [])])
 
 
 class Source(Step):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -57,7 +59,6 @@ def report(
     """Show the results of a run again and write its report anew; or print another form, the history, or push."""
     from lighten.report import merge as merging
     from lighten.report.history import read
-    from lighten.report.render import write_report
     from lighten.report.results import FILE, load, save
 
     _check(format, out, history, push_to_hub, variant, public, dry_run)
@@ -76,8 +77,25 @@ def report(
     elif format != "terminal":
         _write(_rendered(results, earlier, format), out)
     else:
-        write_report(results, folder, earlier)
+        _write_again(results, folder, earlier)
         show(folder, as_json)
+
+
+def _write_again(results: Results, folder: Path, earlier: list[Results]) -> None:
+    """Writes the report of a version anew, unless it lies where nothing can be written."""
+    from lighten.report.render import write_report
+    from lighten.store import Store
+
+    if not os.access(folder, os.W_OK):
+        told = f"{folder} is read-only: its report stays as it is; --format html -o FILE writes one somewhere else"
+        Console(stderr=True, soft_wrap=True, highlight=False).print(told, style="yellow", markup=False)
+        return
+    store = Store(folder.resolve().parent.parent)
+    own = (
+        folder.resolve() in store.versions(folder.resolve().parent.name) and store.objects.is_dir() and store.writable()
+    )
+    with store.publishing(folder.resolve().parent.name) if own else contextlib.nullcontext():
+        write_report(results, folder, earlier)
 
 
 def find(name: str, version: str | None, artifacts: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, RequestError
+from lighten.links import follow
+from lighten.model.hub import http_library
 from lighten.report.card import CARD, HUB_ID, card
 from lighten.report.results import BASELINE, Results
 from lighten.store import MANIFEST, Artifact, find_damage, read_artifact
@@ -82,7 +83,7 @@ def uploads(results: Results, folder: Path, repo: str, variants: Sequence[str] =
     check(repo, chosen)
     found = []
     for name in chosen:
-        artifact = read_artifact((folder / "variants" / name).resolve())
+        artifact = read_artifact(follow(folder / "variants" / name))
         if damage := find_damage(artifact):
             raise Failure(f"{name} is damaged ({damage[0]}): 'lighten verify' removes it, and a run makes it again")
         there = repo.replace(PLACE, name)
@@ -128,12 +129,10 @@ def push(upload: Upload, *, private: bool = True) -> str:
 @contextmanager
 def _told(repo: str) -> Iterator[None]:
     """Turns what goes wrong on the way to the hub into one message."""
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    # which library speaks HTTP depends on the version of huggingface_hub
-    http: Any = importlib.import_module(type(get_session()).__module__.partition(".")[0])
-
+    http = http_library()
     try:
         yield
     except HfHubHTTPError as error:

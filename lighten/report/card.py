@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from lighten.errors import LightenError
+from lighten.links import follow
 from lighten.report.calibration import amount
 from lighten.report.facts import protocols, sentence, settings, text
 from lighten.report.loading import loading
@@ -37,7 +38,7 @@ def cards(results: Results, folder: Path) -> dict[str, str]:
     found = {}
     for variant in results.measured:
         try:
-            artifact = read_artifact(folder / "variants" / variant.name)
+            artifact = read_artifact(follow(folder / "variants" / variant.name))
         except LightenError:
             continue
         found[variant.name] = card(results, variant, artifact)

@@ -1,0 +1,69 @@
+"""Writing, flushing and removing files so that a kill, a full disk or a second run finds nothing half-done."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+UNFINISHED = r"\..+\.[a-z0-9_]{8}"
+"""Pattern of the temporary names that `write_file` uses."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON as `write_file` does."""
+    write_file(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name and renames it, so that readers see the old file or the new one."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+        flush(path.parent)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def flush(path: Path) -> None:
+    """Makes sure that a file, or the names in a directory, are on the disk, as far as its file system can tell."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise  # some network file systems flush no directories
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a directory tree, read-only entries included; what somebody else removes meanwhile is no error."""
+
+    def allow(function: Any, name: str, _error: Any) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(os.path.dirname(name), 0o755)
+            os.chmod(name, 0o755)
+            function(name)
+
+    shutil.rmtree(path, onerror=allow)
+
+
+def freeze(path: Path) -> None:
+    """Flushes a tree to disk and takes its write permissions away."""
+    for entry in [*path.rglob("*"), path]:
+        flush(entry)
+        os.chmod(entry, stat.S_IMODE(entry.stat().st_mode) & ~0o222)

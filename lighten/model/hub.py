@@ -1,0 +1,63 @@
+"""Fetching a model from the Hugging Face hub: what fails on the way is one message, and what has arrived is kept."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import Failure, RequestError, disk_full
+
+TRIES = 3
+"""How often a connection that breaks is made anew; files that have arrived are not fetched again."""
+PAUSE = 2.0
+"""Seconds before that."""
+
+
+def http_library() -> Any:
+    """Returns the library that speaks HTTP: which one it is depends on the version of huggingface_hub."""
+    from huggingface_hub import get_session
+
+    return importlib.import_module(type(get_session()).__module__.partition(".")[0])
+
+
+def fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
+    """Returns the directory in the hub's cache with those files of a repository that match the patterns.
+
+    Raises:
+        RequestError: there is no such repository or revision for this person, and no directory of that name.
+        Failure: the connection broke, or the disk is full.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    broken: Exception | None = None
+    for number in range(TRIES):
+        time.sleep(PAUSE if number else 0)
+        try:
+            return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response else 0
+            if status >= 500:
+                broken = error
+                continue
+            raise RequestError(
+                f"{model}: no such directory here, and it could not be fetched from the hub ({first_line(error)}); "
+                "check the name, the revision and the connection, or give a local directory"
+            ) from error
+        except (http_library().HTTPError, OSError, RuntimeError) as error:
+            if full := disk_full(error):
+                raise full from error
+            broken = error
+    assert broken is not None
+    raise Failure(
+        f"{model}: the connection to {constants.ENDPOINT} broke {TRIES} times while fetching it "
+        f"({first_line(broken)}): check it and run the same command again; files that have arrived are kept"
+    ) from broken
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line that an error says, without a full stop."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].strip().rstrip(".")
