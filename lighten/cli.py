@@ -116,6 +116,7 @@ def plan(
     from lighten.store import Store
 
     todo = pipeline.plan(recipe, only=only)
+    pipeline.check_options(todo.recipe.evaluate.speed, pipeline.choose_device("auto"))
     store = Store(artifacts)
     predictor = Predictor(store)
     rows = []
@@ -239,13 +240,13 @@ def evaluate(
     from lighten.report.results import Results
     from lighten.report.terminal import terminal
     from lighten.store import write_json
-    from lighten.verbs import measure
+    from lighten.verbs import check_new, measure
 
     left_out = {name.lower() for name in skip or ()}
     if unknown := left_out - {"perplexity", "accuracy", "speed"}:
         raise RequestError(f"--skip {unknown.pop()}: there is perplexity, accuracy and speed")
-    if out and out.exists():
-        raise RequestError(f"{out} exists already: choose another directory or remove it")
+    if out:
+        check_new(out)
     where = "lighten evaluate"
     paths = [_path_of(text, artifacts) for text in paths]
     if profile:

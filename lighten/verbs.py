@@ -46,8 +46,7 @@ def one_step(
         Failure: the step failed.
     """
     target = Path(out)
-    if target.exists():
-        raise RequestError(f"{target} exists already: choose another directory or remove it")
+    check_new(target)
     command = f"lighten {kind}"
     parse_settings(step_class(kind, settings), settings, command)
     swept = parse_settings(Sweep, calibration or {}, command)
@@ -62,6 +61,17 @@ def one_step(
     with store.lease(every):
         builder = build_all(todo, store, predictor, choose_device(device), watcher, every)
         return _copy_out(builder.done[todo.artifacts["result"].key], target)
+
+
+def check_new(target: Path) -> None:
+    """Raises RequestError if a directory cannot be made: it is there, or what it would lie in cannot hold it."""
+    if target.exists():
+        raise RequestError(f"{target} exists already: choose another directory or remove it")
+    above = next(parent for parent in target.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise RequestError(f"{target} cannot be made, because {above} is a file: choose another directory")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise RequestError(f"{target} cannot be made, because {above} cannot be written to: choose another directory")
 
 
 def _copy_out(artifact: Artifact, target: Path) -> Artifact:
@@ -238,8 +248,7 @@ def profile(
     found = find(path)
     if found.facts.family != "causal":
         raise RequestError(f"{path} is no causal language model: there is no decoding to profile")
-    if out.exists():
-        raise RequestError(f"{out} exists already: choose another directory or remove it")
+    check_new(out)
     out.mkdir(parents=True)
     payload = {
         "model": str(found.path),

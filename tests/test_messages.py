@@ -100,3 +100,12 @@ def test_a_plan_refuses_steps_that_cannot_follow_each_other(
     recipe = {"name": "n", "model": str(tiny()), "variants": {"v": steps}}
     with pytest.raises(RequestError, match=words):
         make_plan(parse(recipe))
+
+
+def test_where_nothing_can_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match="is a file"):
+        lighten.quantize(str(tmp_path / "no model"), tmp_path / "file" / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RequestError, match="exists already"):
+        lighten.quantize(str(tmp_path / "no model"), tmp_path / "out")
