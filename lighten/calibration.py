@@ -83,7 +83,7 @@ class Used:
 
                 yield f"accuracy {accuracy.task}", texts(accuracy)
                 continue
-            tasks = choices.load_choices(accuracy.local or accuracy.task, accuracy.limit)
+            tasks = choices.load_choices(accuracy.local or accuracy.task, accuracy.most)
             yield f"accuracy {accuracy.task}", [f"{task.context} {end}" for task in tasks for end in task.endings]
 
     def chat(self, model: Path) -> dict[str, Any]:

@@ -368,11 +368,12 @@ def list_versions(artifacts: Artifacts = Path("artifacts"), as_json: Json = Fals
 @app.command()
 def verify(artifacts: Artifacts = Path("artifacts"), as_json: Json = False) -> None:
     """Re-hash every object; a corrupt one is reported and removed, to be made again by the next run."""
+    from lighten.collection import check
     from lighten.store import Store
 
     damaged, kept = {}, {}
     count = 0
-    for each in Store(artifacts).verify():
+    for each in check(Store(artifacts)):
         count += 1
         if each.damage:
             damaged[each.key] = each.damage
@@ -396,9 +397,10 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Remove objects that no version refers to, and what killed runs left."""
+    from lighten.collection import collect
     from lighten.store import Store
 
-    removed = Store(artifacts).gc(dry_run=dry_run)
+    removed = collect(Store(artifacts), dry_run=dry_run)
     total = sum(size for _, size in removed)
     if as_json:
         _print_json({"removed": dict(removed), "bytes": total, "dry_run": dry_run})

@@ -1,22 +1,57 @@
-"""What `lighten gc` removes: objects that nobody refers to, and whatever killed runs left anywhere in the store."""
+"""What `lighten gc` and `lighten verify` remove: what nobody refers to, what killed runs left, what is damaged."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from lighten.errors import Failure
 from lighten.files import UNFINISHED, remove_tree
 from lighten.locks import is_locked
 from lighten.manifest import KEY
-
-if TYPE_CHECKING:
-    from lighten.store import Store
+from lighten.store import Store
 
 
-def collect(store: Store, *, dry_run: bool) -> list[tuple[str, int]]:
+@dataclass(frozen=True)
+class Checked:
+    """What was found about an object."""
+
+    key: str
+    damage: list[str] = field(default_factory=list)
+    kept: str | None = None
+    """Why a damaged one was not removed."""
+
+
+def check(store: Store) -> Iterator[Checked]:
+    """Re-hashes every object. A damaged one is removed, unless a run needs it or the store is read-only."""
+    for key in store.finished():
+        try:
+            damage = store.damage(key)
+        except (Failure, OSError) as error:
+            yield Checked(key, [str(error)], "it cannot be read")
+            continue
+        checked = _removed(store, key, damage) if damage else Checked(key)
+        if checked:
+            yield checked
+
+
+def _removed(store: Store, key: str, damage: list[str]) -> Checked | None:
+    """Removes a damaged object; None if it has gone meanwhile."""
+    if not store.writable():
+        return Checked(key, damage, "the artifacts directory is read-only")
+    with store.gate(), store.lock(key, wait=False) as free:
+        if not free or key in store.leased():
+            return Checked(key, damage, "a run under way needs it: verify again when that has ended")
+        if not (store.objects / key).exists():
+            return None
+        store.remove(key)
+    return Checked(key, damage)
+
+
+def collect(store: Store, *, dry_run: bool = False) -> list[tuple[str, int]]:
     """Removes what is not needed any more; returns (name, bytes) of each, without empty locks.
 
     Leases are read before references: a run publishes before it gives its lease back, so that what it made is in one
@@ -119,7 +154,7 @@ def _drop_locks(store: Store) -> None:
 
 
 def _shown(store: Store, path: Path) -> str:
-    if path.parent == store.objects:
+    if path.parent in (store.objects, store.root / "unfinished"):
         return path.name
     return str(path.relative_to(store.root))
 

@@ -253,10 +253,10 @@ def _compressed_tensors(opening: Opening) -> Answer:
 
 def _as_served(opening: Opening, own: Callable[[Any], bool] | None = None) -> Answer:
     """Returns the logits by transformers; `own` tells the layers that a package should have brought into the model."""
-    from lighten.evaluate import machine
     from lighten.evaluate.runtimes.torch import TorchRuntime
+    from lighten.model.stream import fast_dtype
 
-    dtype = "bfloat16" if opening.device != "cpu" or machine.fast_bfloat16() else "float32"
+    dtype = str(fast_dtype(opening.device)).removeprefix("torch.")
     runtime = TorchRuntime(opening.path, opening.device, dtype, opening.trust_remote_code)
     if own and not any(map(own, runtime.model.modules())):
         raise Failure("transformers opens it, but none of its layers are this package's")

@@ -7,10 +7,11 @@ do. What is not the same is said together with the first place inside the model 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from unicodedata import normalize
 
 import numpy as np
@@ -22,8 +23,11 @@ from lighten.stage import Report
 
 if TYPE_CHECKING:
     from lighten.evaluate.runtimes import Ids, Runtime
+    from lighten.evaluate.runtimes.trace import States
 
 CHUNK = 256
+ROWS = 64
+"""Positions of the source whose logits are read back at a time."""
 PARTED = 0.02
 """Share of a state's size by which it may be off where a file of 16 bits or more is faithful."""
 
@@ -66,23 +70,15 @@ def check(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     Raises:
         Failure: it is outside its limits; says of what, and where the two first differ.
     """
-    from lighten.evaluate.runtimes import open_runtime
-
     source, made, limits = Path(payload["source"]), Path(payload["made"]), payload["limits"]
     report(0, 1, "tokenizers")
     facts, wrong, warnings = _compare_words(source, made, limits.get("tokenizer"))
     if payload["tokens"] and _computes_logits(source):
         trusted = payload.get("trust_remote_code", False)
-        ours = open_runtime(source, trust_remote_code=trusted)
-        theirs = open_runtime(made, device=payload.get("device", "cpu"), trust_remote_code=trusted)
-        chunks = _chunks(source, payload["tokens"], min(ours.vocab, theirs.vocab))
-        found = _compare_logits(ours, theirs, chunks, report)
+        with tempfile.TemporaryFile(dir=made.parent) as logits:
+            found, outside = _compare_models(source, made, payload, trusted, limits, logits, report)
         facts |= found
-        outside = [*_outside(found, limits)]
-        if outside:
-            wrong += [*outside, _where(ours, theirs, chunks[0])]
-        theirs.close()
-        ours.close()
+        wrong += outside
     if wrong:
         raise Failure(f"{made.name} is not the model it was made from: " + "; ".join(wrong))
     return {"parity": facts, "warnings": warnings}
@@ -106,12 +102,80 @@ def _outside(found: dict[str, Any], limits: dict[str, float | None]) -> Iterator
         yield f"the most likely token is the same at {top1:.2%} of the positions, at least {least:.2%} was asked for"
 
 
-def _where(ours: Runtime, theirs: Runtime, ids: Ids) -> str:
-    from lighten.evaluate.runtimes.trace import first_difference, trace
+def _compare_models(
+    source: Path,
+    made: Path,
+    payload: dict[str, Any],
+    trusted: bool,
+    limits: dict[str, float | None],
+    logits: IO[bytes],
+    report: Report,
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the facts about the logits of both, and what is wrong; only one of the two is in memory at a time.
 
-    expected, found = trace(ours, ids), trace(theirs, ids)
+    The logits of the source go to a file meanwhile.
+    """
+    from lighten.evaluate.runtimes import open_runtime
+    from lighten.evaluate.runtimes.trace import trace
+
+    ours = _open_source(source, trusted)
+    chunks = _chunks(source, payload["tokens"], ours.vocab)
+    vocab = _write_logits(ours, chunks, logits, report)
+    ours.close()
+    theirs = open_runtime(made, device=payload.get("device", "cpu"), trust_remote_code=trusted)
+    if any(chunk.max() >= theirs.vocab for chunk in chunks):
+        raise Failure(f"{made.name} has {theirs.vocab:,} tokens, the text of its source has others")
+    logits.seek(0)
+    found = _compare_logits(logits, vocab, theirs, chunks, report)
+    outside = [*_outside(found, limits)]
+    states, name = trace(theirs, chunks[0]) if outside else None, theirs.name
+    theirs.close()
+    if outside:
+        ours = open_runtime(source, trust_remote_code=trusted)
+        outside.append(_where(trace(ours, chunks[0]), states, ours.name, name))
+        ours.close()
+    return found, outside
+
+
+def _open_source(source: Path, trusted: bool) -> Runtime:
+    """Opens the source in float32; with its weights as they are stored, where they are of 16 bits."""
+    from lighten.evaluate.runtimes import find_gguf, open_runtime
+    from lighten.evaluate.runtimes.lean import open_lean, stored_short
+
+    short = None if find_gguf(source) else stored_short(source)
+    if not short:
+        return open_runtime(source, trust_remote_code=trusted)
+    lean = open_lean(source, short, trust_remote_code=trusted)
+    try:
+        lean.logits(np.arange(2))
+    except (RuntimeError, TypeError):  # a module reads weights of another one, and finds them in 16 bits
+        lean.close()
+        return open_runtime(source, trust_remote_code=trusted)
+    return lean
+
+
+def _write_logits(ours: Runtime, chunks: list[Ids], file: IO[bytes], report: Report) -> int:
+    """Writes the logits of every chunk, and returns the columns of a row.
+
+    Raises:
+        Failure: they are not finite.
+    """
+    vocab = 0
+    for number, chunk in enumerate(chunks):
+        expected = ours.logits(chunk)
+        if not np.isfinite(expected).all():
+            raise Failure("the source itself computes nothing finite: mend it, or say parity: {tokens: 0}")
+        vocab = expected.shape[1]
+        file.write(np.ascontiguousarray(expected, dtype=np.float32).data)
+        report(number + 1, 2 * len(chunks), "source")
+    return vocab
+
+
+def _where(expected: States | None, found: States | None, ours: str, theirs: str) -> str:
+    from lighten.evaluate.runtimes.trace import first_difference
+
     if expected is None or found is None:
-        return f"{(ours if expected is None else theirs).name} does not show where it differs"
+        return f"{ours if expected is None else theirs} does not show where it differs"
     place = first_difference(expected, found, PARTED)
     return f"it first differs in {place}" if place else "its layers agree: the final norm or the head differs"
 
@@ -130,22 +194,26 @@ def _chunks(source: Path, tokens: int, vocab: int) -> list[Ids]:
     return [np.array(first + ids[at * size : (at + 1) * size], dtype=np.int64) for at in range(count)]
 
 
-def _compare_logits(ours: Runtime, theirs: Runtime, chunks: list[Ids], report: Report) -> dict[str, Any]:
+def _compare_logits(
+    logits: IO[bytes], vocab: int, theirs: Runtime, chunks: list[Ids], report: Report
+) -> dict[str, Any]:
+    """Returns what the rows `[positions, vocab]` that were written and those of the export say of each other."""
     from lighten.evaluate import rows
 
     parts: list[list[Any]] = [[], [], [], []]
     for number, chunk in enumerate(chunks):
-        expected = ours.logits(chunk).copy()
         found = theirs.logits(chunk)
-        if not np.isfinite(expected).all():
-            raise Failure("the source itself computes nothing finite: mend it, or say parity: {tokens: 0}")
         if not np.isfinite(found).all():
             raise Failure(f"{theirs.name} computes numbers that are not finite, where the source's are")
-        kl, same = rows.divergence(expected, found)
-        nll = [-rows.token_logprobs(logits[:-1], chunk[1:])[0] for logits in (expected, found)]
-        for part, values in zip(parts, (kl, same, *nll), strict=True):
-            part.append(values)
-        report(number + 1, len(chunks), "")
+        for start in range(0, len(chunk), ROWS):
+            piece = found[start : start + ROWS]
+            expected = np.frombuffer(logits.read(4 * vocab * len(piece)), dtype=np.float32).reshape(-1, vocab)
+            kl, same = rows.divergence(expected, piece)
+            targets = chunk[start + 1 : start + 1 + ROWS]
+            nll = [-rows.token_logprobs(each[: len(targets)], targets)[0] for each in (expected, piece)]
+            for part, values in zip(parts, (kl, same, *nll), strict=True):
+                part.append(values)
+        report(len(chunks) + number + 1, 2 * len(chunks), "")
     kl, same, before, after = (np.concatenate(part) for part in parts)
     change = math.exp(float(after.mean() - before.mean())) - 1
     return {

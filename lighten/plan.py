@@ -367,7 +367,7 @@ def look(accuracy: Accuracy) -> Looked:
     if accuracy.harness:
         facts = harness.look(accuracy)
         return Looked(facts.digest, facts.letters, facts.documents)
-    tasks = choices.load_choices(accuracy.local or accuracy.task, accuracy.limit)
+    tasks = choices.load_choices(accuracy.local or accuracy.task, accuracy.most)
     letters = sum(len(task.context) + sum(map(len, task.endings)) for task in tasks)
     return Looked(choices.digest(tasks), letters, len(tasks))
 
@@ -400,8 +400,8 @@ def predict_measurement(settings: Settings, facts: ModelFacts) -> Estimate:
         tokens, length = sum(documents), settings.tokens(facts.context)
         if settings.protocol == "lm-eval":
             length = int(min(length, max(documents) + 1))
-        elif settings.samples:
-            tokens = min(tokens, settings.samples * length)
+        elif settings.most:
+            tokens = min(tokens, settings.most * length)
         # the last products are the reference's head, for the divergence
         work = tokens * (flops + 2.0 * facts.vocab * facts.hidden)
         peak = fixed + 4 * facts.params + 12 * length * facts.vocab + 4 * facts.vocab * facts.hidden

@@ -23,7 +23,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ from lighten.manifest import DIGEST, KEY, digest, fault
 MANIFEST = "artifact.json"
 OWN = ("objects", "locks", "costs", "leases", "unfinished")
 """Names in the store's directory that no recipe can have."""
+_BROKEN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
+"""Errors of reading that say that a file is gone or broken."""
 _VERSION = re.compile(r"v([1-9][0-9]*)")
 
 
@@ -133,16 +135,6 @@ def check_name(name: str) -> None:
         raise RequestError(f"a recipe cannot be named {name!r}: the store uses that name; choose another")
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What `verify` found about an object."""
-
-    key: str
-    damage: list[str] = field(default_factory=list)
-    kept: str | None = None
-    """Why a damaged one was not removed."""
-
-
 class Store:
     """The artifacts directory."""
 
@@ -186,17 +178,19 @@ class Store:
         return found if found.key == key else None
 
     def damage(self, key: str) -> list[str]:
-        """Re-hashes an object that is there; returns one line for everything that is wrong with it."""
+        """Re-hashes an object that is there; returns one line for everything that is wrong with it.
+
+        Raises:
+            Failure, OSError: it cannot be read, for want of permission or of open files.
+        """
         try:
             found = read_artifact(self.objects / key)
-        except Failure as error:
+            return find_damage(found) if found.key == key else [f"its {MANIFEST} is that of another object"]
+        except (Failure, OSError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if isinstance(cause, OSError) and cause.errno not in _BROKEN:
+                raise  # what cannot be read just now may be sound
             return [str(error)]
-        if found.key != key:
-            return [f"its {MANIFEST} is that of another object"]
-        try:
-            return find_damage(found)
-        except OSError as error:
-            return [f"cannot be read: {error}"]
 
     def sound(self, key: str, say: Callable[[str], None] = lambda message: None) -> Artifact | None:
         """Returns the object after re-hashing it; a corrupt one is removed and None is returned.
@@ -301,10 +295,12 @@ class Store:
     def cost(self, key: str) -> dict[str, Any] | None:
         """Returns what building an object took, or None if that is not known."""
         try:
-            value: dict[str, Any] = json.loads((self.root / "costs" / f"{key}.json").read_text())
-            return value
-        except (OSError, ValueError):
+            value = json.loads((self.root / "costs" / f"{key}.json").read_text())
+        except (OSError, ValueError, RecursionError):
             return None
+        kinds: dict[str, Any] = {"what": str, "seconds": (int, float), "nominal_seconds": (int, float)}
+        whole = isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+        return value if whole else None
 
     def costs(self) -> list[dict[str, Any]]:
         """Returns every recorded cost."""
@@ -379,9 +375,14 @@ class Store:
         for version in self.versions():
             refs = version / "objects.json"
             try:
-                keys.update(json.loads(refs.read_text()))
-            except (OSError, ValueError) as error:
+                told = json.loads(refs.read_text())
+                if not (isinstance(told, list) and all(isinstance(key, str) and KEY.fullmatch(key) for key in told)):
+                    raise ValueError("it is no list of keys")
+            except (OSError, ValueError, RecursionError) as error:
                 raise Failure(f"{refs} cannot be read ({error}): restore it or remove {version}") from error
+            keys.update(told)
+            links = version / "variants"
+            keys.update(follow(link).name for link in (links.iterdir() if links.is_dir() else ()))
         return keys
 
     def finished(self) -> list[str]:
@@ -389,32 +390,3 @@ class Store:
         if not self.objects.is_dir():
             return []
         return sorted(path.name for path in self.objects.iterdir() if KEY.fullmatch(path.name))
-
-    def verify(self) -> Iterator[Checked]:
-        """Re-hashes every object. A damaged one is removed, unless a run needs it or the store is read-only."""
-        for key in self.finished():
-            damage = self.damage(key)
-            checked = self._removed(key, damage) if damage else Checked(key)
-            if checked:
-                yield checked
-
-    def _removed(self, key: str, damage: list[str]) -> Checked | None:
-        """Removes a damaged object if that may be; None if it has gone meanwhile."""
-        if not self.writable():
-            return Checked(key, damage, "the artifacts directory is read-only")
-        with self.gate(), self.lock(key, wait=False) as free:
-            if not free or key in self.leased():
-                return Checked(key, damage, "a run under way needs it: verify again when that has ended")
-            if not (self.objects / key).exists():
-                return None
-            self.remove(key)
-        return Checked(key, damage)
-
-    def gc(self, *, dry_run: bool = False) -> list[tuple[str, int]]:
-        """Removes objects that no version refers to and what killed runs left; returns (name, bytes) of each.
-
-        What a run under way needs is left alone. See `lighten.collection`.
-        """
-        from lighten.collection import collect
-
-        return collect(self, dry_run=dry_run)

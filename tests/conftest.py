@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -176,3 +177,11 @@ def to_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return out
 
     return make
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Names what was not tested, and what it lacked, in the lines that end the output."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped if report.longrepr)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"not tested here: {count} ({reason})")

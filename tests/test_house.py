@@ -11,13 +11,19 @@ import lighten
 
 ROOT = Path(lighten.__file__).parent
 FLOORS = {
-    "errors": 0,
+    "errors": -2,
+    "files": -1,
+    "links": -1,
+    "locks": -1,
+    "manifest": -1,
+    "leases": 0,
     "knapsack": 1,
     "steady": 1,
     "store": 1,
     "data": 1,
     "recipe_yaml": 1,
     "settings": 0,
+    "collection": 2,
     "stage": 2,
     "process": 3,
     "model": 3,

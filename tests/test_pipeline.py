@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lighten
+from lighten.collection import check, collect
 from lighten.errors import RequestError
 from lighten.plan import Stage, make_plan
 from lighten.recipe import parse
@@ -170,7 +171,7 @@ class Collector(Listener):
 
     def ended(self, stage: Stage, seconds: float | None, error: str | None) -> None:
         super().ended(stage, seconds, error)
-        assert [name for name, _ in Store(self.folder).gc() if len(name) == 64] == []
+        assert [name for name, _ in collect(Store(self.folder)) if len(name) == 64] == []
 
 
 def test_gc_beside_a_run_takes_nothing_from_it(model: Path, tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_gc_beside_a_run_takes_nothing_from_it(model: Path, tmp_path: Path) -> N
     lighten.run(parse(recipe(model, evaluate={})), artifacts=tmp_path, watcher=collector)
     store = Store(tmp_path)
     assert len(collector.built) == len(store.finished()) == 5
-    assert not any(each.damage for each in store.verify())
+    assert not any(each.damage for each in check(store))
     assert list((tmp_path / "leases").iterdir()) == []
 
 
@@ -187,7 +188,7 @@ def test_gc_beside_one_step_takes_nothing_from_it(model: Path, tmp_path: Path) -
     store = tmp_path / "a"
     made = one_step("quantize", str(model), tmp_path / "out", settings, artifacts=store, watcher=Collector(store))
     assert find_damage(made) == []
-    assert len(Store(store).gc()) == 2  # nobody needs them when it has ended
+    assert len(collect(Store(store))) == 2  # nobody needs them when it has ended
 
 
 def test_names_of_the_stores_own_directories_are_refused_before_any_work(model: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_load_and_a_draft_in_a_recipe(model: Path, tmp_path: Path) -> None:
     assert names == ["load of baseline", "load of q8", "speculative of q8"]
     folder = lighten.run(parse(recipe(model)), artifacts=tmp_path, device="cpu")
     rows = {row["name"]: row for row in json.loads((folder / "results.json").read_text())["variants"]}
-    assert [row["status"] for row in rows.values()] == ["ok", "ok"]
+    assert [row["status"] for row in rows.values()] == ["ok", "ok"], [row["error"] for row in rows.values()]
     assert [each["rate"] for each in rows["q8"]["load"]] == [20, 40]
     assert rows["q8"]["load"][0]["server"].startswith("llama_cpp.server")
     told = rows["baseline"]["speculative"]

@@ -1,6 +1,7 @@
 """The store, as two processes and kill -9 see it."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -11,12 +12,15 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lighten.collection import check, collect
 from lighten.errors import Failure, RequestError
+from lighten.links import point
 from lighten.store import MANIFEST, Store, canonical, find_damage, read_artifact, stage_key, write_json
 
 KEY = "ab" * 32
@@ -97,7 +101,7 @@ def test_a_corrupt_object_is_found_removed_and_never_used(tmp_path: Path, harm: 
         manifest = file.parent.parent / MANIFEST
         os.chmod(manifest, 0o644)
         manifest.write_text("{")
-    report = {each.key: each.damage for each in store.verify()}
+    report = {each.key: each.damage for each in check(store)}
     assert report[OTHER] == []
     assert report[KEY]
     assert store.finished() == [OTHER]
@@ -179,21 +183,44 @@ def test_gc_keeps_what_a_version_refers_to_and_what_is_being_built(tmp_path: Pat
         write_json(folder / "objects.json", [KEY])
     with store.building(third) as building, store.lock(third):
         (building / "w").write_bytes(b"12345")
-        assert store.gc(dry_run=True) == [(OTHER, 7 + (store.objects / OTHER / MANIFEST).stat().st_size)]
+        assert collect(store, dry_run=True) == [(OTHER, 7 + (store.objects / OTHER / MANIFEST).stat().st_size)]
         assert len(store.finished()) == 2
-        store.gc()
+        collect(store)
         assert store.finished() == [KEY]
         assert building.exists()
 
 
-def test_gc_refuses_to_guess(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [None, "", "{}", '"text"', "[1]", '["short"]'])
+def test_gc_refuses_to_guess(tmp_path: Path, told: str | None) -> None:
     store = Store(tmp_path)
     put(store, KEY)
-    with store.new_version("demo"):
-        pass
+    with store.new_version("demo") as folder:
+        if told is not None:
+            (folder / "objects.json").write_text(told)
     with pytest.raises(Failure, match=r"objects\.json"):
-        store.gc()
+        collect(store)
     assert store.finished() == [KEY]
+
+
+def test_gc_keeps_what_the_variants_of_a_version_lead_to(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    put(store, KEY)
+    with store.new_version("demo") as folder:
+        write_json(folder / "objects.json", [])
+        (folder / "variants").mkdir()
+        point(folder / "variants" / "int4", f"../../../objects/{KEY}")
+    collect(store)
+    assert store.finished() == [KEY]
+
+
+@pytest.mark.parametrize("told", ["", "[]", "[1]", "{}", '{"what": 1, "seconds": "x", "nominal_seconds": 1}'])
+def test_a_damaged_cost_counts_as_none(tmp_path: Path, told: str) -> None:
+    store = Store(tmp_path)
+    cost = {"what": "sweep", "seconds": 1.0, "nominal_seconds": 2, "machine": "here"}
+    store.record_cost(KEY, cost)
+    store.record_cost(OTHER, cost)
+    (tmp_path / "costs" / f"{OTHER}.json").write_text(told)
+    assert store.costs() == [cost]
 
 
 def test_an_unusable_directory_is_one_message(tmp_path: Path) -> None:
@@ -216,14 +243,14 @@ def test_what_a_living_run_declared_is_kept_and_what_a_dead_one_declared_is_not(
     holder = multiprocessing.get_context("spawn").Process(target=_hold, args=(str(tmp_path), theirs))
     holder.start()
     assert ours.recv() == "held"
-    assert [name for name, _ in store.gc()] == [OTHER]
+    assert [name for name, _ in collect(store)] == [OTHER]
     (store.objects / KEY / MANIFEST).chmod(0o644)
     (store.objects / KEY / MANIFEST).write_text("{}")
-    (checked,) = store.verify()
+    (checked,) = check(store)
     assert checked.damage and "run under way" in str(checked.kept)
     holder.kill()
     holder.join()
-    assert [name for name, _ in store.gc()] == [KEY]
+    assert [name for name, _ in collect(store)] == [KEY]
     assert list((tmp_path / "leases").iterdir()) == []
 
 
@@ -247,7 +274,7 @@ def test_a_run_that_ends_while_gc_looks_keeps_its_objects(
         return found
 
     monkeypatch.setattr(Store, looked_at, look_then_end)
-    store.gc()
+    collect(store)
     assert store.finished() == [KEY]
 
 
@@ -281,6 +308,21 @@ def test_a_changed_digit_in_a_manifest_is_damage_and_old_manifests_have_no_diges
     assert store.damage(KEY) == []
 
 
+def test_what_cannot_be_read_just_now_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    put(store, KEY)
+
+    def refuse(root: Path) -> list[dict[str, Any]]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("lighten.store.hash_files", refuse)
+    with pytest.raises(OSError, match="open files"):
+        store.sound(KEY)
+    (checked,) = check(store)
+    assert checked.kept == "it cannot be read"
+    assert store.finished() == [KEY]
+
+
 def test_an_object_without_a_manifest_or_with_anothers_is_made_anew(tmp_path: Path) -> None:
     store = Store(tmp_path)
     (store.objects / KEY).mkdir(parents=True)
@@ -311,22 +353,22 @@ def test_gc_collects_whatever_killed_runs_leave(tmp_path: Path) -> None:
     (tmp_path / "leases" / "dead").write_text(f'["{OTHER}"]')
     (tmp_path / "mine" / ".tmp-z").mkdir(parents=True)  # no recipe's directory: not the store's
     before = sorted(tmp_path.rglob("*"))
-    named = {name for name, _ in store.gc(dry_run=True)}
+    named = {name for name, _ in collect(store, dry_run=True)}
     assert sorted(tmp_path.rglob("*")) == before
-    assert {f".tmp-{OTHER}-x", f"unfinished/{OTHER}", "demo/.tmp-y", "half"} <= named
-    store.gc()
+    assert {f".tmp-{OTHER}-x", OTHER, "demo/.tmp-y", "half"} <= named
+    collect(store)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if KEY not in path.parts}
     folders = {"objects", "locks", "costs", "leases", "unfinished", "demo", "mine", "mine/.tmp-z"}
     files = {"locks/gate.lock", f"costs/{KEY}.json", "demo/v1", "demo/v1/objects.json", "demo/latest"}
     assert left == folders | files
-    assert store.gc() == []
+    assert collect(store) == []
 
 
 def test_gc_leaves_a_version_alone_that_is_being_published(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with store.publishing("demo"), store.new_version("demo") as folder:
         write_json(folder / "objects.json", [])
-        store.gc()
+        collect(store)
         assert folder.is_dir()
     assert [path.name for path in store.versions("demo")] == ["v1"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lighten.collection import collect
 from lighten.model.checkpoint import Checkpoint
 from lighten.store import Store
 
@@ -155,7 +156,7 @@ def test_gc_removes_what_a_killed_training_left(tmp_path: Path) -> None:
     left.mkdir(parents=True)
     (left / "state.safetensors").write_bytes(b"x" * 1000)
     store.objects.mkdir(parents=True)
-    assert store.gc(dry_run=True) == [("a" * 64, 1000)]
+    assert collect(store, dry_run=True) == [("a" * 64, 1000)]
     assert left.is_dir()
-    assert store.gc() == [("a" * 64, 1000)]
+    assert collect(store) == [("a" * 64, 1000)]
     assert not left.parent.exists()

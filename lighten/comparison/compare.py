@@ -159,6 +159,7 @@ def _tokens(
             "data": said["data"],
             "length": given["length"],
             "samples": given.get("samples"),
+            "within": given.get("within"),
             "protocol": given.get("protocol", "lighten"),
         },
         "ids_sha256": said.get("ids_sha256"),

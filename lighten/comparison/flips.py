@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lighten.data.choices import digest, load_choices
 from lighten.errors import LightenError
+from lighten.evaluate.settings import Accuracy
 from lighten.store import Artifact
 
 
@@ -37,7 +38,8 @@ def flips(measurement: Artifact, before: Mapping[str, Any], after: Mapping[str, 
     config = measurement.manifest["config"]
     why = None
     try:
-        tasks = load_choices(config.get("local") or config["task"], config.get("limit")) if places else []
+        asked = Accuracy.model_validate({name: config[name] for name in Accuracy.model_fields if name in config})
+        tasks = load_choices(asked.local or asked.task, asked.most) if places else []
         if places and digest(tasks) != config.get("data"):
             why = "they have changed since they were measured"
     except LightenError as error:

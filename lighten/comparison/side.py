@@ -161,7 +161,7 @@ def _measured(
             raise RequestError(
                 f"a model beside a variant is not measured in lm-eval's {settings.task}: name two variants"
             )
-        config["data"] = choices.digest(choices.load_choices(settings.local or settings.task, settings.limit))
+        config["data"] = choices.digest(choices.load_choices(settings.local or settings.task, settings.most))
     else:
         config["machine"] = this_machine()
     key = stage_key("measure-model", 1, {**config, "device": device}, [source.identity, ids.identity])

@@ -20,7 +20,7 @@ from lighten.compress import losses
 from lighten.compress.losses import Said, Sums, Targets
 from lighten.compress.student import Student, finite
 from lighten.compress.teacher import Lessons, batches, last_states
-from lighten.errors import Failure
+from lighten.files import flush
 from lighten.links import link_or_copy
 from lighten.model.stream import fast_dtype
 from lighten.process import keep_freed_memory
@@ -268,6 +268,8 @@ class Trainer:
         (part / "state.json").write_text(json.dumps(told))
         if (self.folder / "best.safetensors").exists():
             link_or_copy(self.folder / "best.safetensors", part / "best.safetensors")
+        for file in part.iterdir():
+            flush(file)
         whole = self.folder / f"checkpoint-{self.done:08d}"
         part.rename(whole)
         for old in self._checkpoints():
@@ -293,12 +295,18 @@ class Trainer:
         try:
             told = json.loads((found[-1] / "state.json").read_text())
             state = load_file(found[-1] / "state.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise Failure(f"{found[-1]} cannot be read ({error}): remove it to start anew") from error
-        self.done, self.best = told["done"], told["best"]
-        self.curve, self.checks = told["curve"], told["checks"]
-        self._window = Sums(**told["window"])
-        self.scaler.load_state_dict(told["scaler"])
+            window, scaler = Sums(**told["window"]), dict(told["scaler"])
+            curve, checks, done, best = list(told["curve"]), list(told["checks"]), int(told["done"]), told["best"]
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            for each in found:
+                shutil.rmtree(each)
+            self.context.warnings.append(
+                f"the checkpoint {found[-1].name} could not be read ({type(error).__name__}: {error}), so the training "
+                "began anew"
+            )
+            return
+        self.done, self.best, self.curve, self.checks, self._window = done, best, curve, checks, window
+        self.scaler.load_state_dict(scaler)
         self.student.load(state)
         self.projections.load_state_dict(
             {

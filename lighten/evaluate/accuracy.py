@@ -72,7 +72,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Accuracy, report: Report) -> Measured:
     """Measures a model on a set of tasks, tokenized by `tokenizer` whatever the model's own is."""
-    tasks = load_choices(settings.local or settings.task, settings.limit)
+    tasks = load_choices(settings.local or settings.task, settings.most)
     report(0, len(tasks), "tokenizing")
     scores = runtime.choose_many([ask(task, tokenizer) for task in tasks], report)
     logprobs = np.full((len(tasks), max(len(task.endings) for task in tasks)), np.nan)

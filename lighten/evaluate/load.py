@@ -62,7 +62,9 @@ def row(rate: float, asked: int, served: list[Served], server: str) -> dict[str,
     }
 
 
-def measure(path: Path, settings: Load, device: str, dtype: str, report: Report, *, trusted: bool) -> dict[str, Any]:
+def measure(
+    path: Path, settings: Load, device: str, dtype: str | None, report: Report, *, trusted: bool
+) -> dict[str, Any]:
     """Returns `load`, a row for each rate, and what `_facts` tells of the runtime.
 
     Args:

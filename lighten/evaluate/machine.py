@@ -25,7 +25,6 @@ PACKAGES = (
     "onnxruntime",
     "onnxruntime-genai",
 )
-FAST_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 @cache
@@ -49,11 +48,6 @@ def cores() -> int:
     physical = psutil.cpu_count(logical=False) or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
     return min(physical, allowed)
-
-
-def fast_bfloat16() -> bool:
-    """Returns whether the processor multiplies bfloat16 faster than float32."""
-    return bool(FAST_BFLOAT16 & set(fingerprint()["flags"]))
 
 
 def packages() -> dict[str, str]:

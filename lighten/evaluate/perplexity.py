@@ -148,6 +148,7 @@ def measure(
         "dtype": runtime.dtype,
         "chunks": len(ids),
         "method": protocols.METHODS[settings.protocol],
+        **({"within": settings.within, "chunks_of_text": chunks.of} if settings.within else {}),
     }
     result: dict[str, Any] = {
         "perplexity": {"value": value, "stderr": stderr, "tokens": int(nll.size), "protocol": protocol},

@@ -5,7 +5,7 @@ A perplexity is a number of its protocol: the same model on the same text has an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -48,6 +48,8 @@ class Chunks:
     """Tokens of the text between the starts of two chunks."""
     bos: bool
     """Whether a token was put first."""
+    of: int = 0
+    """Chunks that the text has."""
 
 
 def prepare(text: str, protocol: str) -> str:
@@ -62,15 +64,21 @@ def chunked(ids: list[int], settings: Perplexity, tokenizer: Tokenizer) -> Chunk
         RequestError: the text is shorter than one chunk.
     """
     assert settings.length
-    length, samples, bos = settings.length, settings.samples, tokenizer.bos
+    length, bos = settings.length, tokenizer.bos
     if settings.protocol == "gptq":
-        return Chunks(cut(ids, length, samples, None), 1, length, False)
-    if settings.protocol == "llama.cpp":
-        found = cut(ids if bos is None else [bos, *ids], length, samples, None)
+        found = Chunks(cut(ids, length, None, None), 1, length, False)
+    elif settings.protocol == "llama.cpp":
+        whole = cut(ids if bos is None else [bos, *ids], length, None, None)
         if bos is not None:
-            found[:, 0] = bos
-        return Chunks(found, length // 2 + 1, length, bos is not None)
-    return Chunks(cut(ids, length, samples, bos), 1, length - (bos is not None), bos is not None)
+            whole[:, 0] = bos
+        found = Chunks(whole, length // 2 + 1, length, bos is not None)
+    else:
+        found = Chunks(cut(ids, length, None, bos), 1, length - (bos is not None), bos is not None)
+    of = len(found.ids)
+    count = min(of, settings.most or of)
+    # what `within` asks for stands for the whole text; `samples` are its first chunks, as in the protocols' own tools
+    places = np.arange(count) * of // count if settings.within else np.arange(count)
+    return replace(found, ids=found.ids[places], of=of)
 
 
 def cut(ids: list[int], length: int, samples: int | None, bos: int | None) -> Ids:

@@ -36,7 +36,7 @@ def point(traffic: Traffic, row: dict[str, Any], peaks: Peaks, dtype: str, runti
         traffic.weights,
         row.get("prefill_tok_s"),
         peaks,
-        dtype,
+        row.get("prefill_dtype") or dtype,
     )
     if decode is None:
         return None

@@ -15,6 +15,7 @@ from lighten.store import write_json
 
 if TYPE_CHECKING:
     from lighten.evaluate.runtimes import Runtime
+    from lighten.evaluate.speed import Opened
 
 
 def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -97,25 +98,31 @@ def _accuracy(payload: dict[str, Any], model: Path, out: Path, report: Report) -
     return measured.result | _facts(runtime)
 
 
-def served(payload: dict[str, Any], options: Options | None = None) -> Runtime:
-    """Opens the model of a payload in the arithmetic that it is served in."""
+def served(payload: dict[str, Any], options: Options | None = None, dtype: str | None = None) -> Runtime:
+    """Opens the model of a payload in `dtype`, or in the arithmetic that it is served in."""
     from lighten.evaluate.runtimes import open_runtime
 
     return open_runtime(
         Path(payload["model"]),
         device=payload["device"],
-        dtype=_served(payload["device"]),
+        dtype=dtype or _served(Path(payload["model"]), payload["device"]),
         trust_remote_code=payload.get("trust_remote_code", False),
         options=options,
     )
 
 
-def _speed(payload: dict[str, Any], _model: Path, report: Report) -> dict[str, Any]:
+def _speed(payload: dict[str, Any], model: Path, report: Report) -> dict[str, Any]:
     from lighten.evaluate import speed
 
     settings = Speed(**payload["config"])
-    runtime = served(payload, settings)
-    return speed.measure(runtime, settings, report) | _facts(runtime)
+    if payload["device"] != "cpu" or _served(model, "cpu") != "float32":
+        runtime = served(payload, settings)
+        return speed.measure(runtime, settings, report) | _facts(runtime)
+    # bfloat16 without units for it reads half the bytes and multiplies slowly: which one wins depends on the phase
+    found, used = speed.measure_better(
+        lambda dtype: served(payload, settings, dtype), ("bfloat16", "float32"), settings, report
+    )
+    return found | _facts(used)
 
 
 def _speculative(payload: dict[str, Any], model: Path, report: Report) -> dict[str, Any]:
@@ -123,9 +130,9 @@ def _speculative(payload: dict[str, Any], model: Path, report: Report) -> dict[s
     from lighten.evaluate.runtimes import open_runtime
 
     settings = Speculative(**payload["config"])
-    dtype, trusted = settings.dtype or _served(payload["device"]), payload.get("trust_remote_code", False)
+    device, trusted = payload["device"], payload.get("trust_remote_code", False)
     target, draft = (
-        open_runtime(path, device=payload["device"], dtype=dtype, trust_remote_code=trusted)
+        open_runtime(path, device=device, dtype=settings.dtype or _served(path, device), trust_remote_code=trusted)
         for path in (model, Path(payload["draft"]))
     )
     return speculative.measure(target, draft, settings, report, renderer(model)) | _facts(target)
@@ -135,21 +142,27 @@ def _load(payload: dict[str, Any], model: Path, report: Report) -> dict[str, Any
     from lighten.evaluate import load
 
     trusted = payload.get("trust_remote_code", False)
-    return load.measure(
-        model, Load(**payload["config"]), payload["device"], _served(payload["device"]), report, trusted=trusted
-    )
+    dtype = _served(model, payload["device"])
+    return load.measure(model, Load(**payload["config"]), payload["device"], dtype, report, trusted=trusted)
 
 
 TIMED = {"speed": _speed, "speculative": _speculative, "load": _load}
 """What is measured in a process that has imported nothing, on a machine that does nothing else."""
 
 
-def _served(device: str) -> str:
-    """Returns the arithmetic that a Hugging Face model is served in."""
-    return "bfloat16" if device != "cpu" or machine.fast_bfloat16() else "float32"
+def _served(model: Path, device: str) -> str | None:
+    """Returns the arithmetic that a Hugging Face model is served in; None for a file that has one of its own."""
+    from lighten.evaluate.runtimes import find_gguf
+    from lighten.model.onnx_source import find_onnx
+
+    if find_onnx(model) or find_gguf(model):
+        return None  # and torch is not imported: its memory would be counted
+    from lighten.model.stream import fast_dtype
+
+    return str(fast_dtype(device)).removeprefix("torch.")
 
 
-def _facts(runtime: Runtime) -> dict[str, Any]:
+def _facts(runtime: Runtime | Opened) -> dict[str, Any]:
     return {
         "runtime": runtime.name,
         "device": runtime.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -18,6 +19,13 @@ LENGTHS: dict[str, int | None] = {"lighten": 512, "gptq": 2048, "llama.cpp": 512
 """Tokens of a chunk where none are asked for; None stands for all that the model takes."""
 
 OWN_TASKS = ("builtin", "hellaswag")
+Z95 = 1.959964
+CLOSE = 0.05
+"""Nats between a model and a usual 4-bit variant of it, for which `Perplexity.within` plans."""
+CLUSTERED = 2.0
+"""How much more the changes of chunks scatter than those of as many tokens that know nothing of each other."""
+FEWEST = 8
+"""Chunks below which an interval of their changes is not worth much."""
 
 
 class _Settings(AnyCase, BaseModel):
@@ -41,13 +49,17 @@ class Perplexity(_Settings):
     """Perplexity of a text by a named protocol.
 
     In chunks of `length` tokens, at most `samples` of them; by lm-eval's, in windows over at most `samples` documents.
+    `within`, in the place of `samples`, asks for as many chunks, spread evenly over the text, as the change of
+    perplexity takes to be known within that share of it. The number follows from the settings alone, before anything is
+    measured: nothing stops at a lucky moment, and all variants get the same tokens.
     """
 
-    younger = {"protocol": "lighten"}
+    younger = {"protocol": "lighten", "within": None}
 
     data: Text = "builtin"
     length: int | None = Field(512, ge=8)
     samples: int | None = Field(None, ge=1)
+    within: float | None = Field(None, gt=0, lt=1)
     protocol: Protocol = "lighten"
 
     @model_validator(mode="before")
@@ -56,6 +68,27 @@ class Perplexity(_Settings):
         if isinstance(value, dict) and value.get("length") is None:
             return {**value, "length": LENGTHS.get(str(value.get("protocol", "lighten")), 512)}
         return value
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.within is not None and (self.samples is not None or self.protocol == "lm-eval"):
+            why = "lm-eval's takes whole documents" if self.samples is None else "samples says how many chunks already"
+            raise ValueError(f"within decides how many chunks are measured, but {why}: leave one of them out")
+        return self
+
+    @property
+    def most(self) -> int | None:
+        """Chunks, or documents, at most; None for all.
+
+        Where logits change a little, the log-likelihood of a token changes with a variance of twice the divergence in
+        nats (both are the same form in Fisher's information). So half of the 95 % interval of the mean change over n
+        tokens of a variant `CLOSE` to its source is 1.96 √(2 · CLOSE · CLUSTERED / n).
+        """
+        if self.within is None:
+            return self.samples
+        assert self.length
+        scored = self.length - 1 - (self.length // 2 if self.protocol == "llama.cpp" else 0)
+        return max(FEWEST, math.ceil(2 * CLOSE * CLUSTERED * (Z95 / self.within) ** 2 / scored))
 
     @property
     def told(self) -> str:
@@ -75,14 +108,16 @@ class Accuracy(_Settings):
     """Tasks with right answers: a named task, or a `local` file under that name; at most `limit` of its documents.
 
     Multiple choice in HellaSwag's format is scored here, every other task by lm-eval; `shots` are examples before each
-    question, which lm-eval puts there.
+    question, which lm-eval puts there. `within`, in the place of `limit`, asks for as many documents as an accuracy of
+    one half, the hardest to know, takes to be known within that much; the number follows from the setting alone.
     """
 
-    younger = {"scorer": None, "shots": None}
+    younger = {"scorer": None, "shots": None, "within": None}
 
     task: str = "builtin"
     local: str | None = None
     limit: int | None = Field(None, ge=1)
+    within: float | None = Field(None, gt=0, lt=0.5)
     scorer: Scorer | None = None
     shots: int | None = Field(None, ge=0)
 
@@ -94,7 +129,15 @@ class Accuracy(_Settings):
             raise ValueError("the built-in tasks are none of lm-eval's: name one of its tasks, or a task's .yaml file")
         if self.shots and not self.harness:
             raise ValueError("shots are put before the question by lm-eval: add `scorer: lm-eval`")
+        if self.within is not None and (self.limit is not None or self.harness):
+            why = "lm-eval counts them: set limit" if self.harness else "limit says how many already"
+            raise ValueError(f"within decides how many documents are scored, but {why}, and leave within out")
         return self
+
+    @property
+    def most(self) -> int | None:
+        """Documents at most, None for all: n with half of Wilson's interval, 1.96 / (2 √(n + 1.96²)), within it."""
+        return self.limit if self.within is None else math.ceil((Z95 / (2 * self.within)) ** 2 - Z95**2)
 
     @property
     def told(self) -> str:

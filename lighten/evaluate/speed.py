@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -20,39 +21,113 @@ WARM_UP_STEPS = 8
 WARM = 0.05
 """Largest change of speed between two warm-ups after which the machine counts as warm."""
 WARM_UPS = 5
+ALMOST = 0.8
+"""Share of another arithmetic's speed that a short try has to reach to be measured too."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What stays to be told of a runtime that was measured and closed."""
+
+    name: str
+    device: str
+    detail: str
+    dtype: str
 
 
 def measure(runtime: Runtime, settings: Speed, report: Report) -> dict[str, Any]:
     """Returns `speed` (a row per shape), `memory` (of this whole process), `energy` and `warnings`."""
-    speed: list[dict[str, Any]] = []
-    shapes = [(prompt, batch) for prompt in settings.prompt for batch in settings.batch]
-    for number, (length, batch) in enumerate(shapes):
-        runs = _runs(runtime, _prompt(runtime.vocab, batch, length), settings, report, (number, len(shapes)))
-        decode = [_rate(run, batch) for run in runs]
-        speed.append(
-            {
-                "batch": batch,
-                "prompt": length,
-                "generate": settings.generate,
-                "prefill_tok_s": median(batch * length / run.ttft_s for run in runs),
-                "decode_tok_s": median(decode),
-                "ttft_ms": percentiles([run.ttft_s for run in runs]),
-                "token_ms": percentiles([seconds for run in runs for seconds in run.token_s]),
-                "repeats": len(runs),
-                "spread": steady.spread(decode),
-                "error": steady.relative_error(decode),
-                "drift": steady.drift(decode),
-                "dtype": runtime.dtype,
-                **runtime.options,
-            }
-        )
-    memory = {"peak_rss_bytes": peak_rss_bytes(), "peak_vram_bytes": runtime.peak_vram_bytes(), "dtype": runtime.dtype}
+    shapes = _shapes(settings)
+    speed = [_row(runtime, settings, report, (number, len(shapes)), *shape) for number, shape in enumerate(shapes)]
     return {
         "speed": speed,
-        "memory": memory,
-        "energy": energy(runtime, settings, counters(runtime.device)),
+        **_costs(runtime, settings),
         "warnings": [text for row in speed for text in _doubts(row)],
     }
+
+
+def measure_better(
+    open_in: Callable[[str], Runtime], dtypes: tuple[str, str], settings: Speed, report: Report
+) -> tuple[dict[str, Any], Opened]:
+    """Returns what `measure` does, each phase of each shape in the quicker of two arithmetics, and what ran it.
+
+    The first arithmetic is measured. The other one reads a prompt and writes a few tokens, and is measured too where
+    that was as quick. Memory and energy are those of the arithmetic that decodes the first shape; as the first
+    runtime is closed before the second is opened, no peak is of both.
+
+    Args:
+        open_in: loads the model in an arithmetic.
+        dtypes: the two arithmetics, the one whose weights take less memory first.
+        settings: what to measure.
+        report: called as the work goes on.
+    """
+    found, used = _measured(open_in(dtypes[0]), settings, report)
+    other = open_in(dtypes[1])
+    rows, shapes = found["speed"], _shapes(settings)
+    for number, (row, shape) in enumerate(zip(rows, shapes, strict=True)):
+        length, batch = shape
+        prompt = _prompt(other.vocab, batch, length)
+        tried = [other.generate(prompt, min(WARM_UP_STEPS, settings.generate)) for _ in range(2)][-1]
+        quicker = {
+            "prefill": batch * length / tried.ttft_s >= ALMOST * row["prefill_tok_s"],
+            "decode": _rate(tried, batch) >= ALMOST * row["decode_tok_s"],
+        }
+        if any(quicker.values()):
+            again = _row(other, settings, report, (number, len(shapes)), *shape)
+            rows[number] = _better(row, again)
+    if rows[0]["dtype"] == dtypes[1]:
+        found |= _costs(other, settings)
+        used = Opened(other.name, other.device, other.detail, other.dtype)
+    found["warnings"] = [text for row in rows for text in _doubts(row)]
+    other.close()
+    return found, used
+
+
+def _measured(runtime: Runtime, settings: Speed, report: Report) -> tuple[dict[str, Any], Opened]:
+    found = measure(runtime, settings, report)
+    used = Opened(runtime.name, runtime.device, runtime.detail, runtime.dtype)
+    runtime.close()
+    return found, used
+
+
+def _better(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row with the quicker prefill and the quicker decoding of two, and the arithmetic of each."""
+    decode = max(first, second, key=lambda row: row["decode_tok_s"])
+    prefill = max(first, second, key=lambda row: row["prefill_tok_s"])
+    taken = {name: prefill[name] for name in ("prefill_tok_s", "ttft_ms")}
+    return {**decode, **taken, "prefill_dtype": prefill["dtype"]}
+
+
+def _shapes(settings: Speed) -> list[tuple[int, int]]:
+    return [(prompt, batch) for prompt in settings.prompt for batch in settings.batch]
+
+
+def _row(
+    runtime: Runtime, settings: Speed, report: Report, place: tuple[int, int], length: int, batch: int
+) -> dict[str, Any]:
+    runs = _runs(runtime, _prompt(runtime.vocab, batch, length), settings, report, place)
+    decode = [_rate(run, batch) for run in runs]
+    return {
+        "batch": batch,
+        "prompt": length,
+        "generate": settings.generate,
+        "prefill_tok_s": median(batch * length / run.ttft_s for run in runs),
+        "decode_tok_s": median(decode),
+        "ttft_ms": percentiles([run.ttft_s for run in runs]),
+        "token_ms": percentiles([seconds for run in runs for seconds in run.token_s]),
+        "repeats": len(runs),
+        "spread": steady.spread(decode),
+        "error": steady.relative_error(decode),
+        "drift": steady.drift(decode),
+        "dtype": runtime.dtype,
+        **runtime.options,
+    }
+
+
+def _costs(runtime: Runtime, settings: Speed) -> dict[str, Any]:
+    """Returns the memory of this whole process, and the energy of a token."""
+    memory = {"peak_rss_bytes": peak_rss_bytes(), "peak_vram_bytes": runtime.peak_vram_bytes(), "dtype": runtime.dtype}
+    return {"memory": memory, "energy": energy(runtime, settings, counters(runtime.device))}
 
 
 def _runs(runtime: Runtime, prompt: Ids, settings: Speed, report: Report, place: tuple[int, int]) -> list[Timings]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from lighten.errors import Failure, RequestError
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.products import fast_bfloat16
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """Architectures that can be swept: decoder layers at `model.layers`, embedding at `model.embed_tokens`."""
@@ -34,11 +35,7 @@ def check_architecture(architecture: str) -> None:
 
 def fast_dtype(device: str) -> torch.dtype:
     """Returns bfloat16 where the device multiplies it in hardware, float32 elsewhere."""
-    if device != "cpu":
-        return torch.bfloat16
-    capabilities = torch.cpu.get_capabilities()
-    fast = ("avx512_bf16", "amx_bf16", "bf16")
-    return torch.bfloat16 if any(capabilities.get(name) for name in fast) else torch.float32
+    return torch.bfloat16 if device != "cpu" or fast_bfloat16() else torch.float32
 
 
 class _StandIn(nn.Module):

@@ -126,7 +126,8 @@ class Speed(Section):
 
     Of the decode speeds, `spread` is (max − min) / median, `error` half of the 95 % interval of the median relative to
     it, and `drift` the relative change from the first to the last runs, 0 if it may be scatter. `attention`, `compile`
-    and `cache` are what transformers ran with; null where another runtime did.
+    and `cache` are what transformers ran with; null where another runtime did. `prefill_dtype` is the arithmetic of the
+    prefill; null where only one, `dtype`, was measured.
     """
 
     batch: int
@@ -141,9 +142,16 @@ class Speed(Section):
     error: float | None = None
     drift: float | None = None
     dtype: str | None = None
+    prefill_dtype: str | None = None
     attention: str | None = None
     compile: str | None = None
     cache: str | None = None
+
+    @property
+    def arithmetic(self) -> str | None:
+        """In words, the arithmetic of both phases."""
+        other = self.prefill_dtype and self.prefill_dtype != self.dtype
+        return f"{self.dtype}, prefill {self.prefill_dtype}" if other else self.dtype
 
     @property
     def how(self) -> tuple[str | None, str | None, str | None]:

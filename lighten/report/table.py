@@ -110,8 +110,13 @@ def columns(results: Results) -> list[Column]:
 
     def decode(v: Variant) -> Cell:
         part = results.decode_ratio(v)
-        cell = replace(plain(v.decode_tok_s, 3), details=() if part is None else (ratio(part),))
+        told = _arithmetic(v, "dtype")
+        cell = replace(plain(v.decode_tok_s, 3), details=(*(() if part is None else (ratio(part),)), *told))
         return replace(cell, text=f"≈{cell.text}") if _unsteady(v) else cell
+
+    def prefill(v: Variant) -> Cell:
+        cell = plain(v.speed[0].prefill_tok_s if v.speed else None, 3)
+        return replace(cell, details=_arithmetic(v, "prefill_dtype"))
 
     return [
         Column("variant", "Variant", "", "", 0, "Its name in the recipe.", lambda v: Cell(v.name, (), v.name)),
@@ -164,7 +169,7 @@ def columns(results: Results) -> list[Column]:
             "higher",
             12,
             f"Tokens of the prompt that are read per second{setting}.",
-            lambda v: plain(v.speed[0].prefill_tok_s if v.speed else None, 3),
+            prefill,
         ),
         Column(
             "decode",
@@ -194,6 +199,12 @@ def columns(results: Results) -> list[Column]:
             memory,
         ),
     ]
+
+
+def _arithmetic(variant: Variant, name: str) -> tuple[str, ...]:
+    """Returns the arithmetic of a phase where each phase was served in the better of two."""
+    first = variant.speed[0] if variant.speed else None
+    return () if first is None or first.prefill_dtype is None else (str(getattr(first, name)),)
 
 
 def _perplexity_columns(results: Results) -> list[Column]:

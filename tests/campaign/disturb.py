@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lighten.collection import check, collect
 from lighten.store import MANIFEST, Store
 
 from .subject import command, contents, lighten, published
 
 STARTED = re.compile(r"^(.+) … ?(\(|$)")
 ENDED = re.compile(r"^[✓✗] (.+?): ")
+PAGE = 4096
 PATIENCE = 600
 """Seconds after which a run counts as hanging."""
 AHEAD = 2
@@ -126,8 +128,13 @@ def undisturbed(recipe: dict[str, Any], store: Path) -> Undisturbed:
     last = max(running.moments.values())
     took |= {"start": running.moments[stages[0]] - running.begin, "publish": time.monotonic() - last}
     version = store / recipe["name"] / "v1"
-    size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
-    return Undisturbed(recipe, contents(store), published(version), stages, took, size)
+    return Undisturbed(recipe, contents(store), published(version), stages, took, on_disk(store))
+
+
+def on_disk(folder: Path) -> int:
+    """Returns the bytes that a directory takes, in whole pages."""
+    files = [path for path in folder.rglob("*") if not path.is_symlink()]
+    return sum(-(-path.stat().st_size // PAGE) * PAGE + PAGE for path in files)
 
 
 class Campaign:
@@ -138,6 +145,7 @@ class Campaign:
         self.random = random.Random(seed)
         self.seed_store = seed_store
         self.kept = contents(seed_store)
+        self.kept_bytes = on_disk(seed_store)
         self.say = say
         self.tally = Tally()
         self.number = 0
@@ -215,13 +223,13 @@ class Campaign:
             shutil.rmtree(store / whole.recipe["name"])
             child = os.fork()
             if not child:
-                Store(store).gc()
+                collect(Store(store))
                 os._exit(0)
             time.sleep(self.random.uniform(0, 0.03))
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             self.tally.gc_kills += os.WIFSIGNALED(status)
-            Store(store).gc()
+            collect(Store(store))
             self.sound(store, "after a killed gc")
             left = set(Store(store).finished()) - {name.split("/")[0] for name in self.kept}
             if left:
@@ -233,7 +241,8 @@ class Campaign:
     def fill(self, whole: Undisturbed, room: Room) -> None:
         """Runs a recipe on a disk that is too small, then on one that is large enough."""
         share = self.random.uniform(0.05, 0.98)
-        with room(self.folder / f"disk-{self.number}", int(share * whole.bytes)) as (folder, grow, before):
+        size = int(self.kept_bytes + share * (whole.bytes - self.kept_bytes))
+        with room(self.folder / f"disk-{self.number}", size) as (folder, grow, before):
             store = self.fresh(folder)
             running = Running(command(whole.recipe, store), preexec_fn=before)
             code = running.end()
@@ -310,7 +319,7 @@ class Campaign:
         if code := running.end():
             self.fault(f"{name} after a disturbance: exit code {code}: {running.lines[-5:]}")
             return
-        Store(store).gc()
+        collect(Store(store))
         found = contents(store, {key.split("/")[0] for key in whole.contents})
         differ = sorted(file for file in whole.contents if found.get(file) != whole.contents[file])
         if differ or found.keys() != whole.contents.keys():
@@ -325,7 +334,7 @@ class Campaign:
         """Notes what is damaged, lost, or left lying about after gc."""
         self.tally.checks += 1
         it = Store(store)
-        if damaged := [each for each in it.verify() if each.damage]:
+        if damaged := [each for each in check(it) if each.damage]:
             self.fault(f"{when}: damaged: {damaged[:3]}")
         if contents(store, {name.split("/")[0] for name in self.kept}) != self.kept:
             self.fault(f"{when}: what was published before is lost")

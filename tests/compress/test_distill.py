@@ -152,6 +152,19 @@ def test_gradient_checkpointing_and_accumulation_change_memory_not_weights(
             assert torch.allclose(weight.float(), other[name].float(), rtol=0.02, atol=2e-3), name
 
 
+@pytest.mark.parametrize(("file", "content"), [("state.json", "{}"), ("state.safetensors", "")])
+def test_a_damaged_checkpoint_is_dropped_and_said(
+    student: Path, teacher: Path, tmp_path: Path, file: str, content: str
+) -> None:
+    settings = {"save_every": 2, "validate_every": 2}
+    _, out = distill(student, teacher, tmp_path / "whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        distill(student, teacher, tmp_path / "broken", stop_at=3, **settings)
+    (tmp_path / "broken/scratch/checkpoint-00000002" / file).write_text(content)
+    _, again = distill(student, teacher, tmp_path / "broken", **settings)
+    assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"lora": 4}, {"beta": 0.5}, {"movement": {"sparsity": 0.5}}, {"precision": "fp16"}]
 )

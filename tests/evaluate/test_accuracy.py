@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from lighten.data.choices import Choice, load_choices
@@ -11,6 +12,7 @@ from lighten.errors import Failure
 from lighten.evaluate import accuracy
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes import Runtime, open_runtime, open_tokenizer
+from lighten.evaluate.settings import Accuracy
 from lighten.stage import silent
 from tests.evaluate.conftest import Tiny, score_alone
 
@@ -59,6 +61,22 @@ def test_wilson_intervals_of_newcombe_1998(right: int, n: int, low: float, high:
     assert accuracy.wilson(right, n) == pytest.approx((low, high), abs=5e-5)
     mirrored = accuracy.wilson(n - right, n)
     assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+@pytest.mark.parametrize("within", [0.02, 0.08, 0.1, 0.3])
+def test_within_is_the_number_of_tasks_that_an_interval_so_narrow_takes(within: float) -> None:
+    count = Accuracy(within=within).most
+    assert count
+
+    def half(n: int) -> float:
+        low, high = accuracy.wilson(n // 2, n)
+        return (high - low) / 2
+
+    assert half(count) <= within * 1.001 and half(max(2, count - 2)) > within
+    with pytest.raises(ValidationError, match="limit says how many already"):
+        Accuracy(within=within, limit=3)
+    with pytest.raises(ValidationError, match="set limit"):
+        Accuracy(task="arc_easy", within=within)
 
 
 def test_accuracy_is_that_of_a_plain_loop(tiny: Tiny, runtime: Runtime, tmp_path: Path) -> None:

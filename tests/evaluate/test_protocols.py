@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,13 +14,17 @@ from lighten.data.text import load_documents, load_text
 from lighten.errors import RequestError
 from lighten.evaluate import paired, protocols
 from lighten.evaluate.run import measure
-from lighten.evaluate.settings import Evaluate, Perplexity
+from lighten.evaluate.settings import CLOSE, CLUSTERED, Evaluate, Perplexity
 from lighten.plan import check_measurable
 from lighten.recipe import parse_settings
 from lighten.stage import ModelFacts, silent
 from tests.evaluate.conftest import Tiny
 
 FACTS = ModelFacts("LlamaForCausalLM", 2, 8, 8, 2, 2, 4, 100, False, context=1024)
+
+
+class NoBos:
+    bos = None
 
 
 def run(out: Path, model: Path, tokenizer: Path, **config: Any) -> dict[str, Any]:
@@ -153,6 +158,44 @@ def test_a_protocol_has_its_own_length() -> None:
     lengths = {name: Perplexity.model_validate({"protocol": name}).length for name in protocols.METHODS}
     assert lengths == {"lighten": 512, "gptq": 2048, "llama.cpp": 512, "lm-eval": None}
     assert Perplexity.model_validate({"protocol": "gptq", "length": 64}).length == 64
+
+
+@pytest.mark.parametrize(("within", "chunks"), [(0.0125, 10), (0.005, 61), (0.5, 8)])
+def test_within_is_a_number_of_chunks_known_before_and_spread_over_the_text(within: float, chunks: int) -> None:
+    ids, whole = list(range(512 * 41 + 7)), np.arange(512 * 41).reshape(41, 512)
+    found = protocols.chunked(ids, Perplexity(within=within), NoBos())  # type: ignore[arg-type]
+    asked = min(chunks, 41)
+    assert Perplexity(within=within).most == chunks and (len(found.ids), found.of) == (asked, 41)
+    assert np.array_equal(found.ids, whole[np.arange(asked) * 41 // asked])
+    first = protocols.chunked(ids, Perplexity(samples=10), NoBos())  # type: ignore[arg-type]
+    assert np.array_equal(first.ids, whole[:10])
+
+
+def test_within_holds_for_a_variant_as_near_as_it_plans_for() -> None:
+    """Simulated: logits with noise, 0.05 nats from their source; intervals of the change are about as wide as asked."""
+    random = np.random.default_rng(0)
+    asked = Perplexity(within=0.03, length=129)
+    logits = random.normal(0, 2, (asked.most, 128, 200))
+    noisy = logits + random.normal(0, np.sqrt(2 * CLOSE), logits.shape)
+    logprobs, changed = (each - np.logaddexp.reduce(each, -1, keepdims=True) for each in (logits, noisy))
+    divergence = (np.exp(logprobs) * (logprobs - changed)).sum(-1).mean()
+    drawn = np.argmax(logprobs + random.gumbel(size=logprobs.shape), -1)[..., None]  # a text that the source wrote
+    nll, base = (-np.take_along_axis(each, drawn, -1)[..., 0] for each in (changed, logprobs))
+    low, high = paired.perplexity(nll, base)["ci95"]
+    assert divergence == pytest.approx(CLOSE, rel=0.15)
+    assert (high - low) / 2 == pytest.approx(0.03 / math.sqrt(CLUSTERED), rel=0.35)
+
+
+@pytest.mark.parametrize("more", [{"samples": 3}, {"protocol": "lm-eval"}])
+def test_within_takes_the_place_of_a_number(more: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="within decides how many chunks"):
+        parse_settings(Evaluate, {"perplexity": {"within": 0.01, **more}}, "recipe")
+
+
+def test_the_results_say_how_much_within_took(tiny: Tiny, tmp_path: Path) -> None:
+    found = run(tmp_path / "a", tiny(), tiny(), length=64, within=0.5)
+    assert (found["protocol"]["chunks"], found["tokens"]) == (8, 8 * 63)
+    assert found["protocol"]["within"] == 0.5 and found["protocol"]["chunks_of_text"] > 100
 
 
 def test_what_was_measured_before_there_were_protocols_is_found_again() -> None:

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lighten.evaluate import speed
+from lighten.evaluate import run, speed
 from lighten.evaluate.energy import Counters, GpuCounters
 from lighten.evaluate.energy import counters as counters_of
 from lighten.evaluate.machine import fingerprint
-from lighten.evaluate.run import measure
+from lighten.evaluate.run import measure, served
 from lighten.evaluate.runtimes import Ids, Timings
 from lighten.evaluate.settings import Speed
 from lighten.stage import silent
@@ -75,6 +75,50 @@ def test_a_machine_that_slows_down_is_reported() -> None:
     assert any("fell by" in text and "drifts" in text for text in found["warnings"])
 
 
+class Phases(Scripted):
+    """A runtime that reads a prompt and writes a token in so many milliseconds."""
+
+    def __init__(self, dtype: str, prefill: float, decode: float) -> None:
+        super().__init__()
+        self.dtype, self._times = dtype, (prefill / 1000, decode / 1000)
+        self.closed, self.name, self.detail = False, "torch", ""
+
+    def generate(self, prompt: Ids, steps: int) -> Timings:
+        self.shapes.append((*prompt.shape, steps))
+        return Timings(self._times[0], [self._times[1]] * (steps - 1))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("wide", "decode", "prefill", "memory"),
+    [
+        ((10, 8), ("bfloat16", 5), ("float32", 10), "bfloat16"),  # as on a processor with AVX2 alone
+        ((10, 4), ("float32", 4), ("float32", 10), "float32"),
+        ((90, 8), ("bfloat16", 5), ("bfloat16", 50), "bfloat16"),
+    ],
+)
+def test_each_phase_is_told_in_the_better_of_two_arithmetics(
+    wide: tuple[float, float], decode: tuple[str, float], prefill: tuple[str, float], memory: str
+) -> None:
+    opened = {"bfloat16": Phases("bfloat16", 50, 5), "float32": Phases("float32", *wide)}
+
+    def open_in(dtype: str) -> Phases:
+        assert all(each.closed for each in opened.values() if each.shapes)  # no peak of both
+        return opened[dtype]
+
+    settings = Speed(prompt=[20, 40], generate=11, repeats=3)
+    found, used = speed.measure_better(open_in, ("bfloat16", "float32"), settings, silent)  # type: ignore[arg-type]
+    for row, length in zip(found["speed"], (20, 40), strict=True):
+        assert (row["dtype"], row["decode_tok_s"]) == (decode[0], pytest.approx(1000 / decode[1]))
+        assert row.get("prefill_dtype", "bfloat16") == prefill[0]
+        assert row["prefill_tok_s"] == pytest.approx(1000 * length / prefill[1])
+        assert row["ttft_ms"]["p50"] == pytest.approx(prefill[1])
+    assert found["memory"]["dtype"] == used.dtype == memory
+    assert all(each.closed for each in opened.values())
+
+
 def counters(root: Path, energy: int) -> Counters:
     for name in ("intel-rapl:0", "intel-rapl:0:0"):
         (root / name).mkdir(parents=True, exist_ok=True)
@@ -115,6 +159,19 @@ def test_speed_of_a_model_directory(tiny: Tiny, tmp_path: Path) -> None:
     assert [row["batch"] for row in found["speed"]] == [1, 2]
     assert json.loads((tmp_path / "result.json").read_text()) == found
     assert not (tmp_path / "values.safetensors").exists()
+
+
+def test_without_units_for_bfloat16_a_model_directory_is_measured_in_both_arithmetics(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lighten.model.stream.fast_bfloat16", lambda: False)
+    opened = []
+    monkeypatch.setattr(run, "served", lambda *args: opened.append(args[2]) or served(*args))
+    config = {"prompt": 5, "generate": 3, "repeats": 2}
+    payload = {"measurement": "speed", "config": config, "model": str(tiny()), "out": str(tmp_path), "device": "cpu"}
+    found = measure(payload, silent)
+    assert opened == ["bfloat16", "float32"]
+    assert found["speed"][0]["dtype"] == found["memory"]["dtype"] == found["dtype"]
 
 
 def test_speed_of_a_gguf_loads_no_torch(tiny_gguf: Path, tmp_path: Path) -> None:

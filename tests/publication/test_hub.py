@@ -14,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from lighten.collection import check as check_store
 from lighten.errors import RequestError
 from lighten.pipeline import run
 from lighten.publication.hub import check
@@ -83,7 +84,7 @@ def test_an_artifact_and_its_card_arrive_in_one_commit(folder: Path) -> None:
 
         again = lighten(*asked, cwd=folder, endpoint=server.address)
         assert again.returncode == 0 and len(server.repos["me/small"]) == 2, "the repository may be there"
-    assert not any(each.damage for each in Store(folder / "artifacts").verify())
+    assert not any(each.damage for each in check_store(Store(folder / "artifacts")))
 
 
 def test_every_variant_goes_to_its_own_public_repository(folder: Path) -> None:

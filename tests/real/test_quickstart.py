@@ -37,7 +37,7 @@ def quickstart() -> dict[str, Any]:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart")
     recipe = quickstart()
-    recipe["evaluate"]["perplexity"]["samples"] = CHUNKS
+    recipe["evaluate"]["perplexity"] = {"length": 512, "samples": CHUNKS}
     recipe["evaluate"]["accuracy"] = [{"task": "builtin", "limit": TASKS}]
     (folder / "quickstart.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     done = lighten("run", "quickstart.yaml", cwd=folder)
@@ -156,7 +156,7 @@ def more(home: Path) -> Path:
         "thin-unrepaired": [{"prune": {**thin["prune"], "repair": False}}],
         "thin-f16": [thin, {"export": {"format": "gguf", "type": "F16"}}],
     }
-    recipe["evaluate"] = {"perplexity": {**recipe["evaluate"]["perplexity"], "samples": CHUNKS}}
+    recipe["evaluate"] = {"perplexity": {"length": 512, "samples": CHUNKS}}
     (home / "more.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     done = lighten("run", "more.yaml", cwd=home)
     assert done.returncode == 0, done.stderr

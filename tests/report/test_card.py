@@ -15,6 +15,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
+from lighten.collection import check
 from lighten.pipeline import run
 from lighten.report.card import card, cards
 from lighten.report.loading import loading
@@ -57,7 +58,7 @@ def made(value: dict[str, Any] | None = None, name: str = "gguf-q8_0", repo: str
 def test_every_variant_of_a_run_has_a_card_and_the_artifacts_stay_sound(version: Path) -> None:
     assert sorted(path.parent.name for path in version.glob("cards/*/README.md")) == ["baseline", "f16", "slim"]
     store = Store(version.parents[1])
-    assert not any(each.damage for each in store.verify())
+    assert not any(each.damage for each in check(store))
     assert all(find_damage(found) == [] for key in store.finished() if (found := store.find(key)))
     assert not list((version / "variants").glob("*/README.md"))
     read = load(version)
