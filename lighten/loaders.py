@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lighten.errors import Failure, LightenError, RequestError
+from lighten.model import llama_library
 from lighten.model.gguf_source import within
 from lighten.model.onnx_source import GENAI, genai
 from lighten.process import run_isolated
@@ -64,10 +65,14 @@ class Loader:
     """Opens a model and computes."""
     file: str | None = None
     """A file without which it has no business with an artifact."""
+    told: Callable[[], str | None] | None = None
+    """Returns what takes the place of the version, where more than one package may bring it."""
 
     @property
     def version(self) -> str | None:
         """The version that is installed, None if it is not."""
+        if self.told:
+            return self.told()
         return next((found for package in self.packages if (found := _version(package))), None)
 
     def opens(self, form: str, path: Path) -> bool:
@@ -83,7 +88,7 @@ EXTRAS = {
     "gptqmodel": "gptq",
     "optimum": "gptq",
     "gguf": "gguf",
-    "llama_cpp": "gguf",
+    **dict.fromkeys(llama_library.MODULES.values(), "gguf"),
     "bitsandbytes": "bnb",
     "accelerate": "bnb",
     "compressed_tensors": "compressed",
@@ -377,7 +382,13 @@ LOADERS = (
         _transformers,
     ),
     Loader("GPTQModel", ("gptqmodel",), {"gptq": ("gptqmodel",), "awq": ("gptqmodel",)}, _gptqmodel),
-    Loader("llama.cpp", ("llama-cpp-python",), {"gguf": ("llama_cpp",)}, _llama_cpp),
+    Loader(
+        "llama.cpp",
+        llama_library.PACKAGES,
+        {"gguf": (llama_library.module(),)},
+        _llama_cpp,
+        told=lambda: str(llama_library.installed() or "") or None,
+    ),
     Loader("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), {"onnx": ("onnxruntime",)}, _onnxruntime),
     Loader(
         "onnxruntime-genai",

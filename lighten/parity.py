@@ -312,10 +312,10 @@ def _gguf_words(path: Path) -> Words:
     names = {name: "" if index is None else str(tokens[index]) for name, index in ids.items()}
 
     def render(chat: Chat) -> str:
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+        from transformers.utils.chat_template_utils import render_jinja_template
 
-        formatter = Jinja2ChatFormatter(template=template, eos_token=names["eos"], bos_token=names["bos"])
-        prompt = formatter(messages=chat).prompt
-        return str(prompt)
+        tokens = {"bos_token": names["bos"], "eos_token": names["eos"]}
+        rendered, _ = render_jinja_template([chat], chat_template=template, add_generation_prompt=True, **tokens)
+        return str(rendered[0])
 
     return Words(simple.encode, simple.bos, ids["eos"], render if template else None)

@@ -16,6 +16,7 @@ from lighten.errors import RequestError, missing_extra
 from lighten.evaluate import harness, machine
 from lighten.evaluate.protocols import check_length
 from lighten.evaluate.settings import Accuracy, Evaluate, Load, Loaders, Perplexity, Speculative, Speed
+from lighten.model import llama_library
 from lighten.model.source import Found, Source, find
 from lighten.model.tokens import check_text
 from lighten.recipe import BASELINE, Recipe
@@ -27,7 +28,7 @@ Settings = Perplexity | Accuracy | Speed | Load | Speculative | Loaders
 TIMED: tuple[Measure, ...] = ("speed", "load", "speculative")
 """What depends on the machine, and on what else it does."""
 MEASURE_VERSION = 1
-MEASURING_PACKAGES = ("torch", "transformers", "gptqmodel", "llama-cpp-python", "onnxruntime", "onnxruntime-genai")
+MEASURING_PACKAGES = ("torch", "transformers", "gptqmodel", "onnxruntime", "onnxruntime-genai")
 BYTES_PER_TOKEN = 4.0
 """Rough length of a token of English text, for predictions."""
 
@@ -346,7 +347,9 @@ class _Builder:
 
 def measuring_packages() -> dict[str, str]:
     """Returns the versions of the packages whose arithmetic a measurement shows."""
-    return {name: number for name, number in machine.packages().items() if name in MEASURING_PACKAGES}
+    used = llama_library.installed()
+    names = (*MEASURING_PACKAGES, used.package if used else "")
+    return {name: number for name, number in machine.packages().items() if name in names}
 
 
 @dataclass(frozen=True)

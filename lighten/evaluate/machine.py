@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from lighten.model import llama_library
+
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve")
 PACKAGES = (
     "lighten",
@@ -20,7 +22,7 @@ PACKAGES = (
     "transformers",
     "gptqmodel",
     "optimum",
-    "llama-cpp-python",
+    *llama_library.PACKAGES,
     "gguf",
     "onnxruntime",
     "onnxruntime-genai",

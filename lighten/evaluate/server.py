@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server of llama-cpp-python, as a person would start it: over HTTP, streaming."""
+"""llama.cpp's OpenAI-compatible server, as a person would start it: over HTTP, streaming."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from typing import Self
 
 from lighten.errors import Failure, missing_extra
 from lighten.evaluate import machine
+from lighten.model import llama_library
 from lighten.process import death, die_with, environment, interpreter
 
-NEEDS = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
+PYTHON_NEEDS = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
+"""Modules that the server written in Python is made of."""
 START_SECONDS = 120
 ANSWER_SECONDS = 600
 BANNED = -100
@@ -38,8 +40,25 @@ def own_environment() -> dict[str, str]:
     return {name: value for name, value in environment().items() if name in KEPT or name.startswith(KEPT_FAMILIES)}
 
 
+def needs() -> tuple[str, ...]:
+    """Returns the modules that serving takes: none beside llama.cpp, where its own server is there."""
+    found = llama_library.installed()
+    return PYTHON_NEEDS if found and not found.server else (llama_library.module(),)
+
+
 class Refused(Exception):
     """The server did not answer a request to its end."""
+
+
+def _native(program: Path) -> list[str]:
+    layers = ["--n-gpu-layers", "0", "--device", "none"]  # the wheel has no kernels for CUDA
+    return [str(program), *layers, "--offline", "--no-webui", "--parallel", "1"]  # one request after the other
+
+
+def _python(device: str) -> list[str]:
+    command = [*interpreter(), "-m", "llama_cpp.server", "--n_gpu_layers", "0" if device == "cpu" else "-1"]
+    # a new request would end the one before it
+    return [*command, "--logits_all", "false", "--interrupt_requests", "false"]
 
 
 class LlamaServer:
@@ -51,19 +70,22 @@ class LlamaServer:
         Raises:
             RequestError: a package is missing.
         """
-        for module in NEEDS:
+        for module in needs():
             if find_spec(module) is None:
                 raise missing_extra("serve", module, f"serving {path.name} over HTTP")
-        self.device = device
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = int(free.getsockname()[1])
+        found = llama_library.load(f"serving {path.name} over HTTP").installed
+        self.name = f"llama-server of {found}" if found.server else f"llama_cpp.server {found.version}"
+        self.device = "cpu" if found.server else device
         threads = str(machine.cores())
-        self._command = [*interpreter(), "-m", "llama_cpp.server", "--model", str(path)]
-        self._command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        self._command += ["--n_ctx", str(context), "--n_threads", threads, "--n_threads_batch", threads]
-        self._command += ["--n_gpu_layers", "0" if device == "cpu" else "-1", "--logits_all", "false"]
-        self._command += ["--interrupt_requests", "false"]  # a new request would end the one before it
+        self._command = _native(found.server) if found.server else _python(device)
+        self._command += ["--model", str(path), "--host", "127.0.0.1", "--port", str(self.port)]
+        names = ("--ctx-size", "--threads", "--threads-batch")
+        if not found.server:
+            names = ("--n_ctx", "--n_threads", "--n_threads_batch")
+        self._command += [part for pair in zip(names, (str(context), threads, threads), strict=True) for part in pair]
         self._noise = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the server
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -85,7 +107,7 @@ class LlamaServer:
             while not self._answers():
                 self.check("before it answered")
                 if time.monotonic() > deadline:
-                    raise Failure(f"llama_cpp.server does not answer after {START_SECONDS} s: {self._tail()}")
+                    raise Failure(f"{self.name} does not answer after {START_SECONDS} s: {self._tail()}")
                 time.sleep(0.1)
         except BaseException:
             self.__exit__()
@@ -110,7 +132,7 @@ class LlamaServer:
         assert self._process
         code = self._process.poll()
         if code is not None:
-            raise Failure(f"llama_cpp.server ended {when} ({death(code)}): {self._tail()}")
+            raise Failure(f"{self.name} ended {when} ({death(code)}): {self._tail()}")
 
     def _tail(self, limit: int = 1000) -> str:
         size = os.fstat(self._noise.fileno()).st_size

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 from lighten.data.text import SEPARATOR, builtin_text
 from lighten.errors import Failure, RequestError, missing_extra
 from lighten.export.targets import Target
+from lighten.process import environment, interpreter
 from lighten.stage import ModelFacts
 from lighten.store import hash_file, write_file
 
@@ -34,6 +34,16 @@ DEPTH = 160
 PROCESS_BYTES = 100_000_000
 """Python with llama-cpp-python and numpy, and llama.cpp's own tables."""
 TEXT_BYTES = 12_000
+
+TRIED = {
+    "diskcache": "5.6.3",
+    "jinja2": "3.1.6",
+    "llama-cpp-python": "0.3.36",
+    "markupsafe": "3.0.4",
+    "numpy": "2.2.6",
+    "typing-extensions": "4.16.0",
+}
+"""What the scripts need."""
 
 SERVER = {
     "annotated-doc": "0.0.7",
@@ -180,8 +190,7 @@ def _gb(size: float) -> str:
 def pins() -> dict[str, str]:
     """Returns the versions of llama-cpp-python and of what it needs, as they are installed here.
 
-    Raises:
-        RequestError: it is not installed.
+    Where it is not installed they are those that bundles were tried with.
     """
     from packaging.requirements import Requirement
 
@@ -193,8 +202,8 @@ def pins() -> dict[str, str]:
             continue
         try:
             found[name] = version(name)
-        except PackageNotFoundError as error:
-            raise missing_extra("bundle", name, "a bundle's list of requirements") from error
+        except PackageNotFoundError:
+            return dict(TRIED)
         for line in requires(name) or ():
             needed = Requirement(line)
             if needed.marker is None or needed.marker.evaluate({"extra": ""}):
@@ -281,9 +290,11 @@ def measure(out: Path, target: Target, model: Model) -> dict[str, Any]:
     Raises:
         Failure: it does not run here.
     """
-    command = [sys.executable, "-I", str(out / "bench.py"), "--events", "--seconds", "6", "--chunks", "2"]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    run = "import sys; from lighten.model.llama_library import run_script; from pathlib import Path; "
+    run += "run_script(Path(sys.argv[1]), sys.argv[2:])"
+    command = [*interpreter(), "-c", run, str(out / "bench.py"), "--events", "--seconds", "6", "--chunks", "2"]
+    told = {**environment(), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=told)
     last = done.stdout.strip().splitlines()[-1:]
     if done.returncode or not last:
         reason = done.stderr.strip().splitlines()[-1:] or ["it gave no reason"]

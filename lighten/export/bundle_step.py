@@ -80,7 +80,7 @@ class Bundle(Export):
 
     def requires(self) -> list[tuple[str, str]]:
         """What writes and runs the file, and what packs it."""
-        return [("gguf", "bundle"), ("llama_cpp", "bundle"), ("zstandard", "bundle")]
+        return [(module, "bundle") for module in (*(module for module, _ in self.gguf.requires()), "zstandard")]
 
     def after(self, previous: Step | None) -> Self:
         """Names the type where it makes the file itself; a GGUF file's own type stays."""

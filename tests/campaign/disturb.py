@@ -169,10 +169,16 @@ class Campaign:
 
     # kills
 
-    def kill_on_the_way(self, whole: Undisturbed, kills: int) -> int:
-        """Runs a recipe, killed up to `kills` times on its way to the end; checks; returns the kills."""
-        store = self.fresh()
+    def kill_on_the_way(
+        self, whole: Undisturbed, kills: int, store: Path | None = None, begin: str | None = None
+    ) -> int:
+        """Runs a recipe, killed up to `kills` times on its way to the end; checks; returns the kills.
+
+        `store` is where an earlier run came as far as the stage `begin`.
+        """
+        store = store or self.fresh()
         todo = [*(["start"] if self.random.random() < 0.3 else []), *whole.stages, "publish"]
+        todo = todo[todo.index(begin) :] if begin in todo else todo
         done = 0
         while done < kills and todo:
             target = todo[self.random.randrange(min(AHEAD, len(todo)))]
@@ -238,8 +244,8 @@ class Campaign:
 
     # full disks
 
-    def fill(self, whole: Undisturbed, room: Room) -> None:
-        """Runs a recipe on a disk that is too small, then on one that is large enough."""
+    def fill(self, whole: Undisturbed, room: Room, kills: int = 0) -> None:
+        """Runs a recipe on a disk that is too small, then on one that is large enough, there killed `kills` times."""
         share = self.random.uniform(0.05, 0.98)
         size = int(self.kept_bytes + share * (whole.bytes - self.kept_bytes))
         with room(self.folder / f"disk-{self.number}", size) as (folder, grow, before):
@@ -254,7 +260,7 @@ class Campaign:
             if any("Traceback" in line for line in running.lines):
                 self.fault("full disk: a traceback")
             grow()
-            self.finish(store, whole)
+            self.kill_on_the_way(whole, kills, store, running.current)
 
     # side by side
 

@@ -17,6 +17,7 @@ from lighten.compress.sensitivity import Sensitivities
 from lighten.compress.sweep import Sweep
 from lighten.compress.thin import Cut, Thinned
 from lighten.errors import RequestError
+from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
 from lighten.export.gguf import write
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.gguf_source import inspect
@@ -196,15 +197,12 @@ def test_the_mean_loss_is_that_of_transformers(swept: Callable[[str], tuple[Arti
 def test_llama_cpp_reads_the_pruned_model(
     swept: Callable[[str], tuple[Artifact, Path]], tmp_path: Path, family: str, what: str, asked: dict[str, Any]
 ) -> None:
-    from llama_cpp import Llama
-
     prune(swept(family), tmp_path / "out", what=what, **asked)
     write(tmp_path / "out", tmp_path / "model.gguf", "F32")
     assert inspect(tmp_path / "model.gguf").params == Checkpoint(tmp_path / "out").facts.params
     ids = read_ids(swept(family)[1])[0, :48]
-    llama = Llama(str(tmp_path / "model.gguf"), n_ctx=64, logits_all=True, verbose=False)
-    llama.eval(ids.tolist())
-    theirs, ours = torch.tensor(llama.scores[:48]), logits(tmp_path / "out", ids[None])[0]
+    runtime = LlamaCppRuntime(tmp_path / "model.gguf", "cpu")
+    theirs, ours = torch.tensor(runtime.logits(ids.numpy())), logits(tmp_path / "out", ids[None])[0]
     assert torch.nn.functional.cosine_similarity(theirs, ours, dim=-1).min() > 0.9999
     assert torch.equal(theirs.argmax(-1), ours.argmax(-1))
 

@@ -6,6 +6,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,7 @@ def test_checksums(unpacked: Path) -> None:
 
 
 def test_bench_runs_from_the_archive_without_lighten(unpacked: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="a device runs llama-cpp-python, which is compiled")
     script = (
         "import runpy, sys; sys.modules.update(dict.fromkeys(('lighten', 'torch', 'gguf', 'psutil')));"
         "sys.argv = ['bench.py', '--repeats', '2', '--length', '64', '--chunks', '3', '--threads', '1'];"
@@ -206,10 +208,11 @@ def test_bench_runs_from_the_archive_without_lighten(unpacked: Path) -> None:
         losses.append(np.log(np.exp(logits).sum(-1)) - logits[np.arange(63), chunk[1:]])
     runtime.close()
     assert row.perplexity and row.perplexity.tokens == 189
-    assert row.perplexity.value == pytest.approx(float(np.exp(np.mean(losses))), rel=1e-4)
+    assert row.perplexity.value == pytest.approx(float(np.exp(np.mean(losses))), rel=5e-3)  # another build of llama.cpp
 
 
 def test_chat_runs_from_the_archive(unpacked: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="a device runs llama-cpp-python, which is compiled")
     done = clean(["sh", "run.sh", "--tokens", "6"], unpacked, input="Hello there\n\n", env={"PYTHON": sys.executable})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() and done.stderr == ""
@@ -261,6 +264,7 @@ def test_the_server_is_bound_to_loopback(unpacked: Path, tmp_path: Path) -> None
 
 
 def test_requirements_are_pinned_to_what_is_used_here(unpacked: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="a device runs llama-cpp-python, which is compiled")
     from importlib.metadata import version
 
     lines = (unpacked / "requirements.txt").read_text().splitlines()
@@ -269,6 +273,21 @@ def test_requirements_are_pinned_to_what_is_used_here(unpacked: Path) -> None:
     server = (unpacked / "requirements-server.txt").read_text().splitlines()
     assert set(lines[1:]) < set(server) and any(line.startswith("uvicorn==") for line in server)
     assert all("==" in line for line in server[1:]) and not any("://" in line for line in server)
+
+
+def test_requirements_where_no_llama_cpp_python_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(bundle, "version", nothing)
+    assert bundle.pins().keys() == {
+        "llama-cpp-python",
+        "numpy",
+        "jinja2",
+        "markupsafe",
+        "diskcache",
+        "typing-extensions",
+    }
 
 
 def test_a_gguf_artifact_is_taken_as_it_is(tiny: Tiny, tmp_path: Path) -> None:

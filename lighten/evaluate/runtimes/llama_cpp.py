@@ -1,4 +1,4 @@
-"""GGUF files, through llama-cpp-python's binding of llama.h."""
+"""GGUF files, through llama.h."""
 
 from __future__ import annotations
 
@@ -6,44 +6,38 @@ import ctypes
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lighten.errors import Failure, missing_extra
+from lighten.errors import Failure
 from lighten.evaluate import machine
 from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
+from lighten.model.llama_library import Library, load
 from lighten.stage import Report, silent
 
 BATCH_TOKENS = 512
 ENDINGS = 64
 ERROR = 4
 CONTINUED = 5
+FLOAT32 = 0
 
 
-def _library() -> ModuleType:
-    try:
-        from llama_cpp import llama_cpp
-    except ImportError as error:
-        raise missing_extra("gguf", "llama-cpp-python", "running a GGUF file") from error
-    library: ModuleType = llama_cpp
-    return library
+def _library() -> Library:
+    return load("running a GGUF file")
 
 
 class _Log:
     """What llama.cpp reports as errors; everything else it says is dropped."""
 
-    def __init__(self, library: ModuleType) -> None:
+    def __init__(self, library: Any) -> None:
         self._lines: list[str] = []
         self._level = 0
         self._library = library
         self._callback = library.llama_log_callback(self._write)
-        library.llama_backend_init()
 
     def listen(self) -> None:
         """Takes llama.cpp's messages from here on, and forgets the earlier ones."""
@@ -65,18 +59,19 @@ class _Log:
 @cache
 def _log() -> _Log:
     """Returns the log of the process: llama.cpp has one for all its models, and it must outlive them."""
-    return _Log(_library())
+    return _Log(_library().api)
 
 
 class _Model:
     """A loaded GGUF file: its weights, or its vocabulary only."""
 
     def __init__(self, path: Path, device: str, vocab_only: bool) -> None:
-        self.library = library = _library()
+        loaded = _library()
+        self.library = library = loaded.api
         _log().listen()
         params = library.llama_model_default_params()
         params.vocab_only = vocab_only
-        params.use_extra_bufts = "amx_int8" not in machine.fingerprint()["flags"]  # its AMX kernels crash
+        params.use_extra_bufts = loaded.repacks
         params.n_gpu_layers = 0 if device == "cpu" else -1
         self.handle = library.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
@@ -136,24 +131,26 @@ class LlamaCppRuntime:
     name = "llama.cpp"
     options: Mapping[str, str] = {}
 
-    def __init__(self, path: Path, device: str) -> None:
-        """Loads the model.
+    def __init__(self, path: Path, device: str, *, float32_cache: bool = False) -> None:
+        """Loads the model; keys and values are kept in float16 unless `float32_cache`.
 
         Raises:
-            RequestError: llama-cpp-python is missing.
+            RequestError: no package brings llama.cpp.
             Failure: the file does not load.
         """
-        self._library = library = _library()
+        loaded = _library()
+        self._library = library = loaded.api
         on_gpu = device != "cpu" and library.llama_supports_gpu_offload()
         self.device = device if on_gpu else "cpu"
         self._model = _Model(path, self.device, vocab_only=False)
         self.dtype = library.llama_ftype_name(library.llama_model_ftype(self._model.handle)).decode()
-        self.detail = f"llama-cpp-python {version('llama-cpp-python')}"
+        self.detail = str(loaded.installed)
         self.vocab = int(library.llama_vocab_n_tokens(self._model.vocab))
         self.context: int | None = int(library.llama_model_n_ctx_train(self._model.handle)) or None
         self._context: Any = None
         self._shape: tuple[int, int, bool] = (0, 0, False)
         self._callback: Any = None
+        self._float32_cache = float32_cache
 
     def _open_context(self, tokens: int, sequences: int, shared: bool) -> Any:
         """Returns an empty context for `tokens` in all; kept and cleared for as long as the shape stays the same."""
@@ -166,6 +163,8 @@ class LlamaCppRuntime:
             params.n_seq_max = sequences
             params.kv_unified = shared
             params.n_threads = params.n_threads_batch = machine.cores()
+            if self._float32_cache:
+                params.type_k = params.type_v = FLOAT32
             if self._callback:
                 params.cb_eval = self._callback
             self._context = library.llama_init_from_model(self._model.handle, params)
@@ -334,7 +333,7 @@ class _Batch:
 
     def __init__(
         self,
-        library: ModuleType,
+        library: Any,
         ids: Ids,
         positions: Ids,
         owners: list[list[int]],

