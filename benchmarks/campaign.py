@@ -14,7 +14,9 @@ def campaign(found: Found) -> str:
     kills = found["kills"]
     most = max(kills.values())
     full = found["full"]
-    lines = ["| killed or full during | kills | | full disks |", "| :--- | ---: | :--- | ---: |"]
+    titles = ("stage", "kills at a random moment after its start", "", "disks that filled up in it")
+    whole = found["checks"] - found["gc_kills"]
+    lines = [f"| {' | '.join(titles)} |", "| :--- | ---: | :--- | ---: |"]
     for name in sorted({*kills, *full}, key=lambda each: -kills.get(each, 0)):
         bar = "█" * round(WIDTH * kills.get(name, 0) / most)
         lines.append(f"| {name} | {kills.get(name, 0)} | {bar} | {full.get(name, 0) or ''} |")
@@ -22,9 +24,11 @@ def campaign(found: Found) -> str:
     said = [
         f"- `gc` killed {found['gc_kills']} times while it removed objects.",
         f"- {found['damaged']} objects damaged between a kill and the next run.",
-        f"- {found['together']} times two runs at once, with `gc` called {found['gc_beside']} times beside them.",
+        f"- Two runs at once: {found['together']}; `gc` was called {found['gc_beside']} times beside them.",
         f"- {found['read_only']} commands on a read-only store.",
-        f"- {found['checks']} times everything was compared with an undisturbed run: {len(found['faults'])} faults.",
+        f"- {found['checks']} times looked for what is damaged, lost or left behind; {whole} "
+        f"times every byte was compared with an undisturbed run, the others after a killed `gc`. Faults: "
+        f"{len(found['faults'])}.",
     ]
     where = (
         f"`{found['command']}`, {found['minutes']:g} minutes on {found['machine']['cores']} cores beside other work."

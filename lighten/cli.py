@@ -15,7 +15,7 @@ from lighten.commands.fit import fit
 from lighten.commands.step import add_verb
 from lighten.comparison.command import compare
 from lighten.errors import Failure, LightenError, RequestError, check_names, disk_full, unexpected
-from lighten.flags import Artifacts, Device, Json
+from lighten.flags import Artifacts, Device, Json, MergeAdapter
 from lighten.flags import print_json as _print_json
 from lighten.publication.command import Public, Push, check_push, push_version, report, show
 from lighten.recommendation.command import recommend
@@ -230,6 +230,7 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     artifacts: Artifacts = Path("artifacts"),
+    merge_adapter: MergeAdapter = False,
     as_json: Json = False,
 ) -> None:
     """Measure any model directories, .gguf files or variants of a version side by side."""
@@ -285,6 +286,7 @@ def evaluate(
                 price_per_hour=price_per_hour,
                 currency=currency,
                 device=device,
+                merge_adapter=merge_adapter,
                 watcher=watcher,
             )
     results = Results.model_validate(value)

@@ -14,7 +14,7 @@ from lighten.advice import Finding
 from lighten.compress.sweep import Sweep
 from lighten.data.origin import told
 from lighten.data.text import load_text
-from lighten.errors import RequestError
+from lighten.errors import Failure, RequestError
 from lighten.model.template import renderer
 from lighten.pipeline import Builder, Silent, Watcher, build_all, choose_device, open_recipe
 from lighten.plan import Plan, Predictor, Stage, make_plan, stage_of
@@ -171,8 +171,10 @@ class _Examiner:
         predicted = {stage.key: self.predictor.predict(stage).seconds for stage in stages}
         self.watcher.planned(plan, predicted)
         self.kept.enter_context(self.store.lease(stage.key for stage in stages))
-        every = {stage.key for stage in stages}
-        return build_all(plan, self.store, self.predictor, self.device, self.watcher, every)
+        builder = build_all(plan, self.store, self.predictor, self.device, self.watcher, list(predicted))
+        if builder.failed:
+            raise Failure(next(iter(builder.failed.values())))
+        return builder
 
     def _isolated(self, name: str, target: str, payload: dict[str, Any]) -> Any:
         stage = Stage(name, "doctor", 1, name, {}, [], Estimate())

@@ -75,7 +75,7 @@ def open_model(name: str) -> Model:
     """
     from lighten.model.source import find
 
-    found = find(name)
+    found = find(name, weights=False)
     if found.facts.family != "causal":
         raise RequestError(f"{name} is no causal language model: it has no cache that grows with a text")
     return Model(name, found.facts)

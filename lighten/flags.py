@@ -12,6 +12,9 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of text for a person.")]
 Artifacts = Annotated[Path, typer.Option(help="Directory of objects and versions.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+MergeAdapter = Annotated[
+    bool, typer.Option("--merge-adapter", help="If the model is a LoRA adapter, merge it into its base first.")
+]
 
 
 def print_json(value: Any) -> None:

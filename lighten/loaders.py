@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.model import llama_library
-from lighten.model.gguf_source import within
-from lighten.model.onnx_source import GENAI, genai
+from lighten.model.files import check_links
+from lighten.model.gguf_source import check_header, within
+from lighten.model.onnx_source import GENAI, genai, read_graph
 from lighten.process import run_isolated
 from lighten.stage import Report, silent
 from lighten.store import MANIFEST, read_artifact
@@ -134,6 +135,7 @@ def recognise(path: Path) -> tuple[Path, str, int | None]:
         return path, "gguf", None
     if not path.is_dir():
         raise RequestError(f"{path}: no such file or directory")
+    check_links(path)
     told = read_artifact(path).format if (path / MANIFEST).is_file() else None
     vocab = read_config(path).get("vocab_size") if (path / "config.json").is_file() else None
     if told == "onnx" or (path / "model.onnx").is_file():
@@ -234,6 +236,7 @@ def _transformers(opening: Opening) -> Answer:
     import torch
     from transformers import AutoModelForCausalLM
 
+    check_header(opening.path)
     model = AutoModelForCausalLM.from_pretrained(
         opening.path.parent, gguf_file=opening.path.name, dtype=torch.bfloat16, local_files_only=True
     )
@@ -244,7 +247,10 @@ def _gptqmodel(opening: Opening) -> Answer:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "3")  # with fewer it fails on a machine of two cores
     from gptqmodel import GPTQModel
 
-    found = GPTQModel.load(str(opening.path), device=opening.device, trust_remote_code=opening.trust_remote_code)
+    from lighten.model.loading import readable
+
+    with readable(opening.path) as folder:
+        found = GPTQModel.load(str(folder), device=opening.device, trust_remote_code=opening.trust_remote_code)
     return _forward(found.model, opening)
 
 
@@ -280,8 +286,10 @@ def _other_task(opening: Opening) -> Answer:
     import torch
     import transformers
 
+    from lighten.model.loading import from_pretrained
+
     name = transformers.AutoConfig.from_pretrained(opening.path, local_files_only=True).architectures[0]
-    model = getattr(transformers, name).from_pretrained(opening.path, use_safetensors=True, local_files_only=True)
+    model = from_pretrained(getattr(transformers, name), opening.path)
     ids = torch.from_numpy(opening.ids()).to(opening.device)[None]
     asked = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
     with torch.inference_mode():
@@ -306,6 +314,7 @@ def _llama_cpp(opening: Opening) -> Answer:
 def _onnxruntime(opening: Opening) -> Answer:
     import onnxruntime
 
+    read_graph(opening.path / "model.onnx")
     offered = onnxruntime.get_available_providers()
     wanted = ["CPUExecutionProvider"] if opening.device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
     options = onnxruntime.SessionOptions()
@@ -357,6 +366,9 @@ def _onnxruntime_genai(opening: Opening) -> Answer:
     import numpy as np
     import onnxruntime_genai
 
+    genai(opening.path)  # nothing that loads code is left for the library to find
+    for graph in sorted(opening.path.glob("*.onnx")):
+        read_graph(graph)
     model = onnxruntime_genai.Model(str(opening.path))
     options = onnxruntime_genai.GeneratorParams(model)
     options.set_search_options(max_length=2 * IDS, do_sample=False)

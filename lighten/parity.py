@@ -122,6 +122,7 @@ def _compare_models(
     chunks = _chunks(source, payload["tokens"], ours.vocab)
     vocab = _write_logits(ours, chunks, logits, report)
     ours.close()
+    del ours
     theirs = open_runtime(made, device=payload.get("device", "cpu"), trust_remote_code=trusted)
     if any(chunk.max() >= theirs.vocab for chunk in chunks):
         raise Failure(f"{made.name} has {theirs.vocab:,} tokens, the text of its source has others")

@@ -7,7 +7,7 @@ import datetime
 import json
 import re
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from lighten.evaluate import machine, paired
 from lighten.evaluate.options import lacking
 from lighten.evaluate.settings import Speed
 from lighten.links import point
+from lighten.model.source import Source
 from lighten.plan import TIMED, Plan, Predictor, Stage, make_plan, measuring_packages, this_machine, what
 from lighten.process import Outcome, run_isolated, warm
 from lighten.recipe import BASELINE, Recipe, load
@@ -73,24 +74,24 @@ class Builder:
         watcher: Watcher,
         source: dict[str, Any],
         trusted: bool,
-        essential: Set[str] = frozenset(),
+        fatal: Collection[str] = (),
     ) -> None:
-        """`essential` are the keys of stages whose failure ends the run: their errors are raised, not remembered."""
         self.store = store
-        self.essential = essential
-        self.labels: dict[str, str] = {}
         self.device = device
         self.watcher = watcher
         self.predictor = predictor
         self.source = source
         self.trusted = trusted
+        self.fatal = fatal
+        """Keys of stages whose failure ends the command, which says why: the watcher need not."""
+        self.names: dict[str, str] = {}
         self.failed: dict[str, str] = {}
         self.done: dict[str, Artifact] = {}
         self.cached: set[str] = set()
 
     def build(self, stage: Stage) -> Artifact | None:
         """Returns the object of a stage, building it if the store has no sound one; None if it failed."""
-        self.labels[stage.key] = getattr(stage.step, "model", f"({stage.name})")
+        self.names[stage.key] = stage.step.model if isinstance(stage.step, Source) else stage.name
         broken = next((parent for parent in stage.parents if parent.key in self.failed), None)
         if broken:
             self.failed[stage.key] = f"needs {broken.name}, which failed: {self.failed[broken.key]}"
@@ -103,21 +104,25 @@ class Builder:
                     self.watcher.ended(stage, None, None)
                 else:
                     artifact = self._run(stage)
+        except DiskFull:
+            raise
+        except RequestError as error:
+            raise RequestError(self.in_words(str(error))) from error
         except LightenError as error:
-            message = self._in_words(str(error))
-            if isinstance(error, RequestError | DiskFull) or stage.key in self.essential:
-                raise type(error)(message) from error
-            self.failed[stage.key] = message
-            self.watcher.ended(stage, None, message)
+            self.failed[stage.key] = self.in_words(str(error))
+            self.watcher.ended(stage, None, "failed" if stage.key in self.fatal else self.failed[stage.key])
             return None
         self.done[stage.key] = artifact
         return artifact
 
-    def _in_words(self, message: str) -> str:
-        """Returns a message with the model or the stage in the place of where the store keeps it."""
-        roots = sorted({str(path) for path in (self.store.objects, self.store.objects.resolve())}, key=len)
-        kept = rf"(?:{'|'.join(map(re.escape, reversed(roots)))})/(?:\.\w+-)?([0-9a-f]{{64}})(?:-\w+)?"
-        return re.sub(kept, lambda found: self.labels.get(found[1], "(an object of the store)"), message)
+    def in_words(self, message: str) -> str:
+        """Returns a message with the names of models and stages in place of where the store keeps them."""
+        places = {
+            str(place) for place in (self.store.objects, self.store.objects.absolute(), self.store.objects.resolve())
+        }
+        where = "|".join(re.escape(place) for place in sorted(places, key=len, reverse=True))
+        stored = re.compile(rf"(?:{where})/(?:\.tmp-)?([0-9a-f]{{64}})(?:-\w+)?")
+        return stored.sub(lambda found: self.names.get(found[1], found[0]), message)
 
     @contextlib.contextmanager
     def _locked(self, stage: Stage) -> Iterator[None]:
@@ -134,7 +139,7 @@ class Builder:
         with self.store.building(stage.key) as out:
             outcome = self._work(stage, out, report)
             facts = dict(outcome.value)
-            warnings = [self._in_words(warning) for warning in facts.pop("warnings", [])]
+            warnings = [self.in_words(warning) for warning in facts.pop("warnings", [])]
             origin = stage.parents[0].key if stage.parents else None
             inherited = self.done[origin].manifest["source"] if origin else {}
             manifest = {
@@ -186,8 +191,9 @@ class Builder:
             )
         except RequestError as error:  # what no loader reads is a row that says so, and no end of the run
             raise Failure(str(error)) from error
-        write_json(out / paired.RESULT, {"measurement": "loaders", "loads": found.loads})
-        return Outcome({"loads": found.loads}, time.monotonic() - begin, found.peak_rss_bytes)
+        loads = [{**load, "error": load["error"] and self.in_words(load["error"])} for load in found.loads]
+        write_json(out / paired.RESULT, {"measurement": "loaders", "loads": loads})
+        return Outcome({"loads": loads}, time.monotonic() - begin, found.peak_rss_bytes)
 
     def _compared(self, promised: dict[str, Any], stage: Stage, out: Path, outcome: Outcome, report: Report) -> Outcome:
         """Returns the outcome with what was found when an export was compared with its source.
@@ -288,29 +294,27 @@ def run(
     predictor = Predictor(store)
     predicted = {stage.key: predictor.predict(stage) for stage in todo.stages}
     watcher.planned(todo, {key: prediction.seconds for key, prediction in predicted.items()})
+    root = todo.artifacts[BASELINE]
     with store.lease(stage.key for stage in todo.stages):
         if any(store.find(stage.key) is None for stage in todo.stages):
             warm()
-        builder = build_all(todo, store, predictor, chosen, watcher, {todo.artifacts[BASELINE].key})
+        builder = build_all(todo, store, predictor, chosen, watcher, {root.key})
+        if root.key in builder.failed:
+            raise Failure(builder.failed[root.key])
         results = _results(todo, builder, predicted, Addition(todo.recipe.evaluate, watcher))
         with store.publishing(todo.recipe.name):
             return _publish(todo, builder, results, store, watcher)
 
 
 def build_all(
-    todo: Plan,
-    store: Store,
-    predictor: Predictor,
-    device: str,
-    watcher: Watcher,
-    essential: Set[str] = frozenset(),
+    todo: Plan, store: Store, predictor: Predictor, device: str, watcher: Watcher, fatal: Collection[str] = ()
 ) -> Builder:
     """Builds every stage of a plan, measurements last; call while the store has a lease of their keys.
 
-    What makes an `essential` stage fail is raised.
+    The failure of a `fatal` one is for the caller to tell.
     """
     source = {"id": todo.source.name, "revision": todo.recipe.revision, "identity": todo.source.identity}
-    builder = Builder(store, predictor, device, watcher, source, todo.recipe.trust_remote_code, essential)
+    builder = Builder(store, predictor, device, watcher, source, todo.recipe.trust_remote_code, fatal)
     for stage in sorted(todo.stages, key=lambda stage: stage.measure is not None):
         builder.build(stage)
     return builder

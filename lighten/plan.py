@@ -17,6 +17,7 @@ from lighten.evaluate import harness, machine
 from lighten.evaluate.protocols import check_length
 from lighten.evaluate.settings import Accuracy, Evaluate, Load, Loaders, Perplexity, Speculative, Speed
 from lighten.model import llama_library
+from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, Source, find
 from lighten.model.tokens import check_text
 from lighten.recipe import BASELINE, Recipe
@@ -113,16 +114,22 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
     Raises:
         RequestError: a setting that this model cannot have, a missing package, data that cannot be read.
     """
-    source = find(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    source = find(
+        recipe.model,
+        recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        merge_adapter=recipe.merge_adapter,
+    )
     check_measurable(source.facts, recipe.evaluate, recipe.model)
     check_texts(source.path, recipe.evaluate)
     chosen = [name for name in recipe.variants if name != BASELINE and (not only or name in only)]
     steps = {name: recipe.steps(name) for name in chosen}
     builder = _Builder(recipe)
-    root = builder.open(source)
+    exact = {name for name in chosen if steps[name] and steps[name][0].exact(source.facts)}
+    root = builder.open(source, exact=bool(chosen) and exact == set(chosen))
     artifacts = {BASELINE: root}
     for name in chosen:
-        stage = root
+        stage = builder.open(source, exact=True) if name in exact else root
         for step in steps[name]:
             stage = builder.apply(step, stage, root)
         artifacts[name] = stage
@@ -217,20 +224,25 @@ class _Builder:
     def _build(self, step: Step, facts: ModelFacts, **inputs: Stage) -> Stage:
         return self._add(stage_of(step, inputs, facts, self.tokens))
 
-    def open(self, found: Found) -> Stage:
-        """Returns the stage of a source.
+    def open(self, found: Found, *, exact: bool = False) -> Stage:
+        """Returns the stage of a source; an `exact` one keeps the type of its weights.
 
         Raises:
             RequestError: an ONNX directory, which can be measured but not changed.
         """
         if found.kind == "onnx":
             raise RequestError(f"{found.name} is an ONNX directory: give the model that it was made from")
+        quantized = found.kind == "directory" and read_config(found.path).get("quantization_config")
         step = Source(
             model=found.name,
             path=str(found.path),
             format=found.kind,
             identity=found.identity,
             trust_remote_code=self.recipe.trust_remote_code,
+            dtype=found.dtype if exact and found.facts.family == "causal" and not quantized else None,
+            surplus=found.surplus if found.facts.family == "causal" and not quantized else (),
+            notes=found.notes,
+            adapter=str(found.adapter) if found.adapter else None,
         )
         return self._build(step, found.facts)
 

@@ -39,6 +39,8 @@ class Recipe(BaseModel):
     model: str
     revision: str | None = None
     trust_remote_code: bool = False
+    merge_adapter: bool = False
+    """Whether `model` is a LoRA adapter, to be merged into its base."""
     calibration: Sweep = Field(default_factory=lambda: Sweep.model_validate({}))
     variants: dict[str, list[dict[str, dict[str, Any]]]] = Field(min_length=1)
     evaluate: Evaluate = Field(default_factory=Evaluate)
@@ -66,7 +68,8 @@ class Recipe(BaseModel):
         """Returns the recipe as YAML with every default filled in."""
         resolved = self.model_dump(mode="json", exclude={"variants"})
         resolved["variants"] = {name: [{step.kind: step.dump()} for step in self.steps(name)] for name in self.variants}
-        order = ("name", "model", "revision", "trust_remote_code", "calibration", "variants", "evaluate")
+        adapter = ("merge_adapter",) if self.merge_adapter else ()
+        order = ("name", "model", "revision", "trust_remote_code", *adapter, "calibration", "variants", "evaluate")
         return yaml.safe_dump({key: resolved[key] for key in order}, sort_keys=False, allow_unicode=True)
 
 

@@ -140,6 +140,10 @@ class Step(AnyCase):
         """Limits within which what it writes must still be its source (see `lighten.parity`); None if it may differ."""
         return None
 
+    def exact(self, facts: ModelFacts) -> bool:
+        """Whether it shows more of a source's weights than bfloat16 holds of them."""
+        return False
+
     def lessons(self) -> Step | None:
         """The step that asks a teacher, if `run` learns from one; it has `teacher` and maybe `student` then."""
         return None

@@ -6,11 +6,12 @@ import datetime
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lighten.compress.sweep import Sweep
-from lighten.errors import DiskFull, LightenError, RequestError
+from lighten.errors import DiskFull, Failure, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.locks import scratch_beside
@@ -35,6 +36,7 @@ def one_step(
     calibration: dict[str, Any] | None = None,
     artifacts: str | Path = "artifacts",
     device: str = "auto",
+    merge_adapter: bool = False,
     watcher: Watcher | None = None,
 ) -> Artifact:
     """Runs one step on a model and leaves a copy of the artifact in `out`.
@@ -51,16 +53,19 @@ def one_step(
     parse_settings(step_class(kind, settings), settings, command)
     swept = parse_settings(Sweep, calibration or {}, command)
     variants = {"result": [{kind: settings}]}
-    recipe = Recipe(name=kind, model=model, calibration=swept, variants=variants)
+    recipe = Recipe(name=kind, model=model, merge_adapter=merge_adapter, calibration=swept, variants=variants)
     todo = make_plan(recipe)
     store = Store(Path(artifacts))
     watcher = watcher or Silent()
     predictor = Predictor(store)
     watcher.planned(todo, {stage.key: predictor.predict(stage).seconds for stage in todo.stages})
-    every = {stage.key for stage in todo.stages}
-    with store.lease(every):
-        builder = build_all(todo, store, predictor, choose_device(device), watcher, every)
-        return _copy_out(builder.done[todo.artifacts["result"].key], target)
+    keys = [stage.key for stage in todo.stages]
+    with store.lease(keys):
+        builder = build_all(todo, store, predictor, choose_device(device), watcher, keys)
+        stage = todo.artifacts["result"]
+        if stage.key in builder.failed:
+            raise Failure(builder.failed[stage.key])
+        return _copy_out(builder.done[stage.key], target)
 
 
 def check_new(target: Path) -> None:
@@ -115,6 +120,7 @@ def measure(
     price_per_hour: float | None = None,
     currency: str = "USD",
     device: str = "auto",
+    merge_adapter: bool = False,
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
     """Measures any model directories, .gguf or .onnx files; the first one is the baseline of the others.
@@ -133,9 +139,11 @@ def measure(
     asked += [("accuracy", task) for task in settings.accuracy]
     if settings.speed:
         asked.append(("speed", settings.speed))
-    found = [find(path) for path in paths]
+    found = [find(path, merge_adapter=merge_adapter) for path in paths]
     for source in found:
         check_measurable(source.facts, settings, source.name)
+        for note in source.notes:
+            watcher.say(f"{source.name}: {note}")
     check_texts(found[0].path, settings)
     for task in settings.accuracy:
         look(task)
@@ -145,6 +153,7 @@ def measure(
     rows: list[dict[str, Any]] = []
     addition = Addition(settings, watcher)
     with tempfile.TemporaryDirectory(prefix="lighten-") as scratch:
+        found = [_merged(source, Path(scratch) / f"merged-{n}", watcher) for n, source in enumerate(found)]
         for number, source in enumerate(found):
             rows.append(_measure_one(source, found[0], number, asked, Path(scratch), chosen, watcher))
             addition.to(rows[-1], source.path, source.facts)
@@ -164,6 +173,26 @@ def measure(
         "warnings": addition.warnings,
     }
     return Results.model_validate(results).model_dump(mode="json")
+
+
+def _merged(source: Found, out: Path, watcher: Watcher) -> Found:
+    """Returns a source as it is, or a directory with its adapter merged."""
+    if not source.adapter:
+        return source
+    watcher.say(f"merging {source.name}")
+    settings = {
+        "model": source.name,
+        "path": str(source.path),
+        "format": "directory",
+        "identity": source.identity,
+        "dtype": source.dtype,
+        "surplus": source.surplus,
+        "adapter": str(source.adapter),
+    }
+    out.mkdir()
+    payload = {"kind": "source", "settings": settings, "inputs": {}, "out": str(out), "scratch": None, "device": "cpu"}
+    run_isolated("lighten.steps:run_step", {**payload, "trust_remote_code": False})
+    return replace(source, path=out, adapter=None)
 
 
 def _measure_one(
@@ -218,6 +247,7 @@ def describe_source(source: Found) -> dict[str, Any]:
         "size_bytes": sum(file.stat().st_size for file in files),
         "bits_per_weight": 8 * weights / source.facts.params,
         "params": source.facts.params,
+        "notes": list(source.notes),
     }
 
 

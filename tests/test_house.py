@@ -27,7 +27,7 @@ FLOORS = {
     "collection": 2,
     "stage": 2,
     "process": 3,
-    "model": 3,
+    "model": 4,
     "workers": 4,
     "compress": 5,
     "budget": 3,

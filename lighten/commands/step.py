@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 from rich.console import Console
 
-from lighten.flags import Artifacts, Device, Json, print_json
+from lighten.flags import Artifacts, Device, Json, MergeAdapter, print_json
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -27,7 +27,9 @@ def add_verb(app: typer.Typer, kind: str, about: str) -> None:
     settings = _fields(list(classes.values()))
     calibration = Sweep.model_fields if any(each.calibrated for each in classes.values()) else {}
 
-    def verb(model: str, out: Path, artifacts: Path, device: str, as_json: bool, **values: Any) -> None:
+    def verb(
+        model: str, out: Path, artifacts: Path, device: str, merge_adapter: bool, as_json: bool, **values: Any
+    ) -> None:
         from lighten.progress import watching
         from lighten.verbs import one_step
 
@@ -41,6 +43,7 @@ def add_verb(app: typer.Typer, kind: str, about: str) -> None:
                 calibration={name: value for name, value in given.items() if name in calibration},
                 artifacts=artifacts,
                 device=device,
+                merge_adapter=merge_adapter,
                 watcher=watcher,
             )
         if as_json:
@@ -53,6 +56,7 @@ def add_verb(app: typer.Typer, kind: str, about: str) -> None:
         ("out", Annotated[Path, typer.Option("-o", "--out", help="Directory to write; must not exist.")], None),
         ("artifacts", Artifacts, Path("artifacts")),
         ("device", Device, "auto"),
+        ("merge_adapter", MergeAdapter, False),
         ("as_json", Json, False),
     ]
     parameters = [

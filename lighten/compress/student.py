@@ -19,6 +19,7 @@ from torch import nn
 from lighten.compress import grid, sparse
 from lighten.errors import Failure, RequestError, missing_extra
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.loading import from_pretrained
 from lighten.stage import Context
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Student:
         made: Any = (
             AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trusted)
             if changes
-            else AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=trusted)
+            else from_pretrained(AutoModelForCausalLM, path, dtype=torch.float32, trust_remote_code=trusted)
         )
         self.model: Any = made.to(context.device).train()
         if step.gradient_checkpointing:

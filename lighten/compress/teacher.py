@@ -113,10 +113,12 @@ def open_teacher(path: Path, context: Context) -> Any:
     from transformers import AutoModelForCausalLM
 
     from lighten.model import attention
+    from lighten.model.loading import from_pretrained
     from lighten.model.stream import fast_dtype
 
     return (
-        AutoModelForCausalLM.from_pretrained(
+        from_pretrained(
+            AutoModelForCausalLM,
             path,
             dtype=fast_dtype(context.device),
             attn_implementation=attention.NAME,

@@ -88,6 +88,10 @@ class Gguf(Export):
         """True with a budget: errors of different matrices are weighed by what they cost the loss."""
         return self.budget is not None
 
+    def exact(self, facts: ModelFacts) -> bool:
+        """F32 holds what a source of 32 bits has, and F16 more of it than bfloat16."""
+        return self.type in ("F32", "F16")
+
     def requires(self) -> list[tuple[str, str]]:
         """`gguf` to write, llama.cpp to quantize and to compare."""
         return [("gguf", "gguf"), (llama_library.module(), "gguf")]

@@ -90,17 +90,19 @@ def write(source: Path, out: Path, facts: ModelFacts, precision: str, context: C
 def _open(source: Path, facts: ModelFacts, dtype: torch.dtype, trusted: bool) -> Any:
     import transformers
 
+    from lighten.model.loading import from_pretrained
+
     name = facts.architecture
-    found = getattr(transformers, name, None)
+    found: Any = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        found = None  # the name is the file's: no other class is called
     if found is None and facts.family == "causal":
         found = transformers.AutoModelForCausalLM
     if found is None:
         raise RequestError(f"transformers has no class {name}: name one of its own under architectures in config.json")
     options = {"trust_remote_code": trusted} if found is transformers.AutoModelForCausalLM else {}
     with _quiet():
-        model = found.from_pretrained(
-            source, dtype=dtype, attn_implementation="eager", local_files_only=True, use_safetensors=True, **options
-        )
+        model = from_pretrained(found, source, dtype=dtype, attn_implementation="eager", **options)
     return model.eval()
 
 

@@ -83,6 +83,10 @@ class Onnx(Export):
         """Returns the precision of the weights for a model."""
         return self.precision or ("int4" if self.resolved_graph(facts) == "genai" else "fp32")
 
+    def exact(self, facts: ModelFacts) -> bool:
+        """Plain numbers of 32 or 16 bits are written as they are."""
+        return self.resolved_precision(facts) in ("fp32", "fp16")
+
     def requires(self) -> list[tuple[str, str]]:
         """What writes the graph, and what runs it."""
         names = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript")

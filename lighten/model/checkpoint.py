@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from lighten.errors import Failure, RequestError
-from lighten.model.config_checks import check_config, size
-from lighten.model.files import PICKLES, check_links, plain, read_json, without_pickles
+from lighten.model import forms
+from lighten.model.config_checks import size
+from lighten.model.files import refuse_pointer, without_pickles
+from lighten.model.forms import EMBEDDING, ENCODERS, HEAD, INDEX, SINGLE, read_config, refuse_pickle
 from lighten.stage import ModelFacts
 from lighten.store import MANIFEST
 
 if TYPE_CHECKING:
     import torch
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+__all__ = ["INDEX", "SINGLE", "Checkpoint", "facts_of", "read_config", "refuse_pickle"]
+_PIECE = 1 << 22
 
 
 class Checkpoint:
@@ -39,25 +41,85 @@ class Checkpoint:
             Failure: a shard that its index names is missing.
         """
         self.path = path
+        self.notes: list[str] = []
+        """What the person should know of how the directory was read."""
         self.config = read_config(path) if config is None else config
+        if config is None:
+            self._settle_tie()
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        """File name of the shard of every tensor, by the name it is stored under."""
+        files, index, notes = forms.weight_files(self.path)
+        self.notes += notes
+        found: dict[str, str] = {}
+        for file in files:
+            with self._open(file, "numpy") as shard:
+                found |= dict.fromkeys(shard.keys(), file)
+        if index is not None and (lacking := sorted(name for name in index if name not in found)):
+            raise RequestError(
+                f"{self.path}: {INDEX} names {lacking[0]}, which {index[lacking[0]]} does not hold"
+                + (f", and {len(lacking) - 1} more" if lacking[1:] else "")
+                + ": the index and the shards are not of the same model; fetch both again"
+            )
+        return {**{name: found[name] for name in index or ()}, **found}
+
+    @cached_property
+    def stored(self) -> dict[str, str]:
+        """The name that every tensor is stored under, by its name in a language model that was saved whole."""
+        if _family(self.config) != "causal":
+            return {name: name for name in self._files}
+        return forms.canonical(self._files, self.config)
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
         """File name of the shard of every tensor."""
-        if (self.path / INDEX).is_file():
-            weights: Any = read_json(self.path / INDEX).get("weight_map")
-            if not isinstance(weights, dict):
-                raise Failure(f"{self.path / INDEX} has no weight_map: damaged; fetch it again")
-            shards = {str(name): plain(name, self.path, INDEX) for name in weights.values()}
-            missing = sorted(name for name, file in shards.items() if not file.is_file())
-            if missing:
-                raise Failure(f"{self.path}: {INDEX} names shards that are missing: {', '.join(missing)}; fetch them")
-            return weights
-        if (self.path / SINGLE).is_file():
-            with self._open(SINGLE) as shard:
-                return dict.fromkeys(shard.keys(), SINGLE)
-        refuse_pickle(self.path)
-        raise RequestError(f"{self.path} holds a config.json but no {SINGLE} or {INDEX}: not a complete model")
+        return {name: self._files[stored] for name, stored in self.stored.items()}
+
+    def _settle_tie(self) -> None:
+        """Unties a head that differs from the embedding, whatever config.json says."""
+        says = self.config.get("tie_word_embeddings")
+        if says is False or _family(self.config) != "causal" or not any(self.path.glob("*.safetensors")):
+            return
+        if {EMBEDDING, HEAD} <= self.weight_map.keys():
+            if not self._alike(EMBEDDING, HEAD):
+                self.config = {**self.config, "tie_word_embeddings": False}
+                if says:
+                    self.notes.append(
+                        f"config.json ties the head to the embedding, but {HEAD} differs from {EMBEDDING}: "
+                        "it is kept, as a head of its own"
+                    )
+        elif says is None and EMBEDDING in self.weight_map and "lm_head.qweight" not in self.weight_map:
+            self.config = {**self.config, "tie_word_embeddings": True}  # the default of some architectures
+
+    def _alike(self, first: str, second: str) -> bool:
+        """Returns whether two tensors are the same, byte for byte."""
+        places = [self._place(name) for name in (first, second)]
+        if places[0][1:] != places[1][1:]:
+            return False
+        files = [place[0][0].open("rb") for place in places]
+        try:
+            for file, ((_, start), *_) in zip(files, places, strict=True):
+                file.seek(start)
+            left = places[0][1]
+            while left > 0:
+                piece = min(_PIECE, left)
+                if files[0].read(piece) != files[1].read(piece):
+                    return False
+                left -= piece
+        finally:
+            for file in files:
+                file.close()
+        return True
+
+    def _place(self, name: str) -> tuple[tuple[Path, int], int, str, tuple[int, ...]]:
+        """Returns where a tensor begins (file, byte), its bytes, type and shape."""
+        path = self.path / self.weight_map[name]
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(header))[self.stored[name]]
+        start, end = entry["data_offsets"]
+        return (path, 8 + header + start), end - start, entry["dtype"], tuple(entry["shape"])
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -66,15 +128,11 @@ class Checkpoint:
 
     def count(self) -> int:
         """Returns the weights in all tensors, from the headers of the shards."""
-        total = 0
-        for shard in sorted(set(self.weight_map.values())):
-            with self._open(shard) as file:
-                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-        return total
+        return sum(math.prod(shape) for shape in Checkpoint.shapes(self).values())
 
     def head(self) -> torch.Tensor:
         """Returns the weight of the output head, which may be the embedding."""
-        return self.tensor("model.embed_tokens.weight" if self.facts.tied else "lm_head.weight")
+        return self.tensor(EMBEDDING if self.facts.tied else HEAD)
 
     def write_others(self, out: Path, config: dict[str, Any]) -> None:
         """Writes everything but the weights into a directory: a config, and the other files as they are."""
@@ -84,10 +142,12 @@ class Checkpoint:
                 shutil.copyfile(file, out / file.name)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    def _open(self, name: str) -> Any:
+    def _open(self, name: str, framework: str = "pt") -> Any:
+        """Maps a shard; numpy's is enough for what stands in its header, and imports no torch."""
         try:
-            return safe_open(self.path / name, framework="pt")
+            return safe_open(self.path / name, framework=framework)
         except (SafetensorError, OSError) as error:
+            refuse_pointer(self.path / name)
             raise Failure(
                 f"{self.path / name} cannot be read ({error}): cut short or damaged; fetch it again"
             ) from error
@@ -95,7 +155,7 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """Returns one tensor, on the CPU, in the type it is stored in."""
         with self._open(self.weight_map[name]) as shard:
-            tensor: torch.Tensor = shard.get_tensor(name).clone()
+            tensor: torch.Tensor = shard.get_tensor(self.stored[name]).clone()
         return tensor
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
@@ -105,15 +165,25 @@ class Checkpoint:
         for file in dict.fromkeys(self.weight_map[name] for name in names):
             with self._open(file) as shard:
                 here = [name for name in names if self.weight_map[name] == file]
-                found |= {name.removeprefix(prefix): shard.get_tensor(name).clone() for name in here}
+                found |= {name.removeprefix(prefix): shard.get_tensor(self.stored[name]).clone() for name in here}
         return found
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of every tensor, from the headers of the shards."""
         found: dict[str, tuple[int, ...]] = {}
         for file in sorted(set(self.weight_map.values())):
-            with self._open(file) as shard:
-                found |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+            with self._open(file, "numpy") as shard:
+                here = [name for name, place in self.weight_map.items() if place == file]
+                found |= {name: tuple(shard.get_slice(self.stored[name]).get_shape()) for name in here}
+        return found
+
+    def types(self) -> set[str]:
+        """Returns the types that tensors are stored in, as safetensors calls them: "BF16", "F32", …"""
+        found: set[str] = set()
+        for file in sorted(set(self.weight_map.values())):
+            with self._open(file, "numpy") as shard:
+                here = [name for name, place in self.weight_map.items() if place == file]
+                found |= {str(shard.get_slice(self.stored[name]).get_dtype()) for name in here}
         return found
 
     @property
@@ -127,32 +197,6 @@ class Checkpoint:
         return facts_of(self.config, str(self.path))
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raises RequestError if the directory holds only pickled weights, with the command that converts them."""
-    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
-    if pickles:
-        command = (
-            'python -c "import sys; from transformers import AutoModelForCausalLM as A; '
-            f"A.from_pretrained('{path}').save_pretrained('{path}')\""
-        )
-        raise RequestError(
-            f"{path} has only pickled weights ({pickles[0]}), which can run any code when opened, so they are refused. "
-            f"If you trust where they come from, convert them to safetensors once: {command}"
-        )
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Returns `config.json` of a model directory."""
-    if not path.is_dir():
-        raise RequestError(f"{path}: no such model directory")
-    check_links(path)
-    if not (path / "config.json").is_file():
-        raise RequestError(f"{path} has no config.json: not a Hugging Face model directory")
-    config = read_json(path / "config.json")
-    check_config(config, path / "config.json")
-    return config
-
-
 _SIZES: dict[str, tuple[str, ...]] = {
     "num_attention_heads": ("num_attention_heads", "num_heads", "encoder_attention_heads", "n_heads"),
     "hidden_size": ("hidden_size", "d_model", "dim"),
@@ -161,20 +205,6 @@ _SIZES: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
 }
 """What the sizes of encoders and sequence-to-sequence models are called, besides the usual names."""
-ENCODERS = (
-    "albert",
-    "bert",
-    "camembert",
-    "deberta",
-    "deberta-v2",
-    "distilbert",
-    "electra",
-    "modernbert",
-    "mpnet",
-    "roberta",
-    "xlm-roberta",
-)
-"""The `model_type` of encoders."""
 
 
 def _family(config: dict[str, Any]) -> Literal["causal", "encoder", "seq2seq"]:
@@ -215,4 +245,9 @@ def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
             context=config.get("max_position_embeddings") or config.get("n_positions"),
         )
     except KeyError as error:
+        if isinstance(config.get("text_config"), dict):
+            raise RequestError(
+                f"{where}: the sizes are under text_config in config.json: a model of text and something else. lighten "
+                "reads models of text alone: save the language model by itself, in a directory of its own"
+            ) from error
         raise RequestError(f"{where}: config.json has no {error}: not a language model that lighten reads") from error

@@ -45,6 +45,25 @@ def check_config(config: dict[str, Any], file: Path) -> None:
                 )
 
 
+def refuse_code(config: dict[str, Any], file: Path) -> None:
+    """Makes sure that transformers can build a model without code that lies beside it.
+
+    Raises:
+        RequestError: it cannot; says how to ask for that code.
+    """
+    if not (named := config.get("auto_map")):
+        return
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if config.get("model_type") not in CONFIG_MAPPING_NAMES:
+        code = sorted({str(each).rpartition(".")[0] for each in named.values() if isinstance(each, str)})
+        raise RequestError(
+            f"{file}: the kind {str(config.get('model_type'))[:60]!r} is not one that transformers has, it is made by "
+            f"code beside the weights ({', '.join(code)[:100]}.py), which does not run unless you say so: "
+            "trust_remote_code: true in a recipe, and --trust-remote-code on the command line"
+        )
+
+
 def size(config: dict[str, Any], key: str, where: str) -> int:
     """Returns a size.
 

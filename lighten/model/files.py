@@ -13,6 +13,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
 """Files that can run any code when they are opened."""
 LARGEST_JSON = 1 << 28
 """Bytes; the largest tokenizers have 35 MB."""
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def check_links(folder: Path) -> None:
@@ -70,18 +71,29 @@ def without_pickles(folder: Path) -> Iterator[Path]:
             yield inside(file, folder)
 
 
+def refuse_pointer(file: Path) -> None:
+    """Raises RequestError if Git put a pointer where a file should be."""
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise RequestError(
+                f"{file} is a Git LFS pointer, a few lines in place of the file: run `git lfs pull` in {file.parent}"
+            )
+
+
 def read_json(path: Path, advice: str = "fetch or save it again") -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
+        RequestError: it is a pointer of Git.
         Failure: it is not readable, not UTF-8, too large, nested too deep, no object, or has a key twice.
     """
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise Failure(f"{path} has {size:,} bytes, and no such file of a model has as many: {advice}")
+        refuse_pointer(path)
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (OSError, ValueError) as error:
-        raise Failure(f"{path} is not readable JSON ({error}): {advice}") from error
+        raise Failure(f"{path} is damaged (not readable JSON: {error}): {advice}") from error
     except RecursionError as error:
         raise Failure(f"{path} is nested too deep to be what it should be: {advice}") from error
     if not isinstance(value, dict):

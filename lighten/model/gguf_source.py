@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lighten.errors import Failure, RequestError, missing_extra
+from lighten.errors import Failure, RequestError, missing_extra, reading
 from lighten.model import tokenizer_table
 from lighten.stage import ModelFacts, Report, silent
 
@@ -238,6 +238,23 @@ def _lay_out(
     return tensors
 
 
+def check_header(path: Path) -> None:
+    """Makes sure that llama.cpp, which trusts a file, is given one of any architecture that holds what it tells of.
+
+    Raises:
+        RequestError, Failure: as `read_header`, for any of its parts; or sizes that no such model can have.
+    """
+    headers = [read_header(part) for part in parts(path)]
+    first, tensors = headers[0], sum(len(header.tensors) for header in headers)
+    for key, least in (("block_count", 0), ("embedding_length", 1), ("attention.head_count", 0)):
+        told = first.fields.get(f"{first.arch}.{key}", 1)
+        numbers = told if isinstance(told, list) else [told]
+        if not all(isinstance(each, int) and least <= each < 1 << 31 for each in numbers):
+            raise Failure(f"{path}: {first.arch}.{key} is {str(told)[:40]}: damaged; fetch it again")
+        if key == "block_count" and tensors and max(numbers, default=0) > tensors:
+            raise Failure(f"{path} tells of {max(numbers):,} layers, but has {tensors} tensors: fetch it again")
+
+
 def within(folder: Path) -> Path | None:
     """Returns the .gguf file that a directory without other weights holds, the first one of a model in parts.
 
@@ -358,6 +375,26 @@ def tensor_names(arch: str, layers: int) -> dict[str, str]:
     return {f"{module}.{kind}": f"{table.get_name(module)}.{kind}" for module in modules for kind in kinds}
 
 
+def _shape(name: str, facts: ModelFacts) -> tuple[int, ...]:
+    """Returns the shape of a tensor by its Hugging Face name: `[out, in]`, or `[out]` of a bias or norm."""
+    wide, narrow = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    hidden, inner = facts.hidden, facts.intermediate
+    sizes = {
+        "q_proj": (wide, hidden),
+        "k_proj": (narrow, hidden),
+        "v_proj": (narrow, hidden),
+        "o_proj": (hidden, wide),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+        "embed_tokens": (facts.vocab, hidden),
+        "lm_head": (facts.vocab, hidden),
+    }
+    *_, module, kind = name.split(".")
+    out, columns = sizes.get(module, (hidden, 0))
+    return (out, columns) if columns and kind == "weight" else (out,)
+
+
 def rope_heads(name: str, arch: str, facts: ModelFacts) -> int | None:
     """Returns the number of heads whose rows llama.cpp stores interleaved, or None for a tensor stored as it is.
 
@@ -396,15 +433,18 @@ def convert(path: Path, out: Path, report: Report = silent) -> dict[str, Any]:
     """
     header = _open(path)
     facts = _facts(header)
-    tokenizer = tokenizer_table.tokenizer_json(header.fields)
-    config = _config(header, facts)
+    with reading(path, "fetch it again"):
+        tokenizer = tokenizer_table.tokenizer_json(header.fields)
+        config = _config(header, facts)
+        settings = _tokenizer_config(header, facts)
     _write_weights(header, facts, config, out, report)
     _write_json(out / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     _write_json(out / "generation_config.json", ids)
     _write_json(out / "tokenizer.json", tokenizer)
-    _write_json(out / "tokenizer_config.json", _tokenizer_config(header, facts))
-    return {"licence": header.fields.get("general.license"), "name": header.fields.get("general.name")}
+    _write_json(out / "tokenizer_config.json", settings)
+    texts = {"licence": header.fields.get("general.license"), "name": header.fields.get("general.name")}
+    return {key: text if isinstance(text, str) else None for key, text in texts.items()}
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -529,6 +569,8 @@ def _write_weights(header: Header, facts: ModelFacts, config: dict[str, Any], ou
         raise RequestError(f"{header.path}: a {header.arch} model that lighten reads has no tensor {unknown[0]}")
     with ShardWriter(out, len(names), SHARD_BYTES) as writer:
         for done, (hf, name) in enumerate(names.items(), 1):
+            if (found := header.tensors[name].shape) != (right := _shape(hf, facts)):
+                raise Failure(f"{header.path}: tensor {name} is {list(found)}, its sizes say {list(right)}: damaged")
             weight = _read(header, header.tensors[name])
             if heads := rope_heads(hf, header.arch, facts):
                 weight = deinterleave(weight, heads)

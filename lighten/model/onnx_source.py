@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -10,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, missing_extra, reading
+from lighten.model.files import read_json
+from lighten.model.onnx_checks import check_genai, check_graph
 from lighten.stage import ModelFacts
 
 GRAPH = "model.onnx"
 GENAI = "genai_config.json"
+LARGEST = 1 << 31
+"""Bytes of a protobuf file, by its own format."""
 KEY = "past_key_values."
 """What the names of a graph's cache begin with."""
 _NAMES = {1: "float32", 10: "float16", 16: "bfloat16", 2: "int8", 3: "int8"}
@@ -57,7 +60,7 @@ def read_graph(path: Path) -> Graph:
     """Returns what a graph says, after checking that all its weights are there.
 
     Raises:
-        RequestError: the package onnx is missing.
+        RequestError: the package onnx is missing, or the graph needs code or files from elsewhere.
         Failure: no ONNX file, or its data file is missing or cut short.
     """
     try:
@@ -67,6 +70,8 @@ def read_graph(path: Path) -> Graph:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
+        if path.stat().st_size >= LARGEST:
+            raise DecodeError("a graph has less than 2 GB, its weights in a file beside it")
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
         raise Failure(
@@ -75,10 +80,11 @@ def read_graph(path: Path) -> Graph:
     constants = {each.name: each for each in model.graph.initializer}
     if not model.graph.node:
         raise Failure(f"{path} holds no graph: cut short or damaged; export or fetch it again")
-    _check_data(path, constants.values())
+    check_graph(path, model)
     logits = next((each for each in model.graph.output if each.name == "logits"), None)
     shape = _shape(logits) if logits else []
-    weights = _weights(model.graph, constants)
+    with reading(path, "export or fetch it again"):
+        weights = _weights(model.graph, constants)
     kinds: Counter[str] = Counter()
     for kind, count in weights:
         kinds[kind] += count
@@ -113,12 +119,19 @@ def facts(path: Path) -> ModelFacts:
 
 
 def genai(folder: Path) -> dict[str, Any]:
-    """Returns what onnxruntime-genai is told about the model in a directory, nothing if there is no such file."""
+    """Returns what onnxruntime-genai is told about the model in a directory, nothing if there is no such file.
+
+    Raises:
+        RequestError: it is told to load code, or a file from elsewhere.
+        Failure: the file is damaged.
+    """
     file = folder / GENAI
     if not file.is_file():
         return {}
+    told = read_json(file, "export the model again")
+    check_genai(told, file)
     with reading(file, "export the model again"):
-        return dict(json.loads(file.read_text(encoding="utf-8"))["model"])
+        return dict(told["model"])
 
 
 def _facts(settings: dict[str, Any], decoder: dict[str, Any], graph: Path) -> ModelFacts:
@@ -162,20 +175,3 @@ def _weights(graph: Any, constants: dict[str, Any]) -> list[tuple[str, int]]:
         if name not in counted and len(constant.dims) > 1 and constant.data_type in _NAMES and "_cache" not in name:
             found.append((_NAMES[constant.data_type], math.prod(constant.dims)))
     return found
-
-
-def _check_data(path: Path, constants: Any) -> None:
-    """Refuses a graph whose weights lie in a file that is missing or too short."""
-    ends: dict[str, int] = {}
-    for constant in constants:
-        if constant.data_location == 1:
-            entry = {each.key: each.value for each in constant.external_data}
-            end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
-            ends[entry["location"]] = max(ends.get(entry["location"], 0), end)
-    for name, end in ends.items():
-        file = path.parent / name
-        if not file.is_file():
-            raise Failure(f"{path} keeps its weights in {name}, which is missing: copy it to {path.parent}")
-        if file.stat().st_size < end:
-            has = file.stat().st_size
-            raise Failure(f"{file} has {has:,} bytes of the {end:,} that {path.name} needs: cut short; copy it again")

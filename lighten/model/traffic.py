@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lighten.errors import Failure
+from lighten.errors import Failure, reading
 from lighten.stage import ModelFacts
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+LARGEST_HEADER = 100_000_000
+"""Bytes of a safetensors header, by its own format."""
+_AXES = 16
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 HEADS = ("lm_head.", "embed_out.")
 CACHE_BITS = {1: 32, 10: 16, 16: 16}
@@ -87,14 +90,16 @@ def gguf_reads(paths: Iterable[Path]) -> int:
 
 def _safetensors(path: Path, width: int) -> int:
     """Returns bytes read from a model directory; floating-point weights have `width` bytes once they are loaded."""
-    tensors = {name: entry for file in sorted(path.glob("*.safetensors")) for name, entry in _header(file).items()}
-    own_head = any(name.startswith(HEADS) for name in tensors)
+    headers = {file: _header(file) for file in sorted(path.glob("*.safetensors"))}
+    own_head = any(name.startswith(HEADS) for header in headers.values() for name in header)
     read = 0.0
-    for name, entry in tensors.items():
-        begin, end = entry["data_offsets"]
-        size = math.prod(entry["shape"]) * width if entry["dtype"] in FLOATS else end - begin
-        rows = entry["shape"][0] if own_head and name.endswith(EMBEDDINGS) else 1
-        read += size / rows
+    for file, header in headers.items():
+        with reading(file, "make or fetch it again"):
+            for name, entry in header.items():
+                begin, end = (int(place) for place in entry["data_offsets"])
+                shape = [int(size) for size in entry["shape"][:_AXES]]
+                size = math.prod(shape) * width if entry["dtype"] in FLOATS else end - begin
+                read += size / (max(1, shape[0]) if own_head and name.endswith(EMBEDDINGS) else 1)
     return round(read)
 
 
@@ -103,11 +108,14 @@ def _header(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as data:
             length = int.from_bytes(data.read(8), "little")
-            found: dict[str, Any] = json.loads(data.read(min(length, file.stat().st_size)))
-    except (OSError, ValueError) as error:
+            if not 0 < length <= min(LARGEST_HEADER, file.stat().st_size):
+                raise ValueError(f"its header would have {length:,} bytes")
+            found: Any = json.loads(data.read(length))
+        if not isinstance(found, dict):
+            raise ValueError("its header is no object")
+    except (OSError, ValueError, RecursionError) as error:
         raise Failure(f"{file} cannot be read ({error}): cut short or damaged; make or fetch it again") from error
-    found.pop("__metadata__", None)
-    return found
+    return {str(name): entry for name, entry in found.items() if name != "__metadata__"}
 
 
 def _onnx(path: Path) -> tuple[int, int]:
@@ -123,7 +131,7 @@ def _onnx(path: Path) -> tuple[int, int]:
     for each in graph.initializer:
         size = math.prod(each.dims) * WIDTHS.get(each.data_type, 8) / 8
         looked_up = all(_gathers(kind, position) for kind, position in users.get(each.name, [("", 0)]))
-        read += size / each.dims[0] if looked_up and each.dims else size
+        read += size / max(1, each.dims[0]) if looked_up and each.dims else size
     cached = [each.type.tensor_type.elem_type for each in graph.input if each.name.startswith("past_key_values.")]
     return round(read), CACHE_BITS.get(cached[0], 16) if cached else 16
 

@@ -13,7 +13,7 @@ from lighten.store import MANIFEST, Store
 
 TIMES = {
     "created", "cached", "predicted", "actual", "speed", "memory", "energy", "load", "machine", "version", "training",
-    "seconds", "tok_s", "peak_rss_bytes", "peak_bytes",
+    "seconds", "tok_s", "decode_speed_ratio", "peak_rss_bytes", "peak_bytes",
 }  # fmt: skip
 """What two undisturbed runs differ in."""
 

@@ -1,3 +1,4 @@
+import re
 import struct
 from functools import cache
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lighten.errors import LightenError
 from lighten.model import gguf_source
 from lighten.model.traffic import gguf_reads
 from tests.fuzz.frame import answers, fuzz
@@ -145,3 +147,43 @@ def test_values_of_every_kind_are_bounded_by_the_file(folder: Path) -> None:
         path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + body + bytes(64))
         found: Any = answers(gguf_source.read_header, path)
         assert str(path) in str(found)
+
+
+IMPOSSIBLE = [
+    ([number("block_count", 2**32 - 1)], "block_count is 4294967295"),
+    ([number("block_count", 5000)], "tells of 5,000 layers, but has"),
+    ([number("block_count", 0)], "block_count is 0"),
+    ([number("attention.head_count", 0)], "head_count is 0"),
+    ([number("embedding_length", 0)], "embedding_length is 0"),
+    (extent("blk.0.ffn_up.weight", rank=5), "has 5 axes"),
+    (extent("blk.0.ffn_up.weight", rows=0), "impossible shape"),
+    (extent("blk.0.ffn_up.weight", rows=2**40), "is cut short: tensor blk.0.ffn_up.weight"),
+    (extent("blk.0.ffn_up.weight", start=2**63), "is cut short: tensor blk.0.ffn_up.weight"),
+    (extent("blk.0.ffn_up.weight", kind=2, columns=31), "impossible shape"),
+    ([(8, struct.pack("<Q", 2**60))], "tells of 1,152,921,504,606,846,976 entries"),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), IMPOSSIBLE)
+def test_what_no_file_can_hold_is_refused(folder: Path, changes: list[Edit], told: str) -> None:
+    path = written(folder, changes, 0)
+    assert told in str(answers(gguf_source.inspect, path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"), [each for each in IMPOSSIBLE if "is 0" not in each[1] or "embedding" in each[1]]
+)
+def test_llama_cpp_is_not_given_it(folder: Path, changes: list[Edit], told: str) -> None:
+    from lighten.evaluate.runtimes.llama_cpp import _Model
+
+    path = written(folder, changes, 0)
+    for vocab_only in (False, True):
+        with pytest.raises(LightenError, match=re.escape(told)):  # before the library is looked for
+            _Model(path, "cpu", vocab_only)
+
+
+def test_a_tensor_of_another_shape_is_named(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    path = written(folder, extent("blk.0.attn_k.weight", rows=8), 0)
+    told = str(answers(gguf_source.convert, path, tmp_path))
+    assert "tensor blk.0.attn_k.weight is [8, 32], its sizes say [16, 32]" in told

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lighten.errors import Failure, LightenError, RequestError
+from lighten.evaluate.runtimes import open_runtime, open_tokenizer
 from lighten.model.checkpoint import INDEX, SINGLE, Checkpoint
 from lighten.model.files import check_links, plain, read_json, without_pickles
 from lighten.model.source import Source, find
@@ -80,6 +81,7 @@ def test_links_within_a_directory_and_in_the_hubs_cache_are_followed(model: Path
 def test_pickles_and_code_are_not_copied(model: Path, tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "training_args.bin", "x.pt", "y.pkl", "modeling_x.py"):
         (model / name).write_bytes(b"\x80\x04.")
+    (model / "README.md").write_bytes(b"license: mit\n\xff")  # no UTF-8
     assert not any(name.endswith((".bin", ".pt", ".pkl", ".py")) for name in copied(model, tmp_path / "a"))
     trusted = copied(model, tmp_path / "b", trust_remote_code=True)
     assert "modeling_x.py" in trusted and "training_args.bin" not in trusted
@@ -165,3 +167,27 @@ def test_an_object_of_the_store_with_a_link_is_damaged(tmp_path: Path, secret: P
     assert find_damage(artifact) == []
     (folder / "b.json").symlink_to(secret)
     assert any("b.json: a link" in line for line in find_damage(Artifact(folder, {"files": hash_files(folder)})))
+
+
+def test_code_beside_a_model_does_not_run(model: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    (model / "modeling_own.py").write_text(f"open({str(mark)!r}, 'w').close()")
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "modeling_own.C", "AutoModelForCausalLM": "modeling_own.M"}
+    (model / "config.json").write_text(json.dumps(config))
+    assert find(str(model)).facts.layers == 2
+    assert open_runtime(model).vocab == config["vocab_size"]
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "own", "architectures": ["OwnForCausalLM"]}))
+    with pytest.raises(RequestError, match=r"modeling_own\.py.*--trust-remote-code"):
+        find(str(model))
+    with pytest.raises(LightenError):
+        open_runtime(model)
+    assert not mark.exists()
+
+
+def test_a_tokenizer_that_is_none_is_one_message(model: Path) -> None:
+    for text in ("[" * 100_000, "{}", '{"model": {"type": "BPE"}}', '{"model": 1}', ""):
+        (model / "tokenizer.json").write_text(text)
+        with pytest.raises(LightenError) as caught:
+            open_tokenizer(model)
+        assert str(model) in str(caught.value) and "\n" not in str(caught.value)

@@ -45,6 +45,7 @@ def speed(batch: int, prefill: float, decode: float, ttft: float, dtype: str) ->
         "error": 0.012,
         "drift": 0.0,
         "dtype": dtype,
+        "prefill_dtype": None,
         "attention": None,
         "compile": None,
         "cache": None,

@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from lighten.errors import Failure, RequestError
-from lighten.report.results import Results, load, save
+from lighten.report.results import Results, Speed, load, save
+from lighten.report.table import Cell, table
 
 from .sample import raw, raw_failed, results, with_failure
 
@@ -110,3 +111,19 @@ def test_reading_a_report_imports_neither_torch_nor_matplotlib() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_arithmetic_of_each_phase_is_told_where_two_were_measured() -> None:
+    made = results()
+    first = made.variants[0].speed[0]
+    both = [first, first.model_copy(update={"dtype": "bfloat16", "prefill_dtype": "float32"})]
+    plain, shown = (_first_row(made, each) for each in both)
+    assert shown["prefill"].details == ("float32",) and "bfloat16" in shown["decode"].details
+    assert plain["prefill"].details == () and "bfloat16" not in plain["decode"].details
+    assert [each.arithmetic for each in both] == [first.dtype, "bfloat16, prefill float32"]
+
+
+def _first_row(made: Results, speed: Speed) -> dict[str, Cell]:
+    variants = [made.variants[0].model_copy(update={"speed": [speed]}), *made.variants[1:]]
+    found = table(made.model_copy(update={"variants": variants}))
+    return {column.name: cell for column, cell in zip(found.columns, found.rows[0].cells, strict=True)}

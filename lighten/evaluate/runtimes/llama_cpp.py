@@ -16,6 +16,7 @@ from lighten.errors import Failure
 from lighten.evaluate import machine
 from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
+from lighten.model.gguf_source import check_header
 from lighten.model.llama_library import Library, load
 from lighten.stage import Report, silent
 
@@ -66,6 +67,7 @@ class _Model:
     """A loaded GGUF file: its weights, or its vocabulary only."""
 
     def __init__(self, path: Path, device: str, vocab_only: bool) -> None:
+        check_header(path)
         loaded = _library()
         self.library = library = loaded.api
         _log().listen()

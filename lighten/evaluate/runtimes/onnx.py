@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lighten.errors import Failure, RequestError, missing_extra, reading
+from lighten.errors import Failure, RequestError, missing_extra
 from lighten.evaluate import machine
 from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.evaluate.runtimes.onnx_packed import Packed, packable
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
+from lighten.model.files import read_json
 from lighten.model.onnx_source import GENAI, KEY, genai, read_graph
 from lighten.stage import Report, silent
 
@@ -266,8 +267,7 @@ def _positions(folder: Path) -> int | None:
     file = folder / "config.json"
     if not file.is_file():
         return None
-    with reading(file, "export the model again"):
-        positions: int | None = dict(json.loads(file.read_text(encoding="utf-8"))).get("max_position_embeddings")
+    positions: int | None = read_json(file, "export the model again").get("max_position_embeddings")
     return positions
 
 

@@ -15,8 +15,9 @@ class HfTokenizer:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise RequestError(f"{path} has no tokenizer that transformers can read: {error}") from error
+        except Exception as error:  # its parts in Rust raise nothing more special
+            reason = " ".join(str(error).split())[:400]
+            raise RequestError(f"{path} has no tokenizer that transformers can read: {reason}") from error
         first = self._tokenizer("a", add_special_tokens=True)["input_ids"][0]
         self.bos: int | None = int(first) if first == self._tokenizer.bos_token_id else None
         self.eos: int | None = self._tokenizer.eos_token_id

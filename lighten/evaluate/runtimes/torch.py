@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from lighten.evaluate.runtimes.batches import Layout, attended, by_length, read_
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.evaluate.settings import Options
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.loading import from_pretrained
 from lighten.model.packing import unpack_awq
 from lighten.stage import Report, silent
 
@@ -198,8 +200,9 @@ class TorchRuntime:
 
     def close(self) -> None:
         """See `Runtime`."""
-        del self.model
+        del self.model, self._step
         self._hidden = None
+        gc.collect()  # hooks and modules refer to each other
 
 
 class _Text:
@@ -264,9 +267,7 @@ def _load(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, local_files_only=True, **options
-        )
+        model = from_pretrained(AutoModelForCausalLM, path, dtype=dtype, **options)
     except SafetensorError as error:
         raise Failure(
             f"the weights in {path} cannot be read ({error}): cut short or damaged; fetch them again"

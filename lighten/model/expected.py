@@ -1,0 +1,255 @@
+"""Which weights a model must have, found out from its architecture; and what a directory has of them.
+
+The model is built without storage, and transformers' own loader is given the names and shapes of the checkpoint: it
+renames, merges, splits and ties them as it would when it loads, and says what it would leave random.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import Failure, RequestError
+from lighten.model.checkpoint import Checkpoint
+from lighten.model.files import read_json
+from lighten.model.unpacked import open_checkpoint
+from lighten.stage import Report
+
+SHOWN = 3
+"""Names that a message shows."""
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DataParallel",
+    "base_model.model.": "peft",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_forward_module.": "Lightning",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+}
+"""What leaves a prefix in the names of weights."""
+RENAME = (
+    "python -c \"from safetensors.torch import load_file as r, save_file as w; f='{file}'; "
+    "w({{k.removeprefix('{prefix}'): v for k, v in r(f).items()}}, f, {{'format': 'pt'}})\""
+)
+
+
+def check(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Checks the weights of a model directory; the target of `run_isolated`.
+
+    Args:
+        payload: `path`, and `name`: what the person calls it.
+        report: not used.
+
+    Returns:
+        `surplus`: names that its architecture has no use for; `known`: those of them that older versions of it saved,
+        which transformers passes over without a word; `unchecked`: why nothing was compared, or None.
+
+    Raises:
+        RequestError: weights are missing, or have another shape than its config.json asks for.
+    """
+    path = Path(payload["path"])
+    try:
+        checkpoint = open_checkpoint(path)
+    except RequestError:
+        checkpoint = Checkpoint(path)
+        if not checkpoint.quantization:
+            raise
+        return {
+            "surplus": [],
+            "known": [],
+            "unchecked": f"the format {checkpoint.quantization.get('quant_method')} is not known",
+        }
+    try:
+        model = _empty(checkpoint)
+    except _Unknown as error:
+        return {"surplus": [], "known": [], "unchecked": str(error)}
+    missing, wrong, surplus, known = compare(model, checkpoint.shapes())
+    refuse(payload["name"], checkpoint, missing, wrong, surplus, set(model.state_dict()))
+    return {"surplus": surplus, "known": known, "unchecked": None}
+
+
+class _Unknown(Exception):
+    """Transformers cannot build it, or not without running code that comes with the model."""
+
+
+def _empty(checkpoint: Checkpoint) -> Any:
+    """Returns the model that transformers would load a directory into, without storage."""
+    import torch
+    import transformers
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
+
+    if checkpoint.config.get("auto_map"):
+        raise _Unknown("its code comes with it")
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise _Unknown(f"transformers cannot read its config.json ({error})") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    kind = CAUSAL.get(type(config), None) if checkpoint.facts.family == "causal" else None
+    kind = kind or getattr(transformers, checkpoint.facts.architecture, None)
+    if kind is None:
+        raise _Unknown(f"transformers has no {checkpoint.facts.architecture}")
+    try:
+        with _quiet(), torch.device("meta"):
+            return kind(config).eval()
+    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        raise RequestError(
+            f"{checkpoint.path / 'config.json'}: transformers cannot build {kind.__name__} of these sizes "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers from warning of what is told here, and from drawing bars."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def compare(
+    model: Any, shapes: dict[str, tuple[int, ...]]
+) -> tuple[list[str], list[tuple[str, tuple[int, ...], tuple[int, ...]]], list[str], list[str]]:
+    """Hands shapes to transformers' loader in place of weights.
+
+    Args:
+        model: built without storage.
+        shapes: of every stored tensor, by its name.
+
+    Returns:
+        Names that would stay random; names with their stored and their expected shape; names that are not used; those
+        of them that transformers knows from older versions.
+    """
+    import torch
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    order = {name: at for at, name in enumerate(model.state_dict())}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: torch.empty(shape, dtype=model.dtype, device="meta") for name, shape in shapes.items()}
+    how = LoadStateDictConfig(
+        device_map={"": "meta"}, dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model)
+    )
+    with _quiet():
+        info, _ = convert_and_load_state_dict_in_model(model, given, how)
+        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+        surplus = set(info.unexpected_keys)
+        model._adjust_missing_and_unexpected_keys(info)
+    wrong = [(name, tuple(stored), tuple(expected)) for name, stored, expected in info.mismatched_keys]
+    wrong += [(name, (), wanted.get(name, ())) for name in info.conversion_errors]
+    missing = set(info.missing_keys) - {name for name, *_ in wrong}
+    return (
+        sorted(missing, key=lambda name: order.get(name, 0)),
+        sorted(wrong),
+        sorted(surplus),
+        sorted(surplus - set(info.unexpected_keys)),
+    )
+
+
+def refuse(
+    name: str,
+    checkpoint: Checkpoint,
+    missing: Iterable[str],
+    wrong: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]],
+    surplus: Iterable[str],
+    known: set[str],
+) -> None:
+    """Raises RequestError for weights that are missing or misshapen.
+
+    Args:
+        name: what the person calls the directory.
+        checkpoint: what was read.
+        missing: names that nothing was found for.
+        wrong: names with their stored and their expected shape.
+        surplus: stored names that nothing was found for.
+        known: names that the architecture has.
+    """
+    missing, wrong, surplus = list(missing), list(wrong), list(surplus)
+    if missing:
+        if found := _prefix(surplus, known):
+            prefix, count = found
+            left = next((f", which {tool} leaves" for part, tool in WRAPPERS.items() if part in prefix), "")
+            files = sorted({checkpoint.weight_map[each] for each in surplus if each in checkpoint.weight_map})
+            command = RENAME.format(file=checkpoint.path / (files or ["model.safetensors"])[0], prefix=prefix)
+            more = f" (and the same for {len(files) - 1} more files and the index)" if files[1:] else ""
+            raise RequestError(
+                f"{name}: {count} of {len(known)} weights are there, but their names begin with {prefix!r}{left}, "
+                f"so that loaders would leave them random. Rename them once: {command}{more}"
+            )
+        saved = str((read_json(checkpoint.path / "config.json").get("architectures") or [""])[0])
+        if saved.endswith("Model") and all("head" in each or each.startswith("embed_out") for each in missing):
+            raise RequestError(
+                f"{name} was saved without its head ({saved}): {_listed(missing)} would be random. Save the whole "
+                "model again, by AutoModelForCausalLM"
+            )
+        packed = [each for each in surplus if each.endswith((".qweight", ".weight_packed", ".SCB"))]
+        if packed and not checkpoint.quantization:
+            raise RequestError(
+                f"{name} has packed weights ({packed[0]}, …), and neither a quantization_config in config.json nor a "
+                "quantize_config.json says how they are packed: fetch that file too"
+            )
+        raise RequestError(
+            f"{name} lacks {len(missing)} of the {len(known)} weights of {checkpoint.facts.architecture}: "
+            f"{_listed(missing)}. Loaders would fill them with random numbers: fetch or save the model again"
+        )
+    if wrong:
+        told = [f"{each} is {_size(stored)} where config.json asks for {_size(wish)}" for each, stored, wish in wrong]
+        raise RequestError(
+            f"{name}: {_listed(told, '; ')}. A model whose layers differ in width has no config.json that says so: "
+            "give the one that these weights were saved with"
+        )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return str(list(shape)) if shape else "of other shapes"
+
+
+def _listed(names: list[str], between: str = ", ") -> str:
+    more = f"{between}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return between.join(names[:SHOWN]) + more
+
+
+def _prefix(surplus: list[str], known: set[str]) -> tuple[str, int] | None:
+    """Returns the prefix without which most of the names would be known, and how many; None where there is none."""
+    found: Counter[str] = Counter()
+    for name in surplus:
+        parts = name.split(".")
+        for cut in range(1, len(parts)):
+            if ".".join(parts[cut:]) in known:
+                found[".".join(parts[:cut]) + "."] += 1
+                break
+    if not found:
+        return None
+    prefix, count = found.most_common(1)[0]
+    return (prefix, count) if 2 * count > len(surplus) else None
+
+
+def loaded(path: Path, info: dict[str, Any], name: str | None = None) -> None:
+    """Raises Failure if transformers left weights of a model random.
+
+    Args:
+        path: the model directory.
+        info: what `from_pretrained(…, output_loading_info=True)` says.
+        name: what the person calls it.
+    """
+    weights = re.compile(r"(weight|bias|qweight|weight_packed)$")
+    missing = sorted(each for each in info["missing_keys"] if weights.search(each))
+    wrong = sorted(str(each[0]) for each in info["mismatched_keys"])
+    if missing or wrong:
+        what = f"lacks {_listed(missing)}" if missing else f"has other shapes than config.json says: {_listed(wrong)}"
+        raise Failure(f"{name or path} {what}: transformers would fill this with random numbers; fetch it again")
