@@ -17,7 +17,7 @@ def campaign(found: Found) -> str:
     titles = ("stage", "kills at a random moment after its start", "", "disks that filled up in it")
     whole = found["checks"] - found["gc_kills"]
     lines = [f"| {' | '.join(titles)} |", "| :--- | ---: | :--- | ---: |"]
-    for name in sorted({*kills, *full}, key=lambda each: -kills.get(each, 0)):
+    for name in sorted({*kills, *full}, key=lambda each: (-kills.get(each, 0), each)):
         bar = "█" * round(WIDTH * kills.get(name, 0) / most)
         lines.append(f"| {name} | {kills.get(name, 0)} | {bar} | {full.get(name, 0) or ''} |")
     lines.append(f"| **all** | **{sum(kills.values())}** | | **{sum(full.values())}** |")

@@ -106,6 +106,7 @@ def run(
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a ready recipe.")],
     only: Only = None,
+    device: Device = "auto",
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
 ) -> None:
@@ -115,10 +116,10 @@ def plan(
     from lighten.progress import plan_table
     from lighten.store import Store
 
-    todo = pipeline.plan(recipe, only=only)
-    pipeline.check_options(todo.recipe.evaluate.speed, pipeline.choose_device("auto"))
+    todo = pipeline.plan(recipe, only=only, device=device)
+    pipeline.check_options(todo.recipe.evaluate.speed, todo.device.name)
     store = Store(artifacts)
-    predictor = Predictor(store)
+    predictor = Predictor(store, todo.device)
     rows = []
     for stage in todo.stages:
         predicted = predictor.predict(stage)

@@ -61,7 +61,8 @@ def diagnose(
         RequestError: the recipe is wrong, or none of its variants uses calibration text.
         Failure: a sweep failed.
     """
-    todo = make_plan(open_recipe(recipe, None))
+    chosen = choose_device(device, watcher)
+    todo = make_plan(open_recipe(recipe, None), device=chosen)
     name, sweep = todo.recipe.name, todo.recipe.calibration
     if not any(stage.kind == Sweep.kind for stage in todo.stages):
         raise RequestError(
@@ -71,7 +72,7 @@ def diagnose(
     perplexity = todo.recipe.evaluate.perplexity
     heldout = perplexity[0].data if perplexity else "builtin"
     with tempfile.TemporaryDirectory(prefix="lighten-") as folder, contextlib.ExitStack() as kept:
-        examiner = _Examiner(todo, Store(Path(artifacts)), choose_device(device), watcher or Silent(), kept)
+        examiner = _Examiner(todo, Store(Path(artifacts)), chosen.name, watcher or Silent(), kept)
         # a file, because a sweep that is told "builtin" reads the other half
         file = Path(folder) / "heldout.txt"
         file.write_text(load_text(heldout, "perplexity", renderer(todo.source.path)), encoding="utf-8")
@@ -97,7 +98,7 @@ def try_loaders(path: Path, *, device: str = "auto", watcher: Watcher | None = N
     watcher = watcher or Silent()
     stage = Stage("try every loader", "doctor", 1, "loaders", {}, [], Estimate())
     begin = time.monotonic()
-    found = loaders.survey(path, device=choose_device(device), report=watcher.started(stage))
+    found = loaders.survey(path, device=choose_device(device).name, report=watcher.started(stage))
     watcher.ended(stage, time.monotonic() - begin, None)
     return found.loads
 
@@ -120,7 +121,7 @@ class _Examiner:
         self.watcher = watcher
         self.kept = kept
         """Holds the leases of what was built until all of it has been looked at."""
-        self.predictor = Predictor(store)
+        self.predictor = Predictor(store, todo.device)
         self.root = todo.artifacts[BASELINE]
 
     def examine(self, heldout: Path) -> dict[str, Any]:
@@ -152,7 +153,9 @@ class _Examiner:
         return read | seen
 
     def _sweep(self, sweep: Sweep, name: str) -> Stage:
-        stage = stage_of(sweep, {"source": self.root}, self.todo.source.facts, sweep.samples * sweep.length)
+        stage = stage_of(
+            sweep, {"source": self.root}, self.todo.source.facts, sweep.samples * sweep.length, self.todo.device
+        )
         return replace(stage, name=name, variants=["doctor"])
 
     def _part(self, sweep: Sweep, samples: int) -> Stage:

@@ -69,7 +69,7 @@ def look(folder: Path, layer: int, device: str, *, ranked: list[int]) -> list[di
 
     The rank of an input wider than `WIDE` is None unless the layer is in `ranked`.
     """
-    grams, _ = read_layer(folder, layer)
+    grams, _ = read_layer(folder, layer, device)
     found = []
     for name, gram in grams.items():
         zero, nearly = dead_channels(gram.diagonal())
@@ -82,7 +82,7 @@ def look(folder: Path, layer: int, device: str, *, ranked: list[int]) -> list[di
                 "tokens": gram.tokens,
                 "dead": zero,
                 "nearly_dead": nearly,
-                "rank": rank(gram.matrix().to(device)) if wanted else None,
+                "rank": rank(gram.matrix()) if wanted else None,
             }
         )
     return found
@@ -124,16 +124,16 @@ def layer_losses(
     The loss is the share of the output's energy, tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), H being the other text's: a text does
     not judge itself. It is None where the part's Gram cannot be factorised.
     """
-    seen, read_by = read_layer(part, layer)
-    unseen, _ = read_layer(heldout, layer)
+    seen, read_by = read_layer(part, layer, device)
+    unseen, _ = read_layer(heldout, layer, device)
     for name, gram in seen.items():
         before = torch.cat([weights[f"{linear}.weight"] for linear, read in read_by.items() if read == name]).to(device)
         try:
-            after = gptq_4(before, gram.matrix().to(device))
+            after = gptq_4(before, gram.matrix())
         except ArithmeticError:
             yield name, None
             continue
-        yield name, relative_error(before, after, unseen[name].matrix().to(device))
+        yield name, relative_error(before, after, unseen[name].matrix())
 
 
 def gptq_4(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,19 @@ from lighten.evaluate import machine, paired
 from lighten.evaluate.options import lacking
 from lighten.evaluate.settings import Speed
 from lighten.links import point
+from lighten.model.accelerator import Device, resolve
 from lighten.model.source import Source
-from lighten.plan import TIMED, Plan, Predictor, Stage, make_plan, measuring_packages, this_machine, what
+from lighten.plan import (
+    TIMED,
+    Plan,
+    Predictor,
+    Stage,
+    check_memory,
+    make_plan,
+    measuring_packages,
+    this_machine,
+    what,
+)
 from lighten.process import Outcome, run_isolated, warm
 from lighten.recipe import BASELINE, Recipe, load
 from lighten.report.results import Results
@@ -158,7 +169,7 @@ class Builder:
         self.store.drop_scratch(stage.key)
         cost = {
             "what": what(stage),
-            "machine": this_machine(),
+            "machine": this_machine() | Device(self.device).key(),
             "seconds": outcome.seconds,
             "nominal_seconds": self.predictor.nominal_seconds(stage),
             "peak_bytes": outcome.peak_rss_bytes,
@@ -227,6 +238,7 @@ class Builder:
                 "draft": paths[1] if drafted else None,
                 "out": str(out),
                 "device": self.device,
+                "arithmetic": stage.arithmetic,
                 "trust_remote_code": self.trusted,
                 "reference": reference,
                 "save_hidden": stage.measure == "perplexity" and reference is None,
@@ -244,9 +256,16 @@ class Builder:
         }
 
 
-def choose_device(device: str) -> str:
-    """Returns "cuda" for "auto" where nvidia-smi shows a GPU, else "cpu"; other names are taken as they are."""
-    return ("cuda" if machine.fingerprint()["gpus"] else "cpu") if device == "auto" else device
+def choose_device(device: str, watcher: Watcher | None = None) -> Device:
+    """Returns the device of a name, which torch was asked for; "auto" is a GPU where torch can use one.
+
+    Raises:
+        RequestError: no such device, or torch cannot use it.
+    """
+    found = resolve(device, gpus=bool(machine.fingerprint()["gpus"]))
+    if found.note and watcher:
+        watcher.say(found.note)
+    return found
 
 
 def check_options(speed: Speed | None, device: str) -> None:
@@ -255,9 +274,15 @@ def check_options(speed: Speed | None, device: str) -> None:
         raise RequestError(lack)
 
 
-def plan(recipe: str | Recipe, *, only: list[str] | None = None) -> Plan:
-    """Returns the stages of a recipe (a path, the name of a ready one, or a Recipe)."""
-    return make_plan(open_recipe(recipe, only), only)
+def plan(recipe: str | Recipe, *, only: list[str] | None = None, device: str = "auto") -> Plan:
+    """Returns the stages of a recipe (a path, the name of a ready one, or a Recipe) on a device.
+
+    Raises:
+        RequestError: what `run` would refuse.
+    """
+    todo = make_plan(open_recipe(recipe, only), only, choose_device(device))
+    check_memory(todo)
+    return todo
 
 
 def open_recipe(recipe: str | Recipe, only: list[str] | None) -> Recipe:
@@ -287,11 +312,13 @@ def run(
         Failure: the source itself could not be read.
     """
     watcher = watcher or Silent()
-    todo = plan(recipe, only=only)
+    found = choose_device(device, watcher)
+    todo = make_plan(open_recipe(recipe, only), only, found)
+    check_memory(todo)
     store = Store(Path(artifacts))
-    chosen = choose_device(device)
+    chosen = found.name
     check_options(todo.recipe.evaluate.speed, chosen)
-    predictor = Predictor(store)
+    predictor = Predictor(store, found)
     predicted = {stage.key: predictor.predict(stage) for stage in todo.stages}
     watcher.planned(todo, {key: prediction.seconds for key, prediction in predicted.items()})
     root = todo.artifacts[BASELINE]

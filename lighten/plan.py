@@ -17,6 +17,7 @@ from lighten.evaluate import harness, machine
 from lighten.evaluate.protocols import check_length
 from lighten.evaluate.settings import Accuracy, Evaluate, Load, Loaders, Perplexity, Speculative, Speed
 from lighten.model import llama_library
+from lighten.model.accelerator import CPU, Device
 from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, Source, find
 from lighten.model.tokens import check_text
@@ -30,6 +31,8 @@ TIMED: tuple[Measure, ...] = ("speed", "load", "speculative")
 """What depends on the machine, and on what else it does."""
 MEASURE_VERSION = 1
 MEASURING_PACKAGES = ("torch", "transformers", "gptqmodel", "onnxruntime", "onnxruntime-genai")
+GPU_FLOPS = 150e12, 30e12
+"""Operations per second that a large GPU reaches in bfloat16 and in float32, before anything was measured here."""
 BYTES_PER_TOKEN = 4.0
 """Rough length of a token of English text, for predictions."""
 
@@ -54,6 +57,8 @@ class Stage:
     """What each parent is to the step: source, grams, …"""
     facts: ModelFacts | None = None
     """Sizes of the model that it leaves, as far as they are known before."""
+    arithmetic: str | None = None
+    """What quality is measured in, where the device leaves a choice."""
 
     def user(self, variant: str) -> None:
         """Notes that a variant needs this stage and everything it is made from."""
@@ -75,6 +80,8 @@ class Plan:
     """The last stage of every variant."""
     measurements: dict[str, list[Stage]]
     """Measurements of every variant."""
+    device: Device = CPU
+    """What it is planned for."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +93,14 @@ class Prediction:
     disk_bytes: int
 
 
-def stage_of(step: Step, inputs: dict[str, Stage], facts: ModelFacts, tokens: int) -> Stage:
+def stage_of(step: Step, inputs: dict[str, Stage], facts: ModelFacts, tokens: int, device: Device = CPU) -> Stage:
     """Returns the stage of a step on what its parents make, given by role.
 
-    Of a model with the sizes `facts`; `tokens` are those of a sweep, for the estimate.
+    Of a model with the sizes `facts`; `tokens` are those of a sweep, for the estimate. What is computed on a GPU has
+    a key of its own: its arithmetic is another.
     """
-    config, parents = step.key_config(), list(inputs.values())
+    config = step.key_config() | (device.key() if step.computes else {})
+    parents = list(inputs.values())
     key = stage_key(step.kind, step.version, config, [parent.key for parent in parents])
     detail = next((found for name in ("method", "what", "type") if (found := getattr(step, name, None))), None)
     return Stage(
@@ -108,7 +117,7 @@ def stage_of(step: Step, inputs: dict[str, Stage], facts: ModelFacts, tokens: in
     )
 
 
-def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
+def make_plan(recipe: Recipe, only: list[str] | None = None, device: Device = CPU) -> Plan:
     """Resolves a recipe into stages; the source is located (and fetched, if it is a hub id) but not read.
 
     Raises:
@@ -124,7 +133,7 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
     check_texts(source.path, recipe.evaluate)
     chosen = [name for name in recipe.variants if name != BASELINE and (not only or name in only)]
     steps = {name: recipe.steps(name) for name in chosen}
-    builder = _Builder(recipe)
+    builder = _Builder(recipe, device, source.facts)
     exact = {name for name in chosen if steps[name] and steps[name][0].exact(source.facts)}
     root = builder.open(source, exact=bool(chosen) and exact == set(chosen))
     artifacts = {BASELINE: root}
@@ -145,7 +154,7 @@ def make_plan(recipe: Recipe, only: list[str] | None = None) -> Plan:
     for stage in builder.stages.values():
         if stage.measure:
             stage.name = f"{stage.name} of {stage.variants[0]}"
-    return Plan(recipe, source, list(builder.stages.values()), artifacts, measurements)
+    return Plan(recipe, source, list(builder.stages.values()), artifacts, measurements, device)
 
 
 def _of_variant(evaluate: Evaluate, name: str, stage: Stage) -> Evaluate:
@@ -211,9 +220,11 @@ def check_room(what: str, prompt: int, generate: int, context: int | None, name:
 class _Builder:
     """Makes each stage once."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, device: Device, facts: ModelFacts) -> None:
         self.stages: dict[str, Stage] = {}
         self.recipe = recipe
+        self.device = device
+        self.arithmetic = arithmetic(facts.params, device)
         self.tokens = recipe.calibration.samples * recipe.calibration.length
         if recipe.calibration.data == "builtin":
             self.tokens = min(self.tokens, int(len(text.builtin_text("calibration")) / BYTES_PER_TOKEN))
@@ -222,7 +233,7 @@ class _Builder:
         return self.stages.setdefault(stage.key, stage)
 
     def _build(self, step: Step, facts: ModelFacts, **inputs: Stage) -> Stage:
-        return self._add(stage_of(step, inputs, facts, self.tokens))
+        return self._add(stage_of(step, inputs, facts, self.tokens, self.device))
 
     def open(self, found: Found, *, exact: bool = False) -> Stage:
         """Returns the stage of a source; an `exact` one keeps the type of its weights.
@@ -338,6 +349,10 @@ class _Builder:
             config["data"] = data
         if measure in TIMED:
             config["machine"] = this_machine()
+        config |= self.device.key()
+        asked = self.arithmetic if measure in ("perplexity", "accuracy") else None
+        if asked:
+            config["arithmetic"] = asked
         key = stage_key("measure", MEASURE_VERSION, config, [parent.key for parent in parents])
         facts = parents[0].facts
         assert facts
@@ -353,8 +368,44 @@ class _Builder:
                 estimate,
                 measure=measure,
                 settings=settings,
+                arithmetic=asked,
             )
         )
+
+
+def arithmetic(params: int, device: Device) -> str | None:
+    """Returns what quality is measured in on a GPU, the same for all variants: float32 where the source fits.
+
+    None on the processor, where it is always float32.
+    """
+    if device.name == "cpu":
+        return None
+    return "float32" if device.holds(1.5 * 4 * params) else "bfloat16"
+
+
+def device_bytes(stage: Stage) -> int:
+    """Returns about what a stage takes of a GPU's memory; 0 for one that computes elsewhere."""
+    facts = stage.parents[0].facts if stage.parents else None
+    if stage.step and not stage.step.computes:
+        return 0
+    if stage.measure is None or facts is None:
+        return stage.estimate.peak_bytes
+    wide = 4 if stage.arithmetic == "float32" else 2
+    exported = stage.parents[0].kind == "export"
+    return 0 if exported or stage.measure == "loaders" else int(wide * facts.params + 4 * 2048 * facts.vocab)
+
+
+def check_memory(todo: Plan) -> None:
+    """Raises RequestError if a stage needs more memory than the GPU has."""
+    for stage in todo.stages:
+        needed = device_bytes(stage)
+        if not todo.device.holds(needed):
+            assert todo.device.total_bytes
+            raise RequestError(
+                f"{stage.name} needs about {needed / 1e9:.0f} GB, and {todo.device.name} ({todo.device.title}) has "
+                f"{todo.device.total_bytes / 1e9:.0f} GB: take --device cpu, or ask for less (a smaller batch, length "
+                "or model)"
+            )
 
 
 def measuring_packages() -> dict[str, str]:
@@ -455,11 +506,13 @@ def this_machine() -> dict[str, Any]:
     return {name: found.get(name) for name in ("cpu", "cores", "memory_bytes", "gpus")}
 
 
-def nominal_flops() -> tuple[float, float]:
-    """Returns floating-point operations per second of this processor: bfloat16 (or the best it has), and float32.
+def nominal_flops(device: Device = CPU) -> tuple[float, float]:
+    """Returns floating-point operations per second of a device: bfloat16 (or the best it has), and float32.
 
-    Rough figures per core; a `Predictor` corrects them by what earlier stages took.
+    Rough figures, per core for the processor; a `Predictor` corrects them by what earlier stages took.
     """
+    if device.name != "cpu":
+        return GPU_FLOPS
     found = machine.fingerprint()
     cores = int(found["cores"])
     wide = "avx512f" in found["flags"]
@@ -471,9 +524,9 @@ def nominal_flops() -> tuple[float, float]:
 class Predictor:
     """Turns estimates into predictions for this machine, corrected by what earlier stages took here."""
 
-    def __init__(self, store: Store) -> None:
-        here = this_machine()
-        fast, plain = nominal_flops()
+    def __init__(self, store: Store, device: Device = CPU) -> None:
+        here = this_machine() | device.key()
+        fast, plain = nominal_flops(device)
         self._rates = fast, plain
         ratios: dict[str, list[float]] = {}
         for cost in store.costs():

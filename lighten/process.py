@@ -237,6 +237,10 @@ def _explain(error: BaseException) -> dict[str, Any]:
         return {"error": str(full), "kind": DiskFull.__name__}
     if isinstance(error, LightenError):
         return {"error": str(error), "kind": (RequestError if isinstance(error, RequestError) else Failure).__name__}
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported here
+        reason = str(error).partition(". ")[0]
+        advice = "close what else uses it, lower the batch or the length, or take --device cpu"
+        return {"error": f"the memory of the GPU does not suffice ({reason}): {advice}", "kind": Failure.__name__}
     return {"error": unexpected(error), "kind": Failure.__name__}
 
 

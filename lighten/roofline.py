@@ -62,7 +62,9 @@ class Addition:
         dtype, runtime, device = str(first.get("dtype")), str(row.get("runtime")), str(row.get("device") or "cpu")
         if device not in self.known:
             self.known[device] = self._measure(device)
-        return point(traffic(path, facts, dtype), first, self.known[device], arithmetic(runtime, dtype), runtime)
+        return point(
+            traffic(path, facts, dtype), first, self.known[device], arithmetic(runtime, dtype, device), runtime
+        )
 
     def _measure(self, device: str) -> Peaks:
         found = peaks.load(device)

@@ -117,6 +117,8 @@ class Step(AnyCase):
     version: ClassVar[int]
     calibrated: ClassVar[bool] = True
     """Whether the calibration set is of any use to it."""
+    computes: ClassVar[bool] = True
+    """Whether it computes on the device that was chosen: what it writes, and so its key, depends on that then."""
     causal_only: ClassVar[bool] = True
     """Whether it reads decoder-only language models and no others."""
 

@@ -15,10 +15,11 @@ from lighten.errors import DiskFull, Failure, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.locks import scratch_beside
+from lighten.model.accelerator import Device
 from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, find
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
-from lighten.plan import Predictor, check_measurable, check_texts, look, make_plan
+from lighten.plan import Predictor, arithmetic, check_measurable, check_memory, check_texts, look, make_plan
 from lighten.process import run_isolated
 from lighten.recipe import Recipe, parse_settings
 from lighten.report.results import Results
@@ -54,14 +55,16 @@ def one_step(
     swept = parse_settings(Sweep, calibration or {}, command)
     variants = {"result": [{kind: settings}]}
     recipe = Recipe(name=kind, model=model, merge_adapter=merge_adapter, calibration=swept, variants=variants)
-    todo = make_plan(recipe)
-    store = Store(Path(artifacts))
     watcher = watcher or Silent()
-    predictor = Predictor(store)
+    chosen = choose_device(device, watcher)
+    todo = make_plan(recipe, device=chosen)
+    check_memory(todo)
+    store = Store(Path(artifacts))
+    predictor = Predictor(store, chosen)
     watcher.planned(todo, {stage.key: predictor.predict(stage).seconds for stage in todo.stages})
     keys = [stage.key for stage in todo.stages]
     with store.lease(keys):
-        builder = build_all(todo, store, predictor, choose_device(device), watcher, keys)
+        builder = build_all(todo, store, predictor, chosen.name, watcher, keys)
         stage = todo.artifacts["result"]
         if stage.key in builder.failed:
             raise Failure(builder.failed[stage.key])
@@ -147,15 +150,16 @@ def measure(
     check_texts(found[0].path, settings)
     for task in settings.accuracy:
         look(task)
-    chosen = choose_device(device)
+    chosen = choose_device(device, watcher)
     if any(source.kind == "directory" for source in found):
-        check_options(settings.speed, chosen)
+        check_options(settings.speed, chosen.name)
+    wanted = arithmetic(max(source.facts.params for source in found), chosen)
     rows: list[dict[str, Any]] = []
     addition = Addition(settings, watcher)
     with tempfile.TemporaryDirectory(prefix="lighten-") as scratch:
         found = [_merged(source, Path(scratch) / f"merged-{n}", watcher) for n, source in enumerate(found)]
         for number, source in enumerate(found):
-            rows.append(_measure_one(source, found[0], number, asked, Path(scratch), chosen, watcher))
+            rows.append(_measure_one(source, found[0], number, asked, Path(scratch), chosen, wanted, watcher))
             addition.to(rows[-1], source.path, source.facts)
     if rows[0]["status"] == "ok":
         for row in rows[1:]:
@@ -201,7 +205,8 @@ def _measure_one(
     number: int,
     asked: list[tuple[str, Perplexity | Accuracy | Speed]],
     scratch: Path,
-    device: str,
+    device: Device,
+    wanted: str | None,
     watcher: Watcher,
 ) -> dict[str, Any]:
     is_baseline = number == 0
@@ -219,7 +224,8 @@ def _measure_one(
                 "model": str(source.path),
                 "tokenizer": str(baseline.path),
                 "out": str(out),
-                "device": device,
+                "device": device.name,
+                "arithmetic": wanted,
                 "reference": {"hidden": str(hidden), "model": str(baseline.path)}
                 if comparable and not is_baseline
                 else None,
@@ -283,7 +289,7 @@ def profile(
     payload = {
         "model": str(found.path),
         "out": str(out.resolve()),
-        "device": choose_device(device),
+        "device": choose_device(device).name,
         "prompt": prompt,
         "steps": steps,
     }

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import lighten
 from lighten.collection import check, collect
 from lighten.errors import RequestError
-from lighten.plan import Stage, make_plan
+from lighten.model.accelerator import Device
+from lighten.plan import Stage, check_memory, make_plan
 from lighten.recipe import parse
 from lighten.store import Store, find_damage
 from lighten.verbs import one_step
@@ -238,3 +239,23 @@ def test_a_full_disk_ends_the_run_and_publishes_nothing(model: Path, tmp_path: P
     assert done.stderr.count("lighten: ") == 1 and "free some space" in done.stderr and "Traceback" not in done.stderr
     assert Store(tmp_path / "a").versions() == []
     assert [path for path in (tmp_path / "a" / "objects").iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_a_gpu_computes_has_keys_of_its_own(model: Path) -> None:
+    here = make_plan(parse(recipe(model)))
+    there = make_plan(parse(recipe(model)), device=Device("cuda", "A", 10**12))
+    both = dict(zip([stage.name for stage in here.stages], zip(here.stages, there.stages, strict=True), strict=True))
+    for name, (ours, theirs) in both.items():
+        same = ours.kind in ("source", "export") and not any(parent.kind == "sweep" for parent in ours.parents)
+        assert (ours.key == theirs.key) == same, name
+    quality = [stage for stage in there.stages if stage.measure in ("perplexity", "accuracy")]
+    assert {stage.arithmetic for stage in quality} == {"float32"}
+    small = make_plan(parse(recipe(model)), device=Device("cuda", "A", 10**6))
+    assert {stage.arithmetic for stage in small.stages if stage.measure == "perplexity"} == {"bfloat16"}
+    assert all(stage.arithmetic is None for stage in here.stages)
+
+
+def test_a_gpu_without_the_memory_is_refused_before_any_work(model: Path) -> None:
+    with pytest.raises(RequestError, match=r"needs about .* and cuda \(A\) has"):
+        check_memory(make_plan(parse(recipe(model)), device=Device("cuda", "A", 10**6)))
+    check_memory(make_plan(parse(recipe(model))))

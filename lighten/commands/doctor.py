@@ -45,7 +45,7 @@ def doctor(
     from lighten.roofline import busy, machine_peaks
 
     with watching(quiet=as_json) as watcher:
-        roofs = machine_peaks(choose_device(device), watcher.follow("roofs of this machine"), fresh=fresh)
+        roofs = machine_peaks(choose_device(device).name, watcher.follow("roofs of this machine"), fresh=fresh)
 
     extras = {
         "gguf": ("gguf", llama_library.module()),

@@ -71,7 +71,7 @@ def compare(
     asked = [limits.parse(text) for text in fail_if]
     first, second = resolve(a, artifacts), resolve(b, artifacts)
     watcher = watcher or Silent()
-    chosen = choose_device(device)
+    chosen = choose_device(device, watcher).name
     if isinstance(first, Version) or isinstance(second, Version):
         if not (isinstance(first, Version) and isinstance(second, Version)):
             whole, other = (a, b) if isinstance(first, Version) else (b, a)

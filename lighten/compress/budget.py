@@ -67,8 +67,7 @@ def price(layers: Layers, sensitivity: Sensitivity, index: int) -> list[tuple[st
         parts = [tensors[f"{name}.weight"] for name in members]
         try:
             with torch.inference_mode():
-                gram = group.gram.matrix().to(layers.device)
-                lost = losses(torch.cat(parts).to(layers.device), gram, step, kind)
+                lost = losses(torch.cat(parts), group.gram.matrix(), step, kind)
         except ArithmeticError as error:
             raise RequestError(
                 f"a budget needs the Gram of {prefix}{group.first}, which is {error}; give it more text"

@@ -70,7 +70,7 @@ class Choices:
                 return torch.argsort(scores, stable=True).tolist()[:count], None
             weight = self.checkpoint.tensor(f"{LAYERS}{index}.{linear}.weight").to(self.context.device)
             assert self.context.grams
-            gram = read_layer(self.context.grams, index)[0][linear].matrix().to(self.context.device)
+            gram = read_layer(self.context.grams, index, self.context.device)[0][linear].matrix()
             if step.score != "energy":
                 try:
                     return structured.removal_order(weight, gram, size, count, step.damp_percent or 0.0), None
@@ -171,7 +171,9 @@ class Choices:
         step, context = self.step, self.context
         assert context.grams
         grams = context.grams if step.repair else None
-        thin = Thinned(self.checkpoint, cut, grams, step.damp_percent or 0.0) if cut else self.checkpoint
+        thin = (
+            Thinned(self.checkpoint, cut, grams, step.damp_percent or 0.0, context.device) if cut else self.checkpoint
+        )
         ids = read_ids(context.grams)
         return mean_loss(thin, ids[:: -(-len(ids) // SEQUENCES)], context)
 
@@ -182,7 +184,7 @@ def mean_loss(model: Checkpoint, ids: torch.Tensor, context: Context) -> float:
     hidden, arguments = streamed.embed(ids)
     for index, layer in streamed.stream():
         with torch.inference_mode():
-            hidden = layer(hidden.to(context.device), **arguments[index]).cpu()
+            hidden = layer(hidden.to(context.device), **arguments[index]).to(hidden.device)
     return streamed.loss(hidden, ids)
 
 

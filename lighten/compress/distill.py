@@ -230,9 +230,11 @@ class Distill(Step):
         from lighten.compress.student import Student, check_vocabularies
         from lighten.compress.teacher import Lessons, open_teacher
         from lighten.compress.training import Trainer
+        from lighten.model import accelerator
         from lighten.model.checkpoint import Checkpoint
         from lighten.model.shards import ShardWriter
 
+        accelerator.deterministic(context.device)
         checkpoint = Checkpoint(source.path)
         if checkpoint.quantization:
             raise RequestError(f"this model is {source.format}: distil the one that it was made from")

@@ -85,11 +85,11 @@ class Layers:
         return self.checkpoint.facts.layers
 
     def read(self, index: int) -> tuple[str, dict[str, torch.Tensor], list[Inputs]]:
-        """Returns the prefix, the tensors and the inputs of the linears of a layer."""
+        """Returns the prefix, the tensors and the inputs of the linears of a layer, all of them on the device."""
         prefix = f"{LAYERS}{index}."
-        tensors = self.checkpoint.tensors(prefix)
+        tensors = {name: tensor.to(self.device) for name, tensor in self.checkpoint.tensors(prefix).items()}
         if self.grams:
-            grams, read_by = read_layer(self.grams, index)
+            grams, read_by = read_layer(self.grams, index, self.device)
             inputs = [Inputs(first, [k for k, v in read_by.items() if v == first], g) for first, g in grams.items()]
         else:
             matrices = [name for name, tensor in tensors.items() if tensor.dim() == 2]
@@ -145,7 +145,7 @@ class _Layer:
         step, prefix, tensors = self.of.step, self.prefix, self.tensors
         scales = self._scale()
         for group in self.inputs:
-            gram = group.gram.matrix().to(self.of.device) if group.gram else None
+            gram = group.gram.matrix() if group.gram else None
             scale = scales.get(group.first)
             if gram is not None and scale is not None:
                 gram.div_(scale).div_(scale[:, None])
@@ -188,14 +188,14 @@ class _Layer:
             weight = torch.cat([tensors[f"{linear}.weight"] for linear in group.linears])
             if step.method == "awq":
                 scale = awq.search_scale(
-                    weight.to(self.of.device),
-                    group.gram.matrix().to(self.of.device),
+                    weight,
+                    group.gram.matrix(),
                     bits=4,
                     group_size=_integer(step.group_size),
                     sym=False,
                     repeats=repeats,
                     head_dim=head_dim,
-                ).cpu()
+                )
             else:
                 assert step.alpha is not None
                 scale = smooth.smooth(weight, group.gram.absmax, step.alpha, repeats, head_dim)
@@ -219,7 +219,7 @@ class _Layer:
                     yield formats.bnb_4bit(weight, step.method, step.block_size, step.double_quant)
             return
         gone = zeros_of(weights)
-        found = self._codes(torch.cat(weights).to(self.of.device), gram, bits, name, gone)
+        found = self._codes(torch.cat(weights), gram, bits, name, gone)
         start = 0
         for weight in weights:
             part = found.outputs(start, start := start + len(weight))
@@ -276,7 +276,7 @@ def _integer(size: Any) -> int:
 def relative_error(before: torch.Tensor, after: torch.Tensor, gram: torch.Tensor) -> float:
     """Returns the share of the output's energy that is lost: tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), to three digits."""
     wide = before.float()
-    change = wide - after.to(before.device)
+    change = wide - after
     with exact_products(torch.bfloat16):  # quick, and close enough to tell one layer from another
         lost = float(((change @ gram) * change).sum())
         energy = float(((wide @ gram) * wide).sum())

@@ -240,7 +240,8 @@ def _shrink(step: Prune, checkpoint: Checkpoint, out: Any, context: Context) -> 
             cut, told = choices.reach(step.target)
         else:
             cut = choices.cut(**{str(step.what): step.amount(facts)})
-        thin = Thinned(checkpoint, cut, context.grams if step.repair else None, step.damp_percent or 0.0)
+        grams = context.grams if step.repair else None
+        thin = Thinned(checkpoint, cut, grams, step.damp_percent or 0.0, context.device)
         names = list(thin.weight_map)
         params = done = 0
         with ShardWriter(out, len(names)) as writer:

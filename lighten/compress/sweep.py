@@ -64,7 +64,7 @@ class Sweep(Step):
         from lighten.compress.gram import LayerInputs
         from lighten.compress.structured import angular_distances
         from lighten.model.grams import GramWriter
-        from lighten.model.stream import LAYERS, StreamedModel
+        from lighten.model.stream import LAYERS, StreamedModel, batch_of
         from lighten.model.tokens import calibration_ids
 
         ids = torch.from_numpy(calibration_ids(source.path, self.data, self.samples, self.length, context.warnings))
@@ -84,7 +84,7 @@ class Sweep(Step):
                 for name, module in layer.named_modules()
                 if isinstance(module, torch.nn.Linear)
             ]
-            batch = max(1, 4096 // self.length)
+            batch = batch_of(context.device, self.length)
             with torch.inference_mode():
                 for first in range(0, len(ids), batch):
                     part = hidden[first : first + batch].to(context.device)

@@ -75,6 +75,9 @@ class Teacher(Step):
         """
         import torch
 
+        from lighten.model import accelerator
+
+        accelerator.deterministic(context.device)
         ids = _sequences(source.path, self.data, self.samples, self.length, context.warnings)
         with torch.inference_mode():
             model = open_teacher(source.path, context) if self.top_k or self.written else None

@@ -69,11 +69,14 @@ def _as_mistral(config: dict[str, Any], facts: ModelFacts, heads: int) -> dict[s
 class Thinned(Checkpoint):
     """The checkpoint that is left; what reads the missing inputs is repaired where there are Grams."""
 
-    def __init__(self, whole: Checkpoint, cut: Cut, grams: Path | None, damp_percent: float) -> None:
-        """Cuts; without `grams` nothing is repaired."""
+    def __init__(
+        self, whole: Checkpoint, cut: Cut, grams: Path | None, damp_percent: float, device: str = "cpu"
+    ) -> None:
+        """Cuts; without `grams` nothing is repaired. The repair is computed on `device`."""
         self._changes = cut.shape(whole.config, whole.facts)
         super().__init__(whole.path, {**whole.config, **self._changes})
         self.whole, self.cut, self.grams, self.damp_percent = whole, cut, grams, damp_percent
+        self.device = device
         self.left = [layer for layer in range(whole.facts.layers) if layer not in cut.layers]
         self.unrepaired: list[str] = []
         """Linears whose Gram could not be factorised."""
@@ -131,9 +134,10 @@ class Thinned(Checkpoint):
         weight = tensors[name]
         tensors[name] = weight[:, kept].contiguous()
         if self.grams:
-            gram = read_layer(self.grams, layer)[0][linear].matrix()
+            gram = read_layer(self.grams, layer)[0][linear].to(self.device).matrix()
             try:
-                tensors[name] = refit(weight, gram, kept, self.damp_percent).to(weight.dtype)
+                found = refit(weight.to(self.device), gram, kept.to(self.device), self.damp_percent)
+                tensors[name] = found.to(weight.dtype).cpu()
             except ArithmeticError:
                 self.unrepaired.append(f"{LAYERS}{layer}.{linear}")
 

@@ -22,6 +22,7 @@ from lighten.compress.student import Student, finite
 from lighten.compress.teacher import Lessons, batches, last_states
 from lighten.files import flush
 from lighten.links import link_or_copy
+from lighten.model import accelerator
 from lighten.model.stream import fast_dtype
 from lighten.process import keep_freed_memory
 from lighten.stage import Context
@@ -63,7 +64,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             weights, lr=step.lr, betas=(0.9, step.beta2), weight_decay=step.weight_decay, foreach=False, fused=True
         )
-        self.scaler = torch.amp.GradScaler(context.device, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(accelerator.kind(context.device), enabled=self.dtype == torch.float16)
         self.done = 0
         self.best: float | None = None
         self.curve: list[dict[str, float]] = []
@@ -174,7 +175,7 @@ class Trainer:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(torch.device(self.context.device).type, self.dtype)
+        return torch.autocast(accelerator.kind(self.context.device), self.dtype)
 
     def _derive(self, sequences: list[int], of: int) -> Sums:
         """Adds the derivatives of the loss of some sequences, `of` of which make a step, to every weight's `grad`."""

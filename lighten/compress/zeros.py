@@ -84,7 +84,8 @@ class _Layers:
     def prune(self, index: int, add: Add) -> dict[str, Any]:
         """Hands over the tensors of a layer; returns counts and what is to be said."""
         step, prefix = self.step, f"{LAYERS}{index}."
-        grams, read_by = read_layer(self.context.grams, index) if self.context.grams else ({}, {})
+        device = self.context.device
+        grams, read_by = read_layer(self.context.grams, index, device) if self.context.grams else ({}, {})
         told: dict[str, Any] = {"weights": 0, "zeros": 0, "fallbacks": [], "kept": []}
         ready: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, tensor in self.checkpoint.tensors(prefix).items():
@@ -92,7 +93,7 @@ class _Layers:
             if tensor.dim() == 2 and ignored(prefix + linear, step.ignore):
                 told["kept"].append(prefix + linear)
             elif tensor.dim() == 2:
-                weight = tensor.to(self.context.device)
+                weight = tensor.to(device)
                 gram = grams[read_by[linear]] if grams else None
                 sparsity = step.sparsity or 0.0
                 if gram is None:
@@ -102,16 +103,16 @@ class _Layers:
                         else sparse.above(weight, self.threshold)
                     )
                 elif step.method == "wanda":
-                    found = sparse.wanda(weight, gram.diagonal().to(weight.device), sparsity, step.pattern)
+                    found = sparse.wanda(weight, gram.diagonal(), sparsity, step.pattern)
                 else:
                     try:
                         first = read_by[linear]
                         if first not in ready:  # q, k and v read the same, and so do gate and up
-                            ready = {first: sparse.prepare(gram.matrix().to(weight.device), step.damp_percent or 0.01)}
+                            ready = {first: sparse.prepare(gram.matrix(), step.damp_percent or 0.01)}
                         found = sparse.sparsegpt(weight, ready[first], sparsity, step.pattern)
                     except ArithmeticError:
                         told["fallbacks"].append(prefix + linear)
-                        found = sparse.wanda(weight, gram.diagonal().to(weight.device), sparsity, step.pattern)
+                        found = sparse.wanda(weight, gram.diagonal(), sparsity, step.pattern)
                 tensor = found.to(tensor.dtype).cpu()
                 told["weights"] += tensor.numel()
                 told["zeros"] += int((tensor == 0).sum())

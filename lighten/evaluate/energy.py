@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lighten.model import accelerator
+
 RAPL = Path("/sys/class/powercap")
 GPU_SECONDS = 2.0
 """A GPU's counter moves some ten times in a second: what is measured with it must last longer."""
@@ -51,7 +53,8 @@ class GpuCounters:
 
     least = GPU_SECONDS
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, device: str = "cuda") -> None:
+        """Finds the GPU by its identity: torch numbers those that are visible to it, the driver all there are."""
         self._library: Any = None
         try:
             import pynvml
@@ -60,13 +63,13 @@ class GpuCounters:
             return
         try:
             pynvml.nvmlInit()
-            self._device = pynvml.nvmlDeviceGetHandleByIndex(index)
+            self._device = pynvml.nvmlDeviceGetHandleByUUID(accelerator.uuid(device))
             pynvml.nvmlDeviceGetTotalEnergyConsumption(self._device)
-        except pynvml.NVMLError as error:
-            self.note = f"the driver tells no energy of GPU {index} (NVML: {error})"
+        except (pynvml.NVMLError, RuntimeError, AssertionError) as error:
+            self.note = f"the driver tells no energy of {device} (NVML: {error})"
             return
         self._library = pynvml
-        self.note = f"GPU {index} (NVML) while decoding at the first batch size after a prompt of one token"
+        self.note = f"{device} (NVML) while decoding at the first batch size after a prompt of one token"
 
     def __bool__(self) -> bool:
         return self._library is not None
@@ -84,4 +87,4 @@ def counters(device: str) -> Counters | GpuCounters:
     """Returns the counters of what does the work: the processor, or the GPU that `device` names ("cuda", "cuda:1")."""
     if device == "cpu":
         return Counters()
-    return GpuCounters(int(device.partition(":")[2] or 0))
+    return GpuCounters(device)

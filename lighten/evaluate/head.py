@@ -33,29 +33,29 @@ class Head:
         found = heads or embeddings
         if len(found) != 1:
             raise RequestError(f"{path} has no single tensor that is its head or its tied embedding (found {found})")
-        self._weight: Floats = checkpoint.tensor(found[0]).float().numpy()
+        self.weight: Floats = checkpoint.tensor(found[0]).float().numpy()
         bias = found[0].removesuffix(".weight") + ".bias"
-        self._bias: Floats | None = checkpoint.tensor(bias).float().numpy() if heads and bias in names else None
+        self.bias: Floats | None = checkpoint.tensor(bias).float().numpy() if heads and bias in names else None
         config = checkpoint.config
-        self._scale = 1.0
+        self.scale = 1.0
         for name in FACTORS:
-            self._scale *= float(config.get(name) or 1)
+            self.scale *= float(config.get(name) or 1)
         for name in DIVISORS:
-            self._scale /= float(config.get(name) or 1)
-        self._cap = float(config.get("final_logit_softcapping") or 0)
-        self._room: Floats = np.empty((0, len(self._weight)), dtype=np.float32)
+            self.scale /= float(config.get(name) or 1)
+        self.cap = float(config.get("final_logit_softcapping") or 0)
+        self._room: Floats = np.empty((0, len(self.weight)), dtype=np.float32)
 
     def logits(self, hidden: Floats) -> Floats:
         """Returns `[n, vocab]` for hidden states `[n, hidden]`; valid until the next call."""
         if len(self._room) != len(hidden):
-            self._room = np.empty((len(hidden), len(self._weight)), dtype=np.float32)
-        np.matmul(hidden, self._weight.T, out=self._room)
-        if self._bias is not None:
-            self._room += self._bias
-        if self._scale != 1:
-            self._room *= np.float32(self._scale)
-        if self._cap:
-            self._room /= np.float32(self._cap)
+            self._room = np.empty((len(hidden), len(self.weight)), dtype=np.float32)
+        np.matmul(hidden, self.weight.T, out=self._room)
+        if self.bias is not None:
+            self._room += self.bias
+        if self.scale != 1:
+            self._room *= np.float32(self.scale)
+        if self.cap:
+            self._room /= np.float32(self.cap)
             np.tanh(self._room, out=self._room)
-            self._room *= np.float32(self._cap)
+            self._room *= np.float32(self.cap)
         return self._room

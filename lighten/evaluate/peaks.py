@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from lighten.evaluate import machine
+from lighten.model import accelerator
 from lighten.stage import Report
 from lighten.store import write_json
 
@@ -117,7 +118,7 @@ def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     import torch
 
     device = payload["device"]
-    kind = "cpu" if device == "cpu" else "cuda"
+    kind = accelerator.kind(device)
     if kind == "cpu":
         torch.set_num_threads(machine.cores())
     room = machine.fingerprint()["memory_bytes"] // 8 if kind == "cpu" else torch.cuda.mem_get_info(device)[0] // 4
@@ -174,7 +175,7 @@ def _products(name: str, size: int, device: str) -> list[Callable[[], Any]]:
 
     if name == "int8":
         whole = torch.randint(-100, 100, (size, size), dtype=torch.int8, device=device)
-        return [lambda: torch._int_mm(whole, whole)]
+        return [lambda: torch._int_mm(whole, whole.t())]  # a GPU wants the second one column by column
     left = torch.randn(size, size, device=device).to(getattr(torch, name))
     found: list[Callable[[], Any]] = [lambda: left @ left, lambda: left @ left.T]
     if device == "cpu" and name == "float32" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -188,11 +189,9 @@ def _timed(work: Callable[[], Any], device: str, times: int, most: int, enough: 
 
     There are `most` of them, or fewer if these take `enough` seconds.
     """
-    import torch
 
     def now() -> float:
-        if device != "cpu":
-            torch.cuda.synchronize(device)
+        accelerator.synchronize(device)
         return time.perf_counter()
 
     work()

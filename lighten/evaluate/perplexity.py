@@ -75,11 +75,20 @@ class Reference:
             raise Failure(f"{measurement} is not a perplexity measurement with hidden states: {error}") from error
         if protocol["ids_sha256"] != hash_ids(ids):
             raise Failure(f"{measurement} was taken on other tokens than these: measure both with the same tokenizer")
-        self._head = Head(model)
+        self.model = model
+        """Directory of the baseline."""
+        self._head: Head | None = None
 
     def logits(self, chunk: int) -> Floats:
         """Returns the reference's logits `[length, vocab]` of one chunk; valid until the next call."""
+        if self._head is None:
+            self._head = Head(self.model)
         return self._head.logits(self._hidden[chunk])
+
+    def hidden(self, chunks: slice) -> Floats:
+        """Returns what entered the reference's head, `[chunks, length, hidden]`."""
+        found: Floats = self._hidden[chunks]
+        return found
 
 
 def measure(
@@ -122,20 +131,19 @@ def measure(
     warnings = []
     start = time.monotonic()
     report(0, len(ids), "")
-    for number, chunk in enumerate(ids):
-        logits = runtime.logits(chunk)
-        if number == 0 and hidden_of and (why := unfit(hidden_of, runtime, logits)):
+    score = _scorer(runtime, ids, first, against)
+    for number in range(0, len(ids), score.together):
+        part = slice(number, min(number + score.together, len(ids)))
+        if number == 0 and hidden_of and (why := unfit(hidden_of, runtime, runtime.logits(ids[0]))):
             warnings.append(f"divergence from this model cannot be measured: {why}")
             hidden_of = None
-        if hidden_of and (hidden := runtime.hidden()) is not None:
+        nll[part], kl[part], same[part], hidden = score(part)
+        if hidden_of and hidden is not None:
             kept.append(hidden.copy())
-        nll[number] = -rows.token_logprobs(logits[first - 1 : -1], chunk[first:])[0]
-        if not np.isfinite(nll[number]).all():
+        if not np.isfinite(nll[part]).all():
             raise Failure("the model's logits are not finite numbers: it is broken, or its arithmetic overflows")
-        if against:
-            kl[number], same[number] = rows.divergence(against.logits(number)[first - 1 : -1], logits[first - 1 : -1])
-        rate = (number + 1) * ids.shape[1] / (time.monotonic() - start)
-        report(number + 1, len(ids), f"{rate:.0f} tok/s")
+        done = part.stop
+        report(done, len(ids), f"{done * ids.shape[1] / (time.monotonic() - start):.0f} tok/s")
     value, stderr = summarize(nll)
     protocol = {
         "name": settings.protocol,
@@ -161,7 +169,39 @@ def measure(
         kl_p99 = float(np.percentile(kl, 99))
         result["divergence"] = {"kl_mean": float(kl.mean()), "kl_p99": kl_p99, "top1_agreement": float(same.mean())}
         values |= {"kl": kl.astype(np.float32), "top1": same.astype(np.uint8)}
-    return Measured(result, values, np.stack(kept) if kept else None)
+    return Measured(result, values, np.concatenate(kept) if kept else None)
+
+
+class _Scorer:
+    """Scores chunks one by one: logits in the processor's memory, statistics by numpy."""
+
+    together = 1
+    """Chunks that are computed at once."""
+
+    def __init__(self, runtime: Runtime, ids: Ids, first: int, against: Reference | None) -> None:
+        self.runtime, self.ids, self.first, self.against = runtime, ids, first, against
+
+    def __call__(self, part: slice) -> tuple[Any, Any, Any, Floats | None]:
+        """Returns NLL, KL and agreement of the scored positions of chunks, and what entered the head."""
+        (chunk,) = self.ids[part]
+        scored = slice(self.first - 1, -1)
+        logits = self.runtime.logits(chunk)
+        nll = -rows.token_logprobs(logits[scored], chunk[self.first :])[0]
+        kl: NDArray[Any] = np.zeros(1)
+        same: NDArray[Any] = np.ones(1, dtype=np.bool_)
+        if self.against:
+            kl, same = rows.divergence(self.against.logits(part.start)[scored], logits[scored])
+        hidden = self.runtime.hidden()
+        return nll, kl, same, None if hidden is None else hidden[None]
+
+
+def _scorer(runtime: Runtime, ids: Ids, first: int, against: Reference | None) -> Any:
+    """Returns what scores chunks: on the device of the model, if that is not the processor."""
+    if runtime.name == "torch" and runtime.device != "cpu":
+        from lighten.evaluate.device_rows import DeviceScorer
+
+        return DeviceScorer(runtime, ids, first, against)
+    return _Scorer(runtime, ids, first, against)
 
 
 def unfit(model: Path, runtime: Runtime, logits: Floats) -> str | None:

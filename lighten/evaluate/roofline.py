@@ -87,12 +87,16 @@ def _note(bound: str, share: float, together: float, bandwidth: float, peaks: Pe
     return None
 
 
-def arithmetic(runtime: str, dtype: str) -> str:
-    """Returns the type of number that a runtime multiplies in on a CPU, by what the runtime calls its weights.
+def arithmetic(runtime: str, dtype: str, device: str = "cpu") -> str:
+    """Returns the type of number that a runtime multiplies in, by what the runtime calls its weights.
 
-    llama.cpp and onnxruntime round the inputs of quantized weights to 8 bits; half precision becomes float32.
+    On a CPU llama.cpp and onnxruntime round the inputs of quantized weights to 8 bits, and half precision becomes
+    float32. On a GPU half precision is multiplied as it is; llama.cpp rounds the inputs of quantized weights there too,
+    onnxruntime unpacks weights to float16.
     """
     name = dtype.lower()
+    if device != "cpu":
+        return _on_gpu(runtime, name)
     if name in ("float32", "f32", "all f32"):
         return "float32"
     if runtime == "torch":
@@ -100,3 +104,10 @@ def arithmetic(runtime: str, dtype: str) -> str:
     if name in ("bf16", "bfloat16"):
         return "bfloat16"
     return "float32" if name in ("f16", "float16") else "int8"
+
+
+def _on_gpu(runtime: str, name: str) -> str:
+    plain = {"f32": "float32", "all f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+    if name in (*plain.values(), *plain):
+        return plain.get(name, name)
+    return "int8" if runtime == "llama.cpp" else "float16"

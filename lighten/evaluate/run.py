@@ -52,10 +52,10 @@ def _perplexity(payload: dict[str, Any], model: Path, out: Path, report: Report)
     from safetensors.numpy import save_file
 
     from lighten.evaluate import documents, perplexity
-    from lighten.evaluate.runtimes import open_runtime, open_tokenizer
+    from lighten.evaluate.runtimes import open_tokenizer
 
     settings = Perplexity(**payload["config"])
-    runtime = open_runtime(model, device=payload["device"], trust_remote_code=payload.get("trust_remote_code", False))
+    runtime = _for_quality(model, payload)
     reference = payload.get("reference")
     if reference and not (Path(reference["hidden"]) / perplexity.HIDDEN).is_file():
         reference = None  # its own measurement says why
@@ -81,18 +81,29 @@ def _perplexity(payload: dict[str, Any], model: Path, out: Path, report: Report)
     return measured.result | _facts(runtime)
 
 
+def _for_quality(model: Path, payload: dict[str, Any]) -> Runtime:
+    from lighten.evaluate.runtimes import open_runtime
+
+    return open_runtime(
+        model,
+        device=payload["device"],
+        trust_remote_code=payload.get("trust_remote_code", False),
+        arithmetic=payload.get("arithmetic"),
+    )
+
+
 def _accuracy(payload: dict[str, Any], model: Path, out: Path, report: Report) -> dict[str, Any]:
     from safetensors.numpy import save_file
 
     from lighten.evaluate import accuracy
-    from lighten.evaluate.runtimes import open_runtime, open_tokenizer
+    from lighten.evaluate.runtimes import open_tokenizer
 
     settings, scorer = Accuracy(**payload["config"]), accuracy.measure
     if settings.harness:
         from lighten.evaluate.harness import measure as harness
 
         scorer = harness.measure
-    runtime = open_runtime(model, device=payload["device"], trust_remote_code=payload.get("trust_remote_code", False))
+    runtime = _for_quality(model, payload)
     measured = scorer(runtime, open_tokenizer(Path(payload["tokenizer"])), settings, report)
     save_file(measured.values, out / VALUES)
     return measured.result | _facts(runtime)

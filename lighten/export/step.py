@@ -29,6 +29,7 @@ class Export(Step):
     """What all exports have in common; `lighten.steps` picks the class by `format`."""
 
     kind: ClassVar[str] = "export"
+    computes: ClassVar[bool] = False
 
     format: Literal["gguf", "onnx", "bundle"] = Field(description="what to write")
     parity: Parity | None = Field(

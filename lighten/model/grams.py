@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ class Gram:
         """Returns a Gram of no tokens."""
         size = sum((min(BLOCK, width - start)) * (width - start) for start in range(0, width, BLOCK))
         return Gram(width, torch.zeros(size, device=device), torch.zeros(width, device=device))
+
+    def to(self, device: str) -> Gram:
+        """Returns it on a device; the packed triangle travels, not the square."""
+        return Gram(self.width, self.blocks.to(device), self.absmax.to(device), self.tokens)
 
     def rows(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields the first row of every block row and a view of it, `[rows, width - first]`."""
@@ -74,24 +79,42 @@ class GramWriter:
     def __init__(self, folder: Path, prefix: str, facts: dict[str, Any]) -> None:
         """Opens a writer; `prefix` is the name of the list of layers, such as "model.layers."."""
         self.folder = folder
+        self._writer = ThreadPoolExecutor(1)
+        self._written: Future[None] | None = None
         self.index: dict[str, Any] = {"prefix": prefix, "layers": [], **facts}
 
     def add(self, grams: dict[str, Gram], inputs: dict[str, str]) -> None:
-        """Writes the next layer: Grams by the name of their input, and the input that each linear reads."""
+        """Writes the next layer: Grams by the name of their input, and the input that each linear reads.
+
+        What comes from a GPU is written while the next layer is computed; one layer is under way at a time.
+        """
         layer = len(self.index["layers"])
         tensors = {}
         for name, gram in grams.items():
             tensors[f"{name}.gram"] = gram.blocks.cpu()
             tensors[f"{name}.absmax"] = gram.absmax.cpu()
-        save_file(tensors, _file(self.folder, layer))
+        beside = any(gram.blocks.device.type != "cpu" for gram in grams.values())
+        self._wait()
+        if beside:
+            self._written = self._writer.submit(save_file, tensors, _file(self.folder, layer))
+        else:
+            save_file(tensors, _file(self.folder, layer))
         tokens = {name: gram.tokens for name, gram in grams.items()}
         self.index["layers"].append({"inputs": inputs, "tokens": tokens})
+
+    def _wait(self) -> None:
+        """Waits for the layer under way; raises what its writing raised."""
+        if self._written:
+            self._written.result()
+        self._written = None
 
     def close(self, ids: torch.Tensor, angles: list[list[float]]) -> None:
         """Writes the index, without which the directory is not complete, and the token ids of the sweep.
 
         `angles` are those between the residual streams before any two layers, see `structured.angular_distances`.
         """
+        self._wait()
+        self._writer.shutdown()
         save_file({"ids": ids.int()}, self.folder / IDS)
         self.index["angles"] = angles
         (self.folder / "grams.json").write_text(json.dumps(self.index, indent=1) + "\n")
@@ -112,12 +135,14 @@ def read_ids(folder: Path) -> torch.Tensor:
     return ids.long()
 
 
-def read_layer(folder: Path, layer: int) -> tuple[dict[str, Gram], dict[str, str]]:
-    """Returns the Grams of one layer by the name of their input, and the input that each linear reads."""
+def read_layer(folder: Path, layer: int, device: str = "cpu") -> tuple[dict[str, Gram], dict[str, str]]:
+    """Returns the Grams of one layer, on a device, by the name of their input, and the input that each linear reads."""
     entry = read_index(folder)["layers"][layer]
     tensors = load_file(_file(folder, layer))
     grams = {
-        name: Gram(tensors[f"{name}.absmax"].numel(), tensors[f"{name}.gram"], tensors[f"{name}.absmax"], tokens)
+        name: Gram(tensors[f"{name}.absmax"].numel(), tensors[f"{name}.gram"], tensors[f"{name}.absmax"], tokens).to(
+            device
+        )
         for name, tokens in entry["tokens"].items()
     }
     return grams, entry["inputs"]

@@ -51,8 +51,15 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.bfloat16:
         yield
         return
-    cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    cpu: Any = getattr(torch.backends.mkldnn, "matmul", None)
     gpu: Any = torch.backends.cuda.matmul
+    if cpu is None or not hasattr(gpu, "fp32_precision"):  # torch 2.8 knows the older switch only, and only for GPUs
+        allowed, gpu.allow_tf32 = gpu.allow_tf32, True
+        try:
+            yield
+        finally:
+            gpu.allow_tf32 = allowed
+        return
     before = cpu.fp32_precision, gpu.fp32_precision
     cpu.fp32_precision, gpu.fp32_precision = "bf16", "tf32"
     try:

@@ -194,6 +194,7 @@ class Source(Step):
     """
 
     kind: ClassVar[str] = "source"
+    computes: ClassVar[bool] = False
     version: ClassVar[int] = 1
 
     model: str

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lighten.errors import Failure, RequestError
+from lighten.model import accelerator
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.products import fast_bfloat16
 
@@ -23,6 +24,13 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 LAYERS = "model.layers."
 HEAD_ROWS = 128
 """Positions whose logits are in memory at a time."""
+BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Tokens that go through a layer at once: enough to fill the units of a device, and no more."""
+
+
+def batch_of(device: str, length: int) -> int:
+    """Returns how many sequences of a length go through a layer at once."""
+    return max(1, BATCH_TOKENS[accelerator.kind(device)] // length)
 
 
 def check_architecture(architecture: str) -> None:
@@ -85,10 +93,12 @@ class StreamedModel:
         self.layers: list[Any] = list(self.model.model.layers)
 
     def _fill(self, module: nn.Module, tensors: dict[str, torch.Tensor], name: str) -> None:
-        for key, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise Failure(f"{name}{key} has NaN or infinite weights: the checkpoint is damaged; fetch it again")
-        moved = {key: tensor.to(self.device, self.dtype) for key, tensor in tensors.items()}
+        moved = {key: tensor.to(self.device) for key, tensor in tensors.items()}
+        finite = torch.stack([torch.isfinite(tensor).all() for tensor in moved.values()]).tolist()
+        if not all(finite):
+            key = next(key for key, sound in zip(moved, finite, strict=True) if not sound)
+            raise Failure(f"{name}{key} has NaN or infinite weights: the checkpoint is damaged; fetch it again")
+        moved = {key: tensor.to(self.dtype) for key, tensor in moved.items()}
         module.requires_grad_(False)
         missing, unexpected = module.load_state_dict(moved, strict=False, assign=True)
         if missing or unexpected:
@@ -103,8 +113,9 @@ class StreamedModel:
             ids: `[samples, length]`.
 
         Returns:
-            Hidden states `[samples, length, hidden]` on the CPU, and for each layer the keyword arguments
-            (mask, positions, …) of a call with one sample; they broadcast over samples of the same length.
+            Hidden states `[samples, length, hidden]`, and for each layer the keyword arguments (mask, positions, …)
+            of a call with one sample; they broadcast over samples of the same length. The states lie on the device
+            where they fit beside what a layer needs, else on the CPU.
         """
         body = self.model.model
         self._fill(body.embed_tokens, self.checkpoint.tensors("model.embed_tokens."), "model.embed_tokens.")
@@ -115,7 +126,9 @@ class StreamedModel:
         body.layers = nn.ModuleList(stand_ins)
         norm, body.norm = body.norm, nn.Identity()
         body(inputs_embeds=body.embed_tokens(ids[:1].to(self.device)), use_cache=False)
-        hidden = torch.empty(*ids.shape, body.config.hidden_size, dtype=self.dtype)
+        size = ids.numel() * body.config.hidden_size * self.dtype.itemsize
+        place = self.device if accelerator.fits(size, self.device, share=0.25) else "cpu"
+        hidden = torch.empty(*ids.shape, body.config.hidden_size, dtype=self.dtype, device=place)
         for index, row in enumerate(ids):
             hidden[index] = body.embed_tokens(row.to(self.device))
         body.norm = norm
@@ -137,6 +150,7 @@ class StreamedModel:
         self._fill(body.norm, self.checkpoint.tensors("model.norm."), "model.norm.")
         head = self.checkpoint.head().to(self.device, self.dtype)
         gradient = torch.zeros_like(hidden)
+        ids = ids.to(self.device)
         gram = torch.zeros(hidden.shape[-1], hidden.shape[-1], device=self.device)
         squares = 0.0
         for row in range(len(ids)):
@@ -148,7 +162,7 @@ class StreamedModel:
                 rows = slice(start, min(start + HEAD_ROWS, len(inputs) - 1))
                 part = inputs.detach()[rows]
                 difference = torch.softmax((part @ head.t()).float(), -1)
-                difference[torch.arange(len(part)), ids[row, rows.start + 1 : rows.stop + 1]] -= 1
+                difference[torch.arange(len(part), device=part.device), ids[row, rows.start + 1 : rows.stop + 1]] -= 1
                 squares += float(difference.square().sum())
                 back[rows] = difference.to(self.dtype) @ head
             wide = inputs.detach().float()

@@ -201,5 +201,5 @@ def test_a_gpu_without_a_driver_or_its_library_has_no_energy_and_says_why() -> N
     if not found:
         assert "nvidia-ml-py" in found.note or "NVML" in found.note
     assert isinstance(counters_of("cpu"), Counters)
-    energy = speed.energy(Scripted(), Speed(), GpuCounters(4096))  # type: ignore[arg-type]
+    energy = speed.energy(Scripted(), Speed(), GpuCounters("cuda:4096"))  # type: ignore[arg-type]
     assert energy["joules_per_token"] is None and energy["note"]

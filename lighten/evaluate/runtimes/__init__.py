@@ -139,16 +139,18 @@ def open_runtime(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     options: Options | None = None,
+    arithmetic: str | None = None,
 ) -> Runtime:
     """Loads a model on the runtime that serves its format.
 
     Args:
         path: a .gguf or .onnx file, a directory that holds one, or a Hugging Face model directory.
-        device: "cpu" or "cuda".
-        dtype: arithmetic for a Hugging Face model. None is for measuring quality: float32 on a CPU (so that
-            the noise of arithmetic is not taken for a loss by compression), bfloat16 on a GPU.
+        device: "cpu", "cuda" or "cuda:N".
+        dtype: arithmetic for a Hugging Face model. None is for measuring quality: float32 (so that the noise of
+            arithmetic is not taken for a loss by compression), but bfloat16 on a GPU that float32 does not fit.
         trust_remote_code: whether code that lies beside the weights may run; only if the person asked for it.
         options: how transformers is to run it; other runtimes have no such choice.
+        arithmetic: what transformers measures quality in, where models that are compared shall have the same.
 
     Raises:
         RequestError: nothing there that can be run, or an extra is missing.
@@ -165,7 +167,7 @@ def open_runtime(
         return LlamaCppRuntime(gguf, device)
     from lighten.evaluate.runtimes.torch import TorchRuntime
 
-    return TorchRuntime(path, device, dtype, trust_remote_code, options)
+    return TorchRuntime(path, device, dtype, trust_remote_code, options, arithmetic)
 
 
 def open_tokenizer(path: Path) -> Tokenizer:

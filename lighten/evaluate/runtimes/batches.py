@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lighten.evaluate import rows
-from lighten.evaluate.runtimes import Floats, Ids, Question, Score
+from lighten.evaluate.runtimes import Ids, Question, Score
 
 
 def by_length(
@@ -88,11 +89,16 @@ def attended(segments: Ids) -> NDArray[np.bool_]:
     return seen
 
 
-def read_scores(logits: Floats, layouts: Sequence[Layout]) -> list[list[Score]]:
-    """Returns the scores of the endings from the logits at all wanted places, `[rows, vocab]`."""
+def read_scores(
+    logits: Any, layouts: Sequence[Layout], token_logprobs: Callable[..., Any] = rows.token_logprobs
+) -> list[list[Score]]:
+    """Returns the scores of the endings from the logits at all wanted places, `[rows, vocab]`.
+
+    `token_logprobs` reads them: that of `rows` for numpy's, that of `device_rows` for logits on a device.
+    """
     starts = np.cumsum([0, *(len(layout.wanted) for layout in layouts)])
     at = np.concatenate([start + pick for start, layout in zip(starts, layouts, strict=False) for pick in layout.picks])
-    logprobs, greedy = rows.token_logprobs(logits, np.concatenate([layout.targets for layout in layouts]), at)
+    logprobs, greedy = token_logprobs(logits, np.concatenate([layout.targets for layout in layouts]), at)
     scores: list[list[Score]] = []
     done = 0
     for layout in layouts:

@@ -16,6 +16,7 @@ from lighten.errors import Failure
 from lighten.evaluate import machine
 from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
+from lighten.model import accelerator
 from lighten.model.gguf_source import check_header
 from lighten.model.llama_library import Library, load
 from lighten.stage import Report, silent
@@ -75,6 +76,8 @@ class _Model:
         params.vocab_only = vocab_only
         params.use_extra_bufts = loaded.repacks
         params.n_gpu_layers = 0 if device == "cpu" else -1
+        if ":" in device:  # one GPU, and not all that there are
+            params.split_mode, params.main_gpu = 0, accelerator.index(device)
         self.handle = library.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
             raise Failure(f"llama.cpp cannot load {path}: {_log().take()}. If it was cut short, make or fetch it again")

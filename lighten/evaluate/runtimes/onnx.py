@@ -87,6 +87,13 @@ class OnnxRuntime:
 
     def _open(self, graph: str | bytes, folder: Path | None = None) -> Any:
         """Returns a session of a file, or of a graph in memory with its weights in a folder."""
+        session = self._opened(graph, folder)
+        if self.device != "cpu" and "CUDAExecutionProvider" not in session.get_providers():
+            self.device = "cpu"  # a provider that is listed may still fail to start: what is used counts
+            self.detail += " (its CUDA provider did not start)"
+        return session
+
+    def _opened(self, graph: str | bytes, folder: Path | None) -> Any:
         options = self._library.SessionOptions()
         if folder:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))

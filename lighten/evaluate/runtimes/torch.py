@@ -17,17 +17,20 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lighten.errors import Failure, RequestError, missing_extra
+from lighten.evaluate import device_rows
 from lighten.evaluate.options import ATTENTION, Caches, compiled, lacking
 from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.batches import Layout, attended, by_length, read_scores
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.evaluate.settings import Options
+from lighten.model import accelerator
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.loading import from_pretrained
 from lighten.model.packing import unpack_awq
 from lighten.stage import Report, silent
 
-BATCH_TOKENS = 512
+BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Tokens of a batch of questions."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NEEDS = {
     "gptq": ("gptq", ("gptqmodel", "optimum")),
@@ -50,8 +53,11 @@ class TorchRuntime:
         dtype: str | None,
         trust_remote_code: bool = False,
         options: Options | None = None,
+        arithmetic: str | None = None,
     ) -> None:
         """Loads the model; with no `dtype` as it is best for measuring quality, else as it would be served.
+
+        Quality is measured in `arithmetic`; if nobody says which, in float32 where the model fits, else in bfloat16.
 
         Raises:
             RequestError: no model that transformers reads from safetensors, or a missing extra.
@@ -65,14 +71,17 @@ class TorchRuntime:
         method = (checkpoint.quantization or {}).get("quant_method")
         for_quality = dtype is None
         self.device = device
-        self.dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+        self.dtype = dtype or arithmetic or _arithmetic(checkpoint, device)
         # a kernel's rounding is no part of a checkpoint's quality, and its prefill can be slow: take the weights
-        unpack = for_quality and device == "cpu"
+        unpack = for_quality and self.dtype == "float32"
         self.model = _load(path, device, DTYPES[self.dtype], method, unpack, trust_remote_code, options.attention)
         kernels = _kernels(self.model)
         unpacked = unpack and _unpack(self.model)
-        if unpack:
+        if unpack and device == "cpu":
             _repack(self.model)
+        elif unpack:
+            nn.Module.to(self.model, device)
+        accelerator.reset_peak(device)
         self.detail = " + ".join([f"transformers {version('transformers')}", *_quantizer(method, kernels, unpacked)])
         settings = self.model.config.get_text_config()
         self.vocab = int(settings.vocab_size)
@@ -102,8 +111,17 @@ class TorchRuntime:
     @torch.inference_mode()
     def logits(self, ids: Ids) -> Floats:
         """See `Runtime`."""
-        batch = torch.from_numpy(ids).to(self.device)[None]
-        return _to_numpy(self.model(input_ids=batch, use_cache=False).logits[0])
+        return _to_numpy(self.device_logits(ids[None])[0])
+
+    @torch.inference_mode()
+    def device_logits(self, ids: Ids) -> Tensor:
+        """Returns the logits `[n, length, vocab]` of several texts `[n, length]`, where the model is."""
+        logits: Tensor = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False).logits
+        return logits
+
+    def hidden_of_all(self) -> Floats | None:
+        """Returns what entered the head in the last `device_logits`, `[n, length, hidden]`."""
+        return None if self._hidden is None else _to_numpy(self._hidden)
 
     def hidden(self) -> Floats | None:
         """See `Runtime`."""
@@ -119,7 +137,7 @@ class TorchRuntime:
         scores: list[list[Score]] = [[] for _ in questions]
         start, done, tokens = time.monotonic(), 0, 0
         report(0, len(questions), "")
-        for batch in by_length(questions, BATCH_TOKENS, padded=True):
+        for batch in by_length(questions, BATCH_TOKENS[accelerator.kind(self.device)], padded=True):
             layouts = [Layout(questions[index]) for index in batch]
             for index, score in zip(batch, self._score(layouts), strict=True):
                 scores[index] = score
@@ -138,20 +156,22 @@ class TorchRuntime:
         positions = padded([layout.positions for layout in layouts], 0)
         segments = padded([layout.segments for layout in layouts], -1)
         sees = attended(segments)
-        mask = torch.zeros(sees.shape, dtype=DTYPES[self.dtype])
-        mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(mask.dtype).min)
+        mask = torch.zeros(sees.shape, dtype=DTYPES[self.dtype], device=self.device)
+        mask.masked_fill_(torch.from_numpy(~sees).to(self.device), torch.finfo(mask.dtype).min)
         wanted = [number * width + layout.wanted for number, layout in enumerate(layouts)]
         self._rows = torch.from_numpy(np.concatenate(wanted)).to(self.device)
         try:
             output = self.model(
                 input_ids=torch.from_numpy(ids).to(self.device),
                 position_ids=torch.from_numpy(positions).to(self.device),
-                attention_mask=mask[:, None].to(self.device),
+                attention_mask=mask[:, None],
                 use_cache=False,
             )
         finally:
             self._rows = None
-        return read_scores(_to_numpy(output.logits[0]), layouts)
+        if self.device == "cpu":
+            return read_scores(_to_numpy(output.logits[0]), layouts)
+        return read_scores(output.logits[0], layouts, device_rows.token_logprobs)
 
     @torch.inference_mode()
     def generate(self, prompt: Ids, steps: int) -> Timings:
@@ -184,8 +204,7 @@ class TorchRuntime:
         return _Text(self)
 
     def _now(self) -> float:
-        if self.device != "cpu":
-            torch.cuda.synchronize()
+        accelerator.synchronize(self.device)
         return time.perf_counter()
 
     def encode(self, text: str) -> list[int]:
@@ -196,7 +215,7 @@ class TorchRuntime:
 
     def peak_vram_bytes(self) -> int | None:
         """See `Runtime`."""
-        return None if self.device == "cpu" else torch.cuda.max_memory_allocated()
+        return accelerator.peak_bytes(self.device)
 
     def close(self) -> None:
         """See `Runtime`."""
@@ -243,7 +262,7 @@ def _load(
     trusted: bool,
     attention: str | None,
 ) -> Any:
-    if device != "cpu" and not torch.cuda.is_available():
+    if accelerator.kind(device) == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"the device {device} is not there: torch sees no GPU. Use --device cpu")
     options: dict[str, Any] = {"trust_remote_code": trusted}
     if attention:
@@ -261,6 +280,8 @@ def _load(
         # the kernels that leave the packed tensors as they are stored
         plain = GPTQConfig(bits=bits, backend="torch") if method == "gptq" else AwqConfig(bits, backend="torch_awq")
         options["quantization_config"] = plain
+    if placed := _is_placed(method, device, unpack):
+        options["device_map"] = {"": device}  # the kernels of a GPU are chosen where the weights arrive on it
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -274,7 +295,21 @@ def _load(
         ) from error
     except (OSError, ValueError, ImportError) as error:
         raise RequestError(f"transformers cannot load {path}: {error}") from error
-    return model.eval().to(device)
+    return model.eval() if placed or unpack else model.eval().to(device)
+
+
+def _is_placed(method: str | None, device: str, unpack: bool) -> bool:
+    """Returns whether a quantized model is loaded onto the device itself.
+
+    A model whose weights are unpacked first is moved after, but for bitsandbytes, whose weights are unpacked there.
+    """
+    return method is not None and device != "cpu" and (not unpack or method == "bitsandbytes")
+
+
+def _arithmetic(checkpoint: Checkpoint, device: str) -> str:
+    """Returns what quality is measured in: float32, or bfloat16 where the model in float32 does not fit a GPU."""
+    room = 1.5 * 4 * checkpoint.facts.params
+    return "float32" if device == "cpu" or accelerator.fits(room, device, share=0.9) else "bfloat16"
 
 
 def _kernels(model: nn.Module) -> list[str]:
@@ -372,7 +407,7 @@ class _PackedLinear(nn.Module):
         super().__init__()
         self.bias = None if linear.bias is None else linear.bias.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), BATCH_TOKENS)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), BATCH_TOKENS["cpu"])
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Returns inputs `[..., in]` times the transposed weight, plus the bias."""
