@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from lighten.data.origin import SUFFIXES, told
 from lighten.data.overlap import overlap
 from lighten.evaluate.settings import Evaluate
 from lighten.model.template import renderer
+from lighten.model.tokenizer_files import chat_templates
 from lighten.model.tokens import calibration_ids, load_tokenizer
 from lighten.stage import Report
 
@@ -88,7 +88,7 @@ class Used:
 
     def chat(self, model: Path) -> dict[str, Any]:
         """Returns whether a model has a chat template, the special tokens in it, and those of them that were used."""
-        template = _templates(model)
+        template = "\n".join(chat_templates(model).values())
         added = {index: token.content for index, token in self.tokenizer.get_added_tokens_decoder().items()}
         marks = {index: content for index, content in added.items() if content in template}
         seen = set(np.unique(self.ids).tolist())
@@ -97,16 +97,6 @@ class Used:
             "tokens": list(marks.values()),
             "used": [content for index, content in marks.items() if index in seen],
         }
-
-
-def _templates(model: Path) -> str:
-    """Returns the chat templates of a model directory, one after the other; empty if it has none."""
-    file = model / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    settings = model / "tokenizer_config.json"
-    template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.is_file() else None
-    return "\n".join(str(one["template"]) for one in template) if isinstance(template, list) else template or ""
 
 
 def use(model: Path, sweep: Sweep) -> Used:

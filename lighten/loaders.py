@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.model import llama_library
 from lighten.model.files import check_links
-from lighten.model.gguf_source import check_header, within
+from lighten.model.gguf_source import check_header, is_gguf, within
 from lighten.model.onnx_source import GENAI, genai, read_graph
 from lighten.process import run_isolated
 from lighten.stage import Report, silent
@@ -130,7 +130,7 @@ def recognise(path: Path) -> tuple[Path, str, int | None]:
     from lighten.model.checkpoint import Checkpoint, read_config
 
     if path.is_file():
-        if path.suffix != ".gguf":
+        if not is_gguf(path):
             raise RequestError(f"{path} is no .gguf file: give one, or the directory of a model")
         return path, "gguf", None
     if not path.is_dir():
@@ -231,7 +231,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _transformers(opening: Opening) -> Answer:
-    if opening.path.suffix != ".gguf":
+    if not is_gguf(opening.path):
         return _as_served(opening) if _causal(opening.path) else _other_task(opening)
     import torch
     from transformers import AutoModelForCausalLM

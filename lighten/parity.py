@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from unicodedata import normalize
@@ -19,6 +20,7 @@ import numpy as np
 from lighten.data.hard import hard_strings
 from lighten.data.text import builtin_text
 from lighten.errors import Failure
+from lighten.model.tokenizer_files import DEFAULT, chat_templates, ends
 from lighten.stage import Report
 
 if TYPE_CHECKING:
@@ -51,9 +53,13 @@ class Words:
     bos: int | None
     """The id that a text begins with."""
     eos: int | None
-    render: Callable[[Chat], str] | None
-    """Writes a chat with the model's template; None if it has none."""
+    render: Mapping[str, Callable[[Chat], str]]
+    """What writes a chat with each of the model's templates, by name."""
     special: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
+    """Every id that ends a text: EOS, of a turn, of a message."""
+    room: bool = True
+    """Whether the file could hold more of them."""
 
 
 def check(payload: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -252,23 +258,36 @@ def _compare_words(source: Path, made: Path, least: float | None) -> tuple[dict[
     for name, mine, its in (("first token (BOS)", ours.bos, theirs.bos), ("end of text (EOS)", ours.eos, theirs.eos)):
         if mine != its:
             wrong.append(f"its {name} is {its}, the source's {mine}")
-    chat = "none"
-    if ours.render or theirs.render:
-        told = [(_rendered(ours, chat), _rendered(theirs, chat)) for chat in CHATS]
-        chat = "same" if all(mine == its for mine, its in told) else "differs"
-        if not any(mine or its for mine, its in told):
-            chat = "refuses"
-            warnings.append("the chat template refuses every chat that was tried: it could not be compared")
-        if chat == "differs":
-            expected, found = next(pair for pair in told if pair[0] != pair[1])
-            wrong.append(f"its chat template writes {found!r} instead of {expected!r}")
-    return {"strings": len(strings), "strings_differ": len(odd), "chat_template": chat}, wrong, warnings
+    if lost := [each for each in ours.ends if each not in theirs.ends]:
+        told = f"it does not end a text at {', '.join(map(str, lost))}, the source does"
+        (wrong if theirs.room else warnings).append(told)
+    found = [_compare_chats(name, ours, theirs) for name in dict.fromkeys([*ours.render, *theirs.render])]
+    wrong += [line for verdict, line in found if verdict == "differs"]
+    warnings += [line for verdict, line in found if verdict == "refuses"]
+    verdicts = [verdict for verdict, _ in found]
+    chat = next((each for each in ("differs", "refuses", "same") if each in verdicts), "none")
+    facts = {"strings": len(strings), "strings_differ": len(odd), "chat_template": chat, "ends": len(ours.ends)}
+    return {**facts, **({"chat_templates": sorted(ours.render)} if len(found) > 1 else {})}, wrong, warnings
 
 
-def _rendered(words: Words, chat: Chat) -> str | None:
-    """Returns a chat as the template writes it; None where there is none, or where it refuses such a chat."""
+def _compare_chats(name: str, ours: Words, theirs: Words) -> tuple[str, str]:
+    """Returns whether two templates of one name write the same, and what there is to say of it."""
+    told = [(_rendered(ours, name, chat), _rendered(theirs, name, chat)) for chat in CHATS]
+    which = "chat template" if name == DEFAULT else f"chat template {name}"
+    if (name in ours.render) != (name in theirs.render):
+        return "differs", f"it has {'a' if name in theirs.render else 'no'} {which}, unlike the source"
+    for expected, found in told:
+        if expected != found:
+            return "differs", f"its {which} writes {found!r} instead of {expected!r}"
+    if any(mine is not None for mine, _ in told):
+        return "same", ""
+    return "refuses", f"the {which} refuses every chat that was tried: it could not be compared"
+
+
+def _rendered(words: Words, name: str, chat: Chat) -> str | None:
+    """Returns a chat as a template writes it; None where there is none, or where it refuses such a chat."""
     try:
-        return words.render(chat) if words.render else None
+        return words.render[name](chat) if name in words.render else None
     except Exception:  # templates raise errors of their own, of many kinds
         return None
 
@@ -289,34 +308,42 @@ def _hf_words(path: Path) -> Words:
 
     from lighten.evaluate.runtimes import open_tokenizer
     from lighten.model.checkpoint import read_config
+    from lighten.model.onnx_source import ends as graph_ends
 
     simple = open_tokenizer(path)
     full = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    templates = chat_templates(path)
 
-    def render(chat: Chat) -> str:
-        return str(full.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    def render(name: str, chat: Chat) -> str:
+        asked = {"chat_template": templates[name], "tokenize": False, "add_generation_prompt": True}
+        return str(full.apply_chat_template(chat, **asked))
 
     rows = read_config(path).get("vocab_size") or len(full)
     special = tuple(str(token) for token, index in full.get_added_vocab().items() if index < rows)
-    return Words(simple.encode, simple.bos, full.eos_token_id, render if full.chat_template else None, special)
+    named = [each for each in (full.eos_token_id, *ends(path), *graph_ends(path)) if each is not None and each < rows]
+    renders = {name: partial(render, name) for name in templates}
+    return Words(simple.encode, simple.bos, full.eos_token_id, renders, special, tuple(dict.fromkeys(named)))
 
 
 def _gguf_words(path: Path) -> Words:
-    from lighten.evaluate.runtimes import open_tokenizer
-    from lighten.model.gguf_source import read_header
+    from lighten.evaluate.runtimes.llama_cpp import GgufTokenizer
+    from lighten.model.gguf_source import chat_templates, read_header
 
-    fields = read_header(path).fields
-    simple = open_tokenizer(path)
+    header = read_header(path)
+    fields = header.fields
+    simple = GgufTokenizer(path)
     tokens = fields.get("tokenizer.ggml.tokens", [])
     ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
-    template = fields.get("tokenizer.chat_template")
+    templates = chat_templates(header)
     names = {name: "" if index is None else str(tokens[index]) for name, index in ids.items()}
 
-    def render(chat: Chat) -> str:
+    def render(name: str, chat: Chat) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokens = {"bos_token": names["bos"], "eos_token": names["eos"]}
-        rendered, _ = render_jinja_template([chat], chat_template=template, add_generation_prompt=True, **tokens)
+        rendered, _ = render_jinja_template([chat], chat_template=templates[name], add_generation_prompt=True, **tokens)
         return str(rendered[0])
 
-    return Words(simple.encode, simple.bos, ids["eos"], render if template else None)
+    full = all(f"tokenizer.ggml.{name}_token_id" in fields for name in ("eot", "eom"))
+    renders = {name: partial(render, name) for name in templates}
+    return Words(simple.encode, simple.bos, ids["eos"], renders, ends=simple.ends(), room=not full)

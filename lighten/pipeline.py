@@ -514,6 +514,17 @@ def describe(artifact: Artifact, params: int) -> dict[str, Any]:
     }
 
 
+def _note_vocabulary(row: dict[str, Any], other: str) -> None:
+    """Writes into a row that its vocabulary is not the baseline's, and what follows from that."""
+    row["vocabulary"] = other
+    note = (
+        f"its vocabulary is not the baseline's ({other}), so it is measured on tokens of its own: compare bits per "
+        "byte, not perplexity; there is no KL divergence"
+    )
+    if note not in row.setdefault("notes", []):
+        row["notes"].append(note)
+
+
 def add_measurements(row: dict[str, Any], measured: list[tuple[Any, Path, Path | None]], is_baseline: bool) -> None:
     """Puts measurements into a row: (kind, its directory, the baseline's directory or None) of each."""
     for kind, path, against in measured:
@@ -521,6 +532,8 @@ def add_measurements(row: dict[str, Any], measured: list[tuple[Any, Path, Path |
         if kind == "loaders":
             row["loads"] = result["loads"]
             continue
+        if other := result.get("vocabulary"):
+            _note_vocabulary(row, other)
         row["runtime"] = result.get("runtime", row.get("runtime"))
         row["device"] = result.get("device", row.get("device"))
         if kind == "perplexity":
@@ -541,7 +554,7 @@ def add_measurements(row: dict[str, Any], measured: list[tuple[Any, Path, Path |
             continue
         else:
             row |= {"speed": result["speed"], "memory": result["memory"], "energy": result["energy"]}
-        if against and not is_baseline:
+        if against and not is_baseline and not (other and kind == "perplexity"):
             delta = row.setdefault("delta", {})
             change = paired.compare(kind, path, against)
             if kind == "accuracy":

@@ -16,8 +16,9 @@ from lighten.errors import RequestError, missing_extra
 from lighten.evaluate import harness, machine
 from lighten.evaluate.protocols import check_length
 from lighten.evaluate.settings import Accuracy, Evaluate, Load, Loaders, Perplexity, Speculative, Speed
-from lighten.model import llama_library
+from lighten.model import gguf_source, llama_library, tokenizer_files, vocabulary
 from lighten.model.accelerator import CPU, Device
+from lighten.model.architectures import check_architecture
 from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, Source, find
 from lighten.model.tokens import check_text
@@ -217,11 +218,25 @@ def check_room(what: str, prompt: int, generate: int, context: int | None, name:
         )
 
 
+def _first(stage: Stage) -> Stage:
+    """Returns the source that a stage's model comes from."""
+    while stage.parents:
+        stage = stage.parents[0]
+    return stage
+
+
+def _origin(stage: Stage) -> Path | None:
+    """Returns the directory that a stage's model has its tokenizer from; None if that was a GGUF file."""
+    source = _first(stage).step
+    return Path(source.path) if isinstance(source, Source) and source.format == "directory" else None
+
+
 class _Builder:
     """Makes each stage once."""
 
     def __init__(self, recipe: Recipe, device: Device, facts: ModelFacts) -> None:
         self.stages: dict[str, Stage] = {}
+        self._looked_at: set[tuple[Any, ...]] = set()
         self.recipe = recipe
         self.device = device
         self.arithmetic = arithmetic(facts.params, device)
@@ -243,6 +258,11 @@ class _Builder:
         """
         if found.kind == "onnx":
             raise RequestError(f"{found.name} is an ONNX directory: give the model that it was made from")
+        facts = found.facts
+        if found.kind == "gguf":
+            facts = gguf_source.check(found.path)
+        elif (found.path / tokenizer_files.FILE).is_file():
+            tokenizer_files.read_tokenizer(found.path)
         quantized = found.kind == "directory" and read_config(found.path).get("quantization_config")
         step = Source(
             model=found.name,
@@ -255,7 +275,7 @@ class _Builder:
             notes=found.notes,
             adapter=str(found.adapter) if found.adapter else None,
         )
-        return self._build(step, found.facts)
+        return self._build(step, facts)
 
     def apply(self, step: Step, stage: Stage, root: Stage) -> Stage:
         """Returns the stage of a step on what another one leaves, with all that it needs besides.
@@ -287,6 +307,9 @@ class _Builder:
         for module, extra in step.requires():
             if find_spec(module) is None:
                 raise missing_extra(extra, module, f"the step {step.kind}")
+        self._check_files(step, stage, stage.facts)
+        if step.needs_sweep() and not self.recipe.trust_remote_code:
+            check_architecture(stage.facts.architecture)
         inputs = {"source": stage}
         if step.needs_sweep():
             swept = self.recipe.calibration
@@ -296,21 +319,38 @@ class _Builder:
             sensitivities = Sensitivities(**self.recipe.calibration.model_dump())
             inputs["sensitivity"] = self._build(sensitivities, stage.facts, source=stage)
         if lessons := step.lessons():
-            inputs |= self._taught(step, lessons, stage.facts, root)
+            inputs |= self._taught(step, lessons, stage, root)
         return self._build(step, stage.facts, **inputs)
 
-    def _taught(self, step: Step, lessons: Step, student: ModelFacts, root: Stage) -> dict[str, Stage]:
-        """Returns the teacher of a step, and what it says about the text."""
+    def _check_files(self, step: Step, stage: Stage, facts: ModelFacts) -> None:
+        """Raises RequestError for what a step cannot read where its model comes from; looks once for each kind."""
+        origin = _origin(stage)
+        reads = step.needs_sweep() or step.lessons() is not None
+        asked = (step.kind, getattr(step, "format", None), reads, origin)
+        if origin is None or asked in self._looked_at:
+            return
+        if reads:
+            tokenizer_files.read_tokenizer(origin)
+        step.check_files(origin, facts)
+        self._looked_at.add(asked)
+
+    def _taught(self, step: Step, lessons: Step, stage: Stage, root: Stage) -> dict[str, Stage]:
+        """Returns the teacher of a step on what `stage` leaves, and what it says about the text."""
         name = getattr(step, "teacher", "source")
         teacher = root if name == "source" else self.open(find(name, trust_remote_code=self.recipe.trust_remote_code))
-        assert teacher.facts
-        if teacher.facts.vocab != student.vocab:
+        assert teacher.facts and stage.facts
+        student = stage.facts
+        origins = [_first(each).step for each in (stage, teacher)]
+        paths = [Path(each.path) for each in origins if isinstance(each, Source)]
+        if paths[0] != paths[1] and (other := vocabulary.differing(*paths)):
             raise RequestError(
-                f"the student has {student.vocab:,} tokens and its teacher {name} {teacher.facts.vocab:,}: "
-                "distillation compares token by token, so take a teacher with the same vocabulary"
+                f"the student and its teacher {name} have different vocabularies ({other}): distillation compares "
+                "token by token, so take a teacher with the same vocabulary"
             )
         if isinstance(lessons, Teacher):
             check_text(_tokenizer_of(teacher), lessons.data, "calibration", lessons.length, lessons.samples)
+        if teacher.facts.vocab > student.vocab:  # rows that only pad the teacher's
+            lessons = lessons.model_copy(update={"rows": student.vocab})
         return {"teacher": teacher, "lessons": self._build(lessons, teacher.facts, source=teacher)}
 
     def measure(self, stage: Stage, root: Stage, evaluate: Evaluate) -> list[Stage]:
@@ -343,6 +383,8 @@ class _Builder:
             **settings.key_config(),
             "packages": loaders.packages() if measure == "loaders" else measuring_packages(),
         }
+        if data and len(parents) > 1 and _first(parents[0]) is not _first(parents[1]):
+            config["vocabulary"] = "compared"  # a student from elsewhere may have another one than the baseline
         if isinstance(settings, Accuracy) and settings.harness:
             config["lm_eval"] = harness.look(settings).version
         if data:

@@ -169,6 +169,12 @@ class Step(AnyCase):
     def check_source(self, form: str, facts: ModelFacts) -> None:
         """Raises RequestError if it cannot read a model of such a format (what the step before `writes`)."""
 
+    def check_files(self, folder: Path, facts: ModelFacts) -> None:
+        """Raises RequestError for what the step cannot read in the directory that the model comes from.
+
+        It is called before anything is copied.
+        """
+
     def result(self, facts: ModelFacts) -> ModelFacts:
         """Returns the sizes of what the step makes of such a model, as far as they are known before."""
         return facts

@@ -13,8 +13,10 @@ from typing import Any
 from lighten.compress.sweep import Sweep
 from lighten.errors import DiskFull, Failure, LightenError, RequestError
 from lighten.evaluate import machine
+from lighten.evaluate.paired import RESULT
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.locks import scratch_beside
+from lighten.model import gguf_source
 from lighten.model.accelerator import Device
 from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, find
@@ -211,7 +213,9 @@ def _measure_one(
 ) -> dict[str, Any]:
     is_baseline = number == 0
     row = {"name": "baseline" if is_baseline else source.path.name, "status": "ok", **describe_source(source)}
-    measured = []
+    measured: list[tuple[Any, Path, Path | None]] = []
+    for note in row["notes"][len(source.notes) :]:  # the others were said before
+        watcher.say(f"{source.name}: {note}")
     try:
         for position, (kind, settings) in enumerate(asked):
             out = scratch / f"{number}-{position}"
@@ -232,8 +236,14 @@ def _measure_one(
                 "save_hidden": comparable and is_baseline,
             }
             watcher.say(f"{settings.told} of {source.name}")
-            run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed")
-            measured.append((kind, out, None if is_baseline else hidden))
+            value = run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed").value
+            if value.get("vocabulary") and not measured:
+                watcher.say(
+                    f"{source.name} has another vocabulary than {baseline.name} ({value['vocabulary']}): each is "
+                    "measured on its own tokens; compare bits per byte, not perplexity"
+                )
+            paired = not is_baseline and (hidden / RESULT).is_file()  # its own row says why it was not measured
+            measured.append((kind, out, hidden if paired else None))
         add_measurements(row, measured, is_baseline)
     except DiskFull:
         raise
@@ -245,7 +255,7 @@ def _measure_one(
 def describe_source(source: Found) -> dict[str, Any]:
     """Returns the columns of a row of a model that lies anywhere, as far as they need no measuring."""
     files = [file for file in source.path.rglob("*") if file.is_file()] if source.path.is_dir() else [source.path]
-    weights = sum(file.stat().st_size for file in files if file.name.endswith(WEIGHTS))
+    weights = sum(file.stat().st_size for file in files if file.name.endswith(WEIGHTS) or gguf_source.is_gguf(file))
     return {
         "path": str(source.path),
         "error": None,
@@ -253,7 +263,7 @@ def describe_source(source: Found) -> dict[str, Any]:
         "size_bytes": sum(file.stat().st_size for file in files),
         "bits_per_weight": 8 * weights / source.facts.params,
         "params": source.facts.params,
-        "notes": list(source.notes),
+        "notes": [*source.notes, *(gguf_source.doubts(source.path) if source.kind == "gguf" else [])],
     }
 
 

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from lighten import pipeline
 from lighten.errors import Failure
 from lighten.export import gguf, gguf_quantize
-from lighten.parity import check
+from lighten.model import gguf_source, vocabulary
+from lighten.model.tokenizer_files import chat_templates, ends
+from lighten.parity import check, words_of
 from lighten.recipe import parse
 from lighten.stage import silent
 
@@ -147,3 +149,63 @@ def test_a_stage_fails_with_its_export(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "artifacts/objects" / rows["strict"]["key"]).exists()
     assert rows["loose"]["status"] == rows["plain"]["status"] == "ok"
     assert rows["plain"]["facts"]["parity"]["top1_agreement"] >= 0.99
+
+
+def test_every_end_and_every_template_go_into_the_file_and_are_compared(source: Path, tmp_path: Path) -> None:
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tool_use.jinja").write_text("{{ messages[0]['content'] }} with tools")
+    asked = [index for index, text in entries(source) if text in ("<|im_end|>", "a", "b")]
+    edit_json(source / "generation_config.json", lambda config: config.update(eos_token_id=asked))
+    file = tmp_path / "made.gguf"
+    gguf.write(source, file, "F32")
+    fields = gguf_source.read_header(file).fields
+    assert fields["tokenizer.chat_templates"] == ["tool_use"]
+    assert fields["tokenizer.chat_template.tool_use"].endswith("with tools")
+    assert sorted(fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")) == sorted(asked)
+    words = words_of(file)
+    assert set(asked) <= set(words.ends)
+    assert sorted(words.render) == ["default", "tool_use"]
+    found = compare(source, file)
+    assert (found["chat_template"], found["chat_templates"]) == ("same", ["default", "tool_use"])
+    assert found["ends"] == 3
+
+
+def entries(folder: Path) -> list[tuple[int, str]]:
+    read = vocabulary.read(folder)
+    return [*read.learned.items(), *read.others.items()]
+
+
+def test_a_lost_end_and_a_lost_template_are_caught(source: Path, tmp_path: Path) -> None:
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tool_use.jinja").write_text("tools")
+    index = next(index for index, text in entries(source) if text == "a")
+    edit_json(source / "generation_config.json", lambda config: config.update(eos_token_id=[2, index]))
+
+    def forget(broken: Path) -> None:
+        shutil.rmtree(broken / "additional_chat_templates")
+        edit_json(broken / "generation_config.json", lambda config: config.update(eos_token_id=2))
+
+    lost = rf"does not end a text at {index}, the source does; it has no chat template tool_use"
+    with pytest.raises(Failure, match=lost):
+        compare(source, exported(source, forget, tmp_path))
+
+
+def test_ends_that_have_no_place_are_said(source: Path, tmp_path: Path) -> None:
+    asked = [index for index, text in entries(source) if text in ("<|im_end|>", "a", "b", "c")]
+    edit_json(source / "generation_config.json", lambda config: config.update(eos_token_id=asked))
+    warnings = gguf.write(source, tmp_path / "made.gguf", "F32")
+    assert any("no place for 1 of the tokens that end a text: c" in each for each in warnings)
+    compare(source, tmp_path / "made.gguf")  # a warning, as the file has no room for it
+
+
+def test_what_a_file_says_of_ends_and_templates_comes_back(source: Path, tmp_path: Path) -> None:
+    """From a model to a GGUF file to a model."""
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tool_use.jinja").write_text("tools")
+    edit_json(source / "generation_config.json", lambda config: config.update(eos_token_id=[2, 0]))
+    file, back = tmp_path / "made.gguf", tmp_path / "back"
+    gguf.write(source, file, "F32")
+    back.mkdir()
+    gguf_source.convert(file, back)
+    assert chat_templates(back) == chat_templates(source)
+    assert ends(back) == [2, 0]

@@ -15,6 +15,7 @@ from lighten.data import choices, text
 from lighten.errors import RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
+from lighten.model import vocabulary
 from lighten.model.source import Found, find
 from lighten.pipeline import Watcher, add_measurements
 from lighten.plan import check_measurable, measuring_packages, this_machine
@@ -126,6 +127,11 @@ def of_model(
     source = find(name)
     check_measurable(source.facts, evaluate, name)
     ids = find(str(tokenizer)) if tokenizer else source
+    if tokenizer and (other := vocabulary.differing(ids.path, source.path)):
+        raise RequestError(
+            f"{name} has another vocabulary than what it is compared with ({other}): their tokens cannot be paired. "
+            "`lighten evaluate` measures each on its own tokens and puts bits per byte side by side"
+        )
     asked: list[tuple[Any, Perplexity | Accuracy | Speed]] = [("accuracy", each) for each in evaluate.accuracy]
     asked += [("perplexity", each) for each in evaluate.perplexity[:1]]  # the one that leads the report
     asked += [("speed", evaluate.speed)] if evaluate.speed else []

@@ -241,8 +241,11 @@ class Distill(Step):
         assert context.teacher and context.lessons and context.scratch
         check_vocabularies(source.path, context.teacher)
         student = Student(self, source.path, context)
-        teacher = open_teacher(context.teacher, context) if self.runs_along else None
-        trainer = Trainer(self, student, Lessons(context.lessons), teacher, context, context.scratch)
+        teacher = open_teacher(context.teacher, context, checkpoint.facts.vocab) if self.runs_along else None
+        lessons = Lessons(context.lessons)
+        if (largest := int(lessons.ids.max())) >= checkpoint.facts.vocab:
+            raise RequestError(f"the text has the token {largest}, for which the student has no row: take another text")
+        trainer = Trainer(self, student, lessons, teacher, context, context.scratch)
         trainer.run()
         best = context.scratch / "best.safetensors"
         if not best.exists():

@@ -194,15 +194,12 @@ class Student:
 
 
 def check_vocabularies(student: Path, teacher: Path) -> None:
-    """Raises RequestError unless two models' tokenizers give the same ids."""
-    from lighten.model.tokens import load_tokenizer
+    """Raises RequestError unless an id of a text means the same to both, whatever rows pad their embeddings."""
+    from lighten.model.vocabulary import differing
 
-    ours, theirs = (load_tokenizer(path).get_vocab() for path in (student, teacher))
-    if ours != theirs:
-        different = sorted(set(ours.items()) ^ set(theirs.items()), key=lambda entry: entry[1])
+    if other := differing(student, teacher):
         raise RequestError(
-            f"student and teacher have different vocabularies ({len(ours):,} and {len(theirs):,} tokens; the first "
-            f"difference is {different[0][0]!r}, id {different[0][1]}): distillation compares token by token, so take "
+            f"student and teacher have different vocabularies ({other}): distillation compares token by token, so take "
             "a teacher of the same family"
         )
 

@@ -41,11 +41,13 @@ class Teacher(Step):
     temperature: float = Field(1.0, gt=0)
     validation: float = Field(0.0, ge=0, le=0.5, description="share of the text that is held out: no prompt is of it")
     seed: int = 0
+    rows: int | None = Field(None, ge=1, description="of its head that are tokens; the others pad it; none: all")
 
     def key_config(self) -> dict[str, Any]:
         """Returns what the stage's key is made of: the text itself instead of its name."""
+        left_out = {"rows"} if self.rows is None else set()  # it came later
         return {
-            **self.model_dump(),
+            **self.model_dump(exclude=left_out),
             "data": text.identity(self.data, "calibration", text.wanted_letters(self.samples, self.length)),
         }
 
@@ -80,7 +82,7 @@ class Teacher(Step):
         accelerator.deterministic(context.device)
         ids = _sequences(source.path, self.data, self.samples, self.length, context.warnings)
         with torch.inference_mode():
-            model = open_teacher(source.path, context) if self.top_k or self.written else None
+            model = open_teacher(source.path, context, self.rows) if self.top_k or self.written else None
             count = len(ids)
             held = max(1, round(self.validation * count)) if self.validation else 0
             if self.written:
@@ -111,15 +113,15 @@ def _sequences(
     return torch.from_numpy(calibration_ids(model, data, samples, length, warnings))
 
 
-def open_teacher(path: Path, context: Context) -> Any:
-    """Returns a whole model in the fastest type of the machine, ready to be asked."""
+def open_teacher(path: Path, context: Context, rows: int | None = None) -> Any:
+    """Returns a whole model in the fastest type of the machine, ready to be asked; `rows` of its head are left."""
     from transformers import AutoModelForCausalLM
 
     from lighten.model import attention
     from lighten.model.loading import from_pretrained
     from lighten.model.stream import fast_dtype
 
-    return (
+    model: Any = (
         from_pretrained(
             AutoModelForCausalLM,
             path,
@@ -130,6 +132,22 @@ def open_teacher(path: Path, context: Context) -> Any:
         .to(context.device)
         .eval()
     )
+    head = model.lm_head
+    if rows is not None and rows < head.out_features:
+        model.lm_head = _cut(head, rows)
+    return model
+
+
+def _cut(head: Any, rows: int) -> Any:
+    """Returns the first rows of a head; what lies behind them only pads it, and is no token."""
+    import torch
+
+    bias = None if head.bias is None else head.bias.detach()[:rows]
+    made = torch.nn.Linear(head.in_features, rows, bias=bias is not None, device="meta")
+    made.weight = torch.nn.Parameter(head.weight.detach()[:rows], requires_grad=False)
+    if bias is not None:
+        made.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return made
 
 
 def last_states(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,8 @@ POINTS = 200
 """Of the loss curve, at most about."""
 PARTS = 4
 """Layers whose hidden states are compared, evenly spread, the last one among them."""
+NEVER = -1e4
+"""Log-probability of rows that only pad a head: next to none, and finite."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -217,7 +219,10 @@ class Trainer:
             parts = [losses.hidden_distance(ours, theirs, module) for ours, theirs, module in pairs]
             extra = torch.stack(parts).mean()
         states = said.last_hidden_state[:, :-1].flatten(0, 1)
-        return (_Live(self.teacher.lm_head, states, self.step.temperature) if self._taught else None), extra
+        if not self._taught:
+            return None, extra
+        rows = self.student.core.config.vocab_size
+        return _Live(self.teacher.lm_head, states, self.step.temperature, rows), extra
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -330,14 +335,15 @@ class Trainer:
 
 
 class _Live:
-    """A teacher's distributions, computed for the positions that are asked for."""
+    """A teacher's distributions, computed for the positions that are asked for, over the rows of the student's head."""
 
-    def __init__(self, head: nn.Module, states: torch.Tensor, temperature: float) -> None:
-        self.head, self.states, self.temperature = head, states, temperature
+    def __init__(self, head: nn.Module, states: torch.Tensor, temperature: float, rows: int) -> None:
+        self.head, self.states, self.temperature, self.rows = head, states, temperature, rows
 
     @torch.no_grad()
     def __getitem__(self, rows: slice) -> torch.Tensor:
-        return nn.functional.log_softmax(self.head(self.states[rows]).float() / self.temperature, -1)
+        found = nn.functional.log_softmax(self.head(self.states[rows]).float() / self.temperature, -1)
+        return nn.functional.pad(found, (0, self.rows - found.shape[-1]), value=NEVER)
 
 
 def _join(targets: list[Targets], device: str) -> Targets:

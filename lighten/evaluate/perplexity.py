@@ -145,6 +145,7 @@ def measure(
         done = part.stop
         report(done, len(ids), f"{done * ids.shape[1] / (time.monotonic() - start):.0f} tok/s")
     value, stderr = summarize(nll)
+    letters = scored_bytes(tokenizer, chunks)
     protocol = {
         "name": settings.protocol,
         "data": told(settings.data),
@@ -159,7 +160,13 @@ def measure(
         **({"within": settings.within, "chunks_of_text": chunks.of} if settings.within else {}),
     }
     result: dict[str, Any] = {
-        "perplexity": {"value": value, "stderr": stderr, "tokens": int(nll.size), "protocol": protocol},
+        "perplexity": {
+            "value": value,
+            "stderr": stderr,
+            "tokens": int(nll.size),
+            "bits_per_byte": float(nll.sum()) / letters / math.log(2) if letters else None,
+            "protocol": protocol,
+        },
         "divergence": None,
         "tokenizer_match": runtime.encode(text) == own,
         "warnings": warnings,
@@ -202,6 +209,20 @@ def _scorer(runtime: Runtime, ids: Ids, first: int, against: Reference | None) -
 
         return DeviceScorer(runtime, ids, first, against)
     return _Scorer(runtime, ids, first, against)
+
+
+def scored_bytes(tokenizer: Tokenizer, chunks: protocols.Chunks) -> int:
+    """Returns the bytes of text that the scored positions stand for.
+
+    A character that the border of two chunks parts counts as a byte in each of them.
+    """
+    start = int(chunks.bos)
+
+    def count(ids: list[int]) -> int:
+        return len(tokenizer.decode(ids, special=True).replace("\ufffd", "?").encode()) if ids else 0
+
+    rows = [[int(each) for each in row] for row in chunks.ids]
+    return sum(count(row[start:]) - count(row[start : chunks.first]) for row in rows)
 
 
 def unfit(model: Path, runtime: Runtime, logits: Floats) -> str | None:

@@ -24,8 +24,8 @@ def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     Args:
         payload: `measurement` ("perplexity", "accuracy", "speed", "load" or "speculative"), `config` (its settings),
             `model` (a path), `draft` (another, if a draft is measured), `tokenizer` (path of the model whose tokenizer
-            gives the ids), `out` (an existing empty directory), `device`,
-            `reference` (`{"hidden": the baseline's measurement, "model": the baseline}` or None),
+            gives the ids, unless its vocabulary is another than the model's own), `out` (an existing empty directory),
+            `device`, `reference` (`{"hidden": the baseline's measurement, "model": the baseline}` or None),
             and `save_hidden` (whether this measurement is to serve as a reference).
         report: called as the work goes on.
 
@@ -55,11 +55,12 @@ def _perplexity(payload: dict[str, Any], model: Path, out: Path, report: Report)
     from lighten.evaluate.runtimes import open_tokenizer
 
     settings = Perplexity(**payload["config"])
+    other = _other_vocabulary(payload)
     runtime = _for_quality(model, payload)
-    reference = payload.get("reference")
+    reference = None if other else payload.get("reference")
     if reference and not (Path(reference["hidden"]) / perplexity.HIDDEN).is_file():
         reference = None  # its own measurement says why
-    tokenizer = open_tokenizer(Path(payload["tokenizer"]))
+    tokenizer = open_tokenizer(model if other else Path(payload["tokenizer"]))
     render = None if settings.data == "builtin" else renderer(Path(payload["tokenizer"]))
     if settings.protocol == "lm-eval":
         measured = documents.measure(runtime, tokenizer, settings, report, render)
@@ -77,8 +78,24 @@ def _perplexity(payload: dict[str, Any], model: Path, out: Path, report: Report)
     if measured.hidden is not None:
         save_file({"hidden": measured.hidden}, out / perplexity.HIDDEN)
     protocol = measured.result["perplexity"]["protocol"]
-    protocol["tokenizer"] = "own" if payload["tokenizer"] == payload["model"] else "the baseline's"
-    return measured.result | _facts(runtime)
+    protocol["tokenizer"] = "own" if other or payload["tokenizer"] == payload["model"] else "the baseline's"
+    return measured.result | _vocabulary(other) | _facts(runtime)
+
+
+def _other_vocabulary(payload: dict[str, Any]) -> str | None:
+    """Returns where the model's vocabulary differs from that of the model whose tokenizer gives the ids, or None.
+
+    Ids of another vocabulary are other words to a model: it is measured on its own then.
+    """
+    if payload["tokenizer"] == payload["model"]:
+        return None
+    from lighten.model import vocabulary
+
+    return vocabulary.differing(Path(payload["tokenizer"]), Path(payload["model"]))
+
+
+def _vocabulary(other: str | None) -> dict[str, Any]:
+    return {"vocabulary": other} if other else {}
 
 
 def _for_quality(model: Path, payload: dict[str, Any]) -> Runtime:
@@ -103,10 +120,12 @@ def _accuracy(payload: dict[str, Any], model: Path, out: Path, report: Report) -
         from lighten.evaluate.harness import measure as harness
 
         scorer = harness.measure
+    other = _other_vocabulary(payload)
     runtime = _for_quality(model, payload)
-    measured = scorer(runtime, open_tokenizer(Path(payload["tokenizer"])), settings, report)
+    tokenizer = open_tokenizer(model if other else Path(payload["tokenizer"]))
+    measured = scorer(runtime, tokenizer, settings, report)
     save_file(measured.values, out / VALUES)
-    return measured.result | _facts(runtime)
+    return measured.result | _vocabulary(other) | _facts(runtime)
 
 
 def served(payload: dict[str, Any], options: Options | None = None, dtype: str | None = None) -> Runtime:
@@ -137,10 +156,14 @@ def _speed(payload: dict[str, Any], model: Path, report: Report) -> dict[str, An
 
 
 def _speculative(payload: dict[str, Any], model: Path, report: Report) -> dict[str, Any]:
+    from lighten.errors import Failure
     from lighten.evaluate import speculative
     from lighten.evaluate.runtimes import open_runtime
+    from lighten.model import vocabulary
 
     settings = Speculative(**payload["config"])
+    if other := vocabulary.differing(model, Path(payload["draft"])):
+        raise Failure(f"target and draft have different vocabularies ({other}): take a draft with the same tokenizer")
     device, trusted = payload["device"], payload.get("trust_remote_code", False)
     target, draft = (
         open_runtime(path, device=device, dtype=settings.dtype or _served(path, device), trust_remote_code=trusted)

@@ -56,6 +56,10 @@ class Bundle(Export):
             raise ValueError(f"type must be one of {', '.join(TYPES)}")
         return value
 
+    def check_files(self, folder: Path, facts: ModelFacts) -> None:
+        """Refuses tokenizers that llama.cpp cannot follow."""
+        Gguf.model_validate({"format": "gguf"}).check_files(folder, facts)
+
     @model_validator(mode="after")
     def _gguf_can(self) -> Self:
         try:

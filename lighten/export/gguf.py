@@ -13,6 +13,7 @@ from lighten.errors import Failure, RequestError, missing_extra, reading
 from lighten.export.gguf_families import Family, family_of, tensor_names
 from lighten.export.gguf_rope import Rotation, rotation
 from lighten.export.gguf_types import PLAIN, TYPES
+from lighten.model.tokenizer_files import DEFAULT
 from lighten.stage import ModelFacts, Report, silent
 
 if TYPE_CHECKING:
@@ -322,8 +323,18 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
         writer.add_remove_extra_whitespaces(vocabulary.merge_spaces)
     if vocabulary.charsmap:
         writer.add_precompiled_charsmap(vocabulary.charsmap)
-    if vocabulary.chat_template:
-        writer.add_chat_template(vocabulary.chat_template)
+    _add_templates(writer, vocabulary.templates)
+
+
+def _add_templates(writer: Any, templates: Mapping[str, str]) -> None:
+    """Writes the default chat template and the named ones, in llama.cpp's keys and in one order always."""
+    names = sorted(name for name in templates if name != DEFAULT)
+    for name in names:
+        writer.add_string(f"tokenizer.chat_template.{name}", templates[name])
+    if names:
+        writer.add_array("tokenizer.chat_templates", names)
+    if DEFAULT in templates:
+        writer.add_chat_template(templates[DEFAULT])
 
 
 def _window_warning(config: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from lighten.budget import Budget
-from lighten.errors import RequestError
+from lighten.errors import RequestError, reading
 from lighten.export.gguf_types import PLAIN, TYPES, TypeName
 from lighten.export.step import Export, about
 from lighten.knapsack import parse_size
@@ -117,6 +117,14 @@ class Gguf(Export):
                 f"{'a budget' if self.budget else 'an importance matrix'} is measured on an unquantized "
                 f"model, this one is {form}: export it without, or export the model that it was made from"
             )
+
+    def check_files(self, folder: Path, facts: ModelFacts) -> None:
+        """Refuses tokenizers that llama.cpp cannot follow."""
+        from lighten.export.tokenizer import read_vocabulary
+        from lighten.model.checkpoint import read_config
+
+        with reading(folder / "tokenizer.json", "fetch the model again"):
+            read_vocabulary(folder, facts.vocab, read_config(folder))
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns the size of the file, the largest tensor in memory, and time by what SmolLM2-135M took.

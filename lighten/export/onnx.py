@@ -42,6 +42,7 @@ def write(source: Path, out: Path, step: Onnx, context: Context) -> dict[str, An
         RequestError: a setting that this model cannot have.
         Failure: the builder failed, or a quantized linear has no place in its graph.
     """
+    from lighten.model import tokenizer_files
     from lighten.model.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(source)
@@ -60,8 +61,9 @@ def write(source: Path, out: Path, step: Onnx, context: Context) -> dict[str, An
         build(start, scratch / "graph", target, step.provider, options, context.report)
         told = finish(scratch / "graph", out, step, precision, quantized)
         for file in sorted((scratch / "graph").iterdir()):
-            if file.name not in (GRAPH, DATA):
+            if file.is_file() and file.name not in (GRAPH, DATA):
                 shutil.copyfile(file, out / file.name)
+        tokenizer_files.write_templates(tokenizer_files.chat_templates(source), out)
     _write_config(checkpoint.config, out)
     return {
         "format": "onnx",

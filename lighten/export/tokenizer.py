@@ -15,11 +15,17 @@ from typing import Any
 
 from lighten.errors import Failure, RequestError
 from lighten.model.files import read_json
+from lighten.model.tokenizer_files import DEFAULT, FILE, chat_templates, ends, read_tokenizer, vocabulary_of
 from lighten.model.tokenizer_table import BYTE, CONTROL, NORMAL, TABLE, UNKNOWN, UNUSED, USER_DEFINED, Json, name_of
 
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _NAMES = ("bos", "eos", "unk", "pad")
+_MESSAGE_ENDS = ("<|eom_id|>",)
+_TURN_ENDS = re.compile(r"eot|im_end|end_of_turn|end_of_role|<\|end\|>|<\|user\|>|<turn\|>")
+"""How tokens that end a turn are mostly named; such a one goes before others."""
+_KNOWN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>")
+"""Some of the names that llama.cpp takes for ends by itself."""
 _NEVER = -1e6
 """Score of tokens that only pad the vocabulary."""
 
@@ -46,7 +52,8 @@ class Vocabulary:
     """SentencePiece's table of what characters become."""
     strips: bool = False
     """Whether spaces after special tokens are dropped, as Phi-3 wants it."""
-    chat_template: str | None = None
+    templates: dict[str, str] = field(default_factory=dict)
+    """Chat templates by name; the one called "default" is used where none is asked for."""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -54,7 +61,7 @@ def read_vocabulary(source: Path, size: int, config: Json) -> Vocabulary:
     """Reads a model directory's tokenizer, padded to `size` tokens.
 
     Args:
-        source: directory with tokenizer.json, and tokenizer_config.json and chat_template.jinja where there are any.
+        source: directory with tokenizer.json, and whatever other files say of its tokenizer.
         size: rows of the embedding.
         config: the model's config.json, for special ids that the tokenizer does not name.
 
@@ -62,7 +69,7 @@ def read_vocabulary(source: Path, size: int, config: Json) -> Vocabulary:
         RequestError: no tokenizer.json, or one that llama.cpp cannot follow.
         Failure: the tokenizer has ids that the embedding has no rows for.
     """
-    tokenizer = _read_tokenizer(source / "tokenizer.json")
+    tokenizer = _read_tokenizer(source)
     settings = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
     model = tokenizer["model"]
     added = tokenizer.get("added_tokens") or []
@@ -73,9 +80,14 @@ def read_vocabulary(source: Path, size: int, config: Json) -> Vocabulary:
     tokens, types = _tokens(tokenizer, size, source)
     ids = _special_ids(settings, config, tokens)
     add_bos, add_eos = _adds(tokenizer, settings, ids)
-    template = _chat_template(source, settings)
-    vocabulary = Vocabulary("gpt2", tokens, types, ids, add_bos, add_eos, chat_template=template)
+    vocabulary = Vocabulary("gpt2", tokens, types, ids, add_bos, add_eos, templates=chat_templates(source))
     vocabulary.strips, vocabulary.warnings = _stripping(tokenizer, tokens)
+    vocabulary.warnings += _add_ends(vocabulary, ends(source))
+    if vocabulary.templates and DEFAULT not in vocabulary.templates:
+        vocabulary.warnings.append(
+            f"the model has no chat template called {DEFAULT}, only {', '.join(vocabulary.templates)}: "
+            "llama.cpp uses one of its own until it is told a name"
+        )
     if beyond:
         named = ", ".join(beyond[:3])
         vocabulary.warnings.append(f"the model has no rows for {len(beyond)} tokens, which are left out: {named}")
@@ -107,22 +119,18 @@ def read_vocabulary(source: Path, size: int, config: Json) -> Vocabulary:
     return vocabulary
 
 
-def _read_tokenizer(path: Path) -> Json:
-    if not path.is_file():
-        folder = path.parent
-        code = f"from transformers import AutoTokenizer as A; A.from_pretrained('{folder}').save_pretrained('{folder}')"
-        raise RequestError(f'{folder} has no tokenizer.json; write one once: python -c "{code}"')
-    tokenizer = read_json(path)
-    kind = tokenizer["model"].setdefault("type", "BPE")
+def _read_tokenizer(folder: Path) -> Json:
+    tokenizer = read_tokenizer(folder)
+    kind = tokenizer["model"]["type"]
     if kind not in ("BPE", "Unigram"):
-        raise RequestError(f"{path} is of kind {kind}; GGUF export knows BPE and Unigram tokenizers")
+        raise RequestError(f"{folder / FILE} is of kind {kind}; GGUF export knows BPE and Unigram tokenizers")
     return tokenizer
 
 
 def _tokens(tokenizer: Json, size: int, source: Path) -> tuple[list[str], list[int]]:
     """Returns the text and the GGUF type of every row of the embedding."""
     model, added = tokenizer["model"], tokenizer["added_tokens"]
-    vocab = _vocab(model)
+    vocab = vocabulary_of(model)
     texts = {index: token for token, index in vocab.items()} | {one["id"]: one["content"] for one in added}
     if max(texts) >= size:
         raise Failure(f"{source}: tokenizer.json has token {max(texts)}, but the embedding has only {size} rows")
@@ -137,14 +145,6 @@ def _tokens(tokenizer: Json, size: int, source: Path) -> tuple[list[str], list[i
     if unknown is not None and (model.get("byte_fallback") or model["type"] == "Unigram"):
         types[unknown] = UNKNOWN
     return [texts.get(index, f"[PAD{index}]") for index in range(size)], types
-
-
-def _vocab(model: Json) -> dict[str, int]:
-    """Returns the id of every token of the model itself."""
-    if model["type"] == "Unigram":
-        return {token: index for index, (token, _) in enumerate(model["vocab"])}
-    vocab: dict[str, int] = model["vocab"]
-    return vocab
 
 
 def _stripping(tokenizer: Json, tokens: list[str]) -> tuple[bool, list[str]]:
@@ -189,14 +189,25 @@ def _adds(tokenizer: Json, settings: Json, ids: dict[str, int]) -> tuple[bool, b
     return by_template
 
 
-def _chat_template(source: Path, settings: Json) -> str | None:
-    file = source / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        return next((str(one["template"]) for one in template if one["name"] == "default"), None)
-    return template
+def _add_ends(vocabulary: Vocabulary, told: list[int]) -> list[str]:
+    """Puts the ends of a text beyond EOS where llama.cpp looks for them: end of turn, then end of message.
+
+    Returns:
+        What the person should know of ends that have no place.
+    """
+    size = len(vocabulary.tokens)
+    further = [index for index in told if index != vocabulary.ids.get("eos") and 0 <= index < size]
+    message = [index for index in further if vocabulary.tokens[index] in _MESSAGE_ENDS]
+    turn = sorted((i for i in further if i not in message), key=lambda i: not _TURN_ENDS.search(vocabulary.tokens[i]))
+    placed = dict(zip(("eot", "eom"), [*turn[:1], *message[:1], *turn[1:], *message[1:]], strict=False))
+    if message and not turn:
+        placed = {"eom": message[0]}
+    vocabulary.ids |= placed
+    # llama.cpp knows some names of ends by itself, whatever the file says
+    left = [vocabulary.tokens[i] for i in further if i not in placed.values()]
+    if unknown := [token for token in left if token not in _KNOWN_ENDS]:
+        return [f"llama.cpp has no place for {len(unknown)} of the tokens that end a text: {', '.join(unknown[:3])}"]
+    return []
 
 
 def _check_normalizer(tokenizer: Json) -> None:

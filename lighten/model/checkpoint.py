@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from lighten.errors import Failure, RequestError
-from lighten.model import forms
+from lighten.model import forms, tokenizer_files
 from lighten.model.config_checks import size
 from lighten.model.files import refuse_pointer, without_pickles
 from lighten.model.forms import EMBEDDING, ENCODERS, HEAD, INDEX, SINGLE, read_config, refuse_pickle
@@ -140,6 +140,7 @@ class Checkpoint:
             weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
             if not weights and file.name not in (MANIFEST, "config.json"):
                 shutil.copyfile(file, out / file.name)
+        tokenizer_files.copy_templates(self.path, out)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def _open(self, name: str, framework: str = "pt") -> Any:

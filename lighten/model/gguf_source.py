@@ -14,10 +14,11 @@ import re
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lighten.errors import Failure, RequestError, missing_extra, reading
 from lighten.model import tokenizer_table
+from lighten.model.tokenizer_files import DEFAULT
 from lighten.stage import ModelFacts, Report, silent
 
 if TYPE_CHECKING:
@@ -238,6 +239,22 @@ def _lay_out(
     return tensors
 
 
+def is_gguf(path: Path) -> bool:
+    """Returns whether a path is a GGUF file, by its first bytes; one that is called so, and is another, is told later.
+
+    Other tools keep such files under names without a suffix.
+    """
+    if not path.is_file():
+        return False
+    if path.suffix == ".gguf":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
 def check_header(path: Path) -> None:
     """Makes sure that llama.cpp, which trusts a file, is given one of any architecture that holds what it tells of.
 
@@ -305,16 +322,46 @@ def _joined(header: Header) -> Header:
     return replace(header, tensors=tensors)
 
 
-def _open(path: Path) -> Header:
+_NO_MODELS = {
+    "adapter": "an adapter of {base}: merge it into that model, and give the model",
+    "imatrix": "an importance matrix, and no model: lighten measures its own (imatrix: true)",
+    "mmproj": "the projector of a model that sees: give the file of the language model",
+}
+"""What a file of such a type is."""
+
+
+def _open_any(path: Path) -> Header:
+    """Returns the header of a file that is a model, of whatever architecture.
+
+    Raises:
+        RequestError: no such file, not GGUF, or something else than a model.
+        Failure: the file is cut short or damaged.
+    """
     header = read_header(path)
     if header.count("split.no", 0):
         parts(path)
+    kind = str(header.fields.get("general.type", "model"))
+    kind = {"imatrix": "imatrix", "clip": "mmproj"}.get(header.arch, kind)
+    if kind in _NO_MODELS:
+        base = next(
+            (header.fields[key] for key in _BASES if header.fields.get(key)), f"a model of the kind {header.arch}"
+        )
+        raise RequestError(f"{path} is {_NO_MODELS[kind].format(base=base)}")
+    return _joined(header)
+
+
+_BASES = ("general.base_model.0.repo_url", "general.base_model.0.name", "general.basename")
+"""Where a file says what it was made for."""
+
+
+def _open(path: Path) -> Header:
+    header = _open_any(path)
     if header.arch not in READS:
         raise RequestError(
-            f"{path} has architecture {header.arch!r}, which is not supported; supported are {', '.join(READS)} "
-            "(files of Mistral models have the architecture llama)"
+            f"{path} has architecture {header.arch!r}, which can be measured but not changed: lighten turns only "
+            f"{' and '.join(READS)} files back into a model (Mistral models are called llama there); give the "
+            "model that it was made from"
         )
-    header = _joined(header)
     if header.integer("expert_count", 0):
         raise RequestError(f"{path} is a mixture of experts, which lighten does not read")
     if (layers := header.size("block_count")) > len(header.tensors):
@@ -324,19 +371,78 @@ def _open(path: Path) -> Header:
     return header
 
 
-def check(path: Path) -> None:
-    """Checks that a file can be read as a source, from its header alone.
+def check(path: Path) -> ModelFacts:
+    """Returns the sizes of the model in a file that can be a source; raises all that `convert` does before weights.
 
     Raises:
-        RequestError: no such file, not GGUF, or an architecture that is not supported.
+        RequestError: no such file, not GGUF, or an architecture, a tokenizer or tensors that cannot be expressed.
         Failure: the file is cut short or damaged.
     """
-    _open(path)
+    header = _open(path)
+    facts = _facts(header)
+    tokenizer_table.tokenizer_json(header.fields)
+    _config(header, facts)
+    _names(header, facts)
+    return facts
 
 
 def inspect(path: Path) -> ModelFacts:
-    """Returns the sizes of the model in a GGUF file, from its header alone; raises as `check` does."""
+    """Returns the sizes of the model in a GGUF file that can be a source, from its header alone."""
     return _facts(_open(path))
+
+
+def measurable(path: Path) -> ModelFacts:
+    """Returns the sizes of the model in a GGUF file of any architecture, as far as its header tells them.
+
+    Raises:
+        RequestError: no such file, not GGUF, or something else than a model.
+        Failure: the file is cut short or damaged.
+    """
+    header = _open_any(path)
+    counted = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
+    if not counted:
+        raise RequestError(f"{path} has no weights, only a vocabulary: give a model")
+    heads = max(1, _largest(header, "attention.head_count"))
+    hidden = _largest(header, "embedding_length")
+    embedding = header.tensors.get("token_embd.weight")
+    return ModelFacts(
+        architecture=READS.get(header.arch, header.arch),
+        layers=_largest(header, "block_count"),
+        hidden=hidden,
+        intermediate=_largest(header, "feed_forward_length"),
+        heads=heads,
+        kv_heads=_largest(header, "attention.head_count_kv") or heads,
+        head_dim=_largest(header, "attention.key_length") or hidden // heads,
+        vocab=embedding.shape[0] if embedding else len(header.fields.get("tokenizer.ggml.tokens") or []),
+        tied="output.weight" not in header.tensors,
+        family=_family(header),
+        counted=counted - (math.prod(header.tensors[ROPE_FREQS].shape) if ROPE_FREQS in header.tensors else 0),
+        context=_largest(header, "context_length") or None,
+    )
+
+
+def doubts(path: Path) -> list[str]:
+    """Returns what the person should know of a file before believing in what llama.cpp computes with it."""
+    fields = read_header(path).fields
+    if fields.get("tokenizer.ggml.model") == "gpt2" and not fields.get("tokenizer.ggml.pre"):
+        return [
+            "the file does not name its pre-tokenizer (tokenizer.ggml.pre), so llama.cpp takes a default that may "
+            "split text otherwise than the model learned it: export the model again"
+        ]
+    return []
+
+
+def _largest(header: Header, key: str) -> int:
+    """Returns a whole number of the architecture, the largest where it differs by layer; 0 if the file has none."""
+    value = header.fields.get(f"{header.arch}.{key}", 0)
+    numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, (int, float))]
+    return int(max(numbers, default=0))
+
+
+def _family(header: Header) -> Literal["causal", "encoder", "seq2seq"]:
+    if header.arch == "t5":
+        return "seq2seq"
+    return "encoder" if header.fields.get(f"{header.arch}.attention.causal") is False else "causal"
 
 
 def _head_dim(header: Header) -> int:
@@ -440,6 +546,8 @@ def convert(path: Path, out: Path, report: Report = silent) -> dict[str, Any]:
     _write_weights(header, facts, config, out, report)
     _write_json(out / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    if (several := _ends(header)) and len(several) > 1:
+        ids["eos_token_id"] = several
     _write_json(out / "generation_config.json", ids)
     _write_json(out / "tokenizer.json", tokenizer)
     _write_json(out / "tokenizer_config.json", settings)
@@ -537,9 +645,30 @@ def _tokenizer_config(header: Header, facts: ModelFacts) -> dict[str, Any]:
             config[f"{name}_token"] = tokens[index]
     config["add_bos_token"], config["add_eos_token"] = tokenizer_table.adds(header.fields)
     config["model_max_length"] = header.integer("context_length")
-    if template := header.fields.get("tokenizer.chat_template"):
-        config["chat_template"] = template
+    if templates := chat_templates(header):
+        listed = [{"name": name, "template": text} for name, text in templates.items()]
+        config["chat_template"] = templates[DEFAULT] if templates.keys() == {DEFAULT} else listed
     return config
+
+
+def chat_templates(header: Header) -> dict[str, str]:
+    """Returns the chat templates of a file by name, the default first if there is one."""
+    names = header.fields.get("tokenizer.chat_templates") or []
+    found = {DEFAULT: header.fields.get("tokenizer.chat_template")}
+    found |= {str(name): header.fields.get(f"tokenizer.chat_template.{name}") for name in names}
+    return {name: str(text) for name, text in found.items() if text}
+
+
+def _ends(header: Header) -> list[int]:
+    """Returns the ids that a file says a text, a turn or a message ends with."""
+    found = [header.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return list(dict.fromkeys(each for each in found if each is not None))
+
+
+def says_more(path: Path) -> bool:
+    """Returns whether a file has further chat templates or ends; see `tokenizer_files.says_more`."""
+    header = read_header(path)
+    return bool(header.fields.get("tokenizer.chat_templates")) or len(_ends(header)) > 1
 
 
 def _read(header: Header, tensor: Tensor) -> torch.Tensor:
@@ -559,14 +688,20 @@ def _read(header: Header, tensor: Tensor) -> torch.Tensor:
     return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(tensor.shape)
 
 
+def _names(header: Header, facts: ModelFacts) -> dict[str, str]:
+    """Returns the GGUF names of a file's tensors, by Hugging Face name."""
+    names = {hf: gguf for hf, gguf in tensor_names(header.arch, facts.layers).items() if gguf in header.tensors}
+    if unknown := sorted(set(header.tensors) - set(names.values()) - {ROPE_FREQS}):
+        raise RequestError(f"{header.path}: a {header.arch} model that lighten reads has no tensor {unknown[0]}")
+    return names
+
+
 def _write_weights(header: Header, facts: ModelFacts, config: dict[str, Any], out: Path, report: Report) -> None:
     import torch
 
     from lighten.model.shards import ShardWriter
 
-    names = {hf: gguf for hf, gguf in tensor_names(header.arch, facts.layers).items() if gguf in header.tensors}
-    if unknown := sorted(set(header.tensors) - set(names.values()) - {ROPE_FREQS}):
-        raise RequestError(f"{header.path}: a {header.arch} model that lighten reads has no tensor {unknown[0]}")
+    names = _names(header, facts)
     with ShardWriter(out, len(names), SHARD_BYTES) as writer:
         for done, (hf, name) in enumerate(names.items(), 1):
             if (found := header.tensors[name].shape) != (right := _shape(hf, facts)):

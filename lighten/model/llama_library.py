@@ -296,6 +296,7 @@ def _declared(found: Installed) -> SimpleNamespace:
         "vocab_bos": (number, handle),
         "vocab_eos": (number, handle),
         "vocab_get_add_bos": (flag, handle),
+        "vocab_is_eog": (flag, handle, number),
         "tokenize": (number, handle, text, number, ids, number, flag, flag),
         "detokenize": (number, handle, ids, number, text, number, flag, flag),
         "context_default_params": (_ContextParams,),

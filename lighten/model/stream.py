@@ -15,11 +15,9 @@ from torch import nn
 
 from lighten.errors import Failure, RequestError
 from lighten.model import accelerator
+from lighten.model.architectures import check_architecture
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.products import fast_bfloat16
-
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-"""Architectures that can be swept: decoder layers at `model.layers`, embedding at `model.embed_tokens`."""
 
 LAYERS = "model.layers."
 HEAD_ROWS = 128
@@ -31,14 +29,6 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 def batch_of(device: str, length: int) -> int:
     """Returns how many sequences of a length go through a layer at once."""
     return max(1, BATCH_TOKENS[accelerator.kind(device)] // length)
-
-
-def check_architecture(architecture: str) -> None:
-    """Raises RequestError, naming those that are supported, if `architecture` is not."""
-    if architecture not in ARCHITECTURES:
-        raise RequestError(
-            f"the architecture {architecture} is not supported; supported are {', '.join(ARCHITECTURES)}"
-        )
 
 
 def fast_dtype(device: str) -> torch.dtype:

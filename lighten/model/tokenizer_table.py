@@ -114,6 +114,11 @@ def by_name(name: str) -> Pre:
     for canonical, pre in TABLE.items():
         if name == canonical or name in pre.aliases:
             return pre
+    if not name:
+        raise RequestError(
+            "the GGUF file does not name its pre-tokenizer (tokenizer.ggml.pre), so nobody can tell how it splits "
+            "text: export the model again, or give the model that it was made from"
+        )
     raise RequestError(f"the GGUF file has the pre-tokenizer {name!r}, which lighten does not know; known: {known()}")
 
 
@@ -231,7 +236,7 @@ def tokenizer_json(fields: Json) -> Json:
 
 
 def _byte_level_parts(fields: Json, vocab: dict[str, int], types: list[int]) -> _Parts:
-    pre = by_name(fields.get("tokenizer.ggml.pre", "unnamed"))
+    pre = by_name(fields.get("tokenizer.ggml.pre") or "")
     model = {
         "unk_token": None,
         "fuse_unk": False,
@@ -274,10 +279,7 @@ def _merges_of_scores(vocab: dict[str, int], types: list[int], scores: list[floa
 
 def adds(fields: Json) -> tuple[bool, bool]:
     """Returns whether the tokenizer of a GGUF file puts BOS first and EOS last, by llama.cpp's defaults."""
-    if fields["tokenizer.ggml.model"] == "llama":
-        bos = True
-    else:
-        bos = by_name(fields.get("tokenizer.ggml.pre", "unnamed")).add_bos
+    bos = fields["tokenizer.ggml.model"] == "llama" or by_name(fields.get("tokenizer.ggml.pre") or "").add_bos
     return (
         bool(fields.get("tokenizer.ggml.add_bos_token", bos)),
         bool(fields.get("tokenizer.ggml.add_eos_token", False)),

@@ -12,6 +12,7 @@ import numpy as np
 from lighten.data.origin import Origin, parts
 from lighten.data.text import Part, Render, load_text, wanted_letters
 from lighten.errors import RequestError
+from lighten.model import tokenizer_files
 from lighten.model.template import renderer
 
 SURE = 16
@@ -19,10 +20,10 @@ SURE = 16
 
 
 def load_tokenizer(model: Path) -> Any:
-    """Returns the `tokenizers.Tokenizer` of a model directory or a .gguf file.
+    """Returns the `tokenizers.Tokenizer` of a .gguf file, or of a directory with the tokens that other files add.
 
     Raises:
-        RequestError: the directory has no tokenizer.json, or the file one of a kind that is not read.
+        RequestError: the directory has no tokenizer.json, the other files contradict it, or a kind that is not read.
     """
     from tokenizers import Tokenizer
 
@@ -30,10 +31,9 @@ def load_tokenizer(model: Path) -> Any:
         from lighten.model import gguf_source, tokenizer_table
 
         return Tokenizer.from_str(json.dumps(tokenizer_table.tokenizer_json(gguf_source.read_header(model).fields)))
-    path = model / "tokenizer.json"
-    if not path.is_file():
-        raise RequestError(f"{model} has no tokenizer.json: save its fast tokenizer there")
-    return Tokenizer.from_file(str(path))
+    if tokenizer_files.is_whole(model):
+        return Tokenizer.from_file(str(model / tokenizer_files.FILE))
+    return Tokenizer.from_str(json.dumps(tokenizer_files.read_tokenizer(model)))
 
 
 def check_text(

@@ -68,10 +68,10 @@ def traffic(path: Path, facts: ModelFacts, dtype: str) -> Traffic:
 
 
 def _gguf_files(path: Path) -> list[Path]:
-    from lighten.model.gguf_source import parts, within
+    from lighten.model.gguf_source import is_gguf, parts, within
 
     if path.is_file():
-        return parts(path) if path.suffix == ".gguf" else []
+        return parts(path) if is_gguf(path) else []
     first = within(path)
     return parts(first) if first else []
 

@@ -76,7 +76,9 @@ def _conditions(question: Question) -> list[tuple[str, Callable[[Candidate], str
         text = f"perplexity rises by at most {100 * worst:g} %" + (
             "" if question.max_ppl is not None else " (as usual)"
         )
-        found.append((text, lambda each: _too_much(each.rise, worst, "%", "perplexity")))
+        found.append(
+            (text, lambda each: _too_much(each.rise, worst, "%", "perplexity", other=bool(each.row.vocabulary)))
+        )
     return found
 
 
@@ -94,7 +96,9 @@ def _too_large(each: Candidate, room: int) -> str | None:
     return _unless(each.need <= room, f"takes {byte_count(each.need)}")
 
 
-def _too_much(value: float | None, most: float, unit: str, what: str) -> str | None:
+def _too_much(value: float | None, most: float, unit: str, what: str, other: bool = False) -> str | None:
+    if value is None and other:
+        return f"its {what} is that of another vocabulary, which cannot be compared"
     if value is None:
         return f"its {what} was not measured"
     sign = value if unit == "%" else -value

@@ -46,6 +46,7 @@ def _fields(results: Results, v: Variant) -> Fields:
         low, high = (delta.ci95 if delta else None) or (None, None)
         yield f"{name} change", delta.relative if delta else None
         yield from ((f"{name} change low", low), (f"{name} change high", high))
+    yield from (("bits_per_byte", v.bits_per_byte), ("vocabulary", v.vocabulary))
     for name in ("kl_mean", "kl_p99", "top1_agreement"):
         yield name, getattr(v.divergence, name, None)
     for score in v.accuracy:

@@ -61,13 +61,10 @@ def headline(results: Results) -> Headline:
     rises = {variant.name: rise for variant in sized if (rise := _rise(results, variant)) is not None}
     if not rises:
         smallest = sized[0]
-        return Headline(
-            f"Smallest is {smallest.name}",
-            _cost(results, smallest),
-            "Perplexity was not measured on it and on something to compare with, so its quality is not known.",
-            broken,
-            smallest.name,
-        )
+        why = "Perplexity was not measured on it and on something to compare with, so its quality is not known."
+        if smallest.vocabulary:
+            why = "Its vocabulary is not the baseline's, so their perplexities cannot be compared: see bits per byte."
+        return Headline(f"Smallest is {smallest.name}", _cost(results, smallest), why, broken, smallest.name)
     against = "the baseline's perplexity" if base else "the best perplexity measured (there is no baseline)"
     usable = [variant for variant in sized if rises.get(variant.name, BROKEN) < BROKEN]
     fitting = [variant for variant in sized if rises.get(variant.name, TOLERANCE + 1) <= TOLERANCE]
@@ -91,8 +88,12 @@ def _rise(results: Results, variant: Variant) -> float | None:
     if results.baseline:
         delta = results.perplexity_change(variant)
         return delta.relative if delta else None
-    values = [other.perplexity.value for other in results.measured if other.perplexity]
-    return variant.perplexity.value / min(values) - 1 if variant.perplexity else None
+    ours = variant.perplexity
+    if ours is None or variant.vocabulary:
+        return None
+    others = [other.perplexity for other in results.measured if other.perplexity and not other.vocabulary]
+    alike = [other.value for other in others if other.comparable(ours)]
+    return ours.value / min(alike) - 1 if len(alike) == len(others) else None
 
 
 def _cost(results: Results, variant: Variant) -> str:
@@ -109,6 +110,9 @@ def _cost(results: Results, variant: Variant) -> str:
     elif variant.perplexity:
         by = "" if variant.perplexity.by == "lighten" else f" ({variant.perplexity.by})"
         parts.append(f"perplexity {significant(variant.perplexity.value, 4)}{by}")
+        if variant.vocabulary and variant.bits_per_byte and base and base.bits_per_byte:
+            pair = [significant(each.bits_per_byte or 0.0, 4) for each in (variant, base)]
+            parts[-1] = f"{pair[0]} bits per byte instead of {pair[1]}"
     speed = results.decode_ratio(variant)
     if speed is not None:
         parts.append(f"{ratio(speed)} the decode speed")

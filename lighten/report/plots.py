@@ -57,7 +57,7 @@ def plots(results: Results) -> list[Plot]:
     unit, scale = byte_unit(variant.size_bytes for variant in results.measured)
     sizes, speeds = [], []
     for v in results.measured:
-        if v.perplexity is None:
+        if v.perplexity is None or v.vocabulary:  # a perplexity of other tokens is on another scale
             continue
         if v.size_bytes:
             sizes.append(Point(v.name, v.size_bytes / scale, v.perplexity.value, v is results.baseline))

@@ -51,11 +51,15 @@ class Levels(Section):
 
 
 class Perplexity(Section):
-    """Perplexity and its standard error, per token or what `protocol` says; that also says on what and how."""
+    """Perplexity and its standard error, per token or what `protocol` says; that also says on what and how.
+
+    `bits_per_byte` is the same log-likelihood by byte of text, which also models of different vocabularies share.
+    """
 
     value: float
     stderr: float | None = None
     tokens: int | None = None
+    bits_per_byte: float | None = None
     levels: Levels | None = None
     protocol: Free = {}
 
@@ -70,8 +74,12 @@ class Perplexity(Section):
         return str(self.protocol.get("unit", "token"))
 
     def comparable(self, other: Perplexity) -> bool:
-        """Whether both were measured by one protocol, in chunks of one length, on one text, as far as they say."""
-        both = [(self.protocol.get(name), other.protocol.get(name)) for name in ("length", "data_sha256")]
+        """Whether both were measured by one protocol, in chunks of one length, on one text, as far as they say.
+
+        Also on the same tokens: per token of another vocabulary is per something else.
+        """
+        names = ("length", "data_sha256", "ids_sha256")
+        both = [(self.protocol.get(name), other.protocol.get(name)) for name in names]
         return self.by == other.by and all(ours == theirs for ours, theirs in both if None not in (ours, theirs))
 
 
@@ -342,6 +350,8 @@ class Variant(Section):
     perplexity: Perplexity | None = None
     other_perplexity: list[Perplexity] = []
     """By further protocols, where several were asked for; never compared with the first."""
+    vocabulary: str | None = None
+    """How its vocabulary differs from the baseline's; its tokens are its own then. Null where both are the same."""
     divergence: Divergence | None = None
     accuracy: list[Accuracy] = []
     speed: list[Speed] = []
@@ -372,6 +382,12 @@ class Variant(Section):
     def perplexities(self) -> list[Perplexity]:
         """Its perplexities by every protocol."""
         return [*([self.perplexity] if self.perplexity else []), *self.other_perplexity]
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits that a byte of text takes by the first protocol."""
+        found = self.perplexity
+        return None if found is None else found.levels.bits_per_byte if found.levels else found.bits_per_byte
 
     @property
     def elsewhere(self) -> bool:
@@ -476,7 +492,7 @@ class Results(Section):
         The plain change, without interval, where no paired one was measured; None between protocols, lengths or texts.
         """
         base = self.baseline
-        if base is None or variant is base:
+        if base is None or variant is base or variant.vocabulary:
             return None
         ours = next((each for each in variant.perplexities if protocol in (None, each.by)), None)
         first = ours is None or ours is variant.perplexity

@@ -210,6 +210,7 @@ def _arithmetic(variant: Variant, name: str) -> tuple[str, ...]:
 def _perplexity_columns(results: Results) -> list[Column]:
     """Returns two columns per protocol, its perplexity and the change of that; without names where there is one."""
     protocols = list(dict.fromkeys(each.by for variant in results.measured for each in variant.perplexities))
+    others = any(variant.vocabulary for variant in results.measured)
     found = []
     for i, by in enumerate(protocols or ["lighten"]):
         named = "" if len(protocols) < 2 and by == "lighten" else f" ({by})"
@@ -221,7 +222,7 @@ def _perplexity_columns(results: Results) -> list[Column]:
                 f"perplexity{suffix}",
                 f"Perplexity{named}",
                 "",
-                "lower",
+                "" if others else "lower",
                 3,
                 f"Among how many equally likely choices it hesitates, in effect, at each "
                 f"{' or '.join(sorted(units)) or 'token'} of a text it was not made with{how}; 1 would be certainty. "
@@ -239,7 +240,19 @@ def _perplexity_columns(results: Results) -> list[Column]:
                 lambda v, by=by: _ppl_change(results, v, by),  # type: ignore[misc]
             ),
         ]
-    return found
+    return [*found, _BITS_PER_BYTE] if others else found
+
+
+_BITS_PER_BYTE = Column(
+    "bits-per-byte",
+    "Bits/byte",
+    "",
+    "lower",
+    2,
+    "How many bits a byte of the text takes as the model sees it. Models of different vocabularies can be compared by "
+    "it; their perplexities, which are per token, cannot.",
+    lambda v: plain(v.bits_per_byte, 4),
+)
 
 
 def _ppl_change(results: Results, v: Variant, by: str) -> Cell:

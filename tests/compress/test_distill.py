@@ -16,7 +16,7 @@ from lighten.compress.distill import Distill
 from lighten.compress.grid import nearest, rtn
 from lighten.compress.prune import Prune
 from lighten.compress.student import Student
-from lighten.compress.teacher import Lessons, batches, last_states
+from lighten.compress.teacher import Lessons, Teacher, batches, last_states
 from lighten.errors import Failure, RequestError
 from lighten.model.checkpoint import Checkpoint
 from lighten.stage import Context, ModelFacts
@@ -51,7 +51,7 @@ def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def distill(
-    given: Path, teacher: Path, folder: Path, stop_at: int | None = None, **settings: Any
+    given: Path, teacher: Path, folder: Path, stop_at: int | None = None, rows: int | None = None, **settings: Any
 ) -> tuple[dict[str, Any], Path]:
     """Runs the stages as the pipeline does; `stop_at` raises in the middle of training."""
     step = Distill.model_validate({**QUICK, **settings})
@@ -59,7 +59,7 @@ def distill(
     step.check(Checkpoint(given).facts)
     if not lessons.exists():
         lessons.mkdir(parents=True)
-        step.lessons().run(Artifact(teacher, {}), lessons, Context())
+        step.lessons().model_copy(update={"rows": rows}).run(Artifact(teacher, {}), lessons, Context())
     scratch.mkdir(exist_ok=True)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
@@ -374,3 +374,37 @@ def test_every_epoch_has_an_order_of_its_own_and_leaves_nothing_out() -> None:
     assert epochs[0] != epochs[1] != epochs[2]
     again = batches(10, 5, seed=3)
     assert [*next(again), *next(again)] == epochs[0]
+
+
+def padded(folder: Path, out: Path, rows: int) -> Path:
+    """Returns a copy with more rows of embedding and head, whose tokens are the likeliest by far."""
+    copy = Path(shutil.copytree(folder, out))
+    model = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.bfloat16)
+    before = model.config.vocab_size
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight[before:] = 3 * model.lm_head.weight[: rows - before]
+    model.save_pretrained(copy)
+    return copy
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 0}])
+def test_rows_that_pad_a_teacher_or_a_student_change_nothing(
+    teacher: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    rows = Checkpoint(teacher).facts.vocab
+    larger = padded(teacher, tmp_path / "larger", rows + 30)
+    step = Teacher(length=32, samples=3, top_k=5, rows=rows)
+    found = []
+    for number, model in enumerate((teacher, larger)):
+        out = tmp_path / f"lessons{number}"
+        out.mkdir()
+        step.run(Artifact(model, {}), out, Context())
+        found.append(Lessons(out).targets(0))
+    assert found[0] and found[1]
+    assert torch.equal(found[0].tokens, found[1].tokens)
+    assert torch.allclose(found[0].log_probs, found[1].log_probs, atol=1e-2)
+    for given, taught, name in ((teacher, larger, "a"), (larger, teacher, "b")):
+        facts, _ = distill(given, taught, tmp_path / name, rows=min(rows, Checkpoint(given).facts.vocab), **settings)
+        assert facts["steps"] == 6
+        assert all(point["kl"] < 20 for point in facts["training"]["curve"] if point["kl"] is not None)

@@ -153,7 +153,31 @@ def test_a_broken_model_is_a_failure_not_a_number(tiny: Tiny, tmp_path: Path) ->
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_a_failure(tiny: Tiny, tmp_path: Path) -> None:
-    small = tiny("llama", "spm")
-    assert open_runtime(small).vocab < max(open_tokenizer(tiny()).encode(load_text("builtin", "perplexity")))
-    with pytest.raises(Failure, match="vocabulary of"):
-        run(tmp_path / "out", small, tiny())
+    cut = shutil.copytree(tiny("llama-tied"), tmp_path / "cut")
+    tensors = load_tensors(cut / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:400].clone()
+    save_file(tensors, cut / "model.safetensors", {"format": "pt"})
+    config = json.loads((cut / "config.json").read_text())
+    (cut / "config.json").write_text(json.dumps({**config, "vocab_size": 400}))
+    with pytest.raises(Failure, match="vocabulary of 400"):
+        run(tmp_path / "out", cut, tiny())
+
+
+def test_a_model_of_another_vocabulary_is_measured_on_its_own_tokens(tiny: Tiny, tmp_path: Path) -> None:
+    base, other = tiny(), tiny("llama", "spm")
+    reference = run(tmp_path / "base", base, base, save_hidden=True)
+    found = run(tmp_path / "other", other, base, **against(tmp_path / "base", base))
+    alone = run(tmp_path / "alone", other, other)
+    assert "the first that differs is id 3" in found["vocabulary"]
+    assert found["divergence"] is None
+    assert found["perplexity"]["protocol"]["tokenizer"] == "own"
+    assert found["perplexity"]["value"] == alone["perplexity"]["value"]
+    assert "vocabulary" not in reference
+
+
+def test_bits_per_byte_are_those_of_the_scored_text(tiny: Tiny, tmp_path: Path) -> None:
+    found = run(tmp_path / "out", tiny(), tiny())["perplexity"]
+    ids = open_tokenizer(tiny()).encode(load_text("builtin", "perplexity"))
+    text = open_tokenizer(tiny()).decode(ids[: found["protocol"]["chunks"] * found["protocol"]["length"]])
+    bits = found["tokens"] * math.log2(found["value"])
+    assert found["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=0.03)  # first tokens are not scored

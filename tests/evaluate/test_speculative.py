@@ -1,9 +1,12 @@
 """A draft changes how quickly a text is written, and nothing else."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure
 from lighten.evaluate import speculative
@@ -112,3 +115,25 @@ def test_a_draft_that_reads_otherwise_is_refused(tiny: Tiny, target: Runtime) ->
     other = open_runtime(tiny("llama", "spm"))
     with pytest.raises(Failure, match="take one with the same tokenizer"):
         speculative.measure(target, other, Speculative(draft="q", prompt=20, generate=9), silent)
+
+
+def test_a_padded_draft_of_the_same_tokenizer_is_taken(tiny: Tiny, target: Runtime, tmp_path: Path) -> None:
+    """Its head also finds rows likely that are no tokens: nothing else is written for that."""
+    folder = Path(shutil.copytree(tiny(), tmp_path / "padded"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows = model.config.vocab_size
+    model.resize_token_embeddings(rows + 400, mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight[rows:] = 1.2 * model.lm_head.weight[:400]
+    model.save_pretrained(folder)
+    draft = open_runtime(folder)
+    found = speculative.measure(target, draft, Speculative(draft="q", prompt=20, generate=12, samples=2), silent)
+    assert found["speculative"]["identical"]
+    back = speculative.measure(draft, target, Speculative(draft="q", prompt=20, generate=12, samples=2), silent)
+    assert back["speculative"]["identical"]
+
+
+def test_a_draft_of_another_vocabulary_is_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
+    payload = {"measurement": "speculative", "config": {"draft": "q"}, "model": str(tiny()), "device": "cpu"}
+    with pytest.raises(Failure, match=r"different vocabularies .*the first that differs is id 3"):
+        measure(payload | {"draft": str(tiny("llama", "spm")), "tokenizer": "", "out": str(tmp_path)}, silent)

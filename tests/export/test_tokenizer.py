@@ -178,11 +178,11 @@ def test_bos_by_template_or_by_setting(tmp_path: Path) -> None:
 def test_chat_template_from_its_own_file(tmp_path: Path, tiny: Tiny) -> None:
     source = shutil.copytree(tiny(), tmp_path / "hf")
     (source / "chat_template.jinja").write_text("its own")
-    assert read_vocabulary(source, 1010, {}).chat_template == "its own"
+    assert read_vocabulary(source, 1010, {}).templates == {"default": "its own"}
     (source / "chat_template.jinja").unlink()
     named = [{"name": "tool", "template": "no"}, {"name": "default", "template": "yes"}]
     (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert read_vocabulary(source, 1010, {"eos_token_id": [2, 1]}).chat_template == "yes"
+    assert read_vocabulary(source, 1010, {"eos_token_id": [2, 1]}).templates["default"] == "yes"
     assert read_vocabulary(source, 1010, {"eos_token_id": [2, 1]}).ids == {"eos": 2}
 
 

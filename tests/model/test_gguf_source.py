@@ -20,7 +20,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lighten.errors import Failure, LightenError, RequestError
+from lighten.evaluate.runtimes import find_gguf
+from lighten.loaders import recognise
 from lighten.model import gguf_source
+from lighten.model.source import find
 from lighten.model.tokenizer_table import TABLE
 from lighten.stage import ModelFacts
 
@@ -353,7 +356,9 @@ def test_unsupported_models(make: Make, keys: dict[str, Any], message: str) -> N
 
 
 def test_unsupported_architecture(make: Make) -> None:
-    with pytest.raises(RequestError, match=r"architecture 'gemma2'.*supported are llama, qwen2.*Mistral"):
+    with pytest.raises(
+        RequestError, match=r"'gemma2', which can be measured but not changed.*llama and qwen2.*Mistral"
+    ):
         gguf_source.check(renamed(make(), "gemma2"))
 
 
@@ -394,3 +399,59 @@ def test_without_the_gguf_package(make: Make, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(RequestError, match=r"pip install 'lighten\[gguf\]'"):
         gguf_source.check(path)
+
+
+def no_model(folder: Path, kind: str, **keys: str) -> Path:
+    writer = gguf.GGUFWriter(folder / kind, "llama" if kind != "imatrix" else kind)
+    writer.add_type(kind)
+    for key, value in keys.items():
+        writer.add_string(key.replace("__", "."), value)
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((4, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / kind
+
+
+def test_files_that_are_no_models_are_told_by_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"adapter is an adapter of a model of the kind llama: merge it"):
+        gguf_source.measurable(no_model(tmp_path, "adapter"))
+    named = no_model(tmp_path, "adapter", general__base_model__0__repo_url="https://huggingface.co/org/base")
+    with pytest.raises(RequestError, match=r"an adapter of https://huggingface.co/org/base"):
+        find(str(named))
+    with pytest.raises(RequestError, match=r"an importance matrix, and no model"):
+        find(str(no_model(tmp_path, "imatrix")))
+    vocabulary = gguf.GGUFWriter(tmp_path / "words.gguf", "llama")
+    vocabulary.write_header_to_file()
+    vocabulary.write_kv_data_to_file()
+    vocabulary.close()
+    with pytest.raises(RequestError, match="no weights, only a vocabulary"):
+        find(str(tmp_path / "words.gguf"))
+
+
+def test_a_file_is_recognised_by_its_content(make: Make, tmp_path: Path) -> None:
+    file = make(name="sha256-abab")
+    (tmp_path / "text").write_text("GGU")
+    assert gguf_source.is_gguf(file) and not gguf_source.is_gguf(tmp_path / "text")
+    assert not gguf_source.is_gguf(tmp_path)
+    assert find(str(file)).kind == "gguf"
+    assert find_gguf(file) == file
+    assert recognise(file) == (file, "gguf", None)
+
+
+def test_a_file_without_a_pre_tokenizer_is_measured_with_a_warning_and_not_converted(make: Make) -> None:
+    assert gguf_source.doubts(make()) == []
+    path = make(pre="")
+    assert "does not name its pre-tokenizer" in gguf_source.doubts(path)[0]
+    assert gguf_source.measurable(path).vocab == VOCAB
+    with pytest.raises(RequestError, match="does not name its pre-tokenizer"):
+        gguf_source.check(path)
+
+
+def test_sizes_of_any_architecture_are_told_for_measuring(make: Make) -> None:
+    known = make()
+    assert replace(gguf_source.measurable(known), counted=None) == gguf_source.inspect(known)
+    foreign = gguf_source.measurable(renamed(known, "gemma2"))
+    assert foreign.architecture == "gemma2"
+    assert foreign.counted == gguf_source.inspect(make(name="again.gguf")).params

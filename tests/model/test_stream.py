@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 from lighten.compress.sweep import Sweep
 from lighten.errors import RequestError
 from lighten.model import attention
+from lighten.model.architectures import check_architecture
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_layer
 from lighten.model.shards import ShardWriter
-from lighten.model.stream import StreamedModel, check_architecture
+from lighten.model.stream import StreamedModel
 from lighten.stage import Context
 from lighten.store import Artifact
 

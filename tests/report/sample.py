@@ -107,9 +107,11 @@ def variant(
             "stderr": ppl * 0.0171,
             "tokens": 20440,
             "levels": None,
+            "bits_per_byte": None,
             "protocol": PROTOCOL,
         },
         "other_perplexity": [],
+        "vocabulary": None,
         "divergence": None,
         "accuracy": [
             {

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lighten.errors import RequestError
 from lighten.evaluate.settings import Options
-from lighten.model.gguf_source import within
+from lighten.model.gguf_source import is_gguf, within
 from lighten.model.onnx_source import find_onnx
 from lighten.stage import Report
 
@@ -186,7 +186,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
 def find_gguf(path: Path) -> Path | None:
     """Returns the .gguf file that `path` is or holds, or None for a Hugging Face model directory."""
-    if path.is_file() and path.suffix == ".gguf":
+    if is_gguf(path):
         return path
     if not path.is_dir():
         what = "is neither a .gguf file nor a model directory" if path.exists() else "does not exist"

@@ -129,6 +129,13 @@ class GgufTokenizer:
         """Returns the text of ids; special tokens are left out, or spelled out where `special` is true."""
         return self._model.decode(ids, special)
 
+    def ends(self) -> tuple[int, ...]:
+        """Returns every id that llama.cpp takes for the end of a text: those of the file, and some that it knows."""
+        library, vocab = self._model.library, self._model.vocab
+        return tuple(
+            each for each in range(library.llama_vocab_n_tokens(vocab)) if library.llama_vocab_is_eog(vocab, each)
+        )
+
 
 class LlamaCppRuntime:
     """A GGUF model. See `Runtime` for the methods."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lighten.errors import RequestError
+from lighten.model import tokenizer_files
 
 
 class HfTokenizer:
@@ -16,6 +17,8 @@ class HfTokenizer:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # its parts in Rust raise nothing more special
+            if not (path / tokenizer_files.FILE).is_file():
+                raise RequestError(tokenizer_files.without(path)) from error
             reason = " ".join(str(error).split())[:400]
             raise RequestError(f"{path} has no tokenizer that transformers can read: {reason}") from error
         first = self._tokenizer("a", add_special_tokens=True)["input_ids"][0]

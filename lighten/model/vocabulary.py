@@ -1,0 +1,107 @@
+"""Which token each id stands for, and whether two models mean the same by their ids.
+
+Only then can the ids of one be fed to the other, and their predictions be compared token by token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lighten.model import tokenizer_files
+from lighten.model.gguf_source import is_gguf, read_header, within
+from lighten.model.onnx_source import find_onnx
+from lighten.model.tokenizer_table import BYTE, NORMAL, UNKNOWN
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A vocabulary."""
+
+    learned: dict[int, str]
+    """Tokens of the tokenizer's own model, by id."""
+    others: dict[int, str]
+    """Tokens that were added to it, and ids that stand for nothing."""
+
+    @property
+    def size(self) -> int:
+        """Ids that a text can hold: one more than the largest."""
+        return max((*self.learned, *self.others), default=-1) + 1
+
+
+def read(path: Path) -> Entries:
+    """Returns the vocabulary of a model directory, a GGUF or an ONNX file.
+
+    Raises:
+        RequestError: it has no tokenizer that can be read.
+        Failure: the file is damaged.
+    """
+    if onnx := find_onnx(path):
+        return _of_directory(onnx.parent)
+    gguf = path if is_gguf(path) else within(path)
+    return _of_gguf(gguf) if gguf else _of_directory(path)
+
+
+def difference(ours: Entries, theirs: Entries) -> str | None:
+    """Returns where two vocabularies differ, or None if an id of a text means the same in both.
+
+    Padding does not count, nor do tokens that were added to one of them.
+    """
+    odd = [*_odd(ours, theirs), *_odd(theirs, ours)]
+    if not odd:
+        return None
+    index = min(odd)
+    first, second = (_told(each, index) for each in (ours, theirs))
+    sizes = f"{len(ours.learned):,} and {len(theirs.learned):,} tokens"
+    return f"{sizes}, the first that differs is id {index}: {first} and {second}"
+
+
+def differing(first: Path, second: Path) -> str | None:
+    """Returns where the vocabularies of two models differ, or None; raises as `read` does."""
+    return difference(read(first), read(second))
+
+
+def _odd(ours: Entries, theirs: Entries) -> list[int]:
+    return [
+        index
+        for index, token in ours.learned.items()
+        if index not in theirs.others and theirs.learned.get(index) != token
+    ]
+
+
+def _told(entries: Entries, index: int) -> str:
+    token = entries.learned.get(index, entries.others.get(index))
+    return "none" if token is None else repr(token)
+
+
+def _of_directory(folder: Path) -> Entries:
+    if not (folder / tokenizer_files.FILE).is_file():
+        return _of_transformers(folder)
+    tokenizer = tokenizer_files.read_tokenizer(folder)
+    others = {int(one["id"]): str(one["content"]) for one in tokenizer.get("added_tokens") or []}
+    vocab = tokenizer_files.vocabulary_of(tokenizer["model"])
+    return Entries({index: token for token, index in vocab.items() if index not in others}, others)
+
+
+def _of_transformers(folder: Path) -> Entries:
+    """Returns the vocabulary of a tokenizer without tokenizer.json, as transformers opens it."""
+    from transformers import AutoTokenizer
+
+    from lighten.errors import RequestError
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise RequestError(tokenizer_files.without(folder)) from error
+    others = {int(index): str(token) for token, index in tokenizer.get_added_vocab().items()}
+    learned = {int(index): str(token) for token, index in tokenizer.get_vocab().items() if index not in others}
+    return Entries(learned, others)
+
+
+def _of_gguf(path: Path) -> Entries:
+    fields = read_header(path).fields
+    tokens = [str(token) for token in fields.get("tokenizer.ggml.tokens") or []]
+    types = list(fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens))
+    own = {index for index, kind in enumerate(types[: len(tokens)]) if kind in (NORMAL, BYTE, UNKNOWN)}
+    learned = {index: tokens[index] for index in sorted(own)}
+    return Entries(learned, {index: token for index, token in enumerate(tokens) if index not in own})
