@@ -39,8 +39,11 @@ class Shape:
 TINYLLAMA = Shape(hidden=2048, inner=5632, layers=22, heads=32, kv_heads=4, vocab=32000, tied=False)
 
 
-def make_random(folder: Path, shape: Shape) -> None:
-    """Saves a randomly initialised Llama in bfloat16, one tensor at a time; its tokenizer knows bytes."""
+def make_random(folder: Path, shape: Shape, device: str = "cpu") -> None:
+    """Saves a randomly initialised Llama in bfloat16, one tensor at a time; its tokenizer knows bytes.
+
+    A GPU draws the numbers of a large model in a moment.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig
@@ -75,7 +78,7 @@ def make_random(folder: Path, shape: Shape) -> None:
     torch.manual_seed(0)
     with ShardWriter(folder, len(shapes), shard_bytes=1_000_000_000) as writer:
         for name, size in shapes.items():
-            tensor = torch.ones(size) if len(size) == 1 else torch.randn(size) * 0.02
+            tensor = torch.ones(size) if len(size) == 1 else torch.randn(size, device=device) * 0.02
             writer.add(f"{name}.weight", tensor.to(torch.bfloat16))
     alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     alphabet["th"] = len(alphabet)

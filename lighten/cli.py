@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from lighten import screen
 from lighten.commands.doctor import doctor
 from lighten.commands.fit import fit
 from lighten.commands.step import add_verb
 from lighten.comparison.command import compare
 from lighten.errors import Failure, LightenError, RequestError, check_names, disk_full, unexpected
-from lighten.flags import Artifacts, Device, Json, MergeAdapter
+from lighten.flags import Artifacts, Device, Json, MergeAdapter, TrustCode, TrustTasks
 from lighten.flags import print_json as _print_json
 from lighten.publication.command import Public, Push, check_push, push_version, report, show
 from lighten.recommendation.command import recommend
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def _stop(message: str, code: int) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print("lighten:", message, markup=False)
+    screen.console(stderr=True, highlight=False, soft_wrap=True).print("lighten:", message, markup=False)
     sys.exit(code)
 
 
@@ -83,6 +83,8 @@ def run(
     device: Device = "auto",
     push_to_hub: Push = None,
     public: Public = False,
+    trust_remote_code: TrustCode = False,
+    trust_tasks: TrustTasks = False,
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
 ) -> None:
@@ -96,7 +98,15 @@ def run(
     if push_to_hub:
         check_push(push_to_hub, wanted)
     with watching(quiet=as_json) as watcher:
-        folder = pipeline.run(recipe, artifacts=artifacts, only=only, device=device, watcher=watcher)
+        folder = pipeline.run(
+            recipe,
+            artifacts=artifacts,
+            only=only,
+            device=device,
+            watcher=watcher,
+            trust_remote_code=trust_remote_code,
+            trust_tasks=trust_tasks,
+        )
     if push_to_hub:
         push_version(folder, push_to_hub, wanted, public=public, quiet=as_json)
     show(folder, as_json)
@@ -107,6 +117,8 @@ def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a ready recipe.")],
     only: Only = None,
     device: Device = "auto",
+    trust_remote_code: TrustCode = False,
+    trust_tasks: TrustTasks = False,
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
 ) -> None:
@@ -116,7 +128,7 @@ def plan(
     from lighten.progress import plan_table
     from lighten.store import Store
 
-    todo = pipeline.plan(recipe, only=only, device=device)
+    todo = pipeline.plan(recipe, only=only, device=device, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
     pipeline.check_options(todo.recipe.evaluate.speed, todo.device.name)
     store = Store(artifacts)
     predictor = Predictor(store, todo.device)
@@ -137,7 +149,7 @@ def plan(
     if as_json:
         _print_json({"recipe": todo.recipe.name, "stages": rows})
     else:
-        Console().print(plan_table(todo.recipe.name, rows))
+        screen.console().print(plan_table(todo.recipe.name, rows))
 
 
 for _kind in VERBS:
@@ -226,6 +238,7 @@ def evaluate(
             metavar="DIR", help="Write a trace of each model there and say where its time goes, instead of measuring."
         ),
     ] = None,
+    trust_tasks: TrustTasks = False,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Also write results.json and the report there.")
     ] = None,
@@ -265,7 +278,19 @@ def evaluate(
     ]
     options = {"attention": attention, "compile": compile_, "cache": cache}
     speed = parse_settings(Speed, {name: value for name, value in options.items() if value}, where)
-    flags = ("data", "protocol", "length", "samples", "task", "limit", "shots", "scorer", "device", *options)
+    flags = (
+        "data",
+        "protocol",
+        "length",
+        "samples",
+        "task",
+        "limit",
+        "shots",
+        "scorer",
+        "trust_tasks",
+        "device",
+        *options,
+    )
     useless = _given(context, [{"compile": "compile_"}.get(name, name) for name in flags])
     useless += _given(context, ("roofline", "price_per_hour", "currency"))
     useless += ["--skip speed"] if "speed" in left_out else []
@@ -286,6 +311,7 @@ def evaluate(
                 roofline=roofline,
                 price_per_hour=price_per_hour,
                 currency=currency,
+                trust_tasks=trust_tasks,
                 device=device,
                 merge_adapter=merge_adapter,
                 watcher=watcher,
@@ -298,7 +324,7 @@ def evaluate(
     if as_json:
         _print_json(value)
     else:
-        Console().print(terminal(results))
+        screen.console().print(terminal(results))
     if failed := [variant for variant in results.variants if variant.failed]:
         whole = [each for each in failed if as_json or "\n" in str(each.error)]  # of others the table has said it
         names = ", ".join(str(each.path) for each in failed if each not in whole)
@@ -329,7 +355,7 @@ def _profile(paths: list[str], folder: Path, device: str, as_json: bool) -> None
         with watching(quiet=as_json) as watcher:
             found[path] = profile(path, out, device=device, watcher=watcher)
         if not as_json:
-            Console(highlight=False).print(*shown(path, found[path], out), sep="\n")
+            screen.console(highlight=False).print(*shown(path, found[path], out), sep="\n")
     if as_json:
         _print_json(found)
 
@@ -365,7 +391,7 @@ def list_versions(artifacts: Artifacts = Path("artifacts"), as_json: Json = Fals
     for row in rows:
         megabytes = f"{row['size_bytes'] / 1e6:.1f}" if row["size_bytes"] else "–"
         table.add_row(row["recipe"], row["version"], row["variant"], row["format"], megabytes, row["key"][:12])
-    Console().print(table if rows else f"nothing in {artifacts} yet: try `lighten run quickstart`")
+    screen.console().print(table if rows else f"nothing in {artifacts} yet: try `lighten run quickstart`")
 
 
 @app.command()
@@ -384,7 +410,7 @@ def verify(artifacts: Artifacts = Path("artifacts"), as_json: Json = False) -> N
                 kept[each.key] = each.kept
             if not as_json:
                 fate = f"not removed ({each.kept})" if each.kept else "removed"
-                print(f"{each.key[:12]}: corrupt, {fate}: {'; '.join(each.damage)}")
+                screen.say(f"{each.key[:12]}: corrupt, {fate}: {'; '.join(each.damage)}")
     if as_json:
         _print_json({"checked": count, "corrupt": damaged, "not_removed": kept})
     else:

@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
 import shlex
 import subprocess
-import tarfile
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,10 +27,13 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from lighten.errors import Failure, LightenError, RequestError, missing_extra
+from lighten.errors import Failure, LightenError, RequestError
+from lighten.names import as_name
+from lighten.reading import Refused, parse_json
+from lighten.received import Copy, opened, read_bundle
 from lighten.report.results import Results
+from lighten.screen import visible
 from lighten.stage import Report
-from lighten.store import hash_file
 
 BLOCK = 1 << 20
 TRIES = 5
@@ -41,7 +41,11 @@ TRIES = 5
 SPARE_BYTES = 20_000_000
 NO_PYTHON, NO_ROOM, UNREACHABLE = 71, 72, 255
 SMALL = "files.tar"
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+MOST, LINE, TALK = 1 << 20, 4 << 20, 64 << 20
+"""Bytes that a device may say: a script, bench.py in a line, and bench.py in all."""
+SHOWN = 300
+"""Letters of a device's message that are shown."""
+USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*|[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?")
 
 # Every script begins with `d`, the directory of the copy, and `python`. What they say to us begins with "lighten".
@@ -95,97 +99,10 @@ def parse_target(target: str) -> Address:
         raise RequestError(f"--target {target}: {error}; give ssh://user@host[:port]") from error
     if parts.password is not None:
         raise RequestError("--target takes no password: put a key on the device (ssh-copy-id) and leave it out")
-    right = parts.scheme == "ssh" and HOST.fullmatch(host) and (user is None or NAME.fullmatch(user))
+    right = parts.scheme == "ssh" and HOST.fullmatch(host) and (user is None or USER.fullmatch(user))
     if not right or parts.path not in ("", "/") or parts.query or parts.fragment:
         raise RequestError(f"--target {target} is not an address: give ssh://user@host[:port]")
     return Address(host, user, port)
-
-
-@dataclass(frozen=True)
-class Copy:
-    """What goes to the device: the model's files by name, and the others as one tar."""
-
-    folder: Path
-    models: dict[str, str]
-    """SHA-256 by name."""
-    small: bytes
-    bundle: dict[str, Any]
-
-    @property
-    def key(self) -> str:
-        """The checksum of it all."""
-        listing = json.dumps([sorted(self.models.items()), hashlib.sha256(self.small).hexdigest()])
-        return hashlib.sha256(listing.encode()).hexdigest()
-
-    def size(self, name: str) -> int:
-        """Returns the bytes of one of the model's files."""
-        return (self.folder / name).stat().st_size
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Path]:
-    """Yields the directory of a bundle, unpacked for the while if it is an archive.
-
-    Raises:
-        RequestError: not a bundle.
-        Failure: a damaged archive.
-    """
-    if path.is_dir():
-        yield path
-        return
-    if not path.is_file() or not path.name.endswith(".tar.zst"):
-        raise RequestError(f"{path} is not a bundle: give a directory or .tar.zst that `lighten export` made")
-    try:
-        import zstandard
-    except ImportError as error:
-        raise missing_extra("bundle", "zstandard", "reading a .tar.zst") from error
-    with tempfile.TemporaryDirectory(prefix="lighten-") as scratch:
-        try:
-            with (
-                path.open("rb") as file,
-                zstandard.ZstdDecompressor().stream_reader(file) as plain,
-                tarfile.open(fileobj=plain, mode="r|") as tar,
-            ):
-                tar.extractall(scratch, filter="data")
-        except (zstandard.ZstdError, tarfile.TarError, EOFError) as error:
-            raise Failure(f"{path} is damaged ({error}): make or fetch it again") from error
-        found = [entry.parent for entry in Path(scratch).rglob("bundle.json")]
-        if len(found) != 1:
-            raise RequestError(f"{path} is not a bundle: there is no bundle.json in it")
-        yield found[0]
-
-
-def read_bundle(folder: Path) -> Copy:
-    """Reads a bundle and checks its checksums.
-
-    Raises:
-        RequestError: not a bundle.
-        Failure: a file is missing or damaged.
-    """
-    try:
-        bundle = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-        lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
-        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        models = [str(name) for name in bundle["files"]]
-    except OSError as error:
-        raise RequestError(f"{folder} is not a bundle: it has no {Path(str(error.filename)).name}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise Failure(f"{folder}/bundle.json is damaged ({error}): make the bundle again") from error
-    for name, digest in sums.items():
-        if not NAME.fullmatch(name) or not (folder / name).is_file():
-            raise Failure(f"{folder}: {name} is missing: make or fetch the bundle again")
-        if hash_file(folder / name) != digest:
-            raise Failure(f"{folder}/{name} is not what SHA256SUMS says: make or fetch the bundle again")
-    if unknown := [name for name in models if name not in sums]:
-        raise Failure(f"{folder}/SHA256SUMS does not list {unknown[0]}: make the bundle again")
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name in sorted(set(sums) - set(models)):
-            content = (folder / name).read_bytes()
-            member = tarfile.TarInfo(name)
-            member.size, member.mode = len(content), 0o644
-            tar.addfile(member, io.BytesIO(content))
-    return Copy(folder, {name: sums[name] for name in models}, packed.getvalue(), bundle)
 
 
 class Device:
@@ -206,7 +123,7 @@ class Device:
         lines = [f"{name}={shlex.quote(value)}" for name, value in given.items()]
         lines.append("case $python in /*) ;; */*) python=$HOME/$python ;; esac")
         folder = 'd="${XDG_CACHE_HOME:-$HOME/.cache}/lighten/' + f'{self._key}"'
-        whole = "\n".join(["LC_ALL=C; export LC_ALL", *lines, folder, script])
+        whole = "\n".join(["LC_ALL=C; export LC_ALL; umask 077", *lines, folder, script])
         try:
             return subprocess.Popen(
                 [*self._command, f"sh -c {shlex.quote(whole)}"],
@@ -222,14 +139,16 @@ class Device:
         process = self.start(script, **values)
         assert process.stdin and process.stdout and process.stderr
         errors: list[bytes] = []
-        reader = threading.Thread(target=lambda pipe: errors.append(pipe.read()), args=(process.stderr,))
+        reader = threading.Thread(target=lambda pipe: errors.append(_beginning(pipe)), args=(process.stderr,))
         reader.start()
         try:
             with suppress(BrokenPipeError):
                 if feed:
                     feed(process.stdin)
                 process.stdin.close()
-            printed = process.stdout.read()
+            printed = process.stdout.read(MOST + 1)
+            if len(printed) > MOST:
+                raise Failure(f"{self.address.name} says more than any of lighten's scripts does: what answers there?")
             code = process.wait()
         except BaseException:
             process.kill()
@@ -250,7 +169,7 @@ class Device:
     def trouble(self, doing: str, code: int, errors: str) -> Failure:
         """Returns one message for what went wrong."""
         lines = [line.strip() for line in errors.splitlines() if line.strip() and "known hosts" not in line]
-        reason = lines[-1] if lines else f"exit code {code}"
+        reason = visible(lines[-1][:SHOWN]) if lines else f"exit code {code}"
         name, text = self.address.name, " ".join(lines)
         if "Permission denied" in text and code == UNREACHABLE:
             return Failure(f"{name} refuses the key ({reason}): make `ssh ssh://{name}` work without a password first")
@@ -265,9 +184,22 @@ class Device:
         return Failure(f"{name}: {doing} failed: {reason}")
 
 
-def _said(printed: str, word: str) -> list[list[str]]:
+def _beginning(pipe: IO[bytes]) -> bytes:
+    """Returns what a pipe gives, of which only the first part is kept."""
+    kept = b""
+    while block := pipe.read(1 << 16):
+        kept += block[: max(0, MOST - len(kept))]
+    return kept
+
+
+def _said(printed: str, word: str, count: int) -> list[list[str]]:
+    """Returns the lines of a kind that have as many words as they should; others are not ours."""
     lines = [line.split() for line in printed.splitlines() if line.startswith(f"lighten {word} ")]
-    return [line[2:] for line in lines]
+    return [line[2:] for line in lines if len(line) == 2 + count]
+
+
+def _number(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
 def send(device: Device, copy: Copy, report: Report) -> None:
@@ -290,7 +222,7 @@ def send(device: Device, copy: Copy, report: Report) -> None:
             raise Failure(f"{device.trouble('copying', code, errors)}{kept}")
         best = arrived
     code, printed, errors = device.run(_HASH, names=" ".join([*copy.models, SMALL]))
-    found = dict(_said(printed, "sha256"))
+    found = dict(_said(printed, "sha256", 2))
     if code == UNREACHABLE:
         raise device.trouble("checking the copy", code, errors)
     if found != {**copy.models, SMALL: hashlib.sha256(copy.small).hexdigest()}:
@@ -306,15 +238,15 @@ def _send_once(device: Device, copy: Copy, report: Report) -> tuple[int, int, st
     code, printed, errors = device.run(_LOOK, names=" ".join(copy.models))
     if code:
         return -1, code, errors
-    have = {name: int(size) for name, size in _said(printed, "have")}
-    for name, size in have.items():
-        if size > copy.size(name):  # not ours: begin again
-            have[name] = 0
+    told = {name: _number(size) for name, size in _said(printed, "have", 2)}
+    # a size that cannot be: not ours, begin again
+    claimed = {name: told.get(name) or 0 for name in copy.models}
+    have = {name: size if size <= copy.size(name) else 0 for name, size in claimed.items()}
     arrived = sum(have.values())
-    free = _said(printed, "free")
+    free = [size for (text,) in _said(printed, "free", 1) if (size := _number(text)) is not None]
     needed = total - arrived + len(copy.small) + SPARE_BYTES
-    if free and free[0] and free[0][0].isdigit() and int(free[0][0]) * 1024 < needed:
-        left = int(free[0][0]) * 1024
+    if free and free[0] * 1024 < needed:
+        left = free[0] * 1024
         return arrived, NO_ROOM, f"{needed / 1e6:,.0f} MB are needed, {left / 1e6:,.0f} MB are free"
     code, _, errors = device.run(_REPLACE, lambda pipe: _pour(io.BytesIO(copy.small), pipe, report, 0, total), f=SMALL)
     if code:
@@ -343,8 +275,8 @@ def _pour(file: IO[bytes], pipe: IO[bytes], report: Report, done: int, total: in
         report(done, total, f"copying, {done / 1e6:.0f} of {total / 1e6:.0f} MB")
 
 
-def bench(device: Device, options: Sequence[str], report: Report) -> dict[str, Any]:
-    """Runs bench.py on a copy and returns its results, checked.
+def bench(device: Device, options: Sequence[str], report: Report, name: str) -> dict[str, Any]:
+    """Runs bench.py on a copy and returns its results, checked; `name` is what its row is called.
 
     Raises:
         Failure: it failed, or what came back is not results.
@@ -353,18 +285,19 @@ def bench(device: Device, options: Sequence[str], report: Report) -> dict[str, A
     assert process.stdin and process.stdout and process.stderr
     process.stdin.close()
     errors: list[bytes] = []
-    reader = threading.Thread(target=lambda pipe: errors.append(pipe.read()), args=(process.stderr,))
+    reader = threading.Thread(target=lambda pipe: errors.append(_beginning(pipe)), args=(process.stderr,))
     reader.start()
-    found: dict[str, Any] | None = None
+    found: Any = None
+    said = 0
     try:
-        for line in process.stdout:
-            with suppress(ValueError, TypeError, KeyError):  # a shell's start-up files may print something
-                event = json.loads(line)
-                if isinstance(event, dict) and "progress" in event:
-                    done, total, note = event["progress"]
-                    report(int(done), int(total), str(note))
-                elif isinstance(event, dict) and "results" in event:
-                    found = event["results"]
+        while line := process.stdout.readline(LINE + 1):
+            said += len(line)
+            if len(line) > LINE or said > TALK:
+                raise Failure(f"{device.address.name} says more than bench.py ever does: what answers there?")
+            event = _event(line)
+            if (progress := _progress(event)) is not None:
+                report(*progress)
+            found = event.get("results", found)
         code = process.wait()
     except BaseException:
         process.kill()
@@ -375,10 +308,42 @@ def bench(device: Device, options: Sequence[str], report: Report) -> dict[str, A
         process.stderr.close()
     if code or found is None:
         raise device.trouble("bench.py", code, errors[0].decode(errors="replace"))
+    return _results(found, name, device.address.name)
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    """Returns what a line says; nothing if it is none of bench.py's: a shell's start-up files may print something."""
     try:
-        return Results.model_validate(found).model_dump(mode="json")
+        event = parse_json(line)
+    except Refused:
+        return {}
+    return event if isinstance(event, dict) else {}
+
+
+def _progress(event: dict[str, Any]) -> tuple[int, int, str] | None:
+    given = event.get("progress")
+    if not isinstance(given, list) or len(given) != 3 or not all(type(each) is int for each in given[:2]):
+        return None
+    done, total, note = given
+    return (done, total, visible(str(note)[:SHOWN])) if 0 <= done <= total < 1 << 31 else None
+
+
+def _results(found: Any, name: str, device: str) -> dict[str, Any]:
+    """Returns the results that a device sent, checked.
+
+    Raises:
+        Failure: they are none, or not of one model.
+    """
+    try:
+        results = Results.model_validate(found)
     except ValidationError as error:
-        raise Failure(f"{device.address.name} sent results that cannot be read: {error.errors()[0]['msg']}") from error
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))[:SHOWN]
+        raise Failure(f"{device} sent results that cannot be read: {visible(where)}: {first['msg'][:SHOWN]}") from error
+    if len(results.variants) != 1 or results.variants[0].elsewhere:
+        raise Failure(f"{device} sent results of {len(results.variants)} models, and one was measured")
+    row = results.variants[0].model_copy(update={"name": name})
+    return results.model_copy(update={"variants": [row]}).model_dump(mode="json")
 
 
 def measure_there(
@@ -408,24 +373,26 @@ def measure_there(
                 device = Device(address, copy.key, python)
                 send(device, copy, report)
                 try:
-                    found.append(bench(device, [] if perplexity else ["--chunks", "0"], report))
+                    options = [] if perplexity else ["--chunks", "0"]
+                    found.append(bench(device, options, report, as_name(copy.facts.name)))
+                    found[-1]["variants"][0]["notes"] += copy.notes
                 finally:
                     device.drop()
         except Failure as error:
             if len(paths) == 1:
                 raise
-            failed.append({"name": Path(path).name, "status": "failed", "error": str(error), "path": str(path)})
+            failed.append(
+                {"name": as_name(Path(path).name), "status": "failed", "error": str(error), "path": str(path)}
+            )
         else:
             found[-1]["variants"][0]["path"] = str(path)
     if not found:
         raise Failure("; ".join(f"{row['path']}: {row['error']}" for row in failed))
     merged = found[0]
-    for each in found[1:]:
+    for row in [*(each["variants"][0] for each in found[1:]), *failed]:
         taken = {row["name"] for row in merged["variants"]}
-        row = each["variants"][0]
         row["name"] = next(
             name for name in (row["name"], *(f"{row['name']}-{n}" for n in range(2, 1000))) if name not in taken
         )
         merged["variants"].append(row)
-    merged["variants"] += failed
     return merged | {"recipe": "evaluate"}

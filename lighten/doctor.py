@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lighten import advice, loaders
+from lighten import advice, loaders, trust
 from lighten.advice import Finding
 from lighten.compress.sweep import Sweep
 from lighten.data.origin import told
@@ -52,6 +52,8 @@ def diagnose(
     artifacts: str | Path = "artifacts",
     device: str = "auto",
     watcher: Watcher | None = None,
+    trust_remote_code: bool = False,
+    trust_tasks: bool = False,
 ) -> Diagnosis:
     """Examines the calibration text of a recipe by the sweep that its variants use, and by smaller ones.
 
@@ -61,8 +63,10 @@ def diagnose(
         RequestError: the recipe is wrong, or none of its variants uses calibration text.
         Failure: a sweep failed.
     """
+    opened = open_recipe(recipe, None)
+    trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
     chosen = choose_device(device, watcher)
-    todo = make_plan(open_recipe(recipe, None), device=chosen)
+    todo = make_plan(opened, device=chosen)
     name, sweep = todo.recipe.name, todo.recipe.calibration
     if not any(stage.kind == Sweep.kind for stage in todo.stages):
         raise RequestError(
@@ -170,11 +174,11 @@ class _Examiner:
         return self._sweep(sweep, "sweep of the held-out text")
 
     def _build(self, stages: list[Stage]) -> Builder:
-        plan = replace(self.todo, stages=stages, measurements={})
+        todo = replace(self.todo, stages=stages, measurements={})
         predicted = {stage.key: self.predictor.predict(stage).seconds for stage in stages}
-        self.watcher.planned(plan, predicted)
+        self.watcher.planned(todo, predicted)
         self.kept.enter_context(self.store.lease(stage.key for stage in stages))
-        builder = build_all(plan, self.store, self.predictor, self.device, self.watcher, list(predicted))
+        builder = build_all(todo, self.store, self.predictor, self.device, self.watcher, list(predicted))
         if builder.failed:
             raise Failure(next(iter(builder.failed.values())))
         return builder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,20 @@ MergeAdapter = Annotated[
 ]
 
 
+CONTROLS = "[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the Python code that comes with a model, where the recipe names it for that."
+    ),
+]
+TrustTasks = Annotated[
+    bool, typer.Option("--trust-tasks", help="Let lm-eval run what the task files (.yaml) that are named say.")
+]
+
+
 def print_json(value: Any) -> None:
-    """Prints a value as JSON on standard output."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Prints a value as JSON on standard output; controls that JSON leaves as they are stand there escaped."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    sys.stdout.write(re.sub(CONTROLS, lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")

@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from lighten import loaders
+from lighten import loaders, trust
 from lighten.compress.sweep import Sweep
 from lighten.errors import DiskFull, Failure, LightenError, RequestError
-from lighten.evaluate import machine, paired
+from lighten.evaluate import harness, machine, paired
 from lighten.evaluate.options import lacking
 from lighten.evaluate.settings import Speed
 from lighten.links import point
@@ -29,6 +29,7 @@ from lighten.plan import (
     make_plan,
     measuring_packages,
     this_machine,
+    trusted,
     what,
 )
 from lighten.process import Outcome, run_isolated, warm
@@ -84,7 +85,6 @@ class Builder:
         device: str,
         watcher: Watcher,
         source: dict[str, Any],
-        trusted: bool,
         fatal: Collection[str] = (),
     ) -> None:
         self.store = store
@@ -92,7 +92,6 @@ class Builder:
         self.watcher = watcher
         self.predictor = predictor
         self.source = source
-        self.trusted = trusted
         self.fatal = fatal
         """Keys of stages whose failure ends the command, which says why: the watcher need not."""
         self.names: dict[str, str] = {}
@@ -197,7 +196,7 @@ class Builder:
                 self.done[stage.parents[0].key].path,
                 vocab=stage.parents[0].facts.vocab,
                 device=self.device,
-                trust_remote_code=self.trusted,
+                trust_remote_code=trusted(stage),
                 report=report,
             )
         except RequestError as error:  # what no loader reads is a row that says so, and no end of the run
@@ -216,7 +215,7 @@ class Builder:
         payload = {
             "source": str(self.done[stage.parents[0].key].path),
             "made": str(made),
-            "trust_remote_code": self.trusted,
+            "trust_remote_code": trusted(stage),
             **promised,
         }
         found = run_isolated("lighten.parity:check", payload, report)
@@ -239,7 +238,7 @@ class Builder:
                 "out": str(out),
                 "device": self.device,
                 "arithmetic": stage.arithmetic,
-                "trust_remote_code": self.trusted,
+                "trust_remote_code": trusted(stage),
                 "reference": reference,
                 "save_hidden": stage.measure == "perplexity" and reference is None,
             }
@@ -252,7 +251,7 @@ class Builder:
             "out": str(out),
             "key": stage.key,
             "device": self.device,
-            "trust_remote_code": self.trusted,
+            "trust_remote_code": trusted(stage),
         }
 
 
@@ -274,13 +273,22 @@ def check_options(speed: Speed | None, device: str) -> None:
         raise RequestError(lack)
 
 
-def plan(recipe: str | Recipe, *, only: list[str] | None = None, device: str = "auto") -> Plan:
+def plan(
+    recipe: str | Recipe,
+    *,
+    only: list[str] | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    trust_tasks: bool = False,
+) -> Plan:
     """Returns the stages of a recipe (a path, the name of a ready one, or a Recipe) on a device.
 
     Raises:
-        RequestError: what `run` would refuse.
+        RequestError: what `run` would refuse; trust that the recipe asks for and that is not given here.
     """
-    todo = make_plan(open_recipe(recipe, only), only, choose_device(device))
+    opened = open_recipe(recipe, only)
+    trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
+    todo = make_plan(opened, only, choose_device(device))
     check_memory(todo)
     return todo
 
@@ -302,8 +310,13 @@ def run(
     only: list[str] | None = None,
     device: str = "auto",
     watcher: Watcher | None = None,
+    trust_remote_code: bool = False,
+    trust_tasks: bool = False,
 ) -> Path:
     """Runs or resumes a recipe; returns the directory of its version.
+
+    `trust_remote_code` lets the code run that comes with the models that the recipe names for it, `trust_tasks` what
+    its task files say: a recipe can only ask for either.
 
     A variant that fails is a row in the results that says why; look at their `status`.
 
@@ -312,9 +325,14 @@ def run(
         Failure: the source itself could not be read.
     """
     watcher = watcher or Silent()
+    opened = open_recipe(recipe, only)
+    trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
     found = choose_device(device, watcher)
-    todo = make_plan(open_recipe(recipe, only), only, found)
+    todo = make_plan(opened, only, found)
     check_memory(todo)
+    for task in todo.recipe.evaluate.accuracy:
+        if task.task_file:  # what the plan only read: wrong data is found before work is done
+            harness.build(task)
     store = Store(Path(artifacts))
     chosen = found.name
     check_options(todo.recipe.evaluate.speed, chosen)
@@ -341,7 +359,7 @@ def build_all(
     The failure of a `fatal` one is for the caller to tell.
     """
     source = {"id": todo.source.name, "revision": todo.recipe.revision, "identity": todo.source.identity}
-    builder = Builder(store, predictor, device, watcher, source, todo.recipe.trust_remote_code, fatal)
+    builder = Builder(store, predictor, device, watcher, source, fatal)
     for stage in sorted(todo.stages, key=lambda stage: stage.measure is not None):
         builder.build(stage)
     return builder

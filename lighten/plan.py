@@ -127,7 +127,7 @@ def make_plan(recipe: Recipe, only: list[str] | None = None, device: Device = CP
     source = find(
         recipe.model,
         recipe.revision,
-        trust_remote_code=recipe.trust_remote_code,
+        trust_remote_code=recipe.model in recipe.trusted,
         merge_adapter=recipe.merge_adapter,
     )
     check_measurable(source.facts, recipe.evaluate, recipe.model)
@@ -155,7 +155,37 @@ def make_plan(recipe: Recipe, only: list[str] | None = None, device: Device = CP
     for stage in builder.stages.values():
         if stage.measure:
             stage.name = f"{stage.name} of {stage.variants[0]}"
+    for stage in builder.stages.values():
+        _check_trust(stage)
     return Plan(recipe, source, list(builder.stages.values()), artifacts, measurements, device)
+
+
+def sources(stage: Stage) -> list[Source]:
+    """Returns the models that a stage is made from."""
+    waiting, seen = [stage], {stage.key: stage}
+    while waiting:
+        for parent in waiting.pop().parents:
+            if parent.key not in seen:
+                seen[parent.key] = parent
+                waiting.append(parent)
+    return [each.step for each in seen.values() if isinstance(each.step, Source)]
+
+
+def trusted(stage: Stage) -> bool:
+    """Returns whether code that comes with a model may run in a stage: it has to be granted to all that it opens."""
+    found = sources(stage)
+    return bool(found) and all(each.trust_remote_code for each in found)
+
+
+def _check_trust(stage: Stage) -> None:
+    """Raises RequestError for a stage that opens one model whose code may run beside one whose code may not."""
+    found = sources(stage)
+    strangers = [each.model for each in found if not each.trust_remote_code]
+    if strangers and len(strangers) < len(found):
+        raise RequestError(
+            f"{stage.name} opens {strangers[0]} beside a model whose own code may run: name both in the recipe's "
+            "trust_remote_code, such as [org/one, org/other]"
+        )
 
 
 def _of_variant(evaluate: Evaluate, name: str, stage: Stage) -> Evaluate:
@@ -269,7 +299,7 @@ class _Builder:
             path=str(found.path),
             format=found.kind,
             identity=found.identity,
-            trust_remote_code=self.recipe.trust_remote_code,
+            trust_remote_code=found.name in self.recipe.trusted,
             dtype=found.dtype if exact and found.facts.family == "causal" and not quantized else None,
             surplus=found.surplus if found.facts.family == "causal" and not quantized else (),
             notes=found.notes,
@@ -284,7 +314,7 @@ class _Builder:
             RequestError: a setting that this model cannot have, a missing package, a teacher of other vocabulary.
         """
         if isinstance(student := getattr(step, "student", None), str):
-            stage = self.open(find(student, trust_remote_code=self.recipe.trust_remote_code))
+            stage = self.open(find(student, trust_remote_code=student in self.recipe.trusted))
         assert stage.facts
         if step.causal_only and stage.facts.family != "causal":
             raise RequestError(
@@ -337,7 +367,7 @@ class _Builder:
     def _taught(self, step: Step, lessons: Step, stage: Stage, root: Stage) -> dict[str, Stage]:
         """Returns the teacher of a step on what `stage` leaves, and what it says about the text."""
         name = getattr(step, "teacher", "source")
-        teacher = root if name == "source" else self.open(find(name, trust_remote_code=self.recipe.trust_remote_code))
+        teacher = root if name == "source" else self.open(find(name, trust_remote_code=name in self.recipe.trusted))
         assert teacher.facts and stage.facts
         student = stage.facts
         origins = [_first(each).step for each in (stage, teacher)]

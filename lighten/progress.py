@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lighten import screen
 from lighten.plan import Plan, Stage
 from lighten.stage import Report, silent
 
@@ -35,9 +36,9 @@ class Bars:
         if console.is_terminal:
             self._bars = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
@@ -73,11 +74,11 @@ class Bars:
         """Shows a bar, and returns what moves it."""
         if not self._bars:
             return silent
-        self._current = self._bars.add_task(name, total=None, note="")
+        self._current = self._bars.add_task(screen.visible(name), total=None, note="")
 
         def report(done: int, total: int, note: str) -> None:
             if self._bars:
-                self._bars.update(self._current, completed=done, total=total, note=note)
+                self._bars.update(self._current, completed=done, total=total, note=screen.visible(note))
 
         return report
 
@@ -101,7 +102,7 @@ class Bars:
 @contextlib.contextmanager
 def watching(*, quiet: bool) -> Iterator[Bars]:
     """Yields a watcher for a run; with `quiet` it prints nothing."""
-    bars = Bars(Console(stderr=True, quiet=quiet))
+    bars = Bars(screen.console(stderr=True, quiet=quiet))
     try:
         yield bars
     except KeyboardInterrupt:

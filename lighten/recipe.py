@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lighten import recipe_yaml
 from lighten.compress.sweep import Sweep
 from lighten.errors import RequestError
 from lighten.evaluate.settings import Evaluate
+from lighten.names import LONGEST, PATTERN, is_name
 from lighten.recipe_yaml import Where
 from lighten.stage import Step
 from lighten.steps import kinds, step_class
 
 BASELINE = "baseline"
 Checked = TypeVar("Checked", bound=BaseModel)
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-"""What recipes and variants may be called: they become names of files, with an ending."""
 NOTES = "x-"
 """How the top-level keys begin that hold anchors for the rest of the recipe, and nothing else."""
 
@@ -35,10 +33,11 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=rf"^{NAME}$")
+    name: str = Field(pattern=rf"^{PATTERN}$", max_length=LONGEST)
     model: str
     revision: str | None = None
-    trust_remote_code: bool = False
+    trust_remote_code: bool | str | list[str] = False
+    """Whose own code the recipe needs: true stands for that of `model`. The command line has to agree."""
     merge_adapter: bool = False
     """Whether `model` is a LoRA adapter, to be merged into its base."""
     calibration: Sweep = Field(default_factory=lambda: Sweep.model_validate({}))
@@ -49,16 +48,41 @@ class Recipe(BaseModel):
     @classmethod
     def _one_kind_each(cls, variants: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
         for name, steps in variants.items():
-            if not re.fullmatch(NAME, name):
+            if not is_name(name):
                 shown = name if len(name) <= 40 else f"{name[:40]}…"
                 raise ValueError(
-                    f"the variant name {shown!r} may hold up to 128 letters, digits, '.', '_' and '-' only"
+                    f"the variant name {shown!r} may hold up to {LONGEST} letters, digits, '.', '_' and '-' only"
                 )
             if name == BASELINE and steps:
                 raise ValueError("the variant named baseline is the source itself and has no steps: []")
             if any(len(step) != 1 for step in steps):
                 raise ValueError(f"each step of {name} is one kind and its settings, such as {{quantize: {{bits: 4}}}}")
         return variants
+
+    @model_validator(mode="after")
+    def _trusts_its_own_models(self) -> Self:
+        strangers = [name for name in self.trusted if name not in self.models]
+        if strangers:
+            raise ValueError(
+                f"trust_remote_code names {strangers[0]!r}, which is no model of this recipe ({', '.join(self.models)})"
+            )
+        return self
+
+    @property
+    def models(self) -> list[str]:
+        """The model, and the teachers and students of its steps."""
+        given = [values for steps in self.variants.values() for step in steps for values in step.values()]
+        others = [values.get(role) for values in given for role in ("student", "teacher")]
+        return list(
+            dict.fromkeys([self.model, *(name for name in others if isinstance(name, str) and name != "source")])
+        )
+
+    @property
+    def trusted(self) -> list[str]:
+        """The models whose own code the recipe needs."""
+        if isinstance(self.trust_remote_code, bool):
+            return [self.model] if self.trust_remote_code else []
+        return [self.trust_remote_code] if isinstance(self.trust_remote_code, str) else self.trust_remote_code
 
     def steps(self, variant: str) -> list[Step]:
         """Returns the steps of a variant, checked."""
@@ -74,13 +98,13 @@ class Recipe(BaseModel):
 
 
 def _step(kind: str, settings: dict[str, Any]) -> Step:
-    return step_class(kind, settings)(**settings)
+    return step_class(kind, settings).model_validate(settings)
 
 
 def parse_settings(model: type[Checked], settings: dict[str, Any], path: str) -> Checked:
     """Returns settings given outside a recipe, checked; `path` names where they came from in messages."""
     try:
-        return model(**settings)
+        return model.model_validate(settings)
     except ValidationError as error:
         raise _explain(error, path, {}, (), model) from error
 
@@ -129,7 +153,7 @@ def parse(value: dict[str, Any], path: str = "recipe", where: Where | None = Non
     """Checks a recipe given as a mapping; `where` tells the line of every key, for messages."""
     where = where or {}
     try:
-        recipe = Recipe(**{key: each for key, each in value.items() if not key.startswith(NOTES)})
+        recipe = Recipe.model_validate({key: each for key, each in value.items() if not str(key).startswith(NOTES)})
     except ValidationError as error:
         raise _explain(error, path, where, (), Recipe) from error
     for variant, steps in recipe.variants.items():

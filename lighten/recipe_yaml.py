@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from lighten.errors import RequestError
+from lighten.reading import compose_yaml, construct_yaml
 
 Where = dict[tuple[str | int, ...], int]
 
@@ -23,16 +24,9 @@ def read(text: str, path: Path) -> tuple[Any, Where]:
     Raises:
         RequestError: no valid YAML, or a key that stands twice in one mapping.
     """
-    try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        _keys_as_written(node, path, set())
-        return (None, {}) if node is None else (loader.construct_document(node), _lines(node))
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RequestError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
-        raise RequestError(f"{path}: cannot read this recipe: {error}") from error
+    node = compose_yaml(text, str(path))
+    _keys_as_written(node, path, set())
+    return construct_yaml(node, str(path)), _lines(node)
 
 
 def _keys_as_written(node: yaml.Node | None, path: Path, seen: set[int]) -> None:

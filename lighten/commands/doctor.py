@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from lighten import screen
 from lighten.errors import Failure, RequestError
-from lighten.flags import Artifacts, Device, Json, print_json
+from lighten.flags import Artifacts, Device, Json, TrustCode, TrustTasks, print_json
 
 
 def doctor(
@@ -22,6 +22,8 @@ def doctor(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure memory bandwidth and matrix products of this machine again.")
     ] = False,
+    trust_remote_code: TrustCode = False,
+    trust_tasks: TrustTasks = False,
     device: Device = "auto",
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
@@ -29,11 +31,13 @@ def doctor(
     """Tell what this machine can do, where a model loads, or what a recipe's calibration text is worth."""
     if path is not None and calibration is not None:
         raise RequestError("give either a path or --calibration, not both")
+    if calibration is None and (trust_remote_code or trust_tasks):
+        raise RequestError("--trust-remote-code and --trust-tasks belong to --calibration RECIPE")
     if path is not None:
         _try_loaders(path, device, as_json)
         return
     if calibration is not None:
-        _examine(calibration, artifacts, device, as_json)
+        _examine(calibration, artifacts, device, as_json, trust_remote_code, trust_tasks)
         return
     from importlib.util import find_spec
 
@@ -73,21 +77,21 @@ def doctor(
         print_json({"machine": told, "missing": found, "loaders": loaders.versions()})
         return
     for key, value in machine.fingerprint().items():
-        print(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
-    print(
+        screen.say(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    screen.say(
         f"reading: {roofs.memory:.1f} GB/s from memory, {roofs.bandwidth[0][1]:.1f} GB/s from caches "
         f"({roofs.device}, {roofs.measured})"
     )
     rates = {name: f"{rate:,.0f}" if rate else "none" for name, rate in roofs.matrix.items()}
-    print(f"products: {', '.join(f'{name} {rate} GFLOP/s' for name, rate in rates.items())}")
+    screen.say(f"products: {', '.join(f'{name} {rate} GFLOP/s' for name, rate in rates.items())}")
     if roofs.busy:
-        print(f"warning: {busy(roofs)}")
+        screen.say(f"warning: {busy(roofs)}")
     for extra, missing in found.items():
-        print(
+        screen.say(
             f"extra {extra}: " + (f"lacks {', '.join(missing)}: pip install 'lighten[{extra}]'" if missing else "ready")
         )
     for name, version in loaders.versions().items():
-        print(f"loader {name}: {version or 'not installed'}")
+        screen.say(f"loader {name}: {version or 'not installed'}")
 
 
 def _try_loaders(path: Path, device: str, as_json: bool) -> None:
@@ -103,21 +107,28 @@ def _try_loaders(path: Path, device: str, as_json: bool) -> None:
     else:
         for load in map(Load.model_validate, found):
             why = f": {load.error}" if load.error else " (not for this format)" if load.status == "other" else ""
-            print(f"{' '.join(filter(None, (load.loader, load.version)))}: {mark(load)}{why}")
+            screen.say(f"{' '.join(filter(None, (load.loader, load.version)))}: {mark(load)}{why}")
     if not any(load["status"] == "ok" for load in found):
         raise Failure(f"no loader opens {path}")
 
 
-def _examine(recipe: str, artifacts: Path, device: str, as_json: bool) -> None:
+def _examine(recipe: str, artifacts: Path, device: str, as_json: bool, code: bool, tasks: bool) -> None:
     from lighten.doctor import diagnose
     from lighten.progress import watching
 
     with watching(quiet=as_json) as watcher:
-        diagnosis = diagnose(recipe, artifacts=artifacts, device=device, watcher=watcher)
+        diagnosis = diagnose(
+            recipe,
+            artifacts=artifacts,
+            device=device,
+            watcher=watcher,
+            trust_remote_code=code,
+            trust_tasks=tasks,
+        )
     if as_json:
         print_json(diagnosis.json())
         return
-    console = Console(soft_wrap=True, highlight=False)
+    console = screen.console(soft_wrap=True, highlight=False)
     for finding in diagnosis.findings:
         console.print(finding.title, style="bold", markup=False)
         for line in finding.lines:

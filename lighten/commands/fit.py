@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from lighten import screen
 from lighten.flags import Json, print_json
 
 
@@ -27,4 +27,4 @@ def fit(
     if as_json:
         print_json(value)
     else:
-        Console().print(shown)
+        screen.console().print(shown)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from rich.console import Console
 
-from lighten.flags import Artifacts, Device, Json, MergeAdapter, print_json
+from lighten import screen
+from lighten.flags import Artifacts, Device, Json, MergeAdapter, TrustCode, print_json
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -28,7 +28,14 @@ def add_verb(app: typer.Typer, kind: str, about: str) -> None:
     calibration = Sweep.model_fields if any(each.calibrated for each in classes.values()) else {}
 
     def verb(
-        model: str, out: Path, artifacts: Path, device: str, merge_adapter: bool, as_json: bool, **values: Any
+        model: str,
+        out: Path,
+        artifacts: Path,
+        device: str,
+        merge_adapter: bool,
+        trust_remote_code: bool,
+        as_json: bool,
+        **values: Any,
     ) -> None:
         from lighten.progress import watching
         from lighten.verbs import one_step
@@ -44,12 +51,15 @@ def add_verb(app: typer.Typer, kind: str, about: str) -> None:
                 artifacts=artifacts,
                 device=device,
                 merge_adapter=merge_adapter,
+                trust_remote_code=trust_remote_code,
                 watcher=watcher,
             )
         if as_json:
             print_json({"path": str(artifact.path), **artifact.manifest})
         else:
-            Console(soft_wrap=True).print(f"{artifact.path}: {artifact.format}, {artifact.size_bytes / 1e6:.1f} MB")
+            screen.console(soft_wrap=True).print(
+                f"{artifact.path}: {artifact.format}, {artifact.size_bytes / 1e6:.1f} MB"
+            )
 
     fixed = [
         ("model", Annotated[str, typer.Argument(help="A hub id, a directory, a .gguf file, or demo:NAME.")], None),
@@ -57,6 +67,7 @@ def add_verb(app: typer.Typer, kind: str, about: str) -> None:
         ("artifacts", Artifacts, Path("artifacts")),
         ("device", Device, "auto"),
         ("merge_adapter", MergeAdapter, False),
+        ("trust_remote_code", TrustCode, False),
         ("as_json", Json, False),
     ]
     parameters = [

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from lighten import screen
 from lighten.errors import RequestError
-from lighten.flags import Artifacts, Device, Json, print_json
+from lighten.flags import Artifacts, Device, Json, TrustCode, print_json
 
 OPERAND = "NAME, NAME@v1, NAME:VARIANT, a version's directory, a results.json, or a model's directory or file."
 
@@ -32,6 +32,7 @@ def compare(
     skip: Annotated[
         list[str] | None, typer.Option(help="Of two models: leave out perplexity, accuracy or speed; may be repeated.")
     ] = None,
+    trust_remote_code: TrustCode = False,
     device: Device = "auto",
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
@@ -74,11 +75,12 @@ def compare(
             evaluate=evaluate,
             device=device,
             watcher=watcher,
+            trust_remote_code=trust_remote_code,
         )
     if as_json:
         print_json(found.json())
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = screen.console(highlight=False, soft_wrap=True)
         for line in lines(found, flips):
             console.print(line)
     if found.failed:

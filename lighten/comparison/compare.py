@@ -51,6 +51,7 @@ def compare(
     evaluate: Evaluate | None = None,
     device: str = "auto",
     watcher: Watcher | None = None,
+    trust_remote_code: bool = False,
 ) -> Comparison:
     """Returns what changed from `a` to `b`.
 
@@ -63,6 +64,7 @@ def compare(
         evaluate: what to measure where both are models; a model beside a variant is measured as its version was.
         device: where models are run.
         watcher: is told what is measured.
+        trust_remote_code: lets the code run that lies beside the variants, when `tokens` has to run them.
 
     Raises:
         RequestError: nothing of that name, other protocols, a limit that cannot be read or judged.
@@ -84,7 +86,9 @@ def compare(
         protocol.check(one, other_one)
         found = difference.compare(one, other_one)
         verdicts = tuple(verdict for limit in asked for verdict in limits.judge(limit, found))
-        places, missing = _tokens(one, other_one, tokens, chosen, watcher) if tokens else (None, None)
+        places, missing = None, None
+        if tokens:
+            places, missing = _tokens(one, other_one, tokens, chosen, watcher, trust_remote_code)
     return Comparison((found,), (), verdicts, places, missing)
 
 
@@ -145,7 +149,7 @@ def _sides(
 
 
 def _tokens(
-    a: Side, b: Side, count: int, device: str, watcher: Watcher
+    a: Side, b: Side, count: int, device: str, watcher: Watcher, trusted: bool
 ) -> tuple[tuple[dict[str, Any], ...] | None, str | None]:
     """Returns the places where the two disagree most, or why they cannot be told."""
     if not (a.perplexity and b.perplexity and b.row.perplexity):
@@ -170,7 +174,7 @@ def _tokens(
         payload["stored"] = str(b.perplexity.path)
     elif a.model and b.model:
         models = [str(a.model), str(b.model)]
-        payload |= {"models": models, "device": device, "trust_remote_code": a.trusted and b.trusted}
+        payload |= {"models": models, "device": device, "trust_remote_code": trusted}
         watcher.say(f"divergence of {b.text} from {a.text}, token by token")
     else:
         gone = a.text if a.model is None else b.text

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lighten.comparison.operand import VariantOf, Version
 from lighten.data import choices, text
 from lighten.errors import RequestError
@@ -17,9 +15,12 @@ from lighten.evaluate import machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.model import vocabulary
 from lighten.model.source import Found, find
+from lighten.names import as_name
 from lighten.pipeline import Watcher, add_measurements
 from lighten.plan import check_measurable, measuring_packages, this_machine
 from lighten.process import run_isolated
+from lighten.recipe import parse_settings
+from lighten.report.asked import asked
 from lighten.report.results import Variant
 from lighten.store import Artifact, Store, stage_key
 from lighten.verbs import describe_source
@@ -39,7 +40,6 @@ class Side:
     model: Path | None = None
     tokenizer: Path | None = None
     """The model whose tokenizer gave the ids."""
-    trusted: bool = False
 
 
 def of_variant(operand: VariantOf) -> Side:
@@ -71,7 +71,6 @@ def of_variant(operand: VariantOf) -> Side:
         accuracy,
         made.path if made else None,
         tokenizer.path if tokenizer else None,
-        bool(_recipe(version).get("trust_remote_code", False)),
     )
 
 
@@ -81,7 +80,7 @@ def protocol_of(version: Version) -> tuple[Evaluate, Path]:
     Raises:
         RequestError: the version does not say, or its baseline is gone.
     """
-    recipe = _recipe(version)
+    recipe = asked(version.results)
     if not recipe.get("evaluate"):
         raise RequestError(f"{version.text} does not say what it measured: name a version that `lighten run` made")
     baseline = version.results.baseline
@@ -91,12 +90,10 @@ def protocol_of(version: Version) -> tuple[Evaluate, Path]:
             f"the baseline of {version.text} is not in its store any more, so nothing can be measured as it was: "
             "run the recipe again"
         )
-    return Evaluate.model_validate({**recipe["evaluate"], "loaders": False}), made.path
-
-
-def _recipe(version: Version) -> dict[str, Any]:
-    value = yaml.safe_load(version.results.recipe_yaml or "{}")
-    return value if isinstance(value, dict) else {}
+    if not isinstance(recipe["evaluate"], dict):
+        raise RequestError(f"the recipe in the results of {version.text} does not say what to evaluate")
+    where = f"the recipe in the results of {version.text}"
+    return parse_settings(Evaluate, {**recipe["evaluate"], "loaders": False}, where), made.path
 
 
 def of_model(
@@ -132,11 +129,11 @@ def of_model(
             f"{name} has another vocabulary than what it is compared with ({other}): their tokens cannot be paired. "
             "`lighten evaluate` measures each on its own tokens and puts bits per byte side by side"
         )
-    asked: list[tuple[Any, Perplexity | Accuracy | Speed]] = [("accuracy", each) for each in evaluate.accuracy]
-    asked += [("perplexity", each) for each in evaluate.perplexity[:1]]  # the one that leads the report
-    asked += [("speed", evaluate.speed)] if evaluate.speed else []
-    done = [(kind, _measured(kind, settings, source, ids, store, device, watcher, kept)) for kind, settings in asked]
-    row: dict[str, Any] = {"name": source.path.name, "status": "ok", **describe_source(source)}
+    wanted: list[tuple[Any, Perplexity | Accuracy | Speed]] = [("accuracy", each) for each in evaluate.accuracy]
+    wanted += [("perplexity", each) for each in evaluate.perplexity[:1]]  # the one that leads the report
+    wanted += [("speed", evaluate.speed)] if evaluate.speed else []
+    done = [(kind, _measured(kind, settings, source, ids, store, device, watcher, kept)) for kind, settings in wanted]
+    row: dict[str, Any] = {"name": as_name(source.path.name), "status": "ok", **describe_source(source)}
     add_measurements(row, [(kind, artifact.path, None) for kind, artifact in done], True)
     return Side(
         name,

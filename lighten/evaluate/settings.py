@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -143,6 +144,16 @@ class Accuracy(_Settings):
     def told(self) -> str:
         """Accuracy, and the task where lm-eval has it."""
         return f"accuracy in {Path(self.task).stem}" if self.harness else "accuracy"
+
+    @property
+    def task_file(self) -> Path | None:
+        """The task's file, where it is one that did not come with lm-eval: lm-eval runs what such a file says."""
+        file = Path(self.task).expanduser()
+        if not self.harness or file.suffix not in (".yaml", ".yml"):
+            return None
+        spec = find_spec("lm_eval")
+        own = [Path(folder).resolve() for folder in (spec and spec.submodule_search_locations) or ()]
+        return None if any(file.resolve().is_relative_to(folder) for folder in own) else file
 
     @property
     def harness(self) -> bool:

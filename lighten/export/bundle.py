@@ -236,26 +236,31 @@ def write_bundle(
     folder = f"bundle-{target.name}"
     layers = -1 if target.gpu else 0
     values = {"FILE": model.files[0].name, "NAME": name, "CONTEXT": context, "GPU_LAYERS": layers, "FOLDER": folder}
-    for script in SCRIPTS:
-        text = (files("lighten.export") / "edge" / script).read_text(encoding="utf-8")
-        if not script.endswith(".py"):
-            text = re.sub(r"@([A-Z_]+)@", lambda found: str(values[found[1]]), text)
-        write_file(out / script, text.encode())
-        os.chmod(out / script, 0o755 if script.endswith(("run.sh", "serve.sh", "bench.sh")) else 0o644)
+    for name_ in SCRIPTS:
+        write_file(out / name_, script(name_, values))
+        os.chmod(out / name_, 0o755 if name_.endswith(("run.sh", "serve.sh", "bench.sh")) else 0o644)
     text = builtin_text("perplexity").encode()[:TEXT_BYTES].decode(errors="ignore").replace(SEPARATOR, "\n\n")
     write_file(out / "perplexity.txt", text.encode())
     base = pins()
     built = "# llama-cpp-python is compiled where no wheel fits: that takes a C++ compiler"
     gpu = "\n# for the GPU, install with CMAKE_ARGS=-DGGML_CUDA=on in the environment" if target.gpu else ""
-    _write_pins(out / "requirements.txt", f"# for {target.architecture}; {built[2:]}{gpu}", base)
+    write_file(out / "requirements.txt", requirements(f"# for {target.architecture}; {built[2:]}{gpu}", base))
     server = {**base, **{key: value for key, value in SERVER.items() if key not in base}}
-    _write_pins(out / "requirements-server.txt", "# the same with what the server needs", server)
+    write_file(out / "requirements-server.txt", requirements("# the same with what the server needs", server))
     return facts
 
 
-def _write_pins(file: Path, note: str, pinned: Mapping[str, str]) -> None:
-    lines = [note, *(f"{name}=={number}" for name, number in sorted(pinned.items()))]
-    write_file(file, ("\n".join(lines) + "\n").encode())
+def script(name: str, values: Mapping[str, Any] | None = None) -> bytes:
+    """Returns one of the scripts of a bundle; `values` stand in the place of its @NAMES@."""
+    text = (files("lighten.export") / "edge" / name).read_text(encoding="utf-8")
+    if not name.endswith(".py"):
+        text = re.sub(r"@([A-Z_]+)@", lambda found: str((values or {})[found[1]]), text)
+    return text.encode()
+
+
+def requirements(note: str, pinned: Mapping[str, str]) -> bytes:
+    """Returns a requirements.txt."""
+    return ("\n".join([note, *(f"{name}=={number}" for name, number in sorted(pinned.items()))]) + "\n").encode()
 
 
 def write_sums(out: Path) -> None:

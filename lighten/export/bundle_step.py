@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from lighten.errors import Failure, RequestError
 from lighten.export.gguf_step import Gguf
 from lighten.export.step import Export, about
 from lighten.export.targets import find_target
+from lighten.names import as_name
 from lighten.stage import Context, Estimate, ModelFacts, Step
 from lighten.store import Artifact, write_file
 
@@ -144,7 +144,7 @@ class Bundle(Export):
         with _late():
             sentence = bundle.check_fit(need, target, tokens, chosen, others)
         context.report(1, 4, sentence)
-        short = re.sub(r"[^\w.-]+", "-", origin.get("name") or "model")
+        short = as_name(origin.get("name") or "model")[:80]
         written = bundle.write_bundle(
             out, model, target, name=f"{short}-{chosen}", type=chosen, context=tokens, about=origin
         )

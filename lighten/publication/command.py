@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
+from lighten import screen
 from lighten.errors import Failure, RequestError
 from lighten.flags import Artifacts, Json, print_json
 
@@ -69,7 +69,7 @@ def report(
         save(results, folder / FILE)
     earlier, refused = read(before(folder))
     for line in refused:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(line, style="yellow", markup=False)
+        screen.console(stderr=True, soft_wrap=True, highlight=False).print(line, style="yellow", markup=False)
     if push_to_hub:
         publish(results, folder, push_to_hub, variant or (), public=public, dry_run=dry_run, as_json=as_json)
     elif history:
@@ -88,7 +88,7 @@ def _write_again(results: Results, folder: Path, earlier: list[Results]) -> None
 
     if not os.access(folder, os.W_OK):
         told = f"{folder} is read-only: its report stays as it is; --format html -o FILE writes one somewhere else"
-        Console(stderr=True, soft_wrap=True, highlight=False).print(told, style="yellow", markup=False)
+        screen.console(stderr=True, soft_wrap=True, highlight=False).print(told, style="yellow", markup=False)
         return
     store = Store(folder.resolve().parent.parent)
     own = (
@@ -147,8 +147,8 @@ def show(folder: Path, as_json: bool) -> None:
     if as_json:
         print_json(json.loads((folder / report.FILE).read_text(encoding="utf-8")))
     else:
-        Console().print(terminal(results))
-        Console(soft_wrap=True).print(f"report: {(folder / 'report.html').resolve()}", highlight=False)
+        screen.console().print(terminal(results))
+        screen.console(soft_wrap=True).print(f"report: {(folder / 'report.html').resolve()}", highlight=False)
     failed = [variant.name for variant in results.variants if variant.failed]
     if failed:
         raise Failure(f"failed: {', '.join(failed)}; the report says why, and the same command tries again")
@@ -200,9 +200,9 @@ def publish(
             continue
         said = f"{upload.variant} -> {url}" if url else f"{upload.variant} would go to {upload.repo}"
         kind = "public" if public else "private"
-        print(f"{said} ({kind}, one commit, {len(upload.files)} files, {byte_count(upload.size_bytes)})")
+        screen.say(f"{said} ({kind}, one commit, {len(upload.files)} files, {byte_count(upload.size_bytes)})")
         for path, size in upload.files if dry_run else ():
-            print(f"  {byte_count(size):>9}  {path}")
+            screen.say(f"  {byte_count(size):>9}  {path}")
     if as_json and not quiet:
         print_json(done)
 
@@ -276,7 +276,7 @@ def _show_history(results: Results, earlier: list[Results], format: Format, out:
 def _print_part(part: Part) -> None:
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = screen.console(highlight=False)
     console.print(part.intro, style="dim", markup=False)
     for grid in part.grids:
         shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=grid.caption, title_justify="left")

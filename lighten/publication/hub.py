@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,12 +12,17 @@ from typing import Any
 
 from lighten.errors import Failure, RequestError
 from lighten.links import follow
+from lighten.manifest import DIGEST, digest
 from lighten.model.hub import http_library
 from lighten.report.card import CARD, HUB_ID, card
 from lighten.report.results import BASELINE, Results
+from lighten.report.shareable import local_paths, without_paths
 from lighten.store import MANIFEST, Artifact, find_damage, read_artifact
 
 PLACE = "{variant}"
+TEXTS = (".json", ".txt", ".md", ".jinja", ".py", ".yaml")
+LONGEST = 1_000_000
+"""Bytes of a text that is looked through; vocabularies are longer."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +34,14 @@ class Upload:
     artifact: Artifact
     card: str
     message: str
+    manifest: bytes
+    """The artifact's own, without paths of this machine."""
 
     @property
     def files(self) -> list[tuple[str, int]]:
         """Path and bytes of each file that the repository will hold."""
         listed = {entry["path"]: int(entry["size"]) for entry in self.artifact.manifest["files"]}
-        listed[MANIFEST] = (self.artifact.path / MANIFEST).stat().st_size
+        listed[MANIFEST] = len(self.manifest)
         listed[CARD] = len(self.card.encode())
         return sorted(listed.items())
 
@@ -88,8 +96,36 @@ def uploads(results: Results, folder: Path, repo: str, variants: Sequence[str] =
             raise Failure(f"{name} is damaged ({damage[0]}): 'lighten verify' removes it, and a run makes it again")
         there = repo.replace(PLACE, name)
         message = f"{name} of {results.title}, made and measured by lighten"
-        found.append(Upload(name, there, artifact, card(results, rows[name], artifact, there), message))
+        _check_private(name, artifact)
+        told = card(results, rows[name], artifact, there)
+        found.append(Upload(name, there, artifact, told, message, _manifest(artifact, local_paths(results))))
     return found
+
+
+def _manifest(artifact: Artifact, known: dict[str, str]) -> bytes:
+    """Returns the artifact's manifest as others may read it; files, keys and hashes stay."""
+    manifest = artifact.manifest
+    told = {name: each if name == "files" else without_paths(each, known) for name, each in manifest.items()}
+    if DIGEST in told:
+        told[DIGEST] = digest(told)
+    return (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _check_private(name: str, artifact: Artifact) -> None:
+    """Raises Failure for a link in an artifact, and for a text of it that tells a directory of this machine."""
+    places = {str(path) for path in (Path.home(), Path.cwd(), artifact.path.parent) if len(path.parts) > 1}
+    for entry in artifact.manifest["files"]:
+        file = artifact.path / entry["path"]
+        if file.is_symlink() or not file.resolve().is_relative_to(artifact.path.resolve()):
+            raise Failure(f"{name}: {entry['path']} is a link, which is not pushed: run the recipe again")
+        if file.suffix not in TEXTS or entry["size"] > LONGEST:
+            continue
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if told := next((place for place in sorted(places) if f"{place}/" in text), None):
+            raise Failure(
+                f"{name}: {entry['path']} tells a directory of this machine ({told}): take that out of the model's "
+                "own file before it is pushed, and run the recipe again"
+            )
 
 
 def check_token() -> None:
@@ -116,8 +152,9 @@ def push(upload: Upload, *, private: bool = True) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     check_token()
-    paths = [path for path, _ in upload.files if path != CARD]
-    operations = [CommitOperationAdd(path, str(upload.artifact.path / path)) for path in paths]
+    paths = [path for path, _ in upload.files if path not in (CARD, MANIFEST)]
+    operations = [CommitOperationAdd(MANIFEST, upload.manifest)]
+    operations += [CommitOperationAdd(path, str(upload.artifact.path / path)) for path in paths]
     operations.append(CommitOperationAdd(CARD, upload.card.encode()))
     api = HfApi(library_name="lighten")
     with _told(upload.repo):

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from lighten import screen
 from lighten.flags import Artifacts, Json, print_json
 
 
@@ -46,7 +46,7 @@ def recommend(
     if as_json:
         print_json(answer.json())
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = screen.console(highlight=False, soft_wrap=True)
         for line in lines(answer):
             console.print(line)
     if answer.pick is None:

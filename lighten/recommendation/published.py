@@ -13,6 +13,7 @@ from lighten.export.bundle import need_of
 from lighten.recommendation.candidate import Candidate
 from lighten.recommendation.question import Question
 from lighten.recommendation.sizes import Sizes
+from lighten.report.asked import asked
 from lighten.report.headline import BROKEN
 from lighten.report.pareto import pareto
 from lighten.report.results import Results, Variant
@@ -144,12 +145,13 @@ def recipe(results: Results, variants: dict[str, list[dict[str, Any]]], measured
         variants: what to make.
         measured: variants of the version to have in it again.
     """
-    given = yaml.safe_load(results.recipe_yaml or "{}") or {}
-    kept = {name: given.get("variants", {})[name] for name in measured if name in given.get("variants", {})}
+    given = asked(results)
+    made = given.get("variants")
+    kept = {name: made[name] for name in measured if name in made} if isinstance(made, dict) else {}
     value = {
         "name": f"{results.recipe}-next",
         "model": results.source.model,
-        **{key: given[key] for key in ("revision", "trust_remote_code", "calibration") if given.get(key)},
+        **{key: given[key] for key in ("revision", "calibration") if given.get(key)},
         "variants": {**kept, **variants},
         "evaluate": given.get("evaluate") or {"perplexity": {}, "accuracy": {}, "speed": {}},
     }

@@ -18,14 +18,16 @@ from lighten.links import follow
 from lighten.report.calibration import amount
 from lighten.report.facts import protocols, sentence, settings, text
 from lighten.report.loading import loading
-from lighten.report.markdown import escape, fence, grid_table
+from lighten.report.markdown import code, escape, fence, grid_table
 from lighten.report.numbers import NOT_MEASURED, byte_count
 from lighten.report.part import Grid
 from lighten.report.results import Results, Variant
+from lighten.report.shareable import shareable
 from lighten.report.table import table
 from lighten.store import Artifact, read_artifact
 
 CARD = "README.md"
+UNKNOWN = "unknown"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 BASES = {"demo:smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """What the demo models are called on the hub."""
@@ -37,6 +39,8 @@ def cards(results: Results, folder: Path) -> dict[str, str]:
     """Returns the card of every variant of a version whose artifact is there, by name."""
     found = {}
     for variant in results.measured:
+        if variant.elsewhere:  # there is no artifact of it here
+            continue
         try:
             artifact = read_artifact(follow(folder / "variants" / variant.name))
         except LightenError:
@@ -46,7 +50,12 @@ def cards(results: Results, folder: Path) -> dict[str, str]:
 
 
 def card(results: Results, variant: Variant, artifact: Artifact, repo: str | None = None) -> str:
-    """Returns a variant's card; `repo` is where it will lie on the hub, else it is read beside the version."""
+    """Returns a variant's card; `repo` is where it will lie on the hub, else it is read beside the version.
+
+    It tells no path of this machine.
+    """
+    results = shareable(results)
+    variant = next(each for each in results.variants if each.name == variant.name)
     where = f'snapshot_download("{repo}")' if repo else f'"variants/{variant.name}"'
     files = artifact.manifest["files"]
     parts = [
@@ -141,7 +150,7 @@ def _entry(data: str, metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _opening(results: Results, variant: Variant) -> str:
     base = base_model(results)
-    source = f"[{base}](https://huggingface.co/{base})" if base else f"`{Path(results.source.model).name}`"
+    source = f"[{base}](https://huggingface.co/{base})" if base else code(Path(results.source.model).name)
     size = f", {byte_count(variant.size_bytes)}" if variant.size_bytes is not None else ""
     part = results.size_ratio(variant)
     size += f", {100 * part:.0f} % of the source's size" if part is not None else ""
@@ -152,7 +161,7 @@ def _opening(results: Results, variant: Variant) -> str:
         if licence
         else "The source names no licence: ask its makers."
     )
-    return f"{how} {source} (format `{variant.format}`{size}). {terms}"
+    return f"{how} {source} (format {code(variant.format or UNKNOWN)}{size}). {terms}"
 
 
 def _measured(results: Results, variant: Variant) -> list[str]:
@@ -188,6 +197,9 @@ def _made(results: Results, variant: Variant) -> list[str]:
         said += [escape(sentence((key.replace("_", " "), text(value, key)) for key, value in simple.items())) + "."]
     if results.calibration and variant.steps:
         said.append(f"Calibration text: {escape(amount(results.calibration))}.")
+    identity = (results.source.model_extra or {}).get("identity")
+    if not base_model(results) and identity:
+        said.append(f"The source's identity (SHA-256 of its files): {escape(str(identity))}.")
     if results.recipe_yaml:
         said += ["The whole recipe, to be run again with `lighten run recipe.yaml`:", fence(results.recipe_yaml)]
     packages = results.machine.get("packages")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 
 from lighten.report.results import Accuracy, Results, Speed, Variant
 
 Fields = Iterator[tuple[str, str | int | float | None]]
 """Name of a column and what stands in it."""
+
+FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]")
+"""How a formula begins, in full width too."""
 
 HOW = ("attention", "compile", "cache", "draft")
 """What tells two measurements of speed apart that have one batch and one prompt."""
@@ -25,10 +29,15 @@ def csv_table(results: Results) -> str:
     always = ("variant", "status", "error")
     used = [name for name in names if name in always or any(row.get(name) is not None for row in rows)] or [*always]
     text = io.StringIO()
-    writer = csv.DictWriter(text, used, extrasaction="ignore", lineterminator="\r\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\r\n")
+    writer.writerow(map(_plain, used))
+    writer.writerows([_plain(row.get(name)) for name in used] for row in rows)
     return text.getvalue()
+
+
+def _plain(value: str | int | float | None) -> str | int | float | None:
+    """Returns what stands in a cell; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
 
 
 def _fields(results: Results, v: Variant) -> Fields:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+_PLAIN = re.compile(r"[\w.-]+(/[\w.-]+)*")
 PROMPT = "The capital of France is"
 NEEDS = {
     "gptq": "transformers gptqmodel optimum",
@@ -50,6 +52,7 @@ print([(each.name, each.shape, each.type) for each in session.get_inputs()])
 
 def loading(form: str, files: Sequence[str], where: str) -> str:
     """Returns Markdown: what to install, and code that opens `where` (a Python expression) and says something."""
+    files = [name for name in files if _PLAIN.fullmatch(name)]  # a name becomes a part of code that people run
     named = {suffix: sorted(name for name in files if name.endswith(suffix)) for suffix in (".gguf", ".onnx")}
     if form == "bundle":
         return "Unpack the archive on the device; its README says how to chat, to serve and to measure."

@@ -87,6 +87,14 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*|#~]|\](?=[(\[:])|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
+def code(text: str) -> str:
+    """Returns text as code inside a line: longer fences than any in it, and no line of its own."""
+    text = " ".join(text.split())
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    mark = "`" * (longest + 1)
+    return f"{mark} {text} {mark}" if longest else f"`{text}`"
+
+
 def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lighten.names import elsewhere
 from lighten.report.numbers import significant
 from lighten.report.results import Results, Variant
 
@@ -30,7 +31,7 @@ def _row(variant: Variant, other: Results, name: str) -> Variant:
         protocol = "" if perplexity.by == "lighten" else f" by the protocol {perplexity.by}"
         notes.append(f"perplexity {significant(perplexity.value, 4)} on {data}{protocol}")
     changes = {
-        "name": f"{variant.name} @ {name}",
+        "name": elsewhere(variant.name, name),
         "key": None,
         "path": None,
         "perplexity": None,

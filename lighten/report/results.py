@@ -6,13 +6,15 @@ divergences are nats. A section that was not measured is null, or an empty list.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from lighten.errors import Failure, RequestError
+from lighten.names import is_elsewhere, is_name
+from lighten.reading import Refused, parse_json
+from lighten.screen import deep
 from lighten.store import write_json
 
 SCHEMA = 1
@@ -368,6 +370,13 @@ class Variant(Section):
     notes: list[str] = []
 
     @model_validator(mode="after")
+    def _is_a_name(self) -> Self:
+        """A name becomes that of a directory: it has to be one."""
+        if not (is_name(self.name) or (self.elsewhere and is_elsewhere(self.name))):
+            raise ValueError(f"the variant name {self.name!r} may hold letters, digits, '.', '_' and '-' only")
+        return self
+
+    @model_validator(mode="after")
     def _failed_says_why(self) -> Self:
         if self.status == "failed" and not (self.error or "").strip():
             raise ValueError(f"variant {self.name!r} failed but its error is empty")
@@ -463,6 +472,12 @@ class Results(Section):
     recipe_yaml: str = ""
     warnings: list[str] = []
 
+    @model_validator(mode="before")
+    @classmethod
+    def _shown_as_text(cls, value: Any) -> Any:
+        """What others wrote is printed and put into pages: no control character of it is kept."""
+        return deep(value) if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         names = [variant.name for variant in self.variants]
@@ -543,8 +558,8 @@ def load(path: Path) -> Results:
             f"cannot read {file}: {error.strerror}; give a version directory or its {FILE} ('lighten ls' lists them)"
         ) from error
     try:
-        raw = json.loads(text)
-    except ValueError as error:
+        raw = parse_json(text)
+    except Refused as error:
         raise Failure(f"{file} is not JSON ({error}): restore it, or run the recipe again") from error
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if schema is None:
@@ -554,7 +569,7 @@ def load(path: Path) -> Results:
             f"{file} has schema {schema!r}, this lighten reads schema {SCHEMA}: use the version that wrote it"
         )
     try:
-        return Results.model_validate_json(text)
+        return Results.model_validate(raw)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
         lines = [f"  {'.'.join(map(str, problem['loc'])) or 'file'}: {problem['msg']}" for problem in problems[:5]]

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 
 from lighten.collection import check as check_store
 from lighten.errors import RequestError
+from lighten.manifest import fault
 from lighten.pipeline import run
 from lighten.publication.hub import check
 from lighten.store import MANIFEST, Store
@@ -77,7 +78,13 @@ def test_an_artifact_and_its_card_arrive_in_one_commit(folder: Path) -> None:
         manifest = json.loads((artifact / MANIFEST).read_text())
         assert set(files) == {entry["path"] for entry in manifest["files"]} | {MANIFEST, "README.md"}
         for path, content in files.items():
-            assert path == "README.md" or content == (artifact / path).read_bytes(), path
+            assert path in ("README.md", MANIFEST) or content == (artifact / path).read_bytes(), path
+        pushed = json.loads(files[MANIFEST])
+        assert fault(pushed) is None and pushed["files"] == manifest["files"] and pushed["key"] == manifest["key"]
+        for path in ("README.md", MANIFEST):  # names and hashes, and no path of this machine
+            text = files[path].decode()
+            assert str(folder) not in text and str(manifest["source"]["id"]) not in text
+        assert manifest["source"]["identity"] in files["README.md"].decode()
         assert server.large, "the weights went by LFS"
         card = ModelCard(files["README.md"].decode())
         assert 'snapshot_download("me/small")' in card.text and "gptq" in (card.data.tags or [])

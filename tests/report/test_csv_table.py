@@ -6,6 +6,8 @@ import csv
 import io
 from typing import Any
 
+import pytest
+
 from lighten.report.csv_table import csv_table
 from lighten.report.results import Results
 
@@ -38,9 +40,10 @@ def test_numbers_are_not_rounded() -> None:
 
 def test_failed_and_strange_rows() -> None:
     value = raw_failed()
-    value["variants"][1]["name"] = 'a "b", c'
+    value["variants"][1]["name"] = 'a @ "b", c'
+    value["variants"][1]["facts"]["machine"] = {}
     found = {row["variant"]: row for row in rows(value)}
-    assert 'a "b", c' in found
+    assert 'a @ "b", c' in found
     assert "lower calibration.samples" in found["nf4"]["error"] and found["nf4"]["perplexity"] == ""
     assert {row["status"] for row in found.values()} == {"ok", "failed"}
 
@@ -54,6 +57,27 @@ def test_speeds_that_differ_in_more_than_the_batch_keep_apart() -> None:
         "decode_tok_s batch 1 prompt 2",
         "decode_tok_s batch 1 prompt 3",
     }
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", " =", "＝"])
+def test_text_is_no_formula_of_a_spreadsheet(start: str) -> None:
+    value = raw_failed()
+    text = f"{start}HYPERLINK(1)"
+    value["variants"][-1] |= {"error": text}
+    value["variants"][1] |= {"format": text}
+    value["variants"][1]["accuracy"][0]["task"] = text
+    value["variants"][1]["delta"]["perplexity"] |= {"relative": -0.5}
+    table = list(csv.reader(io.StringIO(csv_table(Results.model_validate(value)))))
+    assert not [cell for row in table for cell in row if cell.startswith(start) and not _is_number(cell)]
+    assert any(f"'{text}" in row for row in table) and any("-0.5" in row for row in table)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def test_no_variants() -> None:

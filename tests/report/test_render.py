@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lighten import names
 from lighten.errors import Failure, RequestError
 from lighten.report import facts
 from lighten.report.allocation import allocations, draw_allocation
@@ -145,11 +146,14 @@ def evil(name: str) -> Results:
     value.update(recipe=name, version=name, created=name, recipe_yaml=f"name: {name}", warnings=[name])
     value["machine"] = {name: name, "versions": {name: name}}
     value["source"] = {"model": name, name: name}
-    value["variants"][1].update(name=name, format=name, runtime=name, device=name, path=name, key=name)
+    elsewhere = names.elsewhere("x", name)
+    value["variants"][1].update(name=elsewhere, format=name, runtime=name, device=name, path=name, key=name)
     kept = [{"what": name, "why": name}]
     allocation = {f"model.layers.0.{name}": {"type": name, "bits": 4}, name: {"type": "x", "bits": 8}}
     value["variants"][1].update(
-        facts={name: [name], "kept": kept, "allocation": allocation}, steps=[{name: name}], notes=[name]
+        facts={name: [name], "machine": {name: name}, "kept": kept, "allocation": allocation},
+        steps=[{name: name}],
+        notes=[name],
     )
     value["variants"][1]["perplexity"]["protocol"] = {name: name}
     value["variants"][1]["accuracy"][0]["task"] = name
@@ -187,9 +191,9 @@ def test_a_fence_in_the_recipe_stays_inside() -> None:
 
 def test_mathtext_in_a_name_is_text() -> None:
     value = raw()
-    value["variants"][1]["name"] = r"$\frac{1}$"
+    value["variants"][1] |= {"name": "x @ $y_{1$", "facts": {"machine": {}}}
     svg, _ = draw(plots(Results.model_validate(value))[0])
-    assert rb"$\frac{1}$" in svg
+    assert b"$y_{1$" in svg
 
 
 def test_the_page_needs_no_network() -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from lighten import names
 from lighten.errors import Failure, RequestError
-from lighten.report.results import Results, Speed, load, save
+from lighten.report.results import FILE, Results, Speed, load, save
 from lighten.report.table import Cell, table
+from lighten.store import Store
 
 from .sample import raw, raw_failed, results, with_failure
 
@@ -111,6 +113,39 @@ def test_reading_a_report_imports_neither_torch_nor_matplotlib() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "name", ["../../../x", "a/b", "", ".", "..", "-x", "/etc/x", "a\nb", "a b", "x" * 129, "a @ b/../c"]
+)
+def test_a_variants_name_is_none_of_a_path(name: str, tmp_path: Path) -> None:
+    told = raw()
+    told["variants"][1]["name"] = name
+    if "@" in name:
+        told["variants"][1]["facts"]["machine"] = {}
+    (tmp_path / FILE).write_text(json.dumps(told))
+    with pytest.raises(Failure, match=r"variants\.1: .* may hold letters, digits"):
+        load(tmp_path)
+
+
+def test_rows_of_another_machine_are_named_after_it(tmp_path: Path) -> None:
+    name = names.elsewhere("q4", "ACME i7 / 2 GHz\x1b[0m\n")
+    assert names.is_elsewhere(name)
+    told = raw()
+    told["variants"][1] |= {"name": name}
+    with pytest.raises(ValidationError, match="may hold letters"):
+        Results.model_validate(told)
+    told["variants"][1]["facts"]["machine"] = {"cpu": "x"}
+    assert Results.model_validate(told).variants[1].elsewhere
+    for text in ("a b (1)", "../..", "💥", "x" * 400, ".hidden"):
+        assert names.is_name(names.as_name(text))
+
+
+def test_a_key_of_results_is_none_of_a_path(tmp_path: Path) -> None:
+    (tmp_path / "objects").mkdir()
+    (tmp_path / "artifact.json").write_text("{}")
+    assert Store(tmp_path).find("..") is None
+    assert Store(tmp_path).find(str(tmp_path)) is None
 
 
 def test_the_arithmetic_of_each_phase_is_told_where_two_were_measured() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
-from lighten.errors import missing_extra
+from lighten.errors import RequestError, missing_extra
+from lighten.evaluate.harness import files
 from lighten.evaluate.settings import Accuracy
 from lighten.process import run_isolated
 
@@ -26,9 +28,11 @@ class Facts:
     """Of lm-eval."""
 
 
-@cache
 def look(settings: Accuracy) -> Facts:
     """Returns the facts of a task, whose data set is fetched for it.
+
+    A task file that did not come with lm-eval is only read: nothing in it runs, and its documents are not counted but
+    guessed.
 
     Raises:
         RequestError: lm-eval is not installed or has no such task, or its data cannot be had.
@@ -37,4 +41,18 @@ def look(settings: Accuracy) -> Facts:
         raise missing_extra(
             "harness", "lm_eval", f"the task {settings.task!r} (not builtin, hellaswag or a .jsonl file)"
         )
+    if (file := settings.task_file) is None:
+        return build(settings)
+    if not file.is_file():
+        raise RequestError(f"there is no task file {file}: check the path")
+    return Facts(**files.facts(file, Path(settings.local).expanduser() if settings.local else None, settings.limit))
+
+
+@cache
+def build(settings: Accuracy) -> Facts:
+    """Returns the facts of a task as lm-eval builds it, which runs what a task file says.
+
+    Raises:
+        RequestError: lm-eval has no such task, or its data cannot be had.
+    """
     return Facts(**run_isolated("lighten.evaluate.harness.tasks:describe", settings.model_dump(mode="json")).value)

@@ -125,18 +125,61 @@ def test_a_known_task_takes_its_documents_from_a_local_file(tiny: Tiny, folder: 
 
 
 def test_the_digest_is_that_of_what_is_asked(folder: Path) -> None:
-    first = harness.look(Accuracy(task=str(folder / "scenes.yaml")))
+    first = harness.build(Accuracy(task=str(folder / "scenes.yaml")))
     assert (first.task, first.documents) == ("scenes", 5)
     moved = folder / "elsewhere"
     moved.mkdir()
     for name in ("scenes.yaml", "tasks.jsonl"):
         (moved / name).write_text((folder / name).read_text())
-    assert harness.look(Accuracy(task=str(folder / "scenes.yaml"), limit=3)).digest != first.digest
-    assert harness.look(Accuracy(task=str(moved / "scenes.yaml"))).digest == first.digest
-    harness.look.cache_clear()
+    assert harness.build(Accuracy(task=str(folder / "scenes.yaml"), limit=3)).digest != first.digest
+    assert harness.build(Accuracy(task=str(moved / "scenes.yaml"))).digest == first.digest
+    harness.build.cache_clear()
     changed = [{**RECORDS[0], "label": 1}, *RECORDS[1:]]
     (moved / "tasks.jsonl").write_text("\n".join(json.dumps(each) for each in changed))
-    assert harness.look(Accuracy(task=str(moved / "scenes.yaml"))).digest != first.digest
+    assert harness.build(Accuracy(task=str(moved / "scenes.yaml"))).digest != first.digest
+
+
+HOSTILE = """task: scenes
+dataset_path: json
+dataset_kwargs: {data_files: {test: tasks.jsonl}}
+test_split: test
+doc_to_text: !function evil.run
+include: more.yaml
+"""
+
+
+def test_a_plan_reads_a_task_file_and_runs_nothing_of_it(folder: Path) -> None:
+    (folder / "scenes.yaml").write_text(HOSTILE)
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    (folder / "more.yaml").write_text("output_type: multiple_choice\n")
+    settings = Accuracy(task=str(folder / "scenes.yaml"))
+    first = harness.look(settings)
+    assert not (folder / "ran").exists()
+    assert (first.documents, harness.look(settings)) == (4, first)  # by its ends of lines
+    for part in ("evil.py", "more.yaml", "tasks.jsonl"):
+        before = harness.look(settings).digest
+        (folder / part).write_text((folder / part).read_text() + "\n# more\n")
+        assert harness.look(settings).digest != before, part
+    assert "lm_eval" not in str(Accuracy(task="arc_easy").task_file)
+
+
+@pytest.mark.parametrize("command", [("evaluate", "."), ("plan", "r.yaml"), ("run", "r.yaml")])
+def test_task_files_need_the_persons_word(folder: Path, command: tuple[str, ...]) -> None:
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    (folder / "scenes.yaml").write_text(HOSTILE)
+    (folder / "r.yaml").write_text(
+        "{name: r, model: nowhere/at-all, variants: {baseline: []}, evaluate: {accuracy: {task: scenes.yaml}}}"
+    )
+    flags = ("--task", "scenes.yaml") if command[0] == "evaluate" else ()
+    refused(lighten(*command, *flags, cwd=folder), 2, "scenes.yaml is code to lm-eval", "--trust-tasks")
+    assert not (folder / "ran").exists()
+
+
+def test_task_files_that_came_with_lm_eval_are_its_own() -> None:
+    import lm_eval.tasks
+
+    own = next(Path(lm_eval.tasks.__file__).parent.rglob("arc_easy.yaml"))
+    assert Accuracy(task=str(own)).task_file is None
 
 
 def test_who_scores_what() -> None:
@@ -151,9 +194,19 @@ def test_who_scores_what() -> None:
 
 
 def test_a_person_measures_a_task_file(tiny: Tiny, tiny_gguf: Path, folder: Path) -> None:
-    flags = ("--task", str(folder / "scenes.yaml"), "--skip", "speed", "--protocol", "gptq", "--protocol", "llama.cpp")
+    flags = (
+        "--trust-tasks",
+        "--task",
+        str(folder / "scenes.yaml"),
+        "--skip",
+        "speed",
+        "--protocol",
+        "gptq",
+        "--protocol",
+        "llama.cpp",
+    )
     lengths = ("--length", "64", "--samples", "2", "--json", "-o", str(folder / "out"))
-    done = lighten("evaluate", tiny(), tiny_gguf, *flags, *lengths, cwd=folder)
+    done = lighten("evaluate", tiny(), tiny_gguf, "--trust-tasks", *flags, *lengths, cwd=folder)
     assert done.returncode == 0, done.stderr
     value = json.loads(done.stdout)
     for row in value["variants"]:
@@ -173,7 +226,7 @@ def test_a_person_measures_a_task_file(tiny: Tiny, tiny_gguf: Path, folder: Path
     [
         (("--task", "helaswag"), "there is no task 'helaswag': did you mean 'hellaswag'"),
         (("--task", "arc_easy"), "takes its data from the hub, which cannot be reached"),
-        (("--task", "nowhere.yaml"), "there is no task file nowhere.yaml"),
+        (("--trust-tasks", "--task", "nowhere.yaml"), "there is no task file nowhere.yaml"),
         (("--protocol", "gguf"), "--protocol gguf: there is lighten, gptq, llama.cpp, lm-eval"),
         (("--protocol", "gptq"), "takes chunks of 2048 tokens, but"),
         (("--shots", "2"), "add `scorer: lm-eval`"),
@@ -208,7 +261,7 @@ evaluate:
   accuracy: [{{task: scenes.yaml, limit: 4}}, {{task: builtin, limit: 4}}]
 """
     )
-    done = lighten("run", "two.yaml", "--json", cwd=folder)
+    done = lighten("run", "two.yaml", "--trust-tasks", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     for row in json.loads(done.stdout)["variants"]:
         assert row["perplexity"]["protocol"]["name"] == "lighten"
@@ -219,7 +272,7 @@ evaluate:
         ]
         if row["name"] != "baseline":
             assert [each["protocol"] for each in row["delta"]["other_perplexity"]] == ["llama.cpp", "lm-eval"]
-    planned = json.loads(lighten("plan", "two.yaml", "--json", cwd=folder).stdout)
+    planned = json.loads(lighten("plan", "two.yaml", "--trust-tasks", "--json", cwd=folder).stdout)
     assert all(stage["cached"] for stage in planned["stages"])
     assert {"perplexity by lm-eval of f16", "accuracy in scenes of f16"} <= {each["name"] for each in planned["stages"]}
 
@@ -236,7 +289,7 @@ def test_a_broken_variant_is_one_failed_row(tiny: Tiny, tiny_gguf: Path, folder:
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] = np.nan
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    flags = ("--task", "scenes.yaml", "--skip", "speed", "--length", "64", "--samples", "2", "--json")
+    flags = ("--trust-tasks", "--task", "scenes.yaml", "--skip", "speed", "--length", "64", "--samples", "2", "--json")
     done = lighten("evaluate", tiny(), broken, tiny_gguf, *flags, cwd=folder)
     assert done.returncode == 1
     assert "not finite numbers" in done.stderr
