@@ -131,7 +131,6 @@ def make_plan(recipe: Recipe, only: list[str] | None = None, device: Device = CP
         merge_adapter=recipe.merge_adapter,
     )
     check_measurable(source.facts, recipe.evaluate, recipe.model)
-    check_texts(source.path, recipe.evaluate)
     chosen = [name for name in recipe.variants if name != BASELINE and (not only or name in only)]
     steps = {name: recipe.steps(name) for name in chosen}
     builder = _Builder(recipe, device, source.facts)

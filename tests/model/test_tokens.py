@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lighten import pipeline
 from lighten.data.origin import Origin
 from lighten.errors import RequestError
 from lighten.model.template import renderer
@@ -105,8 +106,12 @@ def test_a_wrong_text_is_refused_when_a_run_is_planned(model: Path, tmp_path: Pa
         recipe = {"name": "n", "model": str(model), "variants": {"v": step}}
         with pytest.raises(RequestError, match=words):
             make_plan(parse({**recipe, "calibration": given}))
+        measured = parse({**recipe, "evaluate": {"perplexity": given}})
         with pytest.raises(RequestError, match=words):
-            make_plan(parse({**recipe, "evaluate": {"perplexity": given}}))
+            pipeline.plan(measured)
+        with pytest.raises(RequestError, match=words):
+            pipeline.run(measured, artifacts=tmp_path / "artifacts")
+        assert not (tmp_path / "artifacts").exists()
         distill = {"distill": {"data": str(tmp_path / name), "length": 32}}
         with pytest.raises(RequestError, match=words):
             make_plan(parse({**recipe, "variants": {"v": [distill]}}))
