@@ -98,7 +98,10 @@ def equal(model: str, scratch: Path) -> dict[str, Any]:
             capture_output=True,
             text=True,
         )
-        results = json.loads((Store(store).latest("equal") or store / "none").joinpath("results.json").read_text())
+        version = Store(store).latest("equal")
+        if version is None:
+            raise RuntimeError(f"{device}: {told.stderr.strip()[-1500:]}")
+        results = json.loads((version / "results.json").read_text())
         found[device] = {
             "seconds": time.monotonic() - start,
             "exit_code": told.returncode,

@@ -11,8 +11,10 @@ import numpy as np
 
 from lighten.compress.sweep import Sweep
 from lighten.data import choices, text
+from lighten.data.origin import SUFFIXES, told
 from lighten.data.overlap import overlap
 from lighten.evaluate.settings import Evaluate
+from lighten.model.template import renderer
 from lighten.model.tokenizer_files import chat_templates
 from lighten.model.tokens import calibration_ids, load_tokenizer
 from lighten.stage import Report
@@ -26,6 +28,8 @@ class Used:
     tokenizer: Any
     ids: np.ndarray[Any, np.dtype[np.int64]]
     """`[samples, length]`"""
+    render: text.Render | None = None
+    """Writes turns as the model's chat template has them."""
 
     @property
     def text(self) -> str:
@@ -55,7 +59,7 @@ class Used:
                 }
             )
         return {
-            "data": self.sweep.data,
+            "data": told(self.sweep.data),
             "asked": self.sweep.samples,
             "samples": len(self.ids),
             "length": self.sweep.length,
@@ -68,11 +72,11 @@ class Used:
     def _evaluation_sets(self, evaluate: Evaluate) -> Iterator[tuple[str, list[str]]]:
         """Yields name and texts of what a recipe measures quality on: a text, or every task with every ending."""
         for perplexity in evaluate.perplexity:
-            whole = text.load_text(perplexity.data, "perplexity")
+            whole = text.load_text(perplexity.data, "perplexity", self.render)
             if perplexity.samples and perplexity.length:
                 whole = self.first_tokens(whole, perplexity.samples * perplexity.length)
             protocol = "" if len(evaluate.perplexity) == 1 else f", {perplexity.protocol}"
-            yield f"perplexity {_short(perplexity.data)}{protocol}", [whole]
+            yield f"perplexity {_short(told(perplexity.data))}{protocol}", [whole]
         for accuracy in evaluate.accuracy:
             if accuracy.harness:
                 from lighten.evaluate.harness.tasks import texts
@@ -101,7 +105,8 @@ def use(model: Path, sweep: Sweep) -> Used:
     Raises:
         RequestError: the text cannot be read, or is shorter than one sample.
     """
-    return Used(sweep, load_tokenizer(model), calibration_ids(model, sweep.data, sweep.samples, sweep.length))
+    ids = calibration_ids(model, sweep.data, sweep.samples, sweep.length)
+    return Used(sweep, load_tokenizer(model), ids, renderer(model))
 
 
 def describe(payload: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -134,4 +139,4 @@ def examine(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 
 def _short(data: str) -> str:
     """Returns the name of a file without its directory; other names as they are."""
-    return Path(data).name if Path(data).suffix in (".txt", ".jsonl") else data
+    return Path(data).name if Path(data).suffix in SUFFIXES else data

@@ -14,7 +14,7 @@ from lighten.commands.doctor import doctor
 from lighten.commands.fit import fit
 from lighten.commands.step import add_verb
 from lighten.comparison.command import compare
-from lighten.errors import Failure, LightenError, RequestError, check_names, disk_full
+from lighten.errors import Failure, LightenError, RequestError, check_names, disk_full, unexpected
 from lighten.flags import Artifacts, Device, Json, MergeAdapter, TrustCode, TrustTasks
 from lighten.flags import print_json as _print_json
 from lighten.publication.command import Public, Push, check_push, push_version, report, show
@@ -67,6 +67,8 @@ def main() -> None:
         if full := disk_full(error):
             _stop(str(full), full.exit_code)
         _stop(f"{error.strerror or error}{': ' + str(error.filename) if error.filename else ''}", 1)
+    except Exception as error:
+        _stop(unexpected(error), 1)
 
 
 def _stop(message: str, code: int) -> None:
@@ -127,6 +129,7 @@ def plan(
     from lighten.store import Store
 
     todo = pipeline.plan(recipe, only=only, device=device, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
+    pipeline.check_options(todo.recipe.evaluate.speed, todo.device.name)
     store = Store(artifacts)
     predictor = Predictor(store, todo.device)
     rows = []
@@ -169,7 +172,9 @@ def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
 def _task(name: str) -> dict[str, str]:
     """Returns the settings of what --task names: a task, or a file with the questions of one."""
     path = Path(name).expanduser()
-    local = path.suffix == ".jsonl" or (path.is_file() and path.suffix not in (".yaml", ".yml"))
+    local = path.suffix in (".jsonl", ".json", ".csv", ".parquet") or (
+        path.is_file() and path.suffix not in (".yaml", ".yml")
+    )
     return {"task": path.stem, "local": name} if local else {"task": name}
 
 
@@ -177,7 +182,8 @@ def _task(name: str) -> dict[str, str]:
 def evaluate(
     context: typer.Context,
     paths: Annotated[
-        list[str], typer.Argument(help="Model directories, .gguf files or bundles; the first one is the baseline.")
+        list[str],
+        typer.Argument(help="Model directories, .gguf files, bundles, or NAME:VARIANT; the first one is the baseline."),
     ],
     target: Annotated[
         str | None, typer.Option(help="Measure bundles on this device instead, with their bench.py: ssh://user@host.")
@@ -237,10 +243,11 @@ def evaluate(
         Path | None, typer.Option("-o", "--out", help="Also write results.json and the report there.")
     ] = None,
     device: Device = "auto",
+    artifacts: Artifacts = Path("artifacts"),
     merge_adapter: MergeAdapter = False,
     as_json: Json = False,
 ) -> None:
-    """Measure any model directories or .gguf files side by side."""
+    """Measure any model directories, .gguf files or variants of a version side by side."""
     from lighten.evaluate.settings import PROTOCOLS, Accuracy, Perplexity, Speed
     from lighten.progress import watching
     from lighten.recipe import parse_settings
@@ -248,14 +255,15 @@ def evaluate(
     from lighten.report.results import Results
     from lighten.report.terminal import terminal
     from lighten.store import write_json
-    from lighten.verbs import measure
+    from lighten.verbs import check_new, measure
 
     left_out = {name.lower() for name in skip or ()}
     if unknown := left_out - {"perplexity", "accuracy", "speed"}:
         raise RequestError(f"--skip {unknown.pop()}: there is perplexity, accuracy and speed")
-    if out and out.exists():
-        raise RequestError(f"{out} exists already: choose another directory or remove it")
+    if out:
+        check_new(out)
     where = "lighten evaluate"
+    paths = [_path_of(text, artifacts) for text in paths]
     if profile:
         _profile(paths, profile, device, as_json)
         return
@@ -317,8 +325,23 @@ def evaluate(
         _print_json(value)
     else:
         screen.console().print(terminal(results))
-    if failed := [f"{variant.path}: {variant.error}" for variant in results.variants if variant.failed]:
-        raise Failure("; ".join(failed))
+    if failed := [variant for variant in results.variants if variant.failed]:
+        whole = [each for each in failed if as_json or "\n" in str(each.error)]  # of others the table has said it
+        names = ", ".join(str(each.path) for each in failed if each not in whole)
+        told = [f"failed, see above: {names}"] if names else []
+        raise Failure("; ".join([f"{each.path}: {each.error}" for each in whole] + told))
+
+
+def _path_of(text: str, artifacts: Path) -> str:
+    """Returns where a variant lies that is named as `quickstart:gptq-int4` or `quickstart@v1:gptq-int4`."""
+    from lighten.comparison.operand import VariantOf, Version, resolve
+
+    if Path(text).expanduser().exists() or ":" not in text or text.startswith("demo:"):
+        return text
+    named = resolve(text, artifacts)
+    if isinstance(named, Version):
+        raise RequestError(f"{text} is a version: name one of its variants, {text}:VARIANT")
+    return str(named.version.folder / "variants" / named.row.name) if isinstance(named, VariantOf) else text
 
 
 def _profile(paths: list[str], folder: Path, device: str, as_json: bool) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 from lighten import advice, loaders, trust
 from lighten.advice import Finding
 from lighten.compress.sweep import Sweep
+from lighten.data.origin import told
 from lighten.data.text import load_text
 from lighten.errors import Failure, RequestError
+from lighten.model.template import renderer
 from lighten.pipeline import Builder, Silent, Watcher, build_all, choose_device, open_recipe
 from lighten.plan import Plan, Predictor, Stage, make_plan, stage_of
 from lighten.process import run_isolated, share_cores
@@ -77,7 +79,7 @@ def diagnose(
         examiner = _Examiner(todo, Store(Path(artifacts)), chosen.name, watcher or Silent(), kept)
         # a file, because a sweep that is told "builtin" reads the other half
         file = Path(folder) / "heldout.txt"
-        file.write_text(load_text(heldout, "perplexity"), encoding="utf-8")
+        file.write_text(load_text(heldout, "perplexity", renderer(todo.source.path)), encoding="utf-8")
         numbers = examiner.examine(file)
     calibration, inputs = numbers["calibration"], numbers["inputs"]
     findings = [
@@ -85,7 +87,7 @@ def diagnose(
         advice.about_text(calibration),
         advice.about_dead_channels(inputs),
         advice.about_rank(inputs, sweep.length),
-        advice.about_loss(numbers["losses"], calibration, heldout),
+        advice.about_loss(numbers["losses"], calibration, told(heldout)),
         advice.about_chat(numbers["chat"]),
     ]
     return Diagnosis(name, todo.recipe.model, findings, numbers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,21 @@ def check_names(names: Iterable[str]) -> None:
         except UnicodeEncodeError as error:
             shown = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
             raise RequestError(f"{shown} is not UTF-8: rename that file or directory") from error
+
+
+def unexpected(error: BaseException) -> str:
+    """Returns an error that nobody foresaw, in a line: what it says, and where in this package it arose.
+
+    The traceback follows where the environment has LIGHTEN_TRACEBACK.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)] or list(frames)
+    at = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    message = " ".join(str(error).split())
+    told = f"{type(error).__name__}{': ' if message else ''}{message}{at}"
+    if os.environ.get("LIGHTEN_TRACEBACK"):
+        return told + "\n" + "".join(traceback.format_exception(error))
+    return f"{told}; LIGHTEN_TRACEBACK=1 shows more"
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from lighten.plan import (
     Predictor,
     Stage,
     check_memory,
+    check_texts,
     make_plan,
     measuring_packages,
     this_machine,
@@ -149,7 +150,7 @@ class Builder:
         with self.store.building(stage.key) as out:
             outcome = self._work(stage, out, report)
             facts = dict(outcome.value)
-            warnings = facts.pop("warnings", [])
+            warnings = [self.in_words(warning) for warning in facts.pop("warnings", [])]
             origin = stage.parents[0].key if stage.parents else None
             inherited = self.done[origin].manifest["source"] if origin else {}
             manifest = {
@@ -289,6 +290,7 @@ def plan(
     opened = open_recipe(recipe, only)
     trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
     todo = make_plan(opened, only, choose_device(device))
+    check_texts(todo.source.path, todo.recipe.evaluate)
     check_memory(todo)
     return todo
 
@@ -329,6 +331,7 @@ def run(
     trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
     found = choose_device(device, watcher)
     todo = make_plan(opened, only, found)
+    check_texts(todo.source.path, todo.recipe.evaluate)
     check_memory(todo)
     for task in todo.recipe.evaluate.accuracy:
         if task.task_file:  # what the plan only read: wrong data is found before work is done

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lighten import loaders
 from lighten.compress.sensitivity import Sensitivities
+from lighten.compress.teacher import Teacher
 from lighten.data import choices, text
 from lighten.errors import RequestError, missing_extra
 from lighten.evaluate import harness, machine
@@ -20,6 +21,7 @@ from lighten.model.accelerator import CPU, Device
 from lighten.model.architectures import check_architecture
 from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, Source, find
+from lighten.model.tokens import check_text
 from lighten.recipe import BASELINE, Recipe
 from lighten.stage import Estimate, ModelFacts, Step
 from lighten.store import Store, stage_key
@@ -219,6 +221,23 @@ def check_measurable(facts: ModelFacts, evaluate: Evaluate, name: str) -> None:
             check_room(what, asked.prompt, asked.generate, facts.context, name)
 
 
+def check_texts(model: Path, evaluate: Evaluate) -> None:
+    """Raises RequestError or Failure if a model cannot be given what is to be measured on; before any work."""
+    for perplexity in evaluate.perplexity:
+        least = 1 if perplexity.protocol == "lm-eval" else perplexity.length or 1
+        check_text(model, perplexity.data, "perplexity", least)
+    for asked in (evaluate.load, evaluate.speculative):
+        if asked:
+            check_text(model, asked.data, "perplexity", asked.prompt)
+
+
+def _tokenizer_of(stage: Stage) -> Path:
+    """Returns where the source lies that a stage goes back to: its tokenizer and template are handed on."""
+    while not isinstance(stage.step, Source):
+        stage = stage.parents[0]
+    return Path(stage.step.path)
+
+
 def check_room(what: str, prompt: int, generate: int, context: int | None, name: str) -> None:
     """Raises RequestError if a prompt and what follows it are longer than the model's context."""
     if context and prompt + generate > context:
@@ -308,6 +327,11 @@ class _Builder:
                 "give the model that it was made from"
             )
         step = step.after(stage.step)
+        assert stage.step
+        form = stage.step.writes
+        step.check_source(form, stage.facts)
+        if form != "hf" and step.needs_sweep():
+            raise RequestError(f"the step {step.kind} needs inputs of unquantized weights, and this model is {form}")
         step.check(stage.facts)
         for module, extra in step.requires():
             if find_spec(module) is None:
@@ -317,6 +341,8 @@ class _Builder:
             check_architecture(stage.facts.architecture)
         inputs = {"source": stage}
         if step.needs_sweep():
+            swept = self.recipe.calibration
+            check_text(_tokenizer_of(stage), swept.data, "calibration", swept.length, swept.samples)
             inputs["grams"] = self._build(self.recipe.calibration, stage.facts, source=stage)
         if step.needs_sensitivity():
             sensitivities = Sensitivities(**self.recipe.calibration.model_dump())
@@ -350,6 +376,8 @@ class _Builder:
                 f"the student and its teacher {name} have different vocabularies ({other}): distillation compares "
                 "token by token, so take a teacher with the same vocabulary"
             )
+        if isinstance(lessons, Teacher):
+            check_text(_tokenizer_of(teacher), lessons.data, "calibration", lessons.length, lessons.samples)
         if teacher.facts.vocab > student.vocab:  # rows that only pad the teacher's
             lessons = lessons.model_copy(update={"rows": student.vocab})
         return {"teacher": teacher, "lessons": self._build(lessons, teacher.facts, source=teacher)}
@@ -359,14 +387,16 @@ class _Builder:
         found = []
         for perplexity in evaluate.perplexity:
             reference = [] if stage is root else self.measure(root, root, Evaluate(perplexity=[perplexity]))
-            data = text.digest("\0".join(_documents(perplexity)))
+            data = _identity(perplexity)
             found.append(self._measurement("perplexity", perplexity, data, [stage, root, *reference]))
         for accuracy in evaluate.accuracy:
             found.append(self._measurement("accuracy", accuracy, look(accuracy).digest, [stage, root]))
         if evaluate.speed:
             found.append(self._measurement("speed", evaluate.speed, None, [stage]))
         if evaluate.load:
-            found.append(self._measurement("load", evaluate.load, text.digest(_text(evaluate.load)), [stage]))
+            found.append(
+                self._measurement("load", evaluate.load, text.identity(evaluate.load.data, "perplexity"), [stage])
+            )
         if evaluate.loaders:
             found.append(self._measurement("loaders", Loaders(), None, [stage]))
         return found
@@ -374,7 +404,7 @@ class _Builder:
     def speculate(self, asked: Speculative, artifacts: dict[str, Stage]) -> Stage:
         """Returns the measurement of a target with its draft."""
         parents = [artifacts[asked.target], artifacts[asked.draft]]
-        return self._measurement("speculative", asked, text.digest(_text(asked)), parents)
+        return self._measurement("speculative", asked, text.identity(asked.data, "perplexity"), parents)
 
     def _measurement(self, measure: Measure, settings: Settings, data: str | None, parents: list[Stage]) -> Stage:
         config: dict[str, Any] = {
@@ -479,15 +509,19 @@ def look(accuracy: Accuracy) -> Looked:
     return Looked(choices.digest(tasks), letters, len(tasks))
 
 
-def _documents(perplexity: Perplexity) -> list[str]:
-    """Returns what perplexity is measured on; one text, but for a protocol that takes documents one by one."""
-    if perplexity.protocol == "lm-eval":
-        return text.load_documents(perplexity.data, "perplexity")[: perplexity.samples]
-    return [text.load_text(perplexity.data, "perplexity")]
+def _identity(perplexity: Perplexity) -> str:
+    """Returns the digest of what perplexity is measured on; a protocol may take documents one by one."""
+    found = text.read(perplexity.data, "perplexity")
+    plain = [each for each in found if isinstance(each, str)]
+    if perplexity.protocol != "lm-eval" or len(plain) < len(found):
+        return text.identity(perplexity.data, "perplexity")
+    return text.digest("\0".join([each for each in plain if each.strip()][: perplexity.samples]))
 
 
-def _text(settings: Load | Speculative) -> str:
-    return text.load_text(settings.data, "perplexity")
+def _lengths(perplexity: Perplexity) -> list[int]:
+    """Returns the letters of each document that perplexity is measured on, of one text by most protocols."""
+    found = [text.letters_of(each) for each in text.read(perplexity.data, "perplexity")]
+    return found[: perplexity.samples] if perplexity.protocol == "lm-eval" else [sum(found)]
 
 
 def predict_measurement(settings: Settings, facts: ModelFacts) -> Estimate:
@@ -499,7 +533,7 @@ def predict_measurement(settings: Settings, facts: ModelFacts) -> Estimate:
         )
     flops = 2.0 * (facts.layers * facts.layer_linear_params + facts.vocab * facts.hidden)
     if isinstance(settings, Perplexity):
-        documents = [len(each) / BYTES_PER_TOKEN for each in _documents(settings)]
+        documents = [each / BYTES_PER_TOKEN for each in _lengths(settings)]
         tokens, length = sum(documents), settings.tokens(facts.context)
         if settings.protocol == "lm-eval":
             length = int(min(length, max(documents) + 1))

@@ -21,12 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from dataclasses import dataclass
 from typing import IO, Any
 
-from lighten.errors import DiskFull, Failure, LightenError, RequestError, disk_full
+from lighten.errors import DiskFull, Failure, LightenError, RequestError, disk_full, unexpected
 from lighten.stage import Report, silent
 
 PRELOADED = ("torch", "lighten.steps", "transformers.models.llama.modeling_llama")
@@ -242,8 +241,7 @@ def _explain(error: BaseException) -> dict[str, Any]:
         reason = str(error).partition(". ")[0]
         advice = "close what else uses it, lower the batch or the length, or take --device cpu"
         return {"error": f"the memory of the GPU does not suffice ({reason}): {advice}", "kind": Failure.__name__}
-    where = "".join(traceback.format_exception(error)[-3:])
-    return {"error": f"{type(error).__name__}: {error}\n{where}", "kind": Failure.__name__}
+    return {"error": unexpected(error), "kind": Failure.__name__}
 
 
 def raised(event: dict[str, Any]) -> LightenError:

@@ -161,6 +161,14 @@ class Step(AnyCase):
     def check(self, facts: ModelFacts) -> None:
         """Raises RequestError if these settings cannot be used on such a model."""
 
+    @property
+    def writes(self) -> str:
+        """The format of what it writes, as its manifest has it."""
+        return "hf"
+
+    def check_source(self, form: str, facts: ModelFacts) -> None:
+        """Raises RequestError if it cannot read a model of such a format (what the step before `writes`)."""
+
     def check_files(self, folder: Path, facts: ModelFacts) -> None:
         """Raises RequestError for what the step cannot read in the directory that the model comes from.
 

@@ -22,7 +22,7 @@ from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, find
 from lighten.names import as_name
 from lighten.pipeline import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
-from lighten.plan import Predictor, arithmetic, check_measurable, check_memory, look, make_plan
+from lighten.plan import Predictor, arithmetic, check_measurable, check_memory, check_texts, look, make_plan
 from lighten.process import run_isolated
 from lighten.recipe import Recipe, parse_settings
 from lighten.report.results import Results
@@ -55,8 +55,7 @@ def one_step(
         Failure: the step failed.
     """
     target = Path(out)
-    if target.exists():
-        raise RequestError(f"{target} exists already: choose another directory or remove it")
+    check_new(target)
     command = f"lighten {kind}"
     parse_settings(step_class(kind, settings), settings, command)
     swept = parse_settings(Sweep, calibration or {}, command)
@@ -78,6 +77,17 @@ def one_step(
         if stage.key in builder.failed:
             raise Failure(builder.failed[stage.key])
         return _copy_out(builder.done[stage.key], target)
+
+
+def check_new(target: Path) -> None:
+    """Raises RequestError if a directory cannot be made: it is there, or what it would lie in cannot hold it."""
+    if target.exists():
+        raise RequestError(f"{target} exists already: choose another directory or remove it")
+    above = next(parent for parent in target.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise RequestError(f"{target} cannot be made, because {above} is a file: choose another directory")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise RequestError(f"{target} cannot be made, because {above} cannot be written to: choose another directory")
 
 
 def _copy_out(artifact: Artifact, target: Path) -> Artifact:
@@ -149,6 +159,7 @@ def measure(
         check_measurable(source.facts, settings, source.name)
         for note in source.notes:
             watcher.say(f"{source.name}: {note}")
+    check_texts(found[0].path, settings)
     for task in settings.accuracy:
         look(task)
         if task.task_file:
@@ -295,8 +306,7 @@ def profile(
     found = find(path)
     if found.facts.family != "causal":
         raise RequestError(f"{path} is no causal language model: there is no decoding to profile")
-    if out.exists():
-        raise RequestError(f"{out} exists already: choose another directory or remove it")
+    check_new(out)
     out.mkdir(parents=True)
     payload = {
         "model": str(found.path),

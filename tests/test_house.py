@@ -29,7 +29,7 @@ FLOORS = {
     "store": 1,
     "data": 1,
     "recipe_yaml": 1,
-    "settings": 1,
+    "settings": 0,
     "collection": 2,
     "stage": 2,
     "process": 3,

@@ -114,6 +114,8 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
         kind = type(arguments[0]) if len({type(each) for each in arguments}) == 1 else str
     elif get_origin(kind) is tuple:
         kind = list[arguments[0]]  # type: ignore[valid-type]
+    elif any(get_origin(each) is tuple for each in arguments):  # one, or several with shares
+        kind = list[str]
     elif get_origin(kind) is Annotated or not issubclass(kind, (str, int, float)):
         kind = str  # what reads itself from text: a size, a model of settings
     default = "" if field.is_required() or field.default in ((), None) else f" (default: {field.default})"

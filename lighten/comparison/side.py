@@ -158,7 +158,7 @@ def _measured(
 ) -> Artifact:
     config = {"measure": kind, **settings.key_config(), "packages": measuring_packages()}
     if isinstance(settings, Perplexity):
-        config["data"] = text.digest(text.load_text(settings.data, "perplexity"))
+        config["data"] = text.identity(settings.data, "perplexity")
     elif isinstance(settings, Accuracy):
         if settings.harness:
             raise RequestError(

@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from lighten.compress.amounts import parse_pattern
 from lighten.compress.teacher import Teacher
-from lighten.data.text import load_text
+from lighten.data import text
+from lighten.data.origin import Data
 from lighten.errors import Failure, RequestError
 from lighten.settings import Settings
 from lighten.stage import Context, Estimate, ModelFacts, Step
@@ -68,7 +69,9 @@ class Distill(Step):
     student: Annotated[Shape | str | None, BeforeValidator(_student)] = Field(
         None, description="instead of the model that the step is given: another one, or a shape to make anew"
     )
-    data: str = Field("builtin", description="text to train on: builtin, a .txt or .jsonl file, or a hub data set")
+    data: Data = Field(
+        "builtin", description="text to train on: builtin, a file (.txt, .md, .jsonl, .json, .csv, .parquet), a hub set"
+    )
     samples: int | None = Field(None, ge=2, description="sequences of that text at most")
     length: int = Field(256, ge=8, description="tokens of a sequence")
     level: Literal["token", "sequence"] = Field(
@@ -117,7 +120,10 @@ class Distill(Step):
         value = self.model_dump(mode="json", exclude={"teacher", "save_every"})
         if isinstance(self.student, str):
             del value["student"]  # a parent too
-        return {**value, "data": digest_of(self.data)}
+        return {
+            **value,
+            "data": text.identity(self.data, "calibration", text.wanted_letters(self.samples, self.length)),
+        }
 
     def lessons(self) -> Teacher:
         """Returns the stage that asks the teacher."""
@@ -184,10 +190,19 @@ class Distill(Step):
         """Packages beyond the core."""
         return [("peft", "lora")] if self.lora else []
 
+    def check_source(self, form: str, facts: ModelFacts) -> None:
+        """Refuses what is not plain weights."""
+        if form != "hf":
+            raise RequestError(f"this model is {form}: distil the one that it was made from")
+
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns forward and backward passes over every token of every step."""
-        text = len(load_text(self.data, "calibration")) // 4 // self.length
-        sequences = min(self.samples or text, text) + self.lessons().written
+        there = (
+            text.count_letters(self.data, "calibration", text.wanted_letters(self.samples, self.length))
+            // 4
+            // self.length
+        )
+        sequences = min(self.samples or there, there) + self.lessons().written
         steps = self.steps or max(1, round(self.epochs * sequences / self.batch))
         tokens = steps * self.batch * self.length
         after = self.result(facts)
@@ -256,10 +271,3 @@ class Distill(Step):
             **({"sparsity": gone / total} if student.kept else {}),
             "training": {"curve": trainer.curve, "validation": trainer.checks},
         }
-
-
-def digest_of(data: str) -> str:
-    """Returns the SHA-256 of the text that a name stands for."""
-    from lighten.data.text import digest
-
-    return digest(load_text(data, "calibration"))

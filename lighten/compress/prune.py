@@ -176,6 +176,11 @@ class Prune(Step):
             return replace(facts, layers=facts.layers - self.amount(facts))
         return facts
 
+    def check_source(self, form: str, facts: ModelFacts) -> None:
+        """Refuses what is not plain weights."""
+        if form != "hf":
+            raise RequestError(f"this model is {form}: prune the one that it was made from")
+
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns the factorisations of every layer, and the evaluations that a target needs."""
         linears = facts.layers * facts.layer_linear_params

@@ -202,6 +202,16 @@ class Quantize(Step):
             if self.format == "awq" and width % 8:
                 raise RequestError(f"the awq format packs 8 outputs to a word; the {name} {width} is no multiple of 8")
 
+    @property
+    def writes(self) -> str:
+        """The format it is stored in."""
+        return self.format
+
+    def check_source(self, form: str, facts: ModelFacts) -> None:
+        """Refuses what is not plain weights."""
+        if form != "hf":
+            raise RequestError(f"this model is {form} already: quantize the one that it was made from")
+
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns the products and rank updates in float32, the passes over the weights, and one layer of memory."""
         linears = facts.layers * facts.layer_linear_params

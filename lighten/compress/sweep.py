@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from lighten.data.text import digest, load_text
+from lighten.data.origin import Data
+from lighten.data.text import identity, wanted_letters
 from lighten.stage import Context, Estimate, ModelFacts, Step
 from lighten.store import Artifact
 
@@ -26,13 +27,18 @@ class Sweep(Step):
     kind: ClassVar[str] = "sweep"
     version: ClassVar[int] = 3
 
-    data: str = Field("builtin", description="builtin, a .txt or .jsonl file, or a hub data set")
+    data: Data = Field(
+        "builtin", description="builtin, a file (.txt, .md, .jsonl, .json, .csv, .parquet) or a hub data set"
+    )
     samples: int = Field(64, ge=1, description="sequences to run through the model")
     length: int = Field(512, ge=8, description="tokens of a sequence")
 
     def key_config(self) -> dict[str, Any]:
         """Returns what the stage's key is made of: the text itself instead of its name."""
-        return {**self.model_dump(), "data": digest(load_text(self.data, "calibration"))}
+        return {
+            **self.model_dump(),
+            "data": identity(self.data, "calibration", wanted_letters(self.samples, self.length)),
+        }
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns the forward products and the symmetric Gram updates of every layer."""
@@ -61,7 +67,7 @@ class Sweep(Step):
         from lighten.model.stream import LAYERS, StreamedModel, batch_of
         from lighten.model.tokens import calibration_ids
 
-        ids = torch.from_numpy(calibration_ids(source.path, self.data, self.samples, self.length))
+        ids = torch.from_numpy(calibration_ids(source.path, self.data, self.samples, self.length, context.warnings))
         if len(ids) < self.samples:
             context.warnings.append(
                 f"the text holds {len(ids)} samples of {self.length} tokens, not {self.samples}; all were used"

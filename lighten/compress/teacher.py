@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from lighten.data.text import digest, load_text
+from lighten.data import text
+from lighten.data.origin import Data, Origin
 from lighten.errors import Failure, RequestError
 from lighten.stage import Context, Estimate, ModelFacts, Step
 from lighten.store import Artifact
@@ -32,7 +33,7 @@ class Teacher(Step):
     kind: ClassVar[str] = "teacher"
     version: ClassVar[int] = 1
 
-    data: str = "builtin"
+    data: Data = "builtin"
     samples: int | None = Field(None, ge=1, description="sequences; none: as many as the text has")
     length: int = Field(256, ge=8)
     written: int = Field(0, ge=0, description="sequences that the teacher adds, each begun by a few tokens of the text")
@@ -45,11 +46,19 @@ class Teacher(Step):
     def key_config(self) -> dict[str, Any]:
         """Returns what the stage's key is made of: the text itself instead of its name."""
         left_out = {"rows"} if self.rows is None else set()  # it came later
-        return {**self.model_dump(exclude=left_out), "data": digest(load_text(self.data, "calibration"))}
+        return {
+            **self.model_dump(exclude=left_out),
+            "data": text.identity(self.data, "calibration", text.wanted_letters(self.samples, self.length)),
+        }
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns one forward pass over the text, and a step for every token that is written."""
-        tokens = (self.samples or len(load_text(self.data, "calibration")) // 4 // self.length) * self.length
+        tokens = (
+            self.samples
+            or text.count_letters(self.data, "calibration", text.wanted_letters(self.samples, self.length))
+            // 4
+            // self.length
+        ) * self.length
         tokens += self.written * self.length
         flops = 2.0 * (facts.layers * facts.layer_linear_params + facts.vocab * facts.hidden) * tokens
         steps = self.length * self.written / 64
@@ -71,7 +80,7 @@ class Teacher(Step):
         from lighten.model import accelerator
 
         accelerator.deterministic(context.device)
-        ids = _sequences(source.path, self.data, self.samples, self.length)
+        ids = _sequences(source.path, self.data, self.samples, self.length, context.warnings)
         with torch.inference_mode():
             model = open_teacher(source.path, context, self.rows) if self.top_k or self.written else None
             count = len(ids)
@@ -94,12 +103,14 @@ class Teacher(Step):
         return {"format": "teacher", **told, "temperature": self.temperature}
 
 
-def _sequences(model: Path, data: str, samples: int | None, length: int) -> torch.Tensor:
+def _sequences(
+    model: Path, data: str | Origin | Sequence[Origin], samples: int | None, length: int, warnings: list[str]
+) -> torch.Tensor:
     import torch
 
     from lighten.model.tokens import calibration_ids
 
-    return torch.from_numpy(calibration_ids(model, data, samples or 2**40, length))
+    return torch.from_numpy(calibration_ids(model, data, samples, length, warnings))
 
 
 def open_teacher(path: Path, context: Context, rows: int | None = None) -> Any:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lighten.data.documents import Row
+from lighten.data.files import rows
 from lighten.errors import Failure, RequestError, missing_extra
 
 
@@ -42,22 +45,26 @@ def parse(line: dict[str, Any]) -> Choice:
     else:
         context = str(line["ctx"])
     label = int(line["label"])
-    endings = tuple(clean(str(ending)) for ending in line["endings"])
+    given = line["endings"]
+    if isinstance(given, str):  # a cell of a table
+        given = json.loads(given)
+    endings = tuple(clean(str(ending)) for ending in given)
     if not 0 <= label < len(endings):
         raise ValueError(f"label {label} is not one of the {len(endings)} endings")
     return Choice(clean(f"{line['activity_label']}: {context}"), endings, label)
 
 
-def _builtin() -> Iterator[tuple[str, str]]:
+def _builtin() -> Iterator[Row]:
     folder = files("lighten.data") / "builtin" / "tasks"
     entries = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".jsonl")), key=lambda e: e.name)
     lines = [[(entry.name, line) for line in entry.read_text(encoding="utf-8").splitlines()] for entry in entries]
     for turn in range(max(len(group) for group in lines)):
-        yield from (group[turn] for group in lines if turn < len(group))
+        for name, line in (group[turn] for group in lines if turn < len(group)):
+            yield Row(name, json.loads(line))
 
 
 def load_choices(data: str, limit: int | None = None) -> list[Choice]:
-    """Returns the tasks that `data` names: "builtin", a `.jsonl` file in HellaSwag's format, or "hellaswag".
+    """Returns the tasks that `data` names: "builtin", a file in HellaSwag's format, or "hellaswag".
 
     The built-in tasks are a smoke test, not a benchmark: too few and too easy to rank models by.
 
@@ -65,38 +72,34 @@ def load_choices(data: str, limit: int | None = None) -> list[Choice]:
         RequestError: no such file or data set, or nothing in it.
         Failure: a line that is not a task.
     """
+    records: Iterator[Row]
     if data == "builtin":
-        lines = list(_builtin())
+        records = _builtin()
     elif data == "hellaswag":
-        lines = [(data, line) for line in _hub_hellaswag()]
+        records = (Row(f"{data}, row {number}", row) for number, row in enumerate(_hub_hellaswag(), 1))
     else:
-        path = Path(data).expanduser()
-        try:
-            lines = [(str(path), line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except OSError as error:
-            raise RequestError(
-                f"cannot read the tasks {data!r}: {error.strerror}; give 'builtin', 'hellaswag', or a .jsonl file"
-            ) from error
+        records = rows(Path(data).expanduser())
     tasks = []
-    for number, (name, line) in enumerate(lines[:limit], 1):
+    for row in islice(records, limit):
         try:
-            tasks.append(parse(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
+            tasks.append(parse(row.value))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Failure(
-                f"{name}:{number}: not a HellaSwag record (ctx, activity_label, endings, label): {error}"
+                f"{row.place}: not a HellaSwag record (ctx, activity_label, endings, label): {error}"
             ) from error
     if not tasks:
         raise RequestError(f"the tasks {data!r} are empty")
     return tasks
 
 
-def _hub_hellaswag() -> list[str]:
+def _hub_hellaswag() -> Iterable[dict[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise missing_extra("eval", "datasets", "the hub data set 'hellaswag'") from error
     try:
-        return [json.dumps(row) for row in load_dataset("Rowan/hellaswag", split="validation")]
+        found: Iterable[dict[str, Any]] = load_dataset("Rowan/hellaswag", split="validation")
+        return found
     except Exception as error:  # the library raises many kinds; all mean that the request cannot be served
         raise RequestError(f"cannot load HellaSwag from the hub: {error}. Give `local: FILE.jsonl` instead") from error
 

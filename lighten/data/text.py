@@ -1,17 +1,25 @@
-"""Plain text: the built-in sets, a `.txt` or `.jsonl` file, or a hub data set."""
+"""Text to calibrate, train and measure on: the built-in sets, a file, or a hub data set."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from lighten.errors import Failure, RequestError, missing_extra
+from lighten.data import files as files_
+from lighten.data.documents import Document, Message, Row, Turns, documents
+from lighten.data.origin import Origin, is_file, parts, told
+from lighten.errors import RequestError, check_names, missing_extra
 
 SEPARATOR = "\n---\n"
 Part = Literal["calibration", "perplexity"]
+LETTERS = 8
+"""For a token, to be on the safe side."""
+Render = Callable[[Sequence[Message]], str]
+"""Writes the turns of a conversation as one text."""
 
 
 def builtin_text(part: Part) -> str:
@@ -35,90 +43,129 @@ def _builtin_documents(part: Part) -> list[str]:
     return [documents[turn] for turn in range(longest) for documents in registers if turn < len(documents)]
 
 
-def load_documents(data: str, part: Part) -> list[str]:
-    """Returns the documents of the text that `data` names, without empty ones.
+def read(data: str | Origin, part: Part, letters: int | None = None) -> list[Document]:
+    """Returns the documents that `data` names: texts, and conversations in turns.
 
-    They are those of the built-in text, the lines of a `.jsonl` file, and the rows of a hub data set; a `.txt` file is
-    one document. Arguments and errors are those of `load_text`.
-    """
-    if data == "builtin":
-        found = _builtin_documents(part)
-    elif _is_file(path := Path(data).expanduser()):
-        text = _read(path)
-        found = read_lines(path, text, "text") if path.suffix == ".jsonl" else [text]
-    else:
-        found = _read_hub(data, part)
-    if not (documents := [each for each in found if each.strip()]):
-        raise RequestError(f"the text {data!r} is empty")
-    return documents
-
-
-def load_text(data: str, part: Part) -> str:
-    """Returns the text that `data` names.
+    They are those of the built-in text, the records of a file, or the rows of a hub data set; a file of plain text is
+    one document.
 
     Args:
-        data: "builtin", the path of a `.txt` file (taken as it is) or of a `.jsonl` file (field "text" of every
-            line, joined by blank lines), or a hub data set as "id", "id:config" or "id:config:split".
+        data: "builtin", the path of a file, or a hub data set as "id", "id:config" or "id:config:split"; or the same
+            with the field to read.
         part: which built-in text "builtin" means, and the default split of a hub data set
             (train for calibration, test for perplexity).
+        letters: how many of a large file are wanted at least; None for all of them.
 
     Raises:
-        RequestError: no such file, or a data set that cannot be loaded.
-        Failure: a file that is not UTF-8 text or not JSON lines.
+        RequestError: no such file, a file without a field that is known, or a data set that cannot be loaded.
+        Failure: a file that is damaged.
+    """
+    (origin,) = parts(data)
+    if origin.id == "builtin":
+        return list(_builtin_documents(part))
+    if origin.path is not None or (origin.id and is_file(origin.id)):
+        name = str(origin.path or origin.id)
+        check_names([name])
+        return list(files_.read(Path(name).expanduser(), origin.field, letters))
+    return list(documents(_read_hub(origin, part), origin.field, origin.name))
+
+
+def load_documents(data: str | Origin, part: Part, render: Render | None = None) -> list[str]:
+    """Returns the documents of the text that `data` names, without empty ones; arguments and errors of `load_text`."""
+    found = [each for each in _texts(read(data, part), render, told(data)) if each.strip()]
+    if not found:
+        raise RequestError(f"the text {told(data)!r} is empty")
+    return found
+
+
+def load_text(data: str | Origin, part: Part, render: Render | None = None, letters: int | None = None) -> str:
+    """Returns the text that `data` names: its documents with a blank line between them.
+
+    Args:
+        data: as for `read`.
+        part: as for `read`.
+        render: writes turns as the model's chat template has it; conversations then follow each other directly. None
+            for a model without: a question with its answer is two paragraphs then.
+        letters: as for `read`.
+
+    Raises:
+        RequestError: as `read`, or conversations where there is no template.
+        Failure: as `read`.
     """
     if data == "builtin":
         return builtin_text(part)
-    path = Path(data).expanduser()
-    if not _is_file(path):
-        return "\n\n".join(_read_hub(data, part))
-    text = _read(path)
-    return "\n\n".join(read_lines(path, text, "text")) if path.suffix == ".jsonl" else text
+    found = read(data, part, letters)
+    turned = render is not None and any(isinstance(each, Turns) for each in found)
+    return ("" if turned else "\n\n").join(_texts(found, render, told(data)))
 
 
-def _is_file(path: Path) -> bool:
-    return path.suffix in (".txt", ".jsonl") or path.is_file()
+def _texts(found: list[Document], render: Render | None, name: str) -> Iterator[str]:
+    for each in found:
+        if isinstance(each, str):
+            yield each
+        elif render:
+            yield render(each.messages)
+        elif each.pair:
+            yield "\n\n".join(str(message["content"]) for message in each.messages)
+        else:
+            raise RequestError(
+                f"{name} holds conversations, and the model has no chat template to write them by: put its template "
+                "beside it (chat_template.jinja), or name a field of plain text"
+            )
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise Failure(f"{path} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise RequestError(f"cannot read the text {path}: {error.strerror}; check the path") from error
+def identity(data: str | Origin | Sequence[Origin], part: Part, letters: int | None = None) -> str:
+    """Returns the SHA-256 of what `data` names, whatever it is called and wherever it lies; raises as `read`.
+
+    Conversations count by their turns: the template that writes them belongs to the model.
+    """
+    if not isinstance(data, str | Origin):
+        return digest(json.dumps([[identity(each, part, letters), each.share] for each in data]))
+    if data == "builtin":
+        return digest(builtin_text(part))
+    found = read(data, part, letters)
+    plain = [each for each in found if isinstance(each, str)]
+    if len(plain) == len(found):
+        return digest("\n\n".join(plain))
+    spelled = [each if isinstance(each, str) else [each.messages, each.pair] for each in found]
+    return digest("turns 1\0" + json.dumps(spelled, sort_keys=True, default=str))
 
 
-def read_lines(path: Path, text: str, field: str) -> list[str]:
-    """Returns the string `field` of every JSON line."""
-    values = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)[field]
-        except (ValueError, KeyError, TypeError) as error:
-            raise Failure(f'{path}:{number}: expected a JSON object with the field "{field}" ({error})') from error
-        if not isinstance(value, str):
-            raise Failure(f'{path}:{number}: the field "{field}" must be a string')
-        values.append(value)
-    return values
+def wanted_letters(samples: int | None, length: int) -> int | None:
+    """Returns the letters that so many sequences of `length` tokens need at least; None if they take all there is."""
+    return LETTERS * samples * length if samples else None
 
 
-def _read_hub(data: str, part: Part) -> list[str]:
-    name, _, rest = data.partition(":")
+def count_letters(data: str | Origin | Sequence[Origin], part: Part, letters: int | None = None) -> int:
+    """Returns about how many letters a text has, of a mixture as many as its scarcest part allows; raises as `read`."""
+    return int(min(sum(map(letters_of, read(each, part, letters))) / (each.share or 1) for each in parts(data)))
+
+
+def letters_of(document: Document) -> int:
+    """Returns the letters of a document."""
+    if isinstance(document, str):
+        return len(document)
+    return sum(len(str(message["content"])) for message in document.messages)
+
+
+def _read_hub(origin: Origin, part: Part) -> Iterator[Row]:
+    name, _, rest = str(origin.id).partition(":")
     config, _, split = rest.partition(":")
-    split = split or ("train" if part == "calibration" else "test")
+    config, split = origin.config or config, origin.split or split or ("train" if part == "calibration" else "test")
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise missing_extra("eval", "datasets", f"the hub data set {data!r} (not a .txt or .jsonl file)") from error
+        raise missing_extra("eval", "datasets", f"the hub data set {origin.name!r} (no file is called so)") from error
     try:
         rows = load_dataset(name, config or None, split=split)
-        return list(rows["text"])
+        if "text" in rows.column_names and not origin.field:
+            rows = rows.select_columns(["text"])  # the others are not decoded
     except Exception as error:  # the library raises many kinds; all mean that the request cannot be served
         raise RequestError(
-            f"cannot load the hub data set {data!r}: {error}. Give a .txt or .jsonl file, or 'builtin'"
+            f"cannot load the hub data set {origin.name!r}: {error}. Give a file (.txt, .jsonl, .json, .csv, "
+            ".parquet), or 'builtin'"
         ) from error
+    return (Row(f"{origin.name}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def digest(text: str) -> str:

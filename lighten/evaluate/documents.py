@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lighten.data.text import digest, load_documents
+from lighten.data.origin import told
+from lighten.data.text import Render, digest, load_documents
 from lighten.errors import Failure
 from lighten.evaluate import protocols
 from lighten.evaluate.perplexity import Measured, hash_ids
@@ -23,7 +24,9 @@ def count_words(text: str) -> int:
     return len(re.split(r"\s+", text))
 
 
-def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Perplexity, report: Report) -> Measured:
+def measure(
+    runtime: Runtime, tokenizer: Tokenizer, settings: Perplexity, report: Report, render: Render | None = None
+) -> Measured:
     """Measures a model; values are `nll [documents]` (sums) and `words [documents]`.
 
     Raises:
@@ -32,7 +35,7 @@ def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Perplexity, report
     """
     protocols.check_length(settings, runtime.context, "this model")
     length = settings.tokens(runtime.context)
-    documents = load_documents(settings.data, "perplexity")[: settings.samples]
+    documents = load_documents(settings.data, "perplexity", render)[: settings.samples]
     report(0, 1, "tokenizing")
     start = [] if tokenizer.bos is None else [tokenizer.bos]
     own = [tokenizer.encode(text) for text in documents]
@@ -52,7 +55,7 @@ def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Perplexity, report
     joined = "\n\n".join(documents)
     protocol = {
         "name": settings.protocol,
-        "data": settings.data,
+        "data": told(settings.data),
         "data_sha256": digest(joined),
         "ids_sha256": hash_ids(np.array([token for each in ids for token in [tokenizer.prefix, *each]])),
         "length": length,

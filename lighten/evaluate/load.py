@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from lighten.data.text import load_text
+from lighten.data.origin import told
+from lighten.data.text import Render, load_text
 from lighten.errors import Failure
 from lighten.evaluate.runtimes import Runtime, Tokenizer, find_gguf, open_runtime, open_tokenizer
 from lighten.evaluate.server import LlamaServer, Refused
 from lighten.evaluate.settings import Load
 from lighten.evaluate.speed import percentiles
 from lighten.model.onnx_source import find_onnx
+from lighten.model.template import renderer
 from lighten.stage import Report
 
 MARGIN = 32
@@ -79,7 +81,7 @@ def measure(
     if gguf:
         return _over_http(gguf, settings, device, report)
     runtime = open_runtime(path, device=device, dtype=dtype, trust_remote_code=trusted)
-    ids = np.array(_pieces(runtime, settings))
+    ids = np.array(_pieces(runtime, settings, renderer(path)))
     runtime.generate(ids[:1], 2)  # warms up
     rows = []
     for number, rate in enumerate(settings.rate):
@@ -113,7 +115,7 @@ def batched(runtime: Runtime, ids: Any, times: list[float], settings: Load) -> l
 
 def _over_http(path: Path, settings: Load, device: str, report: Report) -> dict[str, Any]:
     tokenizer = open_tokenizer(path)
-    prompts = [tokenizer.decode(piece) for piece in _pieces(tokenizer, settings)]
+    prompts = [tokenizer.decode(piece) for piece in _pieces(tokenizer, settings, renderer(path))]
     rows = []
     with LlamaServer(path, settings.prompt + settings.generate + MARGIN, device) as server:
         banned = [] if tokenizer.eos is None else [tokenizer.eos]
@@ -146,10 +148,10 @@ def concurrent(ask: Callable[[str], list[float]], prompts: list[str], times: lis
         return [each for each in pool.map(one, prompts, times) if each]
 
 
-def _pieces(tokenizer: Tokenizer | Runtime, settings: Load) -> list[list[int]]:
+def _pieces(tokenizer: Tokenizer | Runtime, settings: Load, render: Render | None = None) -> list[list[int]]:
     """Returns a piece of the text for each request, all different as long as the text lasts."""
-    ids = tokenizer.encode(load_text(settings.data, "perplexity"))
+    ids = tokenizer.encode(load_text(settings.data, "perplexity", render))
     pieces = len(ids) // settings.prompt
     if not pieces:
-        raise Failure(f"the text {settings.data} has {len(ids)} tokens, fewer than a prompt of {settings.prompt}")
+        raise Failure(f"the text {told(settings.data)} has {len(ids)} tokens, fewer than a prompt of {settings.prompt}")
     return [ids[at % pieces * settings.prompt :][: settings.prompt] for at in range(settings.requests)]

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from lighten.data.text import digest, load_text
+from lighten.data.origin import told
+from lighten.data.text import Render, digest, load_text
 from lighten.errors import Failure, RequestError
 from lighten.evaluate import protocols, rows
 from lighten.evaluate.head import Head
@@ -98,6 +99,7 @@ def measure(
     *,
     reference: tuple[Path, Path] | None = None,
     hidden_of: Path | None = None,
+    render: Render | None = None,
 ) -> Measured:
     """Measures a model.
 
@@ -108,13 +110,14 @@ def measure(
         report: called after every chunk.
         reference: directory of the baseline's measurement and of the baseline.
         hidden_of: directory of the model, if what enters its head is to be kept for use as a reference.
+        render: writes the turns of conversations, if the text holds any.
 
     Raises:
         RequestError: chunks longer than the text or than the model's context.
         Failure: the model is broken, or has another vocabulary.
     """
     protocols.check_length(settings, runtime.context, "this model")
-    text = protocols.prepare(load_text(settings.data, "perplexity"), settings.protocol)
+    text = protocols.prepare(load_text(settings.data, "perplexity", render), settings.protocol)
     report(0, 1, "tokenizing")
     own = tokenizer.encode(text)
     chunks = protocols.chunked(own, settings, tokenizer)
@@ -145,7 +148,7 @@ def measure(
     letters = scored_bytes(tokenizer, chunks)
     protocol = {
         "name": settings.protocol,
-        "data": settings.data,
+        "data": told(settings.data),
         "data_sha256": digest(text),
         "ids_sha256": hash_ids(ids),
         "length": settings.length,

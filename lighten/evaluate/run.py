@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lighten.evaluate import machine
 from lighten.evaluate.paired import RESULT, VALUES
 from lighten.evaluate.settings import Accuracy, Load, Options, Perplexity, Speculative, Speed
+from lighten.model.template import renderer
 from lighten.process import share_cores
 from lighten.stage import Report
 from lighten.store import write_json
@@ -60,8 +61,9 @@ def _perplexity(payload: dict[str, Any], model: Path, out: Path, report: Report)
     if reference and not (Path(reference["hidden"]) / perplexity.HIDDEN).is_file():
         reference = None  # its own measurement says why
     tokenizer = open_tokenizer(model if other else Path(payload["tokenizer"]))
+    render = None if settings.data == "builtin" else renderer(Path(payload["tokenizer"]))
     if settings.protocol == "lm-eval":
-        measured = documents.measure(runtime, tokenizer, settings, report)
+        measured = documents.measure(runtime, tokenizer, settings, report, render)
     else:
         measured = perplexity.measure(
             runtime,
@@ -70,6 +72,7 @@ def _perplexity(payload: dict[str, Any], model: Path, out: Path, report: Report)
             report,
             reference=(Path(reference["hidden"]), Path(reference["model"])) if reference else None,
             hidden_of=model if payload.get("save_hidden") else None,
+            render=render,
         )
     save_file(measured.values, out / VALUES)
     if measured.hidden is not None:
@@ -166,7 +169,7 @@ def _speculative(payload: dict[str, Any], model: Path, report: Report) -> dict[s
         open_runtime(path, device=device, dtype=settings.dtype or _served(path, device), trust_remote_code=trusted)
         for path in (model, Path(payload["draft"]))
     )
-    return speculative.measure(target, draft, settings, report) | _facts(target)
+    return speculative.measure(target, draft, settings, report, renderer(model)) | _facts(target)
 
 
 def _load(payload: dict[str, Any], model: Path, report: Report) -> dict[str, Any]:

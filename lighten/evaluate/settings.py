@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from lighten.data.origin import Text
 from lighten.settings import AnyCase
 
 Protocol = Literal["lighten", "gptq", "llama.cpp", "lm-eval"]
@@ -56,7 +57,7 @@ class Perplexity(_Settings):
 
     younger = {"protocol": "lighten", "within": None}
 
-    data: str = "builtin"
+    data: Text = "builtin"
     length: int | None = Field(512, ge=8)
     samples: int | None = Field(None, ge=1)
     within: float | None = Field(None, gt=0, lt=1)
@@ -244,7 +245,7 @@ class Speculative(_Settings):
     prompt: int = Field(64, ge=1)
     generate: int = Field(64, ge=2)
     samples: int = Field(6, ge=1)
-    data: str = "builtin"
+    data: Text = "builtin"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @model_validator(mode="after")
@@ -273,7 +274,7 @@ class Load(_Settings):
     prompt: int = Field(128, ge=1)
     generate: int = Field(64, ge=2)
     batch: int = Field(8, ge=1)
-    data: str = "builtin"
+    data: Text = "builtin"
     seed: int = 0
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lighten.data.text import load_text
+from lighten.data.origin import told
+from lighten.data.text import Render, load_text
 from lighten.errors import Failure
 from lighten.evaluate.runtimes import Runtime
 from lighten.evaluate.settings import Speculative
@@ -73,7 +74,9 @@ def speculate(target: Runtime, draft: Runtime, prompt: list[int], steps: int, to
     return Written(whole[len(prompt) :], time.perf_counter() - start, proposed, accepted)
 
 
-def measure(target: Runtime, draft: Runtime, settings: Speculative, report: Report) -> dict[str, Any]:
+def measure(
+    target: Runtime, draft: Runtime, settings: Speculative, report: Report, render: Render | None = None
+) -> dict[str, Any]:
     """Returns `speculative`: acceptance, speeds with and without the draft, and whether the same was written.
 
     Where it was not, `parted` has for each text the position and by how much the target's first choice there was
@@ -82,7 +85,7 @@ def measure(target: Runtime, draft: Runtime, settings: Speculative, report: Repo
     Raises:
         Failure: the two do not read the text alike.
     """
-    prompts = _prompts(target, draft, settings)
+    prompts = _prompts(target, draft, settings, render)
     steps = settings.generate
     speculate(target, draft, prompts[0], min(8, steps), settings.tokens)  # warms up
     plains: list[Written] = []
@@ -131,9 +134,9 @@ def gap(runtime: Runtime, ids: list[int]) -> float:
     return float(first - second)
 
 
-def _prompts(target: Runtime, draft: Runtime, settings: Speculative) -> list[list[int]]:
+def _prompts(target: Runtime, draft: Runtime, settings: Speculative, render: Render | None) -> list[list[int]]:
     """Returns pieces of the text, spread over it."""
-    text = load_text(settings.data, "perplexity")
+    text = load_text(settings.data, "perplexity", render)
     head = text[:COMPARED_LETTERS]
     if target.encode(head) != draft.encode(head):
         raise Failure(
@@ -143,6 +146,6 @@ def _prompts(target: Runtime, draft: Runtime, settings: Speculative) -> list[lis
     ids = target.encode(text)
     last = len(ids) - settings.prompt
     if last < 0:
-        raise Failure(f"the text {settings.data} has {len(ids)} tokens, fewer than a prompt of {settings.prompt}")
+        raise Failure(f"the text {told(settings.data)} has {len(ids)} tokens, fewer than a prompt of {settings.prompt}")
     starts = np.linspace(0, last, settings.samples).astype(int)
     return [ids[start : start + settings.prompt] for start in starts.tolist()]

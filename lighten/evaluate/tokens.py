@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lighten.data.origin import told
 from lighten.data.text import load_text
 from lighten.errors import Failure, RequestError
 from lighten.evaluate import rows
@@ -15,6 +16,7 @@ from lighten.evaluate.perplexity import hash_ids
 from lighten.evaluate.protocols import chunked
 from lighten.evaluate.runtimes import Floats, Ids, Runtime, open_runtime, open_tokenizer
 from lighten.evaluate.settings import Perplexity
+from lighten.model.template import renderer
 from lighten.process import share_cores
 from lighten.stage import Report
 
@@ -42,14 +44,16 @@ def largest(payload: dict[str, Any], report: Report) -> list[dict[str, Any]]:
     """
     settings = Perplexity(**payload["config"])
     tokenizer = open_tokenizer(Path(payload["tokenizer"]))
-    text = load_text(settings.data, "perplexity")
+    text = load_text(settings.data, "perplexity", renderer(Path(payload["tokenizer"])))
     if settings.protocol != "lighten":
         raise RequestError(
             f"--tokens tells the places of lighten's own protocol, this perplexity is by {settings.protocol}"
         )
     ids = chunked(tokenizer.encode(text), settings, tokenizer).ids
     if payload.get("ids_sha256") not in (None, hash_ids(ids)):
-        raise Failure(f"the text {settings.data!r} is not the one that was measured: it has changed since, or moved")
+        raise Failure(
+            f"the text {told(settings.data)!r} is not the one that was measured: it has changed since, or moved"
+        )
     pair = None
     if payload.get("stored"):
         kl = values(Path(payload["stored"]))["kl"]

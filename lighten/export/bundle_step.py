@@ -88,6 +88,8 @@ class Bundle(Export):
 
     def after(self, previous: Step | None) -> Self:
         """Names the type where it makes the file itself; a GGUF file's own type stays."""
+        if isinstance(previous, Gguf) and self.type not in (None, previous.type):
+            raise RequestError(f"the source is a GGUF file of type {previous.type} already: leave out `type`")
         makes = self.type is None and not isinstance(previous, Gguf)
         return self.model_copy(update={"type": DEFAULT_TYPE}) if makes else self
 
@@ -97,6 +99,14 @@ class Bundle(Export):
             return
         self.gguf.check(facts)
         self._check_size(facts)
+
+    def check_source(self, form: str, facts: ModelFacts | None = None) -> None:
+        """Refuses what is neither plain weights nor a GGUF file."""
+        if form not in ("hf", "gguf"):
+            raise RequestError(
+                f"a bundle is made of an unquantized model or a GGUF artifact, this one is {form}: "
+                "export before quantizing, and let `type` choose the bits"
+            )
 
     def _check_size(self, facts: ModelFacts) -> str:
         from lighten.export.bundle import check_fit, need_of
@@ -121,6 +131,7 @@ class Bundle(Export):
         from lighten.export import bundle
         from lighten.export.bundle_readme import readme
 
+        self.check_source(source.format)
         target, origin = find_target(self.target), about(source)
         made = self._model(source, out, context)
         model = bundle.read_model(sorted(out.glob("*.gguf")))
@@ -179,11 +190,6 @@ class Bundle(Export):
                 shutil.copyfile(file, out / file.name)
                 os.chmod(out / file.name, 0o644)
             return {"type": held, **source.facts}
-        if source.format != "hf":
-            raise RequestError(
-                f"a bundle is made of an unquantized model or a GGUF artifact, this one is {source.format}: "
-                "export before quantizing, and let `type` choose the bits"
-            )
         from lighten.model.checkpoint import Checkpoint
 
         with _late():

@@ -108,6 +108,16 @@ class Gguf(Export):
                 f"type {self.type} needs rows that are multiples of {block}, this model has rows of {odd[0]}: use F16"
             )
 
+    def check_source(self, form: str, facts: ModelFacts) -> None:
+        """Refuses what is no model directory, and Grams of quantized weights."""
+        if form not in _READABLE:
+            raise RequestError(f"GGUF export reads model directories, this one is {form}")
+        if form != "hf" and self.needs_sweep():
+            raise RequestError(
+                f"{'a budget' if self.budget else 'an importance matrix'} is measured on an unquantized "
+                f"model, this one is {form}: export it without, or export the model that it was made from"
+            )
+
     def check_files(self, folder: Path, facts: ModelFacts) -> None:
         """Refuses tokenizers that llama.cpp cannot follow."""
         from lighten.export.tokenizer import read_vocabulary
@@ -144,16 +154,10 @@ class Gguf(Export):
         Raises:
             RequestError: the source is not a plain Hugging Face directory.
         """
-        if source.format not in _READABLE:
-            raise RequestError(f"GGUF export reads model directories, this one is {source.format}")
-        if source.format != "hf" and self.needs_sweep():
-            raise RequestError(
-                f"{'a budget' if self.budget else 'an importance matrix'} is measured on an unquantized "
-                f"model, this one is {source.format}: export it without, or export the model that it was made from"
-            )
         from lighten.export import gguf_quantize
         from lighten.model.checkpoint import Checkpoint
 
+        self.check_source(source.format, Checkpoint(source.path).facts)
         file = out / f"model-{self.type}.gguf"
         origin = {**about(source), "lighten.step": json.dumps(self.key_config(), sort_keys=True)}
         if context.key:

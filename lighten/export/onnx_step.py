@@ -118,6 +118,22 @@ class Onnx(Export):
         if precision == "bf16" and self.provider == "cpu":
             raise RequestError("onnxruntime has no bf16 arithmetic on CPUs: use fp32, or provider: cuda")
 
+    def check_source(self, form: str, facts: ModelFacts) -> None:
+        """Refuses quantized weights that the kind of graph has no operator for."""
+        if form not in ("hf", *KEPT):
+            raise RequestError(
+                f"ONNX export reads unquantized, GPTQ and AWQ models, this one is {form}: export its source, "
+                "and let `precision` choose the bits"
+            )
+        if form in KEPT and self.resolved_graph(facts) == "plain":
+            raise RequestError(
+                f"a plain graph has no operator for the weights of a {form} model: use graph: genai, "
+                "or export its source"
+            )
+        if form in KEPT and (self.ignore or self.resolved_precision(facts) not in ("int4", "int8")):
+            wrong = "`ignore`" if self.ignore else f"precision {self.precision}"
+            raise RequestError(f"the weights of a {form} model are kept as they are: leave out {wrong}")
+
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns the size of the weights, and the time that SmolLM2-135M took."""
         size = int(facts.params * _BITS[self.resolved_precision(facts)] / 8)
@@ -133,23 +149,11 @@ class Onnx(Export):
 
         facts = Checkpoint(source.path).facts
         self.check(facts)
-        if source.format not in ("hf", *KEPT):
-            raise RequestError(
-                f"ONNX export reads unquantized, GPTQ and AWQ models, this one is {source.format}: export its source, "
-                "and let `precision` choose the bits"
-            )
+        self.check_source(source.format, facts)
         if self.resolved_graph(facts) == "plain":
-            if source.format != "hf":
-                raise RequestError(
-                    f"a plain graph has no operator for the weights of a {source.format} model: use graph: genai, "
-                    "or export its source"
-                )
             from lighten.export import onnx_plain
 
             return onnx_plain.write(source.path, out, facts, self.resolved_precision(facts), context)
-        if source.format in KEPT and (self.ignore or self.resolved_precision(facts) not in ("int4", "int8")):
-            wrong = "`ignore`" if self.ignore else f"precision {self.precision}"
-            raise RequestError(f"the weights of a {source.format} model are kept as they are: leave out {wrong}")
         from lighten.export import onnx
 
         return onnx.write(source.path, out, self, context)

@@ -37,6 +37,11 @@ class Export(Step):
     )
 
     @property
+    def writes(self) -> str:
+        """The format of its own."""
+        return self.format
+
+    @property
     def rounded(self) -> bool:
         """Whether weights are rounded, so that another perplexity is no mistake."""
         return False

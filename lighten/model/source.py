@@ -234,6 +234,11 @@ class Source(Step):
         method = (read_config(Path(self.path)).get("quantization_config") or {}).get("quant_method")
         return None if method is None else str(method)
 
+    @property
+    def writes(self) -> str:
+        """The format that the source has."""
+        return self.quantized or "hf"
+
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns reading and writing every weight once."""
         held = 4 * facts.params if self.format == "gguf" else 8 * facts.hidden * facts.vocab

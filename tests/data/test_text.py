@@ -44,7 +44,8 @@ def test_files(tmp_path: Path) -> None:
     ("name", "content", "error", "words"),
     [
         ("missing.txt", None, RequestError, "check the path"),
-        ("a.txt", b"\xff\xfe\x00", Failure, "not UTF-8"),
+        ("a.txt", b"\xfa\xfb", Failure, "not UTF-8"),
+        ("b.txt", b"\xff\xfe\x00", Failure, "not UTF-16"),
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', Failure, r"a\.jsonl:2: .*\"text\""),
         ("b.jsonl", b"not json\n", Failure, r"b\.jsonl:1"),
         ("c.jsonl", b'{"text": 3}\n', Failure, "must be a string"),

@@ -1,0 +1,119 @@
+"""A model's chat template: where it lies, and what it makes of the turns of a conversation.
+
+Templates are Jinja that comes with a model, so they run in Jinja's sandbox, without anything of this machine. What they
+may use is what transformers gives them; the day that `strftime_now` tells is always the same, so that a text is too.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lighten.data.documents import Message
+from lighten.errors import RequestError, reading
+
+if TYPE_CHECKING:
+    from lighten.data.text import Render
+
+TODAY = datetime.datetime(2025, 1, 1)
+"""The day of texts that name one."""
+FILE = "chat_template.jinja"
+SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def renderer(model: Path) -> Render | None:
+    """Returns what writes turns as a model directory or a .gguf file has them; None where it has no chat template.
+
+    Raises:
+        RequestError: the template is no Jinja.
+        Failure: the files of the tokenizer are damaged.
+    """
+    from lighten.model import gguf_source
+
+    if model.is_file() and model.suffix == ".onnx":
+        model = model.parent
+    file = model if model.is_file() else gguf_source.within(model)
+    template, specials = _of_gguf(file) if file else _of_directory(model)
+    return _compiled(template, specials, str(file or model)) if template else None
+
+
+def _of_directory(model: Path) -> tuple[str | None, dict[str, str]]:
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (model / name).is_file():
+            with reading(model / name, "save the tokenizer again"):
+                settings |= json.loads((model / name).read_text(encoding="utf-8"))
+    specials = {name: _spelled(settings[name]) for name in SPECIALS if settings.get(name)}
+    if (model / FILE).is_file():
+        return (model / FILE).read_text(encoding="utf-8"), specials
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {str(each["name"]): str(each["template"]) for each in template}
+        template = named.get("default") or next(iter(named.values()), None)
+    return template or None, specials
+
+
+def _spelled(token: Any) -> str:
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _of_gguf(file: Path) -> tuple[str | None, dict[str, str]]:
+    from lighten.model import gguf_source
+
+    fields = gguf_source.read_header(file).fields
+    tokens = fields.get("tokenizer.ggml.tokens", ())
+    specials = {}
+    for name in ("bos", "eos", "unknown", "padding"):
+        index = fields.get(f"tokenizer.ggml.{name}_token_id")
+        if isinstance(index, int) and index < len(tokens):
+            specials[{"unknown": "unk", "padding": "pad"}.get(name, name) + "_token"] = str(tokens[index])
+    template = fields.get("tokenizer.chat_template")
+    return (str(template) if template else None), specials
+
+
+def _compiled(template: str, specials: dict[str, str], model: str) -> Render:
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The tag that marks what the assistant says; it changes nothing in the text."""
+
+        tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": refuse, "strftime_now": TODAY.strftime}
+    try:
+        made = environment.from_string(template)
+    except TemplateError as error:
+        raise RequestError(f"the chat template of {model} cannot be read: {error}") from error
+
+    def render(messages: Sequence[Message]) -> str:
+        given = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": False}
+        try:
+            return made.render(**given, **specials)
+        except Exception as error:  # a template may fail in any way that Python has
+            begins = json.dumps(messages[0], ensure_ascii=False)[:80]
+            raise RequestError(
+                f"the chat template of {model} does not take the conversation that begins {begins}: {error}"
+            ) from error
+
+    return render
+
+
+def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
