@@ -11,13 +11,13 @@ import pytest
 
 import lighten
 from lighten import pipeline, trust, verbs
-from lighten import plan as planning
 from lighten.comparison import compare as comparing
 from lighten.comparison import side
 from lighten.comparison.operand import Version, variant_of
 from lighten.comparison.side import of_variant
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.pipeline import Silent
+from lighten.plan import Plan, make_plan, trusted
 from lighten.process import Outcome
 from lighten.recipe import Recipe, parse
 from lighten.recommendation import published
@@ -57,7 +57,7 @@ def test_a_recipe_cannot_grant_trust_to_itself(own_code: Path, tmp_path: Path) -
         pipeline.plan(recipe("nobody/nothing", trust_remote_code=True))
     assert not (tmp_path / "ran").exists()
     todo = pipeline.plan(asking, trust_remote_code=True)
-    assert planning.trusted(todo.artifacts["baseline"])
+    assert trusted(todo.artifacts["baseline"])
     assert asking.dump().splitlines()[3] == "trust_remote_code: true"
 
 
@@ -76,9 +76,9 @@ def test_trust_is_for_the_models_that_are_named(own_code: Path, tiny: Callable[.
         pipeline.plan(one, trust_remote_code=True)
     both = recipe(own_code, trust_remote_code=[str(own_code), str(tiny())], **steps)
     todo = pipeline.plan(both, trust_remote_code=True)
-    assert planning.trusted(todo.artifacts["small"])
+    assert trusted(todo.artifacts["small"])
     untrusted = pipeline.plan(recipe(own_code, **steps))
-    assert not any(planning.trusted(stage) for stage in untrusted.stages)
+    assert not any(trusted(stage) for stage in untrusted.stages)
 
 
 def refuse(*_: object, **__: object) -> None:
@@ -88,9 +88,9 @@ def refuse(*_: object, **__: object) -> None:
 def test_a_single_step_trusts_when_told(own_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
 
-    def planned(recipe: Recipe, **more: Any) -> planning.Plan:
+    def planned(recipe: Recipe, **more: Any) -> Plan:
         seen.append(recipe.trusted)
-        return planning.make_plan(recipe, **more)
+        return make_plan(recipe, **more)
 
     for granted in (False, True):
         monkeypatch.setattr(verbs, "make_plan", planned)

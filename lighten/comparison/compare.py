@@ -157,6 +157,8 @@ def _tokens(
     if b.tokenizer is None:
         return None, "the model whose tokenizer was used is not in the store any more"
     given, said = b.perplexity.manifest["config"], b.row.perplexity.protocol
+    if not isinstance(said.get("data"), str):
+        return None, f"the results of {b.text} do not name the text that perplexity was measured on"
     payload: dict[str, Any] = {
         "tokenizer": str(b.tokenizer),
         "config": {

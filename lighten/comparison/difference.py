@@ -11,6 +11,7 @@ from lighten.comparison.protocol import same_machine
 from lighten.comparison.side import Side
 from lighten.evaluate import paired
 from lighten.evaluate.intervals import Interval, bootstrap_ratio, mcnemar
+from lighten.report import claims
 from lighten.report.results import Accuracy, Speed
 from lighten.report.serving import alike, told
 
@@ -156,11 +157,20 @@ def _decode(a: Side, b: Side, notes: list[str]) -> Change | None:
         notes.append(f"decode speeds are of {_how(first)} in {a.text} and of {_how(second)} in {b.text}")
     elif a.row.key and a.row.key == b.row.key and alike(first, second) and (line := told(first, second)):
         notes.append(f"both are the same artifact, and {line}")
-    spread = max(first.spread or 0.0, second.spread or 0.0)
-    change = _change(first.decode_tok_s, second.decode_tok_s)
-    if change and spread and abs(change.ratio.value - 1) < spread:
-        notes.append(f"the decode speeds differ by less than their repeats did ({100 * spread:.0f} % of the median)")
-    return change
+    loud = [side.text for side, speed in ((a, first), (b, second)) if claims.noisy(speed)]
+    if loud:
+        spread = max(first.spread or 0.0, second.spread or 0.0)
+        notes.append(
+            f"decode speeds are not compared: the repeats of {' and '.join(loud)} differ by up to "
+            f"{100 * spread:.0f} %, so measure again on a quiet machine"
+        )
+        return None
+    if not (first.decode_tok_s and second.decode_tok_s):
+        return None
+    interval = claims.ratio_ends(second, first)
+    if interval and interval[0] <= 1 <= interval[1]:
+        notes.append("the decode speeds differ by less than their intervals reach")
+    return Change(first.decode_tok_s, second.decode_tok_s, Interval(second.decode_tok_s / first.decode_tok_s, interval))
 
 
 def _how(speed: Speed) -> str:

@@ -23,7 +23,7 @@ def compare(kind: Literal["perplexity", "accuracy", "speed"], variant: Path, bas
 
     Returns:
         For perplexity `{"perplexity": {relative, ci95, absolute}}`; for accuracy `{task, acc, acc_ci95, acc_norm,
-        acc_norm_ci95, gained, lost}`; for speed `{"decode_speed_ratio": …}` at the first batch size both have.
+        acc_norm_ci95, gained, lost}`; for speed `{"decode_speed_ratio": …}` at the first batch and lengths both have.
 
     Raises:
         RequestError: the two were not measured on the same text or tasks.
@@ -131,10 +131,14 @@ def _scores(values: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 
 def speed(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> float | None:
-    """Returns the ratio of decode speeds at the first batch size both have, or None if there is none."""
-    by_batch = {row["batch"]: row["decode_tok_s"] for row in base}
-    common = [row for row in rows if row["batch"] in by_batch]
-    return common[0]["decode_tok_s"] / by_batch[common[0]["batch"]] if common else None
+    """Returns the ratio of decode speeds at the first batch and lengths that both have, or None if there are none."""
+    by_shape = {_shape(row): row["decode_tok_s"] for row in reversed(base)}
+    common = [row for row in rows if _shape(row) in by_shape]
+    return common[0]["decode_tok_s"] / by_shape[_shape(common[0])] if common else None
+
+
+def _shape(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("batch", "prompt", "generate"))
 
 
 def student95(freedom: int) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lighten.export.bundle import need_of
 from lighten.recommendation.question import Question
 from lighten.recommendation.sizes import Sizes
+from lighten.report import claims
 from lighten.report.numbers import byte_count, change, significant
 from lighten.report.results import Results, Variant
 
@@ -29,9 +30,18 @@ class Candidate:
     """The far end of its 95 % interval."""
     speed: float | None
     """Tokens a second: measured, or on a target the most that its memory allows."""
-    spread: float
-    """Of its repeats, relative."""
+    speed_ends: tuple[float, float] | None
+    """Its interval; None for a ceiling."""
+    noisy: bool
+    """Whether `speed` may be compared with nothing, for its repeats differ too much."""
+    too_good: bool
+    """Whether it is better than its source by more than the interval."""
     ceiling: bool
+
+    @property
+    def rise_ends(self) -> tuple[float, float] | None:
+        """The interval of its rise in perplexity; a point where none was measured, as for the baseline."""
+        return self.rise_ci95 or (None if self.rise is None else (self.rise, self.rise))
 
     def line(self) -> str:
         """Returns what it costs in one line."""
@@ -42,6 +52,7 @@ class Candidate:
         if self.drop is not None:
             parts.append(f"accuracy {change(-self.drop, None, least=1)[0]} pp")
         most = "at most " if self.ceiling else ""
+        most = "≈" if self.noisy else most
         parts += [f"{most}{significant(self.speed, 3)} tok/s"] if self.speed else []
         parts += [f"{byte_count(self.need)} of memory{'' if self.measured else ' (computed)'}"] if self.need else []
         return ", ".join(parts)
@@ -72,7 +83,9 @@ def candidate(row: Variant, results: Results, question: Question, sizes: Sizes |
         drop,
         drop_high,
         speed,
-        (first.spread or 0.0) if first and not target else 0.0,
+        claims.ends(first) if first and not target else None,
+        not target and claims.noisy(first),
+        claims.too_good(results, row),
         target is not None,
     )
 

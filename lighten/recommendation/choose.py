@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from lighten.recommendation.candidate import Candidate, candidate
 from lighten.recommendation.question import Question
 from lighten.recommendation.sizes import Sizes
-from lighten.report.headline import BROKEN
+from lighten.report import claims
+from lighten.report.claims import BROKEN, Ends
 from lighten.report.numbers import byte_count, change
-from lighten.report.pareto import pareto
+from lighten.report.pareto import sure_front
 from lighten.report.results import Results
+from lighten.steady import UNSTEADY
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ def choose(results: Results, question: Question, sizes: Sizes | None) -> Choice:
         tested = [(each, test(each)) for each in left]
         filters.append(Filter(condition, tuple(f"{each.name}: {why}" for each, why in tested if why)))
         left = [each for each, why in tested if not why]
+    for condition, test in _claims(question):  # said only where they remove something
+        removed = {each.name: why for each in left if (why := test(each))}
+        if removed:
+            filters.append(Filter(condition, tuple(f"{name}: {why}" for name, why in removed.items())))
+        left = [each for each in left if each.name not in removed]
     known = [each for each in left if _value(each, question) is not None]
     if not known:
         why = "nothing that was measured passes" if not left else f"{question.prefer} was not measured on what passes"
@@ -69,16 +76,34 @@ def _conditions(question: Question) -> list[tuple[str, Callable[[Candidate], str
     if (most := question.max_drop) is not None:
         text = f"loses at most {100 * most:g} pp of accuracy"
         found.append((text, lambda each: _too_much(each.drop, most, "pp", "accuracy")))
-    limit = question.max_ppl
-    if limit is None and question.max_drop is None and question.prefer != "quality":
-        limit = BROKEN  # nobody asked for a broken model
-    if (worst := limit) is not None:
+    if (worst := _worst_rise(question)) is not None:
         text = f"perplexity rises by at most {100 * worst:g} %" + (
             "" if question.max_ppl is not None else " (as usual)"
         )
         found.append(
             (text, lambda each: _too_much(each.rise, worst, "%", "perplexity", other=bool(each.row.vocabulary)))
         )
+    return found
+
+
+def _worst_rise(question: Question) -> float | None:
+    """Returns how far perplexity may rise; where no limit was set at all, nobody asked for a broken model."""
+    if question.max_ppl is None and question.max_drop is None and question.prefer != "quality":
+        return BROKEN
+    return question.max_ppl
+
+
+def _claims(question: Question) -> list[tuple[str, Callable[[Candidate], str | None]]]:
+    """Returns what the measurements themselves have to allow."""
+    found: list[tuple[str, Callable[[Candidate], str | None]]] = [
+        (
+            "is not better than its source by more than the interval: something was measured wrongly there",
+            lambda each: _unless(not each.too_good, f"perplexity {change(each.rise or 0.0, each.rise_ci95)[0]} %"),
+        )
+    ]
+    if question.prefer == "speed":
+        text = f"has a speed whose repeats differ by at most {100 * UNSTEADY:g} %: measure the others again"
+        found.append((text, lambda each: _unless(not each.noisy, "its repeats differ by more")))
     return found
 
 
@@ -134,33 +159,39 @@ def _best(known: list[Candidate], question: Question) -> tuple[Candidate, list[s
             reasons.append(f"the next is {ranked[1].name}: {ranked[1].line()}")
         return first, reasons
     second = "perplexity" if question.prefer == "speed" else "decode speed"
-    pick = min(equal, key=lambda each: _second(each, question))
+    pick = min(equal, key=lambda each: _second(each, question, equal))
+    if second == "decode speed" and not _steady(equal):
+        second = "size"
     others = ", ".join(each.name for each in equal if each is not pick)
-    doubt = "repeats differed" if question.prefer == "speed" else "intervals reach"
     return pick, [
-        f"{pick.name} and {others} are equally the {how}: they differ by less than their {doubt}",
+        f"{pick.name} and {others} are equally the {how}: they differ by less than their intervals reach",
         f"of these {pick.name} is the best in {second}: {pick.line()}",
     ]
 
 
 def _equal(first: Candidate, each: Candidate, question: Question) -> bool:
     """Returns whether the measurement cannot tell the two apart."""
-    if question.prefer == "speed" and first.speed and each.speed:
-        return first.speed / each.speed - 1 < max(first.spread, each.spread)
-    if question.prefer == "quality" and first.rise is not None and each.rise is not None:
-        return any(
-            ci95 is not None and ci95[0] <= other.rise <= ci95[1]
-            for ci95, other in ((first.rise_ci95, each), (each.rise_ci95, first))
-            if other.rise is not None
-        )
+    pair: tuple[Ends | None, Ends | None] = (None, None)
+    if question.prefer == "speed":
+        pair = first.speed_ends, each.speed_ends
+    elif question.prefer == "quality":
+        pair = first.rise_ends, each.rise_ends
+    ours, theirs = pair
+    if ours and theirs:
+        return claims.overlap(ours, theirs)
     return _value(first, question) == _value(each, question)
 
 
-def _second(each: Candidate, question: Question) -> tuple[float, float, str]:
+def _steady(equal: list[Candidate]) -> bool:
+    """Whether the decode speeds of all may be compared."""
+    return all(each.speed and not each.noisy for each in equal)
+
+
+def _second(each: Candidate, question: Question, equal: list[Candidate]) -> tuple[float, float, str]:
     size = float(each.row.size_bytes or 0)
     if question.prefer == "speed":
         return (each.rise if each.rise is not None else float("inf"), size, each.name)
-    return (-(each.speed or 0.0), size, each.name)
+    return (-(each.speed or 0.0) if _steady(equal) else 0.0, size, each.name)
 
 
 def _runners_up(known: list[Candidate], pick: Candidate, question: Question) -> tuple[Candidate, ...]:
@@ -172,7 +203,11 @@ def _runners_up(known: list[Candidate], pick: Candidate, question: Question) -> 
         found = each.row.size_bytes if by == "size" else _value(each, question)
         return float("inf") if found is None else float(found)
 
-    front = pareto([(first(each), each.rise or 0.0) for each in others])
+    def spans(each: Candidate) -> tuple[Ends, Ends]:
+        low, high = each.speed_ends if by == "speed" and each.speed_ends else (-first(each), -first(each))
+        return (-high, -low), each.rise_ends or (0.0, 0.0)
+
+    front = sure_front([(first(each), each.rise or 0.0) for each in others], [spans(each) for each in others])
     return tuple(others[at] for at in front if others[at] is not pick)
 
 
@@ -181,7 +216,8 @@ def _cautions(pick: Candidate, question: Question) -> tuple[str, ...]:
     if question.max_drop is not None and pick.drop_high is not None and pick.drop_high > question.max_drop:
         reach = change(-pick.drop_high, None, least=1)[0]
         found.append(f"the 95 % interval of its accuracy reaches {reach} pp: measure more tasks before relying on it")
-    if question.max_ppl is not None and pick.rise_ci95 and pick.rise_ci95[1] > question.max_ppl:
+    worst = _worst_rise(question)
+    if worst is not None and pick.rise_ci95 and pick.rise_ci95[1] > worst:
         reach = change(pick.rise_ci95[1], None)[0]
         found.append(
             f"the 95 % interval of its perplexity reaches {reach} %: measure on more text before relying on it"

@@ -14,7 +14,7 @@ from lighten.recommendation.candidate import Candidate
 from lighten.recommendation.question import Question
 from lighten.recommendation.sizes import Sizes
 from lighten.report.asked import asked
-from lighten.report.headline import BROKEN
+from lighten.report.claims import BROKEN
 from lighten.report.pareto import pareto
 from lighten.report.results import Results, Variant
 from lighten.steps import step_class

@@ -50,6 +50,11 @@ def _bounds(version: Version) -> Sizes:
             f"{version.text} does not say how large its model is, and {source.model} is not on this machine: "
             "name a version whose baseline is still in its store"
         ) from error
+    if min(layers, hidden, vocab) < 1 or params < 0:
+        raise RequestError(
+            f"{version.text} says that its model has {layers} layers of width {hidden}, {vocab} tokens and {params} "
+            "weights, which no model has: restore its results.json, or run the recipe again"
+        )
     heads = max(1, hidden // 64)
     rest = (params - vocab * hidden) // layers - 4 * hidden * hidden
     facts = ModelFacts(

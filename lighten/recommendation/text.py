@@ -16,7 +16,7 @@ def lines(answer: Recommendation) -> Iterator[RenderableType]:
     """Yields what to print: the pick, why, what was removed, what else there is."""
     pick, choice = answer.choice.pick, answer.choice
     if pick:
-        verb = f"Train ({answer.way.name}) from" if answer.way else "Take"
+        verb = f"Train ({answer.way.name}) from" if answer.way else "Perhaps take" if choice.cautions else "Take"
         yield Text(f"{verb} {pick.name} of {answer.version}", style="bold")
         if not answer.way:
             yield Text(f"  {pick.line()}")

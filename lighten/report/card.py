@@ -15,6 +15,7 @@ import yaml
 
 from lighten.errors import LightenError
 from lighten.links import follow
+from lighten.report import claims
 from lighten.report.calibration import amount
 from lighten.report.facts import protocols, sentence, settings, text
 from lighten.report.loading import loading
@@ -180,6 +181,8 @@ def _measured(results: Results, variant: Variant) -> list[str]:
     if not lines:
         return ["Nothing was measured but its size."]
     said = [grid_table(Grid(heads, tuple(lines)))]
+    compared = [variant, *([base] if beside and base else [])]
+    said += [escape(line) for line in (claims.bug(results, variant), claims.noise(compared)) if line]
     said += [f"Perplexity by the protocol {name}: {escape(sentence(items))}." for name, items in protocols(results)]
     machine = results.machine if not variant.elsewhere else variant.facts["machine"]
     if isinstance(machine, dict) and variant.speed:

@@ -14,13 +14,14 @@ from lighten.report.results import Variant
 class Cell:
     """What stands in one cell: the number, what qualifies it, and the value to sort by.
 
-    Values within the best one's `margin` are as good as it.
+    Two values whose `margin`s meet are as good as each other. Of one that does not `hold` nothing is claimed.
     """
 
     text: str = NOT_MEASURED
     details: tuple[str, ...] = ()
     value: float | str | None = None
     margin: float = 0.0
+    holds: bool = True
     best: bool = False
 
     @property

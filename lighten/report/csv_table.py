@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator
 
+from lighten.report import claims
 from lighten.report.results import Accuracy, Results, Speed, Variant
 
 Fields = Iterator[tuple[str, str | int | float | None]]
@@ -63,7 +64,7 @@ def _fields(results: Results, v: Variant) -> Fields:
     for i, speed in enumerate(v.speed):
         how = [str(value) for name in HOW if (value := getattr(speed, name, None))]
         yield from _speed(speed, "" if i == 0 else " ".join([f" batch {speed.batch} prompt {speed.prompt}", *how]))
-    yield "decode_ratio", results.decode_ratio(v)
+    yield "decode_ratio", claims.decode_ratio(results, v)
     if v.memory:
         yield from (("peak_rss_bytes", v.memory.peak_rss_bytes), ("peak_vram_bytes", v.memory.peak_vram_bytes))
     if v.energy:
@@ -96,3 +97,4 @@ def _speed(speed: Speed, setting: str) -> Fields:
         for end in ("p50", "p95", "p99"):
             yield f"{name} {end}{setting}", getattr(latency, end) if latency else None
     yield f"spread{setting}", speed.spread
+    yield from ((f"dtype{setting}", speed.dtype), (f"prefill_dtype{setting}", speed.prefill_dtype))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lighten.report import claims
+from lighten.report.claims import BROKEN, TOLERANCE
 from lighten.report.numbers import byte_count, change, ratio, significant
 from lighten.report.results import Results, Variant
 
-TOLERANCE = 0.01
-"""Relative rise in perplexity that still counts as the same quality."""
-
-BROKEN = 0.25
-"""Relative rise from which a variant is not worth naming beside the one to ship."""
+WITHIN = f"{100 * TOLERANCE:g} %"
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,7 @@ class Headline:
 def headline(results: Results) -> Headline:
     """Returns the smallest variant within 1 % of the baseline's perplexity, or says why there is none.
 
+    "Ship" is said only where the whole interval is within, and no speed that it is told with is noisy; else "Perhaps".
     Without a baseline the best perplexity measured stands in for it.
     """
     base = results.baseline
@@ -58,42 +57,49 @@ def headline(results: Results) -> Headline:
             else "No size was measured."
         )
         return Headline("Nothing smaller", "no variant is known to be smaller than the baseline", why, broken)
-    rises = {variant.name: rise for variant in sized if (rise := _rise(results, variant)) is not None}
+    return _judged(results, sized, broken)
+
+
+def _judged(results: Results, sized: list[Variant], broken: tuple[str, ...]) -> Headline:
+    """Returns the headline of variants smaller than the baseline, smallest first, by their perplexity."""
+    rises = {variant.name: rise for variant in sized if (rise := claims.rise(results, variant)) is not None}
     if not rises:
         smallest = sized[0]
         why = "Perplexity was not measured on it and on something to compare with, so its quality is not known."
         if smallest.vocabulary:
             why = "Its vocabulary is not the baseline's, so their perplexities cannot be compared: see bits per byte."
         return Headline(f"Smallest is {smallest.name}", _cost(results, smallest), why, broken, smallest.name)
+    wrong = {variant.name: bug for variant in sized if (bug := claims.bug(results, variant))}
+    known = [variant for variant in sized if variant.name in rises and variant.name not in wrong]
+    told = (*wrong.values(), *broken)
+    if not known:
+        first = next(variant for variant in sized if variant.name in wrong)
+        return Headline(f"Check {first.name}", _cost(results, first), wrong[first.name], told[1:])
+    base = results.baseline
     against = "the baseline's perplexity" if base else "the best perplexity measured (there is no baseline)"
-    usable = [variant for variant in sized if rises.get(variant.name, BROKEN) < BROKEN]
-    fitting = [variant for variant in sized if rises.get(variant.name, TOLERANCE + 1) <= TOLERANCE]
+    usable = [variant for variant in known if rises[variant.name].relative < BROKEN]
+    fitting = [variant for variant in known if rises[variant.name].relative <= TOLERANCE]
     if not fitting:
-        closest = min((v for v in sized if v.name in rises), key=lambda v: (rises[v.name], v.size_bytes, v.name))
-        others = _others(results, usable, closest) + broken
-        reason = f"No variant that is smaller stays within {TOLERANCE:.0%} of {against}.".replace("%", " %")
+        closest = min(known, key=lambda v: (rises[v.name].relative, v.size_bytes, v.name))
+        reason = f"No variant that is smaller stays within {WITHIN} of {against}."
+        others = _others(results, usable, closest) + told
         return Headline(f"Closest is {closest.name}", _cost(results, closest), reason, others, closest.name)
-    pick = fitting[0]
-    reason = f"It is the smallest variant within {TOLERANCE:.0%} of {against}.".replace("%", " %")
-    delta = results.perplexity_change(pick)
-    if delta and delta.ci95 and delta.ci95[1] > TOLERANCE:
-        reach = change(delta.ci95[1], None)[0]
-        reason += f" Its 95 % interval reaches {reach} %: measure on more text before relying on it."
-    others = _others(results, usable, pick) + broken
-    return Headline(f"Ship {pick.name}", _cost(results, pick), reason, others, pick.name)
+    sure = [variant for variant in fitting if claims.within(rises[variant.name], TOLERANCE)]
+    pick = (sure or fitting)[0]
+    included = " with its whole interval" if pick is not fitting[0] else ""
+    unknown = "" if sure else _reaching(rises[pick.name].ci95)
+    noise = claims.noise([pick, base]) if base and claims.decode_pair(results, pick) else ""
+    reason = f"It is the smallest variant within {WITHIN} of {against}{included}."
+    verb = "Perhaps" if unknown or noise else "Ship"
+    said = " ".join(filter(None, (reason, unknown, noise)))
+    return Headline(f"{verb} {pick.name}", _cost(results, pick), said, _others(results, usable, pick) + told, pick.name)
 
 
-def _rise(results: Results, variant: Variant) -> float | None:
-    """Returns the relative rise in perplexity over the baseline, or over the best variant if there is none."""
-    if results.baseline:
-        delta = results.perplexity_change(variant)
-        return delta.relative if delta else None
-    ours = variant.perplexity
-    if ours is None or variant.vocabulary:
-        return None
-    others = [other.perplexity for other in results.measured if other.perplexity and not other.vocabulary]
-    alike = [other.value for other in others if other.comparable(ours)]
-    return ours.value / min(alike) - 1 if len(alike) == len(others) else None
+def _reaching(interval: tuple[float, float] | None) -> str:
+    """Returns why a rise that is small enough is not sure to be."""
+    if interval is None:
+        return "Without an interval that may be chance: measure it beside a baseline, on more text."
+    return f"Its 95 % interval reaches {change(interval[1], None)[0]} %: measure on more text before relying on it."
 
 
 def _cost(results: Results, variant: Variant) -> str:
@@ -113,9 +119,11 @@ def _cost(results: Results, variant: Variant) -> str:
         if variant.vocabulary and variant.bits_per_byte and base and base.bits_per_byte:
             pair = [significant(each.bits_per_byte or 0.0, 4) for each in (variant, base)]
             parts[-1] = f"{pair[0]} bits per byte instead of {pair[1]}"
-    speed = results.decode_ratio(variant)
+    speed = claims.decode_ratio(results, variant)
     if speed is not None:
         parts.append(f"{ratio(speed)} the decode speed")
+    elif why := claims.no_ratio(results, variant):
+        parts.append(why)
     return ", ".join(parts)
 
 
@@ -125,8 +133,11 @@ def _others(results: Results, sized: list[Variant], pick: Variant) -> tuple[str,
     if not sized:
         return ()
     if sized[0] is not pick:
-        found.append(f"Smallest: {sized[0].name}, {_cost(results, sized[0])}.")
-    fast = max(sized, key=lambda v: v.decode_tok_s or 0.0)
-    if fast.decode_tok_s and fast not in (pick, sized[0]) and fast.decode_tok_s > (pick.decode_tok_s or 0.0):
+        rise = claims.rise(results, sized[0])
+        unknown = f" {_reaching(rise.ci95)}" if rise and rise.relative <= TOLERANCE else ""
+        found.append(f"Smallest: {sized[0].name}, {_cost(results, sized[0])}.{unknown}")
+    quicker = [each for each in sized if each.speed and pick.speed and claims.faster(each.speed[0], pick.speed[0])]
+    fast = max(quicker, key=lambda v: v.decode_tok_s or 0.0, default=pick)
+    if fast not in (pick, sized[0]):
         found.append(f"Fastest: {fast.name}, {_cost(results, fast)}.")
     return tuple(found)

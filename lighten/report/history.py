@@ -13,6 +13,7 @@ from typing import Any
 
 from lighten.errors import LightenError
 from lighten.report.alike import other_protocol, other_setting, other_task, same_machine
+from lighten.report.claims import noisy
 from lighten.report.numbers import NOT_MEASURED, byte_unit, fixed, significant
 from lighten.report.part import Grid, Part
 from lighten.report.results import Accuracy, Results, Variant, load
@@ -189,7 +190,8 @@ def _speed(before: Results, old: Variant, now: Results, new: Variant) -> str:
         return "another machine"
     if old.device != new.device or old.runtime != new.runtime:
         return "another device or runtime"
-    return other_setting(old.speed[0], new.speed[0])
+    noise = any(noisy(each.speed[0]) for each in (old, new))
+    return other_setting(old.speed[0], new.speed[0]) or ("repeats differ too much to compare" if noise else "")
 
 
 def _score(v: Variant, task: str) -> Accuracy | None:

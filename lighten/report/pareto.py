@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+Interval = tuple[float, float]
+"""Low and high end."""
+
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Returns the indices of the points that no other point dominates, by rising first coordinate.
@@ -19,3 +22,27 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
             front.append(index)
             best = points[index][1]
     return front
+
+
+def sure_front(points: Sequence[tuple[float, float]], spans: Sequence[tuple[Interval, Interval]]) -> list[int]:
+    """Returns the points of the front that are on it beyond doubt: each is better than the next in one coordinate.
+
+    Of two neighbours whose intervals overlap in one coordinate, the one that is better in the other stays; of two that
+    overlap in both, neither can be told from the other, and both stay.
+
+    Args:
+        points: smaller is better in both coordinates.
+        spans: of every point, the intervals of both coordinates.
+    """
+    kept: list[int] = []
+    for index in pareto(points):
+        if not any(_beats(spans[other], spans[index]) for other in kept):
+            kept = [other for other in kept if not _beats(spans[index], spans[other])] + [index]
+    return kept
+
+
+def _beats(ours: tuple[Interval, Interval], theirs: tuple[Interval, Interval]) -> bool:
+    """Whether the first is better in one coordinate beyond doubt, and in the other not worse beyond doubt."""
+    better = [mine[1] < other[0] for mine, other in zip(ours, theirs, strict=True)]
+    worse = [mine[0] > other[1] for mine, other in zip(ours, theirs, strict=True)]
+    return any(better) and not any(worse)

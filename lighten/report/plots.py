@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from lighten.report import claims
 from lighten.report.drawing import FRONT, GROUND, INK, MUTED, legend, sheet
 from lighten.report.numbers import byte_unit
-from lighten.report.pareto import pareto
-from lighten.report.results import Results
+from lighten.report.pareto import Interval, sure_front
+from lighten.report.results import Results, Variant
 
 WIDTH, HEIGHT = 360.0, 272.0
 """Size of a figure in points."""
@@ -31,6 +32,16 @@ class Point:
     x: float
     y: float
     baseline: bool
+    x_span: Interval | None = None
+    """Its interval; None for a number that is known."""
+    y_span: Interval | None = None
+    doubt: str = ""
+    """Why it is set against no other point; nothing where it is."""
+
+    def spans(self, sign: float) -> tuple[Interval, Interval]:
+        """Its intervals, the first times a sign."""
+        low, high = sorted(sign * end for end in self.x_span or (self.x, self.x))
+        return (low, high), self.y_span or (self.y, self.y)
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,12 @@ class Plot:
     """Points whose perplexity is off the scale."""
 
     def front(self) -> list[int]:
-        """Returns the indices of the points no other point beats, from left to right."""
+        """Returns the indices of the points no other point beats, beyond doubt, from left to right."""
         sign = -1.0 if self.larger else 1.0
-        best = pareto([(sign * point.x, point.y) for point in self.points])
-        return sorted(best, key=lambda i: (self.points[i].x, self.points[i].y, i))
+        sure = [i for i, point in enumerate(self.points) if not point.doubt]
+        some = [self.points[i] for i in sure]
+        best = sure_front([(sign * point.x, point.y) for point in some], [point.spans(sign) for point in some])
+        return sorted((sure[i] for i in best), key=lambda i: (self.points[i].x, self.points[i].y, i))
 
 
 def plots(results: Results) -> list[Plot]:
@@ -57,17 +70,30 @@ def plots(results: Results) -> list[Plot]:
     unit, scale = byte_unit(variant.size_bytes for variant in results.measured)
     sizes, speeds = [], []
     for v in results.measured:
-        if v.perplexity is None or v.vocabulary:  # a perplexity of other tokens is on another scale
+        ppl = claims.perplexity(results, v)
+        if ppl is None:
             continue
+        point = Point(v.name, 0.0, ppl.value, v is results.baseline, None, _span(results, v, ppl.value))
+        point = replace(point, doubt="better than its source" if claims.too_good(results, v) else "")
         if v.size_bytes:
-            sizes.append(Point(v.name, v.size_bytes / scale, v.perplexity.value, v is results.baseline))
+            sizes.append(replace(point, x=v.size_bytes / scale))
         if v.decode_tok_s:
-            speeds.append(Point(v.name, v.decode_tok_s, v.perplexity.value, v is results.baseline))
+            doubt = point.doubt or ("repeats differ" if claims.noisy(v.speed[0]) else "")
+            speeds.append(replace(point, x=v.decode_tok_s, x_span=claims.ends(v.speed[0]), doubt=doubt))
     found = [
         _plot("quality-size", "Perplexity against size", f"Size, {unit} (smaller is better)", False, sizes),
         _plot("quality-speed", "Perplexity against decode speed", "Decode, tok/s (larger is better)", True, speeds),
     ]
     return [plot for plot in found if len(plot.points) > 1]
+
+
+def _span(results: Results, variant: Variant, value: float) -> Interval:
+    """Returns the interval of a perplexity beside the baseline's: that of the paired change, which is the tighter."""
+    rise, span = claims.rise(results, variant), claims.rise_ends(results, variant)
+    if rise is None or span is None:
+        return value, value
+    reference = value / (1 + rise.relative) if rise.relative > -1 else value
+    return reference * (1 + span[0]), reference * (1 + span[1])
 
 
 def _plot(stem: str, title: str, x_label: str, larger: bool, points: list[Point]) -> Plot:
@@ -92,7 +118,10 @@ def draw(plot: Plot) -> tuple[bytes, bytes]:
 
 
 def _points(axes: Any, plot: Plot) -> None:
-    """Draws the front as a staircase, then its points filled, the others hollow, the baseline as a diamond."""
+    """Draws the front as a staircase, then its points filled, the others hollow, the baseline as a diamond.
+
+    A cross is what nothing is claimed of.
+    """
     front = plot.front()
     on = [plot.points[i] for i in front]
     steps = "steps-pre" if plot.larger else "steps-post"
@@ -100,9 +129,14 @@ def _points(axes: Any, plot: Plot) -> None:
     styles: list[tuple[str, list[Point], dict[str, Any]]] = [
         ("on the Pareto front", [p for p in on if not p.baseline], {"marker": "o", "mfc": FRONT, "mec": FRONT}),
         (
-            "dominated",
-            [p for i, p in enumerate(plot.points) if i not in front and not p.baseline],
+            "not on it",
+            [p for i, p in enumerate(plot.points) if i not in front and not p.baseline and not p.doubt],
             {"marker": "o", "mfc": GROUND, "mec": MUTED},
+        ),
+        (
+            "not compared",
+            [p for p in plot.points if p.doubt and not p.baseline],
+            {"marker": "x", "mfc": GROUND, "mec": MUTED},
         ),
         ("baseline", [p for p in plot.points if p.baseline], {"marker": "D", "mfc": INK, "mec": INK, "ms": 5.5}),
     ]

@@ -531,15 +531,6 @@ class Results(Section):
             return variant.delta.size_ratio
         return variant.size_bytes / base.size_bytes if variant.size_bytes and base.size_bytes else None
 
-    def decode_ratio(self, variant: Variant) -> float | None:
-        """Returns the variant's decode speed / the baseline's."""
-        base = self.baseline
-        if base is None or variant is base or variant.elsewhere:
-            return None
-        if variant.delta and variant.delta.decode_speed_ratio is not None:
-            return variant.delta.decode_speed_ratio
-        return variant.decode_tok_s / base.decode_tok_s if variant.decode_tok_s and base.decode_tok_s else None
-
 
 def load(path: Path) -> Results:
     """Returns the results in a results.json, or in the version directory that holds one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lighten.report import claims
 from lighten.report.accuracy import accuracy_columns
 from lighten.report.calibration import overlaps
 from lighten.report.cell import Cell, Column, plain
@@ -16,7 +17,7 @@ from lighten.report.numbers import (
     share,
     significant,
 )
-from lighten.report.results import Results, Variant
+from lighten.report.results import Results, Speed, Variant
 from lighten.report.serving import doubts
 from lighten.steady import UNSTEADY
 
@@ -58,7 +59,12 @@ def table(results: Results) -> Table:
     ]
     failed = [Row(v, baseline=v.name == "baseline", reason=v.error or "") for v in results.variants if v.failed]
     missing = tuple(column.title for i, column in enumerate(everything) if i not in used)
-    return Table(tuple(everything[i] for i in used), (*rows, *failed), missing, (*overlaps(results), *doubts(results)))
+    return Table(
+        tuple(everything[i] for i in used),
+        (*rows, *failed),
+        missing,
+        (*overlaps(results), *claims.doubts(results), *doubts(results)),
+    )
 
 
 def _used(column: Column, cells: list[Cell]) -> bool:
@@ -72,7 +78,13 @@ def _mark_best(column: Column, grid: list[list[Cell]], i: int, *, start: int) ->
     if not column.better or len(known) < 2:
         return
     value, best = (min if column.better == "lower" else max)(known, key=lambda pair: pair[0])
-    as_good = [cell for v, cell in known if cell.text == best.text or abs(v - value) <= best.margin]
+    if not best.holds:  # who is the best is not known
+        return
+    as_good = [
+        cell
+        for v, cell in known
+        if cell.holds and (cell.text == best.text or abs(v - value) <= best.margin + cell.margin)
+    ]
     if len(as_good) < len(known):
         for row in grid[start:]:
             if any(row[i] is cell for cell in as_good):
@@ -109,14 +121,18 @@ def columns(results: Results) -> list[Column]:
         return Cell() if peak is None else Cell(significant(peak / memory_scale, 3), (where,), float(peak))
 
     def decode(v: Variant) -> Cell:
-        part = results.decode_ratio(v)
-        told = _arithmetic(v, "dtype")
-        cell = replace(plain(v.decode_tok_s, 3), details=(*(() if part is None else (ratio(part),)), *told))
-        return replace(cell, text=f"≈{cell.text}") if _unsteady(v) else cell
+        part = claims.decode_ratio(results, v)
+        first = v.speed[0] if v.speed else None
+        span = claims.ends(first) if first else None
+        cell = replace(_rate(first, v.decode_tok_s), details=() if part is None else (ratio(part),))
+        return replace(cell, margin=(span[1] - span[0]) / 2 if span else 0.0)
 
     def prefill(v: Variant) -> Cell:
-        cell = plain(v.speed[0].prefill_tok_s if v.speed else None, 3)
-        return replace(cell, details=_arithmetic(v, "prefill_dtype"))
+        return _rate(v.speed[0], v.speed[0].prefill_tok_s) if v.speed else Cell()
+
+    def first_token(v: Variant) -> Cell:
+        first = v.speed[0] if v.speed else None
+        return _rate(first, first.ttft_ms.p50) if first and first.ttft_ms else Cell()
 
     return [
         Column("variant", "Variant", "", "", 0, "Its name in the recipe.", lambda v: Cell(v.name, (), v.name)),
@@ -177,8 +193,19 @@ def columns(results: Results) -> list[Column]:
             "tok/s",
             "higher",
             4,
-            f"Tokens written per second{setting}, and × the baseline. ≈: repeats differ by more than {UNSTEADY:.0%}.",
+            f"Tokens written per second{setting}, and × the baseline where the two intervals are apart. ≈: repeats "
+            f"differ by more than {UNSTEADY:.0%}, so it is not compared.".replace("%", " %"),
             decode,
+        ),
+        Column(
+            "arithmetic",
+            "Arithmetic",
+            "",
+            "",
+            8,
+            "The type of numbers that the speeds were measured in: of decoding, and of prefill where that is another. "
+            "Of a GGUF file it is how its weights are stored.",
+            lambda v: _word(v.speed[0].arithmetic if v.speed else None),
         ),
         Column(
             "ttft",
@@ -187,7 +214,7 @@ def columns(results: Results) -> list[Column]:
             "lower",
             11,
             f"Time to first token: how long one waits for the answer to begin, in half of the runs at most{setting}.",
-            lambda v: plain(v.speed[0].ttft_ms.p50 if v.speed and v.speed[0].ttft_ms else None, 3),
+            first_token,
         ),
         Column(
             "memory",
@@ -201,10 +228,12 @@ def columns(results: Results) -> list[Column]:
     ]
 
 
-def _arithmetic(variant: Variant, name: str) -> tuple[str, ...]:
-    """Returns the arithmetic of a phase where each phase was served in the better of two."""
-    first = variant.speed[0] if variant.speed else None
-    return () if first is None or first.prefill_dtype is None else (str(getattr(first, name)),)
+def _rate(speed: Speed | None, value: float | None) -> Cell:
+    """Returns the cell of a number of a speed measurement, marked where its repeats differ too much."""
+    cell = plain(value, 3)
+    if cell.value is None or not claims.noisy(speed):
+        return cell
+    return replace(cell, text=f"≈{cell.text}", holds=False)
 
 
 def _perplexity_columns(results: Results) -> list[Column]:
@@ -227,7 +256,7 @@ def _perplexity_columns(results: Results) -> list[Column]:
                 f"Among how many equally likely choices it hesitates, in effect, at each "
                 f"{' or '.join(sorted(units)) or 'token'} of a text it was not made with{how}; 1 would be certainty. "
                 "± is the standard error.",
-                lambda v, by=by: _ppl(v, by),  # type: ignore[misc]
+                lambda v, by=by: _ppl(results, v, by),  # type: ignore[misc]
             ),
             Column(
                 f"change{suffix}",
@@ -263,7 +292,7 @@ def _ppl_change(results: Results, v: Variant, by: str) -> Cell:
         return Cell()
     text, interval = change(delta.relative, delta.ci95)
     margin = (delta.ci95[1] - delta.ci95[0]) / 2 if delta.ci95 else 0.0
-    return Cell(text, (interval,) if interval else (), delta.relative, margin)
+    return Cell(text, (interval,) if interval else (), delta.relative, margin, not claims.too_good(results, v))
 
 
 def _word(value: str | None) -> Cell:
@@ -274,13 +303,16 @@ def _runtime(v: Variant) -> Cell:
     return replace(_word(v.runtime), details=(v.device,) if v.runtime and v.device else ())
 
 
-def _ppl(v: Variant, by: str) -> Cell:
+def _ppl(results: Results, v: Variant, by: str) -> Cell:
     found = next((each for each in v.perplexities if each.by == by), None)
     if found is None:
         return Cell()
     value, stderr = found.value, found.stderr
     details = () if stderr is None else (f"± {fixed(stderr, max(decimals_of(value, 4), decimals_of(stderr, 1)))}",)
-    return Cell(significant(value, 4), details, value)
+    delta = results.perplexity_change(v, by)
+    half = (delta.ci95[1] - delta.ci95[0]) / 2 if delta and delta.ci95 else 0.0
+    margin = half * value / (1 + delta.relative) if delta and delta.relative > -1 else 0.0
+    return Cell(significant(value, 4), details, value, margin, not claims.too_good(results, v))
 
 
 def _peak(v: Variant) -> tuple[int | None, str]:
@@ -289,10 +321,6 @@ def _peak(v: Variant) -> tuple[int | None, str]:
     if v.memory.peak_vram_bytes:
         return v.memory.peak_vram_bytes, "GPU"
     return v.memory.peak_rss_bytes, "RSS"
-
-
-def _unsteady(v: Variant) -> bool:
-    return bool(v.speed) and (v.speed[0].spread or 0) > UNSTEADY
 
 
 def _speed_setting(results: Results) -> str:

@@ -1,6 +1,6 @@
 from typing import Any
 
-from lighten.report import merge
+from lighten.report import claims, merge
 from lighten.report.headline import headline
 from lighten.report.markdown import markdown
 from lighten.report.results import Results
@@ -36,7 +36,7 @@ def test_rows_of_another_machine_are_named_after_it_and_compared_with_nothing() 
     row = merged.variants[-1]
     assert row.name == "q4 @ Raspberry Pi 5 Model B" and row.elsewhere
     assert row.facts["machine"] == {"name": "Raspberry Pi 5 Model B", "cpu": "Cortex-A76"}
-    assert merged.decode_ratio(row) is None and merged.perplexity_change(row) is None
+    assert claims.decode_ratio(merged, row) is None and merged.perplexity_change(row) is None
     assert row.notes == ["perplexity 2.500 on perplexity.txt of the bundle"]
     assert headline(merged) == headline(before)
     assert "q4 @ Raspberry Pi 5 Model B" in markdown(merged)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from lighten import names
 from lighten.errors import Failure, RequestError
+from lighten.report import claims
 from lighten.report.results import FILE, Results, Speed, load, save
 from lighten.report.table import Cell, table
 from lighten.store import Store
@@ -103,7 +104,7 @@ def test_changes_are_the_paired_ones_or_else_plain() -> None:
     assert paired and paired.relative == 0.0005 and paired.ci95 == (-0.0003, 0.0013)
     assert plain and plain.relative == pytest.approx(25.6161 / 25.6033 - 1) and plain.ci95 is None
     assert made.size_ratio(q8.model_copy(update={"delta": None})) == pytest.approx(144811904 / 269060552)
-    assert made.decode_ratio(q8.model_copy(update={"delta": None})) == pytest.approx(78.4 / 31.42)
+    assert claims.decode_ratio(made, q8.model_copy(update={"delta": None})) == pytest.approx(78.4 / 31.42)
     assert made.perplexity_change(made.variants[0]) is None
 
 
@@ -148,13 +149,12 @@ def test_a_key_of_results_is_none_of_a_path(tmp_path: Path) -> None:
     assert Store(tmp_path).find(str(tmp_path)) is None
 
 
-def test_the_arithmetic_of_each_phase_is_told_where_two_were_measured() -> None:
+def test_the_arithmetic_of_each_speed_is_in_the_table() -> None:
     made = results()
     first = made.variants[0].speed[0]
     both = [first, first.model_copy(update={"dtype": "bfloat16", "prefill_dtype": "float32"})]
     plain, shown = (_first_row(made, each) for each in both)
-    assert shown["prefill"].details == ("float32",) and "bfloat16" in shown["decode"].details
-    assert plain["prefill"].details == () and "bfloat16" not in plain["decode"].details
+    assert shown["arithmetic"].text == "bfloat16, prefill float32" and plain["arithmetic"].text == first.dtype
     assert [each.arithmetic for each in both] == [first.dtype, "bfloat16, prefill float32"]
 
 

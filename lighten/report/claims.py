@@ -1,0 +1,180 @@
+"""What may be claimed of a speed or a perplexity.
+
+Headlines, ratios, marks of the best, Pareto fronts, comparisons and recommendations all ask here. Nothing is claimed of
+a speed that is marked as noisy, of two whose intervals overlap, of perplexities that are not of one text and one
+vocabulary, or of a variant that is better than the source it was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lighten.report.numbers import change
+from lighten.report.results import Perplexity, PerplexityDelta, Results, Speed, Variant
+from lighten.steady import UNSTEADY
+
+Ends = tuple[float, float]
+"""Low and high end of an interval."""
+
+TOLERANCE = 0.01
+"""Relative rise in perplexity that still counts as the same quality."""
+
+BROKEN = 0.25
+"""Relative rise from which a variant is not worth naming beside the one to ship."""
+
+ROUNDING = 0.001
+"""Relative fall in perplexity that two runtimes' arithmetic explains; a copy that falls by more is no copy."""
+
+
+def noisy(speed: Speed | None) -> bool:
+    """Whether a speed is marked: its repeats differ too much for it to be compared with another."""
+    return speed is not None and (speed.spread or 0.0) > UNSTEADY
+
+
+def reach(speed: Speed) -> float:
+    """Returns how far a decode speed may be off, relative to it: half its interval, or half of what repeats spread."""
+    return speed.error if speed.error is not None else (speed.spread or 0.0) / 2
+
+
+def ends(speed: Speed) -> Ends | None:
+    """Returns the interval of a decode speed, in tokens per second; None where there is no speed."""
+    if not speed.decode_tok_s:
+        return None
+    return speed.decode_tok_s * (1 - reach(speed)), speed.decode_tok_s * (1 + reach(speed))
+
+
+def overlap(ours: Ends, theirs: Ends) -> bool:
+    """Whether two intervals have a value in common."""
+    return ours[0] <= theirs[1] and theirs[0] <= ours[1]
+
+
+def ratio_ends(ours: Speed, theirs: Speed) -> Ends | None:
+    """Returns the interval of the first decode speed / the second, by the ends of both; None where one has no error."""
+    first, second = ends(ours), ends(theirs)
+    known = all(each.error is not None or each.spread is not None for each in (ours, theirs))
+    return (first[0] / second[1], first[1] / second[0]) if known and first and second and second[0] > 0 else None
+
+
+def faster(ours: Speed | None, theirs: Speed | None) -> bool:
+    """Whether the first decodes faster than the second beyond doubt."""
+    if ours is None or theirs is None or noisy(ours) or noisy(theirs):
+        return False
+    first, second = ends(ours), ends(theirs)
+    return first is not None and second is not None and first[0] > second[1]
+
+
+def decode_pair(results: Results, variant: Variant) -> tuple[Speed, Speed] | None:
+    """Returns the variant's first speed at a shape that the baseline was measured at on this machine, and that."""
+    base = results.baseline
+    if base is None or variant is base or variant.elsewhere or base.elsewhere:
+        return None
+    for ours in variant.speed:
+        for theirs in base.speed:
+            if _shape(ours) == _shape(theirs) and ours.decode_tok_s and theirs.decode_tok_s:
+                return ours, theirs
+    return None
+
+
+def decode_ratio(results: Results, variant: Variant) -> float | None:
+    """Returns the variant's decode speed / the baseline's; None where either is noisy or their intervals overlap."""
+    pair = decode_pair(results, variant)
+    if pair is None or any(map(noisy, pair)):
+        return None
+    ours, theirs = pair
+    if not (faster(ours, theirs) or faster(theirs, ours)):
+        return None
+    return (ours.decode_tok_s or 0.0) / (theirs.decode_tok_s or 1.0)
+
+
+def no_ratio(results: Results, variant: Variant) -> str:
+    """Returns in words why two decode speeds that were measured have no ratio; nothing where they have one."""
+    pair = decode_pair(results, variant)
+    if pair is None or decode_ratio(results, variant) is not None:
+        return ""
+    noise = any(map(noisy, pair))
+    return "decode speeds too noisy to compare" if noise else "the same decode speed within the intervals"
+
+
+def noise(variants: Iterable[Variant]) -> str:
+    """Returns a sentence about the variants whose first speed is noisy; nothing where there is none."""
+    found = [(each.name, each.speed[0].spread or 0.0) for each in variants if each.speed and noisy(each.speed[0])]
+    if not found:
+        return ""
+    told = ", ".join(f"{name} ({100 * spread:.0f} %)" for name, spread in found)
+    return (
+        f"Decode speeds differ between repeats by more than {100 * UNSTEADY:.0f} %, so they are not compared: {told}. "
+        "Measure again on a quiet machine."
+    )
+
+
+def perplexity(results: Results, variant: Variant) -> Perplexity | None:
+    """Returns the perplexity that may be set beside the baseline's and other variants'; None of another protocol.
+
+    Per token of another vocabulary it is on another scale.
+    """
+    base = results.baseline
+    if variant.perplexity is None or variant.vocabulary:
+        return None
+    alike = base is None or base is variant or base.perplexity is None or results.perplexity_change(variant)
+    return variant.perplexity if alike else None
+
+
+def rise(results: Results, variant: Variant) -> PerplexityDelta | None:
+    """Returns the change of perplexity from the baseline, or from the best that was measured where there is none.
+
+    Only a paired change has an interval. None where the two cannot be compared.
+    """
+    if results.baseline:
+        return results.perplexity_change(variant)
+    ours = perplexity(results, variant)
+    others = [found for each in results.measured if (found := perplexity(results, each))]
+    if ours is None or not all(other.comparable(ours) for other in others):
+        return None
+    best = min(other.value for other in others)
+    return PerplexityDelta(relative=ours.value / best - 1, absolute=ours.value - best)
+
+
+def rise_ends(results: Results, variant: Variant) -> Ends | None:
+    """Returns the interval of a variant's rise: a point for the baseline, and where none was measured."""
+    if variant is results.baseline:
+        return (0.0, 0.0)
+    found = rise(results, variant)
+    return None if found is None else found.ci95 or (found.relative, found.relative)
+
+
+def within(found: PerplexityDelta, limit: float) -> bool:
+    """Whether a rise stays within a limit with all of its interval; without one nothing is known."""
+    return found.ci95 is not None and max(found.relative, found.ci95[1]) <= limit
+
+
+def too_good(results: Results, variant: Variant) -> bool:
+    """Whether a variant's perplexity is below its source's by more than the interval, which no copy can be.
+
+    One that was trained further can.
+    """
+    found = results.perplexity_change(variant)
+    if found is None or variant.training or any("distill" in step for step in variant.steps):
+        return False
+    return found.ci95[1] < -ROUNDING if found.ci95 else found.relative < -TOLERANCE
+
+
+def bug(results: Results, variant: Variant) -> str:
+    """Returns a sentence about a variant that is too good to be a copy of its source; nothing where it is not."""
+    found = results.perplexity_change(variant)
+    if found is None or not too_good(results, variant):
+        return ""
+    text, interval = change(found.relative, found.ci95)
+    return (
+        f"{variant.name} is better than the baseline by more than the interval ({f'{text} % {interval}'.strip()}). "
+        "No copy is better than its source, so something is wrong: the source's weights or tokens, a text that the "
+        "variant was made with, or the measurement. Nothing is claimed of it."
+    )
+
+
+def doubts(results: Results) -> tuple[str, ...]:
+    """Returns a sentence for everything that was measured and that nothing is claimed of."""
+    return tuple(filter(None, (*(bug(results, each) for each in results.measured), noise(results.measured))))
+
+
+def _shape(speed: Speed) -> tuple[int, int, int]:
+    return speed.batch, speed.prompt, speed.generate
