@@ -25,7 +25,8 @@ def equal(found: dict[str, Any]) -> str:
         shown = [significant(score, 5) if score else NOT_MEASURED for score in scores]
         lines.append([NAMES[name], *shown, NOT_MEASURED if gap is None else f"{100 * gap:.2f} %"])
     table = rows(("Made of SmolLM2-135M", "by the CPU", f"by the {found['device']}", "apart"), lines)
-    return f"{table}\n\nPerplexity of the built-in text in float32, each measured on the device that made it.\n\n{made(found)}"
+    told = "Perplexity of the built-in text in float32, each measured on the device that made it."
+    return f"{table}\n\n{told}\n\n{made(found)}"
 
 
 def whole(found: dict[str, Any]) -> str:
