@@ -99,6 +99,15 @@ def module() -> str:
     return next((MODULES[package] for package in PACKAGES if _find(package)), MODULES[WHEEL])
 
 
+def keep_apart() -> None:
+    """Keeps GPTQModel from importing llama-cpp-python where the wheel is used.
+
+    Both bring a `libggml.so.0`, and a process loads only one by that name: the other's library then lacks functions.
+    """
+    if "llama_cpp" not in sys.modules and (found := installed()) and found.package == WHEEL:
+        sys.modules["llama_cpp"] = None  # type: ignore[assignment]
+
+
 def _find(package: str) -> Installed | None:
     spec = find_spec(MODULES[package])
     if spec is None or not spec.submodule_search_locations:

@@ -1,4 +1,5 @@
 import ctypes
+import importlib
 import json
 import os
 import subprocess
@@ -159,3 +160,17 @@ def test_both_packages_give_the_same(tiny: Tiny, tmp_path: Path) -> None:
         assert told[package].pop("detail").startswith(f"{package} ")
     assert told[WHEEL] == told[SOURCE]
     np.testing.assert_allclose(logits[WHEEL], logits[SOURCE], atol=5e-3)
+
+
+def test_gptqmodel_does_not_load_a_second_llama_cpp_beside_the_wheel(
+    there: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    there(SOURCE)
+    llama_library.keep_apart()
+    assert "llama_cpp" not in sys.modules
+    there(WHEEL)
+    llama_library.keep_apart()
+    with pytest.raises(ImportError):
+        importlib.import_module("llama_cpp")
+    monkeypatch.delitem(sys.modules, "llama_cpp")
