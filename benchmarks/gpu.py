@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--model demo:smollm2-135m] [--layers 32] [--parts equal,gptq,decode] [--scratch DIR]
 
-Writes benchmarks/results/gpu.json after every part, so that what was measured is kept if time runs out. A machine with
-one H100 takes some seven minutes.
+Writes benchmarks/results/gpu.json after every part, so that what was measured is kept if time runs out. The first part
+takes four minutes on one H200, eight layers of the second one more; what starts processes and copies files counts most.
 
 - equal: GPTQ, AWQ, W8A8, SparseGPT and a distillation of a small model, by the CPU and by the GPU; perplexity of each.
 - gptq: `lighten quantize` of a random model in the shape of Llama 3.1 8B, 128 x 2,048 tokens; seconds of every stage.
@@ -217,6 +217,7 @@ def main() -> None:
     }
     found: dict[str, Any] = json.loads(asked.results.read_text()) if asked.results.exists() else {}
     found |= {"command": "python benchmarks/gpu.py", "machine": machine.fingerprint()}
+    found["device"] = ", ".join(found["machine"]["gpus"])
     with tempfile.TemporaryDirectory(dir=asked.scratch) as folder:
         for part in asked.parts.split(","):
             start = time.monotonic()

@@ -39,6 +39,16 @@ METHODS = {
     "light": "light",
 }
 PACKAGES = {"gptqmodel": "gptqmodel", "llmcompressor": "llmcompressor", "autoround": "auto-round"}
+WHOLE = {
+    "campaign": "kills",
+    "zeros": "perplexity",
+    "shrunk": "perplexity",
+    "quicker": "speed",
+    "card-equal": "equal",
+    "card-whole": "gptq",
+    "card-decode": "equal",
+}
+"""The part that a result file must have for a section to be written."""
 Found = dict[str, Any]
 
 
@@ -241,6 +251,7 @@ SECTIONS: tuple[tuple[Path, str, str, Callable[[Found], str]], ...] = (
 
 def main() -> None:
     import campaign
+    import cards
     import evaluations
     import exports
     import serving
@@ -248,6 +259,9 @@ def main() -> None:
 
     sections = (
         *SECTIONS,
+        (DOCS, "card-equal", "gpu.json", cards.equal),
+        (DOCS, "card-whole", "gpu.json", cards.whole),
+        (DOCS, "card-decode", "gpu.json", cards.decode),
         (DOCS, "onnx", "onnx.json", exports.onnx),
         (DOCS, "gguf", "gguf.json", exports.gguf),
         (EDGE, "arm64", "arm64.json", exports.arm64),
@@ -268,9 +282,7 @@ def main() -> None:
     for page, name, file, section in sections:
         path = results / file
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        whole = {"campaign": "kills", "zeros": "perplexity", "shrunk": "perplexity", "quicker": "speed"}.get(
-            name, "rows"
-        )
+        whole = WHOLE.get(name, "rows")
         if not found.get(
             "summary" if name in ("comparison", "variants", "peers", "environments", "refusals") else whole
         ):

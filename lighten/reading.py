@@ -31,7 +31,7 @@ def parse_json(text: str | bytes) -> Any:
         raise Refused(f"it has {len(text):,} bytes, more than {LONGEST:,}")
     try:
         value = json.loads(text, parse_constant=_no_number)
-        _measure(value)
+        check_depth(value)
     except RecursionError as error:
         raise Refused("it is nested too deeply") from error
     except Refused:
@@ -45,7 +45,8 @@ def _no_number(text: str) -> NoReturn:
     raise Refused(f"{text} is no number of JSON's")
 
 
-def _measure(value: Any) -> None:
+def check_depth(value: Any) -> None:
+    """Raises Refused if lists and objects lie in each other more than `DEEPEST` levels deep."""
     level = [value]
     for _ in range(DEEPEST):
         level = [

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.data.documents import Row
-from lighten.data.files import rows
+from lighten.data.files import rows, value_of
 from lighten.errors import Failure, RequestError, missing_extra
 
 
@@ -32,7 +32,12 @@ class Choice:
 def clean(text: str) -> str:
     """Returns HellaSwag text as lm-eval prepares it: WikiHow's bracketed tags removed, double spaces closed."""
     text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+    return "\n".join(map(_without_tags, text.split("\n"))).replace("  ", " ")
+
+
+def _without_tags(line: str) -> str:
+    tagged, closing, rest = line.rpartition("]")  # beyond it, each opening bracket would search to the end
+    return re.sub(r"\[.*?\]", "", tagged + closing) + rest
 
 
 def parse(line: dict[str, Any]) -> Choice:
@@ -47,7 +52,7 @@ def parse(line: dict[str, Any]) -> Choice:
     label = int(line["label"])
     given = line["endings"]
     if isinstance(given, str):  # a cell of a table
-        given = json.loads(given)
+        given = value_of(given)
     endings = tuple(clean(str(ending)) for ending in given)
     if not 0 <= label < len(endings):
         raise ValueError(f"label {label} is not one of the {len(endings)} endings")
@@ -83,7 +88,7 @@ def load_choices(data: str, limit: int | None = None) -> list[Choice]:
     for row in islice(records, limit):
         try:
             tasks.append(parse(row.value))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise Failure(
                 f"{row.place}: not a HellaSwag record (ctx, activity_label, endings, label): {error}"
             ) from error

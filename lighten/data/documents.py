@@ -87,7 +87,7 @@ def _reader(first: Any, field: str | None, source: str) -> Callable[[Any], Docum
         raise RequestError(f"{source} holds no records with fields: give one JSON object for each text")
     if field:
         if field not in first:
-            raise RequestError(f"{source} has no field {field!r}; its fields are {_listed(first)}")
+            raise RequestError(f"{source} has no field {field!r}; its fields are {listed(first)}")
         return lambda value: _either(value[field], field)
     if "text" in first:
         return lambda value: _text(value["text"], "text")
@@ -101,13 +101,14 @@ def _reader(first: Any, field: str | None, source: str) -> Callable[[Any], Docum
         return lambda value: _conversation(value["chosen"], "chosen")
     raise RequestError(
         f"{source} has none of the fields text, messages, conversations, instruction and output, prompt and "
-        f"completion, question and answer; its fields are {_listed(first)}: name one of them (field: NAME in a recipe, "
+        f"completion, question and answer; its fields are {listed(first)}: name one of them (field: NAME in a recipe, "
         "--data path=FILE,field=NAME)"
     )
 
 
-def _listed(row: Mapping[str, Any]) -> str:
-    names = [str(name) if len(str(name)) <= 40 else f"{str(name)[:40]}…" for name in row]
+def listed(fields: Iterable[str]) -> str:
+    """Returns the names of fields for a message: 20 of them at most, and 40 letters of each."""
+    names = [str(name) if len(str(name)) <= 40 else f"{str(name)[:40]}…" for name in fields]
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") if names else "none"
 
 
@@ -134,7 +135,7 @@ def _message(value: Any, name: str) -> Message:
     who, what = value.get("role", value.get("from")), value.get("content", value.get("value"))
     role = ROLES.get(str(who).lower())
     if role is None:
-        raise _Unfit(f'"{name}" has a speaker {who!r}; known are {", ".join(ROLES)}')
+        raise _Unfit(f'"{name}" has a speaker {str(who)[:40]!r}; known are {", ".join(ROLES)}')
     others = {key: each for key, each in value.items() if key not in ("role", "content", "from", "value")}
     kept = {key: each for key, each in others.items() if each is not None}
     return {"role": role, "content": _content(what, name, optional="tool_calls" in kept), **kept}

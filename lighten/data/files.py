@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lighten.data.documents import Document, Row, documents
+from lighten.data.documents import Document, Row, documents, listed
 from lighten.errors import Failure, RequestError, missing_extra
+from lighten.reading import check_depth
 
 LARGE = 128 * 2**20
 """Bytes from which a file is read in pieces, where that is enough."""
@@ -140,11 +141,32 @@ def _json(path: Path, text: str, suffix: str, size: int) -> Iterator[Row]:
                 "JSON lines (.jsonl), one object a line"
             )
         try:
-            return _of_value(path, json.loads(text))
+            return _of_value(path, value_of(text))
         except json.JSONDecodeError as error:
             if error.msg != "Extra data":
                 raise Failure(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+        except ValueError as error:
+            raise Failure(f"{path} cannot be read: {error}") from error
     return _records((f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1))
+
+
+def value_of(text: str) -> Any:
+    """Returns the value of a JSON text.
+
+    Raises:
+        ValueError: no JSON, nested too deep, numbers of too many digits, or half of a character.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    check_depth(value)
+    if "\\ud" in text or "\\uD" in text:  # characters beyond 16 bits are written as two halves
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"it holds half of a character, {error.object[error.start]!a}") from error
+    return value
 
 
 def _of_value(path: Path, value: Any) -> Iterator[Row]:
@@ -165,7 +187,7 @@ def _records(lines: Iterator[tuple[str, str]]) -> Iterator[Row]:
     for place, line in lines:
         if line.strip():
             try:
-                yield Row(place, json.loads(line))
+                yield Row(place, value_of(line))
             except ValueError as error:
                 raise Failure(f"{place}: expected one JSON object a line ({error})") from error
 
@@ -206,18 +228,13 @@ def _csv(path: Path, encoding: str, suffix: str, step: int) -> Iterator[Row]:
                     continue
                 if None in row or None in row.values():
                     raise Failure(
-                        f"{path}:{lines.line_num}: other columns than the header's: {', '.join(row_names(lines))}"
+                        f"{path}:{lines.line_num}: other columns than the header's: {listed(lines.fieldnames or ())}"
                     )
                 yield Row(f"{path}:{lines.line_num}", row)
     except csv.Error as error:
         raise Failure(f"{path}: not a table of comma-separated values: {error}") from error
     except UnicodeError as error:
         raise _not(path, encoding, error) from error
-
-
-def row_names(lines: csv.DictReader[str]) -> list[str]:
-    """Returns the names in a table's header."""
-    return [str(name) for name in lines.fieldnames or ()]
 
 
 def _parquet(path: Path, letters: int | None) -> Iterator[Row]:
@@ -241,5 +258,5 @@ def _parquet(path: Path, letters: int | None) -> Iterator[Row]:
                     for row in batch.to_pylist():
                         number += 1
                         yield Row(f"{path}: record {number}", row)
-    except (ArrowException, OSError) as error:
-        raise Failure(f"{path} is damaged ({error}): fetch it again") from error
+    except (ArrowException, OSError, ValueError, OverflowError) as error:  # texts and times that Python has not
+        raise Failure(f"{path} is damaged ({str(error)[:200]}): fetch it again") from error

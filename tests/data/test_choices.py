@@ -36,6 +36,7 @@ def test_a_record_becomes_the_prompt_of_lm_eval() -> None:
     parts = {"ctx_a": "A man sits.", "ctx_b": "he", "ctx": "A man sits. he"}
     task = parse({"activity_label": "Roof", **parts, "endings": ["a", "b"], "label": 0})
     assert task.context == "Roof: A man sits. He"
+    assert clean("[[a] b]\n[c\nd] [e] [f") == " b]\n[c\nd] [f"
     assert clean("How to sit [title] Find a chair. [step] Sit  down.") == "How to sit. Find a chair. Sit down."
 
 
