@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None
 
     def install(*packages: str, flags: str = "sse2 avx2 fma bmi2 f16c", library: str = "", number: str = "") -> None:
         monkeypatch.delenv(CHOICE, raising=False)
+        monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
         monkeypatch.setattr(llama_library, "processor_flags", lambda: frozenset(flags.split()))
         found = {package: Installed(package, number or DECLARED, tmp_path / package) for package in packages}
         monkeypatch.setattr(llama_library, "_find", found.get)
@@ -51,6 +53,18 @@ def test_the_wheel_comes_first(there: Callable[..., None], monkeypatch: pytest.M
 
 def test_what_was_compiled_for_a_gpu_comes_before_it(there: Callable[..., None]) -> None:
     there(WHEEL, SOURCE, library="libggml-cuda.so")
+    assert chosen() == SOURCE
+
+
+def test_what_another_package_loaded_into_this_process_comes_before_it(
+    there: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there(WHEEL, SOURCE)
+    monkeypatch.setitem(sys.modules, "llama_cpp", ModuleType("llama_cpp"))
+    assert chosen() == WHEEL, "a stand-in loads nothing"
+    loaded = ModuleType("llama_cpp")
+    loaded.__file__ = "llama_cpp/__init__.py"
+    monkeypatch.setitem(sys.modules, "llama_cpp", loaded)
     assert chosen() == SOURCE
 
 
