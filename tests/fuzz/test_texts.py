@@ -133,6 +133,7 @@ def test_a_damaged_file_is_read_or_refused(
     more=st.lists(values, max_size=2),
     field=st.none() | st.sampled_from(NAMES),
 )
+@example(which={}, changes={f"{n:04d}": n for n in range(1000)}, more=[], field=None)
 def test_records_of_any_kind(
     folder: Path, which: dict[str, Any], changes: dict[str, Any], more: list[Any], field: str | None
 ) -> None:
@@ -145,6 +146,7 @@ def test_records_of_any_kind(
 @given(changes=st.dictionaries(st.sampled_from(list(ROWS[-1])), values, min_size=1), table=st.booleans())
 @example(changes={"ctx_a": "[" * 50_000}, table=False)
 @example(changes={"endings": ["[" * 50_000]}, table=False)
+@example(changes={"label": 1e999}, table=False)
 def test_questions_of_any_kind(folder: Path, changes: dict[str, Any], table: bool) -> None:
     row = {**ROWS[-1], **changes}
     cells = [value if isinstance(value, str) else json.dumps(value) for value in row.values()]
