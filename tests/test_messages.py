@@ -1,5 +1,6 @@
 """What a person is told when something fails: once, in a line, about what they named."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 import lighten
+from lighten import cli
 from lighten.errors import Failure, RequestError, check_names, unexpected
 from lighten.pipeline import Builder, Silent
 from lighten.plan import Predictor, Stage, make_plan
@@ -106,3 +108,12 @@ def test_where_nothing_can_be_written_is_said_before_the_work(tmp_path: Path) ->
     (tmp_path / "out").mkdir()
     with pytest.raises(RequestError, match="exists already"):
         lighten.quantize(str(tmp_path / "no model"), tmp_path / "out")
+
+
+def test_a_plan_refuses_options_that_this_machine_has_not_the_means_for(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = {"name": "n", "model": str(tiny()), "evaluate": {"speed": {"prompt": [8], "attention": "flash"}}}
+    (tmp_path / "n.yaml").write_text(json.dumps({**recipe, "variants": {"v": [{"quantize": {"method": "nf4"}}]}}))
+    with pytest.raises(RequestError, match="flash attention runs on an NVIDIA GPU"):
+        cli.plan(str(tmp_path / "n.yaml"), device="cpu", artifacts=tmp_path / "a")

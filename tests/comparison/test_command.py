@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from lighten import cli
 from tests.test_cli import lighten, refused
 
 RECIPE = """name: {name}
@@ -201,3 +202,9 @@ def test_wrong_requests(home: Path, tmp_path: Path) -> None:
     results = json.loads((home / "artifacts/mine/v1/results.json").read_text())
     (tmp_path / "results.json").write_text(json.dumps({**results, "schema": 2}))
     refuse(tmp_path, "mine", words=("has schema 2", "reads schema 1"))
+
+
+def test_evaluate_finds_a_variant_by_its_name(home: Path) -> None:
+    there = home / "artifacts/mine/v1/variants/int4"
+    assert Path(cli._path_of("mine@v1:int4", home / "artifacts")).samefile(there)
+    assert cli._path_of(str(there), home / "artifacts") == str(there)
