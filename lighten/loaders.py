@@ -245,6 +245,7 @@ def _transformers(opening: Opening) -> Answer:
 
 def _gptqmodel(opening: Opening) -> Answer:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "3")  # with fewer it fails on a machine of two cores
+    llama_library.keep_apart()
     from gptqmodel import GPTQModel
 
     from lighten.model.loading import readable

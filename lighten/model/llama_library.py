@@ -74,8 +74,9 @@ class Installed:
 def installed() -> Installed | None:
     """Returns the package that is used, or None. Loads nothing.
 
-    It is the one that LIGHTEN_LLAMA_CPP names; else llama-cpp-python if it was compiled for a GPU; else the wheel if
-    this processor runs it; else llama-cpp-python.
+    It is the one that LIGHTEN_LLAMA_CPP names; else llama-cpp-python if it was compiled for a GPU or another package
+    has loaded it into this process (their libraries have one name, so only one loads); else the wheel if this processor
+    runs it; else llama-cpp-python.
 
     Raises:
         RequestError: LIGHTEN_LLAMA_CPP names a package that is not there.
@@ -89,7 +90,8 @@ def installed() -> Installed | None:
             raise RequestError(f"{CHOICE} {named}")
         return there[wanted]
     source = there.get(SOURCE)
-    if WHEEL in there and not (source and source.on_gpu) and not wheel_lacks():
+    taken = source and (source.on_gpu or getattr(sys.modules.get(MODULES[SOURCE]), "__file__", None))
+    if WHEEL in there and not taken and not wheel_lacks():
         return there[WHEEL]
     return source
 
@@ -97,6 +99,15 @@ def installed() -> Installed | None:
 def module() -> str:
     """Returns the name that the package which brings llama.cpp is imported by; the wheel's, where there is none."""
     return next((MODULES[package] for package in PACKAGES if _find(package)), MODULES[WHEEL])
+
+
+def keep_apart() -> None:
+    """Keeps GPTQModel from importing llama-cpp-python where the wheel is used.
+
+    Both bring a `libggml.so.0`, and a process loads only one by that name: the other's library then lacks functions.
+    """
+    if "llama_cpp" not in sys.modules and (found := installed()) and found.package == WHEEL:
+        sys.modules["llama_cpp"] = None  # type: ignore[assignment]
 
 
 def _find(package: str) -> Installed | None:

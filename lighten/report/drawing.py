@@ -75,14 +75,14 @@ def sheet(stem: str, title: str, size: tuple[float, float]) -> Iterator[Sheet]:
     drawn.svg, drawn.png = svg.getvalue(), png.getvalue()
 
 
-def legend(axes: Any, lines: list[Any] | None = None) -> None:
+def legend(axes: Any, lines: list[Any] | None = None, columns: int = 3) -> None:
     """Puts what the marks mean above the axes: those of `lines`, or of everything that has a label."""
     named = {} if lines is None else {"handles": lines}
     axes.legend(
         **named,
         loc="lower left",
         bbox_to_anchor=(-0.15, 0.99),
-        ncols=3,
+        ncols=columns,
         frameon=False,
         fontsize=8,
         labelcolor=MUTED,

@@ -144,7 +144,7 @@ def _points(axes: Any, plot: Plot) -> None:
         for n, p in enumerate(points):  # each with an id of its own, so that the page can say its figures
             drawn = {"ls": "", "ms": 6.5, "mew": 1.2, "zorder": 3, "label": "" if n else label, **style}
             axes.plot([p.x], [p.y], gid=f"point-{plot.points.index(p)}", **drawn)
-    legend(axes)
+    legend(axes, columns=4)
 
 
 def _scales(axes: Any, plot: Plot) -> None:

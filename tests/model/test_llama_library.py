@@ -1,10 +1,12 @@
 import ctypes
+import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None
 
     def install(*packages: str, flags: str = "sse2 avx2 fma bmi2 f16c", library: str = "", number: str = "") -> None:
         monkeypatch.delenv(CHOICE, raising=False)
+        monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
         monkeypatch.setattr(llama_library, "processor_flags", lambda: frozenset(flags.split()))
         found = {package: Installed(package, number or DECLARED, tmp_path / package) for package in packages}
         monkeypatch.setattr(llama_library, "_find", found.get)
@@ -50,6 +53,18 @@ def test_the_wheel_comes_first(there: Callable[..., None], monkeypatch: pytest.M
 
 def test_what_was_compiled_for_a_gpu_comes_before_it(there: Callable[..., None]) -> None:
     there(WHEEL, SOURCE, library="libggml-cuda.so")
+    assert chosen() == SOURCE
+
+
+def test_what_another_package_loaded_into_this_process_comes_before_it(
+    there: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there(WHEEL, SOURCE)
+    monkeypatch.setitem(sys.modules, "llama_cpp", ModuleType("llama_cpp"))
+    assert chosen() == WHEEL, "a stand-in loads nothing"
+    loaded = ModuleType("llama_cpp")
+    loaded.__file__ = "llama_cpp/__init__.py"
+    monkeypatch.setitem(sys.modules, "llama_cpp", loaded)
     assert chosen() == SOURCE
 
 
@@ -159,3 +174,17 @@ def test_both_packages_give_the_same(tiny: Tiny, tmp_path: Path) -> None:
         assert told[package].pop("detail").startswith(f"{package} ")
     assert told[WHEEL] == told[SOURCE]
     np.testing.assert_allclose(logits[WHEEL], logits[SOURCE], atol=5e-3)
+
+
+def test_gptqmodel_does_not_load_a_second_llama_cpp_beside_the_wheel(
+    there: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    there(SOURCE)
+    llama_library.keep_apart()
+    assert "llama_cpp" not in sys.modules
+    there(WHEEL)
+    llama_library.keep_apart()
+    with pytest.raises(ImportError):
+        importlib.import_module("llama_cpp")
+    monkeypatch.delitem(sys.modules, "llama_cpp")

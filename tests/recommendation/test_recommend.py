@@ -71,6 +71,9 @@ def test_the_best_quality_and_among_equals_the_fastest(version: Version) -> None
     steady = recommend(replace(version, results=Results.model_validate(value)), ask(prefer="quality"))
     assert steady.pick == "gguf-f16"
     explained(steady, "best in decode speed")
+    value["variants"][0]["speed"][0] |= {"decode_tok_s": 500.0, "spread": 1.29}
+    busy = recommend(replace(version, results=Results.model_validate(value)), ask(prefer="quality"))
+    assert busy.pick == "gguf-f16", "a noisy speed does not decide"
 
 
 def test_training_in_8_gb_starts_from_the_source(version: Version) -> None:

@@ -23,7 +23,7 @@ from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Te
 from lighten.evaluate.runtimes.batches import Layout, attended, by_length, read_scores
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.evaluate.settings import Options
-from lighten.model import accelerator
+from lighten.model import accelerator, llama_library
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.loading import from_pretrained
 from lighten.model.packing import unpack_awq
@@ -273,6 +273,7 @@ def _load(
             raise missing_extra(extra, module, f"running the {method} checkpoint {path}")
     if extra == "gptq":
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "3")  # with fewer it fails on a machine of two cores
+        llama_library.keep_apart()
     if unpack and extra == "gptq":
         from transformers import AwqConfig, GPTQConfig
 
