@@ -18,13 +18,16 @@ def inputs(samples: int, heads: int, shared: int, length: int, size: int, spread
     ]
 
 
-def formula(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """softmax(scale QK' + mask) V in float64, `[samples, length, heads, size]`."""
+def formula(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, *, rounded: bool = False
+) -> torch.Tensor:
+    """softmax(scale QK' + mask) V in float64, `[samples, length, heads, size]`; probabilities may be bfloat16's."""
     repeats = query.shape[1] // key.shape[1]
     query, key, value = query.double(), key.double().repeat_interleave(repeats, 1), value.double()
     scores = scale * query @ key.transpose(2, 3)
     later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     probabilities = scores.masked_fill(later, -torch.inf).softmax(-1)
+    probabilities = probabilities.bfloat16().double() if rounded else probabilities
     return (probabilities @ value.repeat_interleave(repeats, 1)).transpose(1, 2)
 
 
@@ -45,12 +48,13 @@ def test_it_is_the_formula(samples: int, shared: int, repeats: int, length: int,
     assert float((found.double() - expected).norm() / expected.norm()) < 0.004
 
 
-def test_it_is_no_further_from_the_formula_than_torch() -> None:
+def test_it_is_no_further_from_the_formula_than_rounding_explains() -> None:
+    """Torch's kernel is no measure: some processors give it wider units than others."""
     query, key, value = inputs(2, 6, 2, 256, 64, spread=1.5)
     expected = formula(query, key, value, 0.125)
     ours = attend(query, key, value, 0.125).double()
-    theirs = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
-    assert (ours - expected).norm() <= 1.05 * (theirs.double() - expected).norm()
+    rounded = formula(query, key, value, 0.125, rounded=True).bfloat16().double()
+    assert (ours - expected).norm() <= 1.05 * (rounded - expected).norm()
 
 
 @pytest.mark.parametrize("grad", [True, False])
