@@ -11,8 +11,11 @@ import json
 import math
 import mmap
 import re
+import runpy
 import struct
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -157,6 +160,26 @@ class _Cursor:
         return [self.string() for _ in range(count)]
 
 
+def _block_sizes() -> dict[int, tuple[int, int]]:
+    """Returns weights and bytes of a block of every tensor type, by its number, as the package gguf lists them.
+
+    Its file of constants is run alone: the package itself imports much that a measured process should not hold.
+    """
+    try:
+        found = find_spec("gguf")
+    except ValueError:  # what stands under its name is no package
+        found = None
+    if found is None or not found.submodule_search_locations:
+        raise missing_extra("gguf", "gguf", "reading a .gguf file")
+    return _sizes_in(Path(found.submodule_search_locations[0]) / "constants.py")
+
+
+@cache
+def _sizes_in(file: Path) -> dict[int, tuple[int, int]]:
+    constants = runpy.run_path(str(file), run_name="gguf_constants")
+    return {int(kind): sizes for kind, sizes in constants["GGML_QUANT_SIZES"].items()}
+
+
 def read_header(path: Path) -> Header:
     """Reads the header of a GGUF file and checks that all its tensors lie within the file.
 
@@ -164,10 +187,7 @@ def read_header(path: Path) -> Header:
         RequestError: no such file, not GGUF, of a version, byte order or tensor type that cannot be read.
         Failure: the file is cut short or damaged.
     """
-    try:
-        from gguf import GGML_QUANT_SIZES
-    except ImportError as error:
-        raise missing_extra("gguf", "gguf", "reading a .gguf file") from error
+    sizes = _block_sizes()
     if not path.is_file():
         raise RequestError(f"{path}: no such file")
     with path.open("rb") as file:
@@ -175,7 +195,7 @@ def read_header(path: Path) -> Header:
             raise RequestError(f"{path} is not a GGUF file (it does not begin with GGUF)")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _parse(path, data, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
+                return _parse(path, data, sizes)
             except (ValueError, TypeError, OverflowError, struct.error) as error:
                 raise Failure(f"{path} has a damaged header ({error}); fetch it again") from error
 

@@ -147,14 +147,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(source: Path, file: Path) -> tuple[float, float]:
-    """Returns the smallest cosine of the logits of 64 positions, and how many have the same most likely token."""
+    """Returns the smallest cosine of the logits of 64 positions, and how many have the same most likely token.
+
+    Two tokens whose logits are nearer than a hundredth of the logits' spread count as the same: llama.cpp keeps keys
+    and values in 16 bits.
+    """
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
     ids = torch.randint(3, model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         expected = model(ids).logits[0].numpy()
     found = logits_of(file, ids[0].tolist())
     cosine = (found * expected).sum(-1) / (np.linalg.norm(found, axis=-1) * np.linalg.norm(expected, axis=-1))
-    return float(cosine.min()), float((found.argmax(-1) == expected.argmax(-1)).mean())
+    chosen = np.take_along_axis(expected, found.argmax(-1)[:, None], -1)[:, 0]
+    return float(cosine.min()), float((expected.max(-1) - chosen <= 0.01 * expected.std(-1)).mean())
 
 
 @pytest.mark.parametrize("case", CASES)
