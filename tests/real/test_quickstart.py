@@ -40,6 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = quickstart()
     recipe["evaluate"]["perplexity"] = {"length": 512, "samples": CHUNKS}
     recipe["evaluate"]["accuracy"] = [{"task": "builtin", "limit": TASKS}]
+    recipe["evaluate"]["loaders"] = True
     (folder / "quickstart.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     done = lighten("run", "quickstart.yaml", cwd=folder)
     assert done.returncode == 0, done.stderr
