@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ def http_library() -> Any:
 def fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
     """Returns the directory in the hub's cache with those files of a repository that match the patterns.
 
+    The hub's list of files is asked for first, and every file of it has to be there at the end: huggingface_hub gives
+    back whatever its cache holds when the hub can't be reached, which is half a model if an earlier try broke.
+
     Raises:
         RequestError: there is no such repository or revision for this person, and no directory of that name.
         Failure: the connection broke, or the disk is full.
@@ -33,13 +37,19 @@ def fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     broken: Exception | None = None
+    expected: dict[str, int | None] | None = None
     for number in range(TRIES):
         time.sleep(PAUSE if number else 0)
         try:
-            return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+            expected = expected or listed(model, revision, patterns)
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+            lacking = [name for name, size in (expected or {}).items() if not _arrived(folder / name, size)]
+            if not lacking:
+                return folder
+            broken = Failure(f"not arrived: {', '.join(lacking[:3])}{' and more' if len(lacking) > 3 else ''}")
         except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
             status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response else 0
-            if status >= 500:
+            if status >= 500 or expected is not None:
                 broken = error
                 continue
             raise RequestError(
@@ -55,6 +65,27 @@ def fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
         f"{model}: the connection to {constants.ENDPOINT} broke {TRIES} times while fetching it "
         f"({first_line(broken)}): check it and run the same command again; files that have arrived are kept"
     ) from broken
+
+
+def listed(model: str, revision: str | None, patterns: list[str]) -> dict[str, int | None] | None:
+    """Returns the files of a repository that match the patterns, with their sizes in bytes where the hub tells them.
+
+    Returns None where the hub can't be reached, or refuses: the cache may still hold all of them.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    http = http_library()
+    try:
+        found = HfApi().model_info(model, revision=revision, files_metadata=True).siblings or []
+    except (http.ConnectError, http.TimeoutException, HfHubHTTPError, OfflineModeIsEnabled):
+        return None
+    wanted = [file for file in found if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
+    return {file.rfilename: file.size for file in wanted}
+
+
+def _arrived(path: Path, size: int | None) -> bool:
+    return path.is_file() and size in (None, path.stat().st_size)
 
 
 def first_line(error: BaseException) -> str:
