@@ -97,7 +97,8 @@ def campaign(asked: argparse.Namespace, folder: Path, how: str, room: Room) -> T
 def write(asked: argparse.Namespace, how: str, minutes: float, found: list[Undisturbed], tally: Tally) -> None:
     """Writes the figures."""
     value = {
-        "command": f"python -m tests.campaign --minutes {asked.minutes:g} --kills {asked.kills} --seed {asked.seed}",
+        "command": f"python -m tests.campaign --minutes {asked.minutes:g} --kills {asked.kills} "
+        f"--run-kills {asked.run_kills} --gc-kills {asked.gc_kills} --seed {asked.seed}",
         "machine": machine.fingerprint(),
         "minutes": round(minutes, 1),
         "disk": how,
