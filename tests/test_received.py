@@ -23,7 +23,6 @@ from lighten.store import Artifact
 from tests.report.sample import results as sample
 
 zstandard = pytest.importorskip("zstandard")
-pytest.importorskip("llama_cpp")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +64,7 @@ HERE = "os.execvp('sh', ['sh', '-c', sys.argv[-1]])"
 def test_a_device_gets_the_scripts_of_this_lighten(
     hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("llama_cpp", reason="a device runs llama-cpp-python, which is compiled")
     through(monkeypatch, tmp_path, HERE)
     found = device.measure_there([str(hostile)], "ssh://box", silent, python=sys.executable)
     (row,) = Results.model_validate(found).variants

