@@ -15,6 +15,7 @@ from lighten.comparison import compare as comparing
 from lighten.comparison import side
 from lighten.comparison.operand import Version, variant_of
 from lighten.comparison.side import of_variant
+from lighten.doctor import diagnose
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.pipeline import Silent
 from lighten.plan import Plan, make_plan, trusted
@@ -50,7 +51,7 @@ def recipe(model: object, **more: object) -> Recipe:
 
 def test_a_recipe_cannot_grant_trust_to_itself(own_code: Path, tmp_path: Path) -> None:
     asking = recipe(own_code, trust_remote_code=True)
-    for function in (pipeline.plan, lighten.run):
+    for function in (pipeline.plan, lighten.run, diagnose):
         with pytest.raises(RequestError, match=r"asks to run the Python code .*--trust-remote-code"):
             function(asking)
     with pytest.raises(RequestError, match="--trust-remote-code"):  # and the model is not even looked for

@@ -8,6 +8,7 @@ import pytest
 
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate.runtimes import open_runtime, open_tokenizer
+from lighten.loaders import survey
 from lighten.model.checkpoint import INDEX, SINGLE, Checkpoint
 from lighten.model.files import check_links, plain, read_json, without_pickles
 from lighten.model.source import Source, find
@@ -53,6 +54,24 @@ def test_no_step_copies_what_lies_elsewhere(model: Path, secret: Path, tmp_path:
     with pytest.raises(RequestError, match="leads out"):
         checkpoint.write_others(tmp_path / "out", {})
     assert not (tmp_path / "out/LICENSE.txt").exists()
+
+
+def test_a_template_that_lies_elsewhere_is_not_copied(model: Path, secret: Path, tmp_path: Path) -> None:
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/x.jinja").symlink_to(secret)
+    with pytest.raises(RequestError, match=r"x\.jinja leads out of the directory"):
+        copied(model, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("x.jinja"))
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.onnx"])
+def test_directories_of_other_kinds_have_no_such_links_either(secret: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / name).symlink_to(secret)
+    for read in (find, lambda path: survey(Path(path))):
+        with pytest.raises(RequestError, match=rf"{name} leads out of the directory, to {secret}"):
+            read(str(folder))
 
 
 def test_links_within_a_directory_and_in_the_hubs_cache_are_followed(model: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import torch
 from huggingface_hub import ModelCard
 
 from lighten.collection import check as check_store
-from lighten.errors import RequestError
+from lighten.errors import Failure, RequestError
 from lighten.manifest import fault
 from lighten.pipeline import run
-from lighten.publication.hub import check
+from lighten.publication.hub import check, uploads
+from lighten.report.results import load
 from lighten.store import MANIFEST, Store
 
 from .hub_server import TOKEN, hub
@@ -94,6 +96,20 @@ def test_an_artifact_and_its_card_arrive_in_one_commit(folder: Path) -> None:
     assert not any(each.damage for each in check_store(Store(folder / "artifacts")))
 
 
+def test_a_file_that_tells_a_directory_of_this_machine_is_not_pushed(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = shutil.copytree(tiny(dtype=torch.bfloat16), tmp_path / "model")
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(f"name: tiny\nmodel: {model}\nvariants: {{baseline: []}}\nevaluate: {{}}\n")
+    for place in (Path.home(), Path("/nowhere")):
+        (model / "notes.json").write_text(json.dumps({"trained_on": f"{place}/texts/mine.jsonl"}))
+        version = run(str(recipe), artifacts=tmp_path / "artifacts")
+        asked = (load(version / "results.json"), version, "me/small", ["baseline"])
+        if place == Path.home():
+            with pytest.raises(Failure, match=rf"notes\.json tells a directory of this machine \({place}\)"):
+                uploads(*asked)
+    assert "notes.json" in dict(uploads(*asked)[0].files)
+
+
 def test_every_variant_goes_to_its_own_public_repository(folder: Path) -> None:
     with hub() as server:
         asked = ("report", "tiny@v1", "--push-to-hub", "me/small-{variant}", "--public", "--json")
@@ -158,8 +174,6 @@ def test_names_that_the_hub_does_not_have(name: str) -> None:
 
 
 def test_a_damaged_artifact_is_not_pushed(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy, symlinks=True)
     file = (copy / "artifacts/tiny/v1/variants/slim").resolve() / "config.json"

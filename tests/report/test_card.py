@@ -125,10 +125,12 @@ def test_what_a_card_tells() -> None:
 def test_a_source_without_name_or_licence() -> None:
     value = raw()
     value["source"] = {"model": "/home/somebody/secret/model"}
+    value["variants"][3]["notes"] = ["/home/somebody/texts/a.txt is short"]
+    value["variants"][3]["steps"][0]["export"]["template"] = "/home/somebody/chat.jinja"
     text = made(value)
     front = yaml.safe_load(text.split("---")[1])
     assert "base_model" not in front and "base_model_relation" not in front and front["license"] == "other"
-    assert "/home/somebody" not in text.partition("recipe.yaml")[0] and "names no licence" in text
+    assert "/home/somebody" not in text and "- a.txt is short" in text and "names no licence" in text
 
 
 def test_text_of_others_stays_text() -> None:
