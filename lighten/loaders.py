@@ -287,10 +287,15 @@ def _other_task(opening: Opening) -> Answer:
     import torch
     import transformers
 
+    from lighten.model.checkpoint import read_config
+    from lighten.model.expected import class_named
     from lighten.model.loading import from_pretrained
 
-    name = transformers.AutoConfig.from_pretrained(opening.path, local_files_only=True).architectures[0]
-    model = from_pretrained(getattr(transformers, name), opening.path)
+    name = read_config(opening.path)["architectures"][0]
+    config = transformers.AutoConfig.from_pretrained(opening.path, local_files_only=True)
+    if (kind := class_named(name, config)) is None:
+        raise Failure(f"transformers has no {name} of the kind {config.model_type}")
+    model = from_pretrained(kind, opening.path)
     ids = torch.from_numpy(opening.ids()).to(opening.device)[None]
     asked = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
     with torch.inference_mode():

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification
 
 import lighten
 from lighten import loaders
@@ -20,6 +21,7 @@ from lighten.compress.quantize import Quantize
 from lighten.errors import Failure, RequestError
 from lighten.export.gguf_step import Gguf
 from lighten.loaders import Loader, Survey, survey
+from lighten.model.source import find
 from lighten.process import Outcome, run_isolated
 from lighten.recipe import parse
 from lighten.stage import Context
@@ -70,11 +72,20 @@ def test_formats_of_one_package(model: Path, tmp_path: Path, method: str, packag
 
 
 def test_an_encoder_opens_too(tmp_path: Path) -> None:
-    from transformers import BertConfig, BertForSequenceClassification
-
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(tmp_path)
     assert said(tmp_path) == {"transformers": OK}
+
+
+@pytest.mark.parametrize("name", ["AutoModel", "RobertaModel", "BertTokenizer", "Trainer", "pipeline", "NoSuchModel"])
+def test_only_a_class_of_the_model_s_kind_is_called_by_its_name(tmp_path: Path, name: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+    why = f"transformers has no {name} of the kind bert"
+    assert said(tmp_path) == {"transformers": ("failed", why)}
+    assert find(str(tmp_path)).notes == (f"its weights could not be compared with its architecture: {why}",)
 
 
 def test_onnx_graphs(model: Path, tmp_path: Path) -> None:

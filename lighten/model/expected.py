@@ -78,7 +78,6 @@ class _Unknown(Exception):
 def _empty(checkpoint: Checkpoint) -> Any:
     """Returns the model that transformers would load a directory into, without storage."""
     import torch
-    import transformers
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
 
@@ -91,9 +90,9 @@ def _empty(checkpoint: Checkpoint) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     kind = CAUSAL.get(type(config), None) if checkpoint.facts.family == "causal" else None
-    kind = kind or getattr(transformers, checkpoint.facts.architecture, None)
+    kind = kind or class_named(checkpoint.facts.architecture, config)
     if kind is None:
-        raise _Unknown(f"transformers has no {checkpoint.facts.architecture}")
+        raise _Unknown(f"transformers has no {checkpoint.facts.architecture} of the kind {config.model_type}")
     try:
         with _quiet(), torch.device("meta"):
             return kind(config).eval()
@@ -102,6 +101,16 @@ def _empty(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.path / 'config.json'}: transformers cannot build {kind.__name__} of these sizes "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from error
+
+
+def class_named(name: str, config: Any) -> Any | None:
+    """Returns the class of transformers that a config.json names; None for one that is no model of such a config."""
+    import transformers
+
+    found: Any = getattr(transformers, name, None)
+    model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    # the name is the file's: nothing else is called
+    return found if model and isinstance(config, found.config_class or ()) else None
 
 
 @contextlib.contextmanager
