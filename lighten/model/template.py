@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.data.documents import Message
 from lighten.errors import RequestError, reading
+from lighten.model.tokenizer_files import chat_templates
 
 if TYPE_CHECKING:
     from lighten.data.text import Render
 
 TODAY = datetime.datetime(2025, 1, 1)
 """The day of texts that name one."""
-FILE = "chat_template.jinja"
 SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -47,13 +47,7 @@ def _of_directory(model: Path) -> tuple[str | None, dict[str, str]]:
             with reading(model / name, "save the tokenizer again"):
                 settings |= json.loads((model / name).read_text(encoding="utf-8"))
     specials = {name: _spelled(settings[name]) for name in SPECIALS if settings.get(name)}
-    if (model / FILE).is_file():
-        return (model / FILE).read_text(encoding="utf-8"), specials
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {str(each["name"]): str(each["template"]) for each in template}
-        template = named.get("default") or next(iter(named.values()), None)
-    return template or None, specials
+    return next(iter(chat_templates(model).values()), None) or None, specials
 
 
 def _spelled(token: Any) -> str:

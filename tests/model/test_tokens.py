@@ -52,6 +52,16 @@ def test_turns_are_written_as_transformers_does(model: Path) -> None:
     assert renderer(model)(TALK) == "2"  # type: ignore[misc]
 
 
+def test_a_template_is_found_wherever_one_lies(model: Path) -> None:
+    assert renderer(give(model, None)) is None
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": "a processor's"}))
+    assert renderer(model)(TALK) == "a processor's"  # type: ignore[misc]
+    (model / "chat_template.json").unlink()
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/rag.jinja").write_text("a further one")
+    assert renderer(model)(TALK) == "a further one"  # type: ignore[misc]
+
+
 def test_a_template_is_told_the_same_day_and_nothing_of_this_machine(model: Path) -> None:
     assert renderer(give(model, TEMPLATE))(TALK).endswith("01 Jan 2025")  # type: ignore[misc]
     for wrong in ("{{ ''.__class__.__mro__ }}{{ messages.__class__.__base__.__subclasses__() }}", "{{ 1 / 0 }}"):
