@@ -149,8 +149,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compare(source: Path, file: Path) -> tuple[float, float]:
     """Returns the smallest cosine of the logits of 64 positions, and how many have the same most likely token.
 
-    Two tokens whose logits are nearer than a hundredth of the logits' spread count as the same: llama.cpp keeps keys
-    and values in 16 bits.
+    Tokens count as the same whose logits are nearer than float32 tells them apart: 0.01 % of the logits' spread, and
+    1 % for Gemma, whose GELU llama.cpp looks up in a table of 16 bits.
     """
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
     ids = torch.randint(3, model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(5))
@@ -159,7 +159,8 @@ def compare(source: Path, file: Path) -> tuple[float, float]:
     found = logits_of(file, ids[0].tolist())
     cosine = (found * expected).sum(-1) / (np.linalg.norm(found, axis=-1) * np.linalg.norm(expected, axis=-1))
     chosen = np.take_along_axis(expected, found.argmax(-1)[:, None], -1)[:, 0]
-    return float(cosine.min()), float((expected.max(-1) - chosen <= 0.01 * expected.std(-1)).mean())
+    tie = 1e-2 if "gelu" in str(getattr(model.config, "hidden_activation", "")) else 1e-4
+    return float(cosine.min()), float((expected.max(-1) - chosen <= tie * expected.std(-1)).mean())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -168,7 +169,7 @@ def test_logits_are_those_of_transformers(folder: Path, tmp_path: Path, case: st
     warnings = export.write(source, tmp_path / "m.gguf", "F32")
     assert len(warnings) == ("longrope" in case)
     cosine, same = compare(source, tmp_path / "m.gguf")
-    assert cosine > 0.9999
+    assert cosine > 0.999999
     assert same == 1.0
 
 
@@ -246,7 +247,7 @@ def test_gemma3_says_by_a_number_which_layers_see_all(folder: Path, tmp_path: Pa
     source = changed(folder, "gemma3", tmp_path / "p", layer_types=None, sliding_window_pattern=2)
     export.write(source, tmp_path / "p.gguf")
     cosine, same = compare(source, tmp_path / "p.gguf")
-    assert cosine > 0.9999 and same == 1
+    assert cosine > 0.999999 and same == 1
 
 
 def test_a_config_without_what_it_needs_is_one_message(folder: Path, tmp_path: Path) -> None:

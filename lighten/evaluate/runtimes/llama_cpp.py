@@ -177,6 +177,7 @@ class LlamaCppRuntime:
             params.n_threads = params.n_threads_batch = machine.cores()
             if self._float32_cache:
                 params.type_k = params.type_v = FLOAT32
+                params.flash_attn_type = 0  # on processors it rounds to 16 bits, whatever the cache is
             if self._callback:
                 params.cb_eval = self._callback
             self._context = library.llama_init_from_model(self._model.handle, params)
