@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
 import numpy as np
@@ -21,6 +21,7 @@ from lighten.data.hard import hard_strings
 from lighten.data.text import builtin_text
 from lighten.errors import Failure
 from lighten.model.tokenizer_files import DEFAULT, chat_templates, ends
+from lighten.process import Outcome, run_isolated
 from lighten.stage import Report
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 CHUNK = 256
 ROWS = 64
-"""Positions of the source whose logits are read back at a time."""
+"""Positions whose logits are written, or read back and compared, at a time."""
 PARTED = 0.02
 """Share of a state's size by which it may be off where a file of 16 bits or more is faithful."""
 
@@ -62,8 +63,8 @@ class Words:
     """Whether the file could hold more of them."""
 
 
-def check(payload: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Compares an export with its source.
+def check(payload: dict[str, Any], report: Report) -> Outcome:
+    """Compares an export with its source, in processes of their own that hold one of the two at a time.
 
     Args:
         payload: `source` and `made` (paths), `limits` (`perplexity`, relative, and `top1` and `tokenizer`, shares; each
@@ -71,23 +72,37 @@ def check(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         report: told of every chunk.
 
     Returns:
-        The facts, under `parity`, and warnings.
+        The facts, under `parity`, and warnings; all the seconds, and the peak of the largest of the processes.
 
     Raises:
         Failure: it is outside its limits; says of what, and where the two first differ.
     """
-    source, made, limits = Path(payload["source"]), Path(payload["made"]), payload["limits"]
+    spent: list[Outcome] = []
+
+    def run(function: str, *, fresh: bool = False, **more: Any) -> Any:
+        spent.append(run_isolated(f"{__name__}:{function}", {**payload, **more}, report, fresh=fresh))
+        return spent[-1].value
+
     report(0, 1, "tokenizers")
-    facts, wrong, warnings = _compare_words(source, made, limits.get("tokenizer"))
-    if payload["tokens"] and _computes_logits(source):
-        trusted = payload.get("trust_remote_code", False)
-        with tempfile.TemporaryFile(dir=made.parent) as logits:
-            found, outside = _compare_models(source, made, payload, trusted, limits, logits, report)
+    made = Path(payload["made"])
+    words = run("compare_words")
+    facts, wrong = words["facts"], words["wrong"]
+    if words["text"] is not None:
+        # beside the export, in a directory that is its own or not there yet
+        with tempfile.TemporaryDirectory(dir=made if made.is_dir() else made.parent, prefix=".parity-") as folder:
+            logits = str(Path(folder) / "logits")
+            expected = run("write_logits", text=words["text"], logits=logits)
+            # forked from a process that has imported torch, it would count that too
+            found = run("compare_logits", logits=logits, **expected, fresh=True)
         facts |= found
+        outside = [*_outside(found, payload["limits"])]
+        if outside:
+            outside.append(run("find_place", chunk=expected["chunks"][0]))
         wrong += outside
     if wrong:
         raise Failure(f"{made.name} is not the model it was made from: " + "; ".join(wrong))
-    return {"parity": facts, "warnings": warnings}
+    seconds, peak = sum(each.seconds for each in spent), max(each.peak_rss_bytes for each in spent)
+    return Outcome({"parity": facts, "warnings": words["warnings"]}, seconds, peak)
 
 
 def _computes_logits(source: Path) -> bool:
@@ -108,40 +123,31 @@ def _outside(found: dict[str, Any], limits: dict[str, float | None]) -> Iterator
         yield f"the most likely token is the same at {top1:.2%} of the positions, at least {least:.2%} was asked for"
 
 
-def _compare_models(
-    source: Path,
-    made: Path,
-    payload: dict[str, Any],
-    trusted: bool,
-    limits: dict[str, float | None],
-    logits: IO[bytes],
-    report: Report,
-) -> tuple[dict[str, Any], list[str]]:
-    """Returns the facts about the logits of both, and what is wrong; only one of the two is in memory at a time.
+def write_logits(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Writes the logits of the source for a text, float32 rows one after the other, into the file `logits`.
 
-    The logits of the source go to a file meanwhile.
+    Returns:
+        The ids that were computed (`chunks`), and the columns of a row (`vocab`).
+
+    Raises:
+        Failure: they are not finite.
     """
-    from lighten.evaluate.runtimes import open_runtime
-    from lighten.evaluate.runtimes.trace import trace
-
-    ours = _open_source(source, trusted)
-    chunks = _chunks(source, payload["tokens"], ours.vocab)
-    vocab = _write_logits(ours, chunks, logits, report)
+    ours = _open_source(Path(payload["source"]), payload.get("trust_remote_code", False))
+    chunks = _chunks(payload["text"], payload["tokens"], ours.vocab)
+    vocab = 0
+    with open(payload["logits"], "wb") as file:
+        for number, chunk in enumerate(chunks):
+            expected = ours.logits(chunk)
+            vocab = expected.shape[1]
+            for start in range(0, len(chunk), ROWS):
+                piece = np.ascontiguousarray(expected[start : start + ROWS], dtype=np.float32)
+                if not np.isfinite(piece).all():
+                    raise Failure("the source itself computes nothing finite: mend it, or say parity: {tokens: 0}")
+                file.write(piece.data)
+            del expected, piece  # before the next ones are computed
+            report(number + 1, 2 * len(chunks), "source")
     ours.close()
-    del ours
-    theirs = open_runtime(made, device=payload.get("device", "cpu"), trust_remote_code=trusted)
-    if any(chunk.max() >= theirs.vocab for chunk in chunks):
-        raise Failure(f"{made.name} has {theirs.vocab:,} tokens, the text of its source has others")
-    logits.seek(0)
-    found = _compare_logits(logits, vocab, theirs, chunks, report)
-    outside = [*_outside(found, limits)]
-    states, name = trace(theirs, chunks[0]) if outside else None, theirs.name
-    theirs.close()
-    if outside:
-        ours = open_runtime(source, trust_remote_code=trusted)
-        outside.append(_where(trace(ours, chunks[0]), states, ours.name, name))
-        ours.close()
-    return found, outside
+    return {"chunks": [chunk.tolist() for chunk in chunks], "vocab": vocab}
 
 
 def _open_source(source: Path, trusted: bool) -> Runtime:
@@ -161,21 +167,17 @@ def _open_source(source: Path, trusted: bool) -> Runtime:
     return lean
 
 
-def _write_logits(ours: Runtime, chunks: list[Ids], file: IO[bytes], report: Report) -> int:
-    """Writes the logits of every chunk, and returns the columns of a row.
+def find_place(payload: dict[str, Any], report: Report) -> str:
+    """Returns where the two first differ inside, for the ids `chunk`, in words."""
+    from lighten.evaluate.runtimes import open_runtime
+    from lighten.evaluate.runtimes.trace import trace
 
-    Raises:
-        Failure: they are not finite.
-    """
-    vocab = 0
-    for number, chunk in enumerate(chunks):
-        expected = ours.logits(chunk)
-        if not np.isfinite(expected).all():
-            raise Failure("the source itself computes nothing finite: mend it, or say parity: {tokens: 0}")
-        vocab = expected.shape[1]
-        file.write(np.ascontiguousarray(expected, dtype=np.float32).data)
-        report(number + 1, 2 * len(chunks), "source")
-    return vocab
+    trusted, chunk = payload.get("trust_remote_code", False), np.array(payload["chunk"], dtype=np.int64)
+    theirs = open_runtime(Path(payload["made"]), device=payload.get("device", "cpu"), trust_remote_code=trusted)
+    states, name = trace(theirs, chunk), theirs.name
+    theirs.close()
+    ours = _open_source(Path(payload["source"]), trusted)
+    return _where(trace(ours, chunk), states, ours.name, name)
 
 
 def _where(expected: States | None, found: States | None, ours: str, theirs: str) -> str:
@@ -187,40 +189,53 @@ def _where(expected: States | None, found: States | None, ours: str, theirs: str
     return f"it first differs in {place}" if place else "its layers agree: the final norm or the head differs"
 
 
-def _chunks(source: Path, tokens: int, vocab: int) -> list[Ids]:
-    """Returns sequences of ids from the built-in text, each with the source's first token."""
+def _read_text(source: Path, tokens: int) -> dict[str, Any]:
+    """Returns the ids of the built-in text, and those that the source puts first."""
     from lighten.evaluate.runtimes import open_tokenizer
 
     tokenizer = open_tokenizer(source)
+    ids = tokenizer.encode(builtin_text("perplexity")[: 8 * tokens + 1000])
+    return {"first": [] if tokenizer.bos is None else [tokenizer.bos], "ids": ids}
+
+
+def _chunks(text: dict[str, list[int]], tokens: int, vocab: int) -> list[Ids]:
+    """Returns sequences of ids of a text, each with the source's first token."""
+    first = text["first"]
     length = min(CHUNK, tokens)
-    first = [] if tokenizer.bos is None else [tokenizer.bos]
     size = max(2, length - len(first))
-    text = builtin_text("perplexity")[: 8 * tokens + 1000]
-    ids = [each for each in tokenizer.encode(text) if each < vocab]
+    ids = [each for each in text["ids"] if each < vocab]
     count = max(1, min(tokens // length, len(ids) // size))
     return [np.array(first + ids[at * size : (at + 1) * size], dtype=np.int64) for at in range(count)]
 
 
-def _compare_logits(
-    logits: IO[bytes], vocab: int, theirs: Runtime, chunks: list[Ids], report: Report
-) -> dict[str, Any]:
+def compare_logits(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Returns what the rows `[positions, vocab]` that were written and those of the export say of each other."""
     from lighten.evaluate import rows
+    from lighten.evaluate.runtimes import open_runtime
 
+    made, vocab = Path(payload["made"]), payload["vocab"]
+    chunks = [np.array(chunk, dtype=np.int64) for chunk in payload["chunks"]]
+    trusted = payload.get("trust_remote_code", False)
+    theirs = open_runtime(made, device=payload.get("device", "cpu"), trust_remote_code=trusted)
+    if any(chunk.max() >= theirs.vocab for chunk in chunks):
+        raise Failure(f"{made.name} has {theirs.vocab:,} tokens, the text of its source has others")
     parts: list[list[Any]] = [[], [], [], []]
-    for number, chunk in enumerate(chunks):
-        found = theirs.logits(chunk)
-        if not np.isfinite(found).all():
-            raise Failure(f"{theirs.name} computes numbers that are not finite, where the source's are")
-        for start in range(0, len(chunk), ROWS):
-            piece = found[start : start + ROWS]
-            expected = np.frombuffer(logits.read(4 * vocab * len(piece)), dtype=np.float32).reshape(-1, vocab)
-            kl, same = rows.divergence(expected, piece)
-            targets = chunk[start + 1 : start + 1 + ROWS]
-            nll = [-rows.token_logprobs(each[: len(targets)], targets)[0] for each in (expected, piece)]
-            for part, values in zip(parts, (kl, same, *nll), strict=True):
-                part.append(values)
-        report(len(chunks) + number + 1, 2 * len(chunks), "")
+    with open(payload["logits"], "rb") as logits:
+        for number, chunk in enumerate(chunks):
+            found = theirs.logits(chunk)
+            for start in range(0, len(chunk), ROWS):
+                piece = found[start : start + ROWS]
+                if not np.isfinite(piece).all():
+                    raise Failure(f"{theirs.name} computes numbers that are not finite, where the source's are")
+                expected = np.frombuffer(logits.read(4 * vocab * len(piece)), dtype=np.float32).reshape(-1, vocab)
+                kl, same = rows.divergence(expected, piece)
+                targets = chunk[start + 1 : start + 1 + ROWS]
+                nll = [-rows.token_logprobs(each[: len(targets)], targets)[0] for each in (expected, piece)]
+                for part, values in zip(parts, (kl, same, *nll), strict=True):
+                    part.append(values)
+            del found, piece  # before the next ones are computed
+            report(len(chunks) + number + 1, 2 * len(chunks), "")
+    theirs.close()
     kl, same, before, after = (np.concatenate(part) for part in parts)
     change = math.exp(float(after.mean() - before.mean())) - 1
     return {
@@ -232,6 +247,17 @@ def _compare_logits(
         "kl_max": float(kl.max()),
         "top1_agreement": float(same.mean()),
     }
+
+
+def compare_words(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Returns the facts about the two tokenizers, what is wrong, what is worth a word, and a text for their models.
+
+    There is no text where the models are not to be compared.
+    """
+    source, least, tokens = Path(payload["source"]), payload["limits"].get("tokenizer"), payload["tokens"]
+    facts, wrong, warnings = _compare_words(source, Path(payload["made"]), least)
+    text = _read_text(source, tokens) if tokens and _computes_logits(source) else None
+    return {"facts": facts, "wrong": wrong, "warnings": warnings, "text": text}
 
 
 def _compare_words(source: Path, made: Path, least: float | None) -> tuple[dict[str, Any], list[str], list[str]]:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from lighten import loaders, trust
+from lighten import loaders, parity, trust
 from lighten.compress.sweep import Sweep
 from lighten.errors import DiskFull, Failure, LightenError, RequestError
 from lighten.evaluate import harness, machine, paired
@@ -219,7 +219,7 @@ class Builder:
             "trust_remote_code": trusted(stage),
             **promised,
         }
-        found = run_isolated("lighten.parity:check", payload, report)
+        found = parity.check(payload, report)
         value = {**outcome.value, **found.value, "warnings": outcome.value["warnings"] + found.value["warnings"]}
         peak = max(outcome.peak_rss_bytes, found.peak_rss_bytes)
         return Outcome(value, outcome.seconds + found.seconds, peak)
