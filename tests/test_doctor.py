@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from lighten import advice
+from lighten.collection import collect
 from lighten.data.text import builtin_text
+from lighten.doctor import diagnose
+from lighten.pipeline import Silent
+from lighten.plan import Stage
+from lighten.store import Store
 from tests.test_cli import lighten, recipe, refused
 
 RECIPE = """name: tiny
@@ -73,6 +78,23 @@ def test_the_doctor_examines_a_recipe_and_shares_its_sweep(folder: Path) -> None
         for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
     }
     assert all(0 < each["rank"] <= 256 for each in found["inputs"])
+
+
+class Collector(Silent):
+    """Calls gc after each stage."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def ended(self, stage: Stage, seconds: float | None, error: str | None) -> None:
+        assert [name for name, _ in collect(self.store) if len(name) == 64] == []
+
+
+def test_gc_beside_the_doctor_takes_nothing_from_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    store = Store(folder / "artifacts")
+    assert diagnose("tiny.yaml", artifacts=store.root, watcher=Collector(store)).findings
+    assert collect(store), "nobody needs them when it has ended"
 
 
 def test_little_text(folder: Path) -> None:

@@ -177,7 +177,7 @@ def test_in_a_recipe_a_loader_that_fails_is_no_failed_row(
     def fake(path: Path, **options: Any) -> Survey:
         assert options["vocab"] == vocab
         asked.append(path.name)
-        load = {"loader": "one", "version": "1.0", "status": "failed", "seconds": 1.0, "error": "no"}
+        load = {"loader": "one", "version": "1.0", "status": "failed", "seconds": 1.0, "error": f"no {path}/x"}
         return Survey([load], 5_000_000)
 
     monkeypatch.setattr(loaders, "survey", fake)
@@ -192,7 +192,7 @@ def test_in_a_recipe_a_loader_that_fails_is_no_failed_row(
     assert len(asked) == 2
     for row in results["variants"]:
         assert (row["status"], row["error"]) == ("ok", None)
-        assert row["loads"][0]["error"] == "no"
+        assert row["loads"][0]["error"] == {"baseline": f"no {model}/x", "f16": "no export F16/x"}[row["name"]]
     assert [stage["name"] for stage in results["stages"]][-2:] == ["loaders of baseline", "loaders of f16"]
     assert results["stages"][-1]["actual"]["peak_bytes"] == 5_000_000
     assert "✗ failed" in (version / "report.md").read_text()

@@ -51,6 +51,47 @@ def test_messages_name_the_model_and_the_stage_and_not_the_store(tmp_path: Path)
     assert builder.in_words("nothing of it") == "nothing of it"
 
 
+def refuses(payload: dict[str, Any], report: Any) -> None:
+    raise RequestError(f"{payload['out']}/x.json says nothing")
+
+
+def fails(payload: dict[str, Any], report: Any) -> None:
+    raise Failure(f"{payload['out']}/x.json is damaged")
+
+
+def warns(payload: dict[str, Any], report: Any) -> dict[str, Any]:
+    return {"format": "hf", "warnings": [f"{payload['out']}/x.json is odd"]}
+
+
+class Strange(Builder):
+    """Runs a function of these tests in the place of a step."""
+
+    function: Any = None
+
+    def _task(self, stage: Stage, out: Path) -> tuple[str, dict[str, Any]]:
+        return f"{__name__}:{self.function.__name__}", {"out": str(out)}
+
+
+def test_what_a_stage_refuses_and_warns_of_is_told_in_the_person_s_words(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "a")
+    (stage,) = make_plan(
+        parse({"name": "n", "model": str(tiny()), "variants": {"baseline": []}, "evaluate": {}})
+    ).stages
+    builder = Strange(store, Predictor(store), "cpu", Silent(), {})
+    builder.function = refuses
+    with pytest.raises(RequestError) as refused:
+        builder.build(stage)
+    assert str(refused.value) == f"{tiny()}/x.json says nothing"
+    builder.function = fails
+    assert builder.build(stage) is None
+    assert builder.failed.pop(stage.key) == f"{tiny()}/x.json is damaged"
+    builder.function = warns
+    made = builder.build(stage)
+    assert made and made.manifest["warnings"] == [f"{tiny()}/x.json is odd"]
+
+
 def test_what_nobody_foresaw_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         lighten.recipe.find(3)  # type: ignore[attr-defined]

@@ -219,26 +219,35 @@ def test_a_damaged_manifest_is_made_anew_and_said(model: Path, undisturbed: Path
 def test_a_full_disk_ends_the_run_and_publishes_nothing(model: Path, tmp_path: Path) -> None:
     """A limit on the length of files stands for the disk: the run says it once, and goes on when there is room."""
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(model, evaluate={})))
-    command = [
-        sys.executable,
-        "-m",
-        "lighten",
-        "run",
-        str(tmp_path / "recipe.yaml"),
-        "--artifacts",
-        str(tmp_path / "a"),
-    ]
-    limit = (model / "model.safetensors").stat().st_size // 3
+    run_on_a_full_disk(tmp_path, (model / "model.safetensors").stat().st_size // 3)
+    assert Store(tmp_path / "a").versions() == []
+
+
+def run_on_a_full_disk(folder: Path, limit: int) -> None:
+    command = [sys.executable, "-m", "lighten", "run", "recipe.yaml", "--artifacts", "a"]
     done = subprocess.run(
         command,
+        cwd=folder,
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert done.returncode == 1
     assert done.stderr.count("lighten: ") == 1 and "free some space" in done.stderr and "Traceback" not in done.stderr
-    assert Store(tmp_path / "a").versions() == []
-    assert [path for path in (tmp_path / "a" / "objects").iterdir() if path.name.startswith(".")] == []
+    assert [path for path in (folder / "a" / "objects").iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_full_disk_loses_nothing(model: Path, undisturbed: Path, tmp_path: Path) -> None:
+    value, folder = recipe(model, evaluate={}), tmp_path / "a"
+    (tmp_path / "recipe.yaml").write_text(json.dumps(value))
+    lighten.run(parse(value), artifacts=folder, only=["q8"])
+    before = contents(folder)
+    run_on_a_full_disk(tmp_path, 20_000)
+    assert contents(folder) == before
+    assert [version.name for version in Store(folder).versions()] == ["v1"]
+    version, listener, _ = run(value, folder)
+    assert (version.name, listener.built) == ("v2", ["quantize gptq", "quantize gptq"])
+    assert contents(folder).items() <= contents(undisturbed).items()
 
 
 def test_what_a_gpu_computes_has_keys_of_its_own(model: Path) -> None:

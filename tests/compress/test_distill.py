@@ -1,6 +1,8 @@
 """Distillation of small models: what is learned, what survives an interruption, what is refused."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +183,22 @@ def test_an_interrupted_training_ends_in_the_same_weights(
     resumed, again = distill(student, teacher, tmp_path / "broken", **settings)
     assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     assert resumed == whole  # the curve too
+
+
+def test_a_training_is_taken_up_again_where_there_are_no_hard_links(
+    student: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    settings = {"save_every": 2, "validate_every": 2}
+    _, out = distill(student, teacher, tmp_path / "whole", **settings)
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(KeyboardInterrupt):
+        distill(student, teacher, tmp_path / "broken", stop_at=5, **settings)
+    assert (tmp_path / "broken/scratch/checkpoint-00000004/best.safetensors").stat().st_nlink == 1
+    _, again = distill(student, teacher, tmp_path / "broken", **settings)
+    assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
 
 
 def test_the_lessons_are_the_teachers_distributions(teacher: Path, tmp_path: Path) -> None:
