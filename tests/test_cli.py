@@ -322,6 +322,7 @@ def test_version(tmp_path: Path) -> None:
 
 def test_a_path_that_is_no_text_is_refused_before_the_work(tmp_path: Path, copy: Path) -> None:
     name = os.fsdecode(os.fsencode(copy.parent) + b"/\xff")
+    refused(lighten("quantize", copy, "-o", name, cwd=tmp_path), 2, r"\xff is not UTF-8: rename")
     copy.rename(name)
     done = lighten("quantize", name, "-o", tmp_path / "out", cwd=tmp_path)
     refused(done, 2, r"\xff is not UTF-8: rename")

@@ -10,7 +10,9 @@ import pytest
 
 import lighten
 from lighten import cli
+from lighten.data.text import read
 from lighten.errors import Failure, RequestError, check_names, unexpected
+from lighten.model.source import find
 from lighten.pipeline import Builder, Silent
 from lighten.plan import Predictor, Stage, make_plan
 from lighten.recipe import parse
@@ -106,8 +108,9 @@ def test_what_nobody_foresaw_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names_that_are_no_text() -> None:
     check_names(["Wörter", "河流"])
-    with pytest.raises(RequestError, match=r"a\\xff is not UTF-8"):
-        check_names(["a\udcff"])
+    for asked in (lambda name: check_names([name]), find, lambda name: read(f"{name}.txt", "calibration")):
+        with pytest.raises(RequestError, match=r"a\\xff(\.txt)? is not UTF-8"):
+            asked("a\udcff")
 
 
 @pytest.mark.parametrize(
