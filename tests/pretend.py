@@ -25,9 +25,11 @@ INDEXED = {"aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::i
 """Operations whose indices may lie on the processor."""
 RESIZED = ("arange", "arange.start", "arange.start_step", "eye", "eye.m", "randperm", "linspace")
 """What torch would make by giving an empty tensor another size, which a wrapper cannot follow."""
+WHOLE = ("aten::silu_backward",)
+"""What the processor has a kernel for, and torch would make of other operations elsewhere, with other last bits."""
 LIBRARIES: list[torch.library.Library] = []
 COUNTS: Counter[str] = Counter()
-"""Operations on the device, and bytes that were moved `to` and `from` it."""
+"""Operations on the device, all together and by name, and bytes that were moved `to` and `from` it."""
 
 
 @cache
@@ -37,7 +39,7 @@ def _register() -> torch.library.Library:
     _device_constructors()  # torch looks them up once, and would find the one that is exchanged below
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda func, *args, **kwargs: _dispatch(func, args, kwargs), "PrivateUse1")
-    for name in RESIZED:
+    for name in (*RESIZED, *(name.removeprefix("aten::") for name in WHOLE)):
         packet, _, overload = name.partition(".")
         func = getattr(getattr(torch.ops.aten, packet), overload or "default")
         made = torch.library.Library("aten", "IMPL")
@@ -75,6 +77,16 @@ class There(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _dispatch(func, args, kwargs or {})
 
+    @property
+    def data(self) -> torch.Tensor:
+        found: torch.Tensor = torch.Tensor.data.__get__(self)
+        return found
+
+    @data.setter
+    def data(self, value: There) -> None:  # torch exchanges what it knows of the tensor, and not what is kept here
+        torch.Tensor.data.__set__(self, value)
+        self.inner = value.inner
+
     def tolist(self) -> Any:
         return self.inner.tolist()
 
@@ -92,7 +104,7 @@ def _is_there(device: Any) -> bool:
 
 def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     key = torch._C.DispatchKey.CompositeImplicitAutograd
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
+    if func.name() not in WHOLE and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
         found = func.decompose(*args, **kwargs)
         if found is not NotImplemented:
             return found
@@ -113,6 +125,7 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             COUNTS["to" if goes_there else "from"] += source.numel() * source.element_size()
     if goes_there:
         COUNTS["operations"] += 1
+        COUNTS[name] += 1
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("cpu")}
     bare, bare_kwargs = tree_map(lambda each: each.inner if isinstance(each, There) else each, (args, kwargs))
@@ -135,7 +148,6 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 @contextlib.contextmanager
 def device() -> Iterator[str]:
     """Yields the name of the device, which is there as long as the block is."""
-    _register()
     COUNTS.clear()
     plain = torch.tensor
 
@@ -149,3 +161,6 @@ def device() -> Iterator[str]:
         yield NAME
     finally:
         torch.tensor = plain
+
+
+_register()  # before autograd is used, with or without the device
