@@ -146,3 +146,25 @@ def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatc
         RequestError, match=rf"the package {module}, which is not installed: pip install 'lighten\[onnx\]'"
     ):
         open_runtime(folder)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_what_a_session_uses_counts_and_not_what_is_listed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA provider that is there and does not start; the GPU that is asked for is the one that was named."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime can use a GPU here")
+    assert open_runtime(folder, device="cuda:1").device == "cpu"
+    asked: list[list[object]] = []
+    plain = onnxruntime.InferenceSession
+
+    def watched(graph: object, options: object, providers: list[object]) -> object:
+        asked.append(providers)
+        return plain(graph, options, providers=providers)
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
+    opened = open_runtime(folder, device="cuda:1")
+    opened.logits(np.arange(1, 9))
+    assert asked == [[("CUDAExecutionProvider", {"device_id": "1"}), "CPUExecutionProvider"]]
+    assert opened.device == "cpu" and "did not start" in opened.detail

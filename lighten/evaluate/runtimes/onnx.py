@@ -19,6 +19,7 @@ from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Te
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.evaluate.runtimes.onnx_packed import Packed, packable
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
+from lighten.model import accelerator
 from lighten.model.files import read_json
 from lighten.model.onnx_source import GENAI, KEY, genai, read_graph
 from lighten.stage import Report, silent
@@ -103,9 +104,9 @@ class OnnxRuntime:
         if self.profile:
             options.enable_profiling = True
             options.profile_file_prefix = str(self.profile)
-        providers = ["CPUExecutionProvider"]
+        providers: list[Any] = ["CPUExecutionProvider"]
         if self.device != "cpu":
-            providers.insert(0, "CUDAExecutionProvider")
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": str(accelerator.index(self.device))}))
         try:
             return self._library.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # its own exceptions share no base class
@@ -223,6 +224,7 @@ class OnnxRuntime:
             config.clear_providers()
             if self.device != "cpu":
                 config.append_provider("cuda")
+                config.set_provider_option("cuda", "device_id", str(accelerator.index(self.device)))
             config.overlay(json.dumps(threads))
             return onnxruntime_genai.Model(config)
         except Exception as error:
