@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import lighten
 from lighten.collection import check, collect
+from lighten.compress.distill import Distill
 from lighten.errors import RequestError
 from lighten.model.accelerator import Device
-from lighten.plan import Stage, check_memory, make_plan
+from lighten.plan import Predictor, Stage, check_memory, make_plan, nominal_flops, this_machine, what
 from lighten.recipe import parse
 from lighten.store import Store, find_damage
 from lighten.verbs import one_step
@@ -261,6 +263,7 @@ def test_what_a_gpu_computes_has_keys_of_its_own(model: Path) -> None:
     assert {stage.arithmetic for stage in quality} == {"float32"}
     small = make_plan(parse(recipe(model)), device=Device("cuda", "A", 10**6))
     assert {stage.arithmetic for stage in small.stages if stage.measure == "perplexity"} == {"bfloat16"}
+    assert not {stage.key for stage in quality} & {stage.key for stage in small.stages}
     assert all(stage.arithmetic is None for stage in here.stages)
 
 
@@ -268,3 +271,22 @@ def test_a_gpu_without_the_memory_is_refused_before_any_work(model: Path) -> Non
     with pytest.raises(RequestError, match=r"needs about .* and cuda \(A\) has"):
         check_memory(make_plan(parse(recipe(model)), device=Device("cuda", "A", 10**6)))
     check_memory(make_plan(parse(recipe(model))))
+
+
+def test_what_a_processor_took_says_nothing_of_a_gpu(model: Path, tmp_path: Path) -> None:
+    gpu = Device("cuda", "A", 10**12)
+    assert min(nominal_flops(gpu)) > max(nominal_flops())
+    stage = next(stage for stage in make_plan(parse(recipe(model))).stages if stage.kind == "sweep")
+    store = Store(tmp_path)
+    nominal = Predictor(store).nominal_seconds(stage)
+    took = {"what": what(stage), "machine": this_machine(), "seconds": 3 * nominal, "nominal_seconds": nominal}
+    store.record_cost("k", took)
+    assert Predictor(store).predict(stage).seconds == pytest.approx(3 * nominal)
+    assert Predictor(store, gpu).predict(stage).seconds <= nominal
+
+
+def test_training_every_weight_is_planned_with_what_adam_keeps(model: Path) -> None:
+    """Weights, their derivatives and two moments, four bytes each."""
+    facts = make_plan(parse(recipe(model))).source.facts
+    large = replace(facts, hidden=4096, intermediate=14336, layers=32)
+    assert Distill().predict(large, 0).peak_bytes > 16 * large.params > 80e9

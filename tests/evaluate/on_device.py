@@ -2,17 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from lighten.compress.quantize import Quantize
 from lighten.evaluate import device_rows, perplexity, rows
 from lighten.evaluate.runtimes import Question, open_tokenizer
 from lighten.evaluate.runtimes import torch as torch_runtime
 from lighten.evaluate.runtimes.torch import TorchRuntime
 from lighten.evaluate.settings import Perplexity
-from lighten.stage import silent
+from lighten.model import accelerator
+from lighten.stage import Context, silent
+from lighten.store import Artifact
 from tests import pretend
 
 
@@ -42,6 +46,14 @@ def test_perplexity_and_divergence(
     base, other = tiny("llama"), tiny("llama", "gpt-2", torch.bfloat16)
     settings = Perplexity(length=64, samples=5)
     monkeypatch.setattr(device_rows, "batch_of", lambda length, vocab: together)
+    batches: list[int] = []
+    whole = TorchRuntime.device_logits
+
+    def counted(self: TorchRuntime, ids: Any) -> torch.Tensor:
+        batches.append(len(ids))
+        return whole(self, ids)
+
+    monkeypatch.setattr(TorchRuntime, "device_logits", counted)
     found = {}
     for device in ("cpu", there):
         folder = tmp_path / device
@@ -53,7 +65,12 @@ def test_perplexity_and_divergence(
         assert measured.hidden is not None
         perplexity_file(folder, measured)
         second = TorchRuntime(other, device, None, arithmetic="float32")
+        batches.clear()
+        moved = pretend.COUNTS["from"]
         against = perplexity.measure(second, open_tokenizer(base), settings, silent, reference=(folder, base))
+        assert batches == ([1] * 5 if device == "cpu" or together == 1 else [3, 2])
+        # what entered the head travels, a quarter of the logits; those stay
+        assert pretend.COUNTS["from"] - moved < 5 * 64 * 4 * second.vocab / 2
         found[device] = measured.values | against.values | {"hidden": measured.hidden}
     for name, values in found["cpu"].items():
         assert np.allclose(values, found[there][name], rtol=1e-3, atol=1e-5), name
@@ -77,9 +94,66 @@ def test_questions_and_decoding(tiny: Callable[..., Path], there: str) -> None:
     scores, written = [], []
     for device in ("cpu", there):
         runtime = TorchRuntime(model, device, None, arithmetic="float32")
+        moved = pretend.COUNTS["from"]
         scores.append(runtime.choose_many(questions, silent))
+        assert pretend.COUNTS["from"] - moved < 4 * runtime.vocab  # less than the logits of one place
         written.append(runtime.generate(np.array([[1, 2, 3]]), 4).ids)
     for ours, theirs in zip(*scores, strict=True):
         assert np.allclose([each.logprob for each in ours], [each.logprob for each in theirs], atol=1e-4)
         assert [each.greedy for each in ours] == [each.greedy for each in theirs]
     assert np.array_equal(written[0], written[1])
+
+
+def test_as_many_texts_at_once_as_the_logits_leave_room_for() -> None:
+    assert device_rows.batch_of(512, 128_256) == 7  # 512 · 7 · 128,256 · 4 bytes are 1.8 GB
+    assert device_rows.batch_of(512, 1000) == device_rows.MOST_TOKENS // 512
+    assert device_rows.batch_of(100_000, 128_256) == 1
+
+
+@pytest.mark.parametrize(("free", "expected"), [(10**9, torch.float32), (10**6, torch.bfloat16)])
+def test_quality_is_measured_in_float32_where_the_model_fits(
+    free: int, expected: torch.dtype, tiny: Callable[..., Path], there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accelerator, "free_bytes", lambda device: free)
+    runtime = TorchRuntime(tiny("llama"), there, None)
+    assert {weight.dtype for weight in runtime.model.parameters()} == {expected}
+    assert {weight.device.type for weight in runtime.model.parameters()} == {there}
+    assert runtime.dtype == str(expected).removeprefix("torch.")
+
+
+def test_the_peak_is_counted_from_where_the_model_is_loaded(
+    tiny: Callable[..., Path], there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading takes more than running; and times are of what was done, not of what was asked for."""
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(accelerator, "reset_peak", lambda device: asked.append((device, pretend.COUNTS["to"])))
+    runtime = TorchRuntime(tiny("llama"), there, "float32")
+    weights = sum(weight.numel() * 4 for weight in runtime.model.parameters())
+    ((device, moved),) = asked
+    assert device == there and moved >= weights
+    waited: list[str] = []
+    monkeypatch.setattr(accelerator, "synchronize", waited.append)
+    runtime.generate(np.array([[1, 2, 3]]), 4)
+    assert waited == [there] * 5
+
+
+@pytest.mark.parametrize("dtype", ["float32", None])
+def test_a_quantized_model_is_loaded_onto_the_device(
+    dtype: str | None, tiny: Callable[..., Path], there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernels are chosen where its weights arrive; to measure quality it is unpacked first, and moved after."""
+    asked: list[dict[str, Any]] = []
+    plain = torch_runtime.from_pretrained
+
+    def watched(kind: Any, path: Path, **options: Any) -> Any:
+        asked.append(options)
+        return plain(kind, path, **options)
+
+    monkeypatch.setattr(torch_runtime, "from_pretrained", watched)
+    source = Artifact(tiny("llama"), {"key": "x", "format": "hf"})
+    Quantize.model_validate({"method": "int8-dynamic"}).run(source, tmp_path, Context())
+    logits = [
+        TorchRuntime(tmp_path, device, dtype, arithmetic="float32").logits(np.arange(1, 9)) for device in ("cpu", there)
+    ]
+    assert [options.get("device_map") for options in asked] == [None, {"": there} if dtype else None]
+    assert np.allclose(logits[0], logits[1], atol=1e-4)

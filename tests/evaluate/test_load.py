@@ -174,3 +174,10 @@ def test_pieces_are_all_different_while_the_text_lasts(tiny: Tiny) -> None:
     tokenizer = open_tokenizer(tiny())
     found = load._pieces(tokenizer, Load(requests=30, prompt=50))
     assert len({tuple(each) for each in found}) == 30 and {len(each) for each in found} == {50}
+
+
+def test_a_server_without_kernels_for_a_gpu_says_that_it_uses_the_processor(tiny_gguf: Path) -> None:
+    served = LlamaServer(tiny_gguf, 64, "cuda")
+    if "llama-server" not in served.name:
+        pytest.skip("the server of llama-cpp-python asks its own library")
+    assert served.device == "cpu" and " --device none " in " ".join(served._command)

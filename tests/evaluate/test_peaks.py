@@ -2,8 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lighten.evaluate import peaks
 from lighten.evaluate.peaks import Peaks
@@ -69,3 +72,24 @@ def test_the_facts_are_json_with_the_agreed_names() -> None:
     facts = json.loads(json.dumps(some(matrix={"float32": 200.04, "int8": None}).facts()))
     assert facts["bandwidth_gb_s"] == 20
     assert facts["matrix_gflop_s"] == {"float32": 200.0, "int8": None}
+
+
+class Layouts(TorchDispatchMode):
+    """Keeps the strides of what is multiplied as 8-bit integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[tuple[int, ...], ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_int_mm" in str(func):
+            self.seen.append(tuple(each.stride() for each in args))
+        return func(*args, **(kwargs or {}))
+
+
+def test_integers_are_laid_out_as_a_gpu_wants_them() -> None:
+    """cuBLAS multiplies rows by columns only: it refuses a second matrix that lies row by row."""
+    with Layouts() as layouts:
+        for product in peaks._products("int8", 32, "cpu"):
+            assert product().dtype == torch.int32
+    assert layouts.seen == [((32, 1), (1, 32))]

@@ -87,3 +87,19 @@ def test_no_speed_no_place() -> None:
 )
 def test_the_type_that_is_multiplied_in(runtime: str, dtype: str, expected: str) -> None:
     assert arithmetic(runtime, dtype) == expected
+
+
+@pytest.mark.parametrize(
+    ("runtime", "dtype", "expected"),
+    [
+        ("torch", "bfloat16", "bfloat16"),
+        ("torch", "float16", "float16"),
+        ("llama.cpp", "all F32", "float32"),
+        ("llama.cpp", "F16", "float16"),
+        ("llama.cpp", "BF16", "bfloat16"),
+        ("llama.cpp", "Q4_K - Medium", "int8"),
+        ("onnxruntime", "int4", "float16"),
+    ],
+)
+def test_a_gpu_multiplies_in_other_types(runtime: str, dtype: str, expected: str) -> None:
+    assert arithmetic(runtime, dtype, "cuda") == arithmetic(runtime, dtype, "cuda:1") == expected

@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure, RequestError
-from lighten.evaluate.runtimes import Question, Runtime, Tokenizer, open_runtime, open_tokenizer
+from lighten.evaluate.runtimes import Question, Runtime, Tokenizer, llama_cpp, open_runtime, open_tokenizer
 from lighten.evaluate.runtimes import torch as torch_runtime
 from lighten.evaluate.runtimes.batches import Layout, by_length
 from lighten.model import gguf_source
@@ -241,3 +242,28 @@ def test_a_directory_that_holds_one_gguf_model_is_that_model(tiny_gguf: Path, tm
         find(str(tmp_path))
     (tmp_path / "model.safetensors").touch()
     assert gguf_source.within(tmp_path) is None
+
+
+def test_llama_cpp_without_kernels_for_a_gpu_says_that_it_uses_the_processor(tiny_gguf: Path) -> None:
+    if llama_cpp._library().api.llama_supports_gpu_offload():
+        pytest.skip("this llama.cpp was built for a GPU")
+    opened = open_runtime(tiny_gguf, device="cuda:1")
+    assert opened.device == "cpu" and opened.logits(np.arange(1, 9)).shape == (8, opened.vocab)
+    opened.close()
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda:1", (-1, 0, 1)), ("cuda", (-1, 1, 0)), ("cpu", (0, 1, 0))])
+def test_llama_cpp_takes_the_gpu_that_is_named(
+    device: str, expected: tuple[int, ...], tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers on a GPU, whether they are split among GPUs, and the one to take if not."""
+    api, asked = llama_cpp._library().api, []
+    plain = api.llama_model_load_from_file
+
+    def watched(path: bytes, params: Any) -> Any:
+        asked.append((params.n_gpu_layers, params.split_mode, params.main_gpu))
+        return plain(path, params)
+
+    monkeypatch.setattr(api, "llama_model_load_from_file", watched)
+    llama_cpp._Model(tiny_gguf, device, vocab_only=False).close()
+    assert asked == [expected]

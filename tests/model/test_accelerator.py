@@ -1,8 +1,15 @@
 """Which device is used: asked, not believed."""
 
+import subprocess
+import sys
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from lighten.errors import RequestError
+from lighten.evaluate.energy import GpuCounters
 from lighten.model import accelerator
 from lighten.model.accelerator import CPU, Device, resolve
 from lighten.process import Outcome, _explain
@@ -57,8 +64,54 @@ def test_room() -> None:
 
 
 def test_a_full_gpu_is_one_message() -> None:
-    import torch
-
     told = _explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has …"))
     assert told["error"].startswith("the memory of the GPU does not suffice (CUDA out of memory)")
     assert "Traceback" not in told["error"]
+
+
+def test_counters_are_those_of_the_gpu_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def answer(name: str, found: object, device: str) -> object:
+        asked.append((name, device))
+        return found
+
+    answers = {
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 5,
+        "memory_reserved": 4,
+        "memory_allocated": 1,
+        "mem_get_info": (10, 20),
+    }
+    for name, found in answers.items():
+        monkeypatch.setattr(torch.cuda, name, partial(answer, name, found))
+    for device in ("cpu", "cuda:1"):
+        accelerator.synchronize(device)
+        accelerator.reset_peak(device)
+        assert accelerator.peak_bytes(device) == (None if device == "cpu" else 5)
+        assert accelerator.free_bytes(device) == (None if device == "cpu" else 13)
+    assert sorted(asked) == sorted((name, "cuda:1") for name in answers)
+
+
+def test_energy_is_that_of_the_card_whatever_its_number_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA_VISIBLE_DEVICES hides cards from torch, and not from the driver: only their identity is the same to both."""
+    pynvml = pytest.importorskip("pynvml")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid={"cuda:1": "b"}[device])
+    )
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: {"GPU-a": 100, "GPU-b": 200}[uuid])
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: handle)
+    found = GpuCounters("cuda:1")
+    assert found and found.read() == [200] and "cuda:1" in found.note
+
+
+def test_training_on_a_gpu_is_asked_to_be_the_same_every_time() -> None:
+    script = (
+        "import os, torch; from lighten.model.accelerator import deterministic as ask;"
+        "told = lambda: (torch.are_deterministic_algorithms_enabled(), os.environ.get('CUBLAS_WORKSPACE_CONFIG'));"
+        "ask('cpu'); print(*told()); ask('cuda:1'); print(*told())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "None", "True", ":4096:8"]
