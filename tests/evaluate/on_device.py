@@ -19,6 +19,9 @@ from lighten.stage import Context, silent
 from lighten.store import Artifact
 from tests import pretend
 
+APART = {"nll": 5e-5, "kl": 2e-6, "top1": 0, "hidden": 5e-5}
+"""What float32 rounds otherwise in oneDNN's products, which the processor takes here; four times what was seen."""
+
 
 @pytest.fixture
 def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
@@ -33,10 +36,10 @@ def test_rows_on_a_device_are_those_of_numpy(there: str) -> None:
     targets, at = random.integers(0, 300, 60), random.integers(0, 40, 60)
     logprobs, top = device_rows.token_logprobs(torch.from_numpy(ours).to(there), targets, at)
     expected, expected_top = rows.token_logprobs(ours, targets, at)
-    assert np.allclose(logprobs, expected, atol=1e-5) and (top == expected_top).all()
+    assert np.allclose(logprobs, expected, rtol=1e-6) and (top == expected_top).all()
     kl, same = device_rows.divergence(torch.from_numpy(ours).to(there), torch.from_numpy(theirs[:, :290]).to(there))
     expected_kl, expected_same = rows.divergence(ours, theirs[:, :290])
-    assert np.allclose(kl, expected_kl, rtol=1e-4) and (same == expected_same).all()
+    assert np.allclose(kl, expected_kl, rtol=1e-6) and (same == expected_same).all()
 
 
 @pytest.mark.parametrize("together", [1, 3])
@@ -73,7 +76,7 @@ def test_perplexity_and_divergence(
         assert pretend.COUNTS["from"] - moved < 5 * 64 * 4 * second.vocab / 2
         found[device] = measured.values | against.values | {"hidden": measured.hidden}
     for name, values in found["cpu"].items():
-        assert np.allclose(values, found[there][name], rtol=1e-3, atol=1e-5), name
+        assert np.allclose(values, found[there][name], rtol=0, atol=APART[name]), name
     assert found["cpu"]["kl"].max() > 0
 
 
@@ -99,7 +102,7 @@ def test_questions_and_decoding(tiny: Callable[..., Path], there: str) -> None:
         assert pretend.COUNTS["from"] - moved < 4 * runtime.vocab  # less than the logits of one place
         written.append(runtime.generate(np.array([[1, 2, 3]]), 4).ids)
     for ours, theirs in zip(*scores, strict=True):
-        assert np.allclose([each.logprob for each in ours], [each.logprob for each in theirs], atol=1e-4)
+        assert np.allclose([each.logprob for each in ours], [each.logprob for each in theirs], rtol=0, atol=2e-5)
         assert [each.greedy for each in ours] == [each.greedy for each in theirs]
     assert np.array_equal(written[0], written[1])
 
@@ -156,4 +159,4 @@ def test_a_quantized_model_is_loaded_onto_the_device(
         TorchRuntime(tmp_path, device, dtype, arithmetic="float32").logits(np.arange(1, 9)) for device in ("cpu", there)
     ]
     assert [options.get("device_map") for options in asked] == [None, {"": there} if dtype else None]
-    assert np.allclose(logits[0], logits[1], atol=1e-4)
+    assert np.allclose(logits[0], logits[1], rtol=0, atol=APART["nll"])

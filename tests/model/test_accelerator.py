@@ -97,9 +97,8 @@ def test_counters_are_those_of_the_gpu_that_is_named(monkeypatch: pytest.MonkeyP
 def test_energy_is_that_of_the_card_whatever_its_number_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA_VISIBLE_DEVICES hides cards from torch, and not from the driver: only their identity is the same to both."""
     pynvml = pytest.importorskip("pynvml")
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid={"cuda:1": "b"}[device])
-    )
+    cards = {"cuda:0": SimpleNamespace(uuid="a"), "cuda:1": SimpleNamespace(uuid="b")}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cards[device])
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: {"GPU-a": 100, "GPU-b": 200}[uuid])
     monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: handle)

@@ -45,7 +45,8 @@ def test_it_is_the_formula(samples: int, shared: int, repeats: int, length: int,
     found = attend(query, key, value, scale)
     expected = formula(query, key, value, scale)
     assert found.shape == (samples, length, shared * repeats, size)
-    assert float((found.double() - expected).norm() / expected.norm()) < 0.004
+    # probabilities and what is returned are rounded to bfloat16, each by 2^-9 at most
+    assert float((found.double() - expected).norm() / expected.norm()) < 2**-8
 
 
 def test_it_is_no_further_from_the_formula_than_rounding_explains() -> None:
