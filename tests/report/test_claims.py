@@ -64,6 +64,15 @@ def test_a_noisy_speed_has_no_ratio_anywhere(row: int) -> None:
     assert any(f"{name} (129 %)" in note for note in table(results).notes)
 
 
+def test_a_noisy_speed_is_not_compared_however_narrow_its_interval_is() -> None:
+    value = raw()
+    value["variants"][Q8]["speed"][0] |= {"spread": 1.29, "error": 0.001}
+    results = of(value)
+    ours, base = results.variants[Q8].speed[0], results.variants[0].speed[0]
+    assert not claims.faster(ours, base) and not claims.faster(base, ours)
+    assert claims.decode_ratio(results, results.variants[Q8]) is None
+
+
 def test_steady_speeds_have_one_everywhere() -> None:
     results = of(raw())
     assert headline(results).verdict == "Ship gguf-q8_0" and "2.5×" in headline(results).cost
