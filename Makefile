@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 	$(BIN)/lighten run quickstart
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Damaged and hostile files, many more than the tests try; prints inputs tried and crashes found.
 fuzz: $(VENV)/.dev

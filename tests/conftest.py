@@ -179,6 +179,48 @@ def to_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
+LONGEST = (
+    "tests/real/test_quickstart.py",
+    "tests/test_cli.py",
+    "tests/test_pipeline.py",
+    "tests/comparison/test_command.py",
+    "tests/campaign/test_campaign.py",
+    "tests/test_verbs.py",
+    "tests/test_workers.py",
+    "tests/test_loaders.py",
+    "tests/evaluate/harness/test_tasks.py",
+    "tests/test_process.py",
+    "tests/publication/test_hub.py",
+    "tests/test_serving.py",
+    "tests/test_ladder.py",
+)
+"""Files that run whole recipes or start many processes: first, so that none is begun when the other worker is done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONGEST)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    _forget_the_test()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call() -> None:
+    _forget_the_test()
+
+
+def _forget_the_test() -> None:
+    """Takes the test's name out of the environment.
+
+    Isolated functions run in children of one process as long as the environment stays the same: a name that changes
+    with every test would have each of them import torch and transformers anew.
+    """
+    os.environ.pop("PYTEST_CURRENT_TEST", None)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Names what was not tested, and what it lacked, in the lines that end the output."""
     skipped = terminalreporter.stats.get("skipped", [])

@@ -3,6 +3,11 @@ import pytest
 from tests.fuzz import frame
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    frame.running = pyfuncitem.nodeid
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not frame.EXAMPLES or not frame.tried:
         return

@@ -27,6 +27,8 @@ ROOM = 1 << 30
 LONGEST = 2000
 """Characters of a message that is still one message."""
 
+running = ""
+"""The name of the test that runs."""
 tried: Counter[str] = Counter()
 """Inputs by the name of the test."""
 crashes: dict[str, set[str]] = {}
@@ -52,8 +54,7 @@ def answers(read: Callable[..., Any], *given: Any) -> Any:
         AssertionError: the message is none: it is empty, endless, or shows a traceback.
         Exception: whatever else the reader raised: a crash. So are too much memory and too much time.
     """
-    test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
-    tried[test] += 1
+    tried[running] += 1
     try:
         with _bounded():
             return read(*given)
@@ -63,7 +64,9 @@ def answers(read: Callable[..., Any], *given: Any) -> Any:
         return error
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        crashes.setdefault(test, set()).add(f"{type(error).__name__} in {last.filename}:{last.lineno}: {error}"[:300])
+        crashes.setdefault(running, set()).add(
+            f"{type(error).__name__} in {last.filename}:{last.lineno}: {error}"[:300]
+        )
         raise
 
 
