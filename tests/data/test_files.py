@@ -67,6 +67,11 @@ def test_plain_text_by_its_mark(tmp_path: Path, encoding: str) -> None:
         assert load_text(write(tmp_path, name, "[a]\r\nß".encode(encoding)), "perplexity") == "[a]\nß"
 
 
+def test_plain_text_stays_one_whatever_it_begins_with(tmp_path: Path) -> None:
+    for name in ("a.txt", "a.md"):
+        assert load_text(write(tmp_path, name, '{"text": "x"}'), "perplexity") == '{"text": "x"}'
+
+
 def test_parquet(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"messages": MESSAGES, "n": 1}, {"messages": MESSAGES[:1], "n": 2}]
