@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from lighten import parity
 from lighten.evaluate.runtimes.llama_cpp import GgufTokenizer, LlamaCppRuntime
+from lighten.stage import silent
 from lighten.store import Store, find_damage
 
 pytestmark = pytest.mark.real
@@ -195,6 +197,26 @@ def test_gguf_f16_is_read_by_gguf_and_llama_cpp(home: Path) -> None:
     for _ in range(12):
         said.append(int(answer.send(said[-1] if said else None).argmax()))  # type: ignore[arg-type]
     assert "Paris" in GgufTokenizer(file).decode(said)
+
+
+def test_parity_takes_little_memory(home: Path, tmp_path: Path) -> None:
+    """Less than the source in float32 and what it runs on: one model at a time, and of the source a layer."""
+    source = artifact(home, "baseline")
+    assert (
+        lighten(
+            "export", source, "--format", "onnx", "--parity", "tokens=0", "-o", tmp_path / "onnx", cwd=home
+        ).returncode
+        == 0
+    )
+    files = {name: artifact(home, name) for name in VARIANTS[2:]} | {"onnx": tmp_path / "onnx"}
+    for name, folder in files.items():
+        made = tmp_path / name
+        if not made.exists():  # beside it, parity needs room for the logits, and a store is not to be written to
+            made = tmp_path / f"{name}.gguf"
+            made.symlink_to(next(folder.glob("*.gguf")))
+        found = parity.check({"source": str(source), "made": str(made), "limits": {}, "tokens": 1024}, silent)
+        assert found.value["parity"]["tokens"] == 1024
+        assert found.peak_rss_bytes < 650e6, name
 
 
 def test_again_makes_no_new_objects_and_a_change_runs_one_variant(home: Path) -> None:

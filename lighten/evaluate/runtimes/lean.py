@@ -1,7 +1,8 @@
 """A model that computes in float32 while its weights stay in the 16 bits that they are stored in.
 
 Each module's weights become float32 for as long as it computes. The results are those of the float32 model, since
-float32 holds every value of 16 bits; what it takes is half the memory, and a conversion for every batch.
+float32 holds every value of 16 bits; what it takes is half the memory, and a conversion for every batch. Where weights
+are mapped from their file, not even that: the pages of a linear layer are given back once it has computed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.mapped import Mapped
 
 if TYPE_CHECKING:
     from lighten.evaluate.runtimes.torch import TorchRuntime
@@ -44,11 +46,12 @@ def open_lean(path: Path, dtype: str, *, trust_remote_code: bool = False) -> Tor
     from lighten.evaluate.runtimes.torch import TorchRuntime
 
     runtime = TorchRuntime(path, "cpu", dtype, trust_remote_code)
+    mapped = Mapped(runtime.model.parameters())
     for module in runtime.model.modules():
         if type(module) is nn.Embedding:
             module.register_forward_hook(lambda _module, _inputs, rows: rows.float())
         elif type(module) is nn.Linear:
-            module.__dict__["forward"] = _Product(module)
+            module.__dict__["forward"] = _Product(module, mapped)
         elif any(each.dtype in SHORT for each in module.parameters(recurse=False)):
             _Widened(module)
     runtime.dtype = "float32"
@@ -58,7 +61,8 @@ def open_lean(path: Path, dtype: str, *, trust_remote_code: bool = False) -> Tor
 class _Product:
     """The forward pass of a linear layer, some of its rows after the other."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, mapped: Mapped) -> None:
+        self.mapped = mapped
         self.weight, self.bias = linear.weight.data, None if linear.bias is None else linear.bias.data.float()
         self.rows = max(1, PIECE // self.weight.shape[1])
 
@@ -68,6 +72,7 @@ class _Product:
         for start in range(0, len(self.weight), self.rows):
             rows = slice(start, start + self.rows)
             out[..., rows] = inputs @ self.weight[rows].float().t()
+            self.mapped.give_back(self.weight[rows])
         return out if self.bias is None else out.add_(self.bias)
 
 
