@@ -188,8 +188,21 @@ def finish(folder: Path, out: Path, step: Onnx, precision: str, quantized: Quant
     if precision in ("int4", "int8") or quantized is not None:
         kind = "int8" if precision == "int8" and step.embedding == "int4" else step.embedding
         told = surgery.embed(kind, step.block_size)
+    model.producer_version = _builder_version()
     ir.save(model, out / GRAPH, external_data=DATA, size_threshold_bytes=256)
     return told
+
+
+def _builder_version() -> str:
+    """Returns the version of the builder as its package has it.
+
+    The builder itself adds the commit of whatever repository its environment lies in, so that the bytes of a file would
+    depend on a checkout that has nothing to do with it.
+    """
+    import onnxruntime_genai
+
+    commit = str(getattr(onnxruntime_genai, "__commit__", None) or "")[:7]
+    return f"{onnxruntime_genai.__version__}{'+' if commit else ''}{commit}"
 
 
 def _place(surgery: Any, quantized: Quantized) -> None:

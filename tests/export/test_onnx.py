@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir
+import onnxruntime_genai
 import pytest
 import torch
 from pydantic import ValidationError
@@ -148,6 +149,9 @@ def test_the_same_model_gives_the_same_bytes(tiny: Tiny, to_onnx: ToOnnx, tmp_pa
     for file in first.iterdir():
         assert file.read_bytes() == (second / file.name).read_bytes(), file.name
     assert str(tmp_path).encode() not in (second / "model.onnx").read_bytes()
+    made = onnx.load(first / "model.onnx", load_external_data=False)
+    package = f"{onnxruntime_genai.__version__}+{onnxruntime_genai.__commit__[:7]}"
+    assert made.producer_version == package, "the commit of a checkout around the environment is none of the file's"
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
