@@ -24,7 +24,7 @@ from gguf_export import directory, told
 from timed import last_json, timed
 
 from lighten.evaluate import machine
-from lighten.store import write_json
+from lighten.store.store import write_json
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "evaluate.json"

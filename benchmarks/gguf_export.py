@@ -26,8 +26,8 @@ from turns import PROMPT, STEPS, TURNS, decode_in_turn
 import lighten
 from lighten.evaluate import machine
 from lighten.evaluate.settings import Perplexity
-from lighten.store import write_json
-from lighten.verbs import measure
+from lighten.pipeline.verbs import measure
+from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results" / "gguf.json"
 TYPE = "Q4_K_M"

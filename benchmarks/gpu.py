@@ -31,7 +31,7 @@ from shaped import SHAPES
 
 from lighten.data.text import builtin_text
 from lighten.evaluate import machine
-from lighten.store import Store, write_json
+from lighten.store.store import Store, write_json
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 BOUND = 0.01

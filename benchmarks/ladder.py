@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import lighten
-from lighten.progress import watching
-from lighten.store import write_json
+from lighten.cli.progress import watching
+from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results" / "ladder.json"
 SOURCE = "the ladder as it is commonly shown: Llama-3.1-8B on a GeForce RTX 3090, Q4_K_M on a CPU; not measured here"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.evaluate import machine
-from lighten.store import Store, write_json
+from lighten.store.store import Store, write_json
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 

@@ -18,8 +18,8 @@ from turns import PROMPT, STEPS, TURNS, decode_in_turn
 
 import lighten
 from lighten.evaluate import machine
-from lighten.store import write_json
-from lighten.verbs import measure
+from lighten.pipeline.verbs import measure
+from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results" / "onnx.json"
 GPTQ = {"quantize": {"method": "gptq", "bits": 4, "group_size": 64}}
@@ -113,7 +113,7 @@ def _row(row: dict[str, Any], test: str) -> dict[str, Any]:
 
 def build_alone(source: Path, out: Path, options: dict[str, str]) -> None:
     """Makes int4 of a model directory with the builder and nothing else; what `options` lacks is its default."""
-    from lighten.export.onnx import build
+    from lighten.export.onnx.genai import build
 
     build(source, out, "int4", "cpu", {"hf_token": "false", **options}, lambda done, total, note: None)
 

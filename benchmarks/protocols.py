@@ -22,8 +22,8 @@ from gguf_export import directory
 
 from lighten.evaluate import machine
 from lighten.evaluate.settings import Perplexity
-from lighten.store import write_json
-from lighten.verbs import export_model, measure
+from lighten.pipeline.verbs import export_model, measure
+from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results" / "protocols.json"
 SETTINGS = {

@@ -19,7 +19,7 @@ from typing import Any
 
 import lighten
 from lighten.evaluate import machine
-from lighten.store import MANIFEST, write_json
+from lighten.store.store import MANIFEST, write_json
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SPREAD = 0.35
@@ -39,7 +39,7 @@ def off_grid(model: Path, out: Path) -> None:
     """Writes the same model with random channel scales moved between neighbouring matrices of every layer."""
     import torch
 
-    from lighten.compress.fold import BEFORE, copies, fold
+    from lighten.compress.quantize.fold import BEFORE, copies, fold
     from lighten.model.checkpoint import Checkpoint
     from lighten.model.shards import ShardWriter
     from lighten.model.stream import LAYERS

@@ -38,7 +38,7 @@ import memory
 from timed import Timed, last_json, timed
 
 from lighten.evaluate import machine
-from lighten.store import hash_file, write_json
+from lighten.store.store import hash_file, write_json
 
 HERE = Path(__file__).resolve().parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -193,12 +193,12 @@ def _remove(path: Path) -> None:
 
 def prepare(bench: Bench) -> None:
     """Writes the model directory and the token ids that every tool gets; in a process of its own."""
-    from lighten import pipeline
     from lighten.data.text import load_text
-    from lighten.evaluate.perplexity import cut
-    from lighten.evaluate.runtimes import open_tokenizer
+    from lighten.evaluate.perplexity.perplexity import cut
+    from lighten.evaluate.runtimes.runtime import open_tokenizer
     from lighten.model.tokens import calibration_ids
-    from lighten.store import MANIFEST
+    from lighten.pipeline import run as pipeline
+    from lighten.store.store import MANIFEST
 
     asked = bench.asked
     if not bench.model.is_dir():

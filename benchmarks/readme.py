@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from lighten.report.markdown import markdown_table
-from lighten.report.results import Results, load, save
 from lighten.report.table import table
+from lighten.results.results import Results, load, save
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "quickstart.json"

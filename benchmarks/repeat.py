@@ -15,11 +15,11 @@ from typing import Any
 
 from lighten.evaluate import machine
 from lighten.evaluate.settings import Speed
-from lighten.pipeline import run
-from lighten.recipe import parse
-from lighten.steady import REPEATED, apart
-from lighten.store import write_json
-from lighten.verbs import measure
+from lighten.numerics.steady import REPEATED, apart
+from lighten.pipeline.recipe import parse
+from lighten.pipeline.run import run
+from lighten.pipeline.verbs import measure
+from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results" / "repeat.json"
 DEMO: dict[str, Any] = {

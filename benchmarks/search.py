@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from lighten.compress import gptq as method
-from lighten.compress.grid import search
+from lighten.compress.quantize import gptq as method
+from lighten.compress.quantize.grid import search
 from lighten.evaluate import machine
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_index, read_layer
 from lighten.model.tokens import load_tokenizer
-from lighten.store import write_json
+from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results" / "search.json"
 POWERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)

@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 
 import lighten
-from lighten.progress import watching
-from lighten.store import write_json
+from lighten.cli.progress import watching
+from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 KEPT = ("name", "status", "error", "runtime", "load", "speculative", "roofline", "cost", "speed")

@@ -16,7 +16,7 @@ from typing import Any
 
 import lighten
 from lighten.evaluate import machine
-from lighten.store import write_json
+from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results" / "sparsity.json"
 PUBLISHED = {"dense": 5.12, "magnitude": 14.89, "wanda": 6.42, "sparsegpt": 6.51}

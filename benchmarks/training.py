@@ -21,7 +21,7 @@ from typing import Any
 from timed import last_json, timed
 
 from lighten.evaluate import machine
-from lighten.store import write_json
+from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -44,9 +44,9 @@ def measure(task: dict[str, Any]) -> None:
     """In a process of its own: runs a few steps; prints the time of each and the GPU memory."""
     import torch
 
-    from lighten.compress.distill import Distill
-    from lighten.stage import Context
-    from lighten.store import Artifact
+    from lighten.compress.distill.settings import Distill
+    from lighten.step import Context
+    from lighten.store.store import Artifact
 
     step = Distill.model_validate(task["settings"])
     source, folder = Path(task["model"]), Path(task["folder"])

@@ -6,19 +6,17 @@ The commands are functions too: `lighten.run("quickstart")`, `lighten.quantize(m
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
 _HOMES = {
-    "run": "pipeline",
-    "plan": "pipeline",
-    "prune": "verbs",
-    "distill": "verbs",
-    "quantize": "verbs",
-    "export_model": "verbs",
-    "measure": "verbs",
+    "run": "pipeline.run",
+    "plan": "pipeline.run",
+    "prune": "pipeline.verbs",
+    "distill": "pipeline.verbs",
+    "quantize": "pipeline.verbs",
+    "export_model": "pipeline.verbs",
+    "measure": "pipeline.verbs",
 }
 __all__ = ["distill", "export_model", "measure", "plan", "prune", "quantize", "run"]
 
@@ -28,14 +26,3 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"lighten.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'lighten' has no attribute {name!r}")
-
-
-class _Package(ModuleType):
-    """This package; a module that has the name of one of the functions, as `plan` has, does not take its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

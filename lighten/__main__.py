@@ -15,7 +15,7 @@ def main() -> None:
     if len(entries) > 1 and "" in entries:
         here, meant = os.path.abspath(""), [os.path.abspath(entry) for entry in entries if entry]
         sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != here or here in meant]
-    from lighten.cli import main as command
+    from lighten.cli.main import main as command
 
     command()
 

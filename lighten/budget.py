@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lighten.knapsack import parse_size
+from lighten.numerics.knapsack import parse_size
 from lighten.settings import Settings
 
 

@@ -165,9 +165,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def to_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Returns a function that exports a model directory to ONNX: its path, its format, settings."""
     pytest.importorskip("onnxruntime_genai")
-    from lighten.export.onnx_step import Onnx
-    from lighten.stage import Context
-    from lighten.store import Artifact
+    from lighten.export.onnx.settings import Onnx
+    from lighten.step import Context
+    from lighten.store.store import Artifact
 
     @cache
     def make(source: Path, format: str = "hf", **settings: Any) -> Path:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import lighten
-from lighten.calibration import describe
 from lighten.data.overlap import overlap
 from lighten.data.text import builtin_text
-from lighten.recipe import parse
-from lighten.stage import silent
+from lighten.pipeline.calibration import describe
+from lighten.pipeline.recipe import parse
+from lighten.step import silent
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_run_says_what_overlaps_and_a_cached_one_does_not_look_again(
     for report in ("report.md", "report.html"):
         assert "Calibration overlaps perplexity test.txt" in (folder / report).read_text()
 
-    monkeypatch.setattr("lighten.pipeline._calibration", lambda *_: pytest.fail("looked again"))
+    monkeypatch.setattr("lighten.pipeline.run._calibration", lambda *_: pytest.fail("looked again"))
     assert lighten.run(parse(value), artifacts=tmp_path / "a") == folder
 
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lighten.compress.quantize import Quantize
-from lighten.compress.sweep import Sweep
-from lighten.export.gguf_step import Gguf
-from lighten.store import Store, find_damage
+from lighten.compress.calibrate.sweep import Sweep
+from lighten.compress.quantize.settings import Quantize
+from lighten.export.gguf.settings import Gguf
+from lighten.store.store import Store, find_damage
 
 RECIPE = """name: tiny
 model: {model}

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from lighten import device
 from lighten.errors import Failure, LightenError, RequestError
-from lighten.export.bundle_step import Bundle
-from lighten.report.results import Results
-from lighten.stage import Context, silent
-from lighten.store import Artifact
+from lighten.export.bundle.settings import Bundle
+from lighten.pipeline import device
+from lighten.results.results import Results
+from lighten.step import Context, silent
+from lighten.store.store import Artifact
 
 Tiny = Callable[..., Path]
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")

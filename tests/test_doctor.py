@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from lighten import advice
-from lighten.collection import collect
 from lighten.data.text import builtin_text
-from lighten.doctor import diagnose
-from lighten.pipeline import Silent
-from lighten.plan import Stage
-from lighten.store import Store
+from lighten.doctor import advice
+from lighten.doctor.diagnose import diagnose
+from lighten.pipeline.plan import Stage
+from lighten.pipeline.run import Silent
+from lighten.store.collection import collect
+from lighten.store.store import Store
 from tests.test_cli import lighten, recipe, refused
 
 RECIPE = """name: tiny

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from lighten.errors import DiskFull, Failure, disk_full
-from lighten.process import run_isolated
+from lighten.process.isolate import run_isolated
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

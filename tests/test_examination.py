@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lighten.compress.gram import accumulate
-from lighten.compress.layerwise import relative_error
-from lighten.examination import dead_channels, gptq_4, rank, spread
+from lighten.compress.calibrate.gram import accumulate
+from lighten.compress.quantize.layer import relative_error
+from lighten.doctor.examination import dead_channels, gptq_4, rank, spread
 from lighten.model.grams import Gram
 
 

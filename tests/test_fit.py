@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lighten import fit
 from lighten.errors import RequestError
+from lighten.recommend import fit
 
 Tiny = Callable[..., Path]
 

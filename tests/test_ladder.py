@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import lighten
-from lighten import pipeline
 from lighten.errors import RequestError
-from lighten.evaluate.runtimes import open_runtime
+from lighten.evaluate.runtimes.runtime import open_runtime
 from lighten.evaluate.settings import Speed
-from lighten.evaluate.speed import measure
-from lighten.pipeline import check_options
-from lighten.plan import make_plan
-from lighten.process import Outcome, run_isolated
-from lighten.recipe import parse
+from lighten.evaluate.speed.speed import measure
+from lighten.pipeline import run as pipeline
+from lighten.pipeline.plan import make_plan
+from lighten.pipeline.recipe import parse
+from lighten.pipeline.run import check_options
+from lighten.process.isolate import Outcome, run_isolated
 
 from .test_cli import lighten as command
 from .test_cli import refused

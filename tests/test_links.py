@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lighten.links import follow, link_or_copy, point
+from lighten.store.links import follow, link_or_copy, point
 
 
 def refuse(*arguments: Any, **more: Any) -> None:

@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
 import lighten
-from lighten import loaders
-from lighten.compress.quantize import Quantize
+from lighten.compress.quantize.settings import Quantize
 from lighten.errors import Failure, RequestError
-from lighten.export.gguf_step import Gguf
-from lighten.loaders import Loader, Survey, survey
+from lighten.evaluate.loaders import survey as loaders
+from lighten.evaluate.loaders.survey import Loader, Survey, survey
+from lighten.export.gguf.settings import Gguf
 from lighten.model.source import find
-from lighten.process import Outcome, run_isolated
-from lighten.recipe import parse
-from lighten.stage import Context
-from lighten.store import Artifact
+from lighten.pipeline.recipe import parse
+from lighten.process.isolate import Outcome, run_isolated
+from lighten.step import Context
+from lighten.store.store import Artifact
 from tests.test_cli import lighten as command
 from tests.test_cli import refused
 
@@ -128,7 +128,7 @@ def dies(payload: dict[str, Any], report: Any) -> None:
 
 def test_a_loader_that_crashes_is_one_cell(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(target: str, payload: dict[str, Any]) -> Outcome:
-        assert target == "lighten.loaders:load"
+        assert target == "lighten.evaluate.loaders.survey:load"
         return run_isolated("tests.test_loaders:dies", payload)
 
     monkeypatch.setattr(loaders, "run_isolated", crash)

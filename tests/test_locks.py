@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lighten.errors import RequestError
-from lighten.locks import is_locked, locked, scratch_beside
+from lighten.store.locks import is_locked, locked, scratch_beside
 
 
 def test_one_holder_at_a_time(tmp_path: Path) -> None:

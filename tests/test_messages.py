@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 import lighten
-from lighten import cli
+from lighten.cli import main as cli
 from lighten.data.text import read
 from lighten.errors import Failure, RequestError, check_names, unexpected
 from lighten.model.source import find
-from lighten.pipeline import Builder, Silent
-from lighten.plan import Predictor, Stage, make_plan
-from lighten.recipe import parse
-from lighten.store import Store
+from lighten.pipeline.plan import Predictor, Stage, make_plan
+from lighten.pipeline.recipe import parse
+from lighten.pipeline.run import Builder, Silent
+from lighten.store.store import Store
 
 
 class Listening(Silent):
@@ -96,7 +96,7 @@ def test_what_a_stage_refuses_and_warns_of_is_told_in_the_person_s_words(
 
 def test_what_nobody_foresaw_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
-        lighten.recipe.find(3)  # type: ignore[attr-defined]
+        lighten.pipeline.recipe.find(3)  # type: ignore[attr-defined]
     except TypeError as error:
         told = unexpected(error)
         assert "\n" not in told

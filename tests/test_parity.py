@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lighten import pipeline
 from lighten.errors import Failure
-from lighten.export import gguf, gguf_quantize
+from lighten.evaluate.parity.parity import check, words_of
+from lighten.export.gguf import quantize as gguf_quantize
+from lighten.export.gguf import write as gguf
 from lighten.model import gguf_source, vocabulary
 from lighten.model.tokenizer_files import chat_templates, ends
-from lighten.parity import check, words_of
-from lighten.recipe import parse
-from lighten.stage import silent
+from lighten.pipeline import run as pipeline
+from lighten.pipeline.recipe import parse
+from lighten.step import silent
 
 Tiny = Callable[..., Path]
 LIMITS = {"perplexity": 0.0005, "top1": 0.99, "tokenizer": 1.0}

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lighten
-from lighten.collection import check, collect
-from lighten.compress.distill import Distill
+from lighten.compress.distill.settings import Distill
 from lighten.errors import RequestError
 from lighten.model.accelerator import Device
-from lighten.plan import Predictor, Stage, check_memory, make_plan, nominal_flops, this_machine, what
-from lighten.recipe import parse
-from lighten.store import Store, find_damage
-from lighten.verbs import one_step
+from lighten.pipeline.plan import Predictor, Stage, check_memory, make_plan, nominal_flops, this_machine, what
+from lighten.pipeline.recipe import parse
+from lighten.pipeline.verbs import one_step
+from lighten.store.collection import check, collect
+from lighten.store.store import Store, find_damage
 
 
 def recipe(model: Path, **changes: object) -> dict:

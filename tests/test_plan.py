@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from lighten.comparison.side import of_model
-from lighten.compress.teacher import Teacher
+from lighten.compare.side import of_model
+from lighten.compress.distill.teacher import Teacher
 from lighten.errors import RequestError
 from lighten.evaluate.settings import Evaluate, Perplexity
-from lighten.export import gguf
+from lighten.export.gguf import write as gguf
 from lighten.model.checkpoint import Checkpoint
-from lighten.pipeline import Silent, add_measurements
-from lighten.plan import Plan, make_plan
-from lighten.recipe import parse
-from lighten.store import Store
-from lighten.verbs import measure
+from lighten.pipeline.plan import Plan, make_plan
+from lighten.pipeline.recipe import parse
+from lighten.pipeline.run import Silent, add_measurements
+from lighten.pipeline.verbs import measure
+from lighten.store.store import Store
 from tests.conftest import SIZES, byte_level, write_tokenizer
 
 Tiny = Callable[..., Path]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lighten.errors import Failure, RequestError
-from lighten.process import Nursery, environment, run_isolated
+from lighten.process.isolate import Nursery, environment, run_isolated
 
 HERE = "tests.test_process"
 
@@ -112,7 +112,7 @@ def test_a_crash_is_one_message_with_its_last_words() -> None:
 
 def test_dies_with_its_parent() -> None:
     script = f"""
-from lighten.process import run_isolated
+from lighten.process.isolate import run_isolated
 run_isolated('{HERE}:wait', {{}}, lambda pid, *_: print(pid, flush=True))
 """
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

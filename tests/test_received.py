@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
-from lighten import archive, device, received
 from lighten.errors import Failure, LightenError
-from lighten.export import bundle as making
-from lighten.export.bundle_step import Bundle
-from lighten.report.results import Results
-from lighten.stage import Context, silent
-from lighten.store import Artifact
+from lighten.export.bundle import archive
+from lighten.export.bundle import bundle as making
+from lighten.export.bundle import reading as received
+from lighten.export.bundle.settings import Bundle
+from lighten.pipeline import device
+from lighten.results.results import Results
+from lighten.step import Context, silent
+from lighten.store.store import Artifact
 from tests.report.sample import results as sample
 
 zstandard = pytest.importorskip("zstandard")

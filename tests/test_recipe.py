@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from lighten.errors import RequestError
-from lighten.recipe import load, parse
-from lighten.steps import step_class
+from lighten.pipeline.recipe import load, parse
+from lighten.pipeline.steps import step_class
 
 GOOD = """name: demo
 model: demo:smollm2-135m

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from lighten import roofline
-from lighten.evaluate import peaks
+from lighten.evaluate.roofline import peaks
 from lighten.evaluate.settings import Evaluate
-from lighten.report.results import Results
+from lighten.pipeline import roofline
 from lighten.report.roofs import draw_roofs, lines, prices, roofs
-from lighten.stage import silent
+from lighten.results.results import Results
+from lighten.step import silent
 
 Tiny = Callable[..., Path]
 

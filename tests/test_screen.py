@@ -7,7 +7,7 @@ import pytest
 from rich.table import Table
 
 from lighten import screen
-from lighten.flags import print_json
+from lighten.cli.flags import print_json
 
 
 def test_controls_are_pictures() -> None:

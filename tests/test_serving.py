@@ -10,8 +10,8 @@ import torch
 
 import lighten
 from lighten.errors import RequestError
-from lighten.plan import make_plan
-from lighten.recipe import parse
+from lighten.pipeline.plan import make_plan
+from lighten.pipeline.recipe import parse
 
 
 @pytest.fixture(scope="module")

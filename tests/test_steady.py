@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lighten import steady
+from lighten.numerics import steady
 
 
 @pytest.mark.parametrize("count", [6, 9, 12, 20])

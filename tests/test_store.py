@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lighten.collection import check, collect
 from lighten.errors import Failure, RequestError
-from lighten.links import point
-from lighten.store import MANIFEST, Store, canonical, find_damage, read_artifact, stage_key, write_json
+from lighten.store.collection import check, collect
+from lighten.store.links import point
+from lighten.store.store import MANIFEST, Store, canonical, find_damage, read_artifact, stage_key, write_json
 
 KEY = "ab" * 32
 OTHER = "cd" * 32
@@ -143,7 +143,7 @@ def test_two_processes_build_an_object_once(tmp_path: Path) -> None:
 
 def test_kill_9_leaves_no_object_and_the_next_build_cleans_up(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from lighten.store import Store\n"
+        "import sys, time; from pathlib import Path; from lighten.store.store import Store\n"
         f"store = Store(Path(sys.argv[1]))\n"
         f"with store.lock('{KEY}'), store.building('{KEY}') as out:\n"
         "    (out / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
@@ -315,7 +315,7 @@ def test_what_cannot_be_read_just_now_is_not_removed(tmp_path: Path, monkeypatch
     def refuse(root: Path) -> list[dict[str, Any]]:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr("lighten.store.hash_files", refuse)
+    monkeypatch.setattr("lighten.store.store.hash_files", refuse)
     with pytest.raises(OSError, match="open files"):
         store.sound(KEY)
     (checked,) = check(store)

@@ -10,20 +10,21 @@ from typing import Any
 import pytest
 
 import lighten
-from lighten import pipeline, trust, verbs
-from lighten.comparison import compare as comparing
-from lighten.comparison import side
-from lighten.comparison.operand import Version, variant_of
-from lighten.comparison.side import of_variant
-from lighten.doctor import diagnose
+from lighten.compare import compare as comparing
+from lighten.compare import side
+from lighten.compare.operand import Version, variant_of
+from lighten.compare.side import of_variant
+from lighten.doctor.diagnose import diagnose
 from lighten.errors import Failure, LightenError, RequestError
-from lighten.pipeline import Silent
-from lighten.plan import Plan, make_plan, trusted
-from lighten.process import Outcome
-from lighten.recipe import Recipe, parse
-from lighten.recommendation import published
-from lighten.report.results import Results
-from lighten.store import Artifact
+from lighten.pipeline import run as pipeline
+from lighten.pipeline import trust, verbs
+from lighten.pipeline.plan import Plan, make_plan, trusted
+from lighten.pipeline.recipe import Recipe, parse
+from lighten.pipeline.run import Silent
+from lighten.process.isolate import Outcome
+from lighten.recommend import published
+from lighten.results.results import Results
+from lighten.store.store import Artifact
 from tests.report.sample import results
 
 CODE = """import pathlib

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lighten.collection import collect
 from lighten.model.checkpoint import Checkpoint
-from lighten.store import Store
+from lighten.store.collection import collect
+from lighten.store.store import Store
 
 from .test_cli import lighten, refused
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lighten.errors import Failure, RequestError
-from lighten.process import run_isolated
-from lighten.workers import crew, ordered
+from lighten.process.isolate import run_isolated
+from lighten.process.workers import crew, ordered
 
 HERE = "tests.test_workers"
 
@@ -86,11 +86,11 @@ def test_the_crew_fits_the_machine() -> None:
 
 def quantized(payload, report):
     """Quantizes a model with some threads; returns the hash of what was written."""
-    from lighten.compress.quantize import Quantize
-    from lighten.compress.sensitivity import Sensitivities
-    from lighten.compress.sweep import Sweep
-    from lighten.stage import Context
-    from lighten.store import Artifact
+    from lighten.compress.calibrate.sensitivity import Sensitivities
+    from lighten.compress.calibrate.sweep import Sweep
+    from lighten.compress.quantize.settings import Quantize
+    from lighten.step import Context
+    from lighten.store.store import Artifact
 
     torch.set_num_threads(payload["threads"])
     source, out = Artifact(Path(payload["source"]), {"key": "x", "format": "hf"}), Path(payload["out"])

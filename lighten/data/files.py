@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lighten.data.documents import Document, Row, documents, listed
+from lighten.data.reading import check_depth
 from lighten.errors import Failure, RequestError, missing_extra
-from lighten.reading import check_depth
 
 LARGE = 128 * 2**20
 """Bytes from which a file is read in pieces, where that is enough."""

@@ -9,13 +9,13 @@ from lighten.evaluate import machine
 from lighten.evaluate.paired import RESULT, VALUES
 from lighten.evaluate.settings import Accuracy, Load, Options, Perplexity, Speculative, Speed
 from lighten.model.template import renderer
-from lighten.process import share_cores
-from lighten.stage import Report
-from lighten.store import write_json
+from lighten.process.isolate import share_cores
+from lighten.step import Report
+from lighten.store.store import write_json
 
 if TYPE_CHECKING:
-    from lighten.evaluate.runtimes import Runtime
-    from lighten.evaluate.speed import Opened
+    from lighten.evaluate.runtimes.runtime import Runtime
+    from lighten.evaluate.speed.speed import Opened
 
 
 def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -51,8 +51,8 @@ def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 def _perplexity(payload: dict[str, Any], model: Path, out: Path, report: Report) -> dict[str, Any]:
     from safetensors.numpy import save_file
 
-    from lighten.evaluate import documents, perplexity
-    from lighten.evaluate.runtimes import open_tokenizer
+    from lighten.evaluate.perplexity import documents, perplexity
+    from lighten.evaluate.runtimes.runtime import open_tokenizer
 
     settings = Perplexity(**payload["config"])
     other = _other_vocabulary(payload)
@@ -99,7 +99,7 @@ def _vocabulary(other: str | None) -> dict[str, Any]:
 
 
 def _for_quality(model: Path, payload: dict[str, Any]) -> Runtime:
-    from lighten.evaluate.runtimes import open_runtime
+    from lighten.evaluate.runtimes.runtime import open_runtime
 
     return open_runtime(
         model,
@@ -112,12 +112,12 @@ def _for_quality(model: Path, payload: dict[str, Any]) -> Runtime:
 def _accuracy(payload: dict[str, Any], model: Path, out: Path, report: Report) -> dict[str, Any]:
     from safetensors.numpy import save_file
 
-    from lighten.evaluate import accuracy
-    from lighten.evaluate.runtimes import open_tokenizer
+    from lighten.evaluate.accuracy import accuracy
+    from lighten.evaluate.runtimes.runtime import open_tokenizer
 
     settings, scorer = Accuracy(**payload["config"]), accuracy.measure
     if settings.harness:
-        from lighten.evaluate.harness import measure as harness
+        from lighten.evaluate.accuracy.harness import measure as harness
 
         scorer = harness.measure
     other = _other_vocabulary(payload)
@@ -130,7 +130,7 @@ def _accuracy(payload: dict[str, Any], model: Path, out: Path, report: Report) -
 
 def served(payload: dict[str, Any], options: Options | None = None, dtype: str | None = None) -> Runtime:
     """Opens the model of a payload in `dtype`, or in the arithmetic that it is served in."""
-    from lighten.evaluate.runtimes import open_runtime
+    from lighten.evaluate.runtimes.runtime import open_runtime
 
     return open_runtime(
         Path(payload["model"]),
@@ -142,7 +142,7 @@ def served(payload: dict[str, Any], options: Options | None = None, dtype: str |
 
 
 def _speed(payload: dict[str, Any], model: Path, report: Report) -> dict[str, Any]:
-    from lighten.evaluate import speed
+    from lighten.evaluate.speed import speed
 
     settings = Speed(**payload["config"])
     if payload["device"] != "cpu" or _served(model, "cpu") != "float32":
@@ -157,8 +157,8 @@ def _speed(payload: dict[str, Any], model: Path, report: Report) -> dict[str, An
 
 def _speculative(payload: dict[str, Any], model: Path, report: Report) -> dict[str, Any]:
     from lighten.errors import Failure
-    from lighten.evaluate import speculative
-    from lighten.evaluate.runtimes import open_runtime
+    from lighten.evaluate.runtimes.runtime import open_runtime
+    from lighten.evaluate.speed import speculative
     from lighten.model import vocabulary
 
     settings = Speculative(**payload["config"])
@@ -173,7 +173,7 @@ def _speculative(payload: dict[str, Any], model: Path, report: Report) -> dict[s
 
 
 def _load(payload: dict[str, Any], model: Path, report: Report) -> dict[str, Any]:
-    from lighten.evaluate import load
+    from lighten.evaluate.speed import load
 
     trusted = payload.get("trust_remote_code", False)
     dtype = _served(model, payload["device"])
@@ -186,7 +186,7 @@ TIMED = {"speed": _speed, "speculative": _speculative, "load": _load}
 
 def _served(model: Path, device: str) -> str | None:
     """Returns the arithmetic that a Hugging Face model is served in; None for a file that has one of its own."""
-    from lighten.evaluate.runtimes import find_gguf
+    from lighten.evaluate.runtimes.runtime import find_gguf
     from lighten.model.onnx_source import find_onnx
 
     if find_onnx(model) or find_gguf(model):

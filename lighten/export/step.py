@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from lighten.settings import Settings
-from lighten.stage import Step
-from lighten.store import Artifact
+from lighten.step import Step
+from lighten.store.store import Artifact
 
 PLAIN_LIMITS = {"perplexity": 0.0005, "top1": 0.99}
 """What an export that rounds nothing keeps to, unless the recipe says otherwise."""
@@ -26,7 +26,7 @@ class Parity(Settings):
 
 
 class Export(Step):
-    """What all exports have in common; `lighten.steps` picks the class by `format`."""
+    """What all exports have in common; `lighten.pipeline.steps` picks the class by `format`."""
 
     kind: ClassVar[str] = "export"
     computes: ClassVar[bool] = False

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lighten.errors import RequestError
-from lighten.process import run_isolated
-from lighten.stage import Report
+from lighten.process.isolate import run_isolated
+from lighten.step import Report
 
 NAME = re.compile(r"cpu|cuda(:[0-9]+)?")
 ROOM = 0.9

@@ -16,8 +16,8 @@ from lighten.model import forms, tokenizer_files
 from lighten.model.config_checks import size
 from lighten.model.files import refuse_pointer, without_pickles
 from lighten.model.forms import EMBEDDING, ENCODERS, HEAD, INDEX, SINGLE, read_config, refuse_pickle
-from lighten.stage import ModelFacts
-from lighten.store import MANIFEST
+from lighten.step import ModelFacts
+from lighten.store.store import MANIFEST
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from lighten.errors import Failure, RequestError
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.files import read_json
 from lighten.model.unpacked import open_checkpoint
-from lighten.stage import Report
+from lighten.step import Report
 
 SHOWN = 3
 """Names that a message shows."""

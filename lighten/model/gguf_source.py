@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lighten.errors import Failure, RequestError, missing_extra, reading
 from lighten.model import tokenizer_table
 from lighten.model.tokenizer_files import DEFAULT
-from lighten.stage import ModelFacts, Report, silent
+from lighten.step import ModelFacts, Report, silent
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from lighten.errors import Failure, RequestError, check_names
-from lighten.links import follow
 from lighten.model import tokenizer_files
 from lighten.model.checkpoint import Checkpoint, read_config
 from lighten.model.config_checks import refuse_code
@@ -25,9 +24,10 @@ from lighten.model.forms import HEAD
 from lighten.model.hub import fetch
 from lighten.model.onnx_source import facts as onnx_facts
 from lighten.model.onnx_source import find_onnx
-from lighten.process import run_isolated
-from lighten.stage import Context, Estimate, ModelFacts, Step, silent
-from lighten.store import MANIFEST, Artifact, hash_file
+from lighten.process.isolate import run_isolated
+from lighten.step import Context, Estimate, ModelFacts, Step, silent
+from lighten.store.links import follow
+from lighten.store.store import MANIFEST, Artifact, hash_file
 
 if TYPE_CHECKING:
     import torch

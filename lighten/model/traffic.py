@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, reading
-from lighten.stage import ModelFacts
+from lighten.step import ModelFacts
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 LARGEST_HEADER = 100_000_000

@@ -6,7 +6,7 @@ from typing import Literal
 
 from lighten.report.cell import Cell, Column, plain
 from lighten.report.numbers import decimals_for, fixed
-from lighten.report.results import Accuracy, Results, Variant
+from lighten.results.results import Accuracy, Results, Variant
 
 
 def accuracy_columns(results: Results) -> list[Column]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lighten.reading import parse_yaml
-from lighten.report.results import Results
+from lighten.data.reading import parse_yaml
+from lighten.results.results import Results
 
 
 def asked(results: Results) -> dict[str, Any]:

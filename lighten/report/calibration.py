@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lighten.data.overlap import THRESHOLD
 from lighten.report.numbers import share, significant
-from lighten.report.results import Calibration, Overlap, Results
+from lighten.results.results import Calibration, Overlap, Results
 
 
 def overlaps(results: Results) -> tuple[str, ...]:

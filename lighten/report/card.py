@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 
 from lighten.errors import LightenError
-from lighten.links import follow
 from lighten.report import claims
 from lighten.report.calibration import amount
 from lighten.report.facts import protocols, sentence, settings, text
@@ -22,10 +21,11 @@ from lighten.report.loading import loading
 from lighten.report.markdown import code, escape, fence, grid_table
 from lighten.report.numbers import NOT_MEASURED, byte_count
 from lighten.report.part import Grid
-from lighten.report.results import Results, Variant
 from lighten.report.shareable import shareable
 from lighten.report.table import table
-from lighten.store import Artifact, read_artifact
+from lighten.results.results import Results, Variant
+from lighten.store.links import follow
+from lighten.store.store import Artifact, read_artifact
 
 CARD = "README.md"
 UNKNOWN = "unknown"

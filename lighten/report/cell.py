@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lighten.report.numbers import NOT_MEASURED, significant
-from lighten.report.results import Variant
+from lighten.results.results import Variant
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lighten.numerics.steady import UNSTEADY
 from lighten.report.numbers import change
-from lighten.report.results import Perplexity, PerplexityDelta, Results, Speed, Variant
-from lighten.steady import UNSTEADY
+from lighten.results.results import Perplexity, PerplexityDelta, Results, Speed, Variant
 
 Ends = tuple[float, float]
 """Low and high end of an interval."""

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 from lighten.report import claims
-from lighten.report.results import Accuracy, Results, Speed, Variant
+from lighten.results.results import Accuracy, Results, Speed, Variant
 
 Fields = Iterator[tuple[str, str | int | float | None]]
 """Name of a column and what stands in it."""

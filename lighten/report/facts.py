@@ -8,7 +8,7 @@ from pydantic import JsonValue
 
 from lighten.report.allocation import allocated
 from lighten.report.numbers import byte_count, significant
-from lighten.report.results import Free, Results
+from lighten.results.results import Free, Results
 
 NAMED = 6
 """Names that are listed before the rest is counted."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lighten.report import claims
 from lighten.report.claims import BROKEN, TOLERANCE
 from lighten.report.numbers import byte_count, change, ratio, significant
-from lighten.report.results import Results, Variant
+from lighten.results.results import Results, Variant
 
 WITHIN = f"{100 * TOLERANCE:g} %"
 

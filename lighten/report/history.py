@@ -16,8 +16,8 @@ from lighten.report.alike import other_protocol, other_setting, other_task, same
 from lighten.report.claims import noisy
 from lighten.report.numbers import NOT_MEASURED, byte_unit, fixed, significant
 from lighten.report.part import Grid, Part
-from lighten.report.results import Accuracy, Results, Variant, load
 from lighten.report.spark import spark
+from lighten.results.results import Accuracy, Results, Variant, load
 
 BREAK = "‖"
 """Stands before a number that is not to be compared with the one before it."""

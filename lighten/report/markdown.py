@@ -14,8 +14,8 @@ from lighten.report.learning import lessons
 from lighten.report.matrix import LEGEND, Matrix, mark, matrix
 from lighten.report.numbers import NOT_MEASURED, byte_count, duration
 from lighten.report.part import Grid, Part
-from lighten.report.results import Cost, Results, StageCost, Variant
 from lighten.report.table import Table, first_line, table
+from lighten.results.results import Cost, Results, StageCost, Variant
 
 
 def markdown(results: Results, earlier: Sequence[Results] = ()) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lighten.report.numbers import NOT_MEASURED, duration
-from lighten.report.results import Load, Results
+from lighten.results.results import Load, Results
 
 LEGEND = (
     "✓ opened the artifact in a process of its own and computed logits, in the time beside it; ✗ tried and failed; "

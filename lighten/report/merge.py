@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lighten.names import elsewhere
 from lighten.report.numbers import significant
-from lighten.report.results import Results, Variant
+from lighten.results.results import Results, Variant
+from lighten.store.names import elsewhere
 
 
 def add(results: Results, others: Iterable[Results]) -> Results:

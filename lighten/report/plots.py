@@ -12,7 +12,7 @@ from lighten.report import claims
 from lighten.report.drawing import FRONT, GROUND, INK, MUTED, legend, sheet
 from lighten.report.numbers import byte_unit
 from lighten.report.pareto import Interval, sure_front
-from lighten.report.results import Results, Variant
+from lighten.results.results import Results, Variant
 
 WIDTH, HEIGHT = 360.0, 272.0
 """Size of a figure in points."""

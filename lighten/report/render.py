@@ -25,12 +25,12 @@ from lighten.report.matrix import LEGEND, mark, matrix
 from lighten.report.pareto import pareto
 from lighten.report.plots import draw, plots
 from lighten.report.points import figures, lively
-from lighten.report.results import Free, Results, Variant
 from lighten.report.roofs import price
 from lighten.report.sections import parts
 from lighten.report.table import first_line, table
 from lighten.report.terminal import terminal
-from lighten.store import write_file
+from lighten.results.results import Free, Results, Variant
+from lighten.store.store import write_file
 
 __all__ = ["csv_table", "html", "markdown", "page", "pareto", "terminal", "write_report"]
 

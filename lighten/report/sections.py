@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from lighten.report.history import history
 from lighten.report.part import Part
-from lighten.report.results import Results
 from lighten.report.roofs import cost, roofline
 from lighten.report.serving import serving
+from lighten.results.results import Results
 
 Section = Callable[[Results, Sequence[Results]], Part | None]
 """Takes the results and those of the earlier versions, oldest first; returns nothing where there is nothing to say."""

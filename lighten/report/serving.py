@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
+from lighten.numerics.steady import REPEATED, apart
 from lighten.report.numbers import NOT_MEASURED, fixed, ratio, share, significant
 from lighten.report.part import Grid, Part
-from lighten.report.results import Percentiles, Results, Served, Speculative, Speed, Variant
-from lighten.steady import REPEATED, apart
+from lighten.results.results import Percentiles, Results, Served, Speculative, Speed, Variant
 
 LOADS = ("Variant", "Requests a second", "Completed", "Tok/s", "First token, ms", "Between tokens, ms", "Server")
 DRAFTS = ("Variant", "Draft", "Proposed at once", "Kept, %", "Tok/s", "Plain, tok/s", "Times", "The same texts")

@@ -11,7 +11,7 @@ import yaml
 
 from lighten.errors import LightenError
 from lighten.report.asked import asked
-from lighten.report.results import Results
+from lighten.results.results import Results
 
 _PATH = re.compile(r"(?<![\w:/.<])(?:~[\w.-]*|\.{1,2})?/(?:[\w.+@=-]+/)+[\w.+@=-]+")
 """A path inside a sentence: two names or more, and none of an address or a closing tag."""

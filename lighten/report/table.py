@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lighten.numerics.steady import UNSTEADY
 from lighten.report import claims
 from lighten.report.accuracy import accuracy_columns
 from lighten.report.calibration import overlaps
 from lighten.report.cell import Cell, Column, plain
-from lighten.report.numbers import (
-    byte_unit,
-    change,
-    decimals_of,
-    fixed,
-    ratio,
-    share,
-    significant,
-)
-from lighten.report.results import Results, Speed, Variant
+from lighten.report.numbers import byte_unit, change, decimals_of, fixed, ratio, share, significant
 from lighten.report.serving import doubts
-from lighten.steady import UNSTEADY
+from lighten.results.results import Results, Speed, Variant
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from rich.text import Text
 from lighten.report.cell import Cell, Column
 from lighten.report.headline import Headline, headline
 from lighten.report.matrix import Matrix, mark, matrix
-from lighten.report.results import Results
 from lighten.report.roofs import lines, prices
 from lighten.report.table import Table, first_line, table
+from lighten.results.results import Results
 
 GAP = 2
 

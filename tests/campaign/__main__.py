@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.evaluate import machine
-from lighten.store import write_json
+from lighten.store.store import write_json
 
 from .disturb import Campaign, Room, Running, Tally, Undisturbed, short_files, small_disk, undisturbed
 from .subject import command, earlier, exported, make_model, steps, timed

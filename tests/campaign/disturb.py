@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lighten.collection import check, collect
-from lighten.store import MANIFEST, Store
+from lighten.store.collection import check, collect
+from lighten.store.store import MANIFEST, Store
 
 from .subject import command, contents, lighten, published
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lighten.store import MANIFEST, Store
+from lighten.store.store import MANIFEST, Store
 
 TIMES = {
     "created", "cached", "predicted", "actual", "speed", "memory", "energy", "load", "machine", "version", "training",

@@ -8,8 +8,8 @@ import pytest
 import typer
 import yaml
 
-from lighten.cli import app
-from lighten.comparison.limits import parse
+from lighten.cli.main import app
+from lighten.compare.limits import parse
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]

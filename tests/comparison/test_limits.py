@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lighten.comparison.difference import Change, Difference, Rate, Task
-from lighten.comparison.limits import FALLS, POINTS, RISES, judge, parse
+from lighten.compare.difference import Change, Difference, Rate, Task
+from lighten.compare.limits import FALLS, POINTS, RISES, judge, parse
 from lighten.errors import RequestError
 from lighten.evaluate.intervals import Interval
 

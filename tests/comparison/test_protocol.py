@@ -2,10 +2,10 @@ from typing import Any
 
 import pytest
 
-from lighten.comparison.protocol import check, same_machine
-from lighten.comparison.side import Side
+from lighten.compare.protocol import check, same_machine
+from lighten.compare.side import Side
 from lighten.errors import RequestError
-from lighten.report.results import Accuracy, Perplexity, Variant
+from lighten.results.results import Accuracy, Perplexity, Variant
 
 PROTOCOL: dict[str, Any] = {
     "data": "builtin", "data_sha256": "d", "ids_sha256": "i", "length": 512, "stride": 512, "bos": False,

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from lighten.comparison.difference import compare
-from lighten.comparison.limits import judge, parse
-from lighten.comparison.side import Side
+from lighten.compare.difference import compare
+from lighten.compare.limits import judge, parse
+from lighten.compare.side import Side
 from lighten.errors import RequestError
-from lighten.report.results import Variant
+from lighten.results.results import Variant
 
 SPEED = {"batch": 1, "prompt": 128, "generate": 64, "spread": 0.01}
 HOW = {"attention": "sdpa", "compile": "off", "cache": "dynamic"}

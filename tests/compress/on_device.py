@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lighten.compress.distill import Distill
-from lighten.compress.prune import Prune
-from lighten.compress.quantize import Quantize
-from lighten.compress.sensitivity import Sensitivities
-from lighten.compress.sweep import Sweep
+from lighten.compress.calibrate.sensitivity import Sensitivities
+from lighten.compress.calibrate.sweep import Sweep
+from lighten.compress.distill.settings import Distill
+from lighten.compress.prune.settings import Prune
+from lighten.compress.quantize.settings import Quantize
 from lighten.model import accelerator, stream
-from lighten.stage import Context, Step
-from lighten.store import Artifact
+from lighten.step import Context, Step
+from lighten.store.store import Artifact
 from tests import pretend
 
 SHAPE = {

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lighten.compress import fold
-from lighten.compress.awq import CLIPS, clip, output_error, search_scale
-from lighten.compress.grid import dequantize, full_range, quantize, rtn
+from lighten.compress.quantize import fold
+from lighten.compress.quantize.awq import CLIPS, clip, output_error, search_scale
+from lighten.compress.quantize.grid import dequantize, full_range, quantize, rtn
 from tests.compress.test_gptq import problem
 
 

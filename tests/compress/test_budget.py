@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lighten.compress.budget import WIDTHS, losses
-from lighten.compress.gptq import gptq
-from lighten.compress.layerwise import ignored
-from lighten.compress.quantize import Quantize
-from lighten.compress.sensitivity import Sensitivities
-from lighten.compress.sweep import Sweep
+from lighten.compress.calibrate.sensitivity import Sensitivities
+from lighten.compress.calibrate.sweep import Sweep
+from lighten.compress.quantize.bits import WIDTHS, losses
+from lighten.compress.quantize.gptq import gptq
+from lighten.compress.quantize.layer import ignored
+from lighten.compress.quantize.settings import Quantize
 from lighten.errors import RequestError
 from lighten.model.sensitivity import Sensitivity
-from lighten.stage import Context
-from lighten.store import Artifact
+from lighten.step import Context
+from lighten.store.store import Artifact
 from tests.compress.test_gptq import problem
 
 IGNORE = ("model.layers.0.mlp.*",)

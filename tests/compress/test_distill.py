@@ -13,16 +13,16 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from lighten.compress import losses
-from lighten.compress.distill import Distill
-from lighten.compress.grid import nearest, rtn
-from lighten.compress.prune import Prune
-from lighten.compress.student import Student
-from lighten.compress.teacher import Lessons, Teacher, batches, last_states
+from lighten.compress.distill import losses
+from lighten.compress.distill.settings import Distill
+from lighten.compress.distill.student import Student
+from lighten.compress.distill.teacher import Lessons, Teacher, batches, last_states
+from lighten.compress.prune.settings import Prune
+from lighten.compress.quantize.grid import nearest, rtn
 from lighten.errors import Failure, RequestError
 from lighten.model.checkpoint import Checkpoint
-from lighten.stage import Context, ModelFacts
-from lighten.store import Artifact
+from lighten.step import Context, ModelFacts
+from lighten.store.store import Artifact
 
 SHAPE = {
     "hidden_size": 64,

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lighten.compress.grid import rtn
-from lighten.compress.quantize import Quantize
-from lighten.compress.sensitivity import Sensitivities
-from lighten.compress.sweep import Sweep
+from lighten.compress.calibrate.sensitivity import Sensitivities
+from lighten.compress.calibrate.sweep import Sweep
+from lighten.compress.quantize.grid import rtn
+from lighten.compress.quantize.settings import Quantize
 from lighten.errors import RequestError
 from lighten.model.packing import unpack_gptq
-from lighten.stage import Context
-from lighten.store import Artifact
+from lighten.step import Context
+from lighten.store.store import Artifact
 
 DOWN = "model.layers.1.mlp.down_proj"
 

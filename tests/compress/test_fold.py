@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lighten.compress import awq, fold, smooth
-from lighten.compress.gram import LayerInputs
+from lighten.compress.calibrate.gram import LayerInputs
+from lighten.compress.quantize import awq, fold, smooth
 from lighten.model.stream import LAYERS
 
 GROUPS = {

@@ -13,15 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lighten.compress import formats, layerwise
-from lighten.compress.grid import rtn
-from lighten.compress.layerwise import ignored
-from lighten.compress.quantize import Quantize
-from lighten.compress.sensitivity import Sensitivities
-from lighten.compress.sweep import Sweep
-from lighten.process import run_isolated
-from lighten.stage import Context
-from lighten.store import Artifact
+from lighten.compress.calibrate.sensitivity import Sensitivities
+from lighten.compress.calibrate.sweep import Sweep
+from lighten.compress.quantize import formats
+from lighten.compress.quantize import layer as layerwise
+from lighten.compress.quantize.grid import rtn
+from lighten.compress.quantize.layer import ignored
+from lighten.compress.quantize.settings import Quantize
+from lighten.process.isolate import run_isolated
+from lighten.step import Context
+from lighten.store.store import Artifact
 
 IGNORE = ("model.layers.0.mlp.*", r"re:\.1\.self_attn\.[ok]_proj$")
 SMALL = {"group_size": 32}
@@ -147,7 +148,7 @@ def stored(step: Quantize, source: Artifact, out: Path, context: Context) -> tup
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layerwise._Layer, "_store", keep)
-        patch.setattr("lighten.workers.crew", lambda *_: 1)  # in this process, where it can be listened to
+        patch.setattr("lighten.process.workers.crew", lambda *_: 1)  # in this process, where it can be listened to
         facts = step.run(source, out, context)
     bits = [name for told in {id(run): run.told for run in runs}.values() for name in told.bits]
     return facts, dict(zip(bits, weights, strict=True))

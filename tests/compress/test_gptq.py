@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lighten.compress.gptq import gptq, inverse_factor
-from lighten.compress.grid import dequantize, quantize, search
-from lighten.compress.layerwise import relative_error
+from lighten.compress.quantize.gptq import gptq, inverse_factor
+from lighten.compress.quantize.grid import dequantize, quantize, search
+from lighten.compress.quantize.layer import relative_error
 
 
 def problem(out: int = 24, width: int = 64, tokens: int = 200, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lighten.compress.quantize import Quantize
-from lighten.compress.sweep import Sweep
+from lighten.compress.calibrate.sweep import Sweep
+from lighten.compress.quantize.settings import Quantize
 from lighten.model.packing import unpack_gptq
-from lighten.process import run_isolated
-from lighten.stage import Context
-from lighten.store import Artifact
+from lighten.process.isolate import run_isolated
+from lighten.step import Context
+from lighten.store.store import Artifact
 
 
 def largest_difference(payload: dict[str, Any], report: Callable[..., None]) -> dict[str, float]:

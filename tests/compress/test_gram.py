@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lighten.compress.gram import LayerInputs, accumulate, exact_products
+from lighten.compress.calibrate.gram import LayerInputs, accumulate, exact_products
 from lighten.model.grams import BLOCK, Gram, GramWriter, read_diagonals, read_index, read_layer
 
 

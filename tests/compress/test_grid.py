@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lighten.compress.grid import (
+from lighten.compress.quantize.grid import (
     NEAR,
     SHRINKS,
     SIGNED_BELOW,

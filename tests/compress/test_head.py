@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lighten.compress.grid import rtn
-from lighten.compress.quantize import Quantize
-from lighten.compress.sensitivity import Sensitivities
-from lighten.compress.sweep import Sweep
+from lighten.compress.calibrate.sensitivity import Sensitivities
+from lighten.compress.calibrate.sweep import Sweep
+from lighten.compress.quantize.grid import rtn
+from lighten.compress.quantize.settings import Quantize
 from lighten.errors import RequestError
 from lighten.model.checkpoint import Checkpoint
-from lighten.process import run_isolated
-from lighten.stage import Context
-from lighten.store import Artifact
+from lighten.process.isolate import run_isolated
+from lighten.step import Context
+from lighten.store.store import Artifact
 
 IDS = (np.arange(48) * 37) % 900
 METHODS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lighten.compress import losses
+from lighten.compress.distill import losses
 
 VOCAB, POSITIONS, HIDDEN = 50, 70, 12
 

@@ -10,21 +10,21 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from lighten.compress.choice import mean_loss
-from lighten.compress.prune import Prune
-from lighten.compress.quantize import Quantize
-from lighten.compress.sensitivity import Sensitivities
-from lighten.compress.sweep import Sweep
-from lighten.compress.thin import Cut, Thinned
+from lighten.compress.calibrate.sensitivity import Sensitivities
+from lighten.compress.calibrate.sweep import Sweep
+from lighten.compress.prune.choice import mean_loss
+from lighten.compress.prune.settings import Prune
+from lighten.compress.prune.thin import Cut, Thinned
+from lighten.compress.quantize.settings import Quantize
 from lighten.errors import RequestError
 from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
-from lighten.export.gguf import write
+from lighten.export.gguf.write import write
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.gguf_source import inspect
 from lighten.model.grams import read_ids, read_index
 from lighten.model.packing import unpack_awq, unpack_gptq
-from lighten.stage import Context
-from lighten.store import Artifact
+from lighten.step import Context
+from lighten.store.store import Artifact
 
 SHAPE = {
     "hidden_size": 128,

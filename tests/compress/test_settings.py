@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from lighten.budget import Budget
-from lighten.compress.layerwise import ignored
-from lighten.compress.quantize import METHODS, Quantize
+from lighten.compress.quantize.layer import ignored
+from lighten.compress.quantize.settings import METHODS, Quantize
 from lighten.errors import RequestError
-from lighten.recipe import parse_settings
-from lighten.stage import ModelFacts
+from lighten.pipeline.recipe import parse_settings
+from lighten.step import ModelFacts
 from tests.test_cli import lighten, refused
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lighten.compress.smooth import SMALLEST, smooth
+from lighten.compress.quantize.smooth import SMALLEST, smooth
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 0.85, 1.0])

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lighten.compress import sparse
-from lighten.compress.amounts import parse_count, parse_pattern
-from lighten.compress.awq import clip
-from lighten.compress.gptq import gptq
-from lighten.compress.grid import rtn
+from lighten.compress.prune import sparse
+from lighten.compress.prune.amounts import parse_count, parse_pattern
+from lighten.compress.quantize.awq import clip
+from lighten.compress.quantize.gptq import gptq
+from lighten.compress.quantize.grid import rtn
 
 
 def problem(outputs: int = 12, width: int = 32, rows: int = 400) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lighten.compress import structured
+from lighten.compress.prune import structured
 
 
 def problem(outputs: int = 10, width: int = 12, rows: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from lighten.compress.sweep import Sweep
+from lighten.compress.calibrate.sweep import Sweep
 from lighten.data.origin import Data, Origin, told
 from lighten.data.text import builtin_text, digest
 

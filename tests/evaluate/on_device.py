@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from lighten.compress.quantize import Quantize
-from lighten.evaluate import device_rows, perplexity, rows
-from lighten.evaluate.runtimes import Question, open_tokenizer
+from lighten.compress.quantize.settings import Quantize
+from lighten.evaluate.perplexity import perplexity
+from lighten.evaluate.runtimes import device_rows, rows
 from lighten.evaluate.runtimes import torch as torch_runtime
+from lighten.evaluate.runtimes.runtime import Question, open_tokenizer
 from lighten.evaluate.runtimes.torch import TorchRuntime
 from lighten.evaluate.settings import Perplexity
 from lighten.model import accelerator
-from lighten.stage import Context, silent
-from lighten.store import Artifact
+from lighten.step import Context, silent
+from lighten.store.store import Artifact
 from tests import pretend
 
 APART = {"nll": 5e-5, "kl": 2e-6, "top1": 0, "hidden": 5e-5}
@@ -84,7 +85,7 @@ def perplexity_file(folder: Path, measured: perplexity.Measured) -> None:
     """Leaves a measurement as `lighten.evaluate.run` does."""
     from safetensors.numpy import save_file
 
-    from lighten.store import write_json
+    from lighten.store.store import write_json
 
     assert measured.hidden is not None
     write_json(folder / perplexity.RESULT, measured.result)

@@ -9,11 +9,11 @@ from safetensors.numpy import load_file
 
 from lighten.data.choices import Choice, load_choices
 from lighten.errors import Failure
-from lighten.evaluate import accuracy
+from lighten.evaluate.accuracy import accuracy
 from lighten.evaluate.run import measure
-from lighten.evaluate.runtimes import Runtime, open_runtime, open_tokenizer
+from lighten.evaluate.runtimes.runtime import Runtime, open_runtime, open_tokenizer
 from lighten.evaluate.settings import Accuracy
-from lighten.stage import silent
+from lighten.step import silent
 from tests.evaluate.conftest import Tiny, score_alone
 
 
@@ -101,7 +101,7 @@ def test_accuracy_is_that_of_a_plain_loop(tiny: Tiny, runtime: Runtime, tmp_path
 
 
 def _gguf(runtime: Runtime, folder: Path, tiny: Tiny) -> Path:
-    from lighten.export import gguf
+    from lighten.export.gguf import write as gguf
 
     gguf.write(tiny(), folder / "tiny.gguf", "F32")
     return folder / "tiny.gguf"

@@ -1,6 +1,6 @@
 import pytest
 
-from lighten.evaluate.cost import cost
+from lighten.evaluate.roofline.cost import cost
 
 
 def test_a_million_tokens_at_the_fastest_shape() -> None:

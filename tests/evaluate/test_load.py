@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from lighten.errors import Failure
-from lighten.evaluate import load
-from lighten.evaluate.load import Served, arrivals, batched, row
 from lighten.evaluate.run import measure
-from lighten.evaluate.runtimes import Ids, Timings
-from lighten.evaluate.server import LlamaServer, own_environment
+from lighten.evaluate.runtimes.runtime import Ids, Timings
 from lighten.evaluate.settings import Load
+from lighten.evaluate.speed import load
+from lighten.evaluate.speed.load import Served, arrivals, batched, row
+from lighten.evaluate.speed.server import LlamaServer, own_environment
 from lighten.model.llama_library import installed
-from lighten.stage import silent
+from lighten.step import silent
 from tests.evaluate.conftest import Tiny
 
 SMALL = {"rate": 20, "requests": 4, "prompt": 20, "generate": 6}
@@ -169,7 +169,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
 
 
 def test_pieces_are_all_different_while_the_text_lasts(tiny: Tiny) -> None:
-    from lighten.evaluate.runtimes import open_tokenizer
+    from lighten.evaluate.runtimes.runtime import open_tokenizer
 
     tokenizer = open_tokenizer(tiny())
     found = load._pieces(tokenizer, Load(requests=30, prompt=50))

@@ -5,10 +5,10 @@ import numpy as np
 import onnx
 import pytest
 
-from lighten.evaluate.runtimes import Question, open_runtime
 from lighten.evaluate.runtimes.onnx import OnnxRuntime
 from lighten.evaluate.runtimes.onnx_packed import packable
-from lighten.stage import silent
+from lighten.evaluate.runtimes.runtime import Question, open_runtime
+from lighten.step import silent
 from tests.evaluate.conftest import score_alone
 from tests.evaluate.test_runtimes import questions
 

@@ -9,12 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure, RequestError
-from lighten.evaluate import accuracy, perplexity, speed
-from lighten.evaluate.runtimes import Runtime, open_runtime, open_tokenizer
+from lighten.evaluate.accuracy import accuracy
+from lighten.evaluate.perplexity import perplexity
+from lighten.evaluate.runtimes.runtime import Runtime, open_runtime, open_tokenizer
 from lighten.evaluate.settings import Accuracy, Perplexity, Speed
+from lighten.evaluate.speed import speed
 from lighten.model import onnx_source
 from lighten.model.source import find
-from lighten.stage import silent
+from lighten.step import silent
 from tests.evaluate.conftest import score_alone
 from tests.evaluate.test_runtimes import questions
 

@@ -10,12 +10,12 @@ from pydantic import ValidationError
 from torch._dynamo.utils import counters
 
 from lighten.errors import Failure
-from lighten.evaluate import options
-from lighten.evaluate.options import lacking
 from lighten.evaluate.run import measure
-from lighten.evaluate.runtimes import Ids, open_runtime
+from lighten.evaluate.runtimes.runtime import Ids, open_runtime
 from lighten.evaluate.settings import Options, Speed
-from lighten.stage import silent
+from lighten.evaluate.speed import options
+from lighten.evaluate.speed.options import lacking
+from lighten.step import silent
 from tests.evaluate.conftest import Tiny
 
 PROMPT = np.random.default_rng(0).integers(0, 900, (2, 12))

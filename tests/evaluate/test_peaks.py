@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lighten.evaluate import peaks
-from lighten.evaluate.peaks import Peaks
+from lighten.evaluate.roofline import peaks
+from lighten.evaluate.roofline.peaks import Peaks
 
 CURVE = [(4_000_000, 100.0), (16_000_000, 80.0), (256_000_000, 20.0)]
 

@@ -22,11 +22,11 @@ from transformers import (
 
 from lighten.data.text import load_text
 from lighten.errors import Failure, RequestError
-from lighten.evaluate import perplexity, protocols
-from lighten.evaluate.head import Head
+from lighten.evaluate.perplexity import perplexity, protocols
 from lighten.evaluate.run import measure
-from lighten.evaluate.runtimes import open_runtime, open_tokenizer
-from lighten.stage import silent
+from lighten.evaluate.runtimes.head import Head
+from lighten.evaluate.runtimes.runtime import open_runtime, open_tokenizer
+from lighten.step import silent
 from tests.evaluate.conftest import Tiny, log_softmax
 
 SETTINGS = {"data": "builtin", "length": 64, "samples": 4}

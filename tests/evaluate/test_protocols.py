@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lighten.data.text import load_documents, load_text
 from lighten.errors import RequestError
-from lighten.evaluate import paired, protocols
+from lighten.evaluate import paired
+from lighten.evaluate.perplexity import protocols
 from lighten.evaluate.run import measure
 from lighten.evaluate.settings import CLOSE, CLUSTERED, Evaluate, Perplexity
-from lighten.plan import check_measurable
-from lighten.recipe import parse_settings
-from lighten.stage import ModelFacts, silent
+from lighten.pipeline.plan import check_measurable
+from lighten.pipeline.recipe import parse_settings
+from lighten.step import ModelFacts, silent
 from tests.evaluate.conftest import Tiny
 
 FACTS = ModelFacts("LlamaForCausalLM", 2, 8, 8, 2, 2, 4, 100, False, context=1024)

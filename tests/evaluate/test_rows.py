@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lighten.evaluate import rows
+from lighten.evaluate.runtimes import rows
 from tests.evaluate.conftest import log_softmax
 
 

@@ -10,14 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure, RequestError
-from lighten.evaluate.runtimes import Question, Runtime, Tokenizer, llama_cpp, open_runtime, open_tokenizer
+from lighten.evaluate.runtimes import llama_cpp
 from lighten.evaluate.runtimes import torch as torch_runtime
 from lighten.evaluate.runtimes.batches import Layout, by_length
+from lighten.evaluate.runtimes.runtime import Question, Runtime, Tokenizer, open_runtime, open_tokenizer
 from lighten.model import gguf_source
 from lighten.model.packing import pack_gptq
 from lighten.model.source import find
-from lighten.process import run_isolated
-from lighten.stage import silent
+from lighten.process.isolate import run_isolated
+from lighten.step import silent
 from tests.evaluate.conftest import Tiny, score_alone
 
 RNG = np.random.default_rng(0)

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure
-from lighten.evaluate import speculative
 from lighten.evaluate.run import measure
-from lighten.evaluate.runtimes import Runtime, open_runtime
+from lighten.evaluate.runtimes.runtime import Runtime, open_runtime
 from lighten.evaluate.settings import Speculative
-from lighten.evaluate.speculative import plain, speculate
-from lighten.stage import silent
+from lighten.evaluate.speed import speculative
+from lighten.evaluate.speed.speculative import plain, speculate
+from lighten.step import silent
 from tests.evaluate.conftest import Tiny
 
 PROMPT = [int(token) for token in np.random.default_rng(0).integers(0, 900, 12)]

@@ -6,14 +6,15 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lighten.evaluate import run, speed
-from lighten.evaluate.energy import Counters, GpuCounters
-from lighten.evaluate.energy import counters as counters_of
+from lighten.evaluate import run
 from lighten.evaluate.machine import fingerprint
 from lighten.evaluate.run import measure, served
-from lighten.evaluate.runtimes import Ids, Timings
+from lighten.evaluate.runtimes.runtime import Ids, Timings
 from lighten.evaluate.settings import Speed
-from lighten.stage import silent
+from lighten.evaluate.speed import speed
+from lighten.evaluate.speed.energy import Counters, GpuCounters
+from lighten.evaluate.speed.energy import counters as counters_of
+from lighten.step import silent
 from tests.evaluate.conftest import Tiny
 
 

@@ -9,14 +9,15 @@ import torch
 from pydantic import ValidationError
 
 from lighten.errors import RequestError
-from lighten.export import budget, ggml
-from lighten.export.gguf import Draft
-from lighten.export.gguf_quantize import importance
-from lighten.export.gguf_step import Gguf
+from lighten.export.gguf import allocate as budget
+from lighten.export.gguf import ggml
+from lighten.export.gguf.quantize import importance
+from lighten.export.gguf.settings import Gguf
+from lighten.export.gguf.write import Draft
 from lighten.model.grams import Gram, GramWriter, read_layer
 from lighten.model.sensitivity import Sensitivity
-from lighten.stage import Context
-from lighten.store import Artifact
+from lighten.step import Context
+from lighten.store.store import Artifact
 from tests.export.test_gguf import logits_of
 from tests.export.test_step import FACTS
 
@@ -145,7 +146,7 @@ def test_the_file_has_the_types_that_were_chosen_and_fits(tiny: Tiny, tmp_path: 
 
 
 def test_a_larger_budget_is_closer_to_the_source(tiny: Tiny, tmp_path: Path) -> None:
-    from lighten.export import gguf as export
+    from lighten.export.gguf import write as export
 
     export.write(tiny(), tmp_path / "plain.gguf")
     ids = list(range(3, 67))

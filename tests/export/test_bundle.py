@@ -17,13 +17,13 @@ from pydantic import ValidationError
 
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
-from lighten.export import bundle, targets
-from lighten.export.bundle_step import Bundle
-from lighten.export.gguf_step import Gguf
-from lighten.process import environment, interpreter
-from lighten.report.results import load
-from lighten.stage import Context, ModelFacts
-from lighten.store import Artifact
+from lighten.export.bundle import bundle, targets
+from lighten.export.bundle.settings import Bundle
+from lighten.export.gguf.settings import Gguf
+from lighten.process.isolate import environment, interpreter
+from lighten.results.results import load
+from lighten.step import Context, ModelFacts
+from lighten.store.store import Artifact
 
 Tiny = Callable[..., Path]
 EIGHT_BILLION = ModelFacts("LlamaForCausalLM", 32, 4096, 14336, 32, 8, 128, 128256, False)

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
-from lighten.export import gguf as export
-from lighten.export import gguf_quantize
-from lighten.export.gguf_types import PLAIN, TYPES
+from lighten.export.gguf import quantize as gguf_quantize
+from lighten.export.gguf import write as export
+from lighten.export.gguf.types import PLAIN, TYPES
 from lighten.model.checkpoint import Checkpoint
 
 Tiny = Callable[..., Path]

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure, RequestError
-from lighten.export import gguf as export
-from lighten.export.gguf_families import FAMILIES, tensor_names
+from lighten.export.gguf import write as export
+from lighten.export.gguf.families import FAMILIES, tensor_names
 from tests.conftest import byte_level, write_tokenizer
 from tests.export.test_gguf import logits_of
 
@@ -261,7 +261,7 @@ def test_a_config_without_what_it_needs_is_one_message(folder: Path, tmp_path: P
 
 
 def test_a_tokenizer_that_strips_is_named_so(folder: Path) -> None:
-    from lighten.export.tokenizer import read_vocabulary
+    from lighten.export.gguf.tokenizer import read_vocabulary
 
     found = read_vocabulary(made(folder, "phi3"), 10**6, {})
     facts = export.Draft(made(folder, "phi3")).facts

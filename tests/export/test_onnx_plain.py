@@ -21,8 +21,8 @@ from transformers import (
 
 import lighten
 from lighten.errors import Failure, RequestError
-from lighten.export import onnx_plain
-from lighten.verbs import measure
+from lighten.export.onnx import plain as onnx_plain
+from lighten.pipeline.verbs import measure
 from tests.conftest import byte_level, write_tokenizer
 
 Tiny = Callable[..., Path]
@@ -232,7 +232,7 @@ def test_a_graph_that_computes_something_else_is_refused(
     saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lighten.model.checkpoint import Checkpoint
-    from lighten.stage import Context
+    from lighten.step import Context
 
     class Wrong:
         def __init__(self, real: Any) -> None:

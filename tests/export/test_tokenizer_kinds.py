@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from lighten.errors import RequestError
 from lighten.evaluate.runtimes.llama_cpp import GgufTokenizer
-from lighten.export import gguf as export
-from lighten.export.tokenizer import read_vocabulary
+from lighten.export.gguf import write as export
+from lighten.export.gguf.tokenizer import read_vocabulary
 from lighten.model.tokenizer_table import TABLE
 from tests.conftest import TEXT, byte_level, sentencepiece
 from tests.export.test_tokenizer import HARD, LEFT_OUT

@@ -12,17 +12,19 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lighten import archive, device, received, recipe
-from lighten.comparison import side
-from lighten.comparison.operand import Version
+from lighten.compare import side
+from lighten.compare.operand import Version
 from lighten.errors import Failure, LightenError
-from lighten.evaluate.harness import files
-from lighten.export import bundle
-from lighten.recommendation import published
-from lighten.recommendation.sizes import sizes_of
-from lighten.report import card, csv_table, markdown, results
+from lighten.evaluate.accuracy.harness import files
+from lighten.export.bundle import archive, bundle
+from lighten.export.bundle import reading as received
+from lighten.pipeline import device, recipe
+from lighten.recommend import published
+from lighten.recommend.sizes import sizes_of
+from lighten.report import card, csv_table, markdown
 from lighten.report.merge import add
 from lighten.report.shareable import shareable
+from lighten.results import results
 from tests.fuzz.frame import answers, fuzz
 from tests.report.sample import raw
 

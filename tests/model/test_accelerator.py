@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lighten.errors import RequestError
-from lighten.evaluate.energy import GpuCounters
+from lighten.evaluate.speed.energy import GpuCounters
 from lighten.model import accelerator
 from lighten.model.accelerator import CPU, Device, resolve
-from lighten.process import Outcome, _explain
-from lighten.stage import silent
+from lighten.process.isolate import Outcome, _explain
+from lighten.step import silent
 
 
 def test_a_processor_is_a_processor_without_asking() -> None:

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from lighten.errors import RequestError
 from lighten.model.adapter import WEIGHTS, Merged
 from lighten.model.source import Source, find
-from lighten.stage import Context
-from lighten.store import Artifact
+from lighten.step import Context
+from lighten.store.store import Artifact
 
 peft = pytest.importorskip("peft")
 

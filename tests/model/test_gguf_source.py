@@ -20,12 +20,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lighten.errors import Failure, LightenError, RequestError
-from lighten.evaluate.runtimes import find_gguf
-from lighten.loaders import recognise
+from lighten.evaluate.loaders.survey import recognise
+from lighten.evaluate.runtimes.runtime import find_gguf
 from lighten.model import gguf_source
 from lighten.model.source import find
 from lighten.model.tokenizer_table import TABLE
-from lighten.stage import ModelFacts
+from lighten.step import ModelFacts
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, INNER, VOCAB = 2, 64, 4, 2, 96, 400
 Make = Callable[..., Path]

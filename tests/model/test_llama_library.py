@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lighten.errors import Failure, RequestError
-from lighten.export import gguf as export
+from lighten.export.gguf import write as export
 from lighten.model import llama_library
 from lighten.model.llama_library import CHOICE, DECLARED, PACKAGES, SOURCE, WHEEL, Installed, installed, load
 

@@ -16,12 +16,12 @@ from lighten.model.checkpoint import Checkpoint
 from lighten.model.forms import read_config
 from lighten.model.loading import from_pretrained, readable
 from lighten.model.source import Source, find
-from lighten.pipeline import Builder, Silent
-from lighten.plan import Predictor, Stage, make_plan
-from lighten.recipe import Recipe
-from lighten.stage import Context
-from lighten.store import Artifact, Store
-from lighten.verbs import one_step
+from lighten.pipeline.plan import Predictor, Stage, make_plan
+from lighten.pipeline.recipe import Recipe
+from lighten.pipeline.run import Builder, Silent
+from lighten.pipeline.verbs import one_step
+from lighten.step import Context
+from lighten.store.store import Artifact, Store
 
 Tiny = Callable[..., Path]
 Weights = dict[str, torch.Tensor]

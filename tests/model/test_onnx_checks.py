@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from lighten import loaders
 from lighten.errors import Failure, LightenError, RequestError
-from lighten.evaluate.runtimes import open_runtime
+from lighten.evaluate.loaders import survey as loaders
+from lighten.evaluate.runtimes.runtime import open_runtime
 from lighten.model.onnx_checks import check_genai
 from lighten.model.onnx_source import genai, read_graph
 from lighten.model.source import find

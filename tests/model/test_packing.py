@@ -20,7 +20,7 @@ from lighten.model.packing import (
     unpack_awq,
     unpack_gptq,
 )
-from lighten.process import run_isolated
+from lighten.process.isolate import run_isolated
 
 
 @settings(deadline=None)

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lighten.compress.distill import Distill
-from lighten.compress.quantize import Quantize
-from lighten.compress.sensitivity import Sensitivities
-from lighten.compress.sweep import Sweep
-from lighten.evaluate.runtimes import open_runtime
+from lighten.compress.calibrate.sensitivity import Sensitivities
+from lighten.compress.calibrate.sweep import Sweep
+from lighten.compress.distill.settings import Distill
+from lighten.compress.quantize.settings import Quantize
+from lighten.evaluate.runtimes.runtime import open_runtime
 from lighten.model import products, stream
-from lighten.stage import Context
-from lighten.store import Artifact
+from lighten.step import Context
+from lighten.store.store import Artifact
 
 SHORT = {"samples": 4, "length": 32}
 

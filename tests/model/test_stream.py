@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lighten.compress.sweep import Sweep
+from lighten.compress.calibrate.sweep import Sweep
 from lighten.errors import RequestError
 from lighten.model import attention
 from lighten.model.architectures import check_architecture
@@ -16,8 +16,8 @@ from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_layer
 from lighten.model.shards import ShardWriter
 from lighten.model.stream import StreamedModel
-from lighten.stage import Context
-from lighten.store import Artifact
+from lighten.step import Context
+from lighten.store.store import Artifact
 
 
 @pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2"])

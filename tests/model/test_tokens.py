@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lighten import pipeline
 from lighten.data.origin import Origin
 from lighten.errors import RequestError
 from lighten.model.template import renderer
 from lighten.model.tokens import calibration_ids, check_text, divided, load_tokenizer
-from lighten.plan import make_plan
-from lighten.recipe import parse
+from lighten.pipeline import run as pipeline
+from lighten.pipeline.plan import make_plan
+from lighten.pipeline.recipe import parse
 
 TALK = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It <b>is</b> 'so'."}]
 TEMPLATE = (
@@ -129,7 +129,7 @@ def test_a_wrong_text_is_refused_when_a_run_is_planned(model: Path, tmp_path: Pa
 
 def test_the_template_and_the_tokenizer_of_a_gguf_file(tiny: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    from lighten.export import gguf
+    from lighten.export.gguf import write as gguf
 
     model = tiny()
     gguf.write(model, tmp_path / "model.gguf", "F32")

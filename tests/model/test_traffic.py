@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lighten.export import gguf as export
+from lighten.export.gguf import write as export
 from lighten.model.source import find
 from lighten.model.traffic import Traffic, traffic
 

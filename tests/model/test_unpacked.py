@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lighten.compress import formats
-from lighten.compress.grid import Quantized
+from lighten.compress.quantize import formats
+from lighten.compress.quantize.grid import Quantized
 from lighten.errors import Failure, RequestError
 from lighten.model.unpacked import open_checkpoint
 

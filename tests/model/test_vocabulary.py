@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lighten.export import gguf as export
+from lighten.export.gguf import write as export
 from lighten.model import vocabulary
 
 Tiny = Callable[..., Path]

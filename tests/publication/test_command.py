@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lighten.report.results import load
+from lighten.results.results import load
 
 from ..report.sample import raw
 

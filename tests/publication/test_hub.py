@@ -15,13 +15,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from lighten.collection import check as check_store
 from lighten.errors import Failure, RequestError
-from lighten.manifest import fault
-from lighten.pipeline import run
-from lighten.publication.hub import check, uploads
-from lighten.report.results import load
-from lighten.store import MANIFEST, Store
+from lighten.pipeline.run import run
+from lighten.report.hub import check, uploads
+from lighten.results.results import load
+from lighten.store.collection import check as check_store
+from lighten.store.manifest import fault
+from lighten.store.store import MANIFEST, Store
 
 from .hub_server import TOKEN, hub
 

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
-from lighten import parity
+from lighten.evaluate.parity import parity
 from lighten.evaluate.runtimes.llama_cpp import GgufTokenizer, LlamaCppRuntime
-from lighten.stage import silent
-from lighten.store import Store, find_damage
+from lighten.step import silent
+from lighten.store.store import Store, find_damage
 
 pytestmark = pytest.mark.real
 CHUNKS, TASKS = 12, 60

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import yaml
 
-from lighten.comparison.operand import Version, find_version
+from lighten.compare.operand import Version, find_version
 from lighten.errors import RequestError
-from lighten.export.targets import TARGETS
-from lighten.plan import make_plan
-from lighten.recipe import parse
-from lighten.recommendation.question import ask
-from lighten.recommendation.recommend import Recommendation, recommend
-from lighten.recommendation.text import lines
-from lighten.report.results import Results
+from lighten.export.bundle.targets import TARGETS
+from lighten.pipeline.plan import make_plan
+from lighten.pipeline.recipe import parse
+from lighten.recommend.question import ask
+from lighten.recommend.recommend import Recommendation, recommend
+from lighten.recommend.text import lines
+from lighten.results.results import Results
 from tests.test_cli import lighten, refused
 
 QUICKSTART = Path(__file__).parents[2] / "benchmarks/results/quickstart.json"

@@ -6,7 +6,7 @@ import hashlib
 import math
 from typing import Any
 
-from lighten.report.results import Results
+from lighten.results.results import Results
 
 PROTOCOL = {"data": "builtin", "sha256": "9f2c51d07a64", "length": 512, "stride": 512, "windows": 40, "bos": False}
 

@@ -15,12 +15,12 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from lighten.collection import check
-from lighten.pipeline import run
+from lighten.pipeline.run import run
 from lighten.report.card import card, cards
 from lighten.report.loading import loading
-from lighten.report.results import Results, load
-from lighten.store import Artifact, Store, find_damage
+from lighten.results.results import Results, load
+from lighten.store.collection import check
+from lighten.store.store import Artifact, Store, find_damage
 
 from .sample import raw, results
 

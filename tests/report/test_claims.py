@@ -13,8 +13,8 @@ from lighten.report.headline import headline
 from lighten.report.history import history
 from lighten.report.markdown import markdown
 from lighten.report.plots import draw, plots
-from lighten.report.results import Results
 from lighten.report.table import table
+from lighten.results.results import Results
 
 from .sample import raw
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lighten.report.csv_table import csv_table
-from lighten.report.results import Results
+from lighten.results.results import Results
 
 from .sample import raw, raw_failed
 

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lighten.recommendation.choose import choose
-from lighten.recommendation.question import ask
+from lighten.recommend.choose import choose
+from lighten.recommend.question import ask
 from lighten.report.headline import headline
 from lighten.report.plots import plots
-from lighten.report.results import Results
 from lighten.report.table import table
+from lighten.results.results import Results
 
 from .sample import raw, raw_failed
 

@@ -9,7 +9,7 @@ import pytest
 
 from lighten.report.history import history, measures, read
 from lighten.report.markdown import markdown, part_text
-from lighten.report.results import Results
+from lighten.results.results import Results
 
 from .sample import raw
 from .test_render import Page

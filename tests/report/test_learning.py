@@ -6,8 +6,8 @@ from typing import Any
 from lighten.report.learning import lessons
 from lighten.report.markdown import markdown
 from lighten.report.render import write_report
-from lighten.report.results import Results
 from lighten.report.table import table
+from lighten.results.results import Results
 
 from .sample import raw
 

@@ -3,7 +3,7 @@ from typing import Any
 from lighten.report import claims, merge
 from lighten.report.headline import headline
 from lighten.report.markdown import markdown
-from lighten.report.results import Results
+from lighten.results.results import Results
 from tests.report.sample import results
 
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lighten import names
 from lighten.errors import Failure, RequestError
 from lighten.report import facts
 from lighten.report.allocation import allocations, draw_allocation
 from lighten.report.drawing import inline
 from lighten.report.plots import draw, place, plots
 from lighten.report.render import html, markdown, terminal, write_report
-from lighten.report.results import Results
 from lighten.report.table import table
+from lighten.results.results import Results
+from lighten.store import names
 
 from .sample import raw, raw_failed, raw_overlapping, results, with_failure
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lighten import names
 from lighten.errors import Failure, RequestError
 from lighten.report import claims
-from lighten.report.results import FILE, Results, Speed, load, save
 from lighten.report.table import Cell, table
-from lighten.store import Store
+from lighten.results.results import FILE, Results, Speed, load, save
+from lighten.store import names
+from lighten.store.store import Store
 
 from .sample import raw, raw_failed, results, with_failure
 

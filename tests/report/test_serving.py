@@ -2,9 +2,9 @@ from typing import Any
 
 import pytest
 
-from lighten.report.results import Results
 from lighten.report.serving import doubts, serving
 from lighten.report.table import table
+from lighten.results.results import Results
 from tests.report.sample import raw
 
 

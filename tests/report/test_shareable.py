@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lighten.report.results import Results
 from lighten.report.shareable import shareable, without_paths
+from lighten.results.results import Results
 
 from .sample import raw
 

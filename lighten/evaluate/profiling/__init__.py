@@ -15,10 +15,10 @@ import numpy as np
 
 from lighten.evaluate.profiling.verdict import Phase, judge
 from lighten.evaluate.run import served
-from lighten.evaluate.runtimes import Runtime
-from lighten.process import share_cores
-from lighten.stage import Report
-from lighten.store import write_json
+from lighten.evaluate.runtimes.runtime import Runtime
+from lighten.process.isolate import share_cores
+from lighten.step import Report
+from lighten.store.store import write_json
 
 TRACE = "trace.json.gz"
 SUMMARY = "profile.json"
@@ -35,7 +35,7 @@ Mark = Callable[[str], AbstractContextManager[Any]]
 
 
 def profile(payload: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Profiles a model as it is served; the target of `lighten.process.run_isolated`.
+    """Profiles a model as it is served; the target of `lighten.process.isolate.run_isolated`.
 
     Args:
         payload: `model` (a path), `out` (an existing directory), `device`, `prompt` and `steps` (tokens).

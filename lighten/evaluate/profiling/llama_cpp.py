@@ -13,7 +13,7 @@ from lighten.evaluate.profiling import PHASES, clock, drive
 from lighten.evaluate.profiling.verdict import Kind, Phase, collected
 from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
 from lighten.model.llama_library import load
-from lighten.store import write_file
+from lighten.store.store import write_file
 
 HEAD = ("result_output", "inp_embd")
 """Names of the nodes of the head and of the embedding."""

@@ -10,7 +10,7 @@ from typing import Any
 from lighten.evaluate.profiling import PHASES, clock, drive
 from lighten.evaluate.profiling.verdict import Kind, Phase, collected
 from lighten.evaluate.runtimes.onnx import OnnxRuntime
-from lighten.store import write_file
+from lighten.store.store import write_file
 
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "MatMulInteger"), "products"),

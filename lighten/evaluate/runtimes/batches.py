@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lighten.evaluate import rows
-from lighten.evaluate.runtimes import Ids, Question, Score
+from lighten.evaluate.runtimes import rows
+from lighten.evaluate.runtimes.runtime import Ids, Question, Score
 
 
 def by_length(

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from lighten.errors import Failure
 from lighten.evaluate import machine
-from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
+from lighten.evaluate.runtimes.runtime import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.model import accelerator
 from lighten.model.gguf_source import check_header
 from lighten.model.llama_library import Library, load
-from lighten.stage import Report, silent
+from lighten.step import Report, silent
 
 BATCH_TOKENS = 512
 ENDINGS = 64

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from lighten.errors import Failure, RequestError, missing_extra
 from lighten.evaluate import machine
-from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.evaluate.runtimes.onnx_packed import Packed, packable
+from lighten.evaluate.runtimes.runtime import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.model import accelerator
 from lighten.model.files import read_json
 from lighten.model.onnx_source import GENAI, KEY, genai, read_graph
-from lighten.stage import Report, silent
+from lighten.step import Report, silent
 
 PAST, PRESENT = KEY, "present."
 BATCH_TOKENS = 384

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lighten.evaluate.runtimes import Question, Score
 from lighten.evaluate.runtimes.batches import Layout, Row, read_scores
+from lighten.evaluate.runtimes.runtime import Question, Score
 from lighten.model.onnx_source import KEY
 
 ATTENTION, POSITIONS, MASK, WANTED = "GroupQueryAttention", "position_ids", "attention_bias", "wanted_rows"

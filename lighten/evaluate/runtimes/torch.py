@@ -17,17 +17,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lighten.errors import Failure, RequestError, missing_extra
-from lighten.evaluate import device_rows
-from lighten.evaluate.options import ATTENTION, Caches, compiled, lacking
-from lighten.evaluate.runtimes import Decoding, Floats, Ids, Question, Score, Text, Timings
+from lighten.evaluate.runtimes import device_rows
 from lighten.evaluate.runtimes.batches import Layout, attended, by_length, read_scores
+from lighten.evaluate.runtimes.runtime import Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.evaluate.settings import Options
+from lighten.evaluate.speed.options import ATTENTION, Caches, compiled, lacking
 from lighten.model import accelerator, llama_library
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.loading import from_pretrained
 from lighten.model.packing import unpack_awq
-from lighten.stage import Report, silent
+from lighten.step import Report, silent
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens of a batch of questions."""

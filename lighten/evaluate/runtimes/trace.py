@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lighten.evaluate.runtimes import Floats, Ids, Runtime
+from lighten.evaluate.runtimes.runtime import Floats, Ids, Runtime
 from lighten.model.llama_library import load
 
 States = dict[str, Floats]

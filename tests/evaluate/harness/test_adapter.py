@@ -11,15 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lighten.errors import Failure
-from lighten.evaluate.harness.generation import Sampling, write
-from lighten.evaluate.runtimes import open_runtime, open_tokenizer
-from lighten.stage import silent
+from lighten.evaluate.accuracy.harness.generation import Sampling, write
+from lighten.evaluate.runtimes.runtime import open_runtime, open_tokenizer
+from lighten.step import silent
 from tests.evaluate.conftest import Tiny
 
 pytest.importorskip("lm_eval")
 from lm_eval.models.huggingface import HFLM
 
-from lighten.evaluate.harness.adapter import RuntimeLM
+from lighten.evaluate.accuracy.harness.adapter import RuntimeLM
 
 PAIRS = [
     ("The dog went to the", " park and slept"),

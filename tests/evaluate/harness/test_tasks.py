@@ -11,15 +11,16 @@ from safetensors.numpy import load_file, save_file
 
 from lighten.data.choices import load_choices
 from lighten.errors import RequestError
-from lighten.evaluate import harness, paired
+from lighten.evaluate import paired
+from lighten.evaluate.accuracy import harness
 from lighten.evaluate.run import measure
 from lighten.evaluate.settings import Accuracy
-from lighten.stage import silent
+from lighten.step import silent
 from tests.evaluate.conftest import Tiny
 from tests.test_cli import lighten, refused
 
 pytest.importorskip("lm_eval")
-from lighten.evaluate.harness import tasks
+from lighten.evaluate.accuracy.harness import tasks
 
 HELLASWAG = """task: {name}
 dataset_path: json

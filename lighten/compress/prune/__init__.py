@@ -1,0 +1,1 @@
+"""Taking weights, channels, heads and layers out."""

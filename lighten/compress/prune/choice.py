@@ -1,0 +1,197 @@
+"""What to prune: orders of removal from the Grams, and the mixture that reaches a size at the least damage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lighten.compress.prune import structured
+from lighten.compress.prune.amounts import Target
+from lighten.compress.prune.settings import Prune
+from lighten.compress.prune.thin import DOWN, OUTPUT, Cut, Thinned
+from lighten.errors import RequestError
+from lighten.model.checkpoint import Checkpoint
+from lighten.model.grams import read_ids, read_index, read_layer
+from lighten.model.sensitivity import Sensitivity
+from lighten.model.stream import LAYERS, StreamedModel
+from lighten.process.workers import crew, ordered
+from lighten.step import Context
+
+SEQUENCES = 8
+"""Samples that damage is measured on."""
+SHARES = (0.125, 0.25, 0.375, 0.5)
+"""Shares of channels, and of layers, whose damage is measured; in between it is interpolated."""
+HEADS = 3
+"""Key/value heads that a target may remove at most."""
+
+
+class Choices:
+    """Everything that can be known about removing parts of one model; orders are computed once, when asked for."""
+
+    def __init__(self, step: Prune, checkpoint: Checkpoint, context: Context) -> None:
+        self.step, self.checkpoint, self.context = step, checkpoint, context
+        self.facts = checkpoint.facts
+        self.warnings: list[str] = []
+        self._orders: dict[str, list[list[int]]] = {}
+        self._scores = Sensitivity.read(context.sensitivity).heads if context.sensitivity else {}
+
+    def cut(self, mlp: int = 0, heads: int = 0, layers: int = 0) -> Cut:
+        """Returns which channels of every layer, key/value heads of every layer, and layers go."""
+        channels = {index: order[:mlp] for index, order in enumerate(self._order("mlp", mlp))} if mlp else {}
+        groups = {index: order[:heads] for index, order in enumerate(self._order("heads", heads))} if heads else {}
+        gone: list[int] = []
+        if layers:
+            assert self.context.grams
+            angles = read_index(self.context.grams)["angles"]
+            gone = structured.layers_to_remove(angles, layers, bool(self.step.contiguous))
+        return Cut(channels, groups, tuple(gone))
+
+    def _order(self, what: str, count: int) -> list[list[int]]:
+        """Returns for every layer what to remove, the first first: at least `count`."""
+        known = self._orders.get(what)
+        if known is None or len(known[0]) < count:
+            workers = crew(self.facts.layers, self.step.bytes_of_a_layer(self.facts), self.context.device)
+
+            def report(done: int) -> None:
+                self.context.report(done, self.facts.layers, f"choosing {what}, layer {done}/{self.facts.layers}")
+
+            answers = list(ordered(lambda i: self._one_order(what, i, count), self.facts.layers, workers, report))
+            self._orders[what] = known = [order for order, _ in answers]
+            self.warnings += [warning for _, warning in answers if warning]
+        return known
+
+    def _one_order(self, what: str, index: int, count: int) -> tuple[list[int], str | None]:
+        facts, step = self.facts, self.step
+        linear, size = (DOWN, 1) if what == "mlp" else (OUTPUT, facts.head_dim * (facts.heads // facts.kv_heads))
+        with torch.inference_mode():
+            if step.score == "taylor":
+                scores = torch.tensor(self._scores[str(index)]).view(facts.kv_heads, -1).sum(1)
+                return torch.argsort(scores, stable=True).tolist()[:count], None
+            weight = self.checkpoint.tensor(f"{LAYERS}{index}.{linear}.weight").to(self.context.device)
+            assert self.context.grams
+            gram = read_layer(self.context.grams, index, self.context.device)[0][linear].matrix()
+            if step.score != "energy":
+                try:
+                    return structured.removal_order(weight, gram, size, count, step.damp_percent or 0.0), None
+                except ArithmeticError as error:
+                    told = f"{LAYERS}{index}.{linear}: chosen by energy, for its Gram is {error}; give it more text"
+                    return structured.energy_order(weight, gram.diagonal(), size)[:count], told
+            return structured.energy_order(weight, gram.diagonal(), size)[:count], None
+
+    # a target
+
+    def reach(self, target: Target) -> tuple[Cut, dict[str, Any]]:
+        """Returns the cut that leaves few enough weights at the least damage, and what was measured.
+
+        Damage is what removing a part adds to the mean loss on some of the calibration text. That of every way by
+        itself is measured at a few amounts; of a mixture the sum is predicted, and the chosen one is measured too.
+
+        Raises:
+            RequestError: nothing that may be removed makes the model so small.
+        """
+        facts = self.facts
+        multiple = self.step.multiple_of(facts)
+        steps = {
+            "mlp": [n for n in range(facts.intermediate // 2 + 1) if (facts.intermediate - n) % multiple == 0],
+            "heads": list(range(min(HEADS, facts.kv_heads - 1) + 1)),
+            "layers": list(range(facts.layers // 2 + 1)),
+        }
+        most = target.most(facts)
+
+        def params(choice: tuple[int, ...]) -> int:
+            counts = [found[index] for found, index in zip(steps.values(), choice, strict=True)]
+            return self._params(*counts)
+
+        smallest = params(tuple(len(found) - 1 for found in steps.values()))
+        if smallest > most:
+            raise RequestError(
+                f"{most:,} weights cannot be reached: half of the channels and layers, and "
+                f"{steps['heads'][-1]} of {facts.kv_heads} key/value heads, may go, which leaves {smallest:,}"
+            )
+        measured = {way: self._probes(way, counts) for way, counts in steps.items()}
+        total = 2 + sum(map(len, measured.values()))
+        done = 0
+
+        def damage(cut: Cut | None) -> float:
+            nonlocal done
+            self.context.report(done, total, f"measuring damage {done + 1}/{total}")
+            done += 1
+            return self._loss(cut)
+
+        base = damage(None)
+        self.cut(**{way: counts[-1] for way, counts in steps.items()})  # one order for every amount
+        points = {
+            way: [(0, 0.0), *((n, damage(self.cut(**{way: n})) - base) for n in counts)]
+            for way, counts in measured.items()
+        }
+        curves = [[_between(points[way], count) for count in counts] for way, counts in steps.items()]
+        choice = structured.cheapest(curves, params, most)
+        assert choice
+        chosen = {way: counts[index] for (way, counts), index in zip(steps.items(), choice, strict=True)}
+        cut = self.cut(**chosen)
+        told = {
+            "chosen": chosen,
+            "loss": base,
+            "damage": {
+                "predicted": sum(curve[index] for curve, index in zip(curves, choice, strict=True)),
+                "measured": damage(cut) - base,
+            },
+            "damages": {way: [{"gone": n, "loss": d} for n, d in found] for way, found in points.items()},
+        }
+        return cut, {"target": told}
+
+    def _probes(self, way: str, counts: list[int]) -> list[int]:
+        """Returns the amounts whose damage is measured."""
+        if way == "heads":
+            return counts[1:]
+        total = self.facts.intermediate if way == "mlp" else self.facts.layers
+        found = set(counts[1:2] if way == "layers" else [])
+        for wanted in (share * total for share in SHARES if counts[1:]):
+            near = [(abs(count - wanted), count) for count in counts[1:]]
+            found.add(min(near)[1])
+        return sorted(found)
+
+    def _params(self, channels: int, groups: int, layers: int) -> int:
+        """Returns the weights that are left when so much goes."""
+        from dataclasses import replace
+
+        facts = self.facts
+        shared = facts.kv_heads - groups
+        left = replace(
+            facts,
+            intermediate=facts.intermediate - channels,
+            kv_heads=shared,
+            heads=shared * (facts.heads // facts.kv_heads),
+            layers=facts.layers - layers,
+        )
+        return left.params
+
+    def _loss(self, cut: Cut | None) -> float:
+        step, context = self.step, self.context
+        assert context.grams
+        grams = context.grams if step.repair else None
+        thin = (
+            Thinned(self.checkpoint, cut, grams, step.damp_percent or 0.0, context.device) if cut else self.checkpoint
+        )
+        ids = read_ids(context.grams)
+        return mean_loss(thin, ids[:: -(-len(ids) // SEQUENCES)], context)
+
+
+def mean_loss(model: Checkpoint, ids: torch.Tensor, context: Context) -> float:
+    """Returns the mean loss of a model on `ids` `[samples, length]`, one layer in memory at a time."""
+    streamed = StreamedModel(model, context.device, trust_remote_code=context.trust_remote_code)
+    hidden, arguments = streamed.embed(ids)
+    for index, layer in streamed.stream():
+        with torch.inference_mode():
+            hidden = layer(hidden.to(context.device), **arguments[index]).to(hidden.device)
+    return streamed.loss(hidden, ids)
+
+
+def _between(points: list[tuple[int, float]], count: int) -> float:
+    """Returns the damage of an amount, on straight lines between those that were measured."""
+    after = next((place for place, (n, _) in enumerate(points) if n >= count), len(points) - 1)
+    if after == 0:
+        return points[0][1]
+    (low, least), (high, most) = points[after - 1], points[after]
+    return least + (most - least) * (count - low) / (high - low)

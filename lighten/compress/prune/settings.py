@@ -1,0 +1,295 @@
+"""The `prune` step: a smaller dense model, or the same one with zeros."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lighten.compress.prune.amounts import Target, parse_pattern
+from lighten.errors import RequestError
+from lighten.step import Context, Estimate, ModelFacts, Step
+from lighten.store.store import Artifact
+
+if TYPE_CHECKING:
+    from lighten.compress.prune.thin import Cut
+    from lighten.model.checkpoint import Checkpoint
+
+STRUCTURED: dict[str, dict[str, Any]] = {
+    "mlp": {"score": "cost", "repair": True, "multiple": None},
+    "heads": {"score": "cost", "repair": True},
+    "layers": {"contiguous": True},
+}
+SPARSE: dict[str, dict[str, Any]] = {
+    "magnitude": {"scope": "layer"},
+    "wanda": {},
+    "sparsegpt": {},
+}
+DAMPING = {"mlp": 0.01, "heads": 0.01, "sparsegpt": 0.01}
+MULTIPLES = (64, 32, 16, 8, 4, 2, 1)
+
+
+class Prune(Step):
+    """Fewer channels, heads or layers, chosen and repaired by the sweep; or weights that become zero."""
+
+    kind: ClassVar[str] = "prune"
+    version: ClassVar[int] = 1
+
+    what: Literal["mlp", "heads", "layers"] | None = Field(
+        None, description="make the model smaller: MLP channels, key/value heads with their query heads, whole layers"
+    )
+    ratio: float | None = Field(None, gt=0, lt=1, description="share of the channels, heads or layers that goes")
+    count: int | None = Field(None, ge=1, description="instead of a ratio: how many go from every layer, or layers")
+    target: Target | None = Field(
+        None, description="ratio=0.2 or params=100M: choose among channels, heads and layers by what each costs"
+    )
+    score: Literal["cost", "energy", "taylor"] | None = Field(
+        None, description="mlp, heads: what losing it costs after the repair, what it gives, or gradients (heads only)"
+    )
+    repair: bool | None = Field(None, description="mlp, heads: refit what stays to the old output (default: yes)")
+    multiple: int | None = Field(
+        None, ge=1, description="mlp: channels that stay are a multiple of this (default: 64 or what divides the width)"
+    )
+    contiguous: bool | None = Field(None, description="layers: one run of layers, or any of them (default: one run)")
+    method: Literal["magnitude", "wanda", "sparsegpt"] | None = Field(None, description="put zeros in place instead")
+    sparsity: float | None = Field(None, gt=0, lt=1, description="share of the weights that become zero")
+    pattern: str | None = Field(None, description="instead of a sparsity: N of every M weights are kept, such as 2:4")
+    scope: Literal["layer", "global"] | None = Field(
+        None, description="magnitude: compare the weights of one matrix, or of the whole model (default: layer)"
+    )
+    damp_percent: float | None = Field(
+        None, gt=0, lt=1, description="share of the mean of diag(H) that is added to it (default: 0.01)"
+    )
+    ignore: tuple[str, ...] = Field((), description="zeros: modules to leave alone: *.0.mlp.* or re:REGEX")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_way(cls, given: Any) -> Any:
+        """Fills in the defaults of what was asked for, and refuses settings of something else."""
+        if not isinstance(given, dict):
+            return given
+        given = {name: value for name, value in given.items() if value not in (None, [], ())}
+        ways = [name for name in ("what", "target", "method") if name in given]
+        if len(ways) != 1:
+            raise ValueError(
+                "say one of the three: what (mlp, heads, layers), target (ratio or params), "
+                "method (magnitude, wanda, sparsegpt)"
+            )
+        name = ways[0] if ways[0] == "target" else str(given[ways[0]])
+        defaults: dict[str, Any]
+        amounts: list[str] = []
+        if ways[0] == "target":
+            defaults = {"repair": True, "contiguous": True, "multiple": None}
+        elif ways[0] == "what":
+            defaults, amounts = STRUCTURED.get(name, {}), ["ratio", "count"]
+        else:
+            defaults, amounts = {**SPARSE.get(name, {}), "ignore": ()}, ["sparsity", "pattern"]
+        if name in DAMPING or name == "target":
+            defaults = {**defaults, "damp_percent": DAMPING.get(name, 0.01)}
+        able = [ways[0], *amounts, *defaults]
+        for key in given:
+            if key in cls.model_fields and key not in able:
+                raise ValueError(f"{name} has no setting {key}; it has {', '.join(able[1:])}")
+        if amounts and sum(key in given for key in amounts) != 1:
+            raise ValueError(f"{name} needs one of the two: {' or '.join(amounts)}")
+        return {**{key: value for key, value in defaults.items() if value is not None}, **given}
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> Self:
+        if self.score == "taylor" and self.what != "heads":
+            raise ValueError("the score taylor is for heads: for channels there is cost and energy")
+        if self.pattern:
+            parse_pattern(self.pattern)
+        if self.scope == "global" and self.pattern:
+            raise ValueError("a pattern is a choice among neighbours: scope: global is for a sparsity")
+        return self
+
+    def key_config(self) -> dict[str, Any]:
+        """Returns the settings that are given or have a default here."""
+        return {name: value for name, value in self.model_dump(mode="json").items() if value not in (None, [])}
+
+    def needs_sweep(self) -> bool:
+        """Whether it reads Grams, or the angles between layers."""
+        return self.method != "magnitude"
+
+    def needs_sensitivity(self) -> bool:
+        """Whether it reads gradients."""
+        return self.score == "taylor"
+
+    def check(self, facts: ModelFacts) -> None:
+        """Raises RequestError where nothing would be left, or a pattern does not divide a width."""
+        if self.pattern:
+            of = parse_pattern(self.pattern)[1]
+            attention = facts.heads * facts.head_dim
+            for name, width in (("hidden_size", facts.hidden), ("attention", attention), ("MLP", facts.intermediate)):
+                if width % of:
+                    raise RequestError(
+                        f"the pattern {self.pattern} does not divide the {name} width {width} of this model: "
+                        f"use one whose second number does, or a sparsity"
+                    )
+        if self.what:
+            total, names = self._total(facts)
+            gone = self.amount(facts)
+            if gone >= total:
+                asked = f"ratio {self.ratio:g}" if self.ratio else f"count {self.count}"
+                raise RequestError(
+                    f"{asked} would leave no {names}: this model has {total} {names}"
+                    + (" (a key/value head goes with the query heads that read it)" if self.what == "heads" else "")
+                    + f"; at most {total - 1} can go"
+                )
+            if gone == 0:
+                raise RequestError(f"ratio {self.ratio:g} of {total} {names} is none: ask for more, or give a count")
+        if self.target:
+            self.target.check(facts)
+
+    def _total(self, facts: ModelFacts) -> tuple[int, str]:
+        return {
+            "mlp": (facts.intermediate, "MLP channels"),
+            "heads": (facts.kv_heads, "key/value heads"),
+            "layers": (facts.layers, "layers"),
+        }[str(self.what)]
+
+    def multiple_of(self, facts: ModelFacts) -> int:
+        """Returns what the number of MLP channels that stay is a multiple of."""
+        return self.multiple or next(each for each in MULTIPLES if facts.intermediate % each == 0)
+
+    def amount(self, facts: ModelFacts) -> int:
+        """Returns how many channels, heads or layers go."""
+        total, _ = self._total(facts)
+        if self.count:
+            return self.count
+        assert self.ratio
+        if self.what == "mlp":
+            multiple = self.multiple_of(facts)
+            return total - round(total * (1 - self.ratio) / multiple) * multiple
+        return round(self.ratio * total)
+
+    def result(self, facts: ModelFacts) -> ModelFacts:
+        """Returns the sizes of the pruned model; those of a target are known only when it is built."""
+        if self.what == "mlp":
+            return replace(facts, intermediate=facts.intermediate - self.amount(facts))
+        if self.what == "heads":
+            left = facts.kv_heads - self.amount(facts)
+            return replace(facts, kv_heads=left, heads=left * (facts.heads // facts.kv_heads))
+        if self.what == "layers":
+            return replace(facts, layers=facts.layers - self.amount(facts))
+        return facts
+
+    def check_source(self, form: str, facts: ModelFacts) -> None:
+        """Refuses what is not plain weights."""
+        if form != "hf":
+            raise RequestError(f"this model is {form}: prune the one that it was made from")
+
+    def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
+        """Returns the factorisations of every layer, and the evaluations that a target needs."""
+        linears = facts.layers * facts.layer_linear_params
+        width = facts.intermediate
+        flops = 0.0
+        if self.method == "sparsegpt":
+            flops = 1.5 * (facts.layer_linear_params * facts.hidden * 2 + 3 * facts.hidden**3 + width**3)
+        elif self.what == "mlp" or self.target:
+            flops = 12.0 * (width**3 + 2 * width**2 * facts.hidden)
+        evaluations = 12 if self.target else 0
+        forward = 2.0 * (linears + facts.embedding_params) * 8 * 512
+        return Estimate(
+            fast_flops=evaluations * forward,
+            float32_flops=flops * facts.layers,
+            seconds=2e-8 * linears,
+            peak_bytes=500_000_000 + self.bytes_of_a_layer(facts),
+            disk_bytes=2 * facts.params,
+        )
+
+    def bytes_of_a_layer(self, facts: ModelFacts) -> int:
+        """Returns about what working on one layer takes."""
+        grams = 2 * facts.gram_elements if self.needs_sweep() else 0
+        return 4 * (3 * grams + 3 * facts.layer_linear_params)
+
+    def run(self, source: Artifact, out: Any, context: Context) -> dict[str, Any]:
+        """Writes the pruned model.
+
+        Raises:
+            RequestError: the source is quantized, or a target cannot be reached.
+        """
+        from lighten.model.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint(source.path)
+        if checkpoint.quantization:
+            raise RequestError(f"this model is {source.format}: prune the one that it was made from")
+        if self.method:
+            from lighten.compress.prune.zeros import write
+
+            return write(self, checkpoint, out, context)
+        return _shrink(self, checkpoint, out, context)
+
+
+def _shrink(step: Prune, checkpoint: Checkpoint, out: Any, context: Context) -> dict[str, Any]:
+    """Chooses what goes, and writes what is left."""
+    import torch
+
+    from lighten.compress.prune.choice import Choices
+    from lighten.compress.prune.thin import Thinned
+    from lighten.model.shards import ShardWriter
+    from lighten.model.stream import LAYERS
+
+    facts = checkpoint.facts
+    with torch.inference_mode():
+        choices = Choices(step, checkpoint, context)
+        told: dict[str, Any] = {}
+        if step.target:
+            cut, told = choices.reach(step.target)
+        else:
+            cut = choices.cut(**{str(step.what): step.amount(facts)})
+        grams = context.grams if step.repair else None
+        thin = Thinned(checkpoint, cut, grams, step.damp_percent or 0.0, context.device)
+        names = list(thin.weight_map)
+        params = done = 0
+        with ShardWriter(out, len(names)) as writer:
+            for name in names:
+                if not name.startswith(LAYERS):
+                    tensor = thin.tensor(name)
+                    params += tensor.numel()
+                    writer.add(name, tensor)
+            for layer in range(thin.facts.layers):
+                for rest, tensor in thin.tensors(f"{LAYERS}{layer}.").items():
+                    params += tensor.numel()
+                    writer.add(f"{LAYERS}{layer}.{rest}", tensor)
+                context.report(done := done + 1, thin.facts.layers, f"layer {done}/{thin.facts.layers}")
+    checkpoint.write_others(out, thin.config)
+    context.warnings += choices.warnings
+    if thin.facts.architecture != facts.architecture:
+        context.warnings.append(
+            f"written as {thin.facts.architecture}, which computes the same as {facts.architecture} and allows "
+            f"{thin.facts.heads} heads for {facts.hidden} channels"
+        )
+    if thin.unrepaired:
+        context.warnings.append(
+            f"{len(thin.unrepaired)} linears were not repaired, for their Gram could not be factorised "
+            f"({thin.unrepaired[0]}): give it more text"
+        )
+    left = thin.facts
+    return {
+        "format": "hf",
+        "dtype": "bfloat16",
+        "params": params,
+        "removed": removed(cut),
+        "left": {
+            "layers": left.layers,
+            "intermediate": left.intermediate,
+            "heads": left.heads,
+            "kv_heads": left.kv_heads,
+        },
+        **told,
+    }
+
+
+def removed(cut: Cut) -> dict[str, Any]:
+    """Returns what went, for the facts."""
+    found: dict[str, Any] = {}
+    if cut.channels:
+        found["mlp_channels"] = len(next(iter(cut.channels.values())))
+    if cut.groups:
+        found["kv_heads"] = {str(layer): sorted(gone) for layer, gone in cut.groups.items()}
+    if cut.layers:
+        found["layers"] = list(cut.layers)
+    return found

@@ -1,0 +1,120 @@
+"""Writing a model with zeros among its weights: magnitude, Wanda, SparseGPT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lighten.compress.layers import Add, write_layers
+from lighten.compress.prune import sparse
+from lighten.compress.prune.settings import Prune
+from lighten.compress.quantize.layer import ignored
+from lighten.model.checkpoint import Checkpoint
+from lighten.model.grams import read_layer
+from lighten.model.shards import ShardWriter
+from lighten.model.stream import LAYERS
+from lighten.process.workers import crew
+from lighten.step import Context
+
+HONEST = (
+    "its zeros save neither bytes nor time: files and dense runtimes hold and multiply them like any other number; "
+    "what they are worth is a runtime with sparse kernels, or a start for training"
+)
+
+
+def write(step: Prune, checkpoint: Checkpoint, out: Path, context: Context) -> dict[str, Any]:
+    """Writes the model with zeros in the linears of its layers; returns the facts."""
+    facts = checkpoint.facts
+    workers = crew(facts.layers, step.bytes_of_a_layer(facts), context.device)
+    threshold = _threshold(step, checkpoint) if step.scope == "global" else None
+    total = gone = 0
+    fallbacks: list[str] = []
+    kept: list[str] = []
+
+    def report(done: int) -> None:
+        context.report(done, facts.layers, f"layer {done}/{facts.layers}")
+
+    with ShardWriter(out, len(checkpoint.weight_map)) as writer:
+        for name in checkpoint.weight_map:
+            if not name.startswith(LAYERS):
+                writer.add(name, checkpoint.tensor(name))
+        tensors = len(checkpoint.weight_map)
+        layer = _Layers(step, checkpoint, context, threshold)
+        for told in write_layers(writer, out, facts.layers, workers, layer.prune, tensors, report):
+            total, gone = total + told["weights"], gone + told["zeros"]
+            fallbacks += told["fallbacks"]
+            kept += told["kept"]
+    checkpoint.write_others(out, checkpoint.config)
+    context.warnings.append(HONEST)
+    if fallbacks:
+        context.warnings.append(
+            f"{len(fallbacks)} linears were pruned by wanda instead, for their Gram could not be factorised "
+            f"({fallbacks[0]}): give it more text"
+        )
+    return {
+        "format": "hf",
+        "dtype": "bfloat16",
+        "method": step.method,
+        "params": facts.params,
+        "pattern": step.pattern,
+        "zeros": gone,
+        "sparsity": gone / total,
+        "kept": [{"what": name, "why": "left alone (ignore)"} for name in kept],
+    }
+
+
+def _threshold(step: Prune, checkpoint: Checkpoint) -> float:
+    assert step.sparsity
+    counted = sparse.Magnitudes()
+    for layer in range(checkpoint.facts.layers):
+        for name, tensor in checkpoint.tensors(f"{LAYERS}{layer}.").items():
+            if tensor.dim() == 2 and not ignored(f"{LAYERS}{layer}.{name.removesuffix('.weight')}", step.ignore):
+                counted.add(tensor)
+    return counted.threshold(step.sparsity)
+
+
+class _Layers:
+    """The layers of a checkpoint on their way to zeros."""
+
+    def __init__(self, step: Prune, checkpoint: Checkpoint, context: Context, threshold: float | None) -> None:
+        self.step, self.checkpoint, self.context, self.threshold = step, checkpoint, context, threshold
+
+    def prune(self, index: int, add: Add) -> dict[str, Any]:
+        """Hands over the tensors of a layer; returns counts and what is to be said."""
+        step, prefix = self.step, f"{LAYERS}{index}."
+        device = self.context.device
+        grams, read_by = read_layer(self.context.grams, index, device) if self.context.grams else ({}, {})
+        told: dict[str, Any] = {"weights": 0, "zeros": 0, "fallbacks": [], "kept": []}
+        ready: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for name, tensor in self.checkpoint.tensors(prefix).items():
+            linear = name.removesuffix(".weight")
+            if tensor.dim() == 2 and ignored(prefix + linear, step.ignore):
+                told["kept"].append(prefix + linear)
+            elif tensor.dim() == 2:
+                weight = tensor.to(device)
+                gram = grams[read_by[linear]] if grams else None
+                sparsity = step.sparsity or 0.0
+                if gram is None:
+                    found = (
+                        sparse.magnitude(weight, sparsity, step.pattern)
+                        if self.threshold is None
+                        else sparse.above(weight, self.threshold)
+                    )
+                elif step.method == "wanda":
+                    found = sparse.wanda(weight, gram.diagonal(), sparsity, step.pattern)
+                else:
+                    try:
+                        first = read_by[linear]
+                        if first not in ready:  # q, k and v read the same, and so do gate and up
+                            ready = {first: sparse.prepare(gram.matrix(), step.damp_percent or 0.01)}
+                        found = sparse.sparsegpt(weight, ready[first], sparsity, step.pattern)
+                    except ArithmeticError:
+                        told["fallbacks"].append(prefix + linear)
+                        found = sparse.wanda(weight, gram.diagonal(), sparsity, step.pattern)
+                tensor = found.to(tensor.dtype).cpu()
+                told["weights"] += tensor.numel()
+                told["zeros"] += int((tensor == 0).sum())
+            add(prefix + name, tensor)
+        return told

@@ -1,0 +1,131 @@
+"""GPTQ: rounding column by column, every error made good by the columns still to come.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2023),
+algorithm 1: with H⁻¹ = UᵀU (U upper triangular), rounding column j by an error e changes every later column k by
+−e · U[j,k] / U[j,j].
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lighten.compress.quantize.grid import Quantized, dequantize, quantize, search
+
+DAMPINGS = 10
+BLOCK = 128
+LEAF = 128
+"""Width up to which a triangular matrix is inverted at once."""
+
+
+def inverse_factor(gram: torch.Tensor, damp_percent: float) -> tuple[torch.Tensor, float]:
+    """Returns U, upper triangular with (H + damping)⁻¹ = UᵀU, and the share of mean diag(H) added.
+
+    With the rows and columns of H in reverse order, its Cholesky factor read backwards is an upper triangular
+    R with H = RRᵀ, so U = R⁻¹: one factorisation and one triangular inverse. If H is not positive definite the
+    damping is raised tenfold, up to ten times.
+
+    Raises:
+        ArithmeticError: no damping made H positive definite.
+    """
+    mean = gram.diagonal().mean()
+    damping = damp_percent
+    for _ in range(DAMPINGS):
+        damped = gram.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed and torch.isfinite(lower.diagonal()).all():
+            return triangular_inverse(lower.flip(0, 1)), damping
+        damping = max(damping, 1e-4) * 10
+    raise ArithmeticError(f"not positive definite even with {damping / 10:g} of its mean diagonal added")
+
+
+def triangular_inverse(upper: torch.Tensor) -> torch.Tensor:
+    """Returns the inverse of an upper triangular matrix, block by block: a third of the products of a solve."""
+    width = len(upper)
+    if width <= LEAF:
+        eye = torch.eye(width, device=upper.device)
+        inverted: torch.Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+        return inverted
+    half = width // 2
+    inverse = torch.zeros_like(upper, memory_format=torch.contiguous_format)
+    first = inverse[:half, :half] = triangular_inverse(upper[:half, :half])
+    last = inverse[half:, half:] = triangular_inverse(upper[half:, half:])
+    inverse[:half, half:] = (first @ upper[:half, half:]).neg_() @ last
+    return inverse
+
+
+def gptq(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    desc_act: bool,
+    damp_percent: float,
+    kind: torch.dtype = torch.float16,
+    gone: torch.Tensor | None = None,
+) -> Quantized:
+    """Quantizes a weight matrix against the Gram matrix of its inputs.
+
+    Args:
+        weight: `[out, in]`, any float type.
+        gram: `[in, in]`, float32: XᵀX. Inputs that are always zero get weight zero.
+        bits: width of a code.
+        group_size: inputs that share a scale, or −1 for all of them.
+        sym: symmetric grid.
+        desc_act: round the inputs in order of falling diag(H); groups then follow that order.
+        damp_percent: share of mean diag(H) added to diag(H).
+        kind: type that the scales are stored in.
+        gone: `[out, in]`, which weights are pruned: they stay zero, and later columns make up for that too.
+
+    Raises:
+        ArithmeticError: the Gram could not be factorised.
+    """
+    width = weight.shape[1]
+    group_size = width if group_size == -1 else group_size  # otherwise a divisor of BLOCK
+    w = weight.t().to(torch.float32, copy=True).contiguous()  # [in, out]: a column of the paper is a row here
+    diagonal = gram.diagonal().clone()
+    dead = diagonal == 0
+    if dead.any():
+        gram = gram.clone()
+        gram.diagonal()[dead] = 1.0
+        w[dead] = 0.0
+    order = torch.argsort(diagonal, descending=True, stable=True) if desc_act else None
+    stays = None if gone is None else ~gone.t()
+    if order is not None:
+        w, gram = w[order], gram[order][:, order]
+        stays = None if stays is None else stays[order]
+    factor, damping = inverse_factor(gram, damp_percent)
+    # An error e in column j costs e² / U[j,j]². The search weighs columns by the square of 1 / U[j,j]², which spares
+    # those that no later column can make good; docs/how-it-works.md has the powers that were tried.
+    importance = factor.diagonal().pow(-4)
+
+    codes = torch.empty_like(w, dtype=torch.uint8)
+    groups = width // group_size
+    scales = torch.empty(groups, w.shape[1], device=w.device)
+    zeros = torch.empty_like(scales)
+    scale = zero = scales[0]
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
+        errors = torch.empty(stop - start, w.shape[1], device=w.device)
+        for j in range(start, stop):
+            if j % group_size == 0:
+                group = slice(j, j + group_size)
+                shown = w[group] if stays is None else w[group] * stays[group]
+                scale, zero = search(shown, bits, sym, importance[group], kind)
+                scales[j // group_size], zeros[j // group_size] = scale, zero
+            q = quantize(w[j], scale, zero, bits)
+            if stays is not None:
+                q = torch.where(stays[j], q, zero)
+            codes[j] = q.to(torch.uint8)
+            error = (w[j] - dequantize(q, scale, zero)).div_(factor[j, j])
+            errors[j - start] = error
+            w[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+        w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+
+    g_idx = torch.arange(width, device=w.device) // group_size
+    if order is not None:
+        back = torch.argsort(order)
+        codes, g_idx = codes[back], g_idx[back]
+    return Quantized(codes, scales, zeros.int(), g_idx, damping)

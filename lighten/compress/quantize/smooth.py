@@ -1,0 +1,28 @@
+"""SmoothQuant: move the outliers of activations into the weights, where 8 bits per channel hold them.
+
+Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models" (2023):
+s_j = max|X_j|^α / max|W_j|^(1−α); activations are divided by s, weights multiplied.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lighten.compress.quantize.fold import shared
+
+SMALLEST = 1e-5
+
+
+def smooth(weight: torch.Tensor, absmax: torch.Tensor, alpha: float, repeats: int, head_dim: int) -> torch.Tensor:
+    """Returns the scale of every channel, `[in]`.
+
+    Args:
+        weight: `[out, in]`, every linear that reads these inputs.
+        absmax: `[in]`, the largest |x| of every channel.
+        alpha: 0 leaves the activations as they are, 1 makes them all equally large.
+        repeats: heads that repeat each channel, and so share its scale.
+        head_dim: channels of a head.
+    """
+    activations = shared(absmax, repeats, head_dim).clamp(min=SMALLEST)
+    weights = shared(weight.float().abs().amax(0), repeats, head_dim).clamp(min=SMALLEST)
+    return (activations**alpha / weights ** (1 - alpha)).clamp(min=SMALLEST)

@@ -1,0 +1,1 @@
+"""What a model, a machine and a text are good for."""

@@ -1,0 +1,116 @@
+"""What an lm-eval task file is made of, found by reading: lm-eval itself would run it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lighten.data.reading import parse_yaml
+from lighten.errors import RequestError
+
+MOST = 1000
+"""Files that a task may be made of."""
+LETTERS = 400
+"""Characters of a document, where they cannot be counted."""
+DOCUMENTS = 1000
+"""Documents of a data set that is not on this machine."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes lm-eval's tags for the text behind them."""
+
+
+_Loader.add_multi_constructor("!", lambda loader, suffix, node: str(node.value) if suffix else None)
+
+
+def parts(file: Path) -> dict[str, Path]:
+    """Returns the files that a task file is made of, by their path beside it.
+
+    Those are what it includes, the modules beside it if it names a function, the other task files of its directory if
+    it is a group, and local data.
+
+    Raises:
+        RequestError: it is not there, is not YAML, or has too many parts.
+    """
+    top = file.resolve().parent
+    found: dict[str, Path] = {}
+    waiting = [file.resolve()]
+    while waiting:
+        each = waiting.pop()
+        name = each.relative_to(top).as_posix() if each.is_relative_to(top) else each.name
+        if name in found:
+            continue
+        found[name] = each
+        if len(found) > MOST:
+            raise RequestError(f"the task file {file} is made of more than {MOST:,} files: put it in its own directory")
+        if each.suffix in (".yaml", ".yml"):
+            waiting += _named(each)
+    return dict(sorted(found.items()))
+
+
+def _named(file: Path) -> Iterator[Path]:
+    """Yields the files that a task file names and that are there."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read the task file {file}: {error}") from error
+    value = parse_yaml(text, str(file), _Loader)
+    if not isinstance(value, dict):
+        raise RequestError(f"{file} is no task of lm-eval's: a task file is a mapping with `task`")
+    included = value.get("include")
+    for name in included if isinstance(included, list) else [included]:
+        if isinstance(name, str) and (there := file.parent / name).is_file():
+            yield there.resolve()
+    if "!function" in text:
+        yield from (path.resolve() for path in sorted(file.parent.glob("*.py")))
+    if "group" in value or isinstance(value.get("task"), list):
+        yield from (path.resolve() for path in sorted(file.parent.glob("*.y*ml")))
+    yield from _data(file, value)
+
+
+def _data(file: Path, value: dict[str, Any]) -> Iterator[Path]:
+    settings = value.get("dataset_kwargs")
+    waiting = [settings.get("data_files")] if isinstance(settings, dict) else []
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict | list):
+            waiting += each.values() if isinstance(each, dict) else each
+        elif isinstance(each, str) and (there := file.parent / each).is_file():
+            yield there.resolve()
+
+
+def facts(file: Path, local: Path | None, limit: int | None) -> dict[str, Any]:
+    """Returns `lighten.evaluate.accuracy.harness.Facts` of a task file, its documents and letters roughly.
+
+    Args:
+        file: the task file.
+        local: data in the place of the task's own.
+        limit: documents at most.
+
+    Raises:
+        RequestError: as `parts`.
+    """
+    made = parts(file) | ({"local": local} if local and local.is_file() else {})
+    digest = hashlib.sha256()
+    documents = letters = 0
+    for name, path in made.items():
+        content = path.read_bytes()
+        digest.update(json.dumps([name, hashlib.sha256(content).hexdigest()]).encode())
+        if path.suffix not in (".py", ".yaml", ".yml"):
+            documents += max(1, content.count(b"\n"))
+            letters += len(content)
+    documents, letters = documents or DOCUMENTS, letters or DOCUMENTS * LETTERS
+    asked = min(limit or documents, documents)
+    return {
+        "task": file.stem,
+        "documents": asked,
+        "letters": letters * asked // documents,
+        "digest": digest.hexdigest(),
+        "version": version("lm_eval"),
+    }

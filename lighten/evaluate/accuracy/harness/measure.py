@@ -1,0 +1,105 @@
+"""A task of lm-eval's measured on a runtime."""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from lm_eval import evaluator
+from numpy.typing import NDArray
+
+from lighten.errors import RequestError
+from lighten.evaluate.accuracy.accuracy import Z95, Measured, wilson
+from lighten.evaluate.accuracy.harness import tasks
+from lighten.evaluate.accuracy.harness.adapter import RuntimeLM
+from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer
+from lighten.evaluate.settings import Accuracy
+from lighten.step import Report
+
+CHECKED = 200
+"""Texts on which the model's own tokenizer is compared with the one that was used."""
+
+
+def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Accuracy, report: Report) -> Measured:
+    """Measures a model on a task, tokenized by `tokenizer` whatever the model's own is.
+
+    Values are `score` and, where the task has it, `score_norm` of each document: 1 if it was answered rightly. A group
+    of tasks is one list of documents.
+
+    Raises:
+        RequestError: lm-eval cannot do this task on a language model that runs here.
+        Failure: the model is broken, or takes fewer positions than one answer has.
+    """
+    report(0, 1, "building requests")
+    loaded = tasks.load(settings)
+    model = RuntimeLM(runtime, tokenizer, report)
+    try:
+        found = evaluator.evaluate(
+            lm=model, task_dict=loaded, limit=settings.limit, bootstrap_iters=0, log_samples=True
+        )
+    except ValueError as error:  # tasks that run written code, or show pictures
+        raise RequestError(f"the task {settings.task} cannot be measured here: {error}") from error
+    name = tasks.name_of(loaded, settings)
+    samples = [each for _, some in sorted(found["samples"].items()) for each in _first_filter(some)]
+    measured = {key: column for key in ("acc", "acc_norm") if (column := _column(samples, key)) is not None}
+    metric = next(iter(measured), None)
+    if metric is None and samples:  # such as exact_match
+        metric = next((key for key in samples[0]["metrics"] if _column(samples, key) is not None), None)
+    columns = {"": None if metric is None else _column(samples, metric), "_norm": measured.get("acc_norm")}
+    result: dict[str, Any] = {
+        "task": name,
+        "acc": None,
+        "acc_norm": None,
+        "n": len(samples),
+        "ci95": None,
+        "ci95_norm": None,
+        "scorer": "lm-eval",
+        "version": version("lm_eval"),
+        "metric": metric,
+        "metrics": _metrics(found, name),
+        "truncated": model.truncated,
+    }
+    values: dict[str, NDArray[Any]] = {}
+    for suffix, column in columns.items():
+        if column is not None:
+            result[f"acc{suffix}"] = float(column.mean())
+            result[f"ci95{suffix}"] = interval(column)
+            values[f"score{suffix}"] = column
+    texts = ["".join(part for part in each["arguments"][0] if isinstance(part, str)) for each in samples[:CHECKED]]
+    match = all(runtime.encode(text) == tokenizer.encode(text) for text in texts)
+    return Measured({"accuracy": result, "tokenizer_match": match}, values or {"score": np.empty(0)})
+
+
+def _first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the documents in order; of several ways to read one answer, the one that the task names first."""
+    return sorted((each for each in samples if each["filter"] == samples[0]["filter"]), key=lambda each: each["doc_id"])
+
+
+def _column(samples: list[dict[str, Any]], metric: str) -> NDArray[Any] | None:
+    """Returns a metric of every document, if all have it and it is a share of what can be had."""
+    found = [each.get(metric) for each in samples]
+    numbers = [float(each) for each in found if isinstance(each, bool | int | float | np.number)]
+    return np.array(numbers) if len(numbers) == len(found) and all(0 <= each <= 1 for each in numbers) else None
+
+
+def _metrics(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Returns what lm-eval itself reports: of the task or group, and of the tasks in it."""
+    rows = []
+    for task, values in found["results"].items():
+        for key, value in values.items():
+            metric, _, way = key.partition(",")
+            if not way or metric.endswith("_stderr") or not isinstance(value, int | float) or not math.isfinite(value):
+                continue
+            better = found["higher_is_better"].get(task, {}).get(metric)
+            rows.append({"task": task, "metric": metric, "filter": way, "value": value, "higher_is_better": better})
+    return sorted(rows, key=lambda row: row["task"] != name)
+
+
+def interval(scores: NDArray[Any]) -> tuple[float, float]:
+    """Returns the 95 % interval of a mean: Wilson's where every score is 0 or 1, else the normal one."""
+    if np.isin(scores, (0, 1)).all():
+        return wilson(int(scores.sum()), len(scores))
+    half = Z95 * float(scores.std(ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else 1.0
+    return max(float(scores.mean()) - half, 0.0), min(float(scores.mean()) + half, 1.0)

@@ -1,0 +1,1 @@
+"""An export against its source, token by token."""

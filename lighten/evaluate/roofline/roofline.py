@@ -1,0 +1,113 @@
+"""How near a measured speed is to what the machine's memory and arithmetic allow (Williams et al. 2009, Roofline)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lighten.evaluate.roofline.peaks import Peaks
+from lighten.model.traffic import Traffic
+
+FASTER = 1.25
+"""A working set is called cached where it is read this many times as fast as memory is."""
+UBATCH = 512
+"""Tokens that a runtime computes together at most: a longer prompt reads the weights again."""
+EVERY_POSITION = frozenset({"onnxruntime"})
+"""Runtimes that compute the head for every token of a prompt, and not for the last one only."""
+
+
+def point(traffic: Traffic, row: dict[str, Any], peaks: Peaks, dtype: str, runtime: str) -> dict[str, Any] | None:
+    """Returns the place of decoding under the roof, and that of prefill, of one row of speeds; None without a speed."""
+    batch, prompt = row["batch"], row["prompt"]
+    around = prompt + row["generate"] / 2
+    head = 2 * traffic.head
+    decode = _place(
+        2 * traffic.products + head + traffic.attention * around,
+        traffic.weights / batch + traffic.cache_bytes * around,
+        traffic.weights + batch * traffic.cache_bytes * around,
+        row.get("decode_tok_s"),
+        peaks,
+        dtype,
+    )
+    together = min(batch * prompt, UBATCH) if runtime == "llama.cpp" else batch * prompt
+    heads = head if runtime in EVERY_POSITION else head / prompt
+    prefill = _place(
+        2 * traffic.products + heads + traffic.attention * (prompt + 1) / 2,
+        traffic.weights / together + 2 * traffic.cache_bytes,
+        traffic.weights,
+        row.get("prefill_tok_s"),
+        peaks,
+        row.get("prefill_dtype") or dtype,
+    )
+    if decode is None:
+        return None
+    shape = {"batch": batch, "context": round(around), "dtype": dtype}
+    return {**decode, **shape, "prefill": prefill}
+
+
+def _place(
+    flops: float, read: float, together: float, speed: float | None, peaks: Peaks, dtype: str
+) -> dict[str, Any] | None:
+    """Returns one point: operations and bytes of a token, what was reached, the roof above it and what makes it.
+
+    `together` are the bytes that are read over and over: they decide whether a cache serves them.
+    """
+    if not speed or not read:
+        return None
+    bandwidth, peak = peaks.reading(together), peaks.matrix.get(dtype)
+    peak = peak or max((rate for rate in peaks.matrix.values() if rate), default=None)
+    intensity = flops / read
+    roof = intensity * bandwidth if peak is None else min(intensity * bandwidth, peak)
+    reached = flops * speed / 1e9
+    computing = peak is not None and peak < intensity * bandwidth
+    cached = bandwidth > FASTER * peaks.memory
+    bound = "compute" if computing else "cache" if cached else "memory"
+    share = reached / roof
+    return {
+        "flops_per_token": flops,
+        "bytes_per_token": read,
+        "intensity": intensity,
+        "gflop_s": reached,
+        "gb_s": read * speed / 1e9,
+        "bandwidth_gb_s": bandwidth,
+        "roof_gflop_s": roof,
+        "share": share,
+        "bound": bound,
+        "note": _note(bound, share, together, bandwidth, peaks),
+    }
+
+
+def _note(bound: str, share: float, together: float, bandwidth: float, peaks: Peaks) -> str | None:
+    """Returns what a share alone does not say."""
+    if share > 1:
+        served = "a cache held part of what it read" if bound != "compute" else "it computes in a faster type of number"
+        doubt = "; the machine was busy when its roofs were measured" if peaks.busy else ""
+        return f"above the roof: {served}, or the roof was measured too low{doubt}"
+    if bound == "cache":
+        return f"its {together / 1e6:,.0f} MB lie partly in a cache, which reads {bandwidth:.0f} GB/s"
+    return None
+
+
+def arithmetic(runtime: str, dtype: str, device: str = "cpu") -> str:
+    """Returns the type of number that a runtime multiplies in, by what the runtime calls its weights.
+
+    On a CPU llama.cpp and onnxruntime round the inputs of quantized weights to 8 bits, and half precision becomes
+    float32. On a GPU half precision is multiplied as it is; llama.cpp rounds the inputs of quantized weights there too,
+    onnxruntime unpacks weights to float16.
+    """
+    name = dtype.lower()
+    if device != "cpu":
+        return _on_gpu(runtime, name)
+    if name in ("float32", "f32", "all f32"):
+        return "float32"
+    if runtime == "torch":
+        return dtype
+    if name in ("bf16", "bfloat16"):
+        return "bfloat16"
+    return "float32" if name in ("f16", "float16") else "int8"
+
+
+def _on_gpu(runtime: str, name: str) -> str:
+    plain = {"f32": "float32", "all f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+    if name in (*plain.values(), *plain):
+        return plain.get(name, name)
+    return "int8" if runtime == "llama.cpp" else "float16"

@@ -1,0 +1,197 @@
+"""What runs a model: one protocol, and the choice of its implementation by what lies on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lighten.errors import RequestError
+from lighten.evaluate.settings import Options
+from lighten.model.gguf_source import is_gguf, within
+from lighten.model.onnx_source import find_onnx
+from lighten.step import Report
+
+Ids = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+class Score(NamedTuple):
+    """Log-probability (nats) of an ending after its context; `greedy` if every token of it was the most likely one."""
+
+    logprob: float
+    greedy: bool
+
+
+@dataclass(frozen=True)
+class Question:
+    """Token ids of a context (at least one) and of the endings (at least one token each) that may follow it."""
+
+    context: list[int]
+    endings: list[list[int]]
+
+    @property
+    def packed(self) -> int:
+        """Tokens to compute: the context once, and every ending but its last token, which predicts nothing."""
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds to the first token of every sequence, and of each decoding step after it."""
+
+    ttft_s: float
+    token_s: list[float]
+    ids: Ids | None = None
+    """What was written, `[batch, steps]`, where the runtime keeps it."""
+
+
+class Tokenizer(Protocol):
+    """Turns text into ids; `bos` is the id it puts first by its own default, or None if it puts none."""
+
+    bos: int | None
+    prefix: int | None
+    """The id that stands for an empty context: beginning of text, or end of text where there is no such token."""
+    eos: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, no special tokens added."""
+
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        """Returns the text of ids; special tokens are left out, or spelled out where `special` is true."""
+
+
+Decoding = Generator[Floats, int, None]
+"""Gives the logits `[vocab]` of the next token, and is sent the token that was chosen."""
+
+
+class Text(Protocol):
+    """A text in the cache of a model, of which the end can be taken back."""
+
+    length: int
+
+    def extend(self, ids: list[int], wanted: int) -> list[int]:
+        """Adds tokens; returns the likeliest next one after each of the last `wanted`."""
+
+    def cut(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+
+
+class Runtime(Protocol):
+    """A loaded model."""
+
+    name: str
+    """"torch", "llama.cpp" or "onnxruntime"."""
+    device: str
+    dtype: str
+    """Arithmetic of the weights: "float32", "bfloat16", "int4", or the type of the GGUF file: "Q4_K - Medium"."""
+    detail: str
+    """Versions and kernels."""
+    vocab: int
+    context: int | None
+    """Positions that the model takes; None where it does not say."""
+    options: Mapping[str, str]
+    """The attention, compile and cache in use; empty where a runtime leaves no such choice."""
+
+    def logits(self, ids: Ids) -> Floats:
+        """Returns the logits `[n, vocab]` at every position of `ids [n]`; valid until the next call."""
+
+    def hidden(self) -> Floats | None:
+        """Returns what entered the head in the last `logits`, `[n, hidden]`; None if the runtime does not show it."""
+
+    def choose(self, context: list[int], endings: list[list[int]]) -> list[Score]:
+        """Returns the score of each ending; the context is computed once."""
+
+    def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
+        """Returns the scores of many questions, computed together in batches of similar length."""
+
+    def generate(self, prompt: Ids, steps: int) -> Timings:
+        """Decodes `steps` tokens greedily after `prompt [batch, n]`, with a cache, through any end of text."""
+
+    def decode(self, prompt: list[int], most: int) -> Decoding:
+        """Goes on after a prompt, with a cache, for at most `most` tokens; one such decoding at a time."""
+
+    def text(self, most: int) -> Text:
+        """Returns an empty text of at most `most` tokens; one at a time.
+
+        Raises:
+            Failure: the runtime cannot take tokens back.
+        """
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text by the model's own tokenizer, no special tokens added."""
+
+    def peak_vram_bytes(self) -> int | None:
+        """Returns the peak of accelerator memory, or None if there is none to ask."""
+
+    def close(self) -> None:
+        """Frees the model."""
+
+
+def open_runtime(
+    path: Path,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    options: Options | None = None,
+    arithmetic: str | None = None,
+) -> Runtime:
+    """Loads a model on the runtime that serves its format.
+
+    Args:
+        path: a .gguf or .onnx file, a directory that holds one, or a Hugging Face model directory.
+        device: "cpu", "cuda" or "cuda:N".
+        dtype: arithmetic for a Hugging Face model. None is for measuring quality: float32 (so that the noise of
+            arithmetic is not taken for a loss by compression), but bfloat16 on a GPU that float32 does not fit.
+        trust_remote_code: whether code that lies beside the weights may run; only if the person asked for it.
+        options: how transformers is to run it; other runtimes have no such choice.
+        arithmetic: what transformers measures quality in, where models that are compared shall have the same.
+
+    Raises:
+        RequestError: nothing there that can be run, or an extra is missing.
+        Failure: the model is damaged, or this machine has not what the options ask for.
+    """
+    if onnx := find_onnx(path):
+        from lighten.evaluate.runtimes.onnx import OnnxRuntime
+
+        return OnnxRuntime(onnx, device)
+    gguf = find_gguf(path)
+    if gguf:
+        from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
+
+        return LlamaCppRuntime(gguf, device)
+    from lighten.evaluate.runtimes.torch import TorchRuntime
+
+    return TorchRuntime(path, device, dtype, trust_remote_code, options, arithmetic)
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """Opens the tokenizer of a model directory, a .gguf or an .onnx file, without the weights."""
+    from lighten.evaluate.runtimes.tokenizer import HfTokenizer
+
+    if onnx := find_onnx(path):
+        return HfTokenizer(onnx.parent)
+    gguf = find_gguf(path)
+    if gguf:
+        from lighten.evaluate.runtimes.llama_cpp import GgufTokenizer
+
+        return GgufTokenizer(gguf)
+    return HfTokenizer(path)
+
+
+def find_gguf(path: Path) -> Path | None:
+    """Returns the .gguf file that `path` is or holds, or None for a Hugging Face model directory."""
+    if is_gguf(path):
+        return path
+    if not path.is_dir():
+        what = "is neither a .gguf file nor a model directory" if path.exists() else "does not exist"
+        raise RequestError(f"cannot measure {path}: it {what}")
+    found = within(path)
+    if not found and not any(path.glob("*.safetensors")) and not (path / "config.json").is_file():
+        raise RequestError(f"{path} holds neither a config.json nor a .gguf file: not a model")
+    return found

@@ -1,0 +1,157 @@
+"""Requests that keep arriving: throughput, time to the first token and between tokens as somebody waiting sees them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lighten.data.origin import told
+from lighten.data.text import Render, load_text
+from lighten.errors import Failure
+from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer, find_gguf, open_runtime, open_tokenizer
+from lighten.evaluate.settings import Load
+from lighten.evaluate.speed.server import LlamaServer, Refused
+from lighten.evaluate.speed.speed import percentiles
+from lighten.model.onnx_source import find_onnx
+from lighten.model.template import renderer
+from lighten.step import Report
+
+MARGIN = 32
+"""Tokens that a server may count more than we do: special ones, or a cut elsewhere."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """One request: when it arrived, and when each of its tokens did; seconds from the start of the load."""
+
+    arrived: float
+    tokens: list[float]
+
+
+def arrivals(settings: Load, rate: float) -> list[float]:
+    """Returns when each request arrives: a Poisson process, the same for a seed at every rate but for its pace."""
+    return list(np.random.default_rng(settings.seed).exponential(1 / rate, settings.requests).cumsum())
+
+
+def row(rate: float, asked: int, served: list[Served], server: str) -> dict[str, Any]:
+    """Returns what came of one rate; tokens per second are from the first arrival to the last token.
+
+    Raises:
+        Failure: no request was completed.
+    """
+    if not served:
+        raise Failure(f"{server} completed none of {asked} requests at {rate:g} a second")
+    passed = max(each.tokens[-1] for each in served) - min(each.arrived for each in served)
+    between = [later - earlier for each in served for earlier, later in pairwise(each.tokens)]
+    return {
+        "rate": rate,
+        "requests": asked,
+        "completed": len(served),
+        "throughput_tok_s": sum(len(each.tokens) for each in served) / passed,
+        "ttft_ms": percentiles([each.tokens[0] - each.arrived for each in served]),
+        "token_ms": percentiles(between) if between else None,
+        "server": server,
+    }
+
+
+def measure(
+    path: Path, settings: Load, device: str, dtype: str | None, report: Report, *, trusted: bool
+) -> dict[str, Any]:
+    """Returns `load`, a row for each rate, and what `_facts` tells of the runtime.
+
+    Args:
+        path: the model.
+        settings: rates and sizes.
+        device: "cpu" or "cuda".
+        dtype: arithmetic of what transformers runs.
+        report: told after every rate.
+        trusted: whether code beside the weights may run.
+
+    Raises:
+        Failure: the server died, or served nothing.
+    """
+    gguf = None if find_onnx(path) else find_gguf(path)
+    if gguf:
+        return _over_http(gguf, settings, device, report)
+    runtime = open_runtime(path, device=device, dtype=dtype, trust_remote_code=trusted)
+    ids = np.array(_pieces(runtime, settings, renderer(path)))
+    runtime.generate(ids[:1], 2)  # warms up
+    rows = []
+    for number, rate in enumerate(settings.rate):
+        served = batched(runtime, ids, arrivals(settings, rate), settings)
+        rows.append(row(rate, settings.requests, served, f"batched loop of lighten, at most {settings.batch} together"))
+        report(number + 1, len(settings.rate), f"{rows[-1]['throughput_tok_s']:.0f} tok/s")
+    return {"load": rows, "runtime": runtime.name, "device": runtime.device, "dtype": runtime.dtype}
+
+
+def batched(runtime: Runtime, ids: Any, times: list[float], settings: Load) -> list[Served]:
+    """Serves prompts `ids [requests, prompt]` that arrive at `times`.
+
+    Whoever waits is decoded together, to the end; who arrives meanwhile waits.
+    """
+    start, done = time.perf_counter(), 0
+    served: list[Served] = []
+    while done < len(times):
+        now = time.perf_counter() - start
+        waiting = sum(arrival <= now for arrival in times[done:])
+        if not waiting:
+            time.sleep(times[done] - now)
+            continue
+        batch = range(done, done + min(waiting, settings.batch))
+        begin = time.perf_counter() - start
+        found = runtime.generate(ids[batch], settings.generate)
+        tokens = list(begin + np.cumsum([found.ttft_s, *found.token_s]))
+        served += [Served(times[at], tokens) for at in batch]
+        done = batch.stop
+    return served
+
+
+def _over_http(path: Path, settings: Load, device: str, report: Report) -> dict[str, Any]:
+    tokenizer = open_tokenizer(path)
+    prompts = [tokenizer.decode(piece) for piece in _pieces(tokenizer, settings, renderer(path))]
+    rows = []
+    with LlamaServer(path, settings.prompt + settings.generate + MARGIN, device) as server:
+        banned = [] if tokenizer.eos is None else [tokenizer.eos]
+
+        def ask(prompt: str) -> list[float]:
+            return server.stream(prompt, settings.generate, banned)
+
+        ask(prompts[-1])  # warms up
+        for number, rate in enumerate(settings.rate):
+            served = concurrent(ask, prompts, arrivals(settings, rate))
+            server.check(f"after {len(served)} of {settings.requests} requests at {rate:g} a second")
+            rows.append(row(rate, settings.requests, served, server.name))
+            report(number + 1, len(settings.rate), f"{rows[-1]['throughput_tok_s']:.0f} tok/s")
+    return {"load": rows, "runtime": "llama.cpp", "device": server.device}
+
+
+def concurrent(ask: Callable[[str], list[float]], prompts: list[str], times: list[float]) -> list[Served]:
+    """Returns the requests that were answered; `ask` gives the moments of a prompt's tokens, or raises `Refused`."""
+    start = time.perf_counter()
+
+    def one(prompt: str, arrival: float) -> Served | None:
+        time.sleep(max(0.0, arrival - (time.perf_counter() - start)))
+        try:
+            tokens = [moment - start for moment in ask(prompt)]
+        except Refused:
+            return None
+        return Served(arrival, tokens) if tokens else None
+
+    with ThreadPoolExecutor(len(times)) as pool:
+        return [each for each in pool.map(one, prompts, times) if each]
+
+
+def _pieces(tokenizer: Tokenizer | Runtime, settings: Load, render: Render | None = None) -> list[list[int]]:
+    """Returns a piece of the text for each request, all different as long as the text lasts."""
+    ids = tokenizer.encode(load_text(settings.data, "perplexity", render))
+    pieces = len(ids) // settings.prompt
+    if not pieces:
+        raise Failure(f"the text {told(settings.data)} has {len(ids)} tokens, fewer than a prompt of {settings.prompt}")
+    return [ids[at % pieces * settings.prompt :][: settings.prompt] for at in range(settings.requests)]

@@ -1,0 +1,1 @@
+"""A directory that runs on a device."""

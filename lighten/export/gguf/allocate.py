@@ -1,0 +1,277 @@
+"""A GGUF file of a given size: which of ggml's types every matrix gets.
+
+Every candidate type of every matrix is tried: ggml rounds the matrix, and the error of the outputs, tr(ΔW H ΔWᵀ) with
+the Gram matrix H of the inputs, is computed from what it became, times what such an error costs the loss. Then the
+types are chosen together, by the exact solution of the knapsack problem.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lighten.errors import Failure, RequestError
+from lighten.export.gguf import ggml
+from lighten.export.gguf.quantize import Importance
+from lighten.export.gguf.write import Draft, tensor_bytes
+from lighten.numerics.knapsack import Choice, Option, choose
+from lighten.step import Report, silent
+
+if TYPE_CHECKING:
+    import torch
+
+    from lighten.model.sensitivity import Sensitivity
+
+WIDE = ("Q2_K", "Q3_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
+"""Candidates for rows that are a multiple of 256."""
+NARROW = ("Q4_0", "Q4_1", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "F16")
+"""Candidates for rows that are a multiple of 32 only."""
+
+MOST_ROWS = 2048
+"""Rows of a matrix that are tried, evenly spread: only an embedding or a head has many more."""
+_SLICE = 1 << 18
+"""Weights that one thread rounds at a time: fixed, so that sums do not depend on the number of cores."""
+_ALIGNMENT = 32
+"""Bytes to a multiple of which GGUF pads every tensor."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What errors cost: where the Grams of the sweep are, and how much the loss depends on every output."""
+
+    grams: Path
+    sensitivity: Sensitivity
+
+
+Costs = dict[str, dict[str, float]]
+"""By Hugging Face name and type: what that type of that matrix adds to the loss of a token, to second order."""
+
+
+def candidates(width: int) -> tuple[str, ...]:
+    """Returns the types that rows of `width` can have."""
+    return WIDE if width % 256 == 0 else NARROW if width % 32 == 0 else ("F16",)
+
+
+def matrices(draft: Draft) -> list[str]:
+    """Returns the Hugging Face names of what gets a type, in the order of the file."""
+    return [hf for hf in draft.names if len(draft.shapes[hf]) == 2]
+
+
+def try_types(draft: Draft, prices: Prices, weights: Importance, report: Report = silent) -> Costs:
+    """Returns what every type of every matrix costs, in the order of the file."""
+    names = matrices(draft)
+    costs: Costs = {}
+    with _workers() as pool:
+        for hf, metric in _metrics(draft, prices):
+            report(len(costs), len(names), hf)
+            costs[hf] = _try_matrix(draft.weight(hf), metric, importance_of(draft, hf, weights), pool)
+    return {hf: costs[hf] for hf in names}
+
+
+def importance_of(draft: Draft, hf: str, weights: Importance) -> Any:
+    """Returns the importance of a matrix's input channels `[in]`: all the same where it was not measured."""
+    import numpy as np
+
+    return weights.get(draft.names[hf], np.ones(draft.shapes[hf][1], dtype=np.float32))
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Yields one thread per core; torch keeps to the thread that calls it meanwhile."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+def _metrics(draft: Draft, prices: Prices) -> Iterator[tuple[str, torch.Tensor | float]]:
+    """Yields every matrix and M such that an error ΔW costs tr(ΔW M ΔWᵀ): `[in, in]`, or a number times one.
+
+    For a linear M is the mean of x xᵀ of its inputs times the mean squared derivative of the loss by its outputs. An
+    embedding hands its rows on as they are, each as often as its token occurs: on average every one of them once in
+    as many tokens as there are.
+    """
+    import torch
+
+    from lighten.model.grams import read_index, read_layer
+
+    known = prices.sensitivity
+    head = known.head_gram / known.tokens * known.outputs["lm_head"]
+    rows = known.outputs["model.embed_tokens"] / len(known.counts)
+    if "lm_head.weight" in draft.names:
+        yield "lm_head.weight", head
+        yield "model.embed_tokens.weight", rows
+    else:
+        yield "model.embed_tokens.weight", head + rows * torch.eye(len(head))
+    index = read_index(prices.grams)
+    for layer in range(len(index["layers"])):
+        found, inputs = read_layer(prices.grams, layer)
+        means = {name: without_leading(gram.matrix() / max(gram.tokens, 1)) for name, gram in found.items()}
+        for linear, name in inputs.items():
+            module = f"{index['prefix']}{layer}.{linear}"
+            yield f"{module}.weight", means[name] * known.outputs[module]
+
+
+def without_leading(gram: torch.Tensor) -> torch.Tensor:
+    """Returns a Gram matrix `[in, in]` without the direction of its largest eigenvalue.
+
+    In some layers that direction is the massive activations of one token in hundreds (Sun et al., 2024), a thousand
+    times the rest, and one price for all tokens does not fit them. That it helps was seen on one model.
+    """
+    import torch
+
+    # the power method; the gap is wide where it matters
+    direction = gram.diagonal().sqrt()
+    for _ in range(30):
+        direction = torch.nn.functional.normalize(gram @ direction, dim=0)
+    image = gram @ direction
+    return gram - torch.outer(image, direction) if image.isfinite().all() else gram
+
+
+def _try_matrix(
+    weight: torch.Tensor, metric: torch.Tensor | float, channels: Any, pool: ThreadPoolExecutor
+) -> dict[str, float]:
+    rows, width = weight.shape
+    sample = weight[:: -(-rows // MOST_ROWS) | 1].float()  # odd, for rotated rows lie in pairs
+    step = max(1, _SLICE // width)
+    slices = [sample[start : start + step] for start in range(0, len(sample), step)]
+
+    def cost(job: tuple[str, torch.Tensor]) -> float:
+        import torch
+
+        type, part = job
+        change = torch.from_numpy(ggml.dequantize(ggml.quantize(part.numpy(), type, channels), type, width)) - part
+        product = change * metric if isinstance(metric, float) else change @ metric
+        return float(torch.sum(product * change, dtype=torch.float64))
+
+    types = candidates(width)
+    found = list(pool.map(cost, [(type, part) for type in types for part in slices]))
+    by_type = [found[n * len(slices) : (n + 1) * len(slices)] for n in range(len(types))]
+    return {type: math.fsum(parts) * rows / len(sample) for type, parts in zip(types, by_type, strict=True)}
+
+
+def padded_bytes(shape: tuple[int, ...], type: str) -> int:
+    """Returns the bytes that a tensor takes in a file."""
+    return -(-tensor_bytes(shape, type) // _ALIGNMENT) * _ALIGNMENT
+
+
+def fixed_bytes(draft: Draft, scratch: Path) -> int:
+    """Returns the bytes of the metadata: those of a file before its first weight; `scratch` is a name to try it at."""
+    writer = draft.begin(scratch, draft.types("F16"), None)
+    try:
+        size: int = writer.fout[0].tell()
+    finally:
+        writer.close()
+        scratch.unlink()
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def pick(draft: Draft, costs: Costs, capacity: int, fixed: int) -> tuple[dict[str, str], Choice]:
+    """Returns the type of every tensor, by Hugging Face name, and what is known of the choice.
+
+    Args:
+        draft: the model.
+        costs: of `try_types`.
+        capacity: bytes of the whole file.
+        fixed: of them, what is not matrices.
+    """
+    options = [
+        [Option(padded_bytes(draft.shapes[hf], type), cost) for type, cost in types.items()]
+        for hf, types in costs.items()
+    ]
+    choice = choose(options, capacity, fixed)
+    taken = {hf: list(types)[index] for (hf, types), index in zip(costs.items(), choice.indices, strict=True)}
+    return draft.types("F32") | taken, choice
+
+
+def save(draft: Draft, file: Path, types: dict[str, str], weights: Importance, report: Report = silent) -> None:
+    """Writes the file with the type given for every tensor."""
+    with _workers() as pool:
+
+        def encode(hf: str, weight: torch.Tensor, type: str) -> Any:
+            import numpy as np
+
+            channels = importance_of(draft, hf, weights)
+            step = max(1, _SLICE // weight.shape[1])
+            parts = [weight[start : start + step] for start in range(0, len(weight), step)]
+            packed = pool.map(lambda part: ggml.quantize(part.float().numpy(), type, channels), parts)
+            return np.concatenate(list(packed))
+
+        draft.save(file, types, report, encode)
+
+
+def fit(
+    draft: Draft,
+    file: Path,
+    size: int | None,
+    bits: float | None,
+    prices: Prices,
+    weights: Importance,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Writes a model as a GGUF file within a budget, with the types that cost least.
+
+    Args:
+        draft: the model.
+        file: the file to write.
+        size: bytes of the whole file, or None for a budget of bits.
+        bits: per weight, on average over all tensors.
+        prices: what errors cost.
+        weights: its importance matrix.
+        report: told of every matrix tried and every tensor written.
+
+    Returns:
+        The facts: `allocation`, the type and bits per weight by module; `budget_bytes` of the whole file; and
+        `predicted_error`, what the file should add to the loss of a token, in nats.
+
+    Raises:
+        RequestError: no choice of types is small enough.
+    """
+    fixed = fixed_bytes(draft, file.with_name(f".{file.name}.scratch"))
+    capacity = size if size is not None else _capacity(draft, fixed, bits or 0.0)
+    vectors = sum(padded_bytes(draft.shapes[hf], "F32") for hf in draft.names if len(draft.shapes[hf]) != 2)
+    _check_reachable(draft, capacity, fixed + vectors, fixed)
+    names = matrices(draft)
+    steps = len(names) + len(draft.names)
+    costs = try_types(draft, prices, weights, lambda done, _, note: report(done, steps, f"trying types of {note}"))
+    types, choice = pick(draft, costs, capacity, fixed + vectors)
+    save(draft, file, types, weights, lambda done, _, note: report(len(names) + done, steps, f"writing {note}"))
+    if (written := file.stat().st_size) > capacity:
+        raise Failure(f"{file.name} came to {written:,} bytes, over the budget of {capacity:,}: please report this")
+    allocation = {
+        hf.removesuffix(".weight"): {
+            "type": types[hf],
+            "bits": round(8 * tensor_bytes(draft.shapes[hf], types[hf]) / math.prod(draft.shapes[hf]), 4),
+        }
+        for hf in names
+    }
+    return {"allocation": allocation, "budget_bytes": capacity, "predicted_error": float(f"{choice.cost / 2:.6g}")}
+
+
+def _capacity(draft: Draft, fixed: int, bits: float) -> int:
+    """Returns the bytes of a file whose tensors have `bits` per weight on average."""
+    return fixed + math.floor(bits * sum(math.prod(draft.shapes[hf]) for hf in draft.names) / 8)
+
+
+def _check_reachable(draft: Draft, capacity: int, fixed: int, metadata: int) -> None:
+    """Raises RequestError for a budget that the smallest types of all matrices exceed, before any is tried."""
+    shapes = [draft.shapes[hf] for hf in matrices(draft)]
+    smallest = fixed + sum(min(padded_bytes(shape, type) for type in candidates(shape[1])) for shape in shapes)
+    if smallest > capacity:
+        weights = sum(math.prod(draft.shapes[hf]) for hf in draft.names)
+        bits = math.ceil(800 * (smallest - metadata) / weights) / 100
+        raise RequestError(
+            f"a budget of {capacity:,} bytes is too small: the smallest file of this model has {smallest:,} bytes, "
+            f"which is {bits:.2f} bits per weight; set size={math.ceil(smallest / 1e5) / 10:.1f}MB or more"
+        )

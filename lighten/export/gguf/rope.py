@@ -1,0 +1,99 @@
+"""How positions rotate queries and keys, as the metadata and tensors of a GGUF file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lighten.errors import RequestError
+from lighten.export.gguf.families import Family
+from lighten.step import ModelFacts
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Rotation:
+    """What a file says of it."""
+
+    dimensions: int
+    """How much of each head is rotated."""
+    keys: dict[str, Any]
+    """Metadata, by key without the architecture's name."""
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What frequencies are divided by, float32 `[dimensions / 2]`, by the tensor's name."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def rotation(config: dict[str, Any], facts: ModelFacts, family: Family) -> Rotation:
+    """Reads `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before).
+
+    Raises:
+        RequestError: llama.cpp cannot rotate like that for this architecture.
+    """
+    now = config.get("rope_parameters") or {}
+    settings = {**(config.get("rope_scaling") or {}), **now.get("full_attention", now)}
+    theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    kind = {"su": "longrope"}.get(kind, kind)
+    known = ("default", *family.scalings)
+    if kind not in known:
+        raise RequestError(
+            f"config.json scales positions by {kind!r}; known are {', '.join(known[:-1])} and {known[-1]}"
+        )
+    part = float(settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+    if part != 1.0 and not family.partial:
+        raise RequestError(
+            "config.json rotates a part of each head (partial_rotary_factor), which llama.cpp lacks here"
+        )
+    found = Rotation(int(facts.head_dim * part), {"rope.freq_base": theta})
+    longest = int(config["max_position_embeddings"])
+    original = settings.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    settings["original_max_position_embeddings"] = int(original or longest)
+    if kind == "llama3":
+        from lighten.model.gguf_source import llama3_divisors
+
+        found.tensors["rope_freqs.weight"] = llama3_divisors(theta, facts.head_dim, settings)
+    if kind in ("linear", "yarn"):
+        found.keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(settings["factor"])}
+    if kind == "yarn":
+        found.keys |= _yarn(settings)
+    if kind == "longrope":
+        _add_longrope(found, settings, longest)
+    return found
+
+
+def _yarn(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the keys of YaRN; llama.cpp multiplies the attention factor by the paper's 0.1 ln(s) + 1 itself."""
+    unread = {"beta_fast": (None, 32), "beta_slow": (None, 1), "mscale": (None, 0), "mscale_all_dim": (None, 0)}
+    odd = [key for key, usual in {**unread, "truncate": (None, True)}.items() if settings.get(key) not in usual]
+    if odd:
+        raise RequestError(f"config.json sets {odd[0]} for YaRN, which llama.cpp does not read for this architecture")
+    keys: dict[str, Any] = {"rope.scaling.original_context_length": settings["original_max_position_embeddings"]}
+    if attention := settings.get("attention_factor"):
+        keys["rope.scaling.attn_factor"] = float(attention) / (0.1 * math.log(float(settings["factor"])) + 1.0)
+    return keys
+
+
+def _add_longrope(found: Rotation, settings: dict[str, Any], longest: int) -> None:
+    """Adds the two tables of LongRoPE, and its attention factor as transformers computes it."""
+    import torch
+
+    original = settings["original_max_position_embeddings"]
+    for name in ("long", "short"):
+        divisors = settings.get(f"{name}_factor") or []
+        if len(divisors) != found.dimensions // 2:
+            raise RequestError(
+                f"config.json has {len(divisors)} numbers as {name}_factor, and {found.dimensions // 2} are needed"
+            )
+        found.tensors[f"rope_factors_{name}.weight"] = torch.tensor(divisors, dtype=torch.float32)
+    found.warnings.append(
+        f"llama.cpp takes the long rotation whenever it is opened with room for more than {original} tokens, "
+        "transformers only for a text that is longer"
+    )
+    stretch = float(settings.get("factor") or longest / original)
+    usual = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+    found.keys["rope.scaling.original_context_length"] = original
+    found.keys["rope.scaling.attn_factor"] = float(settings.get("attention_factor") or usual)

@@ -1,0 +1,224 @@
+"""The export step to GGUF: a model directory becomes one file for llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from lighten.budget import Budget
+from lighten.errors import RequestError, reading
+from lighten.export.gguf.types import PLAIN, TYPES, TypeName
+from lighten.export.step import Export, about
+from lighten.model import llama_library
+from lighten.numerics.knapsack import parse_size
+from lighten.step import Context, Estimate, ModelFacts
+from lighten.store.store import Artifact
+
+if TYPE_CHECKING:
+    from lighten.export.gguf.quantize import Importance
+
+_READABLE = ("hf", "gptq", "awq", "bitsandbytes", "compressed-tensors")
+"""Formats of directories whose weights can be read, or unpacked."""
+
+_WRITE_SECONDS = 2e-8
+"""Per weight, to write the plain file: 2.5 s for SmolLM2-135M on two cores."""
+_QUANTIZE_SECONDS = {"Q8": 5e-9, "Q4_": 5e-9, "Q5_": 5e-9, "Q": 1.5e-8, "TQ": 5e-9, "IQ4": 6e-8, "IQ": 3e-7}
+"""Per weight, by how the type's name begins: 0.6 s for Q8_0 of SmolLM2-135M on two cores, 2 s for Q4_K_M."""
+
+_TRY_SECONDS = 5e-7
+"""Per weight, to try all types: 65 s of one core's time for SmolLM2-135M."""
+
+
+def _bytes(size: Any) -> Any:
+    return parse_size(size) if isinstance(size, str) else size
+
+
+class Gguf(Export):
+    """Writes one file `model-<type>.gguf`, or `model-budget.gguf`."""
+
+    version: ClassVar[int] = 3
+
+    format: Literal["gguf"] = Field(description="what to write")
+    type: TypeName = Field(
+        "Q4_K_M", description="llama.cpp's name of the type of the weights, or what a budget makes of it"
+    )
+    imatrix: bool = Field(False, description="weigh rounding errors by the mean square of the inputs")
+    budget: Budget | None = Field(
+        None, description="instead of a type: a type for every tensor, so that the file fits (size=90MB or bits=4.5)"
+    )
+    split: Annotated[int, BeforeValidator(_bytes)] | None = Field(
+        None, gt=0, description="cut a larger file into parts of so many bytes (2GB), which llama.cpp opens together"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _budget_chooses(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("budget") is None:
+            return value
+        if value.get("type", "budget") != "budget":
+            raise ValueError("a budget chooses the types: leave out either `type` or `budget`")
+        if value.get("imatrix", True) is not True:
+            raise ValueError("a budget needs the importance matrix: leave out `imatrix`")
+        return {**value, "type": "budget", "imatrix": True}
+
+    @model_validator(mode="after")
+    def _budget_given(self) -> Self:
+        if self.type == "budget" and self.budget is None:
+            raise ValueError("type budget needs a `budget`: size=90MB, or bits=4.5")
+        if self.budget is None and TYPES[self.type].needs_imatrix and not self.imatrix:
+            raise ValueError(f"llama.cpp rounds to {self.type} with an importance matrix only: set imatrix: true")
+        return self
+
+    optional: ClassVar[tuple[str, ...]] = ("parity", "budget", "split")
+
+    @property
+    def rounded(self) -> bool:
+        """Whether llama.cpp quantizes the weights."""
+        return self.type not in PLAIN
+
+    def needs_sweep(self) -> bool:
+        """True with an importance matrix: it is the diagonal of the Grams. A budget needs all of them."""
+        return self.imatrix and self.rounded
+
+    def needs_sensitivity(self) -> bool:
+        """True with a budget: errors of different matrices are weighed by what they cost the loss."""
+        return self.budget is not None
+
+    def exact(self, facts: ModelFacts) -> bool:
+        """F32 holds what a source of 32 bits has, and F16 more of it than bfloat16."""
+        return self.type in ("F32", "F16")
+
+    def requires(self) -> list[tuple[str, str]]:
+        """`gguf` to write, llama.cpp to quantize and to compare."""
+        return [("gguf", "gguf"), (llama_library.module(), "gguf")]
+
+    def check(self, facts: ModelFacts) -> None:
+        """Refuses architectures that cannot be written, and widths that the type's blocks do not fit."""
+        from lighten.export.gguf.families import family_of
+
+        family_of(facts)
+        widths = (facts.hidden, facts.heads * facts.head_dim, facts.intermediate)
+        block = 1 if self.budget else TYPES[self.type].block
+        if odd := [width for width in widths if width % block]:
+            raise RequestError(
+                f"type {self.type} needs rows that are multiples of {block}, this model has rows of {odd[0]}: use F16"
+            )
+
+    def check_source(self, form: str, facts: ModelFacts) -> None:
+        """Refuses what is no model directory, and Grams of quantized weights."""
+        if form not in _READABLE:
+            raise RequestError(f"GGUF export reads model directories, this one is {form}")
+        if form != "hf" and self.needs_sweep():
+            raise RequestError(
+                f"{'a budget' if self.budget else 'an importance matrix'} is measured on an unquantized "
+                f"model, this one is {form}: export it without, or export the model that it was made from"
+            )
+
+    def check_files(self, folder: Path, facts: ModelFacts) -> None:
+        """Refuses tokenizers that llama.cpp cannot follow."""
+        from lighten.export.gguf.tokenizer import read_vocabulary
+        from lighten.model.checkpoint import read_config
+
+        with reading(folder / "tokenizer.json", "fetch the model again"):
+            read_vocabulary(folder, facts.vocab, read_config(folder))
+
+    def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
+        """Returns the size of the file, the largest tensor in memory, and time by what SmolLM2-135M took.
+
+        While it runs, the step also holds the plain file, unless there is a budget: 2 bytes a weight.
+        """
+        largest = max(facts.vocab * facts.hidden, facts.hidden * facts.intermediate)
+        if self.budget:
+            size = self.budget.size or int((self.budget.bits or 0) * facts.params / 8)
+            seconds = _WRITE_SECONDS + _TRY_SECONDS / (os.cpu_count() or 1)
+        else:
+            bits = TYPES[self.type].bits
+            if facts.hidden % 256:
+                bits = TYPES[self.type].fallback_bits or bits
+            size = int(facts.params * bits / 8)
+            seconds = _WRITE_SECONDS + (_quantize_seconds(self.type) if self.rounded else 0.0)
+        return Estimate(
+            seconds=seconds * facts.params,
+            float32_flops=_trial_flops(facts) if self.budget else 0.0,
+            peak_bytes=500_000_000 + 12 * largest,
+            disk_bytes=size,
+        )
+
+    def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
+        """Writes the file and returns its facts.
+
+        Raises:
+            RequestError: the source is not a plain Hugging Face directory.
+        """
+        from lighten.export.gguf import quantize as gguf_quantize
+        from lighten.model.checkpoint import Checkpoint
+
+        self.check_source(source.format, Checkpoint(source.path).facts)
+        file = out / f"model-{self.type}.gguf"
+        origin = {**about(source), "lighten.step": json.dumps(self.key_config(), sort_keys=True)}
+        if context.key:
+            origin["lighten.key"] = context.key
+        if source.format != "hf":
+            context.warnings.append(
+                f"the weights come from a {source.format} checkpoint: its rounding is in the file too"
+            )
+        weights = None
+        if self.needs_sweep():
+            if context.grams is None or (self.budget and context.sensitivity is None):
+                asked = "a budget" if self.budget else "imatrix: true"
+                raise RequestError(f"{asked} needs a calibration set: name one under calibration")
+            weights = gguf_quantize.importance(context.grams, Checkpoint(source.path).facts)
+        chosen = self._write(source.path, file, origin, weights, context)
+        facts = {**gguf_quantize.describe(file, self.type), "imatrix": weights is not None, **chosen}
+        if self.split:
+            from lighten.export.gguf.split import split
+
+            facts["files"] = [part.name for part in split(file, self.split, context.report)]
+        return facts
+
+    def _write(
+        self, source: Path, file: Path, origin: dict[str, str], weights: Importance | None, context: Context
+    ) -> dict[str, Any]:
+        """Writes the file; returns what a budget chose."""
+        from lighten.export.gguf import quantize as gguf_quantize
+        from lighten.export.gguf import write as gguf
+
+        if self.budget:
+            from lighten.export.gguf.allocate import Prices, fit
+            from lighten.model.sensitivity import Sensitivity
+
+            assert context.sensitivity
+            assert context.grams
+            assert weights
+            draft = gguf.Draft(source, origin)
+            context.warnings += draft.warnings
+            prices = Prices(context.grams, Sensitivity.read(context.sensitivity))
+            return fit(draft, file, self.budget.size, self.budget.bits, prices, weights, context.report)
+        if not self.rounded:
+            context.warnings += gguf.write(source, file, self.type, context.report, origin)
+            return {}
+        plain = file.with_name("plain.gguf")
+        try:
+            context.warnings += gguf.write(source, plain, None, about=origin)
+            gguf_quantize.quantize(plain, file, self.type, weights, context.report)
+        finally:
+            plain.unlink(missing_ok=True)
+        return {}
+
+
+def _quantize_seconds(type: str) -> float:
+    """Returns the seconds that rounding a weight takes."""
+    name = type if "_K" not in type else "Q"
+    return _QUANTIZE_SECONDS[max((start for start in _QUANTIZE_SECONDS if name.startswith(start)), key=len)]
+
+
+def _trial_flops(facts: ModelFacts) -> float:
+    """Returns what the output errors of ten types of every matrix take: products of the rounding errors with H."""
+    hidden, queries = facts.hidden, facts.heads * facts.head_dim
+    weighed = hidden * hidden * (queries + 2 * facts.kv_heads * facts.head_dim) + queries * queries * hidden
+    weighed += hidden * hidden * 2 * facts.intermediate + facts.intermediate**2 * hidden
+    return 10.0 * 2 * weighed * facts.layers

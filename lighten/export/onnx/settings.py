@@ -1,0 +1,159 @@
+"""The export step to ONNX: a model directory becomes a graph for onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from lighten.errors import RequestError
+from lighten.export.step import Export
+from lighten.step import Context, Estimate, ModelFacts
+from lighten.store.store import Artifact
+
+BUILDER = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "PhiForCausalLM",
+    "Phi3ForCausalLM",
+    "SmolLM3ForCausalLM",
+    "OlmoForCausalLM",
+    "GraniteForCausalLM",
+    "NemotronForCausalLM",
+    "Ernie4_5ForCausalLM",
+    "HunYuanDenseV1ForCausalLM",
+)
+"""The dense text models that the builder of onnxruntime-genai knows."""
+KEPT = ("gptq", "awq")
+"""Formats whose weights go into the graph as they are."""
+_BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8": 9.0, "int4": 5.0}
+"""Bits per weight with a float32 scale for every 32 weights, for predictions."""
+_SECONDS = 1.5e-7
+"""Per weight: 20 s for SmolLM2-135M on two cores."""
+
+
+class Onnx(Export):
+    """Writes `model.onnx` with its weights beside it, and the files of the tokenizer."""
+
+    version: ClassVar[int] = 2
+    calibrated: ClassVar[bool] = False
+    causal_only: ClassVar[bool] = False
+
+    format: Literal["onnx"] = Field(description="what to write")
+    precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] | None = Field(
+        None, description="of the weights (int4 where the graph is genai, else fp32)"
+    )
+    graph: Literal["genai", "plain"] | None = Field(
+        None,
+        description="genai: the operators of onnxruntime and onnxruntime-genai; plain: standard ONNX operators only "
+        "(genai for causal language models, plain for all others)",
+    )
+    provider: Literal["cpu", "cuda"] = Field("cpu", description="where a genai graph is to run")
+    block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="weights that share a scale, for int4 and int8")
+    symmetric: bool = Field(True, description="int4 and int8 without zero points")
+    algorithm: Literal["default", "rtn", "k_quant"] = Field(
+        "default", description="onnxruntime's way of rounding weights to int4 and int8"
+    )
+    accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
+        4, description="arithmetic of int4 and int8 products: 1 float32, 2 float16, 3 bfloat16, 4 int8, 0 onnxruntime's"
+    )
+    ignore: tuple[str, ...] = Field(
+        (), description="linears that are not to be quantized: patterns such as *.down_proj"
+    )
+    embedding: Literal["int8", "float", "int4"] = Field(
+        "int8", description="precision of embedding and head where the rest is int4"
+    )
+
+    @property
+    def rounded(self) -> bool:
+        """Whether weights are rounded, or products computed in 16 bits: GPTQ and AWQ sources were before."""
+        return (self.precision or ("fp32" if self.graph == "plain" else "int4")) != "fp32"
+
+    def resolved_graph(self, facts: ModelFacts) -> Literal["genai", "plain"]:
+        """Returns the kind of graph for a model."""
+        return self.graph or ("genai" if facts.family == "causal" else "plain")
+
+    def resolved_precision(self, facts: ModelFacts) -> str:
+        """Returns the precision of the weights for a model."""
+        return self.precision or ("int4" if self.resolved_graph(facts) == "genai" else "fp32")
+
+    def exact(self, facts: ModelFacts) -> bool:
+        """Plain numbers of 32 or 16 bits are written as they are."""
+        return self.resolved_precision(facts) in ("fp32", "fp16")
+
+    def requires(self) -> list[tuple[str, str]]:
+        """What writes the graph, and what runs it."""
+        names = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript")
+        return [(name, "onnx") for name in names]
+
+    def promises(self) -> dict[str, Any]:
+        """The graph runs on its own provider; one in bf16, which numpy lacks, is compared by its tokenizer only."""
+        given = super().promises()
+        return {**given, "device": self.provider, **({"tokens": 0} if self.precision == "bf16" else {})}
+
+    def check(self, facts: ModelFacts) -> None:
+        """Refuses what the kind of graph cannot hold for such a model."""
+        precision = self.resolved_precision(facts)
+        if self.resolved_graph(facts) == "plain":
+            allowed = ("fp32", "fp16", "int8") if facts.family == "causal" else ("fp32", "int8")
+            if precision not in allowed:
+                raise RequestError(
+                    f"a plain graph of {facts.architecture} has no {precision}: use one of {', '.join(allowed)}, "
+                    "or graph: genai for a causal language model"
+                )
+            if self.provider != "cpu":
+                raise RequestError("a plain graph runs on any provider: leave out `provider`")
+            return
+        if facts.architecture not in BUILDER:
+            raise RequestError(
+                f"the builder of onnxruntime-genai does not know {facts.architecture}; it knows {', '.join(BUILDER)}. "
+                "graph: plain exports any model that torch.export can trace"
+            )
+        if precision == "bf16" and self.provider == "cpu":
+            raise RequestError("onnxruntime has no bf16 arithmetic on CPUs: use fp32, or provider: cuda")
+
+    def check_source(self, form: str, facts: ModelFacts) -> None:
+        """Refuses quantized weights that the kind of graph has no operator for."""
+        if form not in ("hf", *KEPT):
+            raise RequestError(
+                f"ONNX export reads unquantized, GPTQ and AWQ models, this one is {form}: export its source, "
+                "and let `precision` choose the bits"
+            )
+        if form in KEPT and self.resolved_graph(facts) == "plain":
+            raise RequestError(
+                f"a plain graph has no operator for the weights of a {form} model: use graph: genai, "
+                "or export its source"
+            )
+        if form in KEPT and (self.ignore or self.resolved_precision(facts) not in ("int4", "int8")):
+            wrong = "`ignore`" if self.ignore else f"precision {self.precision}"
+            raise RequestError(f"the weights of a {form} model are kept as they are: leave out {wrong}")
+
+    def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
+        """Returns the size of the weights, and the time that SmolLM2-135M took."""
+        size = int(facts.params * _BITS[self.resolved_precision(facts)] / 8)
+        return Estimate(seconds=8 + _SECONDS * facts.params, peak_bytes=900_000_000 + 8 * facts.params, disk_bytes=size)
+
+    def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
+        """Writes the directory and returns its facts.
+
+        Raises:
+            RequestError: a source that has no ONNX form.
+        """
+        from lighten.model.checkpoint import Checkpoint
+
+        facts = Checkpoint(source.path).facts
+        self.check(facts)
+        self.check_source(source.format, facts)
+        if self.resolved_graph(facts) == "plain":
+            from lighten.export.onnx import plain as onnx_plain
+
+            return onnx_plain.write(source.path, out, facts, self.resolved_precision(facts), context)
+        from lighten.export.onnx import genai as onnx
+
+        return onnx.write(source.path, out, self, context)

@@ -1,0 +1,1 @@
+"""From a recipe to a published version: plan, build, measure, publish."""

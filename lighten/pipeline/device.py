@@ -1,0 +1,398 @@
+"""Measuring a bundle on the device it is for, through the system's own ssh.
+
+    1. one look: is there a Python, how much of the files is there already, how much space is left
+    2. the model's files go through `cat >>` from where an earlier copy broke off, the others as one tar
+    3. the device hashes what it has; bench.py runs there and its JSON lines come back
+    4. the copy is removed
+
+The copy lies in a directory named by the checksum of its files, so that a broken one can be found again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
+
+from lighten.data.reading import Refused, parse_json
+from lighten.errors import Failure, LightenError, RequestError
+from lighten.export.bundle.reading import Copy, opened, read_bundle
+from lighten.results.results import Results
+from lighten.screen import visible
+from lighten.step import Report
+from lighten.store.names import as_name
+
+BLOCK = 1 << 20
+TRIES = 5
+"""How often a copy that gets further each time is taken up again by itself."""
+SPARE_BYTES = 20_000_000
+NO_PYTHON, NO_ROOM, UNREACHABLE = 71, 72, 255
+SMALL = "files.tar"
+MOST, LINE, TALK = 1 << 20, 4 << 20, 64 << 20
+"""Bytes that a device may say: a script, bench.py in a line, and bench.py in all."""
+SHOWN = 300
+"""Letters of a device's message that are shown."""
+USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*|[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?")
+
+# Every script begins with `d`, the directory of the copy, and `python`. What they say to us begins with "lighten".
+_LOOK = """
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 9))' >/dev/null 2>&1 || exit 71
+mkdir -p "$d" && cd "$d" || exit 1
+for f in $names; do [ -f "$f" ] && echo "lighten have $f $(($(wc -c < "$f")))"; done
+echo "lighten free $(df -Pk . | awk 'NR == 2 {print $4}')"
+"""
+_APPEND = 'cd "$d" && cat >> "$f"'
+_REPLACE = 'cd "$d" && cat > "$f"'
+_HASH = """
+cd "$d" && "$python" -c 'import hashlib, sys
+for name in sys.argv[1:]:
+    digest = hashlib.sha256()
+    with open(name, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    print("lighten sha256", name, digest.hexdigest())' $names
+"""
+_BENCH = 'cd "$d" && tar -xf files.tar && PYTHON=$python exec sh bench.sh --events $options'
+_DROP = 'rm -rf -- "$d"; rmdir -- "${d%/*}" 2>/dev/null; :'
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a device answers."""
+
+    host: str
+    user: str | None
+    port: int | None
+
+    @property
+    def name(self) -> str:
+        """user@host:port, as far as given."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{f'{self.user}@' if self.user else ''}{host}{f':{self.port}' if self.port else ''}"
+
+
+def parse_target(target: str) -> Address:
+    """Returns the address in ssh://[user@]host[:port].
+
+    Raises:
+        RequestError: anything else, and an address with a password.
+    """
+    try:
+        parts = urlsplit(target)
+        user, port = parts.username, parts.port
+        host = parts.netloc.rpartition("@")[2].removesuffix(f":{port}").strip("[]")  # aliases of ssh have capitals
+    except ValueError as error:
+        raise RequestError(f"--target {target}: {error}; give ssh://user@host[:port]") from error
+    if parts.password is not None:
+        raise RequestError("--target takes no password: put a key on the device (ssh-copy-id) and leave it out")
+    right = parts.scheme == "ssh" and HOST.fullmatch(host) and (user is None or USER.fullmatch(user))
+    if not right or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise RequestError(f"--target {target} is not an address: give ssh://user@host[:port]")
+    return Address(host, user, port)
+
+
+class Device:
+    """A machine that is reached by ssh."""
+
+    def __init__(self, address: Address, key: str, python: str = "python3") -> None:
+        self.address = address
+        self._python = python
+        self._key = key
+        program = shlex.split(os.environ.get("LIGHTEN_SSH", "ssh"))
+        options = ["-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15"]
+        where = [*(["-p", str(address.port)] if address.port else []), *(["-l", address.user] if address.user else [])]
+        self._command = [*program, *options, *where, "--", address.host]
+
+    def start(self, script: str, **values: str) -> subprocess.Popen[bytes]:
+        """Starts a script there; `values` are its variables."""
+        given = {"python": self._python, **values}
+        lines = [f"{name}={shlex.quote(value)}" for name, value in given.items()]
+        lines.append("case $python in /*) ;; */*) python=$HOME/$python ;; esac")
+        folder = 'd="${XDG_CACHE_HOME:-$HOME/.cache}/lighten/' + f'{self._key}"'
+        whole = "\n".join(["LC_ALL=C; export LC_ALL; umask 077", *lines, folder, script])
+        try:
+            return subprocess.Popen(
+                [*self._command, f"sh -c {shlex.quote(whole)}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        except FileNotFoundError as error:
+            raise RequestError("there is no ssh here: install it (Debian: apt install openssh-client)") from error
+
+    def run(self, script: str, feed: Callable[[IO[bytes]], None] | None = None, **values: str) -> tuple[int, str, str]:
+        """Runs a script there and returns its exit code and what it printed; `feed` writes its input."""
+        process = self.start(script, **values)
+        assert process.stdin and process.stdout and process.stderr
+        errors: list[bytes] = []
+        reader = threading.Thread(target=lambda pipe: errors.append(_beginning(pipe)), args=(process.stderr,))
+        reader.start()
+        try:
+            with suppress(BrokenPipeError):
+                if feed:
+                    feed(process.stdin)
+                process.stdin.close()
+            printed = process.stdout.read(MOST + 1)
+            if len(printed) > MOST:
+                raise Failure(f"{self.address.name} says more than any of lighten's scripts does: what answers there?")
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            reader.join()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            process.stdout.close()
+            process.stderr.close()
+        return code, printed.decode(errors="replace"), errors[0].decode(errors="replace")
+
+    def drop(self) -> None:
+        """Removes the copy."""
+        with suppress(LightenError):
+            self.run(_DROP)
+
+    def trouble(self, doing: str, code: int, errors: str) -> Failure:
+        """Returns one message for what went wrong."""
+        lines = [line.strip() for line in errors.splitlines() if line.strip() and "known hosts" not in line]
+        reason = visible(lines[-1][:SHOWN]) if lines else f"exit code {code}"
+        name, text = self.address.name, " ".join(lines)
+        if "Permission denied" in text and code == UNREACHABLE:
+            return Failure(f"{name} refuses the key ({reason}): make `ssh ssh://{name}` work without a password first")
+        if "Host key verification failed" in text:
+            return Failure(f"the host key of {name} is not known or has changed: connect once with ssh and check it")
+        if code == NO_PYTHON:
+            return Failure(f"{name} has no {self._python} of 3.9 or later: install it there, or give --python PATH")
+        if code == NO_ROOM or "No space left" in text or "Disk quota" in text:
+            return Failure(f"{name} has no room for the bundle ({reason}): free some space there")
+        if code == UNREACHABLE:
+            return Failure(f"{name} does not answer ({reason}): check the address and that its ssh server runs")
+        return Failure(f"{name}: {doing} failed: {reason}")
+
+
+def _beginning(pipe: IO[bytes]) -> bytes:
+    """Returns what a pipe gives, of which only the first part is kept."""
+    kept = b""
+    while block := pipe.read(1 << 16):
+        kept += block[: max(0, MOST - len(kept))]
+    return kept
+
+
+def _said(printed: str, word: str, count: int) -> list[list[str]]:
+    """Returns the lines of a kind that have as many words as they should; others are not ours."""
+    lines = [line.split() for line in printed.splitlines() if line.startswith(f"lighten {word} ")]
+    return [line[2:] for line in lines if len(line) == 2 + count]
+
+
+def _number(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
+
+
+def send(device: Device, copy: Copy, report: Report) -> None:
+    """Copies a bundle to the device, going on where an earlier copy broke off.
+
+    Raises:
+        Failure: see `Device.trouble`. After a broken connection what arrived stays; after anything else nothing does.
+    """
+    best = -1
+    for attempt in range(TRIES):
+        time.sleep(attempt)
+        arrived, code, errors = _send_once(device, copy, report)
+        if not code:
+            break
+        if code != UNREACHABLE:
+            device.drop()
+            raise device.trouble("copying", code, errors)
+        if arrived <= best or attempt == TRIES - 1:
+            kept = "; what has arrived stays there, and the same command goes on from it" if best >= 0 else ""
+            raise Failure(f"{device.trouble('copying', code, errors)}{kept}")
+        best = arrived
+    code, printed, errors = device.run(_HASH, names=" ".join([*copy.models, SMALL]))
+    found = dict(_said(printed, "sha256", 2))
+    if code == UNREACHABLE:
+        raise device.trouble("checking the copy", code, errors)
+    if found != {**copy.models, SMALL: hashlib.sha256(copy.small).hexdigest()}:
+        device.drop()
+        if code:
+            raise device.trouble("checking the copy", code, errors)
+        raise Failure(f"{device.address.name}: the copy is damaged and was removed: run the same command again")
+
+
+def _send_once(device: Device, copy: Copy, report: Report) -> tuple[int, int, str]:
+    """Returns the bytes of the model that are there (-1 if not known), and how the last script ended."""
+    total = sum(map(copy.size, copy.models))
+    code, printed, errors = device.run(_LOOK, names=" ".join(copy.models))
+    if code:
+        return -1, code, errors
+    told = {name: _number(size) for name, size in _said(printed, "have", 2)}
+    # a size that cannot be: not ours, begin again
+    claimed = {name: told.get(name) or 0 for name in copy.models}
+    have = {name: size if size <= copy.size(name) else 0 for name, size in claimed.items()}
+    arrived = sum(have.values())
+    free = [size for (text,) in _said(printed, "free", 1) if (size := _number(text)) is not None]
+    needed = total - arrived + len(copy.small) + SPARE_BYTES
+    if free and free[0] * 1024 < needed:
+        left = free[0] * 1024
+        return arrived, NO_ROOM, f"{needed / 1e6:,.0f} MB are needed, {left / 1e6:,.0f} MB are free"
+    code, _, errors = device.run(_REPLACE, lambda pipe: _pour(io.BytesIO(copy.small), pipe, report, 0, total), f=SMALL)
+    if code:
+        return arrived, code, errors
+    for name in copy.models:
+        begin = have.get(name, 0)
+        if begin == copy.size(name) and begin:
+            continue
+
+        def feed(pipe: IO[bytes], name: str = name, begin: int = begin, arrived: int = arrived) -> None:
+            with (copy.folder / name).open("rb") as file:
+                file.seek(begin)
+                _pour(file, pipe, report, arrived, total)
+
+        code, _, errors = device.run(_APPEND if begin else _REPLACE, feed, f=name)
+        if code:
+            return arrived, code, errors
+        arrived += copy.size(name) - begin
+    return arrived, 0, ""
+
+
+def _pour(file: IO[bytes], pipe: IO[bytes], report: Report, done: int, total: int) -> None:
+    while block := file.read(BLOCK):
+        pipe.write(block)
+        done += len(block)
+        report(done, total, f"copying, {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+
+
+def bench(device: Device, options: Sequence[str], report: Report, name: str) -> dict[str, Any]:
+    """Runs bench.py on a copy and returns its results, checked; `name` is what its row is called.
+
+    Raises:
+        Failure: it failed, or what came back is not results.
+    """
+    process = device.start(_BENCH, options=" ".join(options))
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.close()
+    errors: list[bytes] = []
+    reader = threading.Thread(target=lambda pipe: errors.append(_beginning(pipe)), args=(process.stderr,))
+    reader.start()
+    found: Any = None
+    said = 0
+    try:
+        while line := process.stdout.readline(LINE + 1):
+            said += len(line)
+            if len(line) > LINE or said > TALK:
+                raise Failure(f"{device.address.name} says more than bench.py ever does: what answers there?")
+            event = _event(line)
+            if (progress := _progress(event)) is not None:
+                report(*progress)
+            found = event.get("results", found)
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        reader.join()
+        process.stdout.close()
+        process.stderr.close()
+    if code or found is None:
+        raise device.trouble("bench.py", code, errors[0].decode(errors="replace"))
+    return _results(found, name, device.address.name)
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    """Returns what a line says; nothing if it is none of bench.py's: a shell's start-up files may print something."""
+    try:
+        event = parse_json(line)
+    except Refused:
+        return {}
+    return event if isinstance(event, dict) else {}
+
+
+def _progress(event: dict[str, Any]) -> tuple[int, int, str] | None:
+    given = event.get("progress")
+    if not isinstance(given, list) or len(given) != 3 or not all(type(each) is int for each in given[:2]):
+        return None
+    done, total, note = given
+    return (done, total, visible(str(note)[:SHOWN])) if 0 <= done <= total < 1 << 31 else None
+
+
+def _results(found: Any, name: str, device: str) -> dict[str, Any]:
+    """Returns the results that a device sent, checked.
+
+    Raises:
+        Failure: they are none, or not of one model.
+    """
+    try:
+        results = Results.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))[:SHOWN]
+        raise Failure(f"{device} sent results that cannot be read: {visible(where)}: {first['msg'][:SHOWN]}") from error
+    if len(results.variants) != 1 or results.variants[0].elsewhere:
+        raise Failure(f"{device} sent results of {len(results.variants)} models, and one was measured")
+    row = results.variants[0].model_copy(update={"name": name})
+    return results.model_copy(update={"variants": [row]}).model_dump(mode="json")
+
+
+def measure_there(
+    paths: Sequence[str], target: str, report: Report, *, python: str = "python3", perplexity: bool = True
+) -> dict[str, Any]:
+    """Measures bundles on a device; returns the contents of a results.json with a row for each.
+
+    Args:
+        paths: directories or archives of bundles.
+        target: ssh://user@host[:port].
+        report: told of what is copied and measured.
+        python: the interpreter there.
+        perplexity: whether to take the perplexity of the bundle's text.
+
+    Raises:
+        RequestError: a path that is no bundle, a wrong address.
+        Failure: the device cannot be reached or used; nothing is left there but a copy that a broken connection cut. Of
+            several bundles one that fails is a row that says why.
+    """
+    address = parse_target(target)
+    found: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            with opened(Path(path)) as folder:
+                copy = read_bundle(folder)
+                device = Device(address, copy.key, python)
+                send(device, copy, report)
+                try:
+                    options = [] if perplexity else ["--chunks", "0"]
+                    found.append(bench(device, options, report, as_name(copy.facts.name)))
+                    found[-1]["variants"][0]["notes"] += copy.notes
+                finally:
+                    device.drop()
+        except Failure as error:
+            if len(paths) == 1:
+                raise
+            failed.append(
+                {"name": as_name(Path(path).name), "status": "failed", "error": str(error), "path": str(path)}
+            )
+        else:
+            found[-1]["variants"][0]["path"] = str(path)
+    if not found:
+        raise Failure("; ".join(f"{row['path']}: {row['error']}" for row in failed))
+    merged = found[0]
+    for row in [*(each["variants"][0] for each in found[1:]), *failed]:
+        taken = {row["name"] for row in merged["variants"]}
+        row["name"] = next(
+            name for name in (row["name"], *(f"{row['name']}-{n}" for n in range(2, 1000))) if name not in taken
+        )
+        merged["variants"].append(row)
+    return merged | {"recipe": "evaluate"}

@@ -1,0 +1,52 @@
+"""What a recipe or a task file may run: nothing, unless the person says so on the command line, or as an argument.
+
+A file can ask for trust; it can never grant it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lighten.errors import RequestError
+from lighten.evaluate.settings import Accuracy
+from lighten.pipeline.recipe import Recipe
+
+
+def check(recipe: Recipe, *, trust_remote_code: bool, trust_tasks: bool) -> None:
+    """Does nothing if the person granted what the recipe asks for; called before anything is fetched or run.
+
+    Args:
+        recipe: what asks.
+        trust_remote_code: the person's word for the code of the models that the recipe names for it.
+        trust_tasks: the person's word for lm-eval's task files.
+
+    Raises:
+        RequestError: trust that is asked for and was not granted, or granted and not asked for.
+    """
+    asked = recipe.trusted
+    if asked and not trust_remote_code:
+        names = " and ".join(asked)
+        raise RequestError(
+            f"the recipe {recipe.name} asks to run the Python code that comes with {names}: read that code, and if you "
+            "trust it, say so with --trust-remote-code (trust_remote_code=True in Python)"
+        )
+    if trust_remote_code and not asked:
+        raise RequestError(
+            f"--trust-remote-code: the recipe {recipe.name} does not say whose code it needs: add the line "
+            f"`trust_remote_code: {recipe.model}` to it, or leave the flag out"
+        )
+    check_tasks(recipe.evaluate.accuracy, trust_tasks)
+
+
+def check_tasks(tasks: Iterable[Accuracy], granted: bool) -> None:
+    """Does nothing if no task is a file that may run code, or if the person granted that.
+
+    Raises:
+        RequestError: it was not granted.
+    """
+    files = [str(task.task_file) for task in tasks if task.task_file]
+    if files and not granted:
+        raise RequestError(
+            f"the task file {files[0]} is code to lm-eval (its functions and templates run): read it, and if you trust "
+            "it, say so with --trust-tasks (trust_tasks=True in Python)"
+        )

@@ -1,0 +1,322 @@
+"""The one-step verbs: a recipe of one variant, or measurements of what lies anywhere."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lighten.compress.calibrate.sweep import Sweep
+from lighten.errors import DiskFull, Failure, LightenError, RequestError
+from lighten.evaluate import machine
+from lighten.evaluate.accuracy import harness
+from lighten.evaluate.paired import RESULT
+from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
+from lighten.model import gguf_source
+from lighten.model.accelerator import Device
+from lighten.model.checkpoint import read_config
+from lighten.model.source import Found, find
+from lighten.pipeline.plan import Predictor, arithmetic, check_measurable, check_memory, check_texts, look, make_plan
+from lighten.pipeline.recipe import Recipe, parse_settings
+from lighten.pipeline.roofline import Addition
+from lighten.pipeline.run import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
+from lighten.pipeline.steps import step_class
+from lighten.pipeline.trust import check_tasks
+from lighten.process.isolate import run_isolated
+from lighten.results.results import Results
+from lighten.store.locks import scratch_beside
+from lighten.store.names import as_name
+from lighten.store.store import Artifact, Store, read_artifact
+
+
+def one_step(
+    kind: str,
+    model: str,
+    out: str | Path,
+    settings: dict[str, Any],
+    *,
+    calibration: dict[str, Any] | None = None,
+    artifacts: str | Path = "artifacts",
+    device: str = "auto",
+    merge_adapter: bool = False,
+    watcher: Watcher | None = None,
+    trust_remote_code: bool = False,
+) -> Artifact:
+    """Runs one step on a model and leaves a copy of the artifact in `out`.
+
+    The stages are kept in the store at `artifacts`, so that another step on the same model shares the sweep.
+    `trust_remote_code` lets the code run that comes with the models that are named.
+
+    Raises:
+        RequestError: a wrong setting, or `out` exists already.
+        Failure: the step failed.
+    """
+    target = Path(out)
+    check_new(target)
+    command = f"lighten {kind}"
+    parse_settings(step_class(kind, settings), settings, command)
+    swept = parse_settings(Sweep, calibration or {}, command)
+    variants = {"result": [{kind: settings}]}
+    recipe = Recipe(name=kind, model=model, merge_adapter=merge_adapter, calibration=swept, variants=variants)
+    if trust_remote_code:
+        recipe = recipe.model_copy(update={"trust_remote_code": recipe.models})
+    watcher = watcher or Silent()
+    chosen = choose_device(device, watcher)
+    todo = make_plan(recipe, device=chosen)
+    check_memory(todo)
+    store = Store(Path(artifacts))
+    predictor = Predictor(store, chosen)
+    watcher.planned(todo, {stage.key: predictor.predict(stage).seconds for stage in todo.stages})
+    keys = [stage.key for stage in todo.stages]
+    with store.lease(keys):
+        builder = build_all(todo, store, predictor, chosen.name, watcher, keys)
+        stage = todo.artifacts["result"]
+        if stage.key in builder.failed:
+            raise Failure(builder.failed[stage.key])
+        return _copy_out(builder.done[stage.key], target)
+
+
+def check_new(target: Path) -> None:
+    """Raises RequestError if a directory cannot be made: it is there, or what it would lie in cannot hold it."""
+    if target.exists():
+        raise RequestError(f"{target} exists already: choose another directory or remove it")
+    above = next(parent for parent in target.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise RequestError(f"{target} cannot be made, because {above} is a file: choose another directory")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise RequestError(f"{target} cannot be made, because {above} cannot be written to: choose another directory")
+
+
+def _copy_out(artifact: Artifact, target: Path) -> Artifact:
+    """Copies an artifact to where the person asked for it, under a temporary name first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_beside(target) as folder:
+        copy = folder / target.name
+        shutil.copytree(artifact.path, copy, copy_function=shutil.copyfile)
+        os.chmod(copy, 0o755)
+        copy.rename(target)
+    return read_artifact(target)
+
+
+def quantize(model: str, out: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Artifact:
+    """Quantizes a model into the directory `out`: `quantize("demo:smollm2-135m", "out", method="gptq", bits=4)`."""
+    return one_step("quantize", model, out, settings, trust_remote_code=trust_remote_code)
+
+
+def prune(model: str, out: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Artifact:
+    """Prunes a model into the directory `out`: `prune("demo:smollm2-135m", "out", what="mlp", ratio=0.2)`."""
+    return one_step("prune", model, out, settings, trust_remote_code=trust_remote_code)
+
+
+def distill(model: str, out: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Artifact:
+    """Trains a model on its teacher into the directory `out`: `distill("pruned", "out", teacher="org/model")`."""
+    return one_step("distill", model, out, settings, trust_remote_code=trust_remote_code)
+
+
+def export_model(model: str, out: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Artifact:
+    """Exports a model into the directory `out`: `export_model(model, "out", format="gguf", type="Q4_K_M")`."""
+    return one_step("export", model, out, settings, trust_remote_code=trust_remote_code)
+
+
+def measure(
+    paths: list[str],
+    *,
+    perplexity: Perplexity | list[Perplexity] | None = None,
+    accuracy: list[Accuracy] | None = None,
+    speed: Speed | None = None,
+    roofline: bool = False,
+    price_per_hour: float | None = None,
+    currency: str = "USD",
+    device: str = "auto",
+    merge_adapter: bool = False,
+    watcher: Watcher | None = None,
+    trust_tasks: bool = False,
+) -> dict[str, Any]:
+    """Measures any model directories, .gguf or .onnx files; the first one is the baseline of the others.
+
+    `trust_tasks` lets lm-eval run what task files say.
+
+    Returns:
+        The contents of a results.json, with one row per path. A path that fails is a row that says why.
+
+    Raises:
+        RequestError: a path that is no model.
+    """
+    watcher = watcher or Silent()
+    values: dict[str, Any] = {"perplexity": perplexity, "accuracy": accuracy or [], "speed": speed}
+    values |= {"roofline": roofline, "price_per_hour": price_per_hour, "currency": currency}
+    settings = parse_settings(Evaluate, values, "lighten evaluate")
+    check_tasks(settings.accuracy, trust_tasks)
+    asked: list[tuple[str, Perplexity | Accuracy | Speed]] = [("perplexity", each) for each in settings.perplexity]
+    asked += [("accuracy", task) for task in settings.accuracy]
+    if settings.speed:
+        asked.append(("speed", settings.speed))
+    found = [find(path, merge_adapter=merge_adapter) for path in paths]
+    for source in found:
+        check_measurable(source.facts, settings, source.name)
+        for note in source.notes:
+            watcher.say(f"{source.name}: {note}")
+    check_texts(found[0].path, settings)
+    for task in settings.accuracy:
+        look(task)
+        if task.task_file:
+            harness.build(task)
+    chosen = choose_device(device, watcher)
+    if any(source.kind == "directory" for source in found):
+        check_options(settings.speed, chosen.name)
+    wanted = arithmetic(max(source.facts.params for source in found), chosen)
+    rows: list[dict[str, Any]] = []
+    addition = Addition(settings, watcher)
+    with tempfile.TemporaryDirectory(prefix="lighten-") as scratch:
+        found = [_merged(source, Path(scratch) / f"merged-{n}", watcher) for n, source in enumerate(found)]
+        for number, source in enumerate(found):
+            rows.append(_measure_one(source, found[0], number, asked, Path(scratch), chosen, wanted, watcher))
+            addition.to(rows[-1], source.path, source.facts)
+    if rows[0]["status"] == "ok":
+        for row in rows[1:]:
+            row.setdefault("delta", {})["size_ratio"] = row["size_bytes"] / rows[0]["size_bytes"]
+    results = {
+        "schema": 1,
+        "recipe": "evaluate",
+        "version": "",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {**machine.fingerprint(), **addition.machine()},
+        "source": {"model": found[0].name, "params": found[0].facts.params},
+        "variants": rows,
+        "stages": [],
+        "recipe_yaml": "",
+        "warnings": addition.warnings,
+    }
+    return Results.model_validate(results).model_dump(mode="json")
+
+
+def _merged(source: Found, out: Path, watcher: Watcher) -> Found:
+    """Returns a source as it is, or a directory with its adapter merged."""
+    if not source.adapter:
+        return source
+    watcher.say(f"merging {source.name}")
+    settings = {
+        "model": source.name,
+        "path": str(source.path),
+        "format": "directory",
+        "identity": source.identity,
+        "dtype": source.dtype,
+        "surplus": source.surplus,
+        "adapter": str(source.adapter),
+    }
+    out.mkdir()
+    payload = {"kind": "source", "settings": settings, "inputs": {}, "out": str(out), "scratch": None, "device": "cpu"}
+    run_isolated("lighten.pipeline.steps:run_step", {**payload, "trust_remote_code": False})
+    return replace(source, path=out, adapter=None)
+
+
+def _measure_one(
+    source: Found,
+    baseline: Found,
+    number: int,
+    asked: list[tuple[str, Perplexity | Accuracy | Speed]],
+    scratch: Path,
+    device: Device,
+    wanted: str | None,
+    watcher: Watcher,
+) -> dict[str, Any]:
+    is_baseline = number == 0
+    row = {"name": "baseline" if is_baseline else as_name(source.path.name), "status": "ok", **describe_source(source)}
+    measured: list[tuple[Any, Path, Path | None]] = []
+    for note in row["notes"][len(source.notes) :]:  # the others were said before
+        watcher.say(f"{source.name}: {note}")
+    try:
+        for position, (kind, settings) in enumerate(asked):
+            out = scratch / f"{number}-{position}"
+            out.mkdir()
+            hidden = scratch / f"0-{position}"
+            comparable = kind == "perplexity" and baseline.kind == "directory"
+            payload = {
+                "measurement": kind,
+                "config": settings.model_dump(mode="json"),
+                "model": str(source.path),
+                "tokenizer": str(baseline.path),
+                "out": str(out),
+                "device": device.name,
+                "arithmetic": wanted,
+                "reference": {"hidden": str(hidden), "model": str(baseline.path)}
+                if comparable and not is_baseline
+                else None,
+                "save_hidden": comparable and is_baseline,
+            }
+            watcher.say(f"{settings.told} of {source.name}")
+            value = run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed").value
+            if value.get("vocabulary") and not measured:
+                watcher.say(
+                    f"{source.name} has another vocabulary than {baseline.name} ({value['vocabulary']}): each is "
+                    "measured on its own tokens; compare bits per byte, not perplexity"
+                )
+            paired = not is_baseline and (hidden / RESULT).is_file()  # its own row says why it was not measured
+            measured.append((kind, out, hidden if paired else None))
+        add_measurements(row, measured, is_baseline)
+    except DiskFull:
+        raise
+    except LightenError as error:
+        row |= {"status": "failed", "error": str(error)}
+    return row
+
+
+def describe_source(source: Found) -> dict[str, Any]:
+    """Returns the columns of a row of a model that lies anywhere, as far as they need no measuring."""
+    files = [file for file in source.path.rglob("*") if file.is_file()] if source.path.is_dir() else [source.path]
+    weights = sum(file.stat().st_size for file in files if file.name.endswith(WEIGHTS) or gguf_source.is_gguf(file))
+    return {
+        "path": str(source.path),
+        "error": None,
+        "format": _format(source),
+        "size_bytes": sum(file.stat().st_size for file in files),
+        "bits_per_weight": 8 * weights / source.facts.params,
+        "params": source.facts.params,
+        "notes": [*source.notes, *(gguf_source.doubts(source.path) if source.kind == "gguf" else [])],
+    }
+
+
+def _format(source: Found) -> str:
+    if source.kind != "directory":
+        return source.kind
+    return str((read_config(source.path).get("quantization_config") or {}).get("quant_method", "hf"))
+
+
+def profile(
+    path: str,
+    out: Path,
+    *,
+    prompt: int = 128,
+    steps: int = 16,
+    device: str = "auto",
+    watcher: Watcher | None = None,
+) -> dict[str, Any]:
+    """Profiles a model directory, a .gguf or an .onnx file as it is served, and leaves trace and summary in `out`.
+
+    Returns:
+        The contents of profile.json: seconds and operators of prefill and decoding, and the bottleneck of each.
+
+    Raises:
+        RequestError: the path is no model, or `out` exists already.
+        Failure: it does not run.
+    """
+    found = find(path)
+    if found.facts.family != "causal":
+        raise RequestError(f"{path} is no causal language model: there is no decoding to profile")
+    check_new(out)
+    out.mkdir(parents=True)
+    payload = {
+        "model": str(found.path),
+        "out": str(out.resolve()),
+        "device": choose_device(device).name,
+        "prompt": prompt,
+        "steps": steps,
+    }
+    if watcher:
+        watcher.say(f"profile of {found.name}")
+    value: dict[str, Any] = run_isolated("lighten.evaluate.profiling:profile", payload, fresh=True).value
+    return value

@@ -1,1 +1,0 @@
-"""What leaves the machine or the version's directory: reports in other forms, and artifacts with their cards."""

@@ -1,0 +1,1 @@
+"""Artifacts on disk: written once, never changed, found by key."""
