@@ -117,7 +117,7 @@ def choices(program: list[str], model: Path, ids: list[int], said: list[int]) ->
 
 def here(runtime: LlamaCppRuntime, ids: list[int], steps: int) -> dict[str, Any]:
     """Returns the same of llama-cpp-python in this process."""
-    from lighten.evaluate.runtimes.llama_cpp import _Batch
+    from lighten.evaluate.runtimes.llama_binding import _Batch
 
     context = runtime._open_context(len(ids) + steps, 1, False)
     given, start = list(ids), 0

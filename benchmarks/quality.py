@@ -19,7 +19,8 @@ from typing import Any
 
 import lighten
 from lighten.evaluate import machine
-from lighten.store.store import MANIFEST, write_json
+from lighten.store.files import MANIFEST
+from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SPREAD = 0.35

@@ -38,7 +38,8 @@ import memory
 from timed import Timed, last_json, timed
 
 from lighten.evaluate import machine
-from lighten.store.store import hash_file, write_json
+from lighten.store.files import hash_file
+from lighten.store.store import write_json
 
 HERE = Path(__file__).resolve().parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -194,11 +195,11 @@ def _remove(path: Path) -> None:
 def prepare(bench: Bench) -> None:
     """Writes the model directory and the token ids that every tool gets; in a process of its own."""
     from lighten.data.text import load_text
-    from lighten.evaluate.perplexity.perplexity import cut
-    from lighten.evaluate.runtimes.runtime import open_tokenizer
+    from lighten.evaluate.perplexity.protocols import cut
+    from lighten.evaluate.runtimes.opening import open_tokenizer
     from lighten.model.tokens import calibration_ids
     from lighten.pipeline import run as pipeline
-    from lighten.store.store import MANIFEST
+    from lighten.store.files import MANIFEST
 
     asked = bench.asked
     if not bench.model.is_dir():

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from lighten.report.markdown import markdown_table
 from lighten.report.table import table
-from lighten.results.results import Results, load, save
+from lighten.results.file import load, save
+from lighten.results.results import Results
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "quickstart.json"

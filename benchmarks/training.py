@@ -46,7 +46,7 @@ def measure(task: dict[str, Any]) -> None:
 
     from lighten.compress.distill.settings import Distill
     from lighten.step import Context
-    from lighten.store.store import Artifact
+    from lighten.store.artifact import Artifact
 
     step = Distill.model_validate(task["settings"])
     source, folder = Path(task["model"]), Path(task["folder"])

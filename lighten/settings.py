@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
 
@@ -68,3 +69,36 @@ class Settings(AnyCase):
 
 def _number(text: str) -> int | str:
     return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+_SCALES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Returns the bytes that a text such as "90MB", "1.5 GiB" or "90000000" means.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2].upper() not in _SCALES:
+        raise ValueError(f"{text!r} is not a size: write bytes, or a number with kB, MB, GB, KiB, MiB or GiB: 90MB")
+    return math.floor(float(found[1]) * _SCALES[found[2].upper()] + 1e-6)
+
+
+class Budget(Settings):
+    """One of the two. As text "size=90MB", "90MB" or "bits=4.5"."""
+
+    bare: ClassVar[str | None] = "size"
+    example: ClassVar[str] = "size=90MB, or bits=4.5"
+
+    size: Annotated[int, BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size)] | None = (
+        Field(None, gt=0, description="bytes of the whole artifact, or a text such as 90MB")
+    )
+    bits: float | None = Field(None, gt=0, le=32, description="bits per weight, on average")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.size is None) == (self.bits is None):
+            raise ValueError("a budget is one of the two: size, or bits")
+        return self

@@ -167,7 +167,7 @@ def to_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     pytest.importorskip("onnxruntime_genai")
     from lighten.export.onnx.settings import Onnx
     from lighten.step import Context
-    from lighten.store.store import Artifact
+    from lighten.store.artifact import Artifact
 
     @cache
     def make(source: Path, format: str = "hf", **settings: Any) -> Path:

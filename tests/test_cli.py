@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.quantize.settings import Quantize
 from lighten.export.gguf.settings import Gguf
-from lighten.store.store import Store, find_damage
+from lighten.store.artifact import find_damage
+from lighten.store.store import Store
 
 RECIPE = """name: tiny
 model: {model}

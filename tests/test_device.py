@@ -20,7 +20,7 @@ from lighten.export.bundle.settings import Bundle
 from lighten.pipeline import device
 from lighten.results.results import Results
 from lighten.step import Context, silent
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 
 Tiny = Callable[..., Path]
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")

@@ -12,8 +12,8 @@ import torch
 from lighten.data.text import builtin_text
 from lighten.doctor import advice
 from lighten.doctor.diagnose import diagnose
-from lighten.pipeline.plan import Stage
-from lighten.pipeline.run import Silent
+from lighten.pipeline.stage import Stage
+from lighten.pipeline.watcher import Silent
 from lighten.store.collection import collect
 from lighten.store.store import Store
 from tests.test_cli import lighten, recipe, refused

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from lighten.errors import RequestError
 from lighten.numerics import knapsack
-from lighten.numerics.knapsack import Option, choose, parse_size
+from lighten.numerics.knapsack import Option, choose
+from lighten.settings import parse_size
 
 OPTIONS = st.builds(Option, st.integers(0, 30), st.floats(0, 100))
 ITEMS = st.lists(st.lists(OPTIONS, min_size=1, max_size=4), min_size=1, max_size=5)

@@ -12,13 +12,13 @@ import torch
 
 import lighten
 from lighten.errors import RequestError
-from lighten.evaluate.runtimes.runtime import open_runtime
+from lighten.evaluate.runtimes.opening import open_runtime
 from lighten.evaluate.settings import Speed
 from lighten.evaluate.speed.speed import measure
-from lighten.pipeline import run as pipeline
+from lighten.pipeline import build
+from lighten.pipeline.build import check_options
 from lighten.pipeline.plan import make_plan
 from lighten.pipeline.recipe import parse
-from lighten.pipeline.run import check_options
 from lighten.process.isolate import Outcome, run_isolated
 
 from .test_cli import lighten as command
@@ -72,7 +72,7 @@ def test_a_runtime_that_dies_is_one_failed_row_and_the_rest_goes_on(
         deadly = payload.get("measurement") == "speed" and payload["config"]["cache"] == "static"
         return run_isolated("tests.test_ladder:dies" if deadly else target, payload, *rest, **fresh)
 
-    monkeypatch.setattr(pipeline, "run_isolated", one_dies)
+    monkeypatch.setattr(build, "run_isolated", one_dies)
     value = parse(ladder(model, {"static": {"cache": "static"}}))
     results = json.loads((lighten.run(value, artifacts=tmp_path, device="cpu") / "results.json").read_text())
     rows = {row["name"]: row for row in results["variants"]}

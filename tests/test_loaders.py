@@ -19,13 +19,14 @@ import lighten
 from lighten.compress.quantize.settings import Quantize
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.loaders import survey as loaders
-from lighten.evaluate.loaders.survey import Loader, Survey, survey
+from lighten.evaluate.loaders.programs import Loader
+from lighten.evaluate.loaders.survey import Survey, survey
 from lighten.export.gguf.settings import Gguf
 from lighten.model.source import find
 from lighten.pipeline.recipe import parse
 from lighten.process.isolate import Outcome, run_isolated
 from lighten.step import Context
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 from tests.test_cli import lighten as command
 from tests.test_cli import refused
 

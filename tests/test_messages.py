@@ -13,9 +13,12 @@ from lighten.cli import main as cli
 from lighten.data.text import read
 from lighten.errors import Failure, RequestError, check_names, unexpected
 from lighten.model.source import find
-from lighten.pipeline.plan import Predictor, Stage, make_plan
+from lighten.pipeline.build import Builder
+from lighten.pipeline.plan import make_plan
+from lighten.pipeline.predict import Predictor
 from lighten.pipeline.recipe import parse
-from lighten.pipeline.run import Builder, Silent
+from lighten.pipeline.stage import Stage
+from lighten.pipeline.watcher import Silent
 from lighten.store.store import Store
 
 

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lighten.errors import Failure
-from lighten.evaluate.parity.parity import check, words_of
+from lighten.evaluate.parity.parity import check
+from lighten.evaluate.parity.words import words_of
 from lighten.export.gguf import quantize as gguf_quantize
 from lighten.export.gguf import write as gguf
-from lighten.model import gguf_source, vocabulary
+from lighten.model import gguf_header, gguf_source, vocabulary
 from lighten.model.tokenizer_files import chat_templates, ends
 from lighten.pipeline import run as pipeline
 from lighten.pipeline.recipe import parse
@@ -160,7 +161,7 @@ def test_every_end_and_every_template_go_into_the_file_and_are_compared(source: 
     edit_json(source / "generation_config.json", lambda config: config.update(eos_token_id=asked))
     file = tmp_path / "made.gguf"
     gguf.write(source, file, "F32")
-    fields = gguf_source.read_header(file).fields
+    fields = gguf_header.read_header(file).fields
     assert fields["tokenizer.chat_templates"] == ["tool_use"]
     assert fields["tokenizer.chat_template.tool_use"].endswith("with tools")
     assert sorted(fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")) == sorted(asked)

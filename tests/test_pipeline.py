@@ -17,12 +17,17 @@ from safetensors.torch import load_file, save_file
 import lighten
 from lighten.compress.distill.settings import Distill
 from lighten.errors import RequestError
+from lighten.evaluate.machine import this_machine
 from lighten.model.accelerator import Device
-from lighten.pipeline.plan import Predictor, Stage, check_memory, make_plan, nominal_flops, this_machine, what
+from lighten.pipeline.checks import check_memory
+from lighten.pipeline.plan import make_plan
+from lighten.pipeline.predict import Predictor, nominal_flops, what
 from lighten.pipeline.recipe import parse
+from lighten.pipeline.stage import Stage
 from lighten.pipeline.verbs import one_step
+from lighten.store.artifact import find_damage
 from lighten.store.collection import check, collect
-from lighten.store.store import Store, find_damage
+from lighten.store.store import Store
 
 
 def recipe(model: Path, **changes: object) -> dict:

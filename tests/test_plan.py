@@ -19,10 +19,12 @@ from lighten.errors import RequestError
 from lighten.evaluate.settings import Evaluate, Perplexity
 from lighten.export.gguf import write as gguf
 from lighten.model.checkpoint import Checkpoint
-from lighten.pipeline.plan import Plan, make_plan
+from lighten.pipeline.plan import make_plan
 from lighten.pipeline.recipe import parse
-from lighten.pipeline.run import Silent, add_measurements
+from lighten.pipeline.rows import add_measurements
+from lighten.pipeline.stage import Plan
 from lighten.pipeline.verbs import measure
+from lighten.pipeline.watcher import Silent
 from lighten.store.store import Store
 from tests.conftest import SIZES, byte_level, write_tokenizer
 

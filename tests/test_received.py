@@ -21,7 +21,7 @@ from lighten.export.bundle.settings import Bundle
 from lighten.pipeline import device
 from lighten.results.results import Results
 from lighten.step import Context, silent
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 from tests.report.sample import results as sample
 
 zstandard = pytest.importorskip("zstandard")

@@ -19,9 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lighten.errors import Failure, RequestError
+from lighten.store.artifact import find_damage, read_artifact
 from lighten.store.collection import check, collect
+from lighten.store.files import MANIFEST, canonical, stage_key
 from lighten.store.links import point
-from lighten.store.store import MANIFEST, Store, canonical, find_damage, read_artifact, stage_key, write_json
+from lighten.store.store import Store, write_json
 
 KEY = "ab" * 32
 OTHER = "cd" * 32
@@ -315,7 +317,7 @@ def test_what_cannot_be_read_just_now_is_not_removed(tmp_path: Path, monkeypatch
     def refuse(root: Path) -> list[dict[str, Any]]:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr("lighten.store.store.hash_files", refuse)
+    monkeypatch.setattr("lighten.store.files.hash_files", refuse)
     with pytest.raises(OSError, match="open files"):
         store.sound(KEY)
     (checked,) = check(store)

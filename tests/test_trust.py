@@ -18,13 +18,14 @@ from lighten.doctor.diagnose import diagnose
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.pipeline import run as pipeline
 from lighten.pipeline import trust, verbs
-from lighten.pipeline.plan import Plan, make_plan, trusted
+from lighten.pipeline.plan import make_plan
 from lighten.pipeline.recipe import Recipe, parse
-from lighten.pipeline.run import Silent
+from lighten.pipeline.stage import Plan, trusted
+from lighten.pipeline.watcher import Silent
 from lighten.process.isolate import Outcome
 from lighten.recommend import published
 from lighten.results.results import Results
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 from tests.report.sample import results
 
 CODE = """import pathlib

@@ -90,7 +90,7 @@ def quantized(payload, report):
     from lighten.compress.calibrate.sweep import Sweep
     from lighten.compress.quantize.settings import Quantize
     from lighten.step import Context
-    from lighten.store.store import Artifact
+    from lighten.store.artifact import Artifact
 
     torch.set_num_threads(payload["threads"])
     source, out = Artifact(Path(payload["source"]), {"key": "x", "format": "hf"}), Path(payload["out"])

@@ -46,8 +46,8 @@ def doctor(
     from lighten.evaluate.loaders import survey as loaders
     from lighten.evaluate.speed import server
     from lighten.model import llama_library
+    from lighten.pipeline.build import choose_device
     from lighten.pipeline.roofline import busy, machine_peaks
-    from lighten.pipeline.run import choose_device
 
     with watching(quiet=as_json) as watcher:
         roofs = machine_peaks(choose_device(device).name, watcher.follow("roofs of this machine"), fresh=fresh)
@@ -99,7 +99,7 @@ def _try_loaders(path: Path, device: str, as_json: bool) -> None:
     from lighten.cli.progress import watching
     from lighten.doctor.diagnose import try_loaders
     from lighten.report.matrix import mark
-    from lighten.results.results import Load
+    from lighten.results.measured import Load
 
     with watching(quiet=as_json) as watcher:
         found = try_loaders(path, device=device, watcher=watcher)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from lighten import screen
-from lighten.pipeline.plan import Plan, Stage
+from lighten.pipeline.stage import Plan, Stage
 from lighten.step import Report, silent
 
 INTERRUPTED = 130

@@ -59,7 +59,7 @@ def report(
     """Show the results of a run again and write its report anew; or print another form, the history, or push."""
     from lighten.report import merge as merging
     from lighten.report.history import read
-    from lighten.results.results import FILE, load, save
+    from lighten.results.file import FILE, load, save
 
     _check(format, out, history, push_to_hub, variant, public, dry_run)
     folder = find(name, version, artifacts)
@@ -104,7 +104,7 @@ def find(name: str, version: str | None, artifacts: Path) -> Path:
     Raises:
         RequestError: there is none; names those that there are.
     """
-    from lighten.results.results import FILE
+    from lighten.results.file import FILE
     from lighten.store.store import Store
 
     store = Store(artifacts)
@@ -141,7 +141,7 @@ def show(folder: Path, as_json: bool) -> None:
         Failure: a variant failed.
     """
     from lighten.report.terminal import terminal
-    from lighten.results import results as report
+    from lighten.results import file as report
 
     results = report.load(folder)
     if as_json:
@@ -168,7 +168,7 @@ def check_push(repo: str, variants: list[str]) -> None:
 
 def push_version(folder: Path, repo: str, variants: list[str], *, public: bool, quiet: bool) -> None:
     """Pushes those of the variants that were made; what failed is told with the results."""
-    from lighten.results.results import load
+    from lighten.results.file import load
 
     results = load(folder)
     made = [variant.name for variant in results.measured if variant.name in variants]

@@ -16,7 +16,8 @@ from lighten.compare.side import Side
 from lighten.errors import RequestError
 from lighten.evaluate import paired
 from lighten.evaluate.settings import Evaluate
-from lighten.pipeline.run import Silent, Watcher, choose_device
+from lighten.pipeline.build import choose_device
+from lighten.pipeline.watcher import Silent, Watcher
 from lighten.process.isolate import run_isolated
 from lighten.store.store import Store
 

@@ -13,7 +13,7 @@ from lighten.evaluate import paired
 from lighten.evaluate.intervals import Interval, bootstrap_ratio, mcnemar
 from lighten.report import claims
 from lighten.report.serving import alike, told
-from lighten.results.results import Accuracy, Speed
+from lighten.results.measured import Accuracy, Speed
 
 
 @dataclass(frozen=True)

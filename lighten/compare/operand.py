@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lighten.errors import RequestError
-from lighten.results.results import FILE, Results, Variant, load
+from lighten.results.file import FILE, load
+from lighten.results.results import Results, Variant
 from lighten.store.store import Store
 
 FORMS = "give NAME, NAME@v1, NAME:VARIANT, a version's directory, a results.json, or a model's directory or file"

@@ -12,18 +12,22 @@ from lighten.compare.operand import VariantOf, Version
 from lighten.data import choices, text
 from lighten.errors import RequestError
 from lighten.evaluate import machine
+from lighten.evaluate.machine import measuring_packages, this_machine
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.model import vocabulary
 from lighten.model.source import Found, find
-from lighten.pipeline.plan import check_measurable, measuring_packages, this_machine
+from lighten.pipeline.checks import check_measurable
 from lighten.pipeline.recipe import parse_settings
-from lighten.pipeline.run import Watcher, add_measurements
+from lighten.pipeline.rows import add_measurements
 from lighten.pipeline.verbs import describe_source
+from lighten.pipeline.watcher import Watcher
 from lighten.process.isolate import run_isolated
 from lighten.report.asked import asked
 from lighten.results.results import Variant
+from lighten.store.artifact import Artifact
+from lighten.store.files import stage_key
 from lighten.store.names import as_name
-from lighten.store.store import Artifact, Store, stage_key
+from lighten.store.store import Store
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,13 @@ from lighten.errors import Failure, RequestError
 from lighten.evaluate.loaders import survey as loaders
 from lighten.model.template import renderer
 from lighten.pipeline import trust
-from lighten.pipeline.plan import Plan, Predictor, Stage, make_plan, stage_of
+from lighten.pipeline.build import Builder, build_all, choose_device
+from lighten.pipeline.plan import make_plan, stage_of
+from lighten.pipeline.predict import Predictor
 from lighten.pipeline.recipe import BASELINE, Recipe
-from lighten.pipeline.run import Builder, Silent, Watcher, build_all, choose_device, open_recipe
+from lighten.pipeline.run import open_recipe
+from lighten.pipeline.stage import Plan, Stage
+from lighten.pipeline.watcher import Silent, Watcher
 from lighten.process.isolate import run_isolated, share_cores
 from lighten.step import Estimate, Report
 from lighten.store.store import Store

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from lighten.evaluate import machine
 from lighten.model import llama_library
 
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve")
@@ -86,3 +87,19 @@ def _gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+MEASURING_PACKAGES = ("torch", "transformers", "gptqmodel", "onnxruntime", "onnxruntime-genai")
+
+
+def measuring_packages() -> dict[str, str]:
+    """Returns the versions of the packages whose arithmetic a measurement shows."""
+    used = llama_library.installed()
+    names = (*MEASURING_PACKAGES, used.package if used else "")
+    return {name: number for name, number in machine.packages().items() if name in names}
+
+
+def this_machine() -> dict[str, Any]:
+    """Returns what a speed depends on: processor, cores, memory, GPUs."""
+    found = machine.fingerprint()
+    return {name: found.get(name) for name in ("cpu", "cores", "memory_bytes", "gpus")}

@@ -52,7 +52,7 @@ def _perplexity(payload: dict[str, Any], model: Path, out: Path, report: Report)
     from safetensors.numpy import save_file
 
     from lighten.evaluate.perplexity import documents, perplexity
-    from lighten.evaluate.runtimes.runtime import open_tokenizer
+    from lighten.evaluate.runtimes.opening import open_tokenizer
 
     settings = Perplexity(**payload["config"])
     other = _other_vocabulary(payload)
@@ -99,7 +99,7 @@ def _vocabulary(other: str | None) -> dict[str, Any]:
 
 
 def _for_quality(model: Path, payload: dict[str, Any]) -> Runtime:
-    from lighten.evaluate.runtimes.runtime import open_runtime
+    from lighten.evaluate.runtimes.opening import open_runtime
 
     return open_runtime(
         model,
@@ -113,7 +113,7 @@ def _accuracy(payload: dict[str, Any], model: Path, out: Path, report: Report) -
     from safetensors.numpy import save_file
 
     from lighten.evaluate.accuracy import accuracy
-    from lighten.evaluate.runtimes.runtime import open_tokenizer
+    from lighten.evaluate.runtimes.opening import open_tokenizer
 
     settings, scorer = Accuracy(**payload["config"]), accuracy.measure
     if settings.harness:
@@ -130,7 +130,7 @@ def _accuracy(payload: dict[str, Any], model: Path, out: Path, report: Report) -
 
 def served(payload: dict[str, Any], options: Options | None = None, dtype: str | None = None) -> Runtime:
     """Opens the model of a payload in `dtype`, or in the arithmetic that it is served in."""
-    from lighten.evaluate.runtimes.runtime import open_runtime
+    from lighten.evaluate.runtimes.opening import open_runtime
 
     return open_runtime(
         Path(payload["model"]),
@@ -157,7 +157,7 @@ def _speed(payload: dict[str, Any], model: Path, report: Report) -> dict[str, An
 
 def _speculative(payload: dict[str, Any], model: Path, report: Report) -> dict[str, Any]:
     from lighten.errors import Failure
-    from lighten.evaluate.runtimes.runtime import open_runtime
+    from lighten.evaluate.runtimes.opening import open_runtime
     from lighten.evaluate.speed import speculative
     from lighten.model import vocabulary
 
@@ -186,7 +186,7 @@ TIMED = {"speed": _speed, "speculative": _speculative, "load": _load}
 
 def _served(model: Path, device: str) -> str | None:
     """Returns the arithmetic that a Hugging Face model is served in; None for a file that has one of its own."""
-    from lighten.evaluate.runtimes.runtime import find_gguf
+    from lighten.evaluate.runtimes.opening import find_gguf
     from lighten.model.onnx_source import find_onnx
 
     if find_onnx(model) or find_gguf(model):

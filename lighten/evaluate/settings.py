@@ -317,3 +317,13 @@ class Evaluate(_Settings):
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"the {what} {twice[0]} is asked for twice: results are kept under its name")
         return self
+
+
+Measure = Literal["perplexity", "accuracy", "speed", "load", "speculative", "loaders"]
+
+
+Settings = Perplexity | Accuracy | Speed | Load | Speculative | Loaders
+
+
+TIMED: tuple[Measure, ...] = ("speed", "load", "speculative")
+"""What depends on the machine, and on what else it does."""

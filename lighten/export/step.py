@@ -8,7 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from lighten.settings import Settings
 from lighten.step import Step
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 
 PLAIN_LIMITS = {"perplexity": 0.0005, "top1": 0.99}
 """What an export that rounds nothing keeps to, unless the recipe says otherwise."""

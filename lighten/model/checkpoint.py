@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from lighten.errors import Failure, RequestError
+from lighten.facts import ModelFacts
 from lighten.model import forms, tokenizer_files
 from lighten.model.config_checks import size
 from lighten.model.files import refuse_pointer, without_pickles
 from lighten.model.forms import EMBEDDING, ENCODERS, HEAD, INDEX, SINGLE, read_config, refuse_pickle
-from lighten.step import ModelFacts
-from lighten.store.store import MANIFEST
+from lighten.store.files import MANIFEST
 
 if TYPE_CHECKING:
     import torch

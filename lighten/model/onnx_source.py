@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, missing_extra, reading
+from lighten.facts import ModelFacts
 from lighten.model.files import read_json
 from lighten.model.onnx_checks import check_genai, check_graph
-from lighten.step import ModelFacts
 
 GRAPH = "model.onnx"
 GENAI = "genai_config.json"

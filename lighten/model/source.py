@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from lighten.errors import Failure, RequestError, check_names
+from lighten.facts import ModelFacts
 from lighten.model import tokenizer_files
 from lighten.model.checkpoint import Checkpoint, read_config
 from lighten.model.config_checks import refuse_code
@@ -25,9 +26,10 @@ from lighten.model.hub import fetch
 from lighten.model.onnx_source import facts as onnx_facts
 from lighten.model.onnx_source import find_onnx
 from lighten.process.isolate import run_isolated
-from lighten.step import Context, Estimate, ModelFacts, Step, silent
+from lighten.step import Context, Estimate, Step, silent
+from lighten.store.artifact import Artifact
+from lighten.store.files import MANIFEST, hash_file
 from lighten.store.links import follow
-from lighten.store.store import MANIFEST, Artifact, hash_file
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +83,7 @@ def find(
         RequestError: there is no such model, it is pickled, its architecture is not supported, or it lacks weights.
         Failure: the file is damaged.
     """
-    from lighten.model import adapter, gguf_source
+    from lighten.model import adapter, gguf_header, gguf_source
 
     check_names([model])
     path = Path(model).expanduser()
@@ -92,10 +94,10 @@ def find(
         check_links(path)
     if merge_adapter and adapter.is_adapter(path):
         return _with_adapter(model, path, trust_remote_code)
-    path = gguf_source.within(path) or path
-    if path.suffix == ".gguf" or gguf_source.is_gguf(path):
+    path = gguf_header.within(path) or path
+    if path.suffix == ".gguf" or gguf_header.is_gguf(path):
         facts = gguf_source.measurable(path)
-        hashes = [hash_file(part) for part in gguf_source.parts(path)]
+        hashes = [hash_file(part) for part in gguf_header.parts(path)]
         identity = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
         return Found(model, path, "gguf", identity, facts)
     if graph := find_onnx(path):

@@ -31,11 +31,11 @@ def renderer(model: Path) -> Render | None:
         RequestError: the template is no Jinja.
         Failure: the files of the tokenizer are damaged.
     """
-    from lighten.model import gguf_source
+    from lighten.model import gguf_header
 
     if model.is_file() and model.suffix == ".onnx":
         model = model.parent
-    file = model if model.is_file() else gguf_source.within(model)
+    file = model if model.is_file() else gguf_header.within(model)
     template, specials = _of_gguf(file) if file else _of_directory(model)
     return _compiled(template, specials, str(file or model)) if template else None
 
@@ -55,9 +55,9 @@ def _spelled(token: Any) -> str:
 
 
 def _of_gguf(file: Path) -> tuple[str | None, dict[str, str]]:
-    from lighten.model import gguf_source
+    from lighten.model import gguf_header
 
-    fields = gguf_source.read_header(file).fields
+    fields = gguf_header.read_header(file).fields
     tokens = fields.get("tokenizer.ggml.tokens", ())
     specials = {}
     for name in ("bos", "eos", "unknown", "padding"):

@@ -28,9 +28,9 @@ def load_tokenizer(model: Path) -> Any:
     from tokenizers import Tokenizer
 
     if model.is_file():
-        from lighten.model import gguf_source, tokenizer_table
+        from lighten.model import gguf_header, tokenizer_table
 
-        return Tokenizer.from_str(json.dumps(tokenizer_table.tokenizer_json(gguf_source.read_header(model).fields)))
+        return Tokenizer.from_str(json.dumps(tokenizer_table.tokenizer_json(gguf_header.read_header(model).fields)))
     if tokenizer_files.is_whole(model):
         return Tokenizer.from_file(str(model / tokenizer_files.FILE))
     return Tokenizer.from_str(json.dumps(tokenizer_files.read_tokenizer(model)))

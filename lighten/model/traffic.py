@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, reading
-from lighten.step import ModelFacts
+from lighten.facts import ModelFacts
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 LARGEST_HEADER = 100_000_000
@@ -68,7 +68,7 @@ def traffic(path: Path, facts: ModelFacts, dtype: str) -> Traffic:
 
 
 def _gguf_files(path: Path) -> list[Path]:
-    from lighten.model.gguf_source import is_gguf, parts, within
+    from lighten.model.gguf_header import is_gguf, parts, within
 
     if path.is_file():
         return parts(path) if is_gguf(path) else []
@@ -78,7 +78,7 @@ def _gguf_files(path: Path) -> list[Path]:
 
 def gguf_reads(paths: Iterable[Path]) -> int:
     """Returns the bytes of weights that decoding a token reads from the files of a GGUF model."""
-    from lighten.model.gguf_source import read_header
+    from lighten.model.gguf_header import read_header
 
     tensors = {name: tensor for path in paths for name, tensor in read_header(path).tensors.items()}
     read = 0.0

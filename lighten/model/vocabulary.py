@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lighten.model import tokenizer_files
-from lighten.model.gguf_source import is_gguf, read_header, within
+from lighten.model.gguf_header import is_gguf, read_header, within
 from lighten.model.onnx_source import find_onnx
 from lighten.model.tokenizer_table import BYTE, NORMAL, UNKNOWN
 

@@ -7,7 +7,6 @@ dynamic programming over sizes.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,6 @@ MAX_UNITS = 2_000_000
 """Columns of the largest table."""
 MAX_TABLE = 200_000_000
 """Bytes of the largest table."""
-
-_SCALES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -116,15 +113,3 @@ def _solve(sizes: list[list[int]], costs: list[list[float]], room: int) -> list[
         picks.append(int(back[row, room]))
         room -= sizes[row][picks[-1]]
     return picks[::-1]
-
-
-def parse_size(text: str) -> int:
-    """Returns the bytes that a text such as "90MB", "1.5 GiB" or "90000000" means.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not found or found[2].upper() not in _SCALES:
-        raise ValueError(f"{text!r} is not a size: write bytes, or a number with kB, MB, GB, KiB, MiB or GiB: 90MB")
-    return math.floor(float(found[1]) * _SCALES[found[2].upper()] + 1e-6)

@@ -14,10 +14,11 @@ from lighten.evaluate.roofline.cost import cost
 from lighten.evaluate.roofline.peaks import Peaks
 from lighten.evaluate.roofline.roofline import arithmetic, point
 from lighten.evaluate.settings import Evaluate
+from lighten.facts import ModelFacts
 from lighten.model.traffic import traffic
-from lighten.pipeline.plan import Stage
+from lighten.pipeline.stage import Stage
 from lighten.process.isolate import run_isolated
-from lighten.step import Estimate, ModelFacts, Report
+from lighten.step import Estimate, Report
 
 
 def machine_peaks(device: str, report: Report, *, fresh: bool = False) -> Peaks:

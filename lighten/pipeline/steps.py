@@ -12,7 +12,7 @@ from lighten.errors import RequestError
 from lighten.process.isolate import share_cores
 from lighten.settings import as_spelled
 from lighten.step import Context, Report, Step
-from lighten.store.store import Artifact, read_artifact
+from lighten.store.artifact import Artifact, read_artifact
 
 STEPS: dict[str, str | dict[str, str]] = {
     "prune": "lighten.compress.prune.settings:Prune",

@@ -14,23 +14,29 @@ from lighten.compress.calibrate.sweep import Sweep
 from lighten.errors import DiskFull, Failure, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.accuracy import harness
+from lighten.evaluate.estimate import look
 from lighten.evaluate.paired import RESULT
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
-from lighten.model import gguf_source
+from lighten.model import gguf_header, gguf_source
 from lighten.model.accelerator import Device
 from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, find
-from lighten.pipeline.plan import Predictor, arithmetic, check_measurable, check_memory, check_texts, look, make_plan
+from lighten.pipeline.build import build_all, check_options, choose_device
+from lighten.pipeline.checks import arithmetic, check_measurable, check_memory, check_texts
+from lighten.pipeline.plan import make_plan
+from lighten.pipeline.predict import Predictor
 from lighten.pipeline.recipe import Recipe, parse_settings
 from lighten.pipeline.roofline import Addition
-from lighten.pipeline.run import WEIGHTS, Silent, Watcher, add_measurements, build_all, check_options, choose_device
+from lighten.pipeline.rows import WEIGHTS, add_measurements
 from lighten.pipeline.steps import step_class
 from lighten.pipeline.trust import check_tasks
+from lighten.pipeline.watcher import Silent, Watcher
 from lighten.process.isolate import run_isolated
 from lighten.results.results import Results
+from lighten.store.artifact import Artifact, read_artifact
 from lighten.store.locks import scratch_beside
 from lighten.store.names import as_name
-from lighten.store.store import Artifact, Store, read_artifact
+from lighten.store.store import Store
 
 
 def one_step(
@@ -268,7 +274,7 @@ def _measure_one(
 def describe_source(source: Found) -> dict[str, Any]:
     """Returns the columns of a row of a model that lies anywhere, as far as they need no measuring."""
     files = [file for file in source.path.rglob("*") if file.is_file()] if source.path.is_dir() else [source.path]
-    weights = sum(file.stat().st_size for file in files if file.name.endswith(WEIGHTS) or gguf_source.is_gguf(file))
+    weights = sum(file.stat().st_size for file in files if file.name.endswith(WEIGHTS) or gguf_header.is_gguf(file))
     return {
         "path": str(source.path),
         "error": None,

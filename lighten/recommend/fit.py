@@ -9,9 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from lighten.errors import RequestError
-from lighten.numerics.knapsack import parse_size
-from lighten.settings import as_spelled
-from lighten.step import ModelFacts
+from lighten.facts import ModelFacts
+from lighten.settings import as_spelled, parse_size
 
 GGUF_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
 TORCH_BYTES = 700_000_000

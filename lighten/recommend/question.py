@@ -8,8 +8,7 @@ from typing import Literal, get_args
 
 from lighten.errors import RequestError
 from lighten.export.bundle.targets import Target, find_target
-from lighten.numerics.knapsack import parse_size
-from lighten.settings import as_spelled
+from lighten.settings import as_spelled, parse_size
 
 Prefer = Literal["speed", "quality", "size", "memory"]
 Purpose = Literal["inference", "training", "edge"]

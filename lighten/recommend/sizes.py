@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lighten.compare.operand import Version
 from lighten.errors import LightenError, RequestError
-from lighten.step import ModelFacts
+from lighten.facts import ModelFacts
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lighten.step import ModelFacts
+from lighten.facts import ModelFacts
 
 RANK = 16
 TOKENS = 512

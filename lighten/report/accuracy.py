@@ -6,7 +6,8 @@ from typing import Literal
 
 from lighten.report.cell import Cell, Column, plain
 from lighten.report.numbers import decimals_for, fixed
-from lighten.results.results import Accuracy, Results, Variant
+from lighten.results.measured import Accuracy
+from lighten.results.results import Results, Variant
 
 
 def accuracy_columns(results: Results) -> list[Column]:

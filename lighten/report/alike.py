@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lighten.results.results import Accuracy, Free, Perplexity, Speed
+from lighten.results.measured import Accuracy, Free, Perplexity, Speed
 
 OWN = ("dtype", "tokenizer", "data")
 """What may differ in a protocol: how the artifact itself is stored, whose tokenizer gave the same ids, and what the

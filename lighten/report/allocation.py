@@ -11,7 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from lighten.report.drawing import GRID, INK, MUTED, Sheet, sheet
 from lighten.report.numbers import significant
-from lighten.results.results import Free, Results, Section, Variant
+from lighten.results.measured import Free, Section
+from lighten.results.results import Results, Variant
 
 ORDER = ("q", "k", "v", "o", "gate", "up", "down")
 """Rows that come first; others follow as they are named."""

@@ -24,8 +24,8 @@ from lighten.report.part import Grid
 from lighten.report.shareable import shareable
 from lighten.report.table import table
 from lighten.results.results import Results, Variant
+from lighten.store.artifact import Artifact, read_artifact
 from lighten.store.links import follow
-from lighten.store.store import Artifact, read_artifact
 
 CARD = "README.md"
 UNKNOWN = "unknown"

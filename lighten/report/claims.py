@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 from lighten.numerics.steady import UNSTEADY
 from lighten.report.numbers import change
-from lighten.results.results import Perplexity, PerplexityDelta, Results, Speed, Variant
+from lighten.results.measured import Perplexity, PerplexityDelta, Speed
+from lighten.results.results import Results, Variant
 
 Ends = tuple[float, float]
 """Low and high end of an interval."""

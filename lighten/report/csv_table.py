@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator
 
 from lighten.report import claims
-from lighten.results.results import Accuracy, Results, Speed, Variant
+from lighten.results.measured import Accuracy, Speed
+from lighten.results.results import Results, Variant
 
 Fields = Iterator[tuple[str, str | int | float | None]]
 """Name of a column and what stands in it."""

@@ -8,7 +8,8 @@ from pydantic import JsonValue
 
 from lighten.report.allocation import allocated
 from lighten.report.numbers import byte_count, significant
-from lighten.results.results import Free, Results
+from lighten.results.measured import Free
+from lighten.results.results import Results
 
 NAMED = 6
 """Names that are listed before the rest is counted."""

@@ -17,7 +17,9 @@ from lighten.report.claims import noisy
 from lighten.report.numbers import NOT_MEASURED, byte_unit, fixed, significant
 from lighten.report.part import Grid, Part
 from lighten.report.spark import spark
-from lighten.results.results import Accuracy, Results, Variant, load
+from lighten.results.file import load
+from lighten.results.measured import Accuracy
+from lighten.results.results import Results, Variant
 
 BREAK = "‖"
 """Stands before a number that is not to be compared with the one before it."""

@@ -15,9 +15,10 @@ from lighten.model.hub import http_library
 from lighten.report.card import CARD, HUB_ID, card
 from lighten.report.shareable import local_paths, without_paths
 from lighten.results.results import BASELINE, Results
+from lighten.store.artifact import Artifact, find_damage, read_artifact
+from lighten.store.files import MANIFEST
 from lighten.store.links import follow
 from lighten.store.manifest import DIGEST, digest
-from lighten.store.store import MANIFEST, Artifact, find_damage, read_artifact
 
 PLACE = "{variant}"
 TEXTS = (".json", ".txt", ".md", ".jinja", ".py", ".yaml")

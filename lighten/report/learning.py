@@ -7,7 +7,8 @@ from typing import Any
 
 from lighten.report.drawing import FRONT, INK, MUTED, legend, sheet
 from lighten.report.numbers import significant
-from lighten.results.results import Results, Training
+from lighten.results.measured import Training
+from lighten.results.results import Results
 
 WIDTH, HEIGHT = 360.0, 272.0
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lighten.report.numbers import NOT_MEASURED, duration
-from lighten.results.results import Load, Results
+from lighten.results.measured import Load
+from lighten.results.results import Results
 
 LEGEND = (
     "✓ opened the artifact in a process of its own and computed logits, in the time beside it; ✗ tried and failed; "

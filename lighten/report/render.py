@@ -29,7 +29,8 @@ from lighten.report.roofs import price
 from lighten.report.sections import parts
 from lighten.report.table import first_line, table
 from lighten.report.terminal import terminal
-from lighten.results.results import Free, Results, Variant
+from lighten.results.measured import Free
+from lighten.results.results import Results, Variant
 from lighten.store.store import write_file
 
 __all__ = ["csv_table", "html", "markdown", "page", "pareto", "terminal", "write_report"]

@@ -10,7 +10,8 @@ from lighten.report.drawing import FRONT, GROUND, INK, MUTED, legend, sheet
 from lighten.report.numbers import NOT_MEASURED, significant
 from lighten.report.part import Grid, Part, Picture
 from lighten.report.plots import place
-from lighten.results.results import Place, Results, Variant
+from lighten.results.measured import Place
+from lighten.results.results import Results, Variant
 
 WIDTH, HEIGHT = 360.0, 272.0
 LEGEND = (

@@ -8,7 +8,8 @@ from itertools import combinations
 from lighten.numerics.steady import REPEATED, apart
 from lighten.report.numbers import NOT_MEASURED, fixed, ratio, share, significant
 from lighten.report.part import Grid, Part
-from lighten.results.results import Percentiles, Results, Served, Speculative, Speed, Variant
+from lighten.results.measured import Percentiles, Served, Speculative, Speed
+from lighten.results.results import Results, Variant
 
 LOADS = ("Variant", "Requests a second", "Completed", "Tok/s", "First token, ms", "Between tokens, ms", "Server")
 DRAFTS = ("Variant", "Draft", "Proposed at once", "Kept, %", "Tok/s", "Plain, tok/s", "Times", "The same texts")

@@ -11,7 +11,8 @@ from lighten.report.calibration import overlaps
 from lighten.report.cell import Cell, Column, plain
 from lighten.report.numbers import byte_unit, change, decimals_of, fixed, ratio, share, significant
 from lighten.report.serving import doubts
-from lighten.results.results import Results, Speed, Variant
+from lighten.results.measured import Speed
+from lighten.results.results import Results, Variant
 
 
 @dataclass(frozen=True)

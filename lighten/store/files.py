@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +70,34 @@ def freeze(path: Path) -> None:
     for entry in [*path.rglob("*"), path]:
         flush(entry)
         os.chmod(entry, stat.S_IMODE(entry.stat().st_mode) & ~0o222)
+
+
+MANIFEST = "artifact.json"
+
+
+def canonical(value: Any) -> str:
+    """Returns `value` as JSON with one spelling only: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def stage_key(kind: str, version: int, config: dict[str, Any], parents: Iterable[str]) -> str:
+    """Returns the SHA-256 (64 hex digits) of a step's kind, version, settings and its parents' keys."""
+    identity = {"kind": kind, "version": version, "config": config, "parents": list(parents)}
+    return hashlib.sha256(canonical(identity).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(root: Path) -> list[dict[str, Any]]:
+    """Returns path, size and SHA-256 of every file under `root` but its manifest, sorted by path."""
+    paths = sorted(path for path in root.rglob("*") if path.is_file() and path != root / MANIFEST)
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        digests = list(pool.map(hash_file, paths))
+    return [
+        {"path": path.relative_to(root).as_posix(), "size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, digests, strict=True)
+    ]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -22,111 +21,24 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, RequestError
-from lighten.store.files import flush, freeze, remove_tree
+from lighten.store.artifact import Artifact, find_damage, read_artifact
+from lighten.store.files import MANIFEST, flush, freeze, hash_files, remove_tree
 from lighten.store.files import write_file as write_file
 from lighten.store.files import write_json as write_json
 from lighten.store.leases import declared, living
 from lighten.store.links import follow, point
 from lighten.store.locks import locked
-from lighten.store.manifest import DIGEST, KEY, digest, fault
+from lighten.store.manifest import DIGEST, KEY, digest
 
-MANIFEST = "artifact.json"
 OWN = ("objects", "locks", "costs", "leases", "unfinished")
 """Names in the store's directory that no recipe can have."""
 _BROKEN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
 """Errors of reading that say that a file is gone or broken."""
 _VERSION = re.compile(r"v([1-9][0-9]*)")
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """An immutable directory and the facts of its `artifact.json`."""
-
-    path: Path
-    manifest: dict[str, Any]
-
-    @property
-    def key(self) -> str:
-        """Full SHA-256 key of the stage that made it."""
-        return str(self.manifest["key"])
-
-    @property
-    def format(self) -> str:
-        """Format of the files: "hf", "gptq", "gguf", "grams", "measurement"."""
-        return str(self.manifest["format"])
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Format facts: bits, group size, tensor types, …"""
-        return dict(self.manifest.get("facts", {}))
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all files but the manifest."""
-        return sum(int(entry["size"]) for entry in self.manifest["files"])
-
-
-def canonical(value: Any) -> str:
-    """Returns `value` as JSON with one spelling only: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def stage_key(kind: str, version: int, config: dict[str, Any], parents: Iterable[str]) -> str:
-    """Returns the SHA-256 (64 hex digits) of a step's kind, version, settings and its parents' keys."""
-    identity = {"kind": kind, "version": version, "config": config, "parents": list(parents)}
-    return hashlib.sha256(canonical(identity).encode()).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """Returns the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_files(root: Path) -> list[dict[str, Any]]:
-    """Returns path, size and SHA-256 of every file under `root` but its manifest, sorted by path."""
-    paths = sorted(path for path in root.rglob("*") if path.is_file() and path != root / MANIFEST)
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        digests = list(pool.map(hash_file, paths))
-    return [
-        {"path": path.relative_to(root).as_posix(), "size": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, digests, strict=True)
-    ]
-
-
-def read_artifact(path: Path) -> Artifact:
-    """Opens a directory that holds an `artifact.json`.
-
-    Raises:
-        Failure: no manifest there, or one that cannot be read or lacks something.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise Failure(f"{path} is not a lighten artifact: cannot read its {MANIFEST} ({error})") from error
-    if wrong := fault(manifest):
-        raise Failure(f"{path} is not a lighten artifact: its {MANIFEST} is damaged ({wrong})")
-    return Artifact(path, manifest)
-
-
-def find_damage(artifact: Artifact) -> list[str]:
-    """Re-hashes an artifact; returns one line per file that is missing, extra or changed (empty if sound)."""
-    found = {entry["path"]: entry for entry in hash_files(artifact.path)}
-    expected = {entry["path"]: entry for entry in artifact.manifest["files"]}
-    damage = [f"{name}: not in the manifest" for name in found if name not in expected]
-    damage += [f"{name}: a link, and no file of its own" for name in found if (artifact.path / name).is_symlink()]
-    for name, entry in expected.items():
-        if name not in found:
-            damage.append(f"{name}: missing")
-        elif found[name]["sha256"] != entry["sha256"]:
-            damage.append(f"{name}: content differs from its SHA-256 {entry['sha256'][:12]}…")
-    return damage
 
 
 def check_name(name: str) -> None:

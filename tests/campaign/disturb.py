@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from lighten.store.collection import check, collect
-from lighten.store.store import MANIFEST, Store
+from lighten.store.files import MANIFEST
+from lighten.store.store import Store
 
 from .subject import command, contents, lighten, published
 

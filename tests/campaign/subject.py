@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lighten.store.store import MANIFEST, Store
+from lighten.store.files import MANIFEST
+from lighten.store.store import Store
 
 TIMES = {
     "created", "cached", "predicted", "actual", "speed", "memory", "energy", "load", "machine", "version", "training",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from lighten.cli import main as cli
+from lighten.cli import evaluate as cli
 from tests.test_cli import lighten, refused
 
 RECIPE = """name: {name}

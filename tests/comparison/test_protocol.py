@@ -5,7 +5,8 @@ import pytest
 from lighten.compare.protocol import check, same_machine
 from lighten.compare.side import Side
 from lighten.errors import RequestError
-from lighten.results.results import Accuracy, Perplexity, Variant
+from lighten.results.measured import Accuracy, Perplexity
+from lighten.results.results import Variant
 
 PROTOCOL: dict[str, Any] = {
     "data": "builtin", "data_sha256": "d", "ids_sha256": "i", "length": 512, "stride": 512, "bos": False,

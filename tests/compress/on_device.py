@@ -16,7 +16,7 @@ from lighten.compress.prune.settings import Prune
 from lighten.compress.quantize.settings import Quantize
 from lighten.model import accelerator, stream
 from lighten.step import Context, Step
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 from tests import pretend
 
 SHAPE = {

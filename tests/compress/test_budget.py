@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 
 from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.calibrate.sweep import Sweep
+from lighten.compress.patterns import ignored
 from lighten.compress.quantize.bits import WIDTHS, losses
 from lighten.compress.quantize.gptq import gptq
-from lighten.compress.quantize.layer import ignored
 from lighten.compress.quantize.settings import Quantize
 from lighten.errors import RequestError
 from lighten.model.sensitivity import Sensitivity
 from lighten.step import Context
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 from tests.compress.test_gptq import problem
 
 IGNORE = ("model.layers.0.mlp.*",)

@@ -20,9 +20,10 @@ from lighten.compress.distill.teacher import Lessons, Teacher, batches, last_sta
 from lighten.compress.prune.settings import Prune
 from lighten.compress.quantize.grid import nearest, rtn
 from lighten.errors import Failure, RequestError
+from lighten.facts import ModelFacts
 from lighten.model.checkpoint import Checkpoint
-from lighten.step import Context, ModelFacts
-from lighten.store.store import Artifact
+from lighten.step import Context
+from lighten.store.artifact import Artifact
 
 SHAPE = {
     "hidden_size": 64,

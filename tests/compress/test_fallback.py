@@ -16,7 +16,7 @@ from lighten.compress.quantize.settings import Quantize
 from lighten.errors import RequestError
 from lighten.model.packing import unpack_gptq
 from lighten.step import Context
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 
 DOWN = "model.layers.1.mlp.down_proj"
 

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.calibrate.sweep import Sweep
+from lighten.compress.patterns import ignored
 from lighten.compress.quantize import formats
 from lighten.compress.quantize import layer as layerwise
 from lighten.compress.quantize.grid import rtn
-from lighten.compress.quantize.layer import ignored
 from lighten.compress.quantize.settings import Quantize
 from lighten.process.isolate import run_isolated
 from lighten.step import Context
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 
 IGNORE = ("model.layers.0.mlp.*", r"re:\.1\.self_attn\.[ok]_proj$")
 SMALL = {"group_size": 32}

@@ -14,7 +14,7 @@ from lighten.compress.quantize.settings import Quantize
 from lighten.model.packing import unpack_gptq
 from lighten.process.isolate import run_isolated
 from lighten.step import Context
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 
 
 def largest_difference(payload: dict[str, Any], report: Callable[..., None]) -> dict[str, float]:

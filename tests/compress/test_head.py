@@ -17,7 +17,7 @@ from lighten.errors import RequestError
 from lighten.model.checkpoint import Checkpoint
 from lighten.process.isolate import run_isolated
 from lighten.step import Context
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 
 IDS = (np.arange(48) * 37) % 900
 METHODS: dict[str, dict[str, Any]] = {

@@ -24,7 +24,7 @@ from lighten.model.gguf_source import inspect
 from lighten.model.grams import read_ids, read_index
 from lighten.model.packing import unpack_awq, unpack_gptq
 from lighten.step import Context
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 
 SHAPE = {
     "hidden_size": 128,

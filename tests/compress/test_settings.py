@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from lighten.budget import Budget
-from lighten.compress.quantize.layer import ignored
+from lighten.compress.patterns import ignored
 from lighten.compress.quantize.settings import METHODS, Quantize
 from lighten.errors import RequestError
+from lighten.facts import ModelFacts
 from lighten.pipeline.recipe import parse_settings
-from lighten.step import ModelFacts
+from lighten.settings import Budget
 from tests.test_cli import lighten, refused
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

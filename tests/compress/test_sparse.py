@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lighten.compress.patterns import zeros_of
 from lighten.compress.prune import sparse
 from lighten.compress.prune.amounts import parse_count, parse_pattern
 from lighten.compress.quantize.awq import clip
@@ -133,9 +134,9 @@ def test_a_gram_without_a_factor_is_an_error() -> None:
 def test_only_a_pruned_matrix_has_a_mask() -> None:
     weight = torch.randn(32, 32)
     weight[0, 0] = 0
-    assert sparse.zeros_of([weight]) is None
+    assert zeros_of([weight]) is None
     pruned = sparse.magnitude(weight, 0.5)
-    found = sparse.zeros_of([weight, pruned])
+    found = zeros_of([weight, pruned])
     assert torch.equal(found, torch.cat([torch.zeros(32, 32, dtype=torch.bool), pruned == 0]))
 
 
@@ -144,7 +145,7 @@ def test_gptq_leaves_the_zeros_of_a_pruned_matrix(sym: bool, bits: int, desc_act
     inputs, gram, weight = problem(outputs=24, width=128, rows=1500)
     pruned = sparse.sparsegpt(weight, sparse.prepare(gram), 0.0, "2:4")
     settings_ = {"bits": bits, "group_size": 32, "sym": sym, "desc_act": desc_act, "damp_percent": 0.05}
-    found = gptq(pruned, gram, gone=sparse.zeros_of([pruned]), **settings_).weight()
+    found = gptq(pruned, gram, gone=zeros_of([pruned]), **settings_).weight()
     assert (found[pruned == 0] == 0).all()
     plain = rtn(pruned, bits, 32, sym).weight()
     assert loss(inputs, pruned, found) < loss(inputs, pruned, plain)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lighten.evaluate.runtimes.runtime import Floats, Runtime, open_runtime
+from lighten.evaluate.runtimes.opening import open_runtime
+from lighten.evaluate.runtimes.runtime import Floats, Runtime
 from lighten.export.gguf import write as export
 
 Tiny = Callable[..., Path]

@@ -10,14 +10,14 @@ import torch
 
 from lighten.compress.quantize.settings import Quantize
 from lighten.evaluate.perplexity import perplexity
-from lighten.evaluate.runtimes import device_rows, rows
-from lighten.evaluate.runtimes import torch as torch_runtime
-from lighten.evaluate.runtimes.runtime import Question, open_tokenizer
+from lighten.evaluate.runtimes import device_rows, rows, torch_loading
+from lighten.evaluate.runtimes.opening import open_tokenizer
+from lighten.evaluate.runtimes.runtime import Question
 from lighten.evaluate.runtimes.torch import TorchRuntime
 from lighten.evaluate.settings import Perplexity
 from lighten.model import accelerator
 from lighten.step import Context, silent
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 from tests import pretend
 
 APART = {"nll": 5e-5, "kl": 2e-6, "top1": 0, "hidden": 5e-5}
@@ -26,7 +26,7 @@ APART = {"nll": 5e-5, "kl": 2e-6, "top1": 0, "hidden": 5e-5}
 
 @pytest.fixture
 def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setitem(torch_runtime.BATCH_TOKENS, pretend.NAME, 512)
+    monkeypatch.setitem(torch_loading.BATCH_TOKENS, pretend.NAME, 512)
     with pretend.device() as name:
         yield name
 
@@ -147,13 +147,13 @@ def test_a_quantized_model_is_loaded_onto_the_device(
 ) -> None:
     """Its kernels are chosen where its weights arrive; to measure quality it is unpacked first, and moved after."""
     asked: list[dict[str, Any]] = []
-    plain = torch_runtime.from_pretrained
+    plain = torch_loading.from_pretrained
 
     def watched(kind: Any, path: Path, **options: Any) -> Any:
         asked.append(options)
         return plain(kind, path, **options)
 
-    monkeypatch.setattr(torch_runtime, "from_pretrained", watched)
+    monkeypatch.setattr(torch_loading, "from_pretrained", watched)
     source = Artifact(tiny("llama"), {"key": "x", "format": "hf"})
     Quantize.model_validate({"method": "int8-dynamic"}).run(source, tmp_path, Context())
     logits = [

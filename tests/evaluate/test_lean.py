@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lighten.evaluate.runtimes.lean import open_lean, stored_short
-from lighten.evaluate.runtimes.runtime import open_runtime
+from lighten.evaluate.runtimes.opening import open_runtime
 from tests.evaluate.conftest import Tiny
 
 

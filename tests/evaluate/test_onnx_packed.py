@@ -7,7 +7,8 @@ import pytest
 
 from lighten.evaluate.runtimes.onnx import OnnxRuntime
 from lighten.evaluate.runtimes.onnx_packed import packable
-from lighten.evaluate.runtimes.runtime import Question, open_runtime
+from lighten.evaluate.runtimes.opening import open_runtime
+from lighten.evaluate.runtimes.runtime import Question
 from lighten.step import silent
 from tests.evaluate.conftest import score_alone
 from tests.evaluate.test_runtimes import questions

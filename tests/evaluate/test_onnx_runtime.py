@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.accuracy import accuracy
 from lighten.evaluate.perplexity import perplexity
-from lighten.evaluate.runtimes.runtime import Runtime, open_runtime, open_tokenizer
+from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
+from lighten.evaluate.runtimes.runtime import Runtime
 from lighten.evaluate.settings import Accuracy, Perplexity, Speed
 from lighten.evaluate.speed import speed
 from lighten.model import onnx_source

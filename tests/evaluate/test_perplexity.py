@@ -25,7 +25,7 @@ from lighten.errors import Failure, RequestError
 from lighten.evaluate.perplexity import perplexity, protocols
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.head import Head
-from lighten.evaluate.runtimes.runtime import open_runtime, open_tokenizer
+from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
 from lighten.step import silent
 from tests.evaluate.conftest import Tiny, log_softmax
 

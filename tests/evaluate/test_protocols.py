@@ -16,9 +16,10 @@ from lighten.evaluate import paired
 from lighten.evaluate.perplexity import protocols
 from lighten.evaluate.run import measure
 from lighten.evaluate.settings import CLOSE, CLUSTERED, Evaluate, Perplexity
-from lighten.pipeline.plan import check_measurable
+from lighten.facts import ModelFacts
+from lighten.pipeline.checks import check_measurable
 from lighten.pipeline.recipe import parse_settings
-from lighten.step import ModelFacts, silent
+from lighten.step import silent
 from tests.evaluate.conftest import Tiny
 
 FACTS = ModelFacts("LlamaForCausalLM", 2, 8, 8, 2, 2, 4, 100, False, context=1024)

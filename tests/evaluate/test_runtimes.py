@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure, RequestError
-from lighten.evaluate.runtimes import llama_cpp
-from lighten.evaluate.runtimes import torch as torch_runtime
+from lighten.evaluate.runtimes import llama_cpp, torch_loading
 from lighten.evaluate.runtimes.batches import Layout, by_length
-from lighten.evaluate.runtimes.runtime import Question, Runtime, Tokenizer, open_runtime, open_tokenizer
-from lighten.model import gguf_source
+from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
+from lighten.evaluate.runtimes.runtime import Question, Runtime, Tokenizer
+from lighten.model import gguf_header
 from lighten.model.packing import pack_gptq
 from lighten.model.source import find
 from lighten.process.isolate import run_isolated
@@ -163,7 +163,7 @@ def test_a_gptq_checkpoint_without_gptqmodel_names_the_extra(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed, _ = _gptq(tiny(), tmp_path)
-    monkeypatch.setattr(torch_runtime, "find_spec", lambda module: None)
+    monkeypatch.setattr(torch_loading, "find_spec", lambda module: None)
     with pytest.raises(RequestError, match=r"pip install 'lighten\[gptq\]'"):
         open_runtime(packed)
 
@@ -233,7 +233,7 @@ def test_batches_hold_every_question_once_and_stay_within_their_room(padded: boo
 
 def test_a_directory_that_holds_one_gguf_model_is_that_model(tiny_gguf: Path, tmp_path: Path) -> None:
     (tmp_path / "artifact.json").write_text("{}")
-    assert gguf_source.within(tmp_path) is None
+    assert gguf_header.within(tmp_path) is None
     (tmp_path / "model-Q8_0.gguf").write_bytes(tiny_gguf.read_bytes())
     found = find(str(tmp_path))
     assert (found.kind, found.path.name) == ("gguf", "model-Q8_0.gguf")
@@ -242,7 +242,7 @@ def test_a_directory_that_holds_one_gguf_model_is_that_model(tiny_gguf: Path, tm
     with pytest.raises(RequestError, match=r"holds 2 \.gguf files \(model-Q8_0\.gguf, other\.gguf\): name the one"):
         find(str(tmp_path))
     (tmp_path / "model.safetensors").touch()
-    assert gguf_source.within(tmp_path) is None
+    assert gguf_header.within(tmp_path) is None
 
 
 def test_llama_cpp_without_kernels_for_a_gpu_says_that_it_uses_the_processor(tiny_gguf: Path) -> None:

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure
 from lighten.evaluate.run import measure
-from lighten.evaluate.runtimes.runtime import Runtime, open_runtime
+from lighten.evaluate.runtimes.opening import open_runtime
+from lighten.evaluate.runtimes.runtime import Runtime
 from lighten.evaluate.settings import Speculative
 from lighten.evaluate.speed import speculative
 from lighten.evaluate.speed.speculative import plain, speculate

@@ -17,7 +17,7 @@ from lighten.export.gguf.write import Draft
 from lighten.model.grams import Gram, GramWriter, read_layer
 from lighten.model.sensitivity import Sensitivity
 from lighten.step import Context
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 from tests.export.test_gguf import logits_of
 from tests.export.test_step import FACTS
 

@@ -20,10 +20,11 @@ from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
 from lighten.export.bundle import bundle, targets
 from lighten.export.bundle.settings import Bundle
 from lighten.export.gguf.settings import Gguf
+from lighten.facts import ModelFacts
 from lighten.process.isolate import environment, interpreter
-from lighten.results.results import load
-from lighten.step import Context, ModelFacts
-from lighten.store.store import Artifact
+from lighten.results.file import load
+from lighten.step import Context
+from lighten.store.artifact import Artifact
 
 Tiny = Callable[..., Path]
 EIGHT_BILLION = ModelFacts("LlamaForCausalLM", 32, 4096, 14336, 32, 8, 128, 128256, False)
@@ -145,7 +146,7 @@ def test_figures_of_the_file(made: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_an_untied_embedding_is_not_read(made: tuple[Path, dict[str, Any]]) -> None:
-    from lighten.model.gguf_source import read_header
+    from lighten.model.gguf_header import read_header
 
     header = read_header(made[0] / MODEL)
     embedding = header.tensors["token_embd.weight"]

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from lighten.errors import Failure, RequestError
-from lighten.evaluate.runtimes.runtime import find_gguf
+from lighten.evaluate.runtimes.opening import find_gguf
 from lighten.export.gguf import write as export
 from lighten.export.gguf.settings import Gguf
 from lighten.export.gguf.split import split
 from lighten.model import gguf_source
 from lighten.model.source import find
 from lighten.step import Context
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 from tests.export.test_gguf import logits_of
 
 Tiny = Callable[..., Path]

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure, RequestError
-from lighten.evaluate.runtimes.runtime import open_runtime
+from lighten.evaluate.runtimes.opening import open_runtime
 from lighten.export.onnx import weights as onnx_weights
 from lighten.export.onnx.settings import BUILDER, Onnx
+from lighten.facts import ModelFacts
 from lighten.model.packing import pack_awq, pack_gptq
-from lighten.step import Context, ModelFacts
-from lighten.store.store import Artifact
+from lighten.step import Context
+from lighten.store.artifact import Artifact
 
 Tiny = Callable[..., Path]
 ToOnnx = Callable[..., Path]

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 from lighten.errors import RequestError
 from lighten.export.gguf import write as export
 from lighten.export.gguf.settings import Gguf
+from lighten.facts import ModelFacts
 from lighten.model import gguf_source
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import Gram, GramWriter
-from lighten.step import Context, ModelFacts
-from lighten.store.store import Artifact
+from lighten.step import Context
+from lighten.store.artifact import Artifact
 
 Tiny = Callable[..., Path]
 FACTS = ModelFacts("LlamaForCausalLM", 2, 256, 256, 4, 2, 64, 1006, False)

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lighten.errors import LightenError
-from lighten.model import gguf_source
+from lighten.model import gguf_header, gguf_source
 from lighten.model.traffic import gguf_reads
 from tests.fuzz.frame import answers, fuzz
 
@@ -145,7 +145,7 @@ def test_values_of_every_kind_are_bounded_by_the_file(folder: Path) -> None:
         body = struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", kind, item, 2**60)
         path = folder / "count.gguf"
         path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + body + bytes(64))
-        found: Any = answers(gguf_source.read_header, path)
+        found: Any = answers(gguf_header.read_header, path)
         assert str(path) in str(found)
 
 
@@ -174,7 +174,7 @@ def test_what_no_file_can_hold_is_refused(folder: Path, changes: list[Edit], tol
     ("changes", "told"), [each for each in IMPOSSIBLE if "is 0" not in each[1] or "embedding" in each[1]]
 )
 def test_llama_cpp_is_not_given_it(folder: Path, changes: list[Edit], told: str) -> None:
-    from lighten.evaluate.runtimes.llama_cpp import _Model
+    from lighten.evaluate.runtimes.llama_binding import _Model
 
     path = written(folder, changes, 0)
     for vocab_only in (False, True):

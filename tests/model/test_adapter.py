@@ -14,7 +14,7 @@ from lighten.errors import RequestError
 from lighten.model.adapter import WEIGHTS, Merged
 from lighten.model.source import Source, find
 from lighten.step import Context
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 
 peft = pytest.importorskip("peft")
 

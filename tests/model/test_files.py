@@ -8,12 +8,13 @@ import pytest
 
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate.loaders.survey import survey
-from lighten.evaluate.runtimes.runtime import open_runtime, open_tokenizer
+from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
 from lighten.model.checkpoint import INDEX, SINGLE, Checkpoint
 from lighten.model.files import check_links, plain, read_json, without_pickles
 from lighten.model.source import Source, find
 from lighten.step import Context
-from lighten.store.store import Artifact, find_damage, hash_files
+from lighten.store.artifact import Artifact, find_damage
+from lighten.store.files import hash_files
 
 Tiny = Callable[..., Path]
 

@@ -20,12 +20,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lighten.errors import Failure, LightenError, RequestError
-from lighten.evaluate.loaders.survey import recognise
-from lighten.evaluate.runtimes.runtime import find_gguf
-from lighten.model import gguf_source
+from lighten.evaluate.runtimes.opening import find_gguf
+from lighten.facts import ModelFacts
+from lighten.model import gguf_header, gguf_source
+from lighten.model.formats import recognise
 from lighten.model.source import find
 from lighten.model.tokenizer_table import TABLE
-from lighten.step import ModelFacts
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, INNER, VOCAB = 2, 64, 4, 2, 96, 400
 Make = Callable[..., Path]
@@ -274,7 +274,7 @@ def test_sentencepiece_merges_follow_the_scores(tmp_path: Path) -> None:
 def test_every_truncation_is_named(make: Make) -> None:
     path = make()
     whole = path.read_bytes()
-    header = gguf_source.read_header(path)
+    header = gguf_header.read_header(path)
     last = max(header.tensors.values(), key=lambda tensor: tensor.start)
     path.write_bytes(whole[: last.start + last.size - 1])
     expected = (
@@ -433,8 +433,8 @@ def test_files_that_are_no_models_are_told_by_what_they_are(tmp_path: Path) -> N
 def test_a_file_is_recognised_by_its_content(make: Make, tmp_path: Path) -> None:
     file = make(name="sha256-abab")
     (tmp_path / "text").write_text("GGU")
-    assert gguf_source.is_gguf(file) and not gguf_source.is_gguf(tmp_path / "text")
-    assert not gguf_source.is_gguf(tmp_path)
+    assert gguf_header.is_gguf(file) and not gguf_header.is_gguf(tmp_path / "text")
+    assert not gguf_header.is_gguf(tmp_path)
     assert find(str(file)).kind == "gguf"
     assert find_gguf(file) == file
     assert recognise(file) == (file, "gguf", None)

@@ -16,12 +16,16 @@ from lighten.model.checkpoint import Checkpoint
 from lighten.model.forms import read_config
 from lighten.model.loading import from_pretrained, readable
 from lighten.model.source import Source, find
-from lighten.pipeline.plan import Predictor, Stage, make_plan
+from lighten.pipeline.build import Builder
+from lighten.pipeline.plan import make_plan
+from lighten.pipeline.predict import Predictor
 from lighten.pipeline.recipe import Recipe
-from lighten.pipeline.run import Builder, Silent
+from lighten.pipeline.stage import Stage
 from lighten.pipeline.verbs import one_step
+from lighten.pipeline.watcher import Silent
 from lighten.step import Context
-from lighten.store.store import Artifact, Store
+from lighten.store.artifact import Artifact
+from lighten.store.store import Store
 
 Tiny = Callable[..., Path]
 Weights = dict[str, torch.Tensor]

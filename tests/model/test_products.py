@@ -16,10 +16,10 @@ from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.distill.settings import Distill
 from lighten.compress.quantize.settings import Quantize
-from lighten.evaluate.runtimes.runtime import open_runtime
+from lighten.evaluate.runtimes.opening import open_runtime
 from lighten.model import products, stream
 from lighten.step import Context
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 
 SHORT = {"samples": 4, "length": 32}
 

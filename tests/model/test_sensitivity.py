@@ -13,7 +13,7 @@ from lighten.model import stream
 from lighten.model.sensitivity import FILE, HEAD, Sensitivity
 from lighten.model.tokens import calibration_ids
 from lighten.step import Context
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 
 Tiny = Callable[..., Path]
 SETTINGS = {"samples": 6, "length": 160, "sequences": 3}  # longer than the rows of logits taken at a time

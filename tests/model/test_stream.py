@@ -17,7 +17,7 @@ from lighten.model.grams import read_layer
 from lighten.model.shards import ShardWriter
 from lighten.model.stream import StreamedModel
 from lighten.step import Context
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 
 
 @pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2"])

@@ -14,7 +14,7 @@ from lighten.model import source, tokenizer_files
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.tokens import load_tokenizer
 from lighten.step import Context
-from lighten.store.store import Artifact
+from lighten.store.artifact import Artifact
 
 Tiny = Callable[..., Path]
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lighten.results.results import load
+from lighten.results.file import load
 
 from ..report.sample import raw
 

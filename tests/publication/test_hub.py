@@ -18,10 +18,11 @@ from huggingface_hub import ModelCard
 from lighten.errors import Failure, RequestError
 from lighten.pipeline.run import run
 from lighten.report.hub import check, uploads
-from lighten.results.results import load
+from lighten.results.file import load
 from lighten.store.collection import check as check_store
+from lighten.store.files import MANIFEST
 from lighten.store.manifest import fault
-from lighten.store.store import MANIFEST, Store
+from lighten.store.store import Store
 
 from .hub_server import TOKEN, hub
 

@@ -17,9 +17,11 @@ import pytest
 import yaml
 
 from lighten.evaluate.parity import parity
-from lighten.evaluate.runtimes.llama_cpp import GgufTokenizer, LlamaCppRuntime
+from lighten.evaluate.runtimes.llama_binding import GgufTokenizer
+from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
 from lighten.step import silent
-from lighten.store.store import Store, find_damage
+from lighten.store.artifact import find_damage
+from lighten.store.store import Store
 
 pytestmark = pytest.mark.real
 CHUNKS, TASKS = 12, 60

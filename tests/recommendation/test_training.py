@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lighten.facts import ModelFacts
 from lighten.model.checkpoint import facts_of, read_config
 from lighten.recommend import published, training
 from lighten.recommend.sizes import Sizes
-from lighten.step import ModelFacts
 
 LLAMA_65B = ModelFacts("LlamaForCausalLM", 80, 8192, 22016, 64, 64, 128, 32000, tied=False)
 LLAMA_3_8B = ModelFacts("LlamaForCausalLM", 32, 4096, 14336, 32, 8, 128, 128256, tied=False)

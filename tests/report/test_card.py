@@ -18,9 +18,11 @@ from huggingface_hub import ModelCard
 from lighten.pipeline.run import run
 from lighten.report.card import card, cards
 from lighten.report.loading import loading
-from lighten.results.results import Results, load
+from lighten.results.file import load
+from lighten.results.results import Results
+from lighten.store.artifact import Artifact, find_damage
 from lighten.store.collection import check
-from lighten.store.store import Artifact, Store, find_damage
+from lighten.store.store import Store
 
 from .sample import raw, results
 

@@ -12,7 +12,9 @@ from pydantic import ValidationError
 from lighten.errors import Failure, RequestError
 from lighten.report import claims
 from lighten.report.table import Cell, table
-from lighten.results.results import FILE, Results, Speed, load, save
+from lighten.results.file import FILE, load, save
+from lighten.results.measured import Speed
+from lighten.results.results import Results
 from lighten.store import names
 from lighten.store.store import Store
 

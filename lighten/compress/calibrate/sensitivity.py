@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from lighten.compress.calibrate.sweep import Sweep
-from lighten.step import Context, Estimate, ModelFacts
-from lighten.store.store import Artifact
+from lighten.facts import ModelFacts
+from lighten.step import Context, Estimate
+from lighten.store.artifact import Artifact
 
 
 class Sensitivities(Sweep):

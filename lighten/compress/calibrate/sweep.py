@@ -10,8 +10,9 @@ from pydantic import Field
 
 from lighten.data.origin import Data
 from lighten.data.text import identity, wanted_letters
-from lighten.step import Context, Estimate, ModelFacts, Step
-from lighten.store.store import Artifact
+from lighten.facts import ModelFacts
+from lighten.step import Context, Estimate, Step
+from lighten.store.artifact import Artifact
 
 if TYPE_CHECKING:
     import torch

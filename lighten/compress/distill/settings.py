@@ -13,9 +13,10 @@ from lighten.compress.prune.amounts import parse_pattern
 from lighten.data import text
 from lighten.data.origin import Data
 from lighten.errors import Failure, RequestError
+from lighten.facts import ModelFacts
 from lighten.settings import Settings
-from lighten.step import Context, Estimate, ModelFacts, Step
-from lighten.store.store import Artifact
+from lighten.step import Context, Estimate, Step
+from lighten.store.artifact import Artifact
 
 BACKWARD = 3
 """Products of a forward and a backward pass, in forward passes."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lighten.compress.patterns import zeros_of
 from lighten.compress.prune import sparse
 from lighten.compress.quantize import grid
 from lighten.errors import Failure, RequestError, missing_extra
@@ -70,7 +71,7 @@ class Student:
 
     def _masks(self) -> dict[str, torch.Tensor]:
         """Returns which weights of a pruned model stay; empty for one that was not pruned."""
-        found = {name: sparse.zeros_of([module.weight.detach()]) for name, module in self.linears.items()}
+        found = {name: zeros_of([module.weight.detach()]) for name, module in self.linears.items()}
         masks = {name: ~zeros for name, zeros in found.items() if zeros is not None}
         for setting in ("lora", "movement"):
             if masks and getattr(self.step, setting):

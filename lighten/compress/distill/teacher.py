@@ -12,8 +12,9 @@ from pydantic import Field
 from lighten.data import text
 from lighten.data.origin import Data, Origin
 from lighten.errors import Failure, RequestError
-from lighten.step import Context, Estimate, ModelFacts, Step
-from lighten.store.store import Artifact
+from lighten.facts import ModelFacts
+from lighten.step import Context, Estimate, Step
+from lighten.store.artifact import Artifact
 
 if TYPE_CHECKING:
     import torch

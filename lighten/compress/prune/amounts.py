@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from lighten.errors import RequestError
+from lighten.facts import ModelFacts
 from lighten.settings import Settings
-from lighten.step import ModelFacts
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 

@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 
 from lighten.compress.prune.amounts import Target, parse_pattern
 from lighten.errors import RequestError
-from lighten.step import Context, Estimate, ModelFacts, Step
-from lighten.store.store import Artifact
+from lighten.facts import ModelFacts
+from lighten.step import Context, Estimate, Step
+from lighten.store.artifact import Artifact
 
 if TYPE_CHECKING:
     from lighten.compress.prune.thin import Cut

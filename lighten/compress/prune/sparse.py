@@ -102,15 +102,6 @@ def sparsegpt(
     return w.t().contiguous()
 
 
-def zeros_of(weights: list[torch.Tensor]) -> torch.Tensor | None:
-    """Returns which weights of pruned matrices, put on top of each other, are zero; None if none of them was pruned."""
-    zeros = [weight == 0 for weight in weights]
-    pruned = [float(each.float().mean()) >= MASKED for each in zeros]
-    if not any(pruned):
-        return None
-    return torch.cat([each if was else torch.zeros_like(each) for each, was in zip(zeros, pruned, strict=True)])
-
-
 class Magnitudes:
     """Counts weights by their size in bfloat16, of which there are 32,768: an exact order in little memory."""
 

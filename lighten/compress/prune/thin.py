@@ -12,10 +12,10 @@ import torch
 
 from lighten.compress.prune.structured import refit
 from lighten.errors import RequestError
+from lighten.facts import ModelFacts
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_layer
 from lighten.model.stream import LAYERS
-from lighten.step import ModelFacts
 
 Removed = Mapping[int, Sequence[int]]
 """By layer, what goes: as many from every layer, so that the model keeps one shape."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from lighten.compress.layers import Add, write_layers
+from lighten.compress.patterns import ignored
 from lighten.compress.prune import sparse
 from lighten.compress.prune.settings import Prune
-from lighten.compress.quantize.layer import ignored
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_layer
 from lighten.model.shards import ShardWriter

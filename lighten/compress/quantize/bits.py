@@ -54,7 +54,7 @@ def price(layers: Layers, sensitivity: Sensitivity, index: int) -> list[tuple[st
     """
     import torch
 
-    from lighten.compress.quantize.layer import ignored
+    from lighten.compress.patterns import ignored
 
     step, kind = layers.step, layers.scale_type()
     prefix, tensors, inputs = layers.read(index)

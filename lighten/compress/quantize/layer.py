@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 
 from lighten.compress.layers import Add
-from lighten.compress.prune.sparse import zeros_of
+from lighten.compress.patterns import ignored, zeros_of
 from lighten.compress.quantize import awq, fold, formats, gptq, grid, smooth
 from lighten.compress.quantize.formats import Stored
 from lighten.compress.quantize.grid import GroupSize, Quantized
@@ -29,15 +27,6 @@ HEAD = "lm_head.weight"
 TENSORS_PER_LINEAR = 6
 ERROR_ROWS = 256
 """Outputs, evenly spaced, that the error of a group of linears is measured on."""
-
-
-def ignored(name: str, patterns: tuple[str, ...]) -> str | None:
-    """Returns the first pattern that a module's full name matches, or None."""
-    for pattern in patterns:
-        found = re.search(pattern[3:], name) if pattern.startswith("re:") else fnmatch.fnmatchcase(name, pattern)
-        if found:
-            return pattern
-    return None
 
 
 @dataclass

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from lighten.budget import Budget
 from lighten.errors import RequestError
-from lighten.step import Context, Estimate, ModelFacts, Step
-from lighten.store.store import Artifact
+from lighten.facts import ModelFacts
+from lighten.settings import Budget
+from lighten.step import Context, Estimate, Step
+from lighten.store.artifact import Artifact
 
 if TYPE_CHECKING:
     from lighten.compress.quantize.layer import Layers, Told

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
@@ -20,7 +18,8 @@ import numpy as np
 from lighten.data.hard import hard_strings
 from lighten.data.text import builtin_text
 from lighten.errors import Failure
-from lighten.model.tokenizer_files import DEFAULT, chat_templates, ends
+from lighten.evaluate.parity.words import Chat, Words, words_of
+from lighten.model.tokenizer_files import DEFAULT
 from lighten.process.isolate import Outcome, run_isolated
 from lighten.step import Report
 
@@ -43,24 +42,6 @@ CHATS = (
         {"role": "user", "content": "Another?\n"},
     ],
 )
-Chat = list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Words:
-    """What turns text into ids."""
-
-    encode: Callable[[str], list[int]]
-    bos: int | None
-    """The id that a text begins with."""
-    eos: int | None
-    render: Mapping[str, Callable[[Chat], str]]
-    """What writes a chat with each of the model's templates, by name."""
-    special: tuple[str, ...] = ()
-    ends: tuple[int, ...] = ()
-    """Every id that ends a text: EOS, of a turn, of a message."""
-    room: bool = True
-    """Whether the file could hold more of them."""
 
 
 def check(payload: dict[str, Any], report: Report) -> Outcome:
@@ -107,7 +88,7 @@ def check(payload: dict[str, Any], report: Report) -> Outcome:
 
 def _computes_logits(source: Path) -> bool:
     """Returns whether it is a causal language model; what others compute was compared when they were written."""
-    from lighten.evaluate.runtimes.runtime import find_gguf
+    from lighten.evaluate.runtimes.opening import find_gguf
     from lighten.model.checkpoint import Checkpoint
 
     return find_gguf(source) is not None or Checkpoint(source).facts.family == "causal"
@@ -153,7 +134,7 @@ def write_logits(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 def _open_source(source: Path, trusted: bool) -> Runtime:
     """Opens the source in float32; with its weights as they are stored, where they are of 16 bits."""
     from lighten.evaluate.runtimes.lean import open_lean, stored_short
-    from lighten.evaluate.runtimes.runtime import find_gguf, open_runtime
+    from lighten.evaluate.runtimes.opening import find_gguf, open_runtime
 
     short = None if find_gguf(source) else stored_short(source)
     if not short:
@@ -169,7 +150,7 @@ def _open_source(source: Path, trusted: bool) -> Runtime:
 
 def find_place(payload: dict[str, Any], report: Report) -> str:
     """Returns where the two first differ inside, for the ids `chunk`, in words."""
-    from lighten.evaluate.runtimes.runtime import open_runtime
+    from lighten.evaluate.runtimes.opening import open_runtime
     from lighten.evaluate.runtimes.trace import trace
 
     trusted, chunk = payload.get("trust_remote_code", False), np.array(payload["chunk"], dtype=np.int64)
@@ -191,7 +172,7 @@ def _where(expected: States | None, found: States | None, ours: str, theirs: str
 
 def _read_text(source: Path, tokens: int) -> dict[str, Any]:
     """Returns the ids of the built-in text, and those that the source puts first."""
-    from lighten.evaluate.runtimes.runtime import open_tokenizer
+    from lighten.evaluate.runtimes.opening import open_tokenizer
 
     tokenizer = open_tokenizer(source)
     ids = tokenizer.encode(builtin_text("perplexity")[: 8 * tokens + 1000])
@@ -211,7 +192,7 @@ def _chunks(text: dict[str, list[int]], tokens: int, vocab: int) -> list[Ids]:
 def compare_logits(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Returns what the rows `[positions, vocab]` that were written and those of the export say of each other."""
     from lighten.evaluate.runtimes import rows
-    from lighten.evaluate.runtimes.runtime import open_runtime
+    from lighten.evaluate.runtimes.opening import open_runtime
 
     made, vocab = Path(payload["made"]), payload["vocab"]
     chunks = [np.array(chunk, dtype=np.int64) for chunk in payload["chunks"]]
@@ -316,60 +297,3 @@ def _rendered(words: Words, name: str, chat: Chat) -> str | None:
         return words.render[name](chat) if name in words.render else None
     except Exception:  # templates raise errors of their own, of many kinds
         return None
-
-
-def words_of(path: Path) -> Words:
-    """Opens what turns text into ids for a model directory or a .gguf file."""
-    from lighten.evaluate.runtimes.runtime import find_gguf
-    from lighten.model.onnx_source import find_onnx
-
-    if onnx := find_onnx(path):
-        return _hf_words(onnx.parent)
-    gguf = find_gguf(path)
-    return _gguf_words(gguf) if gguf else _hf_words(path)
-
-
-def _hf_words(path: Path) -> Words:
-    from transformers import AutoTokenizer
-
-    from lighten.evaluate.runtimes.runtime import open_tokenizer
-    from lighten.model.checkpoint import read_config
-    from lighten.model.onnx_source import ends as graph_ends
-
-    simple = open_tokenizer(path)
-    full = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    templates = chat_templates(path)
-
-    def render(name: str, chat: Chat) -> str:
-        asked = {"chat_template": templates[name], "tokenize": False, "add_generation_prompt": True}
-        return str(full.apply_chat_template(chat, **asked))
-
-    rows = read_config(path).get("vocab_size") or len(full)
-    special = tuple(str(token) for token, index in full.get_added_vocab().items() if index < rows)
-    named = [each for each in (full.eos_token_id, *ends(path), *graph_ends(path)) if each is not None and each < rows]
-    renders = {name: partial(render, name) for name in templates}
-    return Words(simple.encode, simple.bos, full.eos_token_id, renders, special, tuple(dict.fromkeys(named)))
-
-
-def _gguf_words(path: Path) -> Words:
-    from lighten.evaluate.runtimes.llama_cpp import GgufTokenizer
-    from lighten.model.gguf_source import chat_templates, read_header
-
-    header = read_header(path)
-    fields = header.fields
-    simple = GgufTokenizer(path)
-    tokens = fields.get("tokenizer.ggml.tokens", [])
-    ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
-    templates = chat_templates(header)
-    names = {name: "" if index is None else str(tokens[index]) for name, index in ids.items()}
-
-    def render(name: str, chat: Chat) -> str:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        tokens = {"bos_token": names["bos"], "eos_token": names["eos"]}
-        rendered, _ = render_jinja_template([chat], chat_template=templates[name], add_generation_prompt=True, **tokens)
-        return str(rendered[0])
-
-    full = all(f"tokenizer.ggml.{name}_token_id" in fields for name in ("eot", "eom"))
-    renders = {name: partial(render, name) for name in templates}
-    return Words(simple.encode, simple.bos, ids["eos"], renders, ends=simple.ends(), room=not full)

@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, record_function
 
 from lighten.evaluate.profiling import PHASES, drive
 from lighten.evaluate.profiling.verdict import Kind, Phase, collected
-from lighten.evaluate.runtimes.torch import TorchRuntime, stored
+from lighten.evaluate.runtimes.torch import TorchRuntime
+from lighten.evaluate.runtimes.torch_loading import stored
 
 LABEL = "lighten:"
 ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention", "softmax", "bmm", "baddbmm")

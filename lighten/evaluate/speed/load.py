@@ -15,7 +15,8 @@ import numpy as np
 from lighten.data.origin import told
 from lighten.data.text import Render, load_text
 from lighten.errors import Failure
-from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer, find_gguf, open_runtime, open_tokenizer
+from lighten.evaluate.runtimes.opening import find_gguf, open_runtime, open_tokenizer
+from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer
 from lighten.evaluate.settings import Load
 from lighten.evaluate.speed.server import LlamaServer, Refused
 from lighten.evaluate.speed.speed import percentiles

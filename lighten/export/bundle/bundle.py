@@ -17,9 +17,10 @@ from typing import Any
 from lighten.data.text import SEPARATOR, builtin_text
 from lighten.errors import Failure, RequestError, missing_extra
 from lighten.export.bundle.targets import Target
+from lighten.facts import ModelFacts
 from lighten.process.isolate import environment, interpreter
-from lighten.step import ModelFacts
-from lighten.store.store import hash_file, write_file
+from lighten.store.files import hash_file
+from lighten.store.store import write_file
 
 ARCHIVE = ".tar.zst"
 SUMS = "SHA256SUMS"
@@ -113,7 +114,7 @@ def read_model(paths: Sequence[Path]) -> Model:
     Raises:
         Failure: a file is cut short or damaged.
     """
-    from lighten.model.gguf_source import read_header
+    from lighten.model.gguf_header import read_header
     from lighten.model.traffic import gguf_reads
 
     headers = [read_header(path) for path in paths]

@@ -24,8 +24,8 @@ from lighten.data.reading import Refused, parse_json
 from lighten.errors import Failure, RequestError
 from lighten.export.bundle import bundle
 from lighten.export.bundle.archive import unpack
+from lighten.store.files import hash_file
 from lighten.store.names import as_name
-from lighten.store.store import hash_file
 
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 TEXT = "perplexity.txt"

@@ -6,19 +6,21 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lighten.errors import Failure, RequestError
+from lighten.export.bundle.step import _late
 from lighten.export.bundle.targets import find_target
 from lighten.export.gguf.settings import Gguf
 from lighten.export.step import Export, about
-from lighten.step import Context, Estimate, ModelFacts, Step
+from lighten.facts import ModelFacts
+from lighten.step import Context, Estimate, Step
+from lighten.store.artifact import Artifact
 from lighten.store.names import as_name
-from lighten.store.store import Artifact, write_file
+from lighten.store.store import write_file
 
 if TYPE_CHECKING:
     from lighten.export.bundle.bundle import Need
@@ -195,15 +197,6 @@ class Bundle(Export):
         with _late():
             context.report(0, 4, self._check_size(Checkpoint(source.path).facts))
         return self.gguf.run(source, out, context)
-
-
-@contextmanager
-def _late() -> Iterator[None]:
-    """Makes a refusal that could not be known before a failure: of this variant, and of no other."""
-    try:
-        yield
-    except RequestError as error:
-        raise Failure(str(error)) from error
 
 
 def _gguf(type: str, imatrix: bool) -> Gguf:

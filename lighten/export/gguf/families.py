@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lighten.errors import RequestError
-from lighten.step import ModelFacts
+from lighten.facts import ModelFacts
 
 Config = dict[str, Any]
 

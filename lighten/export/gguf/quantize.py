@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from lighten.errors import Failure
 from lighten.export.gguf.families import family_of, tensor_names
 from lighten.export.gguf.types import TYPES
+from lighten.facts import ModelFacts
 from lighten.model.llama_library import Library, load
-from lighten.step import ModelFacts, Report, silent
+from lighten.step import Report, silent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,7 +129,7 @@ def describe(file: Path, type: str) -> dict[str, Any]:
     """
     from gguf import GGMLQuantizationType
 
-    from lighten.model.gguf_source import read_header
+    from lighten.model.gguf_header import read_header
 
     tensors = list(read_header(file).tensors.values())
     head = "output.weight" if any(tensor.name == "output.weight" for tensor in tensors) else "token_embd.weight"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.errors import RequestError
 from lighten.export.gguf.families import Family
-from lighten.step import ModelFacts
+from lighten.facts import ModelFacts
 
 if TYPE_CHECKING:
     import torch

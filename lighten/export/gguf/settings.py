@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lighten.budget import Budget
 from lighten.errors import RequestError, reading
 from lighten.export.gguf.types import PLAIN, TYPES, TypeName
 from lighten.export.step import Export, about
+from lighten.facts import ModelFacts
 from lighten.model import llama_library
-from lighten.numerics.knapsack import parse_size
-from lighten.step import Context, Estimate, ModelFacts
-from lighten.store.store import Artifact
+from lighten.settings import Budget, parse_size
+from lighten.step import Context, Estimate
+from lighten.store.artifact import Artifact
 
 if TYPE_CHECKING:
     from lighten.export.gguf.quantize import Importance

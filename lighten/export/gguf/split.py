@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lighten.errors import RequestError
-from lighten.model.gguf_source import Tensor, read_header
+from lighten.model.gguf_header import Tensor, read_header
 from lighten.step import Report, silent
 
 _ALIGNMENT = 32

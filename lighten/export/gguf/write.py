@@ -13,8 +13,9 @@ from lighten.errors import Failure, RequestError, missing_extra, reading
 from lighten.export.gguf.families import Family, family_of, tensor_names
 from lighten.export.gguf.rope import Rotation, rotation
 from lighten.export.gguf.types import PLAIN, TYPES
+from lighten.facts import ModelFacts
 from lighten.model.tokenizer_files import DEFAULT
-from lighten.step import ModelFacts, Report, silent
+from lighten.step import Report, silent
 
 if TYPE_CHECKING:
     import numpy as np

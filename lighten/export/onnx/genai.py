@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten.errors import Failure, RequestError, missing_extra
-from lighten.step import Context, ModelFacts, Report
+from lighten.facts import ModelFacts
+from lighten.step import Context, Report
 
 if TYPE_CHECKING:
     from lighten.export.onnx.settings import Onnx

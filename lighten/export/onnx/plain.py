@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from lighten.errors import Failure, RequestError, missing_extra
+from lighten.facts import ModelFacts
 from lighten.model.files import without_pickles
-from lighten.step import Context, ModelFacts
+from lighten.step import Context
 
 OPSET = 20
 BATCH, LENGTH, PAST, SOURCE = 2, 3, 5, 4

@@ -9,8 +9,9 @@ from pydantic import Field
 
 from lighten.errors import RequestError
 from lighten.export.step import Export
-from lighten.step import Context, Estimate, ModelFacts
-from lighten.store.store import Artifact
+from lighten.facts import ModelFacts
+from lighten.step import Context, Estimate
+from lighten.store.artifact import Artifact
 
 BUILDER = (
     "LlamaForCausalLM",

@@ -85,7 +85,7 @@ def test_packed_weights_are_bound_by_unpacking_them(built: Callable[..., Path], 
     pytest.importorskip("gptqmodel")
     from lighten.compress.quantize.settings import Quantize
     from lighten.step import Context
-    from lighten.store.store import Artifact
+    from lighten.store.artifact import Artifact
 
     model = built(hidden_size=1024, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=16)
     out = tmp_path / "packed"

@@ -1,0 +1,195 @@
+"""Opening a checkpoint in transformers, and the kernels that it gets."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lighten.errors import Failure, RequestError, missing_extra
+from lighten.evaluate.speed.options import ATTENTION
+from lighten.model import accelerator, llama_library
+from lighten.model.checkpoint import Checkpoint
+from lighten.model.loading import from_pretrained
+from lighten.model.packing import unpack_awq
+
+BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Tokens of a batch of questions."""
+
+
+NEEDS = {
+    "gptq": ("gptq", ("gptqmodel", "optimum")),
+    "awq": ("gptq", ("gptqmodel", "optimum")),
+    "bitsandbytes": ("bnb", ("bitsandbytes", "accelerate")),
+    "compressed-tensors": ("compressed", ("compressed_tensors",)),
+}
+"""Extra and packages that transformers needs for each `quant_method`."""
+
+
+def _load(
+    path: Path,
+    device: str,
+    dtype: torch.dtype,
+    method: str | None,
+    unpack: bool,
+    trusted: bool,
+    attention: str | None,
+) -> Any:
+    if accelerator.kind(device) == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"the device {device} is not there: torch sees no GPU. Use --device cpu")
+    options: dict[str, Any] = {"trust_remote_code": trusted}
+    if attention:
+        options["attn_implementation"] = ATTENTION[attention]
+    extra, packages = NEEDS.get(method or "", ("", ()))
+    for module in packages:
+        if find_spec(module) is None:
+            raise missing_extra(extra, module, f"running the {method} checkpoint {path}")
+    if extra == "gptq":
+        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "3")  # with fewer it fails on a machine of two cores
+        llama_library.keep_apart()
+    if unpack and extra == "gptq":
+        from transformers import AwqConfig, GPTQConfig
+
+        bits = Checkpoint(path).config["quantization_config"]["bits"]
+        # the kernels that leave the packed tensors as they are stored
+        plain = GPTQConfig(bits=bits, backend="torch") if method == "gptq" else AwqConfig(bits, backend="torch_awq")
+        options["quantization_config"] = plain
+    if placed := _is_placed(method, device, unpack):
+        options["device_map"] = {"": device}  # the kernels of a GPU are chosen where the weights arrive on it
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = from_pretrained(AutoModelForCausalLM, path, dtype=dtype, **options)
+    except SafetensorError as error:
+        raise Failure(
+            f"the weights in {path} cannot be read ({error}): cut short or damaged; fetch them again"
+        ) from error
+    except (OSError, ValueError, ImportError) as error:
+        raise RequestError(f"transformers cannot load {path}: {error}") from error
+    return model.eval() if placed or unpack else model.eval().to(device)
+
+
+def _is_placed(method: str | None, device: str, unpack: bool) -> bool:
+    """Returns whether a quantized model is loaded onto the device itself.
+
+    A model whose weights are unpacked first is moved after, but for bitsandbytes, whose weights are unpacked there.
+    """
+    return method is not None and device != "cpu" and (not unpack or method == "bitsandbytes")
+
+
+def _arithmetic(checkpoint: Checkpoint, device: str) -> str:
+    """Returns what quality is measured in: float32, or bfloat16 where the model in float32 does not fit a GPU."""
+    room = 1.5 * 4 * checkpoint.facts.params
+    return "float32" if device == "cpu" or accelerator.fits(room, device, share=0.9) else "bfloat16"
+
+
+def _kernels(model: nn.Module) -> list[str]:
+    """Returns the class names of the quantized linear layers."""
+    found = {type(module).__name__ for module in model.modules() if stored(module)}
+    return sorted(found)
+
+
+def stored(module: nn.Module) -> str | None:
+    """Returns the format that a module's weight is stored in, None for a plain one."""
+    if hasattr(module, "qweight"):
+        return "awq" if "awq" in str(getattr(module, "QUANT_TYPE", "")).lower() else "gptq"
+    if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+        return "bnb"
+    scheme = getattr(module, "quantization_scheme", None)
+    return "compressed" if scheme is not None and isinstance(module, nn.Linear) else None
+
+
+def _quantizer(method: str | None, kernels: list[str], unpacked: bool) -> list[str]:
+    if method not in NEEDS:
+        return []
+    package = NEEDS[method][1][0].replace("_", "-")
+    how = "weights unpacked to float32" if unpacked else f"{', '.join(kernels) or 'its own'} kernel"
+    return [f"{package} {version(package)} ({how})"]
+
+
+def _unpack(model: Any) -> bool:
+    """Puts dense linear layers in the place of those with quantized weights and plain inputs; True if it did any.
+
+    Layers that quantize their inputs too are left to their own arithmetic.
+    """
+    found = False
+    if any(stored(module) == "compressed" for module in model.modules()):
+        model.hf_quantizer.compressor.remove_decompression_hook(model)  # what it does at the first batch is done here
+    for name, module in list(model.named_modules()):
+        weight = _weight(module)
+        if weight is None:
+            continue
+        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.float(), requires_grad=False)
+        model.set_submodule(name, dense)
+        found = True
+    if found:  # some loaders keep the type that the rest of the model is stored in
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+    return found
+
+
+def _weight(module: Any) -> Tensor | None:
+    """Returns the float32 weight `[out, in]` that a quantized linear stands for; None where there is none to take."""
+    kind = stored(module)
+    if kind == "gptq":
+        module.scales = module.scales.float()
+        # the class's own function: the instance's is wrapped by torch.compile and would be compiled for every layer
+        weight: Tensor = type(module).dequantize_weight(module).T.contiguous()
+        return weight
+    if kind == "awq":
+        return unpack_awq({name: getattr(module, name) for name in ("qweight", "qzeros", "scales")})
+    if kind == "bnb" and module.weight.quant_state.quant_type in ("nf4", "fp4"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        dense: Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        return dense.float()
+    if kind == "compressed":
+        from compressed_tensors.compressors import decompress_module
+
+        if module.quantization_scheme.input_activations is not None:
+            # its inputs are rounded as they come; its weight once, here, and not anew for every batch
+            decompress_module(module)
+            module.quantization_scheme = module.quantization_scheme.model_copy(update={"weights": None})
+            return None
+        decompress_module(module, leave_decompressed=False)
+        found: Tensor = module.weight.detach()
+        return found.float()
+    return None
+
+
+def _repack(model: nn.Module) -> None:
+    """Lays the weights of linear layers out for oneDNN, whose float32 is over twice as fast as MKL's on AMD."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return
+    for name, module in list(model.named_modules()):
+        plain = type(module) is nn.Linear and stored(module) is None
+        if plain and module.weight.dtype == torch.float32:
+            model.set_submodule(name, _PackedLinear(module))
+
+
+class _PackedLinear(nn.Module):
+    """A float32 linear layer by oneDNN, as torch.compile's freezing makes it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), BATCH_TOKENS["cpu"])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Returns inputs `[..., in]` times the transposed weight, plus the bias."""
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
+        return product

@@ -1,0 +1,55 @@
+"""Sizes of a language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of a language model, read from its config without loading it."""
+
+    architecture: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    family: Literal["causal", "encoder", "seq2seq"] = "causal"
+    """Whether it predicts the next token, encodes a text, or does both with a text for each."""
+    counted: int | None = None
+    """All weights, where they were counted because the sizes do not tell."""
+    context: int | None = None
+    """Positions that it takes; None where nobody says."""
+
+    @property
+    def layer_linear_params(self) -> int:
+        """Weights in the linear layers of one decoder layer."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def embedding_params(self) -> int:
+        """Weights in the embedding and, where it is not tied, the head."""
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def params(self) -> int:
+        """All weights, norms included."""
+        if self.counted is not None:
+            return self.counted
+        return self.layers * (self.layer_linear_params + 2 * self.hidden) + self.embedding_params + self.hidden
+
+    def cache_bytes(self, tokens: int, bits: float = 16) -> int:
+        """Returns the bytes of keys and values of so many tokens, of `bits` bits each, in all layers."""
+        return round(self.layers * 2 * self.kv_heads * self.head_dim * tokens * bits / 8)
+
+    @property
+    def gram_elements(self) -> int:
+        """Entries of the packed Gram triangles of one layer: inputs of qkv, o, gate/up and down."""
+        widths = (self.hidden, self.heads * self.head_dim, self.hidden, self.intermediate)
+        return sum(width * (width + 1) // 2 for width in widths)

@@ -1,0 +1,61 @@
+"""Storage formats: how to recognise one, and which extra brings its loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lighten.errors import RequestError
+from lighten.model import llama_library
+from lighten.model.files import check_links
+from lighten.model.gguf_header import is_gguf, within
+from lighten.model.onnx_source import genai
+from lighten.store.artifact import read_artifact
+from lighten.store.files import MANIFEST
+
+if TYPE_CHECKING:
+    pass
+
+
+EXTRAS = {
+    "gptqmodel": "gptq",
+    "optimum": "gptq",
+    "gguf": "gguf",
+    **dict.fromkeys(llama_library.MODULES.values(), "gguf"),
+    "bitsandbytes": "bnb",
+    "accelerate": "bnb",
+    "compressed_tensors": "compressed",
+    "onnxruntime": "onnx",
+    "onnxruntime_genai": "onnx",
+}
+"""The extra that brings each module."""
+
+
+def _extra(module: str) -> str:
+    return f"lighten[{EXTRAS[module]}]" if module in EXTRAS else module
+
+
+def recognise(path: Path) -> tuple[Path, str, int | None]:
+    """Returns what an artifact or a model is to a loader: the path to open, its format, its vocabulary if that is told.
+
+    Raises:
+        RequestError: nothing there that any loader would open.
+    """
+    from lighten.model.checkpoint import Checkpoint, read_config
+
+    if path.is_file():
+        if not is_gguf(path):
+            raise RequestError(f"{path} is no .gguf file: give one, or the directory of a model")
+        return path, "gguf", None
+    if not path.is_dir():
+        raise RequestError(f"{path}: no such file or directory")
+    check_links(path)
+    told = read_artifact(path).format if (path / MANIFEST).is_file() else None
+    vocab = read_config(path).get("vocab_size") if (path / "config.json").is_file() else None
+    if told == "onnx" or (path / "model.onnx").is_file():
+        return path, "onnx", vocab or genai(path).get("vocab_size")
+    if gguf := within(path):
+        return gguf, "gguf", None
+    checkpoint = Checkpoint(path)
+    checkpoint.weight_map  # noqa: B018  refuses pickles
+    return path, told or str((checkpoint.quantization or {}).get("quant_method", "hf")), vocab

@@ -1,0 +1,239 @@
+"""Builds the stages of a plan."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import DiskFull, Failure, LightenError, RequestError
+from lighten.evaluate import machine, paired
+from lighten.evaluate.loaders import survey as loaders
+from lighten.evaluate.machine import measuring_packages, this_machine
+from lighten.evaluate.parity import parity
+from lighten.evaluate.settings import TIMED, Speed
+from lighten.evaluate.speed.options import lacking
+from lighten.model.accelerator import Device, resolve
+from lighten.model.source import Source
+from lighten.pipeline.predict import Predictor, what
+from lighten.pipeline.stage import Plan, Stage, trusted
+from lighten.pipeline.watcher import Watcher
+from lighten.process.isolate import Outcome, run_isolated
+from lighten.step import Report
+from lighten.store.artifact import Artifact
+from lighten.store.store import Store, write_json
+
+
+class Builder:
+    """Builds the stages of one plan, each at most once, and remembers why one failed."""
+
+    def __init__(
+        self,
+        store: Store,
+        predictor: Predictor,
+        device: str,
+        watcher: Watcher,
+        source: dict[str, Any],
+        fatal: Collection[str] = (),
+    ) -> None:
+        self.store = store
+        self.device = device
+        self.watcher = watcher
+        self.predictor = predictor
+        self.source = source
+        self.fatal = fatal
+        """Keys of stages whose failure ends the command, which says why: the watcher need not."""
+        self.names: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+        self.done: dict[str, Artifact] = {}
+        self.cached: set[str] = set()
+
+    def build(self, stage: Stage) -> Artifact | None:
+        """Returns the object of a stage, building it if the store has no sound one; None if it failed."""
+        self.names[stage.key] = stage.step.model if isinstance(stage.step, Source) else stage.name
+        broken = next((parent for parent in stage.parents if parent.key in self.failed), None)
+        if broken:
+            self.failed[stage.key] = f"needs {broken.name}, which failed: {self.failed[broken.key]}"
+            return None
+        try:
+            with self._locked(stage):
+                artifact = self.store.sound(stage.key, lambda damage: self.watcher.say(f"{stage.name}: {damage}"))
+                if artifact:
+                    self.cached.add(stage.key)
+                    self.watcher.ended(stage, None, None)
+                else:
+                    artifact = self._run(stage)
+        except DiskFull:
+            raise
+        except RequestError as error:
+            raise RequestError(self.in_words(str(error))) from error
+        except LightenError as error:
+            self.failed[stage.key] = self.in_words(str(error))
+            self.watcher.ended(stage, None, "failed" if stage.key in self.fatal else self.failed[stage.key])
+            return None
+        self.done[stage.key] = artifact
+        return artifact
+
+    def in_words(self, message: str) -> str:
+        """Returns a message with the names of models and stages in place of where the store keeps them."""
+        places = {
+            str(place) for place in (self.store.objects, self.store.objects.absolute(), self.store.objects.resolve())
+        }
+        where = "|".join(re.escape(place) for place in sorted(places, key=len, reverse=True))
+        stored = re.compile(rf"(?:{where})/(?:\.tmp-)?([0-9a-f]{{64}})(?:-\w+)?")
+        return stored.sub(lambda found: self.names.get(found[1], found[0]), message)
+
+    @contextlib.contextmanager
+    def _locked(self, stage: Stage) -> Iterator[None]:
+        with self.store.lock(stage.key, wait=False) as held:
+            if held:
+                yield
+                return
+        self.watcher.say(f"another run is building {stage.name}: waiting for it")
+        with self.store.lock(stage.key):
+            yield
+
+    def _run(self, stage: Stage) -> Artifact:
+        report = self.watcher.started(stage)
+        with self.store.building(stage.key) as out:
+            outcome = self._work(stage, out, report)
+            facts = dict(outcome.value)
+            warnings = [self.in_words(warning) for warning in facts.pop("warnings", [])]
+            origin = stage.parents[0].key if stage.parents else None
+            inherited = self.done[origin].manifest["source"] if origin else {}
+            manifest = {
+                "kind": "measurement" if stage.measure else stage.kind,
+                "format": facts.pop("format", "measurement"),
+                "key": stage.key,
+                "parents": [parent.key for parent in stage.parents],
+                "step": {"kind": stage.kind, "version": stage.version},
+                "config": stage.config,
+                "facts": facts,
+                "warnings": warnings,
+                "packages": measuring_packages(),
+                "source": {**self.source, **inherited, **({"licence": facts["licence"]} if "licence" in facts else {})},
+            }
+            artifact = self.store.finish(out, manifest)
+        self.store.drop_scratch(stage.key)
+        cost = {
+            "what": what(stage),
+            "machine": this_machine() | Device(self.device).key(),
+            "seconds": outcome.seconds,
+            "nominal_seconds": self.predictor.nominal_seconds(stage),
+            "peak_bytes": outcome.peak_rss_bytes,
+            "disk_bytes": artifact.size_bytes,
+        }
+        self.store.record_cost(stage.key, cost)
+        for warning in warnings:
+            self.watcher.say(f"{stage.name}: {warning}")
+        self.watcher.ended(stage, outcome.seconds, None)
+        return artifact
+
+    def _work(self, stage: Stage, out: Path, report: Report) -> Outcome:
+        if stage.measure == "loaders":
+            return self._survey(stage, out, report)
+        target, payload = self._task(stage, out)
+        outcome = run_isolated(target, payload, report, fresh=stage.measure in TIMED)
+        promised = stage.step.promises() if stage.step else None
+        return self._compared(promised, stage, out, outcome, report) if promised else outcome
+
+    def _survey(self, stage: Stage, out: Path, report: Report) -> Outcome:
+        assert stage.parents[0].facts
+        begin = time.monotonic()
+        try:
+            found = loaders.survey(
+                self.done[stage.parents[0].key].path,
+                vocab=stage.parents[0].facts.vocab,
+                device=self.device,
+                trust_remote_code=trusted(stage),
+                report=report,
+            )
+        except RequestError as error:  # what no loader reads is a row that says so, and no end of the run
+            raise Failure(str(error)) from error
+        loads = [{**load, "error": load["error"] and self.in_words(load["error"])} for load in found.loads]
+        write_json(out / paired.RESULT, {"measurement": "loaders", "loads": loads})
+        return Outcome({"loads": loads}, time.monotonic() - begin, found.peak_rss_bytes)
+
+    def _compared(self, promised: dict[str, Any], stage: Stage, out: Path, outcome: Outcome, report: Report) -> Outcome:
+        """Returns the outcome with what was found when an export was compared with its source.
+
+        Raises:
+            Failure: it is not the same model any more.
+        """
+        made = out / str(outcome.value["file"]) if "file" in outcome.value else out
+        payload = {
+            "source": str(self.done[stage.parents[0].key].path),
+            "made": str(made),
+            "trust_remote_code": trusted(stage),
+            **promised,
+        }
+        found = parity.check(payload, report)
+        value = {**outcome.value, **found.value, "warnings": outcome.value["warnings"] + found.value["warnings"]}
+        peak = max(outcome.peak_rss_bytes, found.peak_rss_bytes)
+        return Outcome(value, outcome.seconds + found.seconds, peak)
+
+    def _task(self, stage: Stage, out: Path) -> tuple[str, dict[str, Any]]:
+        paths = [str(self.done[parent.key].path) for parent in stage.parents]
+        if stage.measure:
+            assert stage.settings is not None
+            reference = {"hidden": paths[2], "model": paths[1]} if len(paths) > 2 else None
+            drafted = stage.measure == "speculative"
+            return "lighten.evaluate.run:measure", {
+                "measurement": stage.measure,
+                "config": stage.settings.model_dump(mode="json"),
+                "model": paths[0],
+                "tokenizer": paths[1] if len(paths) > 1 and not drafted else paths[0],
+                "draft": paths[1] if drafted else None,
+                "out": str(out),
+                "device": self.device,
+                "arithmetic": stage.arithmetic,
+                "trust_remote_code": trusted(stage),
+                "reference": reference,
+                "save_hidden": stage.measure == "perplexity" and reference is None,
+            }
+        assert stage.step is not None
+        return "lighten.pipeline.steps:run_step", {
+            "kind": stage.kind,
+            "settings": stage.step.model_dump(mode="json"),
+            "inputs": dict(zip(stage.roles, paths, strict=True)),
+            "scratch": str(self.store.scratch(stage.key)) if stage.step.lessons() else None,
+            "out": str(out),
+            "key": stage.key,
+            "device": self.device,
+            "trust_remote_code": trusted(stage),
+        }
+
+
+def choose_device(device: str, watcher: Watcher | None = None) -> Device:
+    """Returns the device of a name, which torch was asked for; "auto" is a GPU where torch can use one.
+
+    Raises:
+        RequestError: no such device, or torch cannot use it.
+    """
+    found = resolve(device, gpus=bool(machine.fingerprint()["gpus"]))
+    if found.note and watcher:
+        watcher.say(found.note)
+    return found
+
+
+def check_options(speed: Speed | None, device: str) -> None:
+    """Raises RequestError for options that this machine has not the means for; those of single variants may fail."""
+    if speed and (lack := lacking(speed, device)):
+        raise RequestError(lack)
+
+
+def build_all(
+    todo: Plan, store: Store, predictor: Predictor, device: str, watcher: Watcher, fatal: Collection[str] = ()
+) -> Builder:
+    """Builds every stage of a plan, measurements last; call while the store has a lease of their keys.
+
+    The failure of a `fatal` one is for the caller to tell.
+    """
+    source = {"id": todo.source.name, "revision": todo.recipe.revision, "identity": todo.source.identity}
+    builder = Builder(store, predictor, device, watcher, source, fatal)
+    for stage in sorted(todo.stages, key=lambda stage: stage.measure is not None):
+        builder.build(stage)
+    return builder

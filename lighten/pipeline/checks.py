@@ -1,0 +1,84 @@
+"""What is refused before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lighten.errors import RequestError
+from lighten.evaluate.perplexity.protocols import check_length
+from lighten.evaluate.settings import TIMED, Evaluate
+from lighten.facts import ModelFacts
+from lighten.model.accelerator import Device
+from lighten.model.tokens import check_text
+from lighten.pipeline.stage import Plan, Stage
+
+
+def check_measurable(facts: ModelFacts, evaluate: Evaluate, name: str) -> None:
+    """Raises RequestError if something is to be measured that the model has not, or if it takes fewer positions."""
+    wanted = [name for name in ("perplexity", "accuracy", *TIMED) if getattr(evaluate, name)]
+    if facts.family != "causal" and wanted:
+        raise RequestError(
+            f"{facts.architecture} is no causal language model: {', '.join(wanted)} cannot be measured on it, "
+            "only its size (evaluate: {}, or --skip each of them)"
+        )
+    for perplexity in evaluate.perplexity:
+        check_length(perplexity, facts.context, name)
+    if evaluate.speed:
+        check_room("speed", max(evaluate.speed.prompt), evaluate.speed.generate, facts.context, name)
+    for what, asked in (("load", evaluate.load), ("speculative", evaluate.speculative)):
+        if asked:
+            check_room(what, asked.prompt, asked.generate, facts.context, name)
+
+
+def check_texts(model: Path, evaluate: Evaluate) -> None:
+    """Raises RequestError or Failure if a model cannot be given what is to be measured on; before any work."""
+    for perplexity in evaluate.perplexity:
+        least = 1 if perplexity.protocol == "lm-eval" else perplexity.length or 1
+        check_text(model, perplexity.data, "perplexity", least)
+    for asked in (evaluate.load, evaluate.speculative):
+        if asked:
+            check_text(model, asked.data, "perplexity", asked.prompt)
+
+
+def check_room(what: str, prompt: int, generate: int, context: int | None, name: str) -> None:
+    """Raises RequestError if a prompt and what follows it are longer than the model's context."""
+    if context and prompt + generate > context:
+        raise RequestError(
+            f"{what}: {prompt} prompt and {generate} generated tokens are more than the {context} positions "
+            f"that {name} takes: set a smaller `prompt` or `generate`"
+        )
+
+
+def arithmetic(params: int, device: Device) -> str | None:
+    """Returns what quality is measured in on a GPU, the same for all variants: float32 where the source fits.
+
+    None on the processor, where it is always float32.
+    """
+    if device.name == "cpu":
+        return None
+    return "float32" if device.holds(1.5 * 4 * params) else "bfloat16"
+
+
+def device_bytes(stage: Stage) -> int:
+    """Returns about what a stage takes of a GPU's memory; 0 for one that computes elsewhere."""
+    facts = stage.parents[0].facts if stage.parents else None
+    if stage.step and not stage.step.computes:
+        return 0
+    if stage.measure is None or facts is None:
+        return stage.estimate.peak_bytes
+    wide = 4 if stage.arithmetic == "float32" else 2
+    exported = stage.parents[0].kind == "export"
+    return 0 if exported or stage.measure == "loaders" else int(wide * facts.params + 4 * 2048 * facts.vocab)
+
+
+def check_memory(todo: Plan) -> None:
+    """Raises RequestError if a stage needs more memory than the GPU has."""
+    for stage in todo.stages:
+        needed = device_bytes(stage)
+        if not todo.device.holds(needed):
+            assert todo.device.total_bytes
+            raise RequestError(
+                f"{stage.name} needs about {needed / 1e9:.0f} GB, and {todo.device.name} ({todo.device.title}) has "
+                f"{todo.device.total_bytes / 1e9:.0f} GB: take --device cpu, or ask for less (a smaller batch, length "
+                "or model)"
+            )

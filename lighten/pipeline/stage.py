@@ -1,0 +1,80 @@
+"""The stages of a plan, and what their keys are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lighten.evaluate.settings import (
+    Measure,
+    Settings,
+)
+from lighten.facts import ModelFacts
+from lighten.model.accelerator import CPU, Device
+from lighten.model.source import Found, Source
+from lighten.pipeline.recipe import Recipe
+from lighten.step import Estimate, Step
+
+
+@dataclass
+class Stage:
+    """A step or a measurement with its inputs resolved."""
+
+    name: str
+    kind: str
+    version: int
+    key: str
+    config: dict[str, Any]
+    """What the key was made of, together with kind, version and the parents' keys."""
+    parents: list[Stage]
+    estimate: Estimate
+    step: Step | None = None
+    measure: Measure | None = None
+    settings: Settings | None = None
+    variants: list[str] = field(default_factory=list)
+    roles: tuple[str, ...] = ()
+    """What each parent is to the step: source, grams, …"""
+    facts: ModelFacts | None = None
+    """Sizes of the model that it leaves, as far as they are known before."""
+    arithmetic: str | None = None
+    """What quality is measured in, where the device leaves a choice."""
+
+    def user(self, variant: str) -> None:
+        """Notes that a variant needs this stage and everything it is made from."""
+        for stage in (self, *self.parents):
+            if variant not in stage.variants:
+                stage.variants.append(variant)
+            if stage is not self:
+                stage.user(variant)
+
+
+@dataclass
+class Plan:
+    """Every stage of a recipe, each after the ones it needs."""
+
+    recipe: Recipe
+    source: Found
+    stages: list[Stage]
+    artifacts: dict[str, Stage]
+    """The last stage of every variant."""
+    measurements: dict[str, list[Stage]]
+    """Measurements of every variant."""
+    device: Device = CPU
+    """What it is planned for."""
+
+
+def sources(stage: Stage) -> list[Source]:
+    """Returns the models that a stage is made from."""
+    waiting, seen = [stage], {stage.key: stage}
+    while waiting:
+        for parent in waiting.pop().parents:
+            if parent.key not in seen:
+                seen[parent.key] = parent
+                waiting.append(parent)
+    return [each.step for each in seen.values() if isinstance(each.step, Source)]
+
+
+def trusted(stage: Stage) -> bool:
+    """Returns whether code that comes with a model may run in a stage: it has to be granted to all that it opens."""
+    found = sources(stage)
+    return bool(found) and all(each.trust_remote_code for each in found)

@@ -1,0 +1,311 @@
+"""What was measured: the sections of a row."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+Interval = Annotated[tuple[float, float], Field(strict=False)]
+"""[low, high] of a 95 % interval."""
+
+
+Free = dict[str, JsonValue]
+"""Facts whose names are up to whoever writes them."""
+
+
+class Section(BaseModel):
+    """A part of results.json: unknown names and wrong types are errors, and so are NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Levels(Section):
+    """Perplexity of the same log-likelihood by word, byte and token, and bits per byte."""
+
+    word: float
+    byte: float
+    token: float
+    bits_per_byte: float
+
+
+class Perplexity(Section):
+    """Perplexity and its standard error, per token or what `protocol` says; that also says on what and how.
+
+    `bits_per_byte` is the same log-likelihood by byte of text, which also models of different vocabularies share.
+    """
+
+    value: float
+    stderr: float | None = None
+    tokens: int | None = None
+    bits_per_byte: float | None = None
+    levels: Levels | None = None
+    protocol: Free = {}
+
+    @property
+    def by(self) -> str:
+        """The name of the protocol."""
+        return str(self.protocol.get("name", "lighten"))
+
+    @property
+    def unit(self) -> str:
+        """What it is counted by."""
+        return str(self.protocol.get("unit", "token"))
+
+    def comparable(self, other: Perplexity) -> bool:
+        """Whether both were measured by one protocol, in chunks of one length, on one text, as far as they say.
+
+        Also on the same tokens: per token of another vocabulary is per something else.
+        """
+        names = ("length", "data_sha256", "ids_sha256")
+        both = [(self.protocol.get(name), other.protocol.get(name)) for name in names]
+        return self.by == other.by and all(ours == theirs for ours, theirs in both if None not in (ours, theirs))
+
+
+class Divergence(Section):
+    """How far the next-token distribution moved from the baseline's, in nats, and how often the top token agrees."""
+
+    kl_mean: float
+    kl_p99: float | None = None
+    top1_agreement: float | None = None
+
+
+class Metric(Section):
+    """A number that lm-eval reports for a task, or for one in a group of tasks."""
+
+    task: str
+    metric: str
+    filter: str
+    value: float
+    higher_is_better: bool | None = None
+
+
+class Accuracy(Section):
+    """Fraction of `n` tasks answered rightly, plain and normalised by length.
+
+    `scorer` is who built the requests and read the answers, lighten or lm-eval; `metric` is lm-eval's name of what
+    stands in `acc`. `truncated` counts the requests that were longer than the model's context.
+    """
+
+    task: str
+    acc: float | None = None
+    acc_norm: float | None = None
+    n: int
+    ci95: Interval | None = None
+    ci95_norm: Interval | None = None
+    scorer: str | None = None
+    version: str | None = None
+    metric: str | None = None
+    metrics: list[Metric] = []
+    truncated: int | None = None
+
+
+class Percentiles(Section):
+    """Percentiles of a latency in milliseconds."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
+class Speed(Section):
+    """Speed at one prompt length and batch size, over `repeats` runs.
+
+    Of the decode speeds, `spread` is (max − min) / median, `error` half of the 95 % interval of the median relative to
+    it, and `drift` the relative change from the first to the last runs, 0 if it may be scatter. `attention`, `compile`
+    and `cache` are what transformers ran with; null where another runtime did. `prefill_dtype` is the arithmetic of the
+    prefill; null where only one, `dtype`, was measured.
+    """
+
+    batch: int
+    prompt: int
+    generate: int
+    prefill_tok_s: float | None = None
+    decode_tok_s: float | None = None
+    ttft_ms: Percentiles | None = None
+    token_ms: Percentiles | None = None
+    repeats: int | None = None
+    spread: float | None = None
+    error: float | None = None
+    drift: float | None = None
+    dtype: str | None = None
+    prefill_dtype: str | None = None
+    attention: str | None = None
+    compile: str | None = None
+    cache: str | None = None
+
+    @property
+    def arithmetic(self) -> str | None:
+        """In words, the arithmetic of both phases."""
+        other = self.prefill_dtype and self.prefill_dtype != self.dtype
+        return f"{self.dtype}, prefill {self.prefill_dtype}" if other else self.dtype
+
+    @property
+    def how(self) -> tuple[str | None, str | None, str | None]:
+        """The options of transformers."""
+        return self.attention, self.compile, self.cache
+
+
+class Served(Section):
+    """Requests that arrived `rate` a second on average, and how those that were completed were served.
+
+    `ttft_ms` is from a request's arrival, `token_ms` between its tokens; `throughput_tok_s` is of all together.
+    """
+
+    rate: float
+    requests: int
+    completed: int
+    throughput_tok_s: float
+    ttft_ms: Percentiles
+    token_ms: Percentiles | None = None
+    server: str
+
+
+class Parted(Section):
+    """A text that a draft changed: from which token on, and by how much the first logit was above the second there."""
+
+    text: int
+    position: int
+    gap: float
+
+
+class Speculative(Section):
+    """Greedy decoding with a draft that proposes `tokens` at a time, of which the share `acceptance` stays.
+
+    `identical` is whether every text is, token by token, what is written without it; `parted` has those that are not.
+    """
+
+    draft: str
+    tokens: int
+    acceptance: float
+    decode_tok_s: float
+    plain_tok_s: float
+    speedup: float
+    identical: bool
+    proposed: int | None = None
+    texts: int | None = None
+    generate: int | None = None
+    dtype: str | None = None
+    parted: list[Parted] = []
+
+
+class Memory(Section):
+    """Peak memory of the measuring process."""
+
+    peak_rss_bytes: int | None = None
+    peak_vram_bytes: int | None = None
+    dtype: str | None = None
+
+
+class Energy(Section):
+    """Energy per generated token, or a note on why it is not known."""
+
+    joules_per_token: float | None = None
+    note: str | None = None
+
+
+class Place(Section):
+    """A speed under the machine's roof: operations and bytes of a token, what was reached, and what bounds it.
+
+    `bandwidth_gb_s` is what so many bytes are read at, from memory or a cache; `share` is what was reached of the roof.
+    """
+
+    flops_per_token: float
+    bytes_per_token: float
+    intensity: float
+    gflop_s: float
+    gb_s: float
+    bandwidth_gb_s: float | None = None
+    roof_gflop_s: float
+    share: float
+    bound: Literal["memory", "cache", "compute"]
+    note: str | None = None
+
+
+class Roofline(Place):
+    """The place of decoding at the first measured shape, and that of its prefill."""
+
+    batch: int | None = None
+    context: int | None = None
+    dtype: str | None = None
+    prefill: Place | None = None
+
+
+class TokenCost(Section):
+    """A price of a million tokens."""
+
+    prefill: float | None = None
+    decode: float | None = None
+
+
+class Price(Section):
+    """What tokens cost on a machine that costs `price_per_hour`, when it does nothing else."""
+
+    per_million_tokens: TokenCost
+    price_per_hour: float
+    currency: str
+    note: str | None = None
+
+
+class PerplexityDelta(Section):
+    """Paired change against the baseline by the same protocol; `ci95` is the interval of `relative`."""
+
+    protocol: str | None = None
+    relative: float
+    ci95: Interval | None = None
+    absolute: float | None = None
+
+
+class AccuracyDelta(Section):
+    """Paired change of one task: `gained` tasks are right only here, `lost` ones only in the baseline."""
+
+    task: str
+    acc: float | None = None
+    acc_ci95: Interval | None = None
+    acc_norm: float | None = None
+    acc_norm_ci95: Interval | None = None
+    gained: int | None = None
+    lost: int | None = None
+
+
+class Delta(Section):
+    """Comparison with the baseline on the same text and tasks; ratios are variant / baseline."""
+
+    perplexity: PerplexityDelta | None = None
+    other_perplexity: list[PerplexityDelta] = []
+    accuracy: list[AccuracyDelta] = []
+    decode_speed_ratio: float | None = None
+    size_ratio: float | None = None
+
+
+class Lesson(Section):
+    """A point of a loss curve: means over the steps since the last point, in nats per token."""
+
+    step: int
+    loss: float
+    ce: float | None = None
+    kl: float | None = None
+
+
+class Look(Section):
+    """Perplexity on the text that was held out from training, after a step."""
+
+    step: int
+    perplexity: float
+
+
+class Training(Section):
+    """How a distillation went."""
+
+    curve: list[Lesson] = []
+    validation: list[Look] = []
+
+
+class Load(Section):
+    """One loader's attempt to open the artifact; "other" if it is no loader of such a format."""
+
+    loader: str
+    version: str | None = None
+    status: Literal["ok", "failed", "absent", "other"]
+    seconds: float | None = None
+    error: str | None = None
