@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -59,14 +60,16 @@ class Estimate:
 class Step(AnyCase):
     """Settings of one step: strict, immutable, and the only place where their defaults stand.
 
-    A subclass sets `kind` and `version` (raise it whenever the step's output changes for the same
-    settings: it is part of the stage's key) and implements `run` and `predict`.
+    A subclass sets `kind`, `version` and `work`, and implements `predict`. Raise `version` whenever the step's output
+    changes for the same settings: it is part of the stage's key.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: ClassVar[str]
     version: ClassVar[int]
+    work: ClassVar[str] = ""
+    """The function that does the work, "module:function": called with the step and the arguments of `run`."""
     calibrated: ClassVar[bool] = True
     """Whether the calibration set is of any use to it."""
     computes: ClassVar[bool] = True
@@ -144,4 +147,8 @@ class Step(AnyCase):
         Returns the facts of what it wrote: at least `format` ("hf", "gptq", "gguf", ...); they become
         the manifest's `format` and `facts`.
         """
-        raise TypeError(f"step {self.kind} does not define run")
+        if not self.work:
+            raise TypeError(f"step {self.kind} names no function that does its work")
+        module, _, name = self.work.partition(":")
+        facts: dict[str, Any] = getattr(import_module(module), name)(self, source, out, context)
+        return facts

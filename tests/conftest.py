@@ -181,18 +181,18 @@ def to_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 LONGEST = (
     "tests/real/test_quickstart.py",
-    "tests/test_cli.py",
-    "tests/test_pipeline.py",
-    "tests/comparison/test_command.py",
+    "tests/cli/test_main.py",
+    "tests/pipeline/test_run.py",
+    "tests/compare/test_compare.py",
     "tests/campaign/test_campaign.py",
-    "tests/test_verbs.py",
-    "tests/test_workers.py",
-    "tests/test_loaders.py",
-    "tests/evaluate/harness/test_tasks.py",
-    "tests/test_process.py",
-    "tests/publication/test_hub.py",
-    "tests/test_serving.py",
-    "tests/test_ladder.py",
+    "tests/pipeline/test_verbs.py",
+    "tests/process/test_workers.py",
+    "tests/evaluate/loaders/test_survey.py",
+    "tests/evaluate/accuracy/harness/test_tasks.py",
+    "tests/process/test_isolate.py",
+    "tests/report/test_hub.py",
+    "tests/pipeline/test_serving.py",
+    "tests/pipeline/test_ladder.py",
 )
 """Files that run whole recipes or start many processes: first, so that none is begun when the other worker is done."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -12,11 +11,10 @@ from lighten.compress.distill.teacher import Teacher
 from lighten.compress.prune.amounts import parse_pattern
 from lighten.data import text
 from lighten.data.origin import Data
-from lighten.errors import Failure, RequestError
+from lighten.errors import RequestError
 from lighten.facts import ModelFacts
 from lighten.settings import Settings
-from lighten.step import Context, Estimate, Step
-from lighten.store.artifact import Artifact
+from lighten.step import Estimate, Step
 
 BACKWARD = 3
 """Products of a forward and a backward pass, in forward passes."""
@@ -63,6 +61,7 @@ class Distill(Step):
     """Training on a teacher's distributions, its hidden states, or the text that it writes."""
 
     kind: ClassVar[str] = "distill"
+    work: ClassVar[str] = "lighten.compress.distill.step:run"
     version: ClassVar[int] = 1
     calibrated: ClassVar[bool] = False
 
@@ -217,58 +216,3 @@ class Distill(Step):
             peak_bytes=int(700_000_000 + 16 * after.params + 2 * states + 12 * 512 * after.vocab),
             disk_bytes=2 * after.params,
         )
-
-    def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
-        """Trains, and writes the student as it was when it did best on the text that was held out.
-
-        Raises:
-            RequestError: other vocabularies, or a text shorter than a batch.
-            Failure: a loss that is no number.
-        """
-        import torch
-        from safetensors.torch import load_file
-
-        from lighten.compress.distill.student import Student, check_vocabularies
-        from lighten.compress.distill.teacher import Lessons, open_teacher
-        from lighten.compress.distill.training import Trainer
-        from lighten.model import accelerator
-        from lighten.model.checkpoint import Checkpoint
-        from lighten.model.shards import ShardWriter
-
-        accelerator.deterministic(context.device)
-        checkpoint = Checkpoint(source.path)
-        if checkpoint.quantization:
-            raise RequestError(f"this model is {source.format}: distil the one that it was made from")
-        assert context.teacher and context.lessons and context.scratch
-        check_vocabularies(source.path, context.teacher)
-        student = Student(self, source.path, context)
-        teacher = open_teacher(context.teacher, context, checkpoint.facts.vocab) if self.runs_along else None
-        lessons = Lessons(context.lessons)
-        if (largest := int(lessons.ids.max())) >= checkpoint.facts.vocab:
-            raise RequestError(f"the text has the token {largest}, for which the student has no row: take another text")
-        trainer = Trainer(self, student, lessons, teacher, context, context.scratch)
-        trainer.run()
-        best = context.scratch / "best.safetensors"
-        if not best.exists():
-            raise Failure("no step did better than nothing: the perplexity was never a number; lower lr")
-        weights = load_file(best)
-        with ShardWriter(out, len(weights)) as writer:
-            for name, tensor in weights.items():
-                if not torch.isfinite(tensor).all():
-                    raise Failure(f"{name} is not finite after training: lower lr, or take precision: fp32")
-                writer.add(name, tensor)
-        checkpoint.write_others(out, {**checkpoint.config, **self.changes(checkpoint.facts)})
-        zeros = {name: student.show(name, module.weight.data) == 0 for name, module in student.linears.items()}
-        gone = sum(int(mask.sum()) for mask in zeros.values()) if student.kept else 0
-        total = sum(mask.numel() for mask in zeros.values())
-        return {
-            "format": "hf",
-            "dtype": "bfloat16",
-            "params": sum(tensor.numel() for tensor in weights.values()),
-            "steps": trainer.steps,
-            "tokens": trainer.steps * self.batch * self.length,
-            "precision": str(trainer.dtype).removeprefix("torch."),
-            "validation_perplexity": trainer.best,
-            **({"sparsity": gone / total} if student.kept else {}),
-            "training": {"curve": trainer.curve, "validation": trainer.checks},
-        }

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from lighten.errors import Failure, RequestError
-from lighten.export.bundle.step import _late
+from lighten.errors import RequestError
 from lighten.export.bundle.targets import find_target
 from lighten.export.gguf.settings import Gguf
-from lighten.export.step import Export, about
+from lighten.export.step import Export
 from lighten.facts import ModelFacts
-from lighten.step import Context, Estimate, Step
-from lighten.store.artifact import Artifact
-from lighten.store.names import as_name
-from lighten.store.store import write_file
+from lighten.step import Estimate, Step
 
 if TYPE_CHECKING:
     from lighten.export.bundle.bundle import Need
@@ -32,6 +25,7 @@ TYPES = tuple(name for name in get_args(Gguf.model_fields["type"].annotation) if
 class Bundle(Export):
     """Writes a GGUF file with scripts, pinned requirements and checksums for a device, and all of it as an archive."""
 
+    work: ClassVar[str] = "lighten.export.bundle.step:run"
     version: ClassVar[int] = 3
 
     format: Literal["bundle"] = Field(description="what to write")
@@ -100,7 +94,7 @@ class Bundle(Export):
         if self.type is None:  # a GGUF file: its size is known once it is there
             return
         self.gguf.check(facts)
-        self._check_size(facts)
+        self.check_size(facts)
 
     def check_source(self, form: str, facts: ModelFacts | None = None) -> None:
         """Refuses what is neither plain weights nor a GGUF file."""
@@ -110,12 +104,13 @@ class Bundle(Export):
                 "export before quantizing, and let `type` choose the bits"
             )
 
-    def _check_size(self, facts: ModelFacts) -> str:
+    def check_size(self, facts: ModelFacts) -> str:
+        """Returns a sentence on how it fits the target; raises RequestError if it does not."""
         from lighten.export.bundle.bundle import check_fit, need_of
 
         chosen = self.type or DEFAULT_TYPE
         need = need_of(facts, self.gguf.predict(facts, 0).disk_bytes, self.context)
-        return check_fit(need, find_target(self.target), self.context, chosen, _others(facts, self.context))
+        return check_fit(need, find_target(self.target), self.context, chosen, others_of(facts, self.context))
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns the cost of the file, of its archive and of a short measurement."""
@@ -123,97 +118,12 @@ class Bundle(Export):
         seconds = one.seconds + 5 + one.disk_bytes / 2e8 + (12 if self.measure else 0)
         return Estimate(one.fast_flops, one.float32_flops, seconds, one.peak_bytes, 2 * one.disk_bytes)
 
-    def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
-        """Writes the bundle and its archive, and returns its facts.
-
-        Raises:
-            RequestError: neither a model nor a GGUF artifact.
-            Failure: the file that was made does not fit the target.
-        """
-        from lighten.export.bundle import bundle
-        from lighten.export.bundle.readme import readme
-
-        self.check_source(source.format)
-        target, origin = find_target(self.target), about(source)
-        made = self._model(source, out, context)
-        model = bundle.read_model(sorted(out.glob("*.gguf")))
-        tokens = min(self.context, model.trained_context or self.context)
-        if tokens < self.context:
-            context.warnings.append(f"the model was trained for {tokens:,} tokens: the bundle's context is that")
-        need = bundle.Need(model.size_bytes, tokens * model.cache_per_token, model.runtime_bytes)
-        chosen = str(made["type"])
-        others = _others(facts, tokens) if (facts := _sizes(model.files[0])) else ()
-        with _late():
-            sentence = bundle.check_fit(need, target, tokens, chosen, others)
-        context.report(1, 4, sentence)
-        short = as_name(origin.get("name") or "model")[:80]
-        written = bundle.write_bundle(
-            out, model, target, name=f"{short}-{chosen}", type=chosen, context=tokens, about=origin
-        )
-        bundle.write_sums(out)
-        size = sum((out / name).stat().st_size for name in bundle.contents(out))
-        measured, why = None, "the recipe said not to"
-        if self.measure:
-            context.report(2, 4, "measuring it here")
-            try:
-                measured = bundle.measure(out, target, model)
-            except Failure as error:
-                why = str(error)
-                context.warnings.append(why)
-        write_file(out / "measured.json", (json.dumps(measured, indent=1) + "\n").encode())
-        write_file(out / "README.md", readme(written, model, need, target, measured, why).encode())
-        context.report(3, 4, "packing")
-        folder = f"bundle-{target.name}"
-        bundle.pack(out, out / f"{folder}{bundle.ARCHIVE}", folder)
-        context.report(4, 4, sentence)
-        return {
-            **made,
-            "format": "bundle",
-            "target": target.name,
-            "context": tokens,
-            "size_bytes": size,
-            "need_bytes": {"weights": need.weights, "cache": need.cache, "runtime": need.runtime, "total": need.total},
-            "free_bytes": target.free_bytes,
-            "read_bytes_per_token": bundle.read_bytes(model),
-            "ceiling_tok_s": round(target.bandwidth / bundle.read_bytes(model), 2),
-            "fit": sentence,
-        }
-
-    def _model(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
-        """Puts the GGUF file or files into `out`; returns their facts."""
-        if source.format == "gguf":
-            held = str(source.facts.get("type", "GGUF"))
-            if self.type and self.type != held:
-                raise RequestError(f"the source is a GGUF file of type {held} already: leave out `type`")
-            files = sorted(source.path.glob("*.gguf"))
-            if not files:
-                raise Failure(f"{source.path} holds no .gguf file")
-            for file in files:
-                shutil.copyfile(file, out / file.name)
-                os.chmod(out / file.name, 0o644)
-            return {"type": held, **source.facts}
-        from lighten.model.checkpoint import Checkpoint
-
-        with _late():
-            context.report(0, 4, self._check_size(Checkpoint(source.path).facts))
-        return self.gguf.run(source, out, context)
-
 
 def _gguf(type: str, imatrix: bool) -> Gguf:
     return Gguf.model_validate({"format": "gguf", "type": type, "imatrix": imatrix})
 
 
-def _sizes(file: Path) -> ModelFacts | None:
-    """Returns the sizes of a model, or None where lighten does not read its architecture."""
-    from lighten.model.gguf_source import inspect
-
-    try:
-        return inspect(file)
-    except (RequestError, Failure):
-        return None
-
-
-def _others(facts: ModelFacts, tokens: int) -> Iterator[tuple[str, Need]]:
+def others_of(facts: ModelFacts, tokens: int) -> Iterator[tuple[str, Need]]:
     """Returns what every type that the model can have would take."""
     from lighten.export.bundle.bundle import need_of
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -11,15 +10,14 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from lighten.errors import RequestError, reading
 from lighten.export.gguf.types import PLAIN, TYPES, TypeName
-from lighten.export.step import Export, about
+from lighten.export.step import Export
 from lighten.facts import ModelFacts
 from lighten.model import llama_library
 from lighten.settings import Budget, parse_size
-from lighten.step import Context, Estimate
-from lighten.store.artifact import Artifact
+from lighten.step import Estimate
 
 if TYPE_CHECKING:
-    from lighten.export.gguf.quantize import Importance
+    pass
 
 _READABLE = ("hf", "gptq", "awq", "bitsandbytes", "compressed-tensors")
 """Formats of directories whose weights can be read, or unpacked."""
@@ -40,6 +38,7 @@ def _bytes(size: Any) -> Any:
 class Gguf(Export):
     """Writes one file `model-<type>.gguf`, or `model-budget.gguf`."""
 
+    work: ClassVar[str] = "lighten.export.gguf.step:run"
     version: ClassVar[int] = 3
 
     format: Literal["gguf"] = Field(description="what to write")
@@ -147,67 +146,6 @@ class Gguf(Export):
             peak_bytes=500_000_000 + 12 * largest,
             disk_bytes=size,
         )
-
-    def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
-        """Writes the file and returns its facts.
-
-        Raises:
-            RequestError: the source is not a plain Hugging Face directory.
-        """
-        from lighten.export.gguf import quantize as gguf_quantize
-        from lighten.model.checkpoint import Checkpoint
-
-        self.check_source(source.format, Checkpoint(source.path).facts)
-        file = out / f"model-{self.type}.gguf"
-        origin = {**about(source), "lighten.step": json.dumps(self.key_config(), sort_keys=True)}
-        if context.key:
-            origin["lighten.key"] = context.key
-        if source.format != "hf":
-            context.warnings.append(
-                f"the weights come from a {source.format} checkpoint: its rounding is in the file too"
-            )
-        weights = None
-        if self.needs_sweep():
-            if context.grams is None or (self.budget and context.sensitivity is None):
-                asked = "a budget" if self.budget else "imatrix: true"
-                raise RequestError(f"{asked} needs a calibration set: name one under calibration")
-            weights = gguf_quantize.importance(context.grams, Checkpoint(source.path).facts)
-        chosen = self._write(source.path, file, origin, weights, context)
-        facts = {**gguf_quantize.describe(file, self.type), "imatrix": weights is not None, **chosen}
-        if self.split:
-            from lighten.export.gguf.split import split
-
-            facts["files"] = [part.name for part in split(file, self.split, context.report)]
-        return facts
-
-    def _write(
-        self, source: Path, file: Path, origin: dict[str, str], weights: Importance | None, context: Context
-    ) -> dict[str, Any]:
-        """Writes the file; returns what a budget chose."""
-        from lighten.export.gguf import quantize as gguf_quantize
-        from lighten.export.gguf import write as gguf
-
-        if self.budget:
-            from lighten.export.gguf.allocate import Prices, fit
-            from lighten.model.sensitivity import Sensitivity
-
-            assert context.sensitivity
-            assert context.grams
-            assert weights
-            draft = gguf.Draft(source, origin)
-            context.warnings += draft.warnings
-            prices = Prices(context.grams, Sensitivity.read(context.sensitivity))
-            return fit(draft, file, self.budget.size, self.budget.bits, prices, weights, context.report)
-        if not self.rounded:
-            context.warnings += gguf.write(source, file, self.type, context.report, origin)
-            return {}
-        plain = file.with_name("plain.gguf")
-        try:
-            context.warnings += gguf.write(source, plain, None, about=origin)
-            gguf_quantize.quantize(plain, file, self.type, weights, context.report)
-        finally:
-            plain.unlink(missing_ok=True)
-        return {}
 
 
 def _quantize_seconds(type: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -10,8 +9,7 @@ from pydantic import Field
 from lighten.errors import RequestError
 from lighten.export.step import Export
 from lighten.facts import ModelFacts
-from lighten.step import Context, Estimate
-from lighten.store.artifact import Artifact
+from lighten.step import Estimate
 
 BUILDER = (
     "LlamaForCausalLM",
@@ -42,6 +40,7 @@ _SECONDS = 1.5e-7
 class Onnx(Export):
     """Writes `model.onnx` with its weights beside it, and the files of the tokenizer."""
 
+    work: ClassVar[str] = "lighten.export.onnx.step:run"
     version: ClassVar[int] = 2
     calibrated: ClassVar[bool] = False
     causal_only: ClassVar[bool] = False
@@ -139,22 +138,3 @@ class Onnx(Export):
         """Returns the size of the weights, and the time that SmolLM2-135M took."""
         size = int(facts.params * _BITS[self.resolved_precision(facts)] / 8)
         return Estimate(seconds=8 + _SECONDS * facts.params, peak_bytes=900_000_000 + 8 * facts.params, disk_bytes=size)
-
-    def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
-        """Writes the directory and returns its facts.
-
-        Raises:
-            RequestError: a source that has no ONNX form.
-        """
-        from lighten.model.checkpoint import Checkpoint
-
-        facts = Checkpoint(source.path).facts
-        self.check(facts)
-        self.check_source(source.format, facts)
-        if self.resolved_graph(facts) == "plain":
-            from lighten.export.onnx import plain as onnx_plain
-
-            return onnx_plain.write(source.path, out, facts, self.resolved_precision(facts), context)
-        from lighten.export.onnx import genai as onnx
-
-        return onnx.write(source.path, out, self, context)

@@ -1,0 +1,70 @@
+"""The `export` step for GGUF: one file, or several parts of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import RequestError
+from lighten.export.gguf import quantize as gguf_quantize
+from lighten.export.gguf import write as gguf
+from lighten.export.gguf.allocate import Prices, fit
+from lighten.export.gguf.quantize import Importance
+from lighten.export.gguf.settings import Gguf
+from lighten.export.gguf.split import split
+from lighten.export.step import about
+from lighten.model.checkpoint import Checkpoint
+from lighten.model.sensitivity import Sensitivity
+from lighten.step import Context
+from lighten.store.artifact import Artifact
+
+
+def run(step: Gguf, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
+    """Writes the file and returns its facts.
+
+    Raises:
+        RequestError: the source is not a plain Hugging Face directory.
+    """
+    step.check_source(source.format, Checkpoint(source.path).facts)
+    file = out / f"model-{step.type}.gguf"
+    origin = {**about(source), "lighten.step": json.dumps(step.key_config(), sort_keys=True)}
+    if context.key:
+        origin["lighten.key"] = context.key
+    if source.format != "hf":
+        context.warnings.append(f"the weights come from a {source.format} checkpoint: its rounding is in the file too")
+    weights = None
+    if step.needs_sweep():
+        if context.grams is None or (step.budget and context.sensitivity is None):
+            asked = "a budget" if step.budget else "imatrix: true"
+            raise RequestError(f"{asked} needs a calibration set: name one under calibration")
+        weights = gguf_quantize.importance(context.grams, Checkpoint(source.path).facts)
+    chosen = _write(step, source.path, file, origin, weights, context)
+    facts = {**gguf_quantize.describe(file, step.type), "imatrix": weights is not None, **chosen}
+    if step.split:
+        facts["files"] = [part.name for part in split(file, step.split, context.report)]
+    return facts
+
+
+def _write(
+    step: Gguf, source: Path, file: Path, origin: dict[str, str], weights: Importance | None, context: Context
+) -> dict[str, Any]:
+    """Writes the file; returns what a budget chose."""
+    if step.budget:
+        assert context.sensitivity
+        assert context.grams
+        assert weights
+        draft = gguf.Draft(source, origin)
+        context.warnings += draft.warnings
+        prices = Prices(context.grams, Sensitivity.read(context.sensitivity))
+        return fit(draft, file, step.budget.size, step.budget.bits, prices, weights, context.report)
+    if not step.rounded:
+        context.warnings += gguf.write(source, file, step.type, context.report, origin)
+        return {}
+    plain = file.with_name("plain.gguf")
+    try:
+        context.warnings += gguf.write(source, plain, None, about=origin)
+        gguf_quantize.quantize(plain, file, step.type, weights, context.report)
+    finally:
+        plain.unlink(missing_ok=True)
+    return {}

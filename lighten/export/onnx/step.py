@@ -1,0 +1,28 @@
+"""The `export` step for ONNX: a graph by the genai builder, or a plain one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lighten.export.onnx import genai as onnx
+from lighten.export.onnx import plain as onnx_plain
+from lighten.export.onnx.settings import Onnx
+from lighten.model.checkpoint import Checkpoint
+from lighten.step import Context
+from lighten.store.artifact import Artifact
+
+
+def run(step: Onnx, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
+    """Writes the directory and returns its facts.
+
+    Raises:
+        RequestError: a source that has no ONNX form.
+    """
+    facts = Checkpoint(source.path).facts
+    step.check(facts)
+    step.check_source(source.format, facts)
+    if step.resolved_graph(facts) == "plain":
+        return onnx_plain.write(source.path, out, facts, step.resolved_precision(facts), context)
+
+    return onnx.write(source.path, out, step, context)

@@ -1,0 +1,171 @@
+"""What Quantize may be told, and what it answers when it may not."""
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lighten.compress.patterns import ignored
+from lighten.compress.quantize.settings import METHODS, Quantize
+from lighten.errors import RequestError
+from lighten.facts import ModelFacts
+from lighten.pipeline.recipe import parse_settings
+from lighten.settings import Budget
+from tests.cli.test_main import lighten, refused
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"method": "awq", "bits": 3}, "awq takes bits 4, not 3; 3 is for gptq, rtn"),
+    ({"method": "int8", "bits": 4}, "int8 takes bits 8, not 4; 4 is for gptq, rtn, awq, nf4, fp4"),
+    ({"bits": 5}, "bits: must be 2, 3, 4 or 8, not 5"),
+    ({"group_size": 100}, "group_size: must be -1, 32, 64, 128 or 'tensor', not 100"),
+    ({"group_size": "tensor"}, "gptq takes group_size -1, 32, 64 or 128, not 'tensor'; tensor is for rtn"),
+    ({"method": "awq", "group_size": "16"}, "group_size: must be -1, 32, 64, 128 or 'tensor', not 16"),
+    ({"method": "nf4", "group_size": 64}, "nf4 has no setting group_size; it has bits, block_size, double_quant"),
+    ({"method": "rtn", "damp_percent": 0.1}, "rtn has no setting damp_percent"),
+    ({"method": "fp8", "alpha": 0.5}, "fp8 has no setting alpha"),
+    ({"method": "awq", "budget": "bits=4.2"}, "awq has no setting budget"),
+    ({"block_size": 64}, "gptq has no setting block_size"),
+    ({"method": "awq", "sym": True}, "the awq format has a zero point per group: sym is for gptq and rtn"),
+    ({"bits": 4, "budget": {"bits": 4.25}}, "a budget chooses the bits: give one of the two"),
+    ({"budget": {"bits": 4.25}, "sym": False}, "leave out sym: false"),
+    ({"ignore": ["*.0.*"], "desc_act": True}, "leave out desc_act, or set group_size: -1"),
+    ({"method": "rtn", "ignore": ["*.0.*"], "sym": False}, "leave out sym: false"),
+    ({"budget": {}}, "a budget is one of the two: size, or bits"),
+    ({"budget": {"bits": 4, "size": 10**6}}, "a budget is one of the two: size, or bits"),
+    ({"budget": "size=90 apples"}, "'90 apples' is not a size"),
+    ({"budget": "bits=0"}, "budget.bits"),
+    ({"budget": "4.25"}, "4.25"),
+    ({"budget": "speed=3"}, "speed: unknown key"),
+    ({"damp_percent": 1.5}, "damp_percent"),
+    ({"method": "w8a8", "alpha": 1.1}, "alpha"),
+    ({"method": "nf4", "block_size": 100}, "block_size"),
+    ({"method": "gguf"}, "method"),
+    ({"bitz": 4}, "bitz"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), REFUSED)
+def test_is_refused_with_a_reason(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(RequestError) as raised:
+        parse_settings(Quantize, settings, "lighten quantize")
+    assert words in str(raised.value)
+    assert "validation error" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_are_the_methods_own(method: str) -> None:
+    step = Quantize.model_validate({"method": method})
+    given = step.key_config()
+    assert given == {
+        "method": method,
+        **{name: value for name, value in METHODS[method].settings.items() if value not in (None, (), "keep")},
+    }
+    assert Quantize.model_validate(step.dump()) == step  # as the manifest keeps them
+    assert Quantize.model_validate({**METHODS[method].settings, "method": method}) == step
+
+
+def test_the_command_line_gives_text() -> None:
+    assert Quantize.model_validate({"group_size": "64"}).group_size == 64
+    assert Quantize.model_validate({"group_size": "-1"}).group_size == -1
+    assert Quantize.model_validate({"method": "rtn", "group_size": "tensor"}).group_size == "tensor"
+    for text, expected in (
+        ("bits=4.25", Budget(bits=4.25)),
+        (" bits = 4.25", Budget(bits=4.25)),
+        ("size=90MB", Budget(size=90_000_000)),
+        ("1.5MiB", Budget(size=3 << 19)),
+        ("size=90000000", Budget(size=90_000_000)),
+    ):
+        step = Quantize.model_validate({"budget": text})
+        assert step.budget == expected
+        assert step.bits is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "stored", "extras", "swept"),
+    [
+        ({}, "gptq", set(), True),
+        ({"method": "rtn"}, "gptq", set(), False),
+        ({"method": "rtn", "ignore": ["a"]}, "compressed-tensors", {"compressed"}, False),
+        ({"budget": "bits=4"}, "compressed-tensors", {"compressed"}, True),
+        ({"method": "awq"}, "awq", set(), True),
+        ({"method": "nf4"}, "bitsandbytes", {"bnb"}, False),
+        ({"method": "int8"}, "bitsandbytes", {"bnb"}, False),
+        ({"method": "w8a8"}, "compressed-tensors", {"compressed"}, True),
+        ({"method": "int8-dynamic"}, "compressed-tensors", {"compressed"}, False),
+        ({"method": "fp8"}, "compressed-tensors", {"compressed"}, False),
+    ],
+)
+def test_what_it_takes_and_makes(settings: dict[str, Any], stored: str, extras: set[str], swept: bool) -> None:
+    step = Quantize.model_validate(settings)
+    assert step.format == stored
+    assert {extra for _, extra in step.requires()} == extras
+    assert step.needs_sweep() == swept
+    assert step.needs_sensitivity() == ("budget" in settings)
+
+
+def facts(**sizes: int) -> ModelFacts:
+    plain = {"hidden": 256, "intermediate": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "layers": 2, "vocab": 900}
+    return ModelFacts("LlamaForCausalLM", **{**plain, **sizes}, tied=False)
+
+
+def test_a_width_that_does_not_fit_is_refused_by_name() -> None:
+    Quantize().check(facts())
+    with pytest.raises(RequestError, match=r"group_size 128 does not divide the hidden_size 192 .* use 64, 32 or -1"):
+        Quantize().check(facts(hidden=192))
+    with pytest.raises(RequestError, match=r"intermediate_size 264 .* use -1"):
+        Quantize(group_size=64).check(facts(intermediate=264))
+    Quantize(group_size=-1, bits=4).check(facts(intermediate=264))
+    with pytest.raises(RequestError, match="3-bit codes of the intermediate_size 264 do not fill"):
+        Quantize(group_size=-1, bits=3).check(facts(intermediate=264))
+    with pytest.raises(RequestError, match="awq format packs 8 outputs to a word; the key/value width 12"):
+        Quantize(method="awq", group_size=-1).check(facts(kv_heads=1, head_dim=12, heads=8))
+    for method in ("nf4", "int8", "w8a8", "int8-dynamic", "fp8"):
+        Quantize.model_validate({"method": method}).check(facts(intermediate=263))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "found"),
+    [
+        ("*.0.mlp.*", "model.layers.0.mlp.up_proj", True),
+        ("*.0.mlp.*", "model.layers.10.mlp.up_proj", False),
+        ("model.layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj", True),
+        ("up_proj", "model.layers.1.mlp.up_proj", False),
+        (r"re:layers\.[01]\.", "model.layers.1.mlp.up_proj", True),
+        (r"re:^layers", "model.layers.1.mlp.up_proj", False),
+    ],
+)
+def test_patterns_of_what_to_leave_alone(pattern: str, name: str, found: bool) -> None:
+    assert ignored(name, ("nothing", pattern)) == (pattern if found else None)
+
+
+def one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    refused(done, 2, *words)
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_the_command_line(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny(dtype=torch.bfloat16)
+    small = ("--samples", 4, "--length", 32, "--group-size", 64)
+    done = lighten("quantize", model, "--method", "awq", *small, "-o", "q", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"q: awq, \d\.\d MB", done.stdout)
+    assert json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
+
+    budget = ("--budget", "bits=4.5", "--ignore", "*.0.mlp.*", "--ignore", r"re:v_proj$")
+    done = lighten("quantize", model, *budget, *small, "-o", "b", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads(done.stdout)
+    assert manifest["format"] == "compressed-tensors"
+    assert len(manifest["facts"]["allocation"]) == 9
+    assert manifest["facts"]["bits_per_linear_weight"] <= 4.5
+
+    one_line(
+        lighten("quantize", model, "--method", "awq", "--bits", 3, "-o", "r", cwd=tmp_path), "awq takes bits 4, not 3"
+    )
+    assert not (tmp_path / "r").exists()
