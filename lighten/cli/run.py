@@ -12,7 +12,6 @@ from lighten.cli.flags import Artifacts, Device, Json, TrustCode, TrustTasks
 from lighten.cli.flags import print_json as _print_json
 from lighten.cli.report import Public, Push, check_push, push_version, show
 from lighten.errors import RequestError
-from lighten.pipeline.build import check_options
 
 Only = Annotated[list[str] | None, typer.Option(help="Only this variant (and the baseline); may be repeated.")]
 
@@ -64,6 +63,7 @@ def plan(
     """Show the stages of a recipe: what is cached, and predicted time, memory and disk."""
     from lighten.cli.progress import plan_table
     from lighten.pipeline import run as pipeline
+    from lighten.pipeline.build import check_options
     from lighten.pipeline.predict import Predictor
     from lighten.store.store import Store
 

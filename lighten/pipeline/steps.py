@@ -25,7 +25,7 @@ STEPS: dict[str, str | dict[str, str]] = {
     },
 }
 """Step kind to "module:Class", by `format` where a kind has several; packages add more through the entry-point group
-`lighten.pipeline.steps`."""
+`lighten.steps`."""
 
 INTERNAL = {
     "source": "lighten.model.source:Source",
@@ -38,7 +38,7 @@ INTERNAL = {
 
 def kinds() -> dict[str, str | dict[str, str]]:
     """Returns every step kind that a recipe may name."""
-    added = {entry.name: entry.value for entry in entry_points(group="lighten.pipeline.steps")}
+    added = {entry.name: entry.value for entry in entry_points(group="lighten.steps")}
     return {**added, **STEPS}
 
 

@@ -19,7 +19,7 @@ from lighten.recommend.text import lines
 from lighten.results.results import Results
 from tests.cli.test_main import lighten, refused
 
-QUICKSTART = Path(__file__).parents[2] / "benchmarks/results/quickstart.json"
+QUICKSTART = Path(__file__).with_name("quickstart.json")
 
 
 @pytest.fixture(scope="module")
