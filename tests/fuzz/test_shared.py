@@ -24,7 +24,7 @@ from lighten.recommend.sizes import sizes_of
 from lighten.report import card, csv_table, markdown
 from lighten.report.merge import add
 from lighten.report.shareable import shareable
-from lighten.results import results
+from lighten.results import file as results_file
 from tests.fuzz.frame import answers, fuzz
 from tests.report.sample import raw
 
@@ -189,7 +189,7 @@ def changed(changes: list[tuple[int, Any]]) -> dict[str, Any]:
 
 def used(file: Path) -> None:
     """Does with results what commands do."""
-    found = results.load(file)
+    found = results_file.load(file)
     version = Version(str(file), found, file.parent)
     for work in (
         lambda: (markdown.markdown(found), csv_table.csv_table(found), shareable(found), add(found, [found])),
@@ -215,7 +215,7 @@ def test_damaged_results_are_read_or_refused(folder: Path, changes: list[tuple[i
     text=st.one_of(st.text(max_size=40), st.sampled_from(['{"schema": 1', "[" * 99_999, '{"schema": NaN}', "1" * 9999]))
 )
 def test_texts_that_are_no_results_are_refused(folder: Path, text: str) -> None:
-    found = answers(results.load, written(folder / "x.json", text))
+    found = answers(results_file.load, written(folder / "x.json", text))
     assert isinstance(found, LightenError)
 
 

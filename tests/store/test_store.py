@@ -317,7 +317,7 @@ def test_what_cannot_be_read_just_now_is_not_removed(tmp_path: Path, monkeypatch
     def refuse(root: Path) -> list[dict[str, Any]]:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr("lighten.store.files.hash_files", refuse)
+    monkeypatch.setattr("lighten.store.artifact.hash_files", refuse)
     with pytest.raises(OSError, match="open files"):
         store.sound(KEY)
     (checked,) = check(store)
