@@ -42,7 +42,7 @@ class Products(TorchDispatchMode):
 def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A processor whose products in bfloat16 are slow."""
     products.fast_bfloat16.cache_clear()
-    monkeypatch.setattr(products, "_seconds", lambda dtype: 1.0 if dtype == torch.bfloat16 else 0.2)
+    monkeypatch.setattr(products, "_seconds", lambda dtypes: {torch.bfloat16: 1.0, torch.float32: 0.2})
     yield
     products.fast_bfloat16.cache_clear()
 
@@ -54,7 +54,7 @@ def test_units_alone_do_not_make_it_fast(
     monkeypatch: pytest.MonkeyPatch, units: bool, bfloat16: float, expected: bool
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units})
-    monkeypatch.setattr(products, "_seconds", lambda dtype: bfloat16 if dtype == torch.bfloat16 else 0.2)
+    monkeypatch.setattr(products, "_seconds", lambda dtypes: {torch.bfloat16: bfloat16, torch.float32: 0.2})
     products.fast_bfloat16.cache_clear()
     assert products.fast_bfloat16() == expected
     assert stream.fast_dtype("cpu") == (torch.bfloat16 if expected else torch.float32)
