@@ -1,1 +1,1 @@
-"""Commands that are more than a call: parse, call, print."""
+"""The commands, one file for each: they parse, call and print."""

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from lighten import screen
-from lighten.cli.flags import Artifacts, Device, Json, MergeAdapter, TrustTasks
-from lighten.cli.flags import print_json as _print_json
+from lighten.cli.flags import Artifacts, Device, Json, MergeAdapter, TrustTasks, print_json
 from lighten.errors import Failure, RequestError
 
 Extra = Annotated[list[str] | None, typer.Argument()]
@@ -178,7 +177,7 @@ def evaluate(
         write_json(out / "results.json", value)
         write_report(results, out)
     if as_json:
-        _print_json(value)
+        print_json(value)
     else:
         screen.console().print(terminal(results))
     if failed := [variant for variant in results.variants if variant.failed]:
@@ -213,4 +212,4 @@ def _profile(paths: list[str], folder: Path, device: str, as_json: bool) -> None
         if not as_json:
             screen.console(highlight=False).print(*shown(path, found[path], out), sep="\n")
     if as_json:
-        _print_json(found)
+        print_json(found)

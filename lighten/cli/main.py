@@ -1,4 +1,4 @@
-"""Commands, and nothing else: parse, call, print. Nothing here imports torch."""
+"""The command line: which commands there are, and how an error ends it. Nothing here imports torch."""
 
 from __future__ import annotations
 

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lighten import screen
-from lighten.cli.flags import Artifacts, Json
-from lighten.cli.flags import print_json as _print_json
+from lighten.cli.flags import Artifacts, Json, print_json
 
 
 def list_versions(artifacts: Artifacts = Path("artifacts"), as_json: Json = False) -> None:
@@ -30,7 +29,7 @@ def list_versions(artifacts: Artifacts = Path("artifacts"), as_json: Json = Fals
             row: dict[str, Any] = {"recipe": version.parent.name, "version": version.name, "variant": link.name}
             rows.append({**row, "format": kind, "size_bytes": size, "key": key})
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     table = Table("recipe", "version", "variant", "format", "MB", "key", box=None)
     for row in rows:
@@ -56,7 +55,7 @@ def verify(artifacts: Artifacts = Path("artifacts"), as_json: Json = False) -> N
                 fate = f"not removed ({each.kept})" if each.kept else "removed"
                 screen.say(f"{each.key[:12]}: corrupt, {fate}: {'; '.join(each.damage)}")
     if as_json:
-        _print_json({"checked": count, "corrupt": damaged, "not_removed": kept})
+        print_json({"checked": count, "corrupt": damaged, "not_removed": kept})
     else:
         print(f"{count} objects checked, {len(damaged)} corrupt")
     if damaged:
@@ -75,6 +74,6 @@ def gc(
     removed = collect(Store(artifacts), dry_run=dry_run)
     total = sum(size for _, size in removed)
     if as_json:
-        _print_json({"removed": dict(removed), "bytes": total, "dry_run": dry_run})
+        print_json({"removed": dict(removed), "bytes": total, "dry_run": dry_run})
     else:
         print(f"{'would remove' if dry_run else 'removed'} {len(removed)} objects, {total / 1e6:.1f} MB")

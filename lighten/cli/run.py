@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from lighten import screen
-from lighten.cli.flags import Artifacts, Device, Json, TrustCode, TrustTasks
-from lighten.cli.flags import print_json as _print_json
+from lighten.cli.flags import Artifacts, Device, Json, TrustCode, TrustTasks, print_json
 from lighten.cli.report import Public, Push, check_push, push_version, show
 from lighten.errors import RequestError
 
@@ -86,6 +85,6 @@ def plan(
             }
         )
     if as_json:
-        _print_json({"recipe": todo.recipe.name, "stages": rows})
+        print_json({"recipe": todo.recipe.name, "stages": rows})
     else:
         screen.console().print(plan_table(todo.recipe.name, rows))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lighten.errors import RequestError
 from lighten.model import llama_library
@@ -12,10 +11,6 @@ from lighten.model.gguf_header import is_gguf, within
 from lighten.model.onnx_source import genai
 from lighten.store.artifact import read_artifact
 from lighten.store.files import MANIFEST
-
-if TYPE_CHECKING:
-    pass
-
 
 EXTRAS = {
     "gptqmodel": "gptq",

@@ -11,13 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lighten.errors import Failure, RequestError, missing_extra
-
-if TYPE_CHECKING:
-    pass
-
 
 READS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 """The GGUF architectures that can be read (Mistral models are stored as "llama"), and what they become."""

@@ -33,8 +33,8 @@ def fast_bfloat16() -> bool:
 def _seconds(dtypes: Sequence[torch.dtype], rounds: int = 12) -> dict[torch.dtype, float]:
     """Returns the shortest time of a product in each type: what else the machine does only makes one longer.
 
-    The types take turns, and one thread computes: on a busy machine threads wait for each other, and the answer, with
-    it the bytes of what is made, was another in 13 of 150 tries.
+    The types take turns, and one thread computes: on a busy machine threads wait for each other, and the answer would
+    change from one process to the next, with it the bytes of what is made.
     """
     rows, inputs, outputs = SHAPE
     factors = {dtype: [torch.ones(size, inputs, dtype=dtype) for size in (rows, outputs)] for dtype in dtypes}

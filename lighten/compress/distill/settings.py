@@ -1,4 +1,4 @@
-"""The `distill` step: a student learns to say what its teacher says."""
+"""Settings of the `distill` step: a student learns to say what its teacher says."""
 
 from __future__ import annotations
 

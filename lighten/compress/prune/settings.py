@@ -1,9 +1,9 @@
-"""The `prune` step: a smaller dense model, or the same one with zeros."""
+"""Settings of the `prune` step: a smaller dense model, or the same one with zeros."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,9 +11,6 @@ from lighten.compress.prune.amounts import Target, parse_pattern
 from lighten.errors import RequestError
 from lighten.facts import ModelFacts
 from lighten.step import Estimate, Step
-
-if TYPE_CHECKING:
-    pass
 
 STRUCTURED: dict[str, dict[str, Any]] = {
     "mlp": {"score": "cost", "repair": True, "multiple": None},

@@ -1,11 +1,11 @@
-"""The `quantize` step: settings, and the loop over layers that hands (W, Gram) to a method."""
+"""Settings of the `quantize` step: the methods, what each may be told, and what it needs."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,9 +13,6 @@ from lighten.errors import RequestError
 from lighten.facts import ModelFacts
 from lighten.settings import Budget
 from lighten.step import Estimate, Step
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lighten.errors import Failure, LightenError
 from lighten.evaluate.loaders.programs import LOADERS, Opening, _version
 from lighten.model.formats import _extra, recognise
 from lighten.process.isolate import run_isolated
 from lighten.step import Report, silent
-
-if TYPE_CHECKING:
-    pass
 
 LONGEST = 400
 """Characters of an error that are kept."""

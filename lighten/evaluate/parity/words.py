@@ -6,13 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lighten.model.tokenizer_files import chat_templates, ends
-
-if TYPE_CHECKING:
-    pass
-
 
 Chat = list[dict[str, str]]
 

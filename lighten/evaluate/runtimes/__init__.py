@@ -1,1 +1,1 @@
-"""evaluate.runtimes"""
+"""What runs a model, and the choice of it by what lies on disk."""

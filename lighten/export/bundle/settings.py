@@ -1,4 +1,4 @@
-"""The export step to a bundle: a GGUF file and all that a device needs to run, serve and measure it."""
+"""Settings of the export to a bundle: a GGUF file and all that a device needs to run, serve and measure it."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The export step to GGUF: a model directory becomes one file for llama.cpp."""
+"""Settings of the export to GGUF: a model directory becomes one file for llama.cpp."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -15,9 +15,6 @@ from lighten.facts import ModelFacts
 from lighten.model import llama_library
 from lighten.settings import Budget, parse_size
 from lighten.step import Estimate
-
-if TYPE_CHECKING:
-    pass
 
 _READABLE = ("hf", "gptq", "awq", "bitsandbytes", "compressed-tensors")
 """Formats of directories whose weights can be read, or unpacked."""

@@ -1,4 +1,4 @@
-"""The export step to ONNX: a model directory becomes a graph for onnxruntime."""
+"""Settings of the export to ONNX: a model directory becomes a graph for onnxruntime."""
 
 from __future__ import annotations
 
