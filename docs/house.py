@@ -15,7 +15,7 @@ ROOT = HERE.parent / "lighten"
 PICTURE = HERE / "architecture.svg"
 FLOORS = (
     ("errors", "settings", "facts", "screen"),
-    ("data", "numerics", "store"),
+    ("data", "numerics", "plugins", "store"),
     ("step", "results"),
     ("process",),
     ("model",),

@@ -1,0 +1,56 @@
+"""Tables of what can be added: one row for each name, "module:Class", ours and those of installed packages alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from lighten.errors import Failure, RequestError
+
+
+class Table:
+    """Names, and where the object of each name is: our rows, then those of packages that declare entry points.
+
+    Nothing is imported before an object is asked for. A package that a person installs may run code, as any package
+    may; a name that is ours stays ours.
+    """
+
+    def __init__(self, what: str, group: str, rows: Mapping[str, str]) -> None:
+        """Takes what a row is called in messages ("runtime"), the group of entry points, and our rows."""
+        self.what = what
+        self.group = group
+        self.rows = dict(rows)
+
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """ "module:Class" by name, ours first."""
+        added = {entry.name: entry.value for entry in entry_points(group=self.group)}
+        return {**self.rows, **{name: place for name, place in added.items() if name not in self.rows}}
+
+    @property
+    def names(self) -> list[str]:
+        """Every name, ours first."""
+        return list(self.places)
+
+    def load(self, name: str) -> Any:
+        """Imports and returns the object of a name.
+
+        Raises:
+            RequestError: there is no such name.
+            Failure: the package that brings it cannot be imported, or has no such object.
+        """
+        if name not in self.places:
+            raise RequestError(f"there is no {self.what} {name!r}; there is {', '.join(self.places)}")
+        module, _, attribute = (place := self.places[name]).partition(":")
+        if name in self.rows:
+            return getattr(import_module(module), attribute)
+        try:
+            return getattr(import_module(module), attribute)
+        except Exception as error:  # whatever somebody else's module raises
+            raise Failure(
+                f"{self.what} {name} comes from an installed package, whose {place} cannot be imported "
+                f"({type(error).__name__}: {error}): mend or remove that package"
+            ) from error
