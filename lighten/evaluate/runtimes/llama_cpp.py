@@ -13,7 +13,7 @@ from lighten.errors import Failure
 from lighten.evaluate import machine
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.evaluate.runtimes.llama_binding import _Batch, _library, _log, _Model
-from lighten.evaluate.runtimes.runtime import Decoding, Floats, Ids, Question, Score, Text, Timings
+from lighten.evaluate.runtimes.runtime import Capability, Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.step import Report, silent
 
 BATCH_TOKENS = 512
@@ -25,6 +25,7 @@ class LlamaCppRuntime:
     """A GGUF model. See `Runtime` for the methods."""
 
     name = "llama.cpp"
+    capabilities: frozenset[Capability] = frozenset({"logits", "scores", "decodes", "rewinds"})
     options: Mapping[str, str] = {}
 
     def __init__(self, path: Path, device: str, *, float32_cache: bool = False) -> None:

@@ -17,7 +17,7 @@ from lighten.errors import Failure, RequestError, missing_extra
 from lighten.evaluate import machine
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.evaluate.runtimes.onnx_packed import Packed, packable
-from lighten.evaluate.runtimes.runtime import Decoding, Floats, Ids, Question, Score, Text, Timings
+from lighten.evaluate.runtimes.runtime import Capability, Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.model import accelerator
 from lighten.model.files import read_json
@@ -34,6 +34,7 @@ class OnnxRuntime:
     """An ONNX graph of a causal language model. See `Runtime` for the methods."""
 
     name = "onnxruntime"
+    capabilities: frozenset[Capability] = frozenset({"logits", "scores", "decodes"})
     options: Mapping[str, str] = {}
 
     def __init__(self, path: Path, device: str) -> None:

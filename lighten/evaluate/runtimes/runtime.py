@@ -1,10 +1,10 @@
-"""What runs a model: one protocol, and the choice of its implementation by what lies on disk."""
+"""What runs a model: one protocol, and what a runtime may be able to do."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,15 @@ from lighten.step import Report
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
+
+Capability = Literal["logits", "scores", "decodes", "rewinds"]
+"""Name of something that a runtime can do:
+
+- logits: gives the logits at every position of a text (`logits`). Perplexity and divergence are made of them.
+- scores: gives the log-probability of an ending after its context (`choose`, `choose_many`). Accuracy is made of them.
+- decodes: writes token after token behind a prompt, with a cache (`generate`, `decode`). Speed is measured on that.
+- rewinds: takes back the last tokens of a text (`text`). Speculative decoding needs that.
+"""
 
 
 class Score(NamedTuple):
@@ -81,6 +90,8 @@ class Runtime(Protocol):
 
     name: str
     """"torch", "llama.cpp" or "onnxruntime"."""
+    capabilities: frozenset[Capability]
+    """What it can do; methods of another capability are not called."""
     device: str
     dtype: str
     """Arithmetic of the weights: "float32", "bfloat16", "int4", or the type of the GGUF file: "Q4_K - Medium"."""

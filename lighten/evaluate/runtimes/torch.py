@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lighten.errors import Failure
 from lighten.evaluate.runtimes import device_rows
 from lighten.evaluate.runtimes.batches import Layout, attended, by_length, read_scores
-from lighten.evaluate.runtimes.runtime import Decoding, Floats, Ids, Question, Score, Text, Timings
+from lighten.evaluate.runtimes.runtime import Capability, Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.evaluate.runtimes.torch_loading import (
     BATCH_TOKENS,
@@ -39,6 +39,7 @@ class TorchRuntime:
     """A causal language model of transformers. See `Runtime` for the methods."""
 
     name = "torch"
+    capabilities: frozenset[Capability] = frozenset({"logits", "scores", "decodes", "rewinds"})
 
     def __init__(
         self,

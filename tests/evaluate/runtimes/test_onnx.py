@@ -61,6 +61,12 @@ def test_endings_that_share_a_context_score_as_if_alone(runtime: Runtime) -> Non
     assert alone == pytest.approx([score.logprob for score in scores[0]], abs=1e-3)
 
 
+def test_onnxruntime_takes_no_tokens_back_and_says_so(runtime: Runtime) -> None:
+    assert runtime.capabilities == {"logits", "scores", "decodes"}
+    with pytest.raises(Failure, match="not done on onnxruntime"):
+        runtime.text(20)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_generate_times_every_step(runtime: Runtime, batch: int) -> None:
     timings = runtime.generate(RNG.integers(0, 900, (batch, 10)), 6)

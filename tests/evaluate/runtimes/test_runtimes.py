@@ -79,6 +79,15 @@ def test_a_question_longer_than_a_batch_is_scored(runtime: Runtime) -> None:
     assert [score.logprob for score in found] == pytest.approx(alone, abs=0.1)
 
 
+def test_a_runtime_does_what_it_says_it_can(runtime: Runtime) -> None:
+    assert runtime.capabilities == {"logits", "scores", "decodes", "rewinds"}
+    text = runtime.text(20)
+    first = text.extend([5, 6, 7], 1)
+    text.extend([8, 9], 1)
+    text.cut(2)
+    assert text.extend([7], 1) == first
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_generate_times_every_step(runtime: Runtime, batch: int) -> None:
     timings = runtime.generate(RNG.integers(0, 900, (batch, 10)), 6)
