@@ -26,7 +26,7 @@ class Table:
 
     @cached_property
     def places(self) -> dict[str, str]:
-        """ "module:Class" by name, ours first."""
+        """Where each object is, "module:Class" by name; our own rows come first."""
         added = {entry.name: entry.value for entry in entry_points(group=self.group)}
         return {**self.rows, **{name: place for name, place in added.items() if name not in self.rows}}
 
