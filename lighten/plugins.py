@@ -11,6 +11,12 @@ from typing import Any
 from lighten.errors import Failure, RequestError
 
 
+def load_object(place: str) -> Any:
+    """Imports and returns what lies at a place, "module:name"."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
 class Table:
     """Names, and where the object of each name is: our rows, then those of packages that declare entry points.
 
@@ -44,11 +50,11 @@ class Table:
         """
         if name not in self.places:
             raise RequestError(f"there is no {self.what} {name!r}; there is {', '.join(self.places)}")
-        module, _, attribute = (place := self.places[name]).partition(":")
+        place = self.places[name]
         if name in self.rows:
-            return getattr(import_module(module), attribute)
+            return load_object(place)
         try:
-            return getattr(import_module(module), attribute)
+            return load_object(place)
         except Exception as error:  # whatever somebody else's module raises
             raise Failure(
                 f"{self.what} {name} comes from an installed package, whose {place} cannot be imported "

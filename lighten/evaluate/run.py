@@ -186,14 +186,9 @@ TIMED = {"speed": _speed, "speculative": _speculative, "load": _load}
 
 def _served(model: Path, device: str) -> str | None:
     """Returns the arithmetic that a Hugging Face model is served in; None for a file that has one of its own."""
-    from lighten.evaluate.runtimes.opening import find_gguf
-    from lighten.model.onnx_source import find_onnx
+    from lighten.evaluate.runtimes.opening import served_in
 
-    if find_onnx(model) or find_gguf(model):
-        return None  # and torch is not imported: its memory would be counted
-    from lighten.model.stream import fast_dtype
-
-    return str(fast_dtype(device)).removeprefix("torch.")
+    return served_in(model, device)
 
 
 def _facts(runtime: Runtime | Opened) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lighten.errors import Failure, LightenError, RequestError
-from lighten.evaluate.runtimes.opening import find_gguf
+from lighten.evaluate.runtimes.opening import find_opener
 from lighten.facts import ModelFacts
 from lighten.model import gguf_header, gguf_source
 from lighten.model.formats import recognise
@@ -436,7 +436,7 @@ def test_a_file_is_recognised_by_its_content(make: Make, tmp_path: Path) -> None
     assert gguf_header.is_gguf(file) and not gguf_header.is_gguf(tmp_path / "text")
     assert not gguf_header.is_gguf(tmp_path)
     assert find(str(file)).kind == "gguf"
-    assert find_gguf(file) == file
+    assert find_opener(file)[1] == file
     assert recognise(file) == (file, "gguf", None)
 
 

@@ -18,7 +18,8 @@ import numpy as np
 from lighten.data.hard import hard_strings
 from lighten.data.text import builtin_text
 from lighten.errors import Failure
-from lighten.evaluate.parity.words import Chat, Words, words_of
+from lighten.evaluate.runtimes.opening import find_opener, open_runtime, open_tokenizer, words_of
+from lighten.evaluate.runtimes.words import Chat, Words
 from lighten.model.tokenizer_files import DEFAULT
 from lighten.process.isolate import Outcome, run_isolated
 from lighten.step import Report
@@ -88,10 +89,8 @@ def check(payload: dict[str, Any], report: Report) -> Outcome:
 
 def _computes_logits(source: Path) -> bool:
     """Returns whether it is a causal language model; what others compute was compared when they were written."""
-    from lighten.evaluate.runtimes.opening import find_gguf
-    from lighten.model.checkpoint import Checkpoint
-
-    return find_gguf(source) is not None or Checkpoint(source).facts.family == "causal"
+    runtime, place = find_opener(source)
+    return runtime.predicts_tokens(place)
 
 
 def _outside(found: dict[str, Any], limits: dict[str, float | None]) -> Iterator[str]:
@@ -132,25 +131,13 @@ def write_logits(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def _open_source(source: Path, trusted: bool) -> Runtime:
-    """Opens the source in float32; with its weights as they are stored, where they are of 16 bits."""
-    from lighten.evaluate.runtimes.lean import open_lean, stored_short
-    from lighten.evaluate.runtimes.opening import find_gguf, open_runtime
-
-    short = None if find_gguf(source) else stored_short(source)
-    if not short:
-        return open_runtime(source, trust_remote_code=trusted)
-    lean = open_lean(source, short, trust_remote_code=trusted)
-    try:
-        lean.logits(np.arange(2))
-    except (RuntimeError, TypeError):  # a module reads weights of another one, and finds them in 16 bits
-        lean.close()
-        return open_runtime(source, trust_remote_code=trusted)
-    return lean
+    """Opens the source in float32."""
+    runtime, place = find_opener(source)
+    return runtime.open_exact(place, trusted)
 
 
 def find_place(payload: dict[str, Any], report: Report) -> str:
     """Returns where the two first differ inside, for the ids `chunk`, in words."""
-    from lighten.evaluate.runtimes.opening import open_runtime
     from lighten.evaluate.runtimes.trace import trace
 
     trusted, chunk = payload.get("trust_remote_code", False), np.array(payload["chunk"], dtype=np.int64)
@@ -172,8 +159,6 @@ def _where(expected: States | None, found: States | None, ours: str, theirs: str
 
 def _read_text(source: Path, tokens: int) -> dict[str, Any]:
     """Returns the ids of the built-in text, and those that the source puts first."""
-    from lighten.evaluate.runtimes.opening import open_tokenizer
-
     tokenizer = open_tokenizer(source)
     ids = tokenizer.encode(builtin_text("perplexity")[: 8 * tokens + 1000])
     return {"first": [] if tokenizer.bos is None else [tokenizer.bos], "ids": ids}
@@ -192,7 +177,6 @@ def _chunks(text: dict[str, list[int]], tokens: int, vocab: int) -> list[Ids]:
 def compare_logits(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Returns what the rows `[positions, vocab]` that were written and those of the export say of each other."""
     from lighten.evaluate.runtimes import rows
-    from lighten.evaluate.runtimes.opening import open_runtime
 
     made, vocab = Path(payload["made"]), payload["vocab"]
     chunks = [np.array(chunk, dtype=np.int64) for chunk in payload["chunks"]]

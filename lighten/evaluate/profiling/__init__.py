@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lighten.errors import RequestError
 from lighten.evaluate.profiling.verdict import Phase, judge
 from lighten.evaluate.run import served
+from lighten.evaluate.runtimes.opening import find_opener
 from lighten.evaluate.runtimes.runtime import Runtime
+from lighten.plugins import load_object
 from lighten.process.isolate import share_cores
 from lighten.step import Report
 from lighten.store.store import write_json
@@ -24,12 +26,6 @@ TRACE = "trace.json.gz"
 SUMMARY = "profile.json"
 SHOWN = 30
 PHASES = ("prefill", "decode")
-PROFILERS = {
-    "torch": "lighten.evaluate.profiling.torch",
-    "onnxruntime": "lighten.evaluate.profiling.onnx",
-    "llama.cpp": "lighten.evaluate.profiling.llama_cpp",
-}
-
 Mark = Callable[[str], AbstractContextManager[Any]]
 """Called with the name of a phase; what runs inside belongs to it."""
 
@@ -47,6 +43,9 @@ def profile(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     share_cores()
     out, prompt, steps = Path(payload["out"]), int(payload["prompt"]), int(payload["steps"])
     report(0, 3, "loading")
+    profiler = find_opener(Path(payload["model"]))[0].profiler
+    if profiler is None:
+        raise RequestError(f"the runtime of {payload['model']} has no profiler")
     runtime = served(payload)
     prompt = min(prompt, (runtime.context or prompt + steps) - steps - 1)
     ids = [int(each) for each in np.random.default_rng(0).integers(0, runtime.vocab, prompt)]
@@ -54,7 +53,7 @@ def profile(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     drive(runtime, ids, 2, _no_mark)
     plain = timed(runtime, ids, steps)
     report(2, 3, "with the profiler")
-    found: list[Phase] = import_module(PROFILERS[runtime.name]).phases(runtime, ids, steps, out / TRACE)
+    found: list[Phase] = load_object(profiler)(runtime, ids, steps, out / TRACE)
     result = {
         "runtime": runtime.name,
         "device": runtime.device,

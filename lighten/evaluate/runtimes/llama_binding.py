@@ -1,4 +1,4 @@
-"""The library of llama.cpp: its log, a model, a batch, a tokenizer."""
+"""The library of llama.cpp as the runtime needs it: its log, a model, a batch."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from lighten.model import accelerator
 from lighten.model.gguf_header import check_header
 from lighten.model.llama_library import Library, load
 
-ERROR = 4
+ERROR, CONTINUED = 4, 5
+"""llama.cpp's numbers of the levels of its messages."""
 
 
-CONTINUED = 5
-
-
-def _library() -> Library:
+def load_llama() -> Library:
+    """Loads llama.cpp; see `load` for what it raises."""
     return load("running a GGUF file")
 
 
-class _Log:
+class ErrorLog:
     """What llama.cpp reports as errors; everything else it says is dropped."""
 
     def __init__(self, library: Any) -> None:
@@ -53,19 +52,20 @@ class _Log:
 
 
 @cache
-def _log() -> _Log:
+def error_log() -> ErrorLog:
     """Returns the log of the process: llama.cpp has one for all its models, and it must outlive them."""
-    return _Log(_library().api)
+    return ErrorLog(load_llama().api)
 
 
-class _Model:
+class GgufModel:
     """A loaded GGUF file: its weights, or its vocabulary only."""
 
     def __init__(self, path: Path, device: str, vocab_only: bool) -> None:
+        """Loads it; raises Failure if llama.cpp cannot."""
         check_header(path)
-        loaded = _library()
+        loaded = load_llama()
         self.library = library = loaded.api
-        _log().listen()
+        error_log().listen()
         params = library.llama_model_default_params()
         params.vocab_only = vocab_only
         params.use_extra_bufts = loaded.repacks
@@ -74,7 +74,9 @@ class _Model:
             params.split_mode, params.main_gpu = 0, accelerator.index(device)
         self.handle = library.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
-            raise Failure(f"llama.cpp cannot load {path}: {_log().take()}. If it was cut short, make or fetch it again")
+            raise Failure(
+                f"llama.cpp cannot load {path}: {error_log().take()}. If it was cut short, make or fetch it again"
+            )
         self.vocab = library.llama_model_get_vocab(self.handle)
 
     def encode(self, text: str) -> list[int]:
@@ -103,35 +105,7 @@ class _Model:
         self.library.llama_model_free(self.handle)
 
 
-class GgufTokenizer:
-    """The tokenizer of a GGUF file, without its weights."""
-
-    def __init__(self, path: Path) -> None:
-        self._model = _Model(path, "cpu", vocab_only=True)
-        library = self._model.library
-        adds = library.llama_vocab_get_add_bos(self._model.vocab)
-        named = {each: int(getattr(library, f"llama_vocab_{each}")(self._model.vocab)) for each in ("bos", "eos")}
-        self.bos: int | None = named["bos"] if adds else None
-        self.eos: int | None = named["eos"] if named["eos"] >= 0 else None
-        self.prefix: int | None = named["bos"] if named["bos"] >= 0 else self.eos
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, no special tokens added."""
-        return self._model.encode(text)
-
-    def decode(self, ids: list[int], special: bool = False) -> str:
-        """Returns the text of ids; special tokens are left out, or spelled out where `special` is true."""
-        return self._model.decode(ids, special)
-
-    def ends(self) -> tuple[int, ...]:
-        """Returns every id that llama.cpp takes for the end of a text: those of the file, and some that it knows."""
-        library, vocab = self._model.library, self._model.vocab
-        return tuple(
-            each for each in range(library.llama_vocab_n_tokens(vocab)) if library.llama_vocab_is_eog(vocab, each)
-        )
-
-
-class _Batch:
+class Batch:
     """A `llama_batch` over numpy arrays: ids, positions and wanted rows `[n]`, and the sequences of each token."""
 
     def __init__(
@@ -142,6 +116,7 @@ class _Batch:
         owners: list[list[int]],
         wanted: NDArray[np.bool_],
     ) -> None:
+        """Takes them over; `wanted` are the rows whose logits are needed."""
         self.wanted = int(wanted.sum())
         counts = [len(owner) for owner in owners]
         flat = np.array([sequence for owner in owners for sequence in owner], dtype=np.int32)

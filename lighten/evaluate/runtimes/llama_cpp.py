@@ -4,21 +4,76 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from lighten.errors import Failure
 from lighten.evaluate import machine
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
-from lighten.evaluate.runtimes.llama_binding import _Batch, _library, _log, _Model
-from lighten.evaluate.runtimes.runtime import Capability, Decoding, Floats, Ids, Question, Score, Text, Timings
+from lighten.evaluate.runtimes.llama_binding import Batch, GgufModel, error_log, load_llama
+from lighten.evaluate.runtimes.opener import Conditions, Opener, Target
+from lighten.evaluate.runtimes.runtime import (
+    Capability,
+    Decoding,
+    Floats,
+    Ids,
+    Question,
+    Score,
+    Server,
+    Text,
+    Timings,
+    Tokenizer,
+)
+from lighten.model import llama_library
+from lighten.model.gguf_header import is_gguf, within
 from lighten.step import Report, silent
+
+if TYPE_CHECKING:
+    from lighten.evaluate.runtimes.words import Words
 
 BATCH_TOKENS = 512
 ENDINGS = 64
 FLOAT32 = 0
+
+
+class LlamaCppOpener(Opener[Path]):
+    """GGUF files, and directories that hold one."""
+
+    name: ClassVar[str] = "llama.cpp"
+    packages: ClassVar[tuple[str, ...]] = llama_library.PACKAGES
+    profiler: ClassVar[str | None] = "lighten.evaluate.profiling.llama_cpp:phases"
+    tracer: ClassVar[str | None] = "lighten.evaluate.runtimes.trace:of_llama_cpp"
+
+    def recognises(self, target: Target) -> Path | None:
+        """See `Opener`: the file itself, the first one of a model in parts."""
+        if isinstance(target, str):
+            return None
+        return target if is_gguf(target) else within(target)
+
+    def open(self, place: Path, conditions: Conditions) -> LlamaCppRuntime:
+        """See `Opener`."""
+        return LlamaCppRuntime(place, conditions.device)
+
+    def tokenizer(self, place: Path) -> Tokenizer:
+        """See `Opener`: the one that the file holds."""
+        from lighten.evaluate.runtimes.gguf_tokenizer import GgufTokenizer
+
+        return GgufTokenizer(place)
+
+    def words(self, place: Path) -> Words:
+        """See `Opener`: those that the file holds."""
+        from lighten.evaluate.runtimes.gguf_tokenizer import gguf_words
+
+        return gguf_words(place)
+
+    def server(self, place: Path, context: int, device: str) -> AbstractContextManager[Server]:
+        """See `Opener`."""
+        from lighten.evaluate.speed.server import LlamaServer
+
+        return LlamaServer(place, context, device)
 
 
 class LlamaCppRuntime:
@@ -35,11 +90,11 @@ class LlamaCppRuntime:
             RequestError: no package brings llama.cpp.
             Failure: the file does not load.
         """
-        loaded = _library()
+        loaded = load_llama()
         self._library = library = loaded.api
         on_gpu = device != "cpu" and library.llama_supports_gpu_offload()
         self.device = device if on_gpu else "cpu"
-        self._model = _Model(path, self.device, vocab_only=False)
+        self._model = GgufModel(path, self.device, vocab_only=False)
         self.dtype = library.llama_ftype_name(library.llama_model_ftype(self._model.handle)).decode()
         self.detail = str(loaded.installed)
         self.vocab = int(library.llama_vocab_n_tokens(self._model.vocab))
@@ -67,7 +122,7 @@ class LlamaCppRuntime:
                 params.cb_eval = self._callback
             self._context = library.llama_init_from_model(self._model.handle, params)
             if not self._context:
-                raise Failure(f"llama.cpp cannot make room for {tokens} tokens: {_log().take()}")
+                raise Failure(f"llama.cpp cannot make room for {tokens} tokens: {error_log().take()}")
             self._shape = (tokens, sequences, shared)
         library.llama_memory_clear(library.llama_get_memory(self._context), True)
         return self._context
@@ -77,11 +132,13 @@ class LlamaCppRuntime:
             self._library.llama_free(self._context)
         self._context, self._shape = None, (0, 0, False)
 
-    def _decode(self, context: Any, batch: _Batch) -> Floats:
+    def _decode(self, context: Any, batch: Batch) -> Floats:
         """Returns the logits of the wanted rows, `[rows, vocab]`: llama.cpp's own memory, until the next call."""
         code = self._library.llama_decode(context, batch.struct)
         if code:
-            raise Failure(f"llama.cpp failed to decode {batch.struct.n_tokens} tokens (code {code}): {_log().take()}")
+            raise Failure(
+                f"llama.cpp failed to decode {batch.struct.n_tokens} tokens (code {code}): {error_log().take()}"
+            )
         pointer = self._library.llama_get_logits(context)
         return np.ctypeslib.as_array(pointer, (batch.wanted, self.vocab))
 
@@ -89,7 +146,7 @@ class LlamaCppRuntime:
         """See `Runtime`."""
         context = self._open_context(len(ids), 1, False)
         every = np.ones(len(ids), dtype=np.bool_)
-        return self._decode(context, _Batch(self._library, ids, np.arange(len(ids)), [[0]] * len(ids), every))
+        return self._decode(context, Batch(self._library, ids, np.arange(len(ids)), [[0]] * len(ids), every))
 
     def watch(self, callback: Any) -> None:
         """Lets ggml call `callback(tensor, asking, data)` for every tensor from here on; None stops that."""
@@ -107,10 +164,10 @@ class LlamaCppRuntime:
         params.cb_eval = type(params.cb_eval)(callback)
         context = library.llama_init_from_model(self._model.handle, params)
         if not context:
-            raise Failure(f"llama.cpp cannot make room for {len(ids)} tokens: {_log().take()}")
+            raise Failure(f"llama.cpp cannot make room for {len(ids)} tokens: {error_log().take()}")
         try:
             every = np.ones(len(ids), dtype=np.bool_)
-            self._decode(context, _Batch(library, ids, np.arange(len(ids)), [[0]] * len(ids), every))
+            self._decode(context, Batch(library, ids, np.arange(len(ids)), [[0]] * len(ids), every))
         finally:
             library.llama_free(context)
 
@@ -152,7 +209,7 @@ class LlamaCppRuntime:
             sequence += len(own)
         ids = np.concatenate([layout.ids for layout in layouts])
         positions = np.concatenate([layout.positions for layout in layouts])
-        batch = _Batch(self._library, ids, positions, owners, np.concatenate(wanted))
+        batch = Batch(self._library, ids, positions, owners, np.concatenate(wanted))
         return read_scores(self._decode(context, batch), layouts)
 
     def generate(self, prompt: Ids, steps: int) -> Timings:
@@ -164,12 +221,12 @@ class LlamaCppRuntime:
         last = np.tile(np.arange(length) == length - 1, batch)
         where = np.tile(np.arange(length), batch)
         whole = [owner for owner in owners for _ in range(length)]
-        ids = self._decode(context, _Batch(self._library, prompt.ravel(), where, whole, last)).argmax(-1)
+        ids = self._decode(context, Batch(self._library, prompt.ravel(), where, whole, last)).argmax(-1)
         times = [start, time.perf_counter()]
         every = np.ones(batch, dtype=np.bool_)
         for step in range(1, steps):
             at = np.full(batch, length + step - 1)
-            ids = self._decode(context, _Batch(self._library, ids, at, owners, every)).argmax(-1)
+            ids = self._decode(context, Batch(self._library, ids, at, owners, every)).argmax(-1)
             times.append(time.perf_counter())
         passed = np.diff(times)
         return Timings(float(passed[0]), [float(each) for each in passed[1:]])
@@ -180,7 +237,7 @@ class LlamaCppRuntime:
         ids, start = prompt, 0
         for _ in range(most):
             places = np.arange(start, start + len(ids))
-            batch = _Batch(self._library, np.array(ids), places, [[0]] * len(ids), places == places[-1])
+            batch = Batch(self._library, np.array(ids), places, [[0]] * len(ids), places == places[-1])
             start += len(ids)
             ids = [(yield self._decode(context, batch)[0])]
 
@@ -215,7 +272,7 @@ class _Text:
         places = np.arange(self.length, self.length + len(ids))
         self.length += len(ids)
         rows = places >= self.length - wanted
-        batch = _Batch(self._runtime._library, np.array(ids), places, [[0]] * len(ids), rows)
+        batch = Batch(self._runtime._library, np.array(ids), places, [[0]] * len(ids), rows)
         found: list[int] = self._runtime._decode(self._context, batch).argmax(-1).tolist()
         return found
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,17 +17,34 @@ from lighten.errors import Failure, RequestError, missing_extra
 from lighten.evaluate import machine
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.evaluate.runtimes.onnx_packed import Packed, packable
+from lighten.evaluate.runtimes.opener import Conditions, Opener, Target
 from lighten.evaluate.runtimes.runtime import Capability, Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.model import accelerator
 from lighten.model.files import read_json
-from lighten.model.onnx_source import GENAI, KEY, genai, read_graph
+from lighten.model.onnx_source import GENAI, KEY, find_onnx, genai, read_graph
 from lighten.step import Report, silent
 
 PAST, PRESENT = KEY, "present."
 BATCH_TOKENS = 384
 TYPES = {1: np.float32, 10: np.float16, 7: np.int64, 6: np.int32}
 Cache = dict[str, NDArray[Any]]
+
+
+class OnnxOpener(Opener[Path]):
+    """.onnx files, and directories that hold one."""
+
+    name: ClassVar[str] = "onnxruntime"
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnxruntime-genai")
+    profiler: ClassVar[str | None] = "lighten.evaluate.profiling.onnx:phases"
+
+    def recognises(self, target: Target) -> Path | None:
+        """See `Opener`."""
+        return None if isinstance(target, str) else find_onnx(target)
+
+    def open(self, place: Path, conditions: Conditions) -> OnnxRuntime:
+        """See `Opener`."""
+        return OnnxRuntime(place, conditions.device)
 
 
 class OnnxRuntime:

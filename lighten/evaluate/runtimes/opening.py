@@ -1,18 +1,52 @@
-"""Which runtime opens a model: chosen by what lies on disk."""
+"""Which runtime opens a model: a table of them, each of which says what it recognises."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lighten.errors import RequestError
+from lighten.evaluate.runtimes.opener import Conditions, Opener, Target
 from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer
 from lighten.evaluate.settings import Options
-from lighten.model.gguf_header import is_gguf, within
-from lighten.model.onnx_source import find_onnx
+from lighten.plugins import Table
+
+if TYPE_CHECKING:
+    from lighten.evaluate.runtimes.words import Words
+
+FALLBACK = "torch"
+"""The runtime that is asked last: it takes any directory, and says what is wrong with the others."""
+RUNTIMES = Table(
+    "runtime",
+    "lighten.runtimes",
+    {
+        "onnxruntime": "lighten.evaluate.runtimes.onnx:OnnxOpener",
+        "llama.cpp": "lighten.evaluate.runtimes.llama_cpp:LlamaCppOpener",
+        FALLBACK: "lighten.evaluate.runtimes.torch_opener:TorchOpener",
+    },
+)
+
+
+def opener(name: str) -> Opener[Any]:
+    """Returns what opens models on the runtime of a name."""
+    made: Opener[Any] = RUNTIMES.load(name)()
+    return made
+
+
+def find_opener(target: Target) -> tuple[Opener[Any], Any]:
+    """Returns the opener of the runtime that serves a target, and what it would open there.
+
+    Raises:
+        RequestError: there is nothing that can be run.
+    """
+    for name in sorted(RUNTIMES.names, key=FALLBACK.__eq__):
+        place = (asked := opener(name)).recognises(target)
+        if place is not None:
+            return asked, place
+    raise RequestError(f"cannot measure {target}: no runtime serves it")
 
 
 def open_runtime(
-    path: Path,
+    target: Target,
     *,
     device: str = "cpu",
     dtype: str | None = None,
@@ -20,10 +54,11 @@ def open_runtime(
     options: Options | None = None,
     arithmetic: str | None = None,
 ) -> Runtime:
-    """Loads a model on the runtime that serves its format.
+    """Loads a model on the runtime that serves it.
 
     Args:
-        path: a .gguf or .onnx file, a directory that holds one, or a Hugging Face model directory.
+        target: a .gguf or .onnx file, a directory that holds one, a Hugging Face model directory, or whatever else a
+            runtime recognises.
         device: "cpu", "cuda" or "cuda:N".
         dtype: arithmetic for a Hugging Face model. None is for measuring quality: float32 (so that the noise of
             arithmetic is not taken for a loss by compression), but bfloat16 on a GPU that float32 does not fit.
@@ -35,42 +70,22 @@ def open_runtime(
         RequestError: nothing there that can be run, or an extra is missing.
         Failure: the model is damaged, or this machine has not what the options ask for.
     """
-    if onnx := find_onnx(path):
-        from lighten.evaluate.runtimes.onnx import OnnxRuntime
-
-        return OnnxRuntime(onnx, device)
-    gguf = find_gguf(path)
-    if gguf:
-        from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
-
-        return LlamaCppRuntime(gguf, device)
-    from lighten.evaluate.runtimes.torch import TorchRuntime
-
-    return TorchRuntime(path, device, dtype, trust_remote_code, options, arithmetic)
+    found, place = find_opener(target)
+    return found.open(place, Conditions(device, dtype, arithmetic, trust_remote_code, options or Options()))
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
+def open_tokenizer(target: Target) -> Tokenizer:
     """Opens the tokenizer of a model directory, a .gguf or an .onnx file, without the weights."""
-    from lighten.evaluate.runtimes.tokenizer import HfTokenizer
-
-    if onnx := find_onnx(path):
-        return HfTokenizer(onnx.parent)
-    gguf = find_gguf(path)
-    if gguf:
-        from lighten.evaluate.runtimes.llama_binding import GgufTokenizer
-
-        return GgufTokenizer(gguf)
-    return HfTokenizer(path)
+    found, place = find_opener(target)
+    return found.tokenizer(place)
 
 
-def find_gguf(path: Path) -> Path | None:
-    """Returns the .gguf file that `path` is or holds, or None for a Hugging Face model directory."""
-    if is_gguf(path):
-        return path
-    if not path.is_dir():
-        what = "is neither a .gguf file nor a model directory" if path.exists() else "does not exist"
-        raise RequestError(f"cannot measure {path}: it {what}")
-    found = within(path)
-    if not found and not any(path.glob("*.safetensors")) and not (path / "config.json").is_file():
-        raise RequestError(f"{path} holds neither a config.json nor a .gguf file: not a model")
-    return found
+def words_of(target: Target) -> Words:
+    """Opens all that turns text into ids for a model, chats as well."""
+    found, place = find_opener(target)
+    return found.words(place)
+
+
+def served_in(target: Target, device: str) -> str | None:
+    """Returns the arithmetic that a model is served in on a device; None for a file that has one of its own."""
+    return find_opener(target)[0].served_in(device)

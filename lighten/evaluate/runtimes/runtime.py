@@ -85,11 +85,25 @@ class Text(Protocol):
         """Forgets all but the first `length` tokens."""
 
 
+class Server(Protocol):
+    """A server of one model that is running, spoken to over HTTP."""
+
+    name: str
+    """Program and version."""
+    device: str
+
+    def check(self, when: str) -> None:
+        """Raises Failure if it has ended."""
+
+    def stream(self, prompt: str, steps: int, banned: list[int]) -> list[float]:
+        """Returns the moments (`time.perf_counter`) at which each token of a greedy answer arrived."""
+
+
 class Runtime(Protocol):
     """A loaded model."""
 
     name: str
-    """"torch", "llama.cpp" or "onnxruntime"."""
+    """The name of its row in the table of runtimes: "torch", "llama.cpp", "onnxruntime"."""
     capabilities: frozenset[Capability]
     """What it can do; methods of another capability are not called."""
     device: str

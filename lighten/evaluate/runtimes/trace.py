@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from lighten.evaluate.runtimes.opening import opener
 from lighten.evaluate.runtimes.runtime import Floats, Ids, Runtime
 from lighten.model.llama_library import load
+from lighten.plugins import load_object
 
 States = dict[str, Floats]
 """What was seen, `[n, hidden]`, by place, in the order of computation: "layer 0, attention", "layer 0", …"""
@@ -20,11 +22,8 @@ _PLACES = {"ffn_inp": "layer {}, attention", "l_out": "layer {}"}
 
 def trace(runtime: Runtime, ids: Ids) -> States | None:
     """Returns what flows between the layers for `ids [n]`; None if the runtime does not show it."""
-    from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
-
-    if isinstance(runtime, LlamaCppRuntime):
-        return _llama_cpp(runtime, ids)
-    return _torch(runtime, ids) if runtime.name == "torch" else None
+    tracer = opener(runtime.name).tracer
+    return None if tracer is None else load_object(tracer)(runtime, ids)
 
 
 def first_difference(ours: States, theirs: States, tolerance: float) -> str | None:
@@ -40,7 +39,8 @@ def first_difference(ours: States, theirs: States, tolerance: float) -> str | No
     return None
 
 
-def _torch(runtime: Any, ids: Ids) -> States:
+def of_torch(runtime: Any, ids: Ids) -> States:
+    """Returns what flows through a model of transformers."""
     import torch
 
     decoder = runtime.model.get_decoder()
@@ -74,8 +74,8 @@ def _torch(runtime: Any, ids: Ids) -> States:
     return seen
 
 
-def _llama_cpp(runtime: Any, ids: Ids) -> States:
-    """Asks ggml for tensors by name while it computes them."""
+def of_llama_cpp(runtime: Any, ids: Ids) -> States:
+    """Returns what flows through a GGUF model: ggml is asked for tensors by name while it computes them."""
     library = load("watching a GGUF file").ggml
     library.ggml_get_name.restype, library.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     library.ggml_nbytes.restype, library.ggml_nbytes.argtypes = ctypes.c_size_t, [ctypes.c_void_p]

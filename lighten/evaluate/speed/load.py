@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,12 +16,11 @@ import numpy as np
 from lighten.data.origin import told
 from lighten.data.text import Render, load_text
 from lighten.errors import Failure
-from lighten.evaluate.runtimes.opening import find_gguf, open_runtime, open_tokenizer
-from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer
+from lighten.evaluate.runtimes.opening import find_opener, open_runtime
+from lighten.evaluate.runtimes.runtime import Runtime, Server, Tokenizer
 from lighten.evaluate.settings import Load
-from lighten.evaluate.speed.server import LlamaServer, Refused
+from lighten.evaluate.speed.server import Refused
 from lighten.evaluate.speed.speed import percentiles
-from lighten.model.onnx_source import find_onnx
 from lighten.model.template import renderer
 from lighten.step import Report
 
@@ -78,9 +78,10 @@ def measure(
     Raises:
         Failure: the server died, or served nothing.
     """
-    gguf = None if find_onnx(path) else find_gguf(path)
-    if gguf:
-        return _over_http(gguf, settings, device, report)
+    found, place = find_opener(path)
+    if server := found.server(place, settings.prompt + settings.generate + MARGIN, device):
+        name = {"runtime": found.name}
+        return _over_http(server, found.tokenizer(place), renderer(path), settings, report) | name
     runtime = open_runtime(path, device=device, dtype=dtype, trust_remote_code=trusted)
     ids = np.array(_pieces(runtime, settings, renderer(path)))
     runtime.generate(ids[:1], 2)  # warms up
@@ -114,11 +115,12 @@ def batched(runtime: Runtime, ids: Any, times: list[float], settings: Load) -> l
     return served
 
 
-def _over_http(path: Path, settings: Load, device: str, report: Report) -> dict[str, Any]:
-    tokenizer = open_tokenizer(path)
-    prompts = [tokenizer.decode(piece) for piece in _pieces(tokenizer, settings, renderer(path))]
+def _over_http(
+    opening: AbstractContextManager[Server], tokenizer: Tokenizer, render: Render | None, settings: Load, report: Report
+) -> dict[str, Any]:
+    prompts = [tokenizer.decode(piece) for piece in _pieces(tokenizer, settings, render)]
     rows = []
-    with LlamaServer(path, settings.prompt + settings.generate + MARGIN, device) as server:
+    with opening as server:
         banned = [] if tokenizer.eos is None else [tokenizer.eos]
 
         def ask(prompt: str) -> list[float]:
@@ -130,7 +132,7 @@ def _over_http(path: Path, settings: Load, device: str, report: Report) -> dict[
             server.check(f"after {len(served)} of {settings.requests} requests at {rate:g} a second")
             rows.append(row(rate, settings.requests, served, server.name))
             report(number + 1, len(settings.rate), f"{rows[-1]['throughput_tok_s']:.0f} tok/s")
-    return {"load": rows, "runtime": "llama.cpp", "device": server.device}
+    return {"load": rows, "device": server.device}
 
 
 def concurrent(ask: Callable[[str], list[float]], prompts: list[str], times: list[float]) -> list[Served]:

@@ -255,7 +255,7 @@ def test_a_directory_that_holds_one_gguf_model_is_that_model(tiny_gguf: Path, tm
 
 
 def test_llama_cpp_without_kernels_for_a_gpu_says_that_it_uses_the_processor(tiny_gguf: Path) -> None:
-    if llama_cpp._library().api.llama_supports_gpu_offload():
+    if llama_cpp.load_llama().api.llama_supports_gpu_offload():
         pytest.skip("this llama.cpp was built for a GPU")
     opened = open_runtime(tiny_gguf, device="cuda:1")
     assert opened.device == "cpu" and opened.logits(np.arange(1, 9)).shape == (8, opened.vocab)
@@ -267,7 +267,7 @@ def test_llama_cpp_takes_the_gpu_that_is_named(
     device: str, expected: tuple[int, ...], tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers on a GPU, whether they are split among GPUs, and the one to take if not."""
-    api, asked = llama_cpp._library().api, []
+    api, asked = llama_cpp.load_llama().api, []
     plain = api.llama_model_load_from_file
 
     def watched(path: bytes, params: Any) -> Any:
@@ -275,5 +275,5 @@ def test_llama_cpp_takes_the_gpu_that_is_named(
         return plain(path, params)
 
     monkeypatch.setattr(api, "llama_model_load_from_file", watched)
-    llama_cpp._Model(tiny_gguf, device, vocab_only=False).close()
+    llama_cpp.GgufModel(tiny_gguf, device, vocab_only=False).close()
     assert asked == [expected]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lighten.errors import Failure, RequestError
-from lighten.evaluate.runtimes.opening import find_gguf
+from lighten.evaluate.runtimes.opening import find_opener
 from lighten.export.gguf import write as export
 from lighten.export.gguf.settings import Gguf
 from lighten.export.gguf.split import split
@@ -81,7 +81,7 @@ def test_the_step_splits_and_the_directory_is_found(tiny: Tiny, tmp_path: Path) 
     facts = step.run(source, tmp_path, Context(key="abc"))
     assert facts["files"] == sorted(path.name for path in tmp_path.iterdir())
     assert facts["fallbacks"]["of"] == 21
-    found = find_gguf(tmp_path)
+    found = find_opener(tmp_path)[1]
     assert found == tmp_path / facts["files"][0]
     fields = gguf.GGUFReader(found).fields
     assert fields["lighten.key"].contents() == "abc"

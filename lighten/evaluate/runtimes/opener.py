@@ -1,0 +1,111 @@
+"""What is known of a runtime before it is opened. A runtime that is added derives from `Opener`."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+from lighten.evaluate.settings import Options
+
+if TYPE_CHECKING:
+    from lighten.evaluate.runtimes.runtime import Runtime, Server, Tokenizer
+    from lighten.evaluate.runtimes.words import Words
+
+Target = Path | str
+"""What a person names: a path, or a URL as text."""
+Place = TypeVar("Place", Path, str)
+"""What one runtime opens: the file or directory that it found at a path, or a URL."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How a model is to be opened."""
+
+    device: str = "cpu"
+    """"cpu", "cuda" or "cuda:N"."""
+    dtype: str | None = None
+    """Arithmetic that a model is served in, where its file leaves the choice; None to measure its quality."""
+    arithmetic: str | None = None
+    """Arithmetic that quality is measured in, where models that are compared shall have the same."""
+    trust_remote_code: bool = False
+    """Whether code that lies beside the weights may run; only if the person asked for it."""
+    options: Options = field(default_factory=Options)
+    """How it is to run, for runtimes that take such options."""
+
+
+class Opener(Generic[Place]):
+    """Recognises what its runtime serves, and opens it.
+
+    It is imported whenever a model is to be opened, so neither its module nor its methods but `open`, `open_exact` and
+    `words` import anything heavy. What holds for most runtimes is here: one that serves files of its own, with the
+    tokenizer of Hugging Face beside them, implements `recognises` and `open` only.
+    """
+
+    name: ClassVar[str]
+    """Name of the runtime, the one of its row in the table."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Packages, as pip names them, whose versions belong to every measurement."""
+    takes_options: ClassVar[bool] = False
+    """Whether attention, compile and cache (`Options`) can be chosen."""
+    profiler: ClassVar[str | None] = None
+    """The function that profiles a model, "module:function"; see `lighten.evaluate.profiling`."""
+    tracer: ClassVar[str | None] = None
+    """The function that shows what flows between the layers, "module:function"; see `trace`."""
+
+    def recognises(self, target: Target) -> Place | None:
+        """Returns what would be opened for a target; None if this runtime does not serve it.
+
+        Raises:
+            RequestError: it serves such targets, and cannot tell which one is meant.
+        """
+        raise NotImplementedError
+
+    def open(self, place: Place, conditions: Conditions) -> Runtime:
+        """Loads what `recognises` returned.
+
+        Raises:
+            RequestError: nothing there that can be run, or an extra is missing.
+            Failure: the model is damaged, or this machine has not what the conditions ask for.
+        """
+        raise NotImplementedError
+
+    def open_exact(self, place: Place, trust_remote_code: bool) -> Runtime:
+        """Loads it on the processor, in the most exact arithmetic: as what others are compared with."""
+        return self.open(place, Conditions(trust_remote_code=trust_remote_code))
+
+    def tokenizer(self, place: Place) -> Tokenizer:
+        """Opens the tokenizer without the weights: that of Hugging Face, in the directory or beside the file."""
+        from lighten.evaluate.runtimes.tokenizer import HfTokenizer
+
+        return HfTokenizer(folder_of(place))
+
+    def words(self, place: Place) -> Words:
+        """Opens all that turns text into ids, chats as well: that of Hugging Face, as above."""
+        from lighten.evaluate.runtimes.words import hf_words
+
+        return hf_words(folder_of(place))
+
+    def served_in(self, device: str) -> str | None:
+        """Returns the arithmetic that models are served in on a device; None where the file decides."""
+        return None
+
+    def predicts_tokens(self, place: Place) -> bool:
+        """Returns whether it is a causal language model."""
+        return True
+
+    def server(self, place: Place, context: int, device: str) -> AbstractContextManager[Server] | None:
+        """Returns the server that people would start for texts of at most `context` tokens; None without one."""
+        return None
+
+
+def folder_of(place: Path | str) -> Path:
+    """Returns the directory that a path is or lies in.
+
+    Raises:
+        TypeError: it is a URL, whose runtime has to answer for itself.
+    """
+    if not isinstance(place, Path):
+        raise TypeError(f"{place} lies in no directory")
+    return place if place.is_dir() else place.parent
