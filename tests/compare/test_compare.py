@@ -12,7 +12,8 @@ import torch
 from safetensors.numpy import load_file
 
 from lighten.cli import evaluate as cli
-from tests.cli.test_main import lighten, refused
+from tests.cli.test_main import refused
+from tests.command import lighten, process
 
 RECIPE = """name: {name}
 model: {model}
@@ -128,7 +129,7 @@ def test_fail_if_exits_1_on_a_worse_variant_and_0_on_an_equal_one(home: Path) ->
     worse, better = ("mine@v1:baseline", "mine@v2:int2")[:: 1 if ratio > 1 else -1][::-1]
     rise = 100 * (max(ratio, 1 / ratio) - 1)
     assert rise > 0.1
-    done = lighten("compare", better, worse, "--fail-if", f"ppl > +{rise / 2:.4f}%", cwd=home)
+    done = process("compare", better, worse, "--fail-if", f"ppl > +{rise / 2:.4f}%", cwd=home)
     assert done.returncode == 1
     assert "FAILED: ppl >" in done.stdout and "95 % interval [" in done.stdout
     assert lighten("compare", better, worse, "--fail-if", f"ppl > +{2 * rise:.4f}%", cwd=home).returncode == 0

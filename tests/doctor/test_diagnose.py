@@ -16,7 +16,8 @@ from lighten.pipeline.stage import Stage
 from lighten.pipeline.watcher import Silent
 from lighten.store.collection import collect
 from lighten.store.store import Store
-from tests.cli.test_main import lighten, recipe, refused
+from tests.cli.test_main import recipe, refused
+from tests.command import lighten
 
 RECIPE = """name: tiny
 model: {model}

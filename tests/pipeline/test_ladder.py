@@ -20,8 +20,8 @@ from lighten.pipeline.build import check_options
 from lighten.pipeline.plan import make_plan
 from lighten.pipeline.recipe import parse
 from lighten.process.isolate import Outcome, run_isolated
-from tests.cli.test_main import lighten as command
 from tests.cli.test_main import refused
+from tests.command import lighten as command
 
 HOW = ("attention", "cache")
 SPEED = {"prompt": 16, "generate": 4, "repeats": 2}

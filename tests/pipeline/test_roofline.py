@@ -1,8 +1,6 @@
 """Roofline and cost of rows that were measured, from the command and from a recipe's settings."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,13 +13,9 @@ from lighten.pipeline import roofline
 from lighten.report.roofs import draw_roofs, lines, prices, roofs
 from lighten.results.results import Results
 from lighten.step import silent
+from tests.command import lighten
 
 Tiny = Callable[..., Path]
-
-
-def lighten(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lighten", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_measured_once_and_again_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ import torch
 from lighten.model.checkpoint import Checkpoint
 from lighten.store.collection import collect
 from lighten.store.store import Store
-from tests.cli.test_main import lighten, refused
+from tests.cli.test_main import refused
+from tests.command import lighten, process
 
 RECIPE = """name: slim
 model: {model}
@@ -108,13 +109,13 @@ def test_kill_9_in_the_middle_of_distillation(tmp_path: Path, model: Path) -> No
 
 
 def test_the_verbs(tmp_path: Path, model: Path) -> None:
-    done = lighten(
+    done = process(
         "prune", model, "--what", "heads", "--count", 1, "--samples", 4, "--length", 64, "-o", "p", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert Checkpoint(tmp_path / "p").facts.kv_heads == 1
     flags = ("--length", 32, "--samples", 24, "--batch", 4, "--steps", 3, "--quantize", "bits=3,group_size=32")
-    done = lighten("distill", "p", "--teacher", model, *flags, "-o", "d", "--json", cwd=tmp_path)
+    done = process("distill", "p", "--teacher", model, *flags, "-o", "d", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["facts"]["steps"] == 3
     assert Checkpoint(tmp_path / "d").facts == Checkpoint(tmp_path / "p").facts
@@ -144,7 +145,8 @@ def test_wrong_requests(
         (tmp_path / "hide/sitecustomize.py").write_text("import sys; sys.modules['peft'] = None\n")
         hidden = {"PYTHONPATH": str(tmp_path / "hide")}
     places = {"{model}": str(model), "{other}": str(other)}
-    done = lighten(*(places.get(each, each) for each in arguments), cwd=tmp_path, env=hidden)
+    given = [places.get(each, each) for each in arguments]
+    done = process(*given, cwd=tmp_path, env=hidden) if hidden else lighten(*given, cwd=tmp_path)
     refused(done, 2, *words)
     assert not (tmp_path / "o").exists()
 

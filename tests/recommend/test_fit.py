@@ -1,8 +1,6 @@
 """What fits: the arithmetic against real caches and real files, and the command as a person would use it."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from lighten.errors import RequestError
 from lighten.recommend import fit
+from tests.command import lighten, process
 
 Tiny = Callable[..., Path]
-
-
-def lighten(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lighten", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("kv", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
@@ -68,7 +62,7 @@ def test_wrong_requests(tiny: Tiny) -> None:
 
 
 def test_from_the_command_line(tiny: Tiny) -> None:
-    done = lighten("fit", tiny(), "--memory", "1GB", "--context", 256, "--batch", 2)
+    done = process("fit", tiny(), "--memory", "1GB", "--context", 256, "--batch", 2)
     assert done.returncode == 0 and "is the largest that fits into 1.00 GB" in " ".join(done.stdout.split())
     told = json.loads(lighten("fit", tiny(), "--target", "rpi5", "--context", 256, "--json").stdout)
     assert told["trained_context"] == 512 and told["formats"][0]["fits"]

@@ -17,7 +17,8 @@ from lighten.recommend.question import ask
 from lighten.recommend.recommend import Recommendation, recommend
 from lighten.recommend.text import lines
 from lighten.results.results import Results
-from tests.cli.test_main import lighten, refused
+from tests.cli.test_main import refused
+from tests.command import lighten, process
 
 QUICKSTART = Path(__file__).with_name("quickstart.json")
 
@@ -222,7 +223,7 @@ def test_questions_that_cannot_be_read(settings: dict[str, Any], words: str) -> 
 
 def test_the_command(tmp_path: Path) -> None:
     flags = ("--memory", "8GB", "--target", "rpi5", "--max-drop", "1pp", "--prefer", "speed")
-    done = lighten("recommend", QUICKSTART, *flags, cwd=tmp_path)
+    done = process("recommend", QUICKSTART, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for words in ("Take gguf-q4_k_m of quickstart v1", "Runners-up", "Not measured here", "name: quickstart-next"):
         assert words in done.stdout

@@ -16,7 +16,8 @@ from lighten.errors import RequestError
 from lighten.facts import ModelFacts
 from lighten.pipeline.recipe import parse_settings
 from lighten.settings import Budget
-from tests.cli.test_main import lighten, refused
+from tests.cli.test_main import refused
+from tests.command import lighten
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "awq", "bits": 3}, "awq takes bits 4, not 3; 3 is for gptq, rtn"),

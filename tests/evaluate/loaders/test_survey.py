@@ -27,8 +27,8 @@ from lighten.pipeline.recipe import parse
 from lighten.process.isolate import Outcome, run_isolated
 from lighten.step import Context
 from lighten.store.artifact import Artifact
-from tests.cli.test_main import lighten as command
 from tests.cli.test_main import refused
+from tests.command import lighten as command
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from lighten.evaluate.accuracy import harness
 from lighten.evaluate.run import measure
 from lighten.evaluate.settings import Accuracy
 from lighten.step import silent
-from tests.cli.test_main import lighten, refused
+from tests.cli.test_main import refused
+from tests.command import lighten
 from tests.evaluate.conftest import Tiny
 
 pytest.importorskip("lm_eval")
