@@ -11,8 +11,8 @@ from typing import Any
 from lighten.errors import Failure, RequestError
 
 
-def load_object(place: str) -> Any:
-    """Imports and returns what lies at a place, "module:name"."""
+def found_at(place: str) -> Any:
+    """Imports and returns the object at "module:name"."""
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
 
@@ -32,7 +32,7 @@ class Table:
 
     @cached_property
     def places(self) -> dict[str, str]:
-        """Where each object is, "module:Class" by name; our own rows come first."""
+        """Where the class of each name is, "module:Class", ours first."""
         added = {entry.name: entry.value for entry in entry_points(group=self.group)}
         return {**self.rows, **{name: place for name, place in added.items() if name not in self.rows}}
 
@@ -52,9 +52,9 @@ class Table:
             raise RequestError(f"there is no {self.what} {name!r}; there is {', '.join(self.places)}")
         place = self.places[name]
         if name in self.rows:
-            return load_object(place)
+            return found_at(place)
         try:
-            return load_object(place)
+            return found_at(place)
         except Exception as error:  # whatever somebody else's module raises
             raise Failure(
                 f"{self.what} {name} comes from an installed package, whose {place} cannot be imported "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import RequestError
+from lighten.model.export_formats import EXPORTS
 from lighten.process.isolate import share_cores
 from lighten.settings import as_spelled
 from lighten.step import Context, Report, Step
@@ -18,11 +19,7 @@ STEPS: dict[str, str | dict[str, str]] = {
     "prune": "lighten.compress.prune.settings:Prune",
     "distill": "lighten.compress.distill.settings:Distill",
     "quantize": "lighten.compress.quantize.settings:Quantize",
-    "export": {
-        "gguf": "lighten.export.gguf.settings:Gguf",
-        "onnx": "lighten.export.onnx.settings:Onnx",
-        "bundle": "lighten.export.bundle.settings:Bundle",
-    },
+    "export": EXPORTS.places,
 }
 """Step kind to "module:Class", by `format` where a kind has several; packages add more through the entry-point group
 `lighten.steps`."""

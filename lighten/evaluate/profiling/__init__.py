@@ -17,7 +17,7 @@ from lighten.evaluate.profiling.verdict import Phase, judge
 from lighten.evaluate.run import served
 from lighten.evaluate.runtimes.opening import find_opener
 from lighten.evaluate.runtimes.runtime import Runtime
-from lighten.plugins import load_object
+from lighten.plugins import found_at
 from lighten.process.isolate import share_cores
 from lighten.step import Report
 from lighten.store.store import write_json
@@ -53,7 +53,7 @@ def profile(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     drive(runtime, ids, 2, _no_mark)
     plain = timed(runtime, ids, steps)
     report(2, 3, "with the profiler")
-    found: list[Phase] = load_object(profiler)(runtime, ids, steps, out / TRACE)
+    found: list[Phase] = found_at(profiler)(runtime, ids, steps, out / TRACE)
     result = {
         "runtime": runtime.name,
         "device": runtime.device,

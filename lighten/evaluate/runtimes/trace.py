@@ -11,7 +11,7 @@ import numpy as np
 from lighten.evaluate.runtimes.opening import opener
 from lighten.evaluate.runtimes.runtime import Floats, Ids, Runtime
 from lighten.model.llama_library import load
-from lighten.plugins import load_object
+from lighten.plugins import found_at
 
 States = dict[str, Floats]
 """What was seen, `[n, hidden]`, by place, in the order of computation: "layer 0, attention", "layer 0", …"""
@@ -23,7 +23,7 @@ _PLACES = {"ffn_inp": "layer {}, attention", "l_out": "layer {}"}
 def trace(runtime: Runtime, ids: Ids) -> States | None:
     """Returns what flows between the layers for `ids [n]`; None if the runtime does not show it."""
     tracer = opener(runtime.name).tracer
-    return None if tracer is None else load_object(tracer)(runtime, ids)
+    return None if tracer is None else found_at(tracer)(runtime, ids)
 
 
 def first_difference(ours: States, theirs: States, tolerance: float) -> str | None:
