@@ -24,6 +24,8 @@ from gguf_export import directory, told
 from timed import last_json, timed
 
 from lighten.evaluate import machine
+from lighten.evaluate.request import Request
+from lighten.evaluate.settings import Accuracy
 from lighten.store.store import write_json
 
 HERE = Path(__file__).resolve().parent
@@ -121,15 +123,9 @@ def ours(path: Path, tokenizer: Path, tasks: Path, limit: int | None) -> dict[st
     from lighten.data.choices import load_choices
 
     with tempfile.TemporaryDirectory() as folder:
-        payload = {
-            "measurement": "accuracy",
-            "config": {"task": "hellaswag", "local": str(tasks), "limit": limit},
-            "model": str(path),
-            "tokenizer": str(tokenizer),
-            "out": folder,
-            "device": "cpu",
-        }
-        spent = told(timed([sys.executable, "-P", "-c", OURS, json.dumps(payload)]))
+        asked = Accuracy(task="hellaswag", local=str(tasks), limit=limit)
+        request = Request(asked, path, tokenizer, Path(folder), device="cpu", trust_remote_code=False)
+        spent = told(timed([sys.executable, "-P", "-c", OURS, json.dumps(request.payload())]))
         values = load_file(Path(folder) / "values.safetensors")
         result = json.loads((Path(folder) / "result.json").read_text())
     letters = [[len(ending) for ending in task.endings] for task in load_choices(str(tasks), limit)]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lighten import screen
-from lighten.cli.flags import Artifacts, Device, Json, MergeAdapter, TrustTasks, print_json
+from lighten.cli.flags import Artifacts, Device, Json, MergeAdapter, TrustCode, TrustTasks, print_json
 from lighten.errors import Failure, RequestError
 
 Extra = Annotated[list[str] | None, typer.Argument()]
@@ -93,6 +93,7 @@ def evaluate(
             metavar="DIR", help="Write a trace of each model there and say where its time goes, instead of measuring."
         ),
     ] = None,
+    trust_remote_code: TrustCode = False,
     trust_tasks: TrustTasks = False,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Also write results.json and the report there.")
@@ -120,7 +121,7 @@ def evaluate(
     where = "lighten evaluate"
     paths = [_path_of(text, artifacts) for text in paths]
     if profile:
-        _profile(paths, profile, device, as_json)
+        _profile(paths, profile, device, as_json, trust_remote_code)
         return
     protocol = [name.lower() for name in protocol or ()]
     if unknown := set(protocol) - set(PROTOCOLS):
@@ -142,6 +143,7 @@ def evaluate(
         "limit",
         "shots",
         "scorer",
+        "trust_remote_code",
         "trust_tasks",
         "device",
         *options,
@@ -166,6 +168,7 @@ def evaluate(
                 roofline=roofline,
                 price_per_hour=price_per_hour,
                 currency=currency,
+                trust_remote_code=trust_remote_code,
                 trust_tasks=trust_tasks,
                 device=device,
                 merge_adapter=merge_adapter,
@@ -199,7 +202,7 @@ def _path_of(text: str, artifacts: Path) -> str:
     return str(named.version.folder / "variants" / named.row.name) if isinstance(named, VariantOf) else text
 
 
-def _profile(paths: list[str], folder: Path, device: str, as_json: bool) -> None:
+def _profile(paths: list[str], folder: Path, device: str, as_json: bool, trusted: bool) -> None:
     from lighten.cli.profile import shown
     from lighten.cli.progress import watching
     from lighten.pipeline.verbs import profile
@@ -208,7 +211,7 @@ def _profile(paths: list[str], folder: Path, device: str, as_json: bool) -> None
     for number, path in enumerate(paths):
         out = folder if len(paths) == 1 else folder / f"{number + 1}-{Path(path).stem}"
         with watching(quiet=as_json) as watcher:
-            found[path] = profile(path, out, device=device, watcher=watcher)
+            found[path] = profile(path, out, device=device, watcher=watcher, trust_remote_code=trusted)
         if not as_json:
             screen.console(highlight=False).print(*shown(path, found[path], out), sep="\n")
     if as_json:

@@ -65,7 +65,8 @@ def compare(
         evaluate: what to measure where both are models; a model beside a variant is measured as its version was.
         device: where models are run.
         watcher: is told what is measured.
-        trust_remote_code: lets the code run that lies beside the variants, when `tokens` has to run them.
+        trust_remote_code: lets the code run that lies beside models that are measured, and beside variants that
+            `tokens` has to run.
 
     Raises:
         RequestError: nothing of that name, other protocols, a limit that cannot be read or judged.
@@ -83,7 +84,7 @@ def compare(
             raise RequestError("--tokens is for two variants or models: name a variant of each, such as NAME:VARIANT")
         return _versions(first, second, asked)
     with contextlib.ExitStack() as kept:
-        one, other_one = _sides(first, second, artifacts, evaluate, chosen, watcher, kept)
+        one, other_one = _sides(first, second, artifacts, evaluate, chosen, watcher, kept, trust_remote_code)
         protocol.check(one, other_one)
         found = difference.compare(one, other_one)
         verdicts = tuple(verdict for limit in asked for verdict in limits.judge(limit, found))
@@ -127,6 +128,7 @@ def _sides(
     device: str,
     watcher: Watcher,
     kept: contextlib.ExitStack,
+    trusted: bool,
 ) -> tuple[Side, Side]:
     variants = [each for each in (first, second) if isinstance(each, VariantOf)]
     if variants and evaluate:
@@ -143,7 +145,16 @@ def _sides(
             sides.append(side.of_variant(each))
         elif isinstance(each, Model):
             assert wanted is not None
-            made = side.of_model(each.text, wanted, tokenizer, store=store, device=device, watcher=watcher, kept=kept)
+            made = side.of_model(
+                each.text,
+                wanted,
+                tokenizer,
+                store=store,
+                device=device,
+                watcher=watcher,
+                kept=kept,
+                trust_remote_code=trusted,
+            )
             tokenizer = tokenizer or made.model  # the first model's tokenizer gives the ids, as in `evaluate`
             sides.append(made)
     return sides[0], sides[1]

@@ -13,6 +13,7 @@ from lighten.data import choices, text
 from lighten.errors import RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.machine import measuring_packages, this_machine
+from lighten.evaluate.request import Request
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.model import vocabulary
 from lighten.model.source import Found, find
@@ -109,6 +110,7 @@ def of_model(
     device: str,
     watcher: Watcher,
     kept: contextlib.ExitStack,
+    trust_remote_code: bool = False,
 ) -> Side:
     """Returns a model that lies anywhere, measured now unless the store has its measurements.
 
@@ -120,14 +122,15 @@ def of_model(
         device: where to run.
         watcher: is told what is measured.
         kept: keeps the leases of the measurements as long as they are looked at.
+        trust_remote_code: lets the code run that lies beside the weights; the person's word.
 
     Raises:
         RequestError: there is no such model.
         Failure: it cannot be measured.
     """
-    source = find(name)
+    source = find(name, trust_remote_code=trust_remote_code)
     check_measurable(source.facts, evaluate, name)
-    ids = find(str(tokenizer)) if tokenizer else source
+    ids = find(str(tokenizer), trust_remote_code=trust_remote_code) if tokenizer else source
     if tokenizer and (other := vocabulary.differing(ids.path, source.path)):
         raise RequestError(
             f"{name} has another vocabulary than what it is compared with ({other}): their tokens cannot be paired. "
@@ -136,7 +139,10 @@ def of_model(
     wanted: list[tuple[Any, Perplexity | Accuracy | Speed]] = [("accuracy", each) for each in evaluate.accuracy]
     wanted += [("perplexity", each) for each in evaluate.perplexity[:1]]  # the one that leads the report
     wanted += [("speed", evaluate.speed)] if evaluate.speed else []
-    done = [(kind, _measured(kind, settings, source, ids, store, device, watcher, kept)) for kind, settings in wanted]
+    done = [
+        (kind, _measured(kind, settings, source, ids, store, device, watcher, kept, trust_remote_code))
+        for kind, settings in wanted
+    ]
     row: dict[str, Any] = {"name": as_name(source.path.name), "status": "ok", **describe_source(source)}
     add_measurements(row, [(kind, artifact.path, None) for kind, artifact in done], True)
     return Side(
@@ -159,6 +165,7 @@ def _measured(
     device: str,
     watcher: Watcher,
     kept: contextlib.ExitStack,
+    trusted: bool,
 ) -> Artifact:
     config = {"measure": kind, **settings.key_config(), "packages": measuring_packages()}
     if isinstance(settings, Perplexity):
@@ -171,6 +178,8 @@ def _measured(
         config["data"] = choices.digest(choices.load_choices(settings.local or settings.task, settings.most))
     else:
         config["machine"] = this_machine()
+    if trusted:
+        config["trust_remote_code"] = True  # other code may compute other numbers
     key = stage_key("measure-model", 1, {**config, "device": device}, [source.identity, ids.identity])
     kept.enter_context(store.lease([key]))
     with store.lock(key):
@@ -178,17 +187,15 @@ def _measured(
             return found
         watcher.say(f"{kind} of {source.name}")
         with store.building(key) as out:
-            payload = {
-                "measurement": kind,
-                "config": settings.model_dump(mode="json"),
-                "model": str(source.path),
-                "tokenizer": str(ids.path),
-                "out": str(out),
-                "device": device,
-                "reference": None,
-                "save_hidden": False,
-            }
-            run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed")
+            request = Request(
+                settings,
+                model=source.path,
+                tokenizer=ids.path,
+                out=out,
+                device=device,
+                trust_remote_code=trusted,
+            )
+            run_isolated("lighten.evaluate.run:measure", request.payload(), fresh=kind == "speed")
             manifest = {
                 "kind": "measurement",
                 "format": "measurement",

@@ -32,6 +32,8 @@ FEWEST = 8
 class _Settings(AnyCase, BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    name: ClassVar[str]
+    """What it is called under `evaluate` in a recipe."""
     younger: ClassVar[dict[str, Any]] = {}
     """Settings that came after results were kept under the others, and the values that mean what was done before."""
 
@@ -55,6 +57,7 @@ class Perplexity(_Settings):
     measured: nothing stops at a lucky moment, and all variants get the same tokens.
     """
 
+    name = "perplexity"
     younger = {"protocol": "lighten", "within": None}
 
     data: Text = "builtin"
@@ -113,6 +116,7 @@ class Accuracy(_Settings):
     one half, the hardest to know, takes to be known within that much; the number follows from the setting alone.
     """
 
+    name = "accuracy"
     younger = {"scorer": None, "shots": None, "within": None}
 
     task: str = "builtin"
@@ -205,6 +209,7 @@ class Speed(Options):
     maps names of variants, or patterns such as `gptq-*`, to options of their own; a later entry wins.
     """
 
+    name = "speed"
     younger = {"attention": None, "compile": "off", "cache": "dynamic", "options": {}}
 
     prompt: Sweep = [128]
@@ -239,6 +244,8 @@ class Speculative(_Settings):
     is what it is served in.
     """
 
+    name = "speculative"
+
     draft: str
     target: str = "baseline"
     tokens: int = Field(5, ge=1)
@@ -269,6 +276,8 @@ class Load(_Settings):
     that wait together, at most `batch`.
     """
 
+    name = "load"
+
     rate: Rates = [0.5, 1.0, 2.0]
     requests: int = Field(16, ge=1)
     prompt: int = Field(128, ge=1)
@@ -280,6 +289,8 @@ class Load(_Settings):
 
 class Loaders(_Settings):
     """Opening the artifact with every loader that has business with its format; there is nothing to set."""
+
+    name = "loaders"
 
 
 class Evaluate(_Settings):
@@ -323,6 +334,12 @@ Measure = Literal["perplexity", "accuracy", "speed", "load", "speculative", "loa
 
 
 Settings = Perplexity | Accuracy | Speed | Load | Speculative | Loaders
+
+
+MEASUREMENTS: dict[str, type[Settings]] = {
+    each.name: each for each in (Perplexity, Accuracy, Speed, Load, Speculative, Loaders)
+}
+"""Settings of each measurement, by its name."""
 
 
 TIMED: tuple[Measure, ...] = ("speed", "load", "speculative")

@@ -14,6 +14,7 @@ from lighten.evaluate import machine, paired
 from lighten.evaluate.loaders import survey as loaders
 from lighten.evaluate.machine import measuring_packages, this_machine
 from lighten.evaluate.parity import parity
+from lighten.evaluate.request import Reference, Request
 from lighten.evaluate.settings import TIMED, Speed
 from lighten.evaluate.speed.options import lacking
 from lighten.model.accelerator import Device, resolve
@@ -176,29 +177,28 @@ class Builder:
         return Outcome(value, outcome.seconds + found.seconds, peak)
 
     def _task(self, stage: Stage, out: Path) -> tuple[str, dict[str, Any]]:
-        paths = [str(self.done[parent.key].path) for parent in stage.parents]
-        if stage.measure:
-            assert stage.settings is not None
-            reference = {"hidden": paths[2], "model": paths[1]} if len(paths) > 2 else None
+        paths = [self.done[parent.key].path for parent in stage.parents]
+        if stage.settings is not None:
+            reference = Reference(paths[2], paths[1]) if len(paths) > 2 else None
             drafted = stage.measure == "speculative"
-            return "lighten.evaluate.run:measure", {
-                "measurement": stage.measure,
-                "config": stage.settings.model_dump(mode="json"),
-                "model": paths[0],
-                "tokenizer": paths[1] if len(paths) > 1 and not drafted else paths[0],
-                "draft": paths[1] if drafted else None,
-                "out": str(out),
-                "device": self.device,
-                "arithmetic": stage.arithmetic,
-                "trust_remote_code": trusted(stage),
-                "reference": reference,
-                "save_hidden": stage.measure == "perplexity" and reference is None,
-            }
+            request = Request(
+                stage.settings,
+                model=paths[0],
+                tokenizer=paths[1] if len(paths) > 1 and not drafted else paths[0],
+                out=out,
+                device=self.device,
+                trust_remote_code=trusted(stage),
+                draft=paths[1] if drafted else None,
+                arithmetic=stage.arithmetic,
+                reference=reference,
+                save_hidden=stage.measure == "perplexity" and reference is None,
+            )
+            return "lighten.evaluate.run:measure", request.payload()
         assert stage.step is not None
         return "lighten.pipeline.steps:run_step", {
             "kind": stage.kind,
             "settings": stage.step.model_dump(mode="json"),
-            "inputs": dict(zip(stage.roles, paths, strict=True)),
+            "inputs": dict(zip(stage.roles, map(str, paths), strict=True)),
             "scratch": str(self.store.scratch(stage.key)) if stage.step.lessons() else None,
             "out": str(out),
             "key": stage.key,

@@ -16,6 +16,7 @@ from lighten.evaluate import machine
 from lighten.evaluate.accuracy import harness
 from lighten.evaluate.estimate import look
 from lighten.evaluate.paired import RESULT
+from lighten.evaluate.request import Reference, Request
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.model import gguf_header, gguf_source
 from lighten.model.accelerator import Device
@@ -140,11 +141,12 @@ def measure(
     device: str = "auto",
     merge_adapter: bool = False,
     watcher: Watcher | None = None,
+    trust_remote_code: bool = False,
     trust_tasks: bool = False,
 ) -> dict[str, Any]:
     """Measures any model directories, .gguf or .onnx files; the first one is the baseline of the others.
 
-    `trust_tasks` lets lm-eval run what task files say.
+    `trust_remote_code` lets the code run that comes with the models, `trust_tasks` what task files say to lm-eval.
 
     Returns:
         The contents of a results.json, with one row per path. A path that fails is a row that says why.
@@ -161,7 +163,7 @@ def measure(
     asked += [("accuracy", task) for task in settings.accuracy]
     if settings.speed:
         asked.append(("speed", settings.speed))
-    found = [find(path, merge_adapter=merge_adapter) for path in paths]
+    found = [find(path, trust_remote_code=trust_remote_code, merge_adapter=merge_adapter) for path in paths]
     for source in found:
         check_measurable(source.facts, settings, source.name)
         for note in source.notes:
@@ -178,20 +180,28 @@ def measure(
     rows: list[dict[str, Any]] = []
     addition = Addition(settings, watcher)
     with tempfile.TemporaryDirectory(prefix="lighten-") as scratch:
-        found = [_merged(source, Path(scratch) / f"merged-{n}", watcher) for n, source in enumerate(found)]
+        found = [
+            _merged(source, Path(scratch) / f"merged-{n}", trust_remote_code, watcher) for n, source in enumerate(found)
+        ]
         for number, source in enumerate(found):
-            rows.append(_measure_one(source, found[0], number, asked, Path(scratch), chosen, wanted, watcher))
+            rows.append(
+                _measure_one(source, found[0], number, asked, Path(scratch), chosen, wanted, trust_remote_code, watcher)
+            )
             addition.to(rows[-1], source.path, source.facts)
     if rows[0]["status"] == "ok":
         for row in rows[1:]:
             row.setdefault("delta", {})["size_ratio"] = row["size_bytes"] / rows[0]["size_bytes"]
+    return _results(found[0], rows, addition)
+
+
+def _results(baseline: Found, rows: list[dict[str, Any]], addition: Addition) -> dict[str, Any]:
     results = {
         "schema": 1,
         "recipe": "evaluate",
         "version": "",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {**machine.fingerprint(), **addition.machine()},
-        "source": {"model": found[0].name, "params": found[0].facts.params},
+        "source": {"model": baseline.name, "params": baseline.facts.params},
         "variants": rows,
         "stages": [],
         "recipe_yaml": "",
@@ -200,7 +210,7 @@ def measure(
     return Results.model_validate(results).model_dump(mode="json")
 
 
-def _merged(source: Found, out: Path, watcher: Watcher) -> Found:
+def _merged(source: Found, out: Path, trusted: bool, watcher: Watcher) -> Found:
     """Returns a source as it is, or a directory with its adapter merged."""
     if not source.adapter:
         return source
@@ -213,10 +223,11 @@ def _merged(source: Found, out: Path, watcher: Watcher) -> Found:
         "dtype": source.dtype,
         "surplus": source.surplus,
         "adapter": str(source.adapter),
+        "trust_remote_code": trusted,
     }
     out.mkdir()
     payload = {"kind": "source", "settings": settings, "inputs": {}, "out": str(out), "scratch": None, "device": "cpu"}
-    run_isolated("lighten.pipeline.steps:run_step", {**payload, "trust_remote_code": False})
+    run_isolated("lighten.pipeline.steps:run_step", {**payload, "trust_remote_code": trusted})
     return replace(source, path=out, adapter=None)
 
 
@@ -228,6 +239,7 @@ def _measure_one(
     scratch: Path,
     device: Device,
     wanted: str | None,
+    trusted: bool,
     watcher: Watcher,
 ) -> dict[str, Any]:
     is_baseline = number == 0
@@ -241,21 +253,19 @@ def _measure_one(
             out.mkdir()
             hidden = scratch / f"0-{position}"
             comparable = kind == "perplexity" and baseline.kind == "directory"
-            payload = {
-                "measurement": kind,
-                "config": settings.model_dump(mode="json"),
-                "model": str(source.path),
-                "tokenizer": str(baseline.path),
-                "out": str(out),
-                "device": device.name,
-                "arithmetic": wanted,
-                "reference": {"hidden": str(hidden), "model": str(baseline.path)}
-                if comparable and not is_baseline
-                else None,
-                "save_hidden": comparable and is_baseline,
-            }
+            request = Request(
+                settings,
+                model=source.path,
+                tokenizer=baseline.path,
+                out=out,
+                device=device.name,
+                trust_remote_code=trusted,
+                arithmetic=wanted,
+                reference=Reference(hidden, baseline.path) if comparable and not is_baseline else None,
+                save_hidden=comparable and is_baseline,
+            )
             watcher.say(f"{settings.told} of {source.name}")
-            value = run_isolated("lighten.evaluate.run:measure", payload, fresh=kind == "speed").value
+            value = run_isolated("lighten.evaluate.run:measure", request.payload(), fresh=kind == "speed").value
             if value.get("vocabulary") and not measured:
                 watcher.say(
                     f"{source.name} has another vocabulary than {baseline.name} ({value['vocabulary']}): each is "
@@ -300,6 +310,7 @@ def profile(
     steps: int = 16,
     device: str = "auto",
     watcher: Watcher | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Profiles a model directory, a .gguf or an .onnx file as it is served, and leaves trace and summary in `out`.
 
@@ -310,7 +321,7 @@ def profile(
         RequestError: the path is no model, or `out` exists already.
         Failure: it does not run.
     """
-    found = find(path)
+    found = find(path, trust_remote_code=trust_remote_code)
     if found.facts.family != "causal":
         raise RequestError(f"{path} is no causal language model: there is no decoding to profile")
     check_new(out)
@@ -321,6 +332,7 @@ def profile(
         "device": choose_device(device).name,
         "prompt": prompt,
         "steps": steps,
+        "trust_remote_code": trust_remote_code,
     }
     if watcher:
         watcher.say(f"profile of {found.name}")

@@ -4,15 +4,26 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from lighten.evaluate.request import Request
 from lighten.evaluate.runtimes.opening import open_runtime
 from lighten.evaluate.runtimes.runtime import Floats, Runtime
+from lighten.evaluate.settings import MEASUREMENTS
 from lighten.export.gguf import write as export
 
 Tiny = Callable[..., Path]
+
+
+def payload(
+    name: str, settings: dict[str, Any], model: Path, out: Path, tokenizer: Path | None = None, **more: Any
+) -> dict[str, Any]:
+    """A request for a measurement as it goes through the wall between processes."""
+    made = MEASUREMENTS[name].model_validate(settings)
+    return Request(made, model, tokenizer or model, out, device="cpu", trust_remote_code=False, **more).payload()
 
 
 @pytest.fixture(scope="session")

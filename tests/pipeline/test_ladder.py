@@ -60,7 +60,7 @@ def test_one_artifact_is_measured_in_several_ways_and_its_quality_once(model: Pa
 
 def dies(payload: dict[str, Any], report: Any) -> None:
     """Measures a speed, and is killed before it has told it."""
-    measure(open_runtime(Path(payload["model"])), Speed(**payload["config"]), report)
+    measure(open_runtime(Path(payload["model"])), Speed(**payload["settings"]), report)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -68,7 +68,7 @@ def test_a_runtime_that_dies_is_one_failed_row_and_the_rest_goes_on(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def one_dies(target: str, payload: dict[str, Any], *rest: Any, **fresh: Any) -> Outcome:
-        deadly = payload.get("measurement") == "speed" and payload["config"]["cache"] == "static"
+        deadly = payload.get("measurement") == "speed" and payload["settings"]["cache"] == "static"
         return run_isolated("tests.pipeline.test_ladder:dies" if deadly else target, payload, *rest, **fresh)
 
     monkeypatch.setattr(build, "run_isolated", one_dies)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +84,53 @@ def test_trust_is_for_the_models_that_are_named(own_code: Path, tiny: Callable[.
     assert trusted(todo.artifacts["small"])
     untrusted = pipeline.plan(recipe(own_code, **steps))
     assert not any(trusted(stage) for stage in untrusted.stages)
+
+
+MODELING = """import inspect, pathlib
+from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
+if any("lighten/evaluate/" in frame.filename for frame in inspect.stack()):
+    pathlib.Path({mark!r}).write_text("ran")
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+QUICK = {"perplexity": {"length": 16, "samples": 1}}
+
+
+@pytest.fixture
+def own_kind(own_code: Path, tmp_path: Path) -> Path:
+    """A model of a kind that only the code beside it knows; `measured` appears when a measurement imports that."""
+    config = json.loads((own_code / "config.json").read_text())
+    config["model_type"] = "own"
+    config["auto_map"]["AutoModelForCausalLM"] = "modeling_own.OwnForCausalLM"
+    (own_code / "config.json").write_text(json.dumps(config))
+    (own_code / "modeling_own.py").write_text(MODELING.format(mark=str(tmp_path / "measured")))
+    return own_code
+
+
+def typed(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lighten", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", ["run", "evaluate", "compare"])
+def test_trust_on_the_command_line_reaches_the_measurement(
+    own_kind: Path, tiny: Callable[..., Path], tmp_path: Path, command: str
+) -> None:
+    asked = {"name": "r", "model": str(own_kind), "variants": {"baseline": []}, "evaluate": QUICK}
+    (tmp_path / "r.yaml").write_text(json.dumps({**asked, "trust_remote_code": True}))
+    skip = ("--skip", "accuracy", "--skip", "speed", "--length", 16, "--samples", 1, "--json")
+    arguments: dict[str, tuple[object, ...]] = {
+        "run": ("run", tmp_path / "r.yaml", "--artifacts", tmp_path / "kept"),
+        "evaluate": ("evaluate", own_kind, *skip),
+        "compare": ("compare", own_kind, tiny(), "--artifacts", tmp_path / "kept", *skip),
+    }
+    refused = typed(*arguments[command], "--device", "cpu")
+    assert (refused.returncode, "--trust-remote-code" in refused.stderr) == (2, True), refused.stderr
+    assert not (tmp_path / "measured").exists()
+    done = typed(*arguments[command], "--device", "cpu", "--trust-remote-code")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "measured").exists()
 
 
 def refuse(*_: object, **__: object) -> None:

@@ -34,7 +34,8 @@ def profile(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Profiles a model as it is served; the target of `lighten.process.isolate.run_isolated`.
 
     Args:
-        payload: `model` (a path), `out` (an existing directory), `device`, `prompt` and `steps` (tokens).
+        payload: `model` (a path), `out` (an existing directory), `device`, `prompt` and `steps` (tokens), and
+            `trust_remote_code`.
         report: called as the work goes on.
 
     Returns:
@@ -46,7 +47,7 @@ def profile(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     profiler = find_opener(Path(payload["model"]))[0].profiler
     if profiler is None:
         raise RequestError(f"the runtime of {payload['model']} has no profiler")
-    runtime = served(payload)
+    runtime = served(Path(payload["model"]), payload["device"], trusted=payload["trust_remote_code"])
     prompt = min(prompt, (runtime.context or prompt + steps) - steps - 1)
     ids = [int(each) for each in np.random.default_rng(0).integers(0, runtime.vocab, prompt)]
     report(1, 3, "without the profiler")

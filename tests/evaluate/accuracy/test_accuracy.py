@@ -15,7 +15,7 @@ from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
 from lighten.evaluate.runtimes.runtime import Runtime
 from lighten.evaluate.settings import Accuracy
 from lighten.step import silent
-from tests.evaluate.conftest import Tiny, score_alone
+from tests.evaluate.conftest import Tiny, payload, score_alone
 
 
 class Letters:
@@ -82,9 +82,8 @@ def test_within_is_the_number_of_tasks_that_an_interval_so_narrow_takes(within: 
 
 def test_accuracy_is_that_of_a_plain_loop(tiny: Tiny, runtime: Runtime, tmp_path: Path) -> None:
     model = tiny() if runtime.name == "torch" else Path(_gguf(runtime, tmp_path, tiny))
-    payload = {"measurement": "accuracy", "config": {"limit": 9}, "model": str(model), "tokenizer": str(tiny())}
     (tmp_path / "out").mkdir()
-    found = measure(payload | {"out": str(tmp_path / "out"), "device": "cpu"}, silent)
+    found = measure(payload("accuracy", {"limit": 9}, model, tmp_path / "out", tiny()), silent)
     tokenizer = open_tokenizer(tiny())
     right = right_norm = 0
     for number, task in enumerate(load_choices("builtin", 9)):

@@ -23,23 +23,23 @@ from transformers import (
 from lighten.data.text import load_text
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.perplexity import perplexity, protocols
+from lighten.evaluate.request import Reference
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.head import Head
 from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
 from lighten.step import silent
-from tests.evaluate.conftest import Tiny, log_softmax
+from tests.evaluate.conftest import Tiny, log_softmax, payload
 
-SETTINGS = {"data": "builtin", "length": 64, "samples": 4}
+SETTINGS: dict[str, Any] = {"data": "builtin", "length": 64, "samples": 4}
 
 
-def run(out: Path, model: Path, tokenizer: Path, **more: Any) -> dict[str, Any]:
+def run(out: Path, model: Path, tokenizer: Path, settings: dict[str, Any] = SETTINGS, **more: Any) -> dict[str, Any]:
     out.mkdir()
-    payload = {"measurement": "perplexity", "config": SETTINGS, "model": str(model), "tokenizer": str(tokenizer)}
-    return measure(payload | {"out": str(out), "device": "cpu"} | more, silent)
+    return measure(payload("perplexity", settings, model, out, tokenizer, **more), silent)
 
 
 def against(baseline: Path, model: Path) -> dict[str, Any]:
-    return {"reference": {"hidden": str(baseline), "model": str(model)}}
+    return {"reference": Reference(baseline, model)}
 
 
 def test_standard_error_is_that_of_chunk_means() -> None:
@@ -101,7 +101,7 @@ def test_values_are_the_same_bytes_every_time(tiny: Tiny, tmp_path: Path) -> Non
 def test_a_reference_on_other_tokens_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     run(tmp_path / "base", tiny(), tiny(), save_hidden=True)
     with pytest.raises(Failure, match="other tokens"):
-        run(tmp_path / "x", tiny(), tiny(), **against(tmp_path / "base", tiny()), config=SETTINGS | {"length": 32})
+        run(tmp_path / "x", tiny(), tiny(), SETTINGS | {"length": 32}, **against(tmp_path / "base", tiny()))
 
 
 def test_a_gguf_as_reference_is_measured_but_keeps_nothing(tiny: Tiny, tiny_gguf: Path, tmp_path: Path) -> None:

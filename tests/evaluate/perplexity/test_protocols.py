@@ -20,7 +20,7 @@ from lighten.facts import ModelFacts
 from lighten.pipeline.checks import check_measurable
 from lighten.pipeline.recipe import parse_settings
 from lighten.step import silent
-from tests.evaluate.conftest import Tiny
+from tests.evaluate.conftest import Tiny, payload
 
 FACTS = ModelFacts("LlamaForCausalLM", 2, 8, 8, 2, 2, 4, 100, False, context=1024)
 
@@ -31,8 +31,7 @@ class NoBos:
 
 def run(out: Path, model: Path, tokenizer: Path, **config: Any) -> dict[str, Any]:
     out.mkdir()
-    payload = {"measurement": "perplexity", "config": config, "model": str(model), "tokenizer": str(tokenizer)}
-    return measure(payload | {"out": str(out), "device": "cpu"}, silent)["perplexity"]
+    return measure(payload("perplexity", config, model, out, tokenizer), silent)["perplexity"]
 
 
 @torch.no_grad()

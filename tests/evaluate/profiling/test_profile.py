@@ -39,7 +39,17 @@ def built(tmp_path: Path) -> Callable[..., Path]:
 
 def found(model: Path, out: Path, prompt: int = 32, steps: int = 6) -> dict[str, dict[str, Any]]:
     out.mkdir()
-    value = profile({"model": str(model), "out": str(out), "device": "cpu", "prompt": prompt, "steps": steps}, silent)
+    value = profile(
+        {
+            "model": str(model),
+            "out": str(out),
+            "device": "cpu",
+            "prompt": prompt,
+            "steps": steps,
+            "trust_remote_code": False,
+        },
+        silent,
+    )
     assert json.loads((out / SUMMARY).read_text()) == value
     trace = json.loads(gzip.decompress((out / TRACE).read_bytes()))
     events = trace["traceEvents"] if isinstance(trace, dict) else trace

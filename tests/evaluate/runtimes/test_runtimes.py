@@ -19,7 +19,7 @@ from lighten.model.packing import pack_gptq
 from lighten.model.source import find
 from lighten.process.isolate import run_isolated
 from lighten.step import silent
-from tests.evaluate.conftest import Tiny, score_alone
+from tests.evaluate.conftest import Tiny, payload, score_alone
 
 RNG = np.random.default_rng(0)
 
@@ -135,10 +135,9 @@ def test_gptq_checkpoints_score_like_their_unpacked_weights(tiny: Tiny, tmp_path
     for model in _gptq(tiny(), tmp_path):
         out = tmp_path / f"{model.name}-measured"
         out.mkdir()
-        payload = {"measurement": "perplexity", "config": {"length": 64, "samples": 4}, "model": str(model)}
-        payload |= {"tokenizer": str(model), "out": str(out), "device": "cpu"}
+        asked = payload("perplexity", {"length": 64, "samples": 4}, model, out)
         # gptqmodel patches torch and transformers when it is imported: keep it out of this process
-        found[model.name] = run_isolated("lighten.evaluate.run:measure", payload).value
+        found[model.name] = run_isolated("lighten.evaluate.run:measure", asked).value
     assert "gptqmodel" in found["packed"]["detail"]
     assert found["packed"]["perplexity"]["value"] == pytest.approx(found["dense"]["perplexity"]["value"], rel=1e-5)
 

@@ -21,15 +21,13 @@ from lighten.evaluate.speed.load import Served, arrivals, batched, row
 from lighten.evaluate.speed.server import LlamaServer, own_environment
 from lighten.model.llama_library import installed
 from lighten.step import silent
-from tests.evaluate.conftest import Tiny
+from tests.evaluate.conftest import Tiny, payload
 
 SMALL = {"rate": 20, "requests": 4, "prompt": 20, "generate": 6}
 
 
-def payload(model: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    config = Load.model_validate({**SMALL, **changes}).model_dump(mode="json")
-    names = {"measurement": "load", "model": str(model), "tokenizer": str(model)}
-    return {**names, "config": config, "out": str(out), "device": "cpu"}
+def asked(model: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    return payload("load", {**SMALL, **changes}, model, out)
 
 
 def test_arrivals_are_a_seeded_poisson_process() -> None:
@@ -79,13 +77,13 @@ def test_those_that_wait_are_decoded_together() -> None:
 
 
 def test_load_of_a_model_directory(tiny: Tiny, tmp_path: Path) -> None:
-    (found,) = measure(payload(tiny(), tmp_path), silent)["load"]
+    (found,) = measure(asked(tiny(), tmp_path), silent)["load"]
     assert found["requests"] == found["completed"] == 4 and found["server"].startswith("batched loop")
     assert 0 < found["ttft_ms"]["p50"] <= found["ttft_ms"]["p99"] and found["throughput_tok_s"] > 0
 
 
 def test_load_of_a_gguf_over_http(tiny_gguf: Path, tmp_path: Path) -> None:
-    found = measure(payload(tiny_gguf, tmp_path, rate=[10, 40]), silent)
+    found = measure(asked(tiny_gguf, tmp_path, rate=[10, 40]), silent)
     assert [each["rate"] for each in found["load"]] == [10, 40] and found["runtime"] == "llama.cpp"
     for each in found["load"]:
         assert each["completed"] == 4 and each["server"] == f"llama-server of {installed()}"
@@ -155,7 +153,7 @@ def test_a_server_that_dies_midway_is_one_message(
 
     monkeypatch.setattr(LlamaServer, "stream", watched)
     with pytest.raises(Failure, match=r"llama-server of .* ended after [012] of 4 requests .*killed by SIGKILL"):
-        measure(payload(tiny_gguf, tmp_path, rate=2), silent)
+        measure(asked(tiny_gguf, tmp_path, rate=2), silent)
     assert not alive(servers[0].pid)
 
 

@@ -17,7 +17,7 @@ from lighten.evaluate.settings import Options, Speed
 from lighten.evaluate.speed import options
 from lighten.evaluate.speed.options import lacking
 from lighten.step import silent
-from tests.evaluate.conftest import Tiny
+from tests.evaluate.conftest import Tiny, payload
 
 PROMPT = np.random.default_rng(0).integers(0, 900, (2, 12))
 STEPS = 8
@@ -124,8 +124,7 @@ def test_rows_of_speed_tell_the_options(tiny: Tiny, tiny_gguf: Path, tmp_path: P
     rows = []
     for number, model in enumerate((tiny(), tiny_gguf)):
         config = {"prompt": 5, "generate": 3, "repeats": 2, "attention": "eager", "cache": "static"}
-        payload = {"measurement": "speed", "config": config, "model": str(model), "device": "cpu"}
         (tmp_path / str(number)).mkdir()
-        rows += measure(payload | {"tokenizer": str(model), "out": str(tmp_path / str(number))}, silent)["speed"]
+        rows += measure(payload("speed", config, model, tmp_path / str(number)), silent)["speed"]
     assert [row.get("attention") for row in rows] == ["eager", None]
     assert (rows[0]["compile"], rows[0]["cache"]) == ("off", "static") and "cache" not in rows[1]

@@ -16,7 +16,7 @@ from lighten.evaluate.settings import Speculative
 from lighten.evaluate.speed import speculative
 from lighten.evaluate.speed.speculative import plain, speculate
 from lighten.step import silent
-from tests.evaluate.conftest import Tiny
+from tests.evaluate.conftest import Tiny, payload
 
 PROMPT = [int(token) for token in np.random.default_rng(0).integers(0, 900, 12)]
 
@@ -88,8 +88,7 @@ def test_a_gguf_can_be_the_target(target: Runtime, gguf: Runtime) -> None:
 
 def test_a_measurement(tiny: Tiny, tiny_gguf: Path, tmp_path: Path) -> None:
     config = {"draft": "q", "tokens": 3, "prompt": 20, "generate": 12, "samples": 3, "dtype": "float32"}
-    payload = {"measurement": "speculative", "config": config, "model": str(tiny()), "draft": str(tiny_gguf)}
-    found = measure(payload | {"tokenizer": str(tiny()), "out": str(tmp_path), "device": "cpu"}, silent)
+    found = measure(payload("speculative", config, tiny(), tmp_path, draft=tiny_gguf), silent)
     told = found["speculative"]
     assert told["identical"] and told["parted"] == [] and found["warnings"] == []
     assert told["acceptance"] > 0.9 and told["texts"] == 3 and told["dtype"] == "float32"
@@ -135,6 +134,5 @@ def test_a_padded_draft_of_the_same_tokenizer_is_taken(tiny: Tiny, target: Runti
 
 
 def test_a_draft_of_another_vocabulary_is_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
-    payload = {"measurement": "speculative", "config": {"draft": "q"}, "model": str(tiny()), "device": "cpu"}
     with pytest.raises(Failure, match=r"different vocabularies .*the first that differs is id 3"):
-        measure(payload | {"draft": str(tiny("llama", "spm")), "tokenizer": "", "out": str(tmp_path)}, silent)
+        measure(payload("speculative", {"draft": "q"}, tiny(), tmp_path, draft=tiny("llama", "spm")), silent)

@@ -15,7 +15,7 @@ from lighten.evaluate.speed import speed
 from lighten.evaluate.speed.energy import Counters, GpuCounters
 from lighten.evaluate.speed.energy import counters as counters_of
 from lighten.step import silent
-from tests.evaluate.conftest import Tiny
+from tests.evaluate.conftest import Tiny, payload
 
 
 class Scripted:
@@ -155,8 +155,7 @@ def test_energy_per_token_is_measured_with_a_prompt_of_one_token(tmp_path: Path)
 
 def test_speed_of_a_model_directory(tiny: Tiny, tmp_path: Path) -> None:
     config = {"prompt": 5, "generate": 3, "batch": [1, 2], "repeats": 2}
-    payload = {"measurement": "speed", "config": config, "model": str(tiny()), "out": str(tmp_path), "device": "cpu"}
-    found = measure(payload | {"tokenizer": str(tiny())}, silent)
+    found = measure(payload("speed", config, tiny(), tmp_path), silent)
     assert [row["batch"] for row in found["speed"]] == [1, 2]
     assert json.loads((tmp_path / "result.json").read_text()) == found
     assert not (tmp_path / "values.safetensors").exists()
@@ -167,20 +166,19 @@ def test_without_units_for_bfloat16_a_model_directory_is_measured_in_both_arithm
 ) -> None:
     monkeypatch.setattr("lighten.model.stream.fast_bfloat16", lambda: False)
     opened = []
-    monkeypatch.setattr(run, "served", lambda *args: opened.append(args[2]) or served(*args))
+    monkeypatch.setattr(run, "served", lambda *args, **more: opened.append(more["dtype"]) or served(*args, **more))
     config = {"prompt": 5, "generate": 3, "repeats": 2}
-    payload = {"measurement": "speed", "config": config, "model": str(tiny()), "out": str(tmp_path), "device": "cpu"}
-    found = measure(payload, silent)
+    found = measure(payload("speed", config, tiny(), tmp_path), silent)
     assert opened == ["bfloat16", "float32"]
     assert found["speed"][0]["dtype"] == found["memory"]["dtype"] == found["dtype"]
 
 
 def test_speed_of_a_gguf_loads_no_torch(tiny_gguf: Path, tmp_path: Path) -> None:
     config = {"prompt": 5, "generate": 3, "repeats": 2}
-    payload = {"measurement": "speed", "config": config, "model": str(tiny_gguf), "out": str(tmp_path), "device": "cpu"}
+    asked = json.dumps(payload("speed", config, tiny_gguf, tmp_path))
     script = (
         "import sys, json; from lighten.evaluate.run import measure\n"
-        f"measure(json.loads({json.dumps(payload)!r}), lambda *progress: None)\n"
+        f"measure(json.loads({asked!r}), lambda *progress: None)\n"
         "print(sorted({'torch', 'transformers', 'gguf', 'tokenizers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -18,7 +18,7 @@ from lighten.evaluate.settings import Accuracy
 from lighten.step import silent
 from tests.cli.test_main import refused
 from tests.command import lighten
-from tests.evaluate.conftest import Tiny
+from tests.evaluate.conftest import Tiny, payload
 
 pytest.importorskip("lm_eval")
 from lighten.evaluate.accuracy.harness import tasks
@@ -61,8 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(out: Path, model: Path, tokenizer: Path, **config: Any) -> dict[str, Any]:
     out.mkdir()
-    payload = {"measurement": "accuracy", "config": config, "model": str(model), "tokenizer": str(tokenizer)}
-    return measure(payload | {"out": str(out), "device": "cpu"}, silent)
+    return measure(payload("accuracy", config, model, out, tokenizer), silent)
 
 
 def test_lm_eval_answers_as_the_own_scorer_does(tiny: Tiny, tiny_gguf: Path, folder: Path) -> None:
@@ -101,10 +100,9 @@ def test_a_rolling_task_has_numbers_and_no_share_of_right_answers(tiny: Tiny, fo
     found = run(folder / "out", tiny(), tiny(), task=str(folder / "rolling.yaml"))["accuracy"]
     documents = folder / "documents.jsonl"
     documents.write_text("\n".join(json.dumps({"text": each["ctx"]}) for each in RECORDS))
-    payload = {"measurement": "perplexity", "config": {"protocol": "lm-eval", "data": str(documents)}}
     (folder / "protocol").mkdir()
-    where = {"model": str(tiny()), "tokenizer": str(tiny()), "out": str(folder / "protocol"), "device": "cpu"}
-    levels = measure(payload | where, silent)["perplexity"]["levels"]
+    asked = payload("perplexity", {"protocol": "lm-eval", "data": str(documents)}, tiny(), folder / "protocol")
+    levels = measure(asked, silent)["perplexity"]["levels"]
     assert found["acc"] is None
     assert {row["metric"]: row["value"] for row in found["metrics"]} == pytest.approx(
         {"word_perplexity": levels["word"], "bits_per_byte": levels["bits_per_byte"]}
