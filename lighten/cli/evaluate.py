@@ -2,102 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lighten import screen
-from lighten.cli.flags import Artifacts, Device, Json, MergeAdapter, TrustCode, TrustTasks, print_json
+from lighten.cli.flags import (
+    Artifacts,
+    Device,
+    Json,
+    MergeAdapter,
+    TrustCode,
+    TrustTasks,
+    measurements_left_out,
+    print_json,
+    typed_flags,
+)
 from lighten.errors import Failure, RequestError
 
-Extra = Annotated[list[str] | None, typer.Argument()]
+if TYPE_CHECKING:
+    from lighten.evaluate.settings import Accuracy, Perplexity, Speed
 
+COMMAND = "lighten evaluate"
+NOT_ON_DEVICE = (
+    *("data", "protocol", "length", "samples", "task", "limit", "shots", "scorer", "device"),
+    *("trust_remote_code", "trust_tasks", "attention", "compile_", "cache", "roofline", "price_per_hour", "currency"),
+)
+"""Names of the flags that say nothing to bench.py on a device."""
 
-def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
-    """Returns the flags among `names` that the person typed."""
-    sources = {name: context.get_parameter_source(name) for name in names}
-    return [
-        "--" + name.rstrip("_").replace("_", "-")
-        for name, source in sources.items()
-        if source and source.name == "COMMANDLINE"
-    ]
-
-
-def _task(name: str) -> dict[str, str]:
-    """Returns the settings of what --task names: a task, or a file with the questions of one."""
-    path = Path(name).expanduser()
-    local = path.suffix in (".jsonl", ".json", ".csv", ".parquet") or (
-        path.is_file() and path.suffix not in (".yaml", ".yml")
-    )
-    return {"task": path.stem, "local": name} if local else {"task": name}
+Paths = Annotated[
+    list[str],
+    typer.Argument(help="Model directories, .gguf files, bundles, or NAME:VARIANT; the first one is the baseline."),
+]
+Target = Annotated[
+    str | None, typer.Option(help="Measure bundles on this device instead, with their bench.py: ssh://user@host.")
+]
+Python = Annotated[str, typer.Option(help="The Python on the device.")]
+Data = Annotated[str, typer.Option(help="Text for perplexity: builtin, a file, or a hub data set.")]
+Protocol = Annotated[
+    list[str] | None,
+    typer.Option(help="How perplexity is told: lighten, gptq, llama.cpp or lm-eval; may be repeated."),
+]
+Length = Annotated[int | None, typer.Option(help="Tokens of a chunk (default: the protocol's own, 512 by lighten's).")]
+Samples = Annotated[int | None, typer.Option(help="Chunks at most; by lm-eval's protocol, documents.")]
+Task = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="builtin, hellaswag, a .jsonl file in HellaSwag's format, any task of lm-eval's, or the .yaml file of "
+        "one; may be repeated (default: builtin)."
+    ),
+]
+Limit = Annotated[int | None, typer.Option(help="Questions at most, of every task.")]
+Shots = Annotated[int | None, typer.Option(help="Examples before each question, by lm-eval.")]
+Scorer = Annotated[
+    str | None, typer.Option(help="lm-eval: also for what lighten scores itself (hellaswag, .jsonl files).")
+]
+Attention = Annotated[
+    str | None, typer.Option(help="Of what transformers runs, when its speed is measured: eager, sdpa or flash.")
+]
+Compile = Annotated[
+    str | None,
+    typer.Option("--compile", help="torch.compile's mode, likewise: off, default, reduce-overhead or max-autotune."),
+]
+Cache = Annotated[str | None, typer.Option(help="What keeps keys and values, likewise: dynamic, static or quantized.")]
+Skip = Annotated[list[str] | None, typer.Option(help="Leave out perplexity, accuracy or speed; may be repeated.")]
+Roofline = Annotated[
+    bool, typer.Option("--roofline", help="Say how near each speed is to what memory and arithmetic allow.")
+]
+Price = Annotated[
+    float | None, typer.Option(help="What the machine costs in an hour: tells what a million tokens cost.")
+]
+Currency = Annotated[str, typer.Option(help="Of that price.")]
+Profile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Write a trace of each model there and say where its time goes, instead of measuring."
+    ),
+]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Also write results.json and the report there.")]
 
 
 def evaluate(
     context: typer.Context,
-    paths: Annotated[
-        list[str],
-        typer.Argument(help="Model directories, .gguf files, bundles, or NAME:VARIANT; the first one is the baseline."),
-    ],
-    target: Annotated[
-        str | None, typer.Option(help="Measure bundles on this device instead, with their bench.py: ssh://user@host.")
-    ] = None,
-    python: Annotated[str, typer.Option(help="The Python on the device.")] = "python3",
-    data: Annotated[str, typer.Option(help="Text for perplexity: builtin, a file, or a hub data set.")] = "builtin",
-    protocol: Annotated[
-        list[str] | None,
-        typer.Option(help="How perplexity is told: lighten, gptq, llama.cpp or lm-eval; may be repeated."),
-    ] = None,
-    length: Annotated[
-        int | None, typer.Option(help="Tokens of a chunk (default: the protocol's own, 512 by lighten's).")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Chunks at most; by lm-eval's protocol, documents.")] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="builtin, hellaswag, a .jsonl file in HellaSwag's format, any task of lm-eval's, or the .yaml file of "
-            "one; may be repeated (default: builtin)."
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions at most, of every task.")] = None,
-    shots: Annotated[int | None, typer.Option(help="Examples before each question, by lm-eval.")] = None,
-    scorer: Annotated[
-        str | None, typer.Option(help="lm-eval: also for what lighten scores itself (hellaswag, .jsonl files).")
-    ] = None,
-    attention: Annotated[
-        str | None, typer.Option(help="Of what transformers runs, when its speed is measured: eager, sdpa or flash.")
-    ] = None,
-    compile_: Annotated[
-        str | None,
-        typer.Option(
-            "--compile", help="torch.compile's mode, likewise: off, default, reduce-overhead or max-autotune."
-        ),
-    ] = None,
-    cache: Annotated[
-        str | None, typer.Option(help="What keeps keys and values, likewise: dynamic, static or quantized.")
-    ] = None,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Leave out perplexity, accuracy or speed; may be repeated.")
-    ] = None,
-    roofline: Annotated[
-        bool, typer.Option("--roofline", help="Say how near each speed is to what memory and arithmetic allow.")
-    ] = False,
-    price_per_hour: Annotated[
-        float | None, typer.Option(help="What the machine costs in an hour: tells what a million tokens cost.")
-    ] = None,
-    currency: Annotated[str, typer.Option(help="Of that price.")] = "USD",
-    profile: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Write a trace of each model there and say where its time goes, instead of measuring."
-        ),
-    ] = None,
+    paths: Paths,
+    target: Target = None,
+    python: Python = "python3",
+    data: Data = "builtin",
+    protocol: Protocol = None,
+    length: Length = None,
+    samples: Samples = None,
+    task: Task = None,
+    limit: Limit = None,
+    shots: Shots = None,
+    scorer: Scorer = None,
+    attention: Attention = None,
+    compile_: Compile = None,
+    cache: Cache = None,
+    skip: Skip = None,
+    roofline: Roofline = False,
+    price_per_hour: Price = None,
+    currency: Currency = "USD",
+    profile: Profile = None,
     trust_remote_code: TrustCode = False,
     trust_tasks: TrustTasks = False,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Also write results.json and the report there.")
-    ] = None,
+    out: Out = None,
     device: Device = "auto",
     artifacts: Artifacts = Path("artifacts"),
     merge_adapter: MergeAdapter = False,
@@ -105,61 +114,23 @@ def evaluate(
 ) -> None:
     """Measure any model directories, .gguf files or variants of a version side by side."""
     from lighten.cli.progress import watching
-    from lighten.evaluate.settings import PROTOCOLS, Accuracy, Perplexity, Speed
-    from lighten.pipeline.recipe import parse_settings
     from lighten.pipeline.verbs import check_new, measure
-    from lighten.report.render import write_report
-    from lighten.report.terminal import terminal
-    from lighten.results.results import Results
-    from lighten.store.store import write_json
 
-    left_out = {name.lower() for name in skip or ()}
-    if unknown := left_out - {"perplexity", "accuracy", "speed"}:
-        raise RequestError(f"--skip {unknown.pop()}: there is perplexity, accuracy and speed")
+    left_out = measurements_left_out(skip)
     if out:
         check_new(out)
-    where = "lighten evaluate"
     paths = [_path_of(text, artifacts) for text in paths]
     if profile:
         _profile(paths, profile, device, as_json, trust_remote_code)
         return
-    protocol = [name.lower() for name in protocol or ()]
-    if unknown := set(protocol) - set(PROTOCOLS):
-        raise RequestError(f"--protocol {unknown.pop()}: there is {', '.join(PROTOCOLS)}")
-    common = {"limit": limit, "scorer": scorer, "shots": shots}
-    accuracy = [parse_settings(Accuracy, _task(name) | common, where) for name in task or ["builtin"]]
-    text = {"data": data, "length": length, "samples": samples}
-    perplexity = [
-        parse_settings(Perplexity, text | {"protocol": name}, where) for name in dict.fromkeys(protocol or ["lighten"])
-    ]
-    options = {"attention": attention, "compile": compile_, "cache": cache}
-    speed = parse_settings(Speed, {name: value for name, value in options.items() if value}, where)
-    flags = (
-        "data",
-        "protocol",
-        "length",
-        "samples",
-        "task",
-        "limit",
-        "shots",
-        "scorer",
-        "trust_remote_code",
-        "trust_tasks",
-        "device",
-        *options,
-    )
-    useless = _given(context, [{"compile": "compile_"}.get(name, name) for name in flags])
-    useless += _given(context, ("roofline", "price_per_hour", "currency"))
-    useless += ["--skip speed"] if "speed" in left_out else []
-    if target and useless:
-        raise RequestError(f"--target measures what the bundle's bench.py measures: leave out {useless[0]}")
-    with watching(quiet=as_json) as watcher:
-        if target:
-            from lighten.pipeline.device import measure_there
-
-            follow = watcher.follow(target)
-            value = measure_there(paths, target, follow, python=python, perplexity="perplexity" not in left_out)
-        else:
+    perplexity = _perplexity({"data": data, "length": length, "samples": samples}, protocol or ["lighten"])
+    accuracy = _accuracy({"limit": limit, "scorer": scorer, "shots": shots}, task or ["builtin"])
+    speed = _speed({"attention": attention, "compile": compile_, "cache": cache})
+    if target:
+        _check_flags_of_device(context, left_out)
+        value = _measure_on_device(paths, target, python, "perplexity" not in left_out, as_json)
+    else:
+        with watching(quiet=as_json) as watcher:
             value = measure(
                 paths,
                 perplexity=[] if "perplexity" in left_out else perplexity,
@@ -174,6 +145,68 @@ def evaluate(
                 merge_adapter=merge_adapter,
                 watcher=watcher,
             )
+    _show(value, out, as_json)
+
+
+def _perplexity(settings: dict[str, Any], protocols: list[str]) -> list[Perplexity]:
+    """Returns the settings of a perplexity for each protocol."""
+    from lighten.evaluate.settings import PROTOCOLS, Perplexity
+    from lighten.pipeline.recipe import parse_settings
+
+    names = list(dict.fromkeys(name.lower() for name in protocols))
+    if unknown := set(names) - set(PROTOCOLS):
+        raise RequestError(f"--protocol {unknown.pop()}: there is {', '.join(PROTOCOLS)}")
+    return [parse_settings(Perplexity, settings | {"protocol": name}, COMMAND) for name in names]
+
+
+def _accuracy(settings: dict[str, Any], tasks: list[str]) -> list[Accuracy]:
+    """Returns the settings of an accuracy for each task: its name, or a file with its questions."""
+    from lighten.evaluate.settings import Accuracy
+    from lighten.pipeline.recipe import parse_settings
+
+    return [parse_settings(Accuracy, settings | _task(name), COMMAND) for name in tasks]
+
+
+def _task(name: str) -> dict[str, str]:
+    """Returns the settings of what --task names: a task, or a file with the questions of one."""
+    path = Path(name).expanduser()
+    local = path.suffix in (".jsonl", ".json", ".csv", ".parquet") or (
+        path.is_file() and path.suffix not in (".yaml", ".yml")
+    )
+    return {"task": path.stem, "local": name} if local else {"task": name}
+
+
+def _speed(options: dict[str, str | None]) -> Speed:
+    """Returns the settings of the speed measurement, with the options of transformers that were given."""
+    from lighten.evaluate.settings import Speed
+    from lighten.pipeline.recipe import parse_settings
+
+    return parse_settings(Speed, {name: value for name, value in options.items() if value}, COMMAND)
+
+
+def _check_flags_of_device(context: typer.Context, left_out: set[str]) -> None:
+    """Raises RequestError if a flag was typed that bench.py on the device does not know."""
+    useless = typed_flags(context, NOT_ON_DEVICE) + (["--skip speed"] if "speed" in left_out else [])
+    if useless:
+        raise RequestError(f"--target measures what the bundle's bench.py measures: leave out {useless[0]}")
+
+
+def _measure_on_device(paths: list[str], target: str, python: str, perplexity: bool, quiet: bool) -> dict[str, Any]:
+    """Returns the contents of a results.json that the device measured."""
+    from lighten.cli.progress import watching
+    from lighten.pipeline.device import measure_there
+
+    with watching(quiet=quiet) as watcher:
+        return measure_there(paths, target, watcher.follow(target), python=python, perplexity=perplexity)
+
+
+def _show(value: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    """Prints results and writes them to `out`; raises Failure if a model failed."""
+    from lighten.report.render import write_report
+    from lighten.report.terminal import terminal
+    from lighten.results.results import Results
+    from lighten.store.store import write_json
+
     results = Results.model_validate(value)
     if out:
         out.mkdir(parents=True)
@@ -184,10 +217,11 @@ def evaluate(
     else:
         screen.console().print(terminal(results))
     if failed := [variant for variant in results.variants if variant.failed]:
-        whole = [each for each in failed if as_json or "\n" in str(each.error)]  # of others the table has said it
-        names = ", ".join(str(each.path) for each in failed if each not in whole)
-        told = [f"failed, see above: {names}"] if names else []
-        raise Failure("; ".join([f"{each.path}: {each.error}" for each in whole] + told))
+        # The table shows a reason of one line. Longer reasons, and those beside JSON, are printed whole.
+        long = [each for each in failed if as_json or "\n" in str(each.error)]
+        short = ", ".join(str(each.path) for each in failed if each not in long)
+        reasons = [f"{each.path}: {each.error}" for each in long] + ([f"failed, see above: {short}"] if short else [])
+        raise Failure("; ".join(reasons))
 
 
 def _path_of(text: str, artifacts: Path) -> str:

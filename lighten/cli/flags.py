@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from lighten.errors import RequestError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of text for a person.")]
 Artifacts = Annotated[Path, typer.Option(help="Directory of objects and versions.")]
@@ -17,8 +20,10 @@ MergeAdapter = Annotated[
     bool, typer.Option("--merge-adapter", help="If the model is a LoRA adapter, merge it into its base first.")
 ]
 
-
+MEASUREMENTS = ("perplexity", "accuracy", "speed")
+"""Measurements that `--skip` can leave out."""
 CONTROLS = "[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+"""Characters that JSON leaves as they are, and a terminal must not get."""
 
 TrustCode = Annotated[
     bool,
@@ -35,3 +40,21 @@ def print_json(value: Any) -> None:
     """Prints a value as JSON on standard output; controls that JSON leaves as they are stand there escaped."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     sys.stdout.write(re.sub(CONTROLS, lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
+
+
+def typed_flags(context: typer.Context, parameters: Iterable[str]) -> list[str]:
+    """Returns the flags of those `parameters` of a command that the person typed."""
+    sources = {name: context.get_parameter_source(name) for name in parameters}
+    return [
+        "--" + name.rstrip("_").replace("_", "-")
+        for name, source in sources.items()
+        if source and source.name == "COMMANDLINE"
+    ]
+
+
+def measurements_left_out(skip: list[str] | None) -> set[str]:
+    """Returns what `--skip` names; raises RequestError if that is no measurement."""
+    left_out = {name.lower() for name in skip or ()}
+    if unknown := left_out - set(MEASUREMENTS):
+        raise RequestError(f"--skip {unknown.pop()}: there is perplexity, accuracy and speed")
+    return left_out

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from lighten.errors import Failure, RequestError
 from lighten.report import claims
-from lighten.report.table import Cell, table
+from lighten.report.cell import Cell
+from lighten.report.table import table
 from lighten.results.file import FILE, load, save
 from lighten.results.measured import Speed
 from lighten.results.results import Results
