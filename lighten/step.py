@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict
 
 from lighten.facts import ModelFacts
+from lighten.plugins import found_at
 from lighten.settings import AnyCase
 from lighten.store.artifact import Artifact
 
@@ -149,6 +149,5 @@ class Step(AnyCase):
         """
         if not self.work:
             raise TypeError(f"step {self.kind} names no function that does its work")
-        module, _, name = self.work.partition(":")
-        facts: dict[str, Any] = getattr(import_module(module), name)(self, source, out, context)
+        facts: dict[str, Any] = found_at(self.work)(self, source, out, context)
         return facts

@@ -24,8 +24,8 @@ def add_verb(app: typer.Typer, kind: str, about: str) -> None:
     from lighten.pipeline.steps import step_classes
 
     classes = step_classes(kind)
-    settings = _fields(list(classes.values()))
-    calibration = Sweep.model_fields if any(each.calibrated for each in classes.values()) else {}
+    settings = _fields(classes)
+    calibration = Sweep.model_fields if any(each.calibrated for each in classes) else {}
 
     def verb(
         model: str,
@@ -94,13 +94,19 @@ def _fields(classes: list[type[Step]]) -> dict[str, FieldInfo]:
     for each in classes:
         for name, field in each.model_fields.items():
             known = found.setdefault(name, copy(field))
-            if known is not field and get_origin(known.annotation) is get_origin(field.annotation) is Literal:
-                choices = dict.fromkeys((*get_args(known.annotation), *get_args(field.annotation)))
-                known.annotation = Literal[tuple(choices)]
+            if known is not field and _choices(known) and _choices(field):
+                choices = dict.fromkeys((*_choices(known), *_choices(field)))
+                known.annotation = Literal[tuple(choices)]  # type: ignore[assignment]
     for name, field in found.items():
         if not all(name in each.model_fields and each.model_fields[name].is_required() for each in classes):
             field.default = None if field.is_required() else field.default
     return found
+
+
+def _choices(field: FieldInfo) -> tuple[Any, ...]:
+    """Returns the values that a setting takes, () where they are no list."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
 
 
 def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
@@ -118,10 +124,12 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
         kind = list[str]
     elif get_origin(kind) is Annotated or not issubclass(kind, (str, int, float)):
         kind = str  # what reads itself from text: a size, a model of settings
-    default = "" if field.is_required() or field.default in ((), None) else f" (default: {field.default})"
+    about = field.description or ""
+    said = field.is_required() or field.default in ((), None) or "default:" in about
+    default = "" if said else f" (default: {field.default})"
     option = typer.Option(
         f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if kind is bool else ""),
-        help=f"{field.description or ''}{choices}{default}".strip(),
+        help=f"{about}{choices}{default}".strip(),
         show_default=False,
     )
     annotation: Any = Annotated[kind if field.is_required() else kind | None, option]

@@ -3,56 +3,52 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.shards import ShardWriter
-from lighten.process.workers import ordered
-
-Add = Callable[[str, torch.Tensor], None]
 
 
-def write_layers(
-    writer: ShardWriter,
-    out: Path,
-    count: int,
-    workers: int,
-    make: Callable[[int, Add], Any],
-    tensors: int,
-    report: Callable[[int], None],
-) -> Iterator[Any]:
-    """Calls `make(index, add)` for every layer in workers; yields what it returns, once its tensors are written.
+class Part:
+    """The tensors of one layer on their way to disk."""
+
+    def __init__(self, writer: ShardWriter) -> None:
+        self._writer = writer
+        self.names: list[str] = []
+        """Names of what was added, in order."""
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes a tensor."""
+        self._writer.add(name, tensor)
+        self.names.append(name)
+
+
+@contextmanager
+def writing_part(out: Path, index: int, tensors: int) -> Iterator[Part]:
+    """Opens the part of one layer; torch keeps no gradients meanwhile.
 
     Args:
-        writer: where all tensors end up.
-        out: directory for the parts.
-        count: layers.
-        workers: processes.
-        make: hands the tensors of a layer to `add`, and returns what JSON can hold.
+        out: directory of the model.
+        index: number of the layer.
         tensors: at most as many in a layer.
-        report: told how many layers are done.
     """
-    parts = [out / f".layer-{index:05d}" for index in range(count)]
+    (folder := _folder(out, index)).mkdir()
+    with torch.inference_mode(), ShardWriter(folder, tensors) as writer:
+        yield Part(writer)
 
-    def work(index: int) -> dict[str, Any]:
-        names: list[str] = []
-        parts[index].mkdir()
-        with torch.inference_mode(), ShardWriter(parts[index], tensors) as part:
 
-            def add(name: str, tensor: torch.Tensor) -> None:
-                part.add(name, tensor)
-                names.append(name)
+def join(writer: ShardWriter, out: Path, index: int, names: list[str]) -> None:
+    """Adds the tensors of a part to the model, in the order of `names`, and removes the part."""
+    folder = _folder(out, index)
+    stored = Checkpoint(folder, {})
+    for name in names:
+        writer.add(name, stored.tensor(name))
+    shutil.rmtree(folder)
 
-            told = make(index, add)
-        return {"names": names, "told": told}
 
-    for part, answer in zip(parts, ordered(work, count, workers, report), strict=True):
-        stored = Checkpoint(part, {})
-        for name in answer["names"]:
-            writer.add(name, stored.tensor(name))
-        shutil.rmtree(part)
-        yield answer["told"]
+def _folder(out: Path, index: int) -> Path:
+    return out / f".layer-{index:05d}"

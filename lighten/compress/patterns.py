@@ -7,7 +7,8 @@ import re
 
 import torch
 
-from lighten.compress.prune.sparse import MASKED
+MASKED = 0.25
+"""Share of exact zeros from which a matrix counts as pruned: rounding alone leaves far fewer."""
 
 
 def ignored(name: str, patterns: tuple[str, ...]) -> str | None:

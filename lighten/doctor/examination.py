@@ -10,7 +10,7 @@ import torch
 
 from lighten.compress.quantize.gptq import gptq
 from lighten.compress.quantize.layer import relative_error
-from lighten.compress.quantize.settings import Quantize
+from lighten.compress.quantize.methods.gptq import Gptq
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_index, read_layer
 from lighten.model.stream import LAYERS
@@ -138,7 +138,14 @@ def layer_losses(
 
 def gptq_4(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """Returns a weight, `[out, in]`, after GPTQ to 4 bits by the step's defaults, in groups of 64 where they fit."""
-    settings = Quantize.model_validate({"method": "gptq", "bits": 4}).model_dump()
+    step = Gptq.model_validate({})
     group_size = next((size for size in (64, 32) if weight.shape[1] % size == 0), -1)
-    chosen = {name: settings[name] for name in ("bits", "sym", "desc_act", "damp_percent")}
-    return gptq(weight, gram, group_size=group_size, **chosen).weight()
+    return gptq(
+        weight,
+        gram,
+        bits=4,
+        group_size=group_size,
+        sym=step.sym,
+        desc_act=step.desc_act,
+        damp_percent=step.damp_percent,
+    ).weight()

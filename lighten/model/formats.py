@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from lighten.errors import RequestError
@@ -12,14 +13,35 @@ from lighten.model.onnx_source import genai
 from lighten.store.artifact import read_artifact
 from lighten.store.files import MANIFEST
 
+
+@dataclass(frozen=True)
+class Format:
+    """How quantized linears are stored: what transformers calls `quant_method`."""
+
+    extra: str
+    """The extra that brings what transformers opens it with."""
+    loaded_with: tuple[str, ...]
+    """Modules that transformers opens it with."""
+    written_here: bool = True
+    """Whether it is written without them."""
+
+    @property
+    def written_with(self) -> list[tuple[str, str]]:
+        """Modules that have to be there before it is written, and the extra that brings each."""
+        return [] if self.written_here else [(module, self.extra) for module in self.loaded_with]
+
+
+FORMATS = {
+    "gptq": Format("gptq", ("gptqmodel", "optimum")),
+    "awq": Format("gptq", ("gptqmodel", "optimum")),
+    "bitsandbytes": Format("bnb", ("bitsandbytes", "accelerate"), written_here=False),
+    "compressed-tensors": Format("compressed", ("compressed_tensors",), written_here=False),
+}
+"""Formats of quantized checkpoints, by the `quant_method` in config.json."""
 EXTRAS = {
-    "gptqmodel": "gptq",
-    "optimum": "gptq",
+    **{module: each.extra for each in FORMATS.values() for module in each.loaded_with},
     "gguf": "gguf",
     **dict.fromkeys(llama_library.MODULES.values(), "gguf"),
-    "bitsandbytes": "bnb",
-    "accelerate": "bnb",
-    "compressed_tensors": "compressed",
     "onnxruntime": "onnx",
     "onnxruntime_genai": "onnx",
 }

@@ -18,7 +18,7 @@ from lighten.errors import RequestError
 from lighten.evaluate.settings import Evaluate
 from lighten.pipeline import recipe_yaml
 from lighten.pipeline.recipe_yaml import Where
-from lighten.pipeline.steps import kinds, step_class
+from lighten.pipeline.steps import kinds, open_step, step_class
 from lighten.step import Step
 from lighten.store.names import LONGEST, PATTERN, is_name
 
@@ -86,7 +86,7 @@ class Recipe(BaseModel):
 
     def steps(self, variant: str) -> list[Step]:
         """Returns the steps of a variant, checked."""
-        return [_step(kind, settings) for step in self.variants[variant] for kind, settings in step.items()]
+        return [open_step(kind, settings) for step in self.variants[variant] for kind, settings in step.items()]
 
     def dump(self) -> str:
         """Returns the recipe as YAML with every default filled in."""
@@ -95,10 +95,6 @@ class Recipe(BaseModel):
         adapter = ("merge_adapter",) if self.merge_adapter else ()
         order = ("name", "model", "revision", "trust_remote_code", *adapter, "calibration", "variants", "evaluate")
         return yaml.safe_dump({key: resolved[key] for key in order}, sort_keys=False, allow_unicode=True)
-
-
-def _step(kind: str, settings: dict[str, Any]) -> Step:
-    return step_class(kind, settings).model_validate(settings)
 
 
 def parse_settings(model: type[Checked], settings: dict[str, Any], path: str) -> Checked:
@@ -165,7 +161,7 @@ def parse(value: dict[str, Any], path: str = "recipe", where: Where | None = Non
                         f"{_place(path, where, at)}: unknown step {kind!r}{_nearest(kind, list(kinds()))}"
                     )
                 try:
-                    _step(kind, settings)
+                    open_step(kind, settings)
                 except ValidationError as error:
                     raise _explain(error, path, where, at, step_class(kind, settings)) from error
                 except RequestError as error:

@@ -2,26 +2,66 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from lighten.errors import RequestError
+from lighten.compress.quantize.methods import METHODS
+from lighten.errors import Failure, RequestError
 from lighten.model.export_formats import EXPORTS
+from lighten.plugins import Table, found_at
 from lighten.process.isolate import share_cores
 from lighten.settings import as_spelled
 from lighten.step import Context, Report, Step
 from lighten.store.artifact import Artifact, read_artifact
 
-STEPS: dict[str, str | dict[str, str]] = {
+
+@dataclass(frozen=True)
+class Choice:
+    """The settings classes of a step kind that has several: one of its settings says which."""
+
+    by: str
+    """Name of that setting."""
+    table: Table
+    """The class of each of its values."""
+    default: str | None = None
+    """Its value where none is given."""
+
+    def of(self, settings: Mapping[str, Any]) -> type[Step]:
+        """Returns the class for such settings.
+
+        Raises:
+            RequestError: no value, or one that is not known.
+        """
+        given = settings.get(self.by)
+        given = self.default if given is None else as_spelled(given, self.table.names)
+        if given not in self.table.names:
+            said = f"not {given!r}" if given is not None else "and none was given"
+            *most, last = map(repr, self.table.names)
+            raise RequestError(f"{self.by}: must be {', '.join(most)} or {last}, {said}")
+        found: type[Step] = self.table.load(given)
+        return found
+
+    def all(self) -> dict[str, type[Step]]:
+        """Returns the class of every value; those of installed packages that cannot be imported are left out."""
+        found = {}
+        for name in self.table.names:
+            try:
+                found[name] = self.table.load(name)
+            except Failure:
+                continue  # whoever asks for it by name is told
+        return found
+
+
+STEPS: dict[str, str | Choice] = {
     "prune": "lighten.compress.prune.settings:Prune",
     "distill": "lighten.compress.distill.settings:Distill",
-    "quantize": "lighten.compress.quantize.settings:Quantize",
-    "export": EXPORTS.places,
+    "quantize": Choice("method", METHODS, default="gptq"),
+    "export": Choice("format", EXPORTS),
 }
-"""Step kind to "module:Class", by `format` where a kind has several; packages add more through the entry-point group
+"""Step kind to "module:Class", or to the choice between several; packages add more through the entry-point group
 `lighten.steps`."""
 
 INTERNAL = {
@@ -33,45 +73,50 @@ INTERNAL = {
 """Stages that the pipeline adds by itself."""
 
 
-def kinds() -> dict[str, str | dict[str, str]]:
+def kinds() -> dict[str, str | Choice]:
     """Returns every step kind that a recipe may name."""
     added = {entry.name: entry.value for entry in entry_points(group="lighten.steps")}
     return {**added, **STEPS}
 
 
-def step_classes(kind: str) -> dict[str, type[Step]]:
-    """Returns the settings classes of a step kind by format; "" for a kind that has one class.
+def _found(kind: str) -> str | Choice:
+    known = {**kinds(), **INTERNAL}
+    if kind not in known:
+        raise RequestError(f"there is no step {kind!r}; there is {', '.join(kinds())}")
+    return known[kind]
+
+
+def step_classes(kind: str) -> list[type[Step]]:
+    """Returns all settings classes of a step kind.
 
     Raises:
         RequestError: there is no such kind.
     """
-    known = {**kinds(), **INTERNAL}
-    if kind not in known:
-        raise RequestError(f"there is no step {kind!r}; there is {', '.join(kinds())}")
-    found = known[kind]
-    return {name: _load(place) for name, place in (found if isinstance(found, dict) else {"": found}).items()}
+    found = _found(kind)
+    return list(found.all().values()) if isinstance(found, Choice) else [found_at(found)]
 
 
 def step_class(kind: str, settings: Mapping[str, Any] | None = None) -> type[Step]:
     """Returns the settings class of a step kind, for these settings.
 
     Raises:
-        RequestError: there is no such kind, or it has no such format.
+        RequestError: there is no such kind, or it has no such format or method.
     """
-    found = ({**kinds(), **INTERNAL}).get(kind)
-    if not isinstance(found, dict):
-        return step_classes(kind)[""]
-    given = as_spelled((settings or {}).get("format"), list(found))
-    if given not in found:
-        said = f"not {given!r}" if given is not None else "and none was given"
-        raise RequestError(f"{kind}: format must be one of {', '.join(found)}, {said}")
-    return _load(found[given])
+    found = _found(kind)
+    if isinstance(found, Choice):
+        return found.of(settings or {})
+    one: type[Step] = found_at(found)
+    return one
 
 
-def _load(place: str) -> type[Step]:
-    module, _, name = place.partition(":")
-    found: type[Step] = getattr(importlib.import_module(module), name)
-    return found
+def open_step(kind: str, settings: Mapping[str, Any]) -> Step:
+    """Returns the settings of a step, checked.
+
+    Raises:
+        RequestError: there is no such kind, or it has no such format or method.
+        ValidationError: a setting is wrong.
+    """
+    return step_class(kind, settings).model_validate(dict(settings))
 
 
 def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -86,7 +131,7 @@ def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         The facts of what was written, and the warnings.
     """
     share_cores()
-    step = step_class(payload["kind"], payload["settings"])(**payload["settings"])
+    step = open_step(payload["kind"], payload["settings"])
     out = Path(payload["out"])
     inputs = {role: Path(path) for role, path in payload["inputs"].items()}
     source = read_artifact(inputs.pop("source")) if "source" in inputs else Artifact(out, {})

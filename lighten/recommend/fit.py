@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from lighten.errors import RequestError
 from lighten.facts import ModelFacts
+from lighten.pipeline.steps import open_step
 from lighten.settings import as_spelled, parse_size
 
 GGUF_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
@@ -127,17 +128,17 @@ def fits(model: Model, space: int, context: int, batch: int = 1, cache: str = "f
 
 def _formats(facts: ModelFacts) -> Iterator[tuple[str, str, int, int]]:
     """Yields every format: name, runtime, bytes of weights, bytes of the runtime."""
-    from lighten.compress.quantize.settings import Quantize
     from lighten.export.bundle.bundle import need_of
     from lighten.export.gguf.settings import Gguf
 
     yield "bf16", "torch", 2 * facts.params, TORCH_BYTES
-    for name, settings in {
+    quantized: dict[str, dict[str, Any]] = {
         "LLM.int8()": {"method": "int8"},
         "NF4": {"method": "nf4"},
         "GPTQ, AWQ g128": {"method": "gptq", "bits": 4, "group_size": 128},
-    }.items():
-        step = Quantize.model_validate(settings)
+    }
+    for name, settings in quantized.items():
+        step = open_step("quantize", settings)
         yield name, "torch", step.predict(facts, 0).disk_bytes, TORCH_BYTES
     for type in GGUF_TYPES:
         try:

@@ -10,7 +10,7 @@ import yaml
 
 from lighten.errors import RequestError
 from lighten.export.bundle.bundle import need_of
-from lighten.pipeline.steps import step_class
+from lighten.pipeline.steps import open_step
 from lighten.recommend.candidate import Candidate
 from lighten.recommend.question import Question
 from lighten.recommend.sizes import Sizes
@@ -87,7 +87,7 @@ def formats(sizes: Sizes, context: int) -> list[Published]:
 def _size(step: dict[str, dict[str, Any]], sizes: Sizes) -> int | None:
     """Returns the bytes that a step leaves of such a model, or None if it refuses the model."""
     ((kind, settings),) = step.items()
-    made = step_class(kind, settings)(**settings)
+    made = open_step(kind, settings)
     try:
         made.check(sizes.facts)
     except RequestError:

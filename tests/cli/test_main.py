@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lighten.compress.calibrate.sweep import Sweep
-from lighten.compress.quantize.settings import Quantize
-from lighten.export.gguf.settings import Gguf
+from lighten.pipeline.steps import step_classes
 from lighten.store.artifact import find_damage
 from lighten.store.store import Store
 from tests.command import lighten, process
@@ -73,10 +72,10 @@ def test_help_names_the_commands(tmp_path: Path) -> None:
         assert re.search(rf"^\s+{command}\s", done.stdout, re.MULTILINE), command
 
 
-@pytest.mark.parametrize(("verb", "settings"), [("quantize", Quantize), ("export", Gguf)])
-def test_a_verb_has_a_flag_for_every_setting(tmp_path: Path, verb: str, settings: type) -> None:
+@pytest.mark.parametrize("verb", ["quantize", "export", "prune", "distill"])
+def test_a_verb_has_a_flag_for_every_setting(tmp_path: Path, verb: str) -> None:
     text = lighten(verb, "--help", cwd=tmp_path).stdout
-    for name in {**settings.model_fields, **Sweep.model_fields}:
+    for name in {name for settings in (*step_classes(verb), Sweep) for name in settings.model_fields}:
         assert f"--{name.replace('_', '-')}" in text
     assert "typing" not in text and "function" not in text
 

@@ -13,8 +13,8 @@ from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.distill.settings import Distill
 from lighten.compress.prune.settings import Prune
-from lighten.compress.quantize.settings import Quantize
 from lighten.model import accelerator, stream
+from lighten.pipeline.steps import open_step
 from lighten.step import Context, Step
 from lighten.store.artifact import Artifact
 from tests import pretend
@@ -130,7 +130,7 @@ def test_a_sweep(step: Step, source: Artifact, there: str, tmp_path: Path) -> No
 def test_quantize(
     settings: dict[str, Any], source: Artifact, swept: dict[str, Path], there: str, tmp_path: Path
 ) -> None:
-    both(Quantize.model_validate(settings), source, tmp_path, there, **swept)
+    both(open_step("quantize", settings), source, tmp_path, there, **swept)
 
 
 @pytest.mark.parametrize("settings", PRUNE, ids=lambda each: "-".join(map(str, each.values())))
@@ -152,7 +152,7 @@ def test_gptq_of_a_pruned_model(source: Artifact, swept: dict[str, Path], there:
     sparse = tmp_path / "sparse"
     sparse.mkdir()
     Prune.model_validate({"method": "sparsegpt", "pattern": "2:4"}).run(source, sparse, Context(**swept))
-    both(Quantize.model_validate(QUANTIZE[0]), Artifact(sparse, {"format": "hf"}), tmp_path, there, **swept)
+    both(open_step("quantize", QUANTIZE[0]), Artifact(sparse, {"format": "hf"}), tmp_path, there, **swept)
 
 
 @pytest.mark.parametrize("settings", DISTILL, ids=lambda each: "-".join(each) or "plain")

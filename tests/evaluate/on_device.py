@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from lighten.compress.quantize.settings import Quantize
 from lighten.evaluate.perplexity import perplexity
 from lighten.evaluate.runtimes import device_rows, rows, torch_loading
 from lighten.evaluate.runtimes.opening import open_tokenizer
@@ -16,6 +15,7 @@ from lighten.evaluate.runtimes.runtime import Question
 from lighten.evaluate.runtimes.torch import TorchRuntime
 from lighten.evaluate.settings import Perplexity
 from lighten.model import accelerator
+from lighten.pipeline.steps import open_step
 from lighten.step import Context, silent
 from lighten.store.artifact import Artifact
 from tests import pretend
@@ -155,7 +155,7 @@ def test_a_quantized_model_is_loaded_onto_the_device(
 
     monkeypatch.setattr(torch_loading, "from_pretrained", watched)
     source = Artifact(tiny("llama"), {"key": "x", "format": "hf"})
-    Quantize.model_validate({"method": "int8-dynamic"}).run(source, tmp_path, Context())
+    open_step("quantize", {"method": "int8-dynamic"}).run(source, tmp_path, Context())
     logits = [
         TorchRuntime(tmp_path, device, dtype, arithmetic="float32").logits(np.arange(1, 9)) for device in ("cpu", there)
     ]

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.distill.settings import Distill
-from lighten.compress.quantize.settings import Quantize
 from lighten.evaluate.runtimes.opening import open_runtime
 from lighten.model import products, stream
+from lighten.pipeline.steps import open_step
 from lighten.step import Context
 from lighten.store.artifact import Artifact
 
@@ -84,7 +84,7 @@ def test_nothing_multiplies_bfloat16_where_that_is_slow(tiny: Callable[..., Path
         facts = Sweep(**SHORT).run(source, folder("grams"), Context())
         Sensitivities(**SHORT).run(source, folder("sensitivity"), Context())
         for method in ("gptq", "awq"):
-            step = Quantize.model_validate({"method": method, "group_size": 64})
+            step = open_step("quantize", {"method": method, "group_size": 64})
             step.run(source, folder(method), Context(grams=tmp_path / "grams"))
         step = Distill.model_validate({"length": 32, "samples": 12, "batch": 2, "steps": 2, "top_k": 10})
         lessons = step.lessons()

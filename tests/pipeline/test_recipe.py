@@ -53,7 +53,7 @@ def test_the_ready_recipes_load() -> None:
         (("method: gptq", "method: gtpq"), r"recipe\.yaml:6: .*method: must be 'gptq', .*'fp8', not 'gtpq'"),
         (
             ("group_size: 64", "group_size: 48"),
-            r"recipe\.yaml:6: .*group_size: must be -1, 32, 64, 128 or 'tensor', not 48",
+            r"recipe\.yaml:6: .*group_size: must be -1, 32, 64 or 128, not 48",
         ),
         (("- quantize:", "- quantise:"), r"recipe\.yaml:6: .*unknown step 'quantise'; did you mean 'quantize'\?"),
         (("task: builtin", "tusk: builtin"), r"recipe\.yaml:9: evaluate\.accuracy.*unknown key; did you mean 'task'"),

@@ -88,7 +88,7 @@ def quantized(payload, report):
     """Quantizes a model with some threads; returns the hash of what was written."""
     from lighten.compress.calibrate.sensitivity import Sensitivities
     from lighten.compress.calibrate.sweep import Sweep
-    from lighten.compress.quantize.settings import Quantize
+    from lighten.pipeline.steps import open_step
     from lighten.step import Context
     from lighten.store.artifact import Artifact
 
@@ -101,7 +101,7 @@ def quantized(payload, report):
     Sensitivities(samples=8, length=64, sequences=2).run(source, sensitivity, Context())
     threads = []
     context = Context(lambda *_: threads.append(torch.get_num_threads()), grams, sensitivity)
-    Quantize.model_validate(payload["settings"]).run(source, quantized, context)
+    open_step("quantize", payload["settings"]).run(source, quantized, context)
     return {
         "hash": hashlib.sha256((quantized / "model.safetensors").read_bytes()).hexdigest(),
         "files": sorted(file.name for file in quantized.iterdir()),

@@ -12,9 +12,6 @@ import torch
 from lighten.compress.prune.amounts import parse_pattern
 from lighten.compress.quantize.gptq import BLOCK, inverse_factor
 
-MASKED = 0.25
-"""Share of exact zeros from which a matrix counts as pruned: rounding alone leaves far fewer."""
-
 
 def keep_largest(scores: torch.Tensor, sparsity: float, pattern: str | None = None) -> torch.Tensor:
     """Returns what to keep of each row of `scores` `[rows, in]`: all but the smallest `sparsity`, or N of every M."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lighten.compress.layers import Add, write_layers
+from lighten.compress.layers import join, writing_part
 from lighten.compress.patterns import ignored
 from lighten.compress.prune import sparse
 from lighten.compress.prune.settings import Prune
@@ -15,7 +16,7 @@ from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_layer
 from lighten.model.shards import ShardWriter
 from lighten.model.stream import LAYERS
-from lighten.process.workers import crew
+from lighten.process.workers import crew, ordered
 from lighten.step import Context
 
 HONEST = (
@@ -40,12 +41,12 @@ def write(step: Prune, checkpoint: Checkpoint, out: Path, context: Context) -> d
         for name in checkpoint.weight_map:
             if not name.startswith(LAYERS):
                 writer.add(name, checkpoint.tensor(name))
-        tensors = len(checkpoint.weight_map)
-        layer = _Layers(step, checkpoint, context, threshold)
-        for told in write_layers(writer, out, facts.layers, workers, layer.prune, tensors, report):
-            total, gone = total + told["weights"], gone + told["zeros"]
-            fallbacks += told["fallbacks"]
-            kept += told["kept"]
+        layers = _Layers(step, checkpoint, context, out, threshold)
+        for index, found in enumerate(ordered(layers.write, facts.layers, workers, report)):
+            join(writer, out, index, found["names"])
+            total, gone = total + found["weights"], gone + found["zeros"]
+            fallbacks += found["fallbacks"]
+            kept += found["kept"]
     checkpoint.write_others(out, checkpoint.config)
     context.warnings.append(HONEST)
     if fallbacks:
@@ -78,10 +79,17 @@ def _threshold(step: Prune, checkpoint: Checkpoint) -> float:
 class _Layers:
     """The layers of a checkpoint on their way to zeros."""
 
-    def __init__(self, step: Prune, checkpoint: Checkpoint, context: Context, threshold: float | None) -> None:
-        self.step, self.checkpoint, self.context, self.threshold = step, checkpoint, context, threshold
+    def __init__(
+        self, step: Prune, checkpoint: Checkpoint, context: Context, out: Path, threshold: float | None
+    ) -> None:
+        self.step, self.checkpoint, self.context, self.out, self.threshold = step, checkpoint, context, out, threshold
 
-    def prune(self, index: int, add: Add) -> dict[str, Any]:
+    def write(self, index: int) -> dict[str, Any]:
+        """Writes the part of a layer; returns the names of its tensors, counts, and what is to be said."""
+        with writing_part(self.out, index, len(self.checkpoint.weight_map)) as part:
+            return {**self._prune(index, part.add), "names": part.names}
+
+    def _prune(self, index: int, add: Callable[[str, torch.Tensor], None]) -> dict[str, Any]:
         """Hands over the tensors of a layer; returns counts and what is to be said."""
         step, prefix = self.step, f"{LAYERS}{index}."
         device = self.context.device

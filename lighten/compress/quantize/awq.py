@@ -10,8 +10,13 @@ from __future__ import annotations
 
 import torch
 
+from lighten.compress.quantize import formats
 from lighten.compress.quantize.fold import shared
+from lighten.compress.quantize.formats import Stored
 from lighten.compress.quantize.grid import Quantized, full_range, quantize, rounding, rtn
+from lighten.compress.quantize.linears import Linears
+from lighten.compress.quantize.methods.awq import Awq
+from lighten.model.grams import Gram
 from lighten.model.products import exact_products
 
 COARSE = tuple(step / 8 for step in range(9))
@@ -113,3 +118,22 @@ def clip(weight: torch.Tensor, gram: torch.Tensor, *, bits: int, group_size: int
         pull += gram[:, rows] @ (best - change[rows])
         change[rows] = best
     return Quantized(codes, scales, zeros.int(), start.g_idx)
+
+
+def scale(step: Awq, weight: torch.Tensor, gram: Gram, repeats: int, head_dim: int) -> torch.Tensor:
+    """Returns the scale of every channel that the linears with these weights read, `[in]`."""
+    return search_scale(
+        weight,
+        gram.matrix(),
+        bits=step.bits,
+        group_size=step.group_size,
+        sym=False,
+        repeats=repeats,
+        head_dim=head_dim,
+    )
+
+
+def codes(step: Awq, linears: Linears) -> list[Stored]:
+    """Rounds linears to nearest in ranges that are clipped for the least error of their outputs."""
+    found = clip(linears.together, linears.gram, bits=linears.bits, group_size=step.group_size, sym=False)
+    return linears.store(found, formats.awq)

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from lighten.compress.patterns import ignored
+from lighten.compress.quantize.gptq import inverse_factor
+from lighten.compress.quantize.grid import dequantize, quantize, search
+from lighten.compress.quantize.layer import HEAD, UNTOUCHED, Layers
+from lighten.compress.quantize.methods.gptq import Gptq
 from lighten.errors import RequestError
+from lighten.model.sensitivity import Sensitivity
 from lighten.numerics.knapsack import Option, choose
-
-if TYPE_CHECKING:
-    import torch
-
-    from lighten.compress.quantize.layer import Layers
-    from lighten.compress.quantize.settings import Quantize
-    from lighten.model.sensitivity import Sensitivity
-    from lighten.step import Context
+from lighten.process.workers import ordered
+from lighten.step import Context
 
 WIDTHS = (2, 3, 4, 8)
 SHAPE_BYTES = 16
 """Of the `weight_shape` beside packed weights; left out of the options, whose sizes then share a divisor."""
 
 
-def losses(weight: torch.Tensor, gram: torch.Tensor, step: Quantize, kind: torch.dtype) -> dict[int, torch.Tensor]:
+def losses(weight: torch.Tensor, gram: torch.Tensor, step: Gptq, kind: torch.dtype) -> dict[int, torch.Tensor]:
     """Returns what GPTQ at each width would lose of every output, `[out]`, without running it.
 
     GPTQ's error is the sum of e² / U[j,j]² over the columns; e is a rounding error on a grid that depends little on
     what earlier columns passed on, so the weights as they are give it closely.
     """
-    from lighten.compress.quantize.gptq import inverse_factor
-    from lighten.compress.quantize.grid import dequantize, quantize, search
-
     gram = gram.clone()
     gram.diagonal()[gram.diagonal() == 0] = 1.0
-    assert isinstance(step.group_size, int) and step.damp_percent is not None
     factor, _ = inverse_factor(gram, step.damp_percent)
     cost = factor.diagonal().pow(-2)
     width = len(gram)
@@ -40,27 +38,24 @@ def losses(weight: torch.Tensor, gram: torch.Tensor, step: Quantize, kind: torch
     cost = cost.reshape(-1, size)
     found = {}
     for bits in WIDTHS:
-        scale, zero = (each.unsqueeze(-2) for each in search(w, bits, bool(step.sym), cost.square(), kind))
+        scale, zero = (each.unsqueeze(-2) for each in search(w, bits, step.sym, cost.square(), kind))
         error = (dequantize(quantize(w, scale, zero, bits), scale, zero) - w).square_()
         found[bits] = (error * cost[..., None]).sum((0, 1))
     return found
 
 
-def price(layers: Layers, sensitivity: Sensitivity, index: int) -> list[tuple[str, int, list[int], list[float]]]:
+def price(
+    step: Gptq, layers: Layers, sensitivity: Sensitivity, index: int
+) -> list[tuple[str, int, list[int], list[float]]]:
     """Returns name, weights, and the bytes and cost of every option of the linears of a layer that may be quantized.
 
     Raises:
         RequestError: a Gram cannot be factorised.
     """
-    import torch
-
-    from lighten.compress.patterns import ignored
-
-    step, kind = layers.step, layers.scale_type()
+    kind = layers.scale_type()
     prefix, tensors, inputs = layers.read(index)
     found = []
     for group in inputs:
-        assert group.gram
         members = [name for name in group.linears if not ignored(prefix + name, step.ignore)]
         if not members:
             continue
@@ -82,24 +77,20 @@ def price(layers: Layers, sensitivity: Sensitivity, index: int) -> list[tuple[st
     return found
 
 
-def allocate(layers: Layers, workers: int, context: Context) -> tuple[dict[str, int], dict[str, Any]]:
+def allocate(step: Gptq, layers: Layers, workers: int, context: Context) -> tuple[dict[str, int], dict[str, Any]]:
     """Returns the bits of every linear (16: left alone), and the facts of the choice.
 
     Raises:
         RequestError: the budget is below the smallest size that can be reached.
     """
-    from lighten.compress.quantize.layer import UNTOUCHED
-    from lighten.model.sensitivity import Sensitivity
-    from lighten.process.workers import ordered
-
-    step, count = layers.step, len(layers)
+    count = len(layers)
     assert step.budget and context.sensitivity
     sensitivity = Sensitivity.read(context.sensitivity)
 
     def report(done: int) -> None:
         context.report(done, 2 * count, f"what each width costs, layer {done}/{count}")
 
-    priced = ordered(lambda index: price(layers, sensitivity, index), count, workers, report)
+    priced = ordered(lambda index: price(step, layers, sensitivity, index), count, workers, report)
     linears = [linear for layer in priced for linear in layer]
     names, sizes = [linear[0] for linear in linears], [linear[1] for linear in linears]
     options = [[Option(*option) for option in zip(*linear[2:], strict=True)] for linear in linears]
@@ -123,10 +114,10 @@ def allocate(layers: Layers, workers: int, context: Context) -> tuple[dict[str, 
     return chosen, facts
 
 
-def stored_bytes(shape: torch.Size, bits: int, step: Quantize, kind: torch.dtype) -> int:
+def stored_bytes(shape: torch.Size, bits: int, step: Gptq, kind: torch.dtype) -> int:
     """Returns the bytes of a linear in the `pack-quantized` format: codes, zero points, and scales of type `kind`."""
     outputs, width = shape
-    groups = 1 if step.group_size == -1 else width // int(step.group_size or 1)
+    groups = 1 if step.group_size == -1 else width // step.group_size
     words = outputs * -(-width * bits // 32)
     zeros = 0 if step.sym else groups * -(-outputs * bits // 32)
     return 4 * (words + zeros) + kind.itemsize * groups * outputs
@@ -134,12 +125,10 @@ def stored_bytes(shape: torch.Size, bits: int, step: Quantize, kind: torch.dtype
 
 def other_bytes(layers: Layers, names: list[str]) -> int:
     """Returns the bytes of the artifact beside those linears: other tensors, the header, and the files copied along."""
-    from lighten.compress.quantize.layer import HEAD
-
     checkpoint = layers.checkpoint
     chosen = {f"{name}.weight" for name in names}
     tensors = sum(checkpoint.tensor(name).nbytes for name in checkpoint.weight_map if name not in chosen)
-    if layers.step.head == 8:
+    if layers.step.quantizes_head:
         tensors += sum(tensor.nbytes for tensor in layers.head().values()) - checkpoint.tensor(HEAD).nbytes
     files = sum(
         file.stat().st_size for file in checkpoint.path.iterdir() if file.is_file() and file.suffix != ".safetensors"

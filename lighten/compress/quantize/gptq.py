@@ -7,9 +7,15 @@ algorithm 1: with H⁻¹ = UᵀU (U upper triangular), rounding column j by an e
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from lighten.compress.quantize.grid import Quantized, dequantize, quantize, search
+from lighten.compress.quantize import formats
+from lighten.compress.quantize.formats import Stored
+from lighten.compress.quantize.grid import Quantized, dequantize, quantize, rtn, search
+from lighten.compress.quantize.linears import Linears
+from lighten.compress.quantize.methods.gptq import Gptq
 
 DAMPINGS = 10
 BLOCK = 128
@@ -129,3 +135,31 @@ def gptq(
         back = torch.argsort(order)
         codes, g_idx = codes[back], g_idx[back]
     return Quantized(codes, scales, zeros.int(), g_idx, damping)
+
+
+def codes(step: Gptq, linears: Linears) -> list[Stored]:
+    """Quantizes linears against the Gram of their inputs; to nearest where that cannot be factorised."""
+    weight, scale_type = linears.together, linears.scale_type
+    try:
+        found = gptq(
+            weight,
+            linears.gram,
+            bits=linears.bits,
+            group_size=step.group_size,
+            sym=step.sym,
+            desc_act=step.desc_act,
+            damp_percent=step.damp_percent,
+            kind=scale_type,
+            gone=linears.pruned(),
+        )
+    except ArithmeticError as error:
+        found = rtn(weight, linears.bits, step.group_size, step.sym, scale_type)
+        linears.findings.fallbacks.append(linears.reader)
+        linears.findings.warnings.append(
+            f"{linears.reader}: rounded to nearest, for its Gram is {error}; give it more text"
+        )
+    else:
+        if found.damping != step.damp_percent:
+            raised = f"damping raised from {step.damp_percent:g} to {found.damping:g}"
+            linears.findings.warnings.append(f"{linears.reader}: {raised}")
+    return linears.store(found, partial(formats.coded, step.format, linears.bits, step.sym, scale_type))

@@ -1,25 +1,27 @@
-"""Quantizing one decoder layer: its weights and Grams in, what its format stores out."""
+"""Quantizing decoder layers: weights and Grams in, what the format stores out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lighten.compress.layers import Add
-from lighten.compress.patterns import ignored, zeros_of
-from lighten.compress.quantize import awq, fold, formats, gptq, grid, smooth
+from lighten.compress.layers import writing_part
+from lighten.compress.patterns import ignored
+from lighten.compress.quantize import fold
 from lighten.compress.quantize.formats import Stored
-from lighten.compress.quantize.grid import GroupSize, Quantized
+from lighten.compress.quantize.linears import Findings, Linears
 from lighten.compress.quantize.settings import Quantize
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import Gram, read_layer
 from lighten.model.products import exact_products
 from lighten.model.stream import LAYERS
+from lighten.plugins import found_at
 
 UNTOUCHED = 16
 """The "bits" of a weight that is left alone."""
@@ -27,6 +29,7 @@ HEAD = "lm_head.weight"
 TENSORS_PER_LINEAR = 6
 ERROR_ROWS = 256
 """Outputs, evenly spaced, that the error of a group of linears is measured on."""
+Scale = Callable[[Quantize, torch.Tensor, Gram, int, int], torch.Tensor]
 
 
 @dataclass
@@ -35,28 +38,14 @@ class Inputs:
 
     first: str
     linears: list[str]
-    gram: Gram | None = None
+    swept: Gram | None = None
 
-
-@dataclass
-class Told:
-    """What there is to say about the quantization of one layer, or of several."""
-
-    bits: dict[str, int] = field(default_factory=dict)
-    """Bits of every linear that was quantized, by full name."""
-    kept: list[dict[str, str]] = field(default_factory=list)
-    errors: dict[str, float] = field(default_factory=dict)
-    fallbacks: list[str] = field(default_factory=list)
-    """Linears that fell back to rounding to nearest."""
-    warnings: list[str] = field(default_factory=list)
-
-    def add(self, other: Told) -> None:
-        """Takes over what another says."""
-        self.bits |= other.bits
-        self.errors |= other.errors
-        self.kept += other.kept
-        self.fallbacks += other.fallbacks
-        self.warnings += other.warnings
+    @property
+    def gram(self) -> Gram:
+        """The second moments of the input."""
+        if self.swept is None:
+            raise TypeError("this method reads Grams: its settings have to say so (swept = True)")
+        return self.swept
 
 
 @dataclass
@@ -67,11 +56,28 @@ class Layers:
     checkpoint: Checkpoint
     grams: Path | None
     device: str
+    out: Path
     allocation: dict[str, int] | None = None
     """Bits of every linear, where a budget chose them."""
 
     def __len__(self) -> int:
         return self.checkpoint.facts.layers
+
+    @cached_property
+    def rounds(self) -> Callable[[Quantize, Linears], list[Stored]]:
+        """The method's function that rounds."""
+        found: Callable[[Quantize, Linears], list[Stored]] = found_at(self.step.rounds)
+        return found
+
+    @cached_property
+    def scales(self) -> Scale | None:
+        """The method's function that scales inputs, None where it has none."""
+        return found_at(self.step.scales) if self.step.scales else None
+
+    @property
+    def tensors_of_a_layer(self) -> int:
+        """Maximum number of tensors that a layer is stored as."""
+        return TENSORS_PER_LINEAR * len(self.checkpoint.tensors(f"{LAYERS}0."))
 
     def read(self, index: int) -> tuple[str, dict[str, torch.Tensor], list[Inputs]]:
         """Returns the prefix, the tensors and the inputs of the linears of a layer, all of them on the device."""
@@ -85,32 +91,47 @@ class Layers:
             inputs = [Inputs(name, [name]) for name in (name.removesuffix(".weight") for name in matrices)]
         return prefix, tensors, inputs
 
-    def quantize(self, index: int, add: Add) -> dict[str, Any]:
-        """Hands over what a layer is stored as; returns a `Told`."""
-        prefix, tensors, inputs = self.read(index)
-        told = Told()
-        for name, tensor in _Layer(self, prefix, tensors, inputs, told).run():
-            add(prefix + name, tensor)
-        return asdict(told)
+    def write(self, index: int) -> dict[str, Any]:
+        """Writes the part of a layer; returns the names of its tensors, and what there is to say about it."""
+        findings = Findings()
+        with writing_part(self.out, index, self.tensors_of_a_layer) as part:
+            prefix, tensors, inputs = self.read(index)
+            folded = self._fold(prefix, tensors, inputs)
+            for group in inputs:
+                moments = group.swept.matrix() if group.swept else None
+                scale = folded.get(group.first)
+                if moments is not None and scale is not None:
+                    moments.div_(scale).div_(scale[:, None])
+                for bits, members in self._by_bits(prefix, group.linears, findings).items():
+                    names = [prefix + name for name in members]
+                    weights = [tensors.pop(f"{name}.weight") for name in members]
+                    linears = Linears(
+                        names, weights, bits, self.scale_type(), findings, moments, reader=prefix + group.first
+                    )
+                    found = self.rounds(self.step, linears)
+                    for name, stored in zip(names, found, strict=True):
+                        findings.bits[name] = bits
+                        for kind, tensor in stored.tensors.items():
+                            part.add(f"{name}.{kind}", tensor)
+                    _note_error(linears, found)
+            for name, tensor in tensors.items():
+                part.add(prefix + name, tensor)
+        return {"names": part.names, "findings": asdict(findings)}
 
     def head(self) -> dict[str, torch.Tensor]:
         """Returns what the output head is stored as, rounded to 8 bits: there is no Gram of its inputs."""
-        step, kind = self.step, self.scale_type()
-        integers = step.method in ("w8a8", "int8-dynamic")
-        size: GroupSize = "tensor" if step.group_size == "tensor" else _integer(step.group_size or -1)
+        name = HEAD.removesuffix(".weight")
         with torch.inference_mode():
-            found = grid.rtn(self.checkpoint.tensor(HEAD).to(self.device), 8, size, True, kind)
-            stored = formats.int_quantized(found, kind) if integers else formats.pack_quantized(found, 8, True, kind)
-        return {f"{HEAD.removesuffix('.weight')}.{name}": tensor for name, tensor in stored.tensors.items()}
+            weight = self.checkpoint.tensor(HEAD).to(self.device)
+            linears = Linears([name], [weight], 8, self.scale_type(), Findings())
+            (stored,) = found_at(self.step.rounds_head)(self.step, linears)
+        return {f"{name}.{kind}": tensor for kind, tensor in stored.tensors.items()}
 
     def chosen(self, name: str) -> int:
         """Returns the bits of a linear, by its full name; UNTOUCHED where it is left alone."""
         if ignored(name, self.step.ignore):
             return UNTOUCHED
-        if self.allocation is not None:
-            return self.allocation[name]
-        assert self.step.bits
-        return self.step.bits
+        return self.allocation[name] if self.allocation is not None else self.step.bits or UNTOUCHED
 
     def scale_type(self) -> torch.dtype:
         """Returns the type that scales are stored in: float16, but the model's own in compressed-tensors."""
@@ -118,148 +139,45 @@ class Layers:
             return torch.float16
         return self.checkpoint.tensor("model.norm.weight").dtype
 
+    def _by_bits(self, prefix: str, linears: list[str], findings: Findings) -> dict[int, list[str]]:
+        """Returns linears that read the same input by the bits that they get; notes those that are left alone."""
+        found: dict[int, list[str]] = {}
+        for name in linears:
+            found.setdefault(self.chosen(prefix + name), []).append(name)
+        for name in found.pop(UNTOUCHED, []):
+            why = "ignore" if ignored(prefix + name, self.step.ignore) else "budget"
+            findings.kept.append({"what": prefix + name, "why": f"left alone ({why})"})
+        return found
 
-@dataclass
-class _Layer:
-    """One layer under way."""
-
-    of: Layers
-    prefix: str
-    tensors: dict[str, torch.Tensor]
-    inputs: list[Inputs]
-    told: Told
-
-    def run(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the tensors to write, by their names in the layer."""
-        step, prefix, tensors = self.of.step, self.prefix, self.tensors
-        scales = self._scale()
-        for group in self.inputs:
-            gram = group.gram.matrix() if group.gram else None
-            scale = scales.get(group.first)
-            if gram is not None and scale is not None:
-                gram.div_(scale).div_(scale[:, None])
-            by_bits: dict[int, list[str]] = {}
-            for linear in group.linears:
-                by_bits.setdefault(self.of.chosen(prefix + linear), []).append(linear)
-            for bits, linears in by_bits.items():
-                if bits == UNTOUCHED:
-                    for linear in linears:
-                        why = "ignore" if ignored(prefix + linear, step.ignore) else "budget"
-                        self.told.kept.append({"what": prefix + linear, "why": f"left alone ({why})"})
-                    continue
-                weights = [tensors.pop(f"{linear}.weight") for linear in linears]
-                stored = list(self._store(weights, gram, bits, prefix + group.first))
-                for linear, each in zip(linears, stored, strict=True):
-                    self.told.bits[prefix + linear] = bits
-                    for name, tensor in each.tensors.items():
-                        yield f"{linear}.{name}", tensor
-                if gram is not None:
-                    before, after = torch.cat(weights), torch.cat([each.weight for each in stored])
-                    rows = slice(None, None, -(-len(before) // ERROR_ROWS))
-                    error = relative_error(before[rows], after[rows], gram)
-                    if math.isfinite(error):  # else the Gram was of no use, and there is a warning already
-                        self.told.errors[prefix + linears[0]] = error
-        yield from tensors.items()
-
-    def _scale(self) -> dict[str, torch.Tensor]:
-        """Scales the inputs of the layer's linears for the methods that do so; returns the scales that were folded."""
-        step, prefix, tensors, inputs = self.of.step, self.prefix, self.tensors, self.inputs
-        if step.method not in ("awq", "w8a8"):
+    def _fold(self, prefix: str, tensors: fold.Tensors, inputs: list[Inputs]) -> dict[str, torch.Tensor]:
+        """Scales the inputs of the layer's linears for a method that does so; returns the scales by first linear."""
+        if self.scales is None:
             return {}
-        head_dim = self.of.checkpoint.facts.head_dim
-        scales: dict[str, torch.Tensor] = {}
+        head_dim = self.checkpoint.facts.head_dim
+        found: dict[str, torch.Tensor] = {}
         for group in inputs:
             repeats = fold.copies(tensors, group.first)
             touched = [*group.linears, fold.BEFORE.get(group.first, "")]
-            if not repeats or any(self.of.chosen(prefix + name) == UNTOUCHED for name in touched):
+            if not repeats or any(self.chosen(prefix + name) == UNTOUCHED for name in touched):
                 continue  # a scale that one of them cannot take would change the model
-            assert group.gram
             weight = torch.cat([tensors[f"{linear}.weight"] for linear in group.linears])
-            if step.method == "awq":
-                scale = awq.search_scale(
-                    weight,
-                    group.gram.matrix(),
-                    bits=4,
-                    group_size=_integer(step.group_size),
-                    sym=False,
-                    repeats=repeats,
-                    head_dim=head_dim,
-                )
-            else:
-                assert step.alpha is not None
-                scale = smooth.smooth(weight, group.gram.absmax, step.alpha, repeats, head_dim)
-            scales[group.first] = fold.exact(scale, tensors, group.first)
+            scale = self.scales(self.step, weight, group.gram, repeats, head_dim)
+            found[group.first] = fold.exact(scale, tensors, group.first)
         for group in inputs:
-            if group.first in scales:
-                fold.fold(tensors, group.first, group.linears, scales[group.first], head_dim)
-        return scales
-
-    def _store(self, weights: list[torch.Tensor], gram: torch.Tensor | None, bits: int, name: str) -> Iterator[Stored]:
-        """Quantizes linears that read the same input, and yields each as its format stores it."""
-        step, kind = self.of.step, self.of.scale_type()
-        if step.method in ("nf4", "fp4", "int8", "fp8"):
-            for weight in weights:
-                if step.method == "int8":
-                    yield formats.bnb_8bit(weight)
-                elif step.method == "fp8":
-                    yield formats.float_quantized(weight, kind)
-                else:
-                    assert step.block_size and step.double_quant is not None
-                    yield formats.bnb_4bit(weight, step.method, step.block_size, step.double_quant)
-            return
-        gone = zeros_of(weights)
-        found = self._codes(torch.cat(weights), gram, bits, name, gone)
-        start = 0
-        for weight in weights:
-            part = found.outputs(start, start := start + len(weight))
-            if step.format == "gptq":
-                yield formats.gptq(part, bits)
-            elif step.method == "awq":
-                yield formats.awq(part)
-            elif step.method in ("w8a8", "int8-dynamic"):
-                yield formats.int_quantized(part, kind)
-            else:
-                yield formats.pack_quantized(part, bits, bool(step.sym), kind)
-
-    def _codes(
-        self, weight: torch.Tensor, gram: torch.Tensor | None, bits: int, name: str, gone: torch.Tensor | None
-    ) -> Quantized:
-        """Returns the codes that the method chooses; weights that are `gone` stay zero."""
-        step, kind = self.of.step, self.of.scale_type()
-        if step.method in ("w8a8", "int8-dynamic"):
-            return grid.rtn(weight, 8, -1, True, kind)
-        size: GroupSize = "tensor" if step.group_size == "tensor" else _integer(step.group_size)
-        sym = bool(step.sym)
-        if step.method == "rtn":
-            return grid.rtn(weight, bits, size, sym, kind)
-        assert gram is not None
-        if step.method == "awq":
-            return awq.clip(weight, gram, bits=bits, group_size=_integer(size), sym=sym)
-        assert step.damp_percent is not None
-        try:
-            found = gptq.gptq(
-                weight,
-                gram,
-                bits=bits,
-                group_size=_integer(size),
-                sym=sym,
-                desc_act=bool(step.desc_act),
-                damp_percent=step.damp_percent,
-                kind=kind,
-                gone=gone,
-            )
-        except ArithmeticError as error:
-            self.told.warnings.append(f"{name}: rounded to nearest, for its Gram is {error}; give it more text")
-            self.told.fallbacks.append(name)
-            return grid.rtn(weight, bits, size, sym, kind)
-        if found.damping != step.damp_percent:
-            self.told.warnings.append(f"{name}: damping raised from {step.damp_percent:g} to {found.damping:g}")
+            if group.first in found:
+                fold.fold(tensors, group.first, group.linears, found[group.first], head_dim)
         return found
 
 
-def _integer(size: Any) -> int:
-    assert isinstance(size, int)
-    return size
+def _note_error(linears: Linears, found: list[Stored]) -> None:
+    """Notes what linears lose of their output, where the Gram of their input is known and of use."""
+    if linears.moments is None:
+        return
+    before, after = linears.together, torch.cat([each.weight for each in found])
+    rows = slice(None, None, -(-len(before) // ERROR_ROWS))
+    error = relative_error(before[rows], after[rows], linears.moments)
+    if math.isfinite(error):  # else there is a warning already
+        linears.findings.errors[linears.names[0]] = error
 
 
 def relative_error(before: torch.Tensor, after: torch.Tensor, gram: torch.Tensor) -> float:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 
 from lighten.compress.quantize.fold import shared
+from lighten.compress.quantize.methods.w8a8 import W8a8
+from lighten.model.grams import Gram
 
 SMALLEST = 1e-5
 
@@ -26,3 +28,8 @@ def smooth(weight: torch.Tensor, absmax: torch.Tensor, alpha: float, repeats: in
     activations = shared(absmax, repeats, head_dim).clamp(min=SMALLEST)
     weights = shared(weight.float().abs().amax(0), repeats, head_dim).clamp(min=SMALLEST)
     return (activations**alpha / weights ** (1 - alpha)).clamp(min=SMALLEST)
+
+
+def scale(step: W8a8, weight: torch.Tensor, gram: Gram, repeats: int, head_dim: int) -> torch.Tensor:
+    """Returns the scale of every channel that the linears with these weights read, `[in]`."""
+    return smooth(weight, gram.absmax, step.alpha, repeats, head_dim)

@@ -15,7 +15,6 @@ from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.prune.choice import mean_loss
 from lighten.compress.prune.settings import Prune
 from lighten.compress.prune.thin import Cut, Thinned
-from lighten.compress.quantize.settings import Quantize
 from lighten.errors import RequestError
 from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
 from lighten.export.gguf.write import write
@@ -23,6 +22,7 @@ from lighten.model.checkpoint import Checkpoint
 from lighten.model.gguf_source import inspect
 from lighten.model.grams import read_ids, read_index
 from lighten.model.packing import unpack_awq, unpack_gptq
+from lighten.pipeline.steps import open_step
 from lighten.step import Context
 from lighten.store.artifact import Artifact
 
@@ -323,7 +323,7 @@ def test_the_zeros_survive_every_quantizer(
     grams.mkdir()
     out.mkdir()
     Sweep(samples=16, length=64).run(source, grams, Context())
-    Quantize.model_validate(settings).run(source, out, Context(grams=grams))
+    open_step("quantize", settings).run(source, out, Context(grams=grams))
     before, after = _weights(source.path), _weights(out)
     for name, weight in before.items():
         if name.endswith("_proj.weight"):

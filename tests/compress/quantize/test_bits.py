@@ -15,9 +15,9 @@ from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.patterns import ignored
 from lighten.compress.quantize.bits import WIDTHS, losses
 from lighten.compress.quantize.gptq import gptq
-from lighten.compress.quantize.settings import Quantize
 from lighten.errors import RequestError
 from lighten.model.sensitivity import Sensitivity
+from lighten.pipeline.steps import open_step
 from lighten.step import Context
 from lighten.store.artifact import Artifact
 from tests.compress.quantize.test_gptq import problem
@@ -29,7 +29,7 @@ IGNORE = ("model.layers.0.mlp.*",)
 @pytest.mark.parametrize("damp", [0.01, 0.05])
 def test_losses_are_close_to_what_gptq_loses(group_size: int, damp: float) -> None:
     weight, gram = problem(64, 128, 400)
-    step = Quantize.model_validate({"group_size": group_size, "damp_percent": damp, "budget": {"bits": 4}})
+    step = open_step("quantize", {"group_size": group_size, "damp_percent": damp, "budget": {"bits": 4}})
     predicted = losses(weight, gram, step, torch.float16)
     assert tuple(predicted) == WIDTHS
     damped = gram.double() + damp * gram.double().diagonal().mean() * torch.eye(128)
@@ -51,7 +51,7 @@ def test_losses_take_inputs_that_are_always_zero_and_change_nothing() -> None:
     weight, gram = problem(16, 64)
     gram[5], gram[:, 5] = 0, 0
     before = weight.clone(), gram.clone()
-    step = Quantize.model_validate({"group_size": 32, "budget": {"bits": 4}})
+    step = open_step("quantize", {"group_size": 32, "budget": {"bits": 4}})
     assert all(torch.isfinite(each).all() for each in losses(weight, gram, step, torch.bfloat16).values())
     assert torch.equal(weight, before[0])
     assert torch.equal(gram, before[1])
@@ -74,7 +74,7 @@ Model = tuple[Artifact, Path, Path]
 
 def spend(model: Model, out: Path, budget: Any, **settings: Any) -> dict[str, Any]:
     out.mkdir()
-    step = Quantize.model_validate({"budget": budget, "group_size": 32, **settings})
+    step = open_step("quantize", {"budget": budget, "group_size": 32, **settings})
     assert step.needs_sweep()
     assert step.needs_sensitivity()
     return step.run(model[0], out, Context(grams=model[1], sensitivity=model[2]))

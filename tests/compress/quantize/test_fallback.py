@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.quantize.grid import rtn
-from lighten.compress.quantize.settings import Quantize
 from lighten.errors import RequestError
 from lighten.model.packing import unpack_gptq
+from lighten.pipeline.steps import open_step
 from lighten.step import Context
 from lighten.store.artifact import Artifact
 
@@ -48,7 +48,7 @@ def test_gptq_rounds_that_layer_to_nearest(
     out = tmp_path / "out"
     out.mkdir()
     context = Context(grams=broken)
-    facts = Quantize(group_size=32, desc_act=desc_act).run(swept[0], out, context)
+    facts = open_step("quantize", {"group_size": 32, "desc_act": desc_act}).run(swept[0], out, context)
     assert facts["rounded_to_nearest"] == [DOWN]
     assert len(context.warnings) == 1
     assert context.warnings[0].startswith(f"{DOWN}: rounded to nearest, for its Gram is not positive definite")
@@ -59,7 +59,9 @@ def test_gptq_rounds_that_layer_to_nearest(
     assert torch.equal(unpack_gptq(parts), rtn(weight, 4, 32, True).weight())
     # every other layer is as it would have been
     (tmp_path / "sound").mkdir()
-    sound = Quantize(group_size=32, desc_act=desc_act).run(swept[0], tmp_path / "sound", Context(grams=swept[1]))
+    sound = open_step("quantize", {"group_size": 32, "desc_act": desc_act}).run(
+        swept[0], tmp_path / "sound", Context(grams=swept[1])
+    )
     assert "rounded_to_nearest" not in sound
     for name, tensor in load_file(tmp_path / "sound" / "model.safetensors").items():
         assert name.startswith(DOWN) or torch.equal(tensor, tensors[name])
@@ -68,7 +70,7 @@ def test_gptq_rounds_that_layer_to_nearest(
 def test_awq_leaves_that_layer_as_it_is(swept: tuple[Artifact, Path], broken: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    facts = Quantize.model_validate({"method": "awq", "group_size": 32}).run(swept[0], out, Context(grams=broken))
+    facts = open_step("quantize", {"method": "awq", "group_size": 32}).run(swept[0], out, Context(grams=broken))
     json.dumps(facts, allow_nan=False)
     assert all(torch.isfinite(each).all() for each in load_file(out / "model.safetensors").values())
 
@@ -78,6 +80,6 @@ def test_a_budget_asks_for_more_text(swept: tuple[Artifact, Path], broken: Path,
     sensitivity.mkdir()
     out.mkdir()
     Sensitivities(samples=2, length=32, sequences=1).run(swept[0], sensitivity, Context())
-    step = Quantize.model_validate({"budget": "bits=4.5", "group_size": 32})
+    step = open_step("quantize", {"budget": "bits=4.5", "group_size": 32})
     with pytest.raises(RequestError, match=rf"the Gram of {DOWN}, which is not positive definite.*give it more text"):
         step.run(swept[0], out, Context(grams=broken, sensitivity=sensitivity))

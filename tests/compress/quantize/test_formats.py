@@ -17,9 +17,12 @@ from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.patterns import ignored
 from lighten.compress.quantize import formats
-from lighten.compress.quantize import layer as layerwise
 from lighten.compress.quantize.grid import rtn
+from lighten.compress.quantize.layer import Layers
+from lighten.compress.quantize.linears import Linears
 from lighten.compress.quantize.settings import Quantize
+from lighten.pipeline.steps import open_step
+from lighten.plugins import found_at
 from lighten.process.isolate import run_isolated
 from lighten.step import Context
 from lighten.store.artifact import Artifact
@@ -116,7 +119,7 @@ def made(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
         for name in names:
             folder = root / f"{family}-{name}"
             folder.mkdir()
-            step = Quantize.model_validate(METHODS[name])
+            step = open_step("quantize", METHODS[name])
             context = Context(
                 grams=grams if step.needs_sweep() else None,
                 sensitivity=sensitivity if step.needs_sensitivity() else None,
@@ -136,22 +139,19 @@ def made(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 def stored(step: Quantize, source: Artifact, out: Path, context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     """Runs a step; returns its facts and what `Stored.weight` was of every linear."""
-    weights: list[torch.Tensor] = []
-    runs: list[Any] = []
-    plain = layerwise._Layer._store
+    weights: dict[str, torch.Tensor] = {}
+    rounds = found_at(step.rounds)
 
-    def keep(run: Any, *arguments: Any) -> Iterator[formats.Stored]:
-        runs.append(run)
-        for each in plain(run, *arguments):
-            weights.append(each.weight)
-            yield each
+    def keep(step: Quantize, linears: Linears) -> list[formats.Stored]:
+        stored: list[formats.Stored] = rounds(step, linears)
+        weights.update({name: each.weight for name, each in zip(linears.names, stored, strict=True)})
+        return stored
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layerwise._Layer, "_store", keep)
-        patch.setattr("lighten.process.workers.crew", lambda *_: 1)  # in this process, where it can be listened to
+        patch.setattr(Layers, "rounds", staticmethod(keep))
+        patch.setattr("lighten.compress.quantize.step.crew", lambda *_: 1)  # in this process, where it is listened to
         facts = step.run(source, out, context)
-    bits = [name for told in {id(run): run.told for run in runs}.values() for name in told.bits]
-    return facts, dict(zip(bits, weights, strict=True))
+    return facts, weights
 
 
 def dense(made: Made, into: Path) -> np.ndarray:

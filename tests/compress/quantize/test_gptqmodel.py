@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from lighten.compress.calibrate.sweep import Sweep
-from lighten.compress.quantize.settings import Quantize
 from lighten.model.packing import unpack_gptq
+from lighten.pipeline.steps import open_step
 from lighten.process.isolate import run_isolated
 from lighten.step import Context
 from lighten.store.artifact import Artifact
@@ -55,7 +55,7 @@ def test_every_width_of_code_is_read_as_written(family: str, tiny: Callable[...,
     for number, each in enumerate(settings):
         folder = tmp_path / str(number)
         folder.mkdir()
-        Quantize.model_validate(each).run(source, folder, Context(grams=grams))
+        open_step("quantize", each).run(source, folder, Context(grams=grams))
         folders.append(str(folder))
     found = run_isolated("tests.compress.quantize.test_gptqmodel:largest_difference", {"folders": folders}).value
     assert len(found) == len(settings)

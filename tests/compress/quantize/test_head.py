@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.quantize.grid import rtn
-from lighten.compress.quantize.settings import Quantize
 from lighten.errors import RequestError
 from lighten.model.checkpoint import Checkpoint
+from lighten.pipeline.steps import open_step
 from lighten.process.isolate import run_isolated
 from lighten.step import Context
 from lighten.store.artifact import Artifact
@@ -60,7 +60,7 @@ def made(source: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFacto
     root, facts = tmp_path_factory.mktemp("heads"), {}
     for name, settings in METHODS.items():
         (root / name).mkdir()
-        step = Quantize.model_validate({**settings, "head": "8"})  # as the command line gives it
+        step = open_step("quantize", {**settings, "head": "8"})  # as the command line gives it
         context = Context(grams=source[1], sensitivity=source[2])
         facts[name] = step.run(Artifact(source[0], {"key": "x", "format": "hf"}), root / name, context)
     run_isolated(
@@ -100,7 +100,7 @@ def test_a_budget_in_bytes_counts_it(source: tuple[Path, Path, Path], tmp_path: 
         out.mkdir()
         settings = {"group_size": 32, "budget": {"size": 1_400_000}, "head": head}
         context = Context(grams=source[1], sensitivity=source[2])
-        facts = Quantize.model_validate(settings).run(Artifact(source[0], {"key": "x", "format": "hf"}), out, context)
+        facts = open_step("quantize", settings).run(Artifact(source[0], {"key": "x", "format": "hf"}), out, context)
         total = sum(file.stat().st_size for file in out.iterdir())
         assert total <= 1_400_000
         return round(1000 * facts["bits_per_linear_weight"])
@@ -111,7 +111,7 @@ def test_a_budget_in_bytes_counts_it(source: tuple[Path, Path, Path], tmp_path: 
 def test_a_tied_head_is_refused(tiny: Callable[..., Path]) -> None:
     facts = Checkpoint(tiny("qwen2", dtype=torch.bfloat16, tie_word_embeddings=True)).facts
     with pytest.raises(RequestError, match=r"tied to its embedding.*leave out head"):
-        Quantize(head=8, group_size=32).check(facts)
-    Quantize(head="keep", group_size=32).check(facts)
+        open_step("quantize", {"head": 8, "group_size": 32}).check(facts)
+    open_step("quantize", {"head": "keep", "group_size": 32}).check(facts)
     with pytest.raises(ValueError, match="awq has no setting head"):
-        Quantize(method="awq", head=8)
+        open_step("quantize", {"method": "awq", "head": 8})

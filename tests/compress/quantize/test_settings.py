@@ -1,4 +1,4 @@
-"""What Quantize may be told, and what it answers when it may not."""
+"""What the methods may be told, what they answer when they may not, and the keys that their settings make."""
 
 import json
 import re
@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from lighten.compress.patterns import ignored
-from lighten.compress.quantize.settings import METHODS, Quantize
+from lighten.compress.quantize.methods import METHODS
 from lighten.errors import RequestError
 from lighten.facts import ModelFacts
 from lighten.pipeline.recipe import parse_settings
+from lighten.pipeline.steps import open_step, step_class
 from lighten.settings import Budget
+from lighten.store.files import stage_key
 from tests.cli.test_main import refused
 from tests.command import lighten
 
@@ -23,9 +25,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "awq", "bits": 3}, "awq takes bits 4, not 3; 3 is for gptq, rtn"),
     ({"method": "int8", "bits": 4}, "int8 takes bits 8, not 4; 4 is for gptq, rtn, awq, nf4, fp4"),
     ({"bits": 5}, "bits: must be 2, 3, 4 or 8, not 5"),
-    ({"group_size": 100}, "group_size: must be -1, 32, 64, 128 or 'tensor', not 100"),
+    ({"group_size": 100}, "group_size: must be -1, 32, 64 or 128, not 100"),
+    ({"method": "rtn", "group_size": 100}, "group_size: must be -1, 32, 64, 128 or 'tensor', not 100"),
     ({"group_size": "tensor"}, "gptq takes group_size -1, 32, 64 or 128, not 'tensor'; tensor is for rtn"),
-    ({"method": "awq", "group_size": "16"}, "group_size: must be -1, 32, 64, 128 or 'tensor', not 16"),
+    ({"method": "awq", "group_size": "16"}, "group_size: must be -1, 32, 64 or 128, not 16"),
     ({"method": "nf4", "group_size": 64}, "nf4 has no setting group_size; it has bits, block_size, double_quant"),
     ({"method": "rtn", "damp_percent": 0.1}, "rtn has no setting damp_percent"),
     ({"method": "fp8", "alpha": 0.5}, "fp8 has no setting alpha"),
@@ -45,7 +48,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"damp_percent": 1.5}, "damp_percent"),
     ({"method": "w8a8", "alpha": 1.1}, "alpha"),
     ({"method": "nf4", "block_size": 100}, "block_size"),
-    ({"method": "gguf"}, "method"),
+    (
+        {"method": "gguf"},
+        "method: must be 'gptq', 'rtn', 'awq', 'nf4', 'fp4', 'int8', 'int8-dynamic', 'w8a8' or 'fp8', not 'gguf'",
+    ),
+    ({"method": "rtn", "bitz": 4}, "bitz: unknown key; did you mean 'bits'?"),
     ({"bitz": 4}, "bitz"),
 ]
 
@@ -53,28 +60,44 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("settings", "words"), REFUSED)
 def test_is_refused_with_a_reason(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError) as raised:
-        parse_settings(Quantize, settings, "lighten quantize")
+        parse_settings(step_class("quantize", settings), settings, "lighten quantize")
     assert words in str(raised.value)
     assert "validation error" not in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS.names)
 def test_defaults_are_the_methods_own(method: str) -> None:
-    step = Quantize.model_validate({"method": method})
-    given = step.key_config()
-    assert given == {
-        "method": method,
-        **{name: value for name, value in METHODS[method].settings.items() if value not in (None, (), "keep")},
-    }
-    assert Quantize.model_validate(step.dump()) == step  # as the manifest keeps them
-    assert Quantize.model_validate({**METHODS[method].settings, "method": method}) == step
+    step = open_step("quantize", {"method": method})
+    assert type(step) is METHODS.load(method)
+    defaults = {name: field.default for name, field in type(step).model_fields.items()}
+    assert step.key_config() == {name: value for name, value in defaults.items() if value not in (None, (), "keep")}
+    assert open_step("quantize", step.dump()) == step  # as the manifest keeps them
+    assert open_step("quantize", {**defaults, "method": method.upper()}) == step
+
+
+def test_keys_are_those_of_the_stores_that_there_are() -> None:
+    """Computed when all methods shared one class of settings: objects that were made then are found."""
+    known = json.loads((Path(__file__).parent / "keys.json").read_text())
+    assert {each["config"]["method"] for each in known} == set(METHODS.names)
+    for each in known:
+        step = open_step("quantize", each["settings"])
+        assert step.key_config() == each["config"], each["settings"]
+        assert stage_key(step.kind, step.version, step.key_config(), ["p"]) == each["key"], each["settings"]
+
+
+def test_the_predicted_bytes_are_those_of_the_groups() -> None:
+    linears = facts().layers * facts().layer_linear_params
+    kept = 2 * facts().embedding_params
+    for size, bits in ((-1, 4 + 20 / 256), (32, 4 + 20 / 32), (128, 4 + 20 / 128)):
+        found = open_step("quantize", {"group_size": size}).predict(facts(), 0).disk_bytes
+        assert found == int(linears * bits / 8) + kept
 
 
 def test_the_command_line_gives_text() -> None:
-    assert Quantize.model_validate({"group_size": "64"}).group_size == 64
-    assert Quantize.model_validate({"group_size": "-1"}).group_size == -1
-    assert Quantize.model_validate({"method": "rtn", "group_size": "tensor"}).group_size == "tensor"
+    assert open_step("quantize", {"group_size": "64"}).group_size == 64
+    assert open_step("quantize", {"group_size": "-1"}).group_size == -1
+    assert open_step("quantize", {"method": "rtn", "group_size": "tensor"}).group_size == "tensor"
     for text, expected in (
         ("bits=4.25", Budget(bits=4.25)),
         (" bits = 4.25", Budget(bits=4.25)),
@@ -82,7 +105,7 @@ def test_the_command_line_gives_text() -> None:
         ("1.5MiB", Budget(size=3 << 19)),
         ("size=90000000", Budget(size=90_000_000)),
     ):
-        step = Quantize.model_validate({"budget": text})
+        step = open_step("quantize", {"budget": text})
         assert step.budget == expected
         assert step.bits is None
 
@@ -103,7 +126,7 @@ def test_the_command_line_gives_text() -> None:
     ],
 )
 def test_what_it_takes_and_makes(settings: dict[str, Any], stored: str, extras: set[str], swept: bool) -> None:
-    step = Quantize.model_validate(settings)
+    step = open_step("quantize", settings)
     assert step.format == stored
     assert {extra for _, extra in step.requires()} == extras
     assert step.needs_sweep() == swept
@@ -116,18 +139,18 @@ def facts(**sizes: int) -> ModelFacts:
 
 
 def test_a_width_that_does_not_fit_is_refused_by_name() -> None:
-    Quantize().check(facts())
+    open_step("quantize", {}).check(facts())
     with pytest.raises(RequestError, match=r"group_size 128 does not divide the hidden_size 192 .* use 64, 32 or -1"):
-        Quantize().check(facts(hidden=192))
+        open_step("quantize", {}).check(facts(hidden=192))
     with pytest.raises(RequestError, match=r"intermediate_size 264 .* use -1"):
-        Quantize(group_size=64).check(facts(intermediate=264))
-    Quantize(group_size=-1, bits=4).check(facts(intermediate=264))
+        open_step("quantize", {"group_size": 64}).check(facts(intermediate=264))
+    open_step("quantize", {"group_size": -1, "bits": 4}).check(facts(intermediate=264))
     with pytest.raises(RequestError, match="3-bit codes of the intermediate_size 264 do not fill"):
-        Quantize(group_size=-1, bits=3).check(facts(intermediate=264))
+        open_step("quantize", {"group_size": -1, "bits": 3}).check(facts(intermediate=264))
     with pytest.raises(RequestError, match="awq format packs 8 outputs to a word; the key/value width 12"):
-        Quantize(method="awq", group_size=-1).check(facts(kv_heads=1, head_dim=12, heads=8))
+        open_step("quantize", {"method": "awq", "group_size": -1}).check(facts(kv_heads=1, head_dim=12, heads=8))
     for method in ("nf4", "int8", "w8a8", "int8-dynamic", "fp8"):
-        Quantize.model_validate({"method": method}).check(facts(intermediate=263))
+        open_step("quantize", {"method": method}).check(facts(intermediate=263))
 
 
 @pytest.mark.parametrize(

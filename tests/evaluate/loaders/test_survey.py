@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
 import lighten
-from lighten.compress.quantize.settings import Quantize
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.loaders import survey as loaders
 from lighten.evaluate.loaders.programs import Loader
@@ -24,6 +23,7 @@ from lighten.evaluate.loaders.survey import Survey, survey
 from lighten.export.gguf.settings import Gguf
 from lighten.model.source import find
 from lighten.pipeline.recipe import parse
+from lighten.pipeline.steps import open_step
 from lighten.process.isolate import Outcome, run_isolated
 from lighten.step import Context
 from lighten.store.artifact import Artifact
@@ -65,7 +65,7 @@ def test_a_plain_model_and_a_gguf_file(model: Path, gguf: Path) -> None:
 
 @pytest.mark.parametrize(("method", "package"), [("nf4", "bitsandbytes"), ("int8-dynamic", "compressed-tensors")])
 def test_formats_of_one_package(model: Path, tmp_path: Path, method: str, package: str) -> None:
-    settings = Quantize.model_validate({"method": method})
+    settings = open_step("quantize", {"method": method})
     settings.run(Artifact(model, {"key": "x", "format": "hf"}), tmp_path, Context())
     assert said(tmp_path) == {"transformers": OK, package: OK}
 

@@ -93,14 +93,14 @@ def test_a_long_cache_is_bound_by_attending_to_it_and_copying_it(built: Callable
 
 def test_packed_weights_are_bound_by_unpacking_them(built: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("gptqmodel")
-    from lighten.compress.quantize.settings import Quantize
+    from lighten.pipeline.steps import open_step
     from lighten.step import Context
     from lighten.store.artifact import Artifact
 
     model = built(hidden_size=1024, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=16)
     out = tmp_path / "packed"
     out.mkdir()
-    step = Quantize.model_validate({"method": "rtn", "bits": 8, "group_size": 128})
+    step = open_step("quantize", {"method": "rtn", "bits": 8, "group_size": 128})
     step.run(Artifact(model, {"format": "hf"}), out, Context())
     phases = found(out, tmp_path / "out", prompt=8)  # GPTQModel has no kernel for 8 bits on a CPU: it unpacks
     assert phases["decode"]["verdict"] == "dequantization"

@@ -140,13 +140,13 @@ def test_refuses_other_sources(tiny: Tiny, tmp_path: Path) -> None:
     ],
 )
 def test_a_quantized_source_is_unpacked_first(tiny: Tiny, tmp_path: Path, settings: dict[str, Any]) -> None:
-    from lighten.compress.quantize.settings import Quantize
     from lighten.evaluate.runtimes.torch import TorchRuntime
+    from lighten.pipeline.steps import open_step
     from tests.export.gguf.test_write import logits_of
 
     for name in ("quantized", "out"):
         (tmp_path / name).mkdir()
-    facts = Quantize(**settings).run(artifact(tiny("llama-bias")), tmp_path / "quantized", Context())
+    facts = open_step("quantize", settings).run(artifact(tiny("llama-bias")), tmp_path / "quantized", Context())
     context = Context()
     step = Gguf(format="gguf", type="F32")
     found = step.run(artifact(tmp_path / "quantized", facts["format"]), tmp_path / "out", context)

@@ -1,0 +1,76 @@
+"""What a method is handed: linears that read the same input, and the Gram of that input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from lighten.compress.patterns import zeros_of
+from lighten.compress.quantize.formats import Stored
+from lighten.compress.quantize.grid import Quantized
+
+
+@dataclass
+class Findings:
+    """What there is to say about the quantization of one layer, or of several."""
+
+    bits: dict[str, int] = field(default_factory=dict)
+    """Bits of every linear that was quantized, by full name."""
+    kept: list[dict[str, str]] = field(default_factory=list)
+    """Linears that were left alone: what, and why."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Share of the output's energy that was lost, by the first of the linears that read the same input."""
+    fallbacks: list[str] = field(default_factory=list)
+    """Linears that were rounded to nearest because their method could not."""
+    warnings: list[str] = field(default_factory=list)
+
+    def add(self, other: Findings) -> None:
+        """Takes over what another says."""
+        self.bits |= other.bits
+        self.errors |= other.errors
+        self.kept += other.kept
+        self.fallbacks += other.fallbacks
+        self.warnings += other.warnings
+
+
+@dataclass
+class Linears:
+    """Linears that read the same input and get the same bits."""
+
+    names: list[str]
+    """Their full names."""
+    weights: list[torch.Tensor]
+    """`[out, in]` each."""
+    bits: int
+    scale_type: torch.dtype
+    """The type that scales are stored in."""
+    findings: Findings
+    moments: torch.Tensor | None = None
+    """XᵀX `[in, in]` of their inputs, float32, for methods that are `swept`."""
+    reader: str = ""
+    """Name that messages call their input by."""
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """XᵀX `[in, in]` of their inputs, float32."""
+        if self.moments is None:
+            raise TypeError("this method reads Grams: its settings have to say so (swept = True)")
+        return self.moments
+
+    @property
+    def together(self) -> torch.Tensor:
+        """Their weights on top of each other, `[out of all, in]`."""
+        return torch.cat(self.weights)
+
+    def pruned(self) -> torch.Tensor | None:
+        """Returns which of all their weights were pruned, and so have to stay zero; None if none of them were."""
+        return zeros_of(self.weights)
+
+    def store(self, found: Quantized, store: Callable[[Quantized], Stored]) -> list[Stored]:
+        """Returns each linear as `store` stores its outputs of what was found for all of them together."""
+        stored, start = [], 0
+        for weight in self.weights:
+            stored.append(store(found.outputs(start, start := start + len(weight))))
+        return stored

@@ -1,0 +1,74 @@
+"""`gptq`: rounding column by column, every error made good by the columns still to come."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lighten.compress.quantize.methods.coded import Coded
+from lighten.compress.quantize.settings import GroupSize, Head, Ignore
+from lighten.facts import ModelFacts
+from lighten.settings import Budget
+
+
+class Gptq(Coded):
+    """Settings of `gptq`."""
+
+    rounds: ClassVar[str] = "lighten.compress.quantize.gptq:codes"
+    allocates: ClassVar[str] = "lighten.compress.quantize.bits:allocate"
+    swept: ClassVar[bool] = True
+
+    method: Literal["gptq"] = Field("gptq", description="how to choose the codes")
+    bits: Literal[2, 3, 4, 8] | None = Field(4, description="bits of a weight (gptq, rtn; default: 4)")
+    group_size: GroupSize = 128
+    sym: bool = Field(True, description="symmetric grid, its zero point in the middle (gptq, rtn; default: yes)")
+    desc_act: bool = Field(False, description="gptq: round the inputs in order of falling activation (default: no)")
+    damp_percent: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.05, description="gptq: share of the mean of diag(H) that is added to it (default: 0.05)"
+    )
+    budget: Budget | None = Field(
+        None, description="gptq: bits=4.25 on average, or size=90MB of the artifact, spent where they matter"
+    )
+    ignore: Ignore = ()
+    head: Head = "keep"
+
+    @classmethod
+    def completed(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Returns the settings without bits where a budget chooses them."""
+        if not given.get("budget"):
+            return given
+        if "bits" in given:
+            raise ValueError("a budget chooses the bits: give one of the two")
+        return {**given, "bits": None}
+
+    @model_validator(mode="after")
+    def _groups_are_of_neighbours(self) -> Self:
+        if self.linears_differ and self.desc_act and self.group_size != -1:
+            raise ValueError(
+                "a budget, ignore and head need the compressed-tensors format, whose groups are of neighbouring "
+                "inputs: leave out desc_act, or set group_size: -1"
+            )
+        return self
+
+    @property
+    def linears_differ(self) -> bool:
+        """Whether some linears are stored in another way than the rest: a budget gives them other bits."""
+        return self.budget is not None or super().linears_differ
+
+    def needs_sensitivity(self) -> bool:
+        """Whether bits are to be spent where the loss depends on them."""
+        return self.budget is not None
+
+    def cost(self, facts: ModelFacts) -> tuple[float, float]:
+        """Returns the float32 operations, and the seconds of passes over the weights, on such a model."""
+        product = facts.layer_linear_params * facts.hidden * (1 + facts.intermediate / facts.hidden / 3)
+        cubes = 3 * facts.hidden**3 + facts.intermediate**3
+        seconds = facts.layers * 0.0001 * (3 * facts.hidden + facts.intermediate)
+        prices = 1e-7 * facts.layers * facts.layer_linear_params if self.budget else 0
+        return float(facts.layers * (product + 0.7 * cubes)) * (2 if self.budget else 1), seconds + prices
+
+    @property
+    def order_and_damping(self) -> dict[str, Any]:
+        """What the `gptq` format says of how the codes were found, beside bits and groups."""
+        return {"desc_act": self.desc_act, "damp_percent": self.damp_percent}
