@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lighten.compress.quantize import formats
+from lighten.compress.quantize import configs, formats
 from lighten.compress.quantize.grid import Quantized
 from lighten.errors import Failure, RequestError
 from lighten.model.unpacked import open_checkpoint
@@ -34,27 +34,27 @@ def stored(kind: str) -> tuple[formats.Stored, dict[str, Any]]:
     match kind.split():
         case ["gptq", bits]:
             found = grid(96, 64, int(bits), 32, False)
-            return formats.gptq(found, int(bits)), formats.gptq_config(int(bits), 32, False, False, 0.05)
+            return formats.gptq(found, int(bits)), configs.gptq_config(int(bits), 32, False, False, 0.05)
         case ["awq"]:
-            return formats.awq(grid(96, 64, 4, 32, False)), formats.awq_config(4, 32, [])
+            return formats.awq(grid(96, 64, 4, 32, False)), configs.awq_config(4, 32, [])
         case ["packed", bits, sym]:
             made = formats.pack_quantized(
                 grid(96, 64, int(bits), 32, sym == "sym"), int(bits), sym == "sym", torch.float16
             )
-            arguments = formats.integers(int(bits), 32, sym == "sym")
-            return made, formats.compressed_config([(arguments, ["Linear"])], None, "pack-quantized", [])
+            arguments = configs.integers(int(bits), 32, sym == "sym")
+            return made, configs.compressed_config([(arguments, ["Linear"])], None, "pack-quantized", [])
         case ["int8"]:
             made = formats.int_quantized(grid(96, 64, 8, 64, True), torch.float16)
-            arguments = formats.integers(8, -1, True)
-            return made, formats.compressed_config([(arguments, ["Linear"])], None, "int-quantized", [])
+            arguments = configs.integers(8, -1, True)
+            return made, configs.compressed_config([(arguments, ["Linear"])], None, "int-quantized", [])
         case ["fp8"]:
             made = formats.float_quantized(weight, torch.bfloat16)
-            return made, formats.compressed_config([(formats.floats(), ["Linear"])], None, "float-quantized", [])
+            return made, configs.compressed_config([(configs.floats(), ["Linear"])], None, "float-quantized", [])
         case ["bnb", "int8"]:
-            return formats.bnb_8bit(weight), formats.bnb_config("int8", False, [])
+            return formats.bnb_8bit(weight), configs.bnb_8bit_config([])
         case ["bnb", name, double]:
             made = formats.bnb_4bit(weight, name, 64, double == "double")
-            return made, formats.bnb_config(name, double == "double", [])
+            return made, configs.bnb_4bit_config(name, double == "double", [])
     raise AssertionError(kind)
 
 
