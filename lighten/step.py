@@ -74,6 +74,8 @@ class Step(AnyCase):
     """Whether the calibration set is of any use to it."""
     computes: ClassVar[bool] = True
     """Whether it computes on the device that was chosen: what it writes, and so its key, depends on that then."""
+    runtime: ClassVar[str] = "torch"
+    """Name of the runtime that serves what it writes."""
     causal_only: ClassVar[bool] = True
     """Whether it reads decoder-only language models and no others."""
 

@@ -97,4 +97,4 @@ def test_one_module_names_the_packages_that_bring_llama_cpp() -> None:
     named = re.compile(rf"{imported}|llama-cpp-python|mineru.llama.cpp", re.MULTILINE)
     found = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if named.search(path.read_text())}
     bundle = {f"export/bundle/{name}.py" for name in ("bundle", "readme", "edge/bench", "edge/chat")}
-    assert found - bundle - {"report/loading.py"} == {"model/llama_library.py"}
+    assert found - bundle - {"export/gguf/usage.py"} == {"model/llama_library.py"}

@@ -77,18 +77,17 @@ def _describe_machine(device: str, fresh: bool, as_json: bool) -> None:
 
 def _missing_modules() -> dict[str, list[str]]:
     """Returns the modules that each extra of the package brings and that cannot be found here."""
+    from lighten.evaluate.runtimes.opening import extras_of_runtimes
     from lighten.evaluate.speed import server
-    from lighten.model import llama_library
+    from lighten.model.export_formats import extras_of_formats
+    from lighten.model.formats import FORMATS
 
     extras = {
-        "gguf": ("gguf", llama_library.module()),
-        "gptq": ("gptqmodel", "optimum"),
-        "bnb": ("bitsandbytes", "accelerate"),
-        "compressed": ("compressed_tensors",),
+        **extras_of_runtimes(),
+        **extras_of_formats(),
+        **{stored.extra: stored.loaded_with for stored in FORMATS.values()},
         "eval": ("datasets",),
         "lora": ("peft",),
-        "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript"),
-        "bundle": ("zstandard",),
         "harness": ("lm_eval",),
         "nvml": ("pynvml",),
         "quanto": ("optimum.quanto",),

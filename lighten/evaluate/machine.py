@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,10 +54,10 @@ def cores() -> int:
     return min(physical, allowed)
 
 
-def packages() -> dict[str, str]:
-    """Returns the versions of the installed packages that bear on a measurement."""
+def packages(more: Iterable[str] = ()) -> dict[str, str]:
+    """Returns the versions of the installed packages that bear on a measurement, and of `more`."""
     found = {}
-    for name in PACKAGES:
+    for name in dict.fromkeys((*PACKAGES, *more)):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -92,11 +93,15 @@ def _gpus() -> list[str]:
 MEASURING_PACKAGES = ("torch", "transformers", "gptqmodel", "onnxruntime", "onnxruntime-genai")
 
 
-def measuring_packages() -> dict[str, str]:
-    """Returns the versions of the packages whose arithmetic a measurement shows."""
+def measuring_packages(runtime: Iterable[str] = ()) -> dict[str, str]:
+    """Returns the versions of the packages whose arithmetic a measurement shows.
+
+    Those of our own runtimes count for each other; others, such as the packages of an added `runtime`, for it alone.
+    """
     used = llama_library.installed()
-    names = (*MEASURING_PACKAGES, used.package if used else "")
-    return {name: number for name, number in machine.packages().items() if name in names}
+    added = [name for name in runtime if name not in PACKAGES]
+    names = (*MEASURING_PACKAGES, used.package if used else "", *added)
+    return {name: number for name, number in machine.packages(added).items() if name in names}
 
 
 def this_machine() -> dict[str, Any]:

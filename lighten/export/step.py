@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from lighten.model.export_formats import Usage
 from lighten.settings import Settings
 from lighten.step import Step
 from lighten.store.artifact import Artifact
@@ -31,6 +33,11 @@ class Export(Step):
     kind: ClassVar[str] = "export"
     computes: ClassVar[bool] = False
 
+    library: ClassVar[str] = "transformers"
+    """The library that the Hugging Face hub is to name for it."""
+    for_devices: ClassVar[bool] = False
+    """Whether a small device takes it."""
+
     format: str = Field(description="what to write")
     parity: Parity | None = Field(
         None, description="how close it must come to its source: top1=0.9,perplexity=0.05 (unrounded: 0.99, 0.0005)"
@@ -53,6 +60,20 @@ class Export(Step):
         return {name: value for name, value in settings.items() if value is not None or name not in self.optional}
 
     optional: ClassVar[tuple[str, ...]] = ("parity",)
+
+    @classmethod
+    def needs(cls) -> list[tuple[str, str]]:
+        """What the format alone imports beyond the core, as (module name, extra that brings it)."""
+        return []
+
+    @classmethod
+    def usage(cls, files: Sequence[str]) -> Usage | str | None:
+        """Returns how a person opens such files, in code or in words; None: as transformers opens a directory."""
+        return None
+
+    def requires(self) -> list[tuple[str, str]]:
+        """What the format needs."""
+        return self.needs()
 
     def promises(self) -> dict[str, Any]:
         """Returns the limits that what it writes is checked against."""

@@ -48,7 +48,8 @@ class Found:
     name: str
     """What the person called it."""
     path: Path
-    kind: Literal["directory", "gguf", "onnx"]
+    kind: str
+    """"directory", "gguf" or "onnx"; else the format of what can be measured only."""
     identity: str
     """A hub commit, or the SHA-256 of the files."""
     facts: ModelFacts

@@ -39,7 +39,7 @@ def read(path: Path) -> Entries:
     if onnx := find_onnx(path):
         return _of_directory(onnx.parent)
     gguf = path if is_gguf(path) else within(path)
-    return _of_gguf(gguf) if gguf else _of_directory(path)
+    return _of_gguf(gguf) if gguf else _of_directory(path if path.is_dir() else path.parent)
 
 
 def difference(ours: Entries, theirs: Entries) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lighten.errors import RequestError
 from lighten.evaluate.perplexity.protocols import check_length
+from lighten.evaluate.runtimes.opening import opener
 from lighten.evaluate.settings import TIMED, Evaluate
 from lighten.facts import ModelFacts
 from lighten.model.accelerator import Device
@@ -67,8 +68,9 @@ def device_bytes(stage: Stage) -> int:
     if stage.measure is None or facts is None:
         return stage.estimate.peak_bytes
     wide = 4 if stage.arithmetic == "float32" else 2
-    exported = stage.parents[0].kind == "export"
-    return 0 if exported or stage.measure == "loaders" else int(wide * facts.params + 4 * 2048 * facts.vocab)
+    step = stage.parents[0].step
+    elsewhere = step is not None and not opener(step.runtime).takes_options
+    return 0 if elsewhere or stage.measure == "loaders" else int(wide * facts.params + 4 * 2048 * facts.vocab)
 
 
 def check_memory(todo: Plan) -> None:

@@ -14,6 +14,7 @@ from lighten.evaluate.accuracy import harness
 from lighten.evaluate.estimate import BYTES_PER_TOKEN, _identity, look, predict_measurement
 from lighten.evaluate.loaders import survey as loaders
 from lighten.evaluate.machine import measuring_packages, this_machine
+from lighten.evaluate.runtimes.opening import opener
 from lighten.evaluate.settings import (
     TIMED,
     Accuracy,
@@ -123,13 +124,13 @@ def _of_variant(evaluate: Evaluate, name: str, stage: Stage) -> Evaluate:
     """
     if not evaluate.speed:
         return evaluate
-    exported = stage.kind == "export"
-    if exported and name in evaluate.speed.options:
+    takes = stage.step is not None and opener(stage.step.runtime).takes_options
+    if not takes and name in evaluate.speed.options:
         raise RequestError(
             f"evaluate.speed.options.{name}: attention, compile and cache are options of transformers, and {name} is "
             "exported to another runtime: leave it out"
         )
-    return evaluate.model_copy(update={"speed": evaluate.speed.plain if exported else evaluate.speed.of(name)})
+    return evaluate.model_copy(update={"speed": evaluate.speed.of(name) if takes else evaluate.speed.plain})
 
 
 def _tokenizer_of(stage: Stage) -> Path:
@@ -150,6 +151,11 @@ def _origin(stage: Stage) -> Path | None:
     """Returns the directory that a stage's model has its tokenizer from; None if that was a GGUF file."""
     source = _first(stage).step
     return Path(source.path) if isinstance(source, Source) and source.format == "directory" else None
+
+
+def _packages(stage: Stage) -> dict[str, str]:
+    """Returns the versions of the packages whose arithmetic a measurement of a stage's model shows."""
+    return measuring_packages(opener(stage.step.runtime).packages if stage.step else ())
 
 
 class _Builder:
@@ -188,7 +194,7 @@ class _Builder:
         step = Source(
             model=found.name,
             path=str(found.path),
-            format=found.kind,
+            format="gguf" if found.kind == "gguf" else "directory",
             identity=found.identity,
             trust_remote_code=found.name in self.recipe.trusted,
             dtype=found.dtype if exact and found.facts.family == "causal" and not quantized else None,
@@ -302,7 +308,7 @@ class _Builder:
         config: dict[str, Any] = {
             "measure": measure,
             **settings.key_config(),
-            "packages": loaders.packages() if measure == "loaders" else measuring_packages(),
+            "packages": loaders.packages() if measure == "loaders" else _packages(parents[0]),
         }
         if data and len(parents) > 1 and _first(parents[0]) is not _first(parents[1]):
             config["vocabulary"] = "compared"  # a student from elsewhere may have another one than the baseline

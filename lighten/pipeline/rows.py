@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lighten.evaluate import paired
+from lighten.evaluate.runtimes.opening import weight_endings
 from lighten.pipeline.build import Builder
 from lighten.pipeline.recipe import BASELINE
 from lighten.pipeline.stage import Plan, Stage
 from lighten.store.artifact import Artifact
-
-WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx.data")
 
 
 def _row(name: str, todo: Plan, builder: Builder, root: Artifact) -> dict[str, Any]:
@@ -58,7 +57,7 @@ def _nearest(stage: Stage, builder: Builder, fact: str) -> Any:
 
 def describe(artifact: Artifact, params: int) -> dict[str, Any]:
     """Returns the columns of a row that need no measuring: format, size, bits per weight, facts."""
-    weights = sum(entry["size"] for entry in artifact.manifest["files"] if entry["path"].endswith(WEIGHTS))
+    weights = sum(entry["size"] for entry in artifact.manifest["files"] if entry["path"].endswith(weight_endings()))
     return {
         "format": artifact.format,
         "size_bytes": artifact.facts.get("size_bytes", artifact.size_bytes),

@@ -17,18 +17,20 @@ from lighten.evaluate.accuracy import harness
 from lighten.evaluate.estimate import look
 from lighten.evaluate.paired import RESULT
 from lighten.evaluate.request import Reference, Request
+from lighten.evaluate.runtimes.measurable import find_measurable
+from lighten.evaluate.runtimes.opening import find_opener, weight_endings
 from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
 from lighten.model import gguf_header, gguf_source
 from lighten.model.accelerator import Device
 from lighten.model.checkpoint import read_config
-from lighten.model.source import Found, find
+from lighten.model.source import Found
 from lighten.pipeline.build import build_all, check_options, choose_device
 from lighten.pipeline.checks import arithmetic, check_measurable, check_memory, check_texts
 from lighten.pipeline.plan import make_plan
 from lighten.pipeline.predict import Predictor
 from lighten.pipeline.recipe import Recipe, parse_settings
 from lighten.pipeline.roofline import Addition
-from lighten.pipeline.rows import WEIGHTS, add_measurements
+from lighten.pipeline.rows import add_measurements
 from lighten.pipeline.steps import step_class
 from lighten.pipeline.trust import check_tasks
 from lighten.pipeline.watcher import Silent, Watcher
@@ -163,7 +165,7 @@ def measure(
     asked += [("accuracy", task) for task in settings.accuracy]
     if settings.speed:
         asked.append(("speed", settings.speed))
-    found = [find(path, trust_remote_code=trust_remote_code, merge_adapter=merge_adapter) for path in paths]
+    found = [find_measurable(path, trust_remote_code=trust_remote_code, merge_adapter=merge_adapter) for path in paths]
     for source in found:
         check_measurable(source.facts, settings, source.name)
         for note in source.notes:
@@ -174,7 +176,7 @@ def measure(
         if task.task_file:
             harness.build(task)
     chosen = choose_device(device, watcher)
-    if any(source.kind == "directory" for source in found):
+    if any(find_opener(source.path)[0].takes_options for source in found):
         check_options(settings.speed, chosen.name)
     wanted = arithmetic(max(source.facts.params for source in found), chosen)
     rows: list[dict[str, Any]] = []
@@ -284,7 +286,9 @@ def _measure_one(
 def describe_source(source: Found) -> dict[str, Any]:
     """Returns the columns of a row of a model that lies anywhere, as far as they need no measuring."""
     files = [file for file in source.path.rglob("*") if file.is_file()] if source.path.is_dir() else [source.path]
-    weights = sum(file.stat().st_size for file in files if file.name.endswith(WEIGHTS) or gguf_header.is_gguf(file))
+    weights = sum(
+        file.stat().st_size for file in files if file.name.endswith(weight_endings()) or gguf_header.is_gguf(file)
+    )
     return {
         "path": str(source.path),
         "error": None,
@@ -321,7 +325,7 @@ def profile(
         RequestError: the path is no model, or `out` exists already.
         Failure: it does not run.
     """
-    found = find(path, trust_remote_code=trust_remote_code)
+    found = find_measurable(path, trust_remote_code=trust_remote_code)
     if found.facts.family != "causal":
         raise RequestError(f"{path} is no causal language model: there is no decoding to profile")
     check_new(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lighten.model.export_formats import export_format
 from lighten.numerics.steady import UNSTEADY
 from lighten.recommend.candidate import Candidate, candidate
 from lighten.recommend.question import Question
@@ -65,7 +66,7 @@ def choose(results: Results, question: Question, sizes: Sizes | None) -> Choice:
 def _conditions(question: Question) -> list[tuple[str, Callable[[Candidate], str | None]]]:
     found: list[tuple[str, Callable[[Candidate], str | None]]] = []
     if question.purpose == "edge":
-        found.append(("a device takes a GGUF file: that is what a bundle holds", _no_gguf))
+        found.append(("a device takes a GGUF file: that is what a bundle holds", _not_for_devices))
     if runtime := question.runtime:
         found.append((f"runs on {runtime}", lambda each: _unless(each.row.runtime == runtime, each.row.runtime or "?")))
     if room := question.room:
@@ -107,8 +108,9 @@ def _claims(question: Question) -> list[tuple[str, Callable[[Candidate], str | N
     return found
 
 
-def _no_gguf(each: Candidate) -> str | None:
-    return _unless(each.row.format in ("gguf", "bundle"), f"it is {each.row.format}")
+def _not_for_devices(each: Candidate) -> str | None:
+    known = export_format(each.row.format)
+    return _unless(known is not None and known.for_devices, f"it is {each.row.format}")
 
 
 def _unless(passes: bool, why: str) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lighten.errors import RequestError
+from lighten.evaluate.runtimes.opening import RUNTIMES
 from lighten.export.bundle.targets import Target, find_target
 from lighten.settings import as_spelled, parse_size
 
@@ -52,7 +53,7 @@ def ask(
     """
     device = find_target(target) if target else None
     purpose, prefer = as_spelled(purpose, list(get_args(Purpose))), as_spelled(prefer, list(get_args(Prefer)))
-    runtime = as_spelled(runtime, ["torch", "llama.cpp", "onnxruntime"])
+    runtime = as_spelled(runtime, RUNTIMES.names)
     if purpose is None:
         purpose = "edge" if device and device.architecture == "aarch64" else "inference"
     if purpose not in get_args(Purpose):

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from lighten.errors import LightenError
+from lighten.model.export_formats import export_format
 from lighten.report import claims
 from lighten.report.calibration import amount
 from lighten.report.facts import protocols, sentence, settings, text
@@ -32,8 +33,6 @@ UNKNOWN = "unknown"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 BASES = {"demo:smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """What the demo models are called on the hub."""
-LIBRARIES = {"gguf": "gguf", "onnx": "onnx"}
-"""Which library the hub should name for a format; transformers for all others."""
 
 
 def cards(results: Results, folder: Path) -> dict[str, str]:
@@ -99,7 +98,7 @@ def _front(results: Results, variant: Variant) -> str:
         "base_model": base_model(results),
         "base_model_relation": ("finetune" if retrained else "quantized") if variant.steps else None,
         "license": str(licence).lower() if licence else "other",
-        "library_name": LIBRARIES.get(variant.format or "", "transformers"),
+        "library_name": known.library if (known := export_format(variant.format)) else "transformers",
         "pipeline_tag": "text-generation",
         "tags": [tag for tag in dict.fromkeys(["lighten", variant.format, *kinds, _method(variant)]) if tag],
         "model-index": [{"name": variant.name, "results": found}] if (found := _index(results, variant)) else None,

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lighten.errors import Failure
+from lighten.evaluate.runtimes.opener import Conditions, Opener
+from lighten.evaluate.runtimes.opening import added
 from lighten.model import llama_library
 from lighten.model.gguf_header import check_header, is_gguf
 from lighten.model.onnx_source import GENAI, genai, read_graph
@@ -68,7 +70,7 @@ class Loader:
         """The version that is installed, None if it is not."""
         if self.told:
             return self.told()
-        return next((found for package in self.packages if (found := _version(package))), None)
+        return next((found for package in self.packages if (found := installed(package))), None)
 
     def opens(self, form: str, path: Path) -> bool:
         """Returns whether a loader has any business with a format, or the artifact with it."""
@@ -79,7 +81,8 @@ class Loader:
         return next((module for module in self.formats[form] if find_spec(module) is None), None)
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """Returns the version of a package, None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -279,3 +282,16 @@ LOADERS = (
         _compressed_tensors,
     ),
 )
+
+
+def loaders() -> list[Loader]:
+    """Returns ours, and every runtime that was added: each is the loader of its own files."""
+    return [*LOADERS, *map(_of_runtime, added())]
+
+
+def _of_runtime(runtime: Opener[Any]) -> Loader:
+    def ask(opening: Opening) -> Answer:
+        opened = runtime.open(opening.path, Conditions(opening.device, trust_remote_code=opening.trust_remote_code))
+        return Answer(opened.logits(opening.ids()))
+
+    return Loader(runtime.name, runtime.packages, {runtime.name: runtime.modules}, ask)

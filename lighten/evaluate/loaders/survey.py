@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, LightenError
-from lighten.evaluate.loaders.programs import LOADERS, Opening, _version
+from lighten.evaluate.loaders.programs import Opening, installed, loaders
+from lighten.evaluate.runtimes.opening import added
 from lighten.model.formats import _extra, recognise
 from lighten.process.isolate import run_isolated
 from lighten.step import Report, silent
@@ -19,13 +20,13 @@ LONGEST = 400
 
 def versions() -> dict[str, str | None]:
     """Returns the installed version of every loader, None where there is none."""
-    return {loader.name: loader.version for loader in LOADERS}
+    return {loader.name: loader.version for loader in loaders()}
 
 
 def packages() -> dict[str, str]:
     """Returns the versions of all packages that bear on whether something loads."""
-    names = [*(name for loader in LOADERS for name in loader.packages), "torch", "optimum", "accelerate", "gguf"]
-    return {name: found for name in names if (found := _version(name))}
+    names = [*(name for loader in loaders() for name in loader.packages), "torch", "optimum", "accelerate", "gguf"]
+    return {name: found for name in names if (found := installed(name))}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ def survey(
     Raises:
         RequestError: nothing there that any loader would open.
     """
-    there, form, own = recognise(path)
+    there, form, own = _recognise(path)
+    programs = loaders()
+    if not any(form in loader.formats for loader in programs):
+        form = "hf"  # a model directory that an export wrote
     asked = {
         "path": str(there),
         "device": device,
@@ -64,8 +68,8 @@ def survey(
         "trust_remote_code": trust_remote_code,
     }
     loads, peak = [], 0
-    for number, loader in enumerate(LOADERS):
-        report(number, len(LOADERS), loader.name)
+    for number, loader in enumerate(programs):
+        report(number, len(programs), loader.name)
         found: dict[str, Any] = {"loader": loader.name, "version": loader.version, "seconds": None, "error": None}
         if not loader.opens(form, there):
             found["status"] = "other"
@@ -79,15 +83,23 @@ def survey(
             except LightenError as error:
                 found |= {"status": "failed", "error": _first_line(error)}
         loads.append(found)
-    report(len(LOADERS), len(LOADERS), "")
+    report(len(programs), len(programs), "")
     return Survey(loads, peak)
+
+
+def _recognise(path: Path) -> tuple[Path, str, int | None]:
+    """Returns what a loader is to open, its format, and its vocabulary if that is told."""
+    for runtime in added():
+        if (place := runtime.recognises(path)) is not None:
+            return place, runtime.name, runtime.facts(place).vocab
+    return recognise(path)
 
 
 def load(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Opens a model with one loader; returns `{status, seconds, error}`. The target of `run_isolated`."""
     import numpy as np
 
-    loader = next(each for each in LOADERS if each.name == payload["loader"])
+    loader = next(each for each in loaders() if each.name == payload["loader"])
     opening = Opening(Path(payload["path"]), payload["device"], payload["vocab"], payload["trust_remote_code"])
     start = time.monotonic()
     try:

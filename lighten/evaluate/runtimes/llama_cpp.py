@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,6 +13,7 @@ import numpy as np
 from lighten.errors import Failure
 from lighten.evaluate import machine
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
+from lighten.evaluate.runtimes.defaults import Defaults
 from lighten.evaluate.runtimes.llama_binding import Batch, GgufModel, error_log, load_llama
 from lighten.evaluate.runtimes.opener import Conditions, Opener, Target
 from lighten.evaluate.runtimes.runtime import (
@@ -29,7 +30,7 @@ from lighten.evaluate.runtimes.runtime import (
 )
 from lighten.model import llama_library
 from lighten.model.gguf_header import is_gguf, within
-from lighten.step import Report, silent
+from lighten.step import Report
 
 if TYPE_CHECKING:
     from lighten.evaluate.runtimes.words import Words
@@ -44,6 +45,8 @@ class LlamaCppOpener(Opener[Path]):
 
     name: ClassVar[str] = "llama.cpp"
     packages: ClassVar[tuple[str, ...]] = llama_library.PACKAGES
+    weights: ClassVar[tuple[str, ...]] = (".gguf",)
+    compressible: ClassVar[bool] = True
     profiler: ClassVar[str | None] = "lighten.evaluate.profiling.llama_cpp:phases"
     tracer: ClassVar[str | None] = "lighten.evaluate.runtimes.trace:of_llama_cpp"
 
@@ -76,12 +79,11 @@ class LlamaCppOpener(Opener[Path]):
         return LlamaServer(place, context, device)
 
 
-class LlamaCppRuntime:
+class LlamaCppRuntime(Defaults):
     """A GGUF model. See `Runtime` for the methods."""
 
     name = "llama.cpp"
     capabilities: frozenset[Capability] = frozenset({"logits", "scores", "decodes", "rewinds"})
-    options: Mapping[str, str] = {}
 
     def __init__(self, path: Path, device: str, *, float32_cache: bool = False) -> None:
         """Loads the model; keys and values are kept in float16 unless `float32_cache`.
@@ -171,14 +173,6 @@ class LlamaCppRuntime:
         finally:
             library.llama_free(context)
 
-    def hidden(self) -> Floats | None:
-        """See `Runtime`: llama.cpp does not show it."""
-        return None
-
-    def choose(self, context: list[int], endings: list[list[int]]) -> list[Score]:
-        """See `Runtime`."""
-        return self.choose_many([Question(context, endings)], silent)[0]
-
     def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
         """See `Runtime`. An ending is a sequence, and the tokens of a context belong to all its endings' sequences."""
         scores: list[list[Score]] = [[] for _ in questions]
@@ -248,10 +242,6 @@ class LlamaCppRuntime:
     def encode(self, text: str) -> list[int]:
         """See `Runtime`."""
         return self._model.encode(text)
-
-    def peak_vram_bytes(self) -> int | None:
-        """See `Runtime`: llama.cpp does not tell."""
-        return None
 
     def close(self) -> None:
         """See `Runtime`."""

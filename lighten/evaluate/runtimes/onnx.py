@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from lighten.errors import Failure, RequestError, missing_extra
 from lighten.evaluate import machine
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
+from lighten.evaluate.runtimes.defaults import Defaults
 from lighten.evaluate.runtimes.onnx_packed import Packed, packable
 from lighten.evaluate.runtimes.opener import Conditions, Opener, Target
-from lighten.evaluate.runtimes.runtime import Capability, Decoding, Floats, Ids, Question, Score, Text, Timings
+from lighten.evaluate.runtimes.runtime import Capability, Decoding, Floats, Ids, Question, Score, Timings
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.model import accelerator
 from lighten.model.files import read_json
 from lighten.model.onnx_source import GENAI, KEY, find_onnx, genai, read_graph
-from lighten.step import Report, silent
+from lighten.step import Report
 
 PAST, PRESENT = KEY, "present."
 BATCH_TOKENS = 384
@@ -36,6 +37,10 @@ class OnnxOpener(Opener[Path]):
 
     name: ClassVar[str] = "onnxruntime"
     packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnxruntime-genai")
+    modules: ClassVar[tuple[str, ...]] = ("onnxruntime",)
+    extra: ClassVar[str | None] = "onnx"
+    weights: ClassVar[tuple[str, ...]] = (".onnx", ".onnx.data")
+    compressible: ClassVar[bool] = True
     profiler: ClassVar[str | None] = "lighten.evaluate.profiling.onnx:phases"
 
     def recognises(self, target: Target) -> Path | None:
@@ -47,12 +52,11 @@ class OnnxOpener(Opener[Path]):
         return OnnxRuntime(place, conditions.device)
 
 
-class OnnxRuntime:
+class OnnxRuntime(Defaults):
     """An ONNX graph of a causal language model. See `Runtime` for the methods."""
 
     name = "onnxruntime"
     capabilities: frozenset[Capability] = frozenset({"logits", "scores", "decodes"})
-    options: Mapping[str, str] = {}
 
     def __init__(self, path: Path, device: str) -> None:
         """Reads the graph; the weights are loaded by the first use, by whichever library does the work.
@@ -164,14 +168,6 @@ class OnnxRuntime:
         found: Floats = self._run(ids[None], None, ["logits"])[0][0].astype(np.float32, copy=False)
         return found
 
-    def hidden(self) -> Floats | None:
-        """See `Runtime`: the graph does not show it."""
-        return None
-
-    def choose(self, context: list[int], endings: list[list[int]]) -> list[Score]:
-        """See `Runtime`."""
-        return self.choose_many([Question(context, endings)], silent)[0]
-
     def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
         """See `Runtime`. Questions are run in rows where the attention takes a mask, else one after the other."""
         scores: list[list[Score]] = [[] for _ in questions]
@@ -265,19 +261,11 @@ class OnnxRuntime:
         passed = np.diff(times)
         return Timings(float(passed[0]), [float(each) for each in passed[1:]])
 
-    def text(self, most: int) -> Text:
-        """See `Runtime`: not on onnxruntime."""
-        raise Failure(f"speculative decoding takes tokens back, which is not done on onnxruntime: not with {self.path}")
-
     def encode(self, text: str) -> list[int]:
         """See `Runtime`."""
         if self._tokenizer is None:
             self._tokenizer = HfTokenizer(self.path.parent)
         return self._tokenizer.encode(text)
-
-    def peak_vram_bytes(self) -> int | None:
-        """See `Runtime`: onnxruntime does not tell."""
-        return None
 
     def end_profile(self) -> str:
         """Returns the file that onnxruntime wrote its profile into."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from lighten.evaluate.settings import Options
+from lighten.facts import ModelFacts
 
 if TYPE_CHECKING:
     from lighten.evaluate.runtimes.runtime import Runtime, Server, Tokenizer
@@ -47,6 +48,14 @@ class Opener(Generic[Place]):
     """Name of the runtime, the one of its row in the table."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Packages, as pip names them, whose versions belong to every measurement."""
+    modules: ClassVar[tuple[str, ...]] = ()
+    """Modules that have to be there before anything is opened."""
+    extra: ClassVar[str | None] = None
+    """The extra of lighten that brings them."""
+    weights: ClassVar[tuple[str, ...]] = ()
+    """What the names of files with weights end in."""
+    compressible: ClassVar[bool] = False
+    """Whether `lighten.model.source` reads what it serves, so that it can be compressed too."""
     takes_options: ClassVar[bool] = False
     """Whether attention, compile and cache (`Options`) can be chosen."""
     profiler: ClassVar[str | None] = None
@@ -61,6 +70,17 @@ class Opener(Generic[Place]):
             RequestError: it serves such targets, and cannot tell which one is meant.
         """
         raise NotImplementedError
+
+    def facts(self, place: Place) -> ModelFacts:
+        """Returns the sizes of the model: those of the config.json in the directory or beside the file.
+
+        Raises:
+            Failure: there is none.
+        """
+        from lighten.model.checkpoint import facts_of, read_config
+
+        folder = folder_of(place)
+        return facts_of(read_config(folder), str(folder))
 
     def open(self, place: Place, conditions: Conditions) -> Runtime:
         """Loads what `recognises` returned.

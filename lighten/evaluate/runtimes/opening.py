@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lighten.errors import RequestError
@@ -30,6 +31,22 @@ def opener(name: str) -> Opener[Any]:
     """Returns what opens models on the runtime of a name."""
     made: Opener[Any] = RUNTIMES.load(name)()
     return made
+
+
+def added() -> list[Opener[Any]]:
+    """Returns the openers of what can be measured and not compressed: of runtimes that were added to ours."""
+    return [runtime for runtime in map(opener, RUNTIMES.names) if not runtime.compressible]
+
+
+def extras_of_runtimes() -> dict[str, tuple[str, ...]]:
+    """Returns the modules that each extra brings for the runtimes."""
+    return {runtime.extra: runtime.modules for runtime in map(opener, RUNTIMES.names) if runtime.extra}
+
+
+@cache
+def weight_endings() -> tuple[str, ...]:
+    """Returns what the names of files with weights end in, on any runtime."""
+    return tuple(ending for name in RUNTIMES.names for ending in opener(name).weights)
 
 
 def find_opener(target: Target) -> tuple[Opener[Any], Any]:

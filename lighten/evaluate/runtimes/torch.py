@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lighten.errors import Failure
 from lighten.evaluate.runtimes import device_rows
 from lighten.evaluate.runtimes.batches import Layout, attended, by_length, read_scores
+from lighten.evaluate.runtimes.defaults import Defaults
 from lighten.evaluate.runtimes.runtime import Capability, Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.evaluate.runtimes.torch_loading import (
@@ -30,12 +31,12 @@ from lighten.evaluate.settings import Options
 from lighten.evaluate.speed.options import ATTENTION, Caches, compiled, lacking
 from lighten.model import accelerator
 from lighten.model.checkpoint import Checkpoint
-from lighten.step import Report, silent
+from lighten.step import Report
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class TorchRuntime:
+class TorchRuntime(Defaults):
     """A causal language model of transformers. See `Runtime` for the methods."""
 
     name = "torch"
@@ -121,10 +122,6 @@ class TorchRuntime:
     def hidden(self) -> Floats | None:
         """See `Runtime`."""
         return None if self._hidden is None else _to_numpy(self._hidden[0])
-
-    def choose(self, context: list[int], endings: list[list[int]]) -> list[Score]:
-        """See `Runtime`."""
-        return self.choose_many([Question(context, endings)], silent)[0]
 
     @torch.inference_mode()
     def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:

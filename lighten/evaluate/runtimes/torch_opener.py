@@ -17,6 +17,8 @@ class TorchOpener(Opener[Path]):
 
     name: ClassVar[str] = "torch"
     packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "gptqmodel")
+    weights: ClassVar[tuple[str, ...]] = (".safetensors",)
+    compressible: ClassVar[bool] = True
     takes_options: ClassVar[bool] = True
     profiler: ClassVar[str | None] = "lighten.evaluate.profiling.torch:phases"
     tracer: ClassVar[str | None] = "lighten.evaluate.runtimes.trace:of_torch"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
@@ -13,6 +13,7 @@ from lighten.export.bundle.targets import find_target
 from lighten.export.gguf.settings import Gguf
 from lighten.export.step import Export
 from lighten.facts import ModelFacts
+from lighten.model.export_formats import Usage
 from lighten.step import Estimate, Step
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class Bundle(Export):
 
     work: ClassVar[str] = "lighten.export.bundle.step:run"
     version: ClassVar[int] = 3
+    runtime: ClassVar[str] = Gguf.runtime
+    for_devices: ClassVar[bool] = True
 
     format: Literal["bundle"] = Field(description="what to write")
     target: str = Field(
@@ -78,9 +81,19 @@ class Bundle(Export):
         """True with an importance matrix."""
         return self.gguf.needs_sweep()
 
+    @classmethod
+    def usage(cls, files: Sequence[str]) -> Usage | str | None:
+        """See `Export`."""
+        return "Unpack the archive on the device; its README says how to chat, to serve and to measure."
+
+    @classmethod
+    def needs(cls) -> list[tuple[str, str]]:
+        """What packs it."""
+        return [("zstandard", "bundle")]
+
     def requires(self) -> list[tuple[str, str]]:
         """What writes and runs the file, and what packs it."""
-        return [(module, "bundle") for module in (*(module for module, _ in self.gguf.requires()), "zstandard")]
+        return [(module, "bundle") for module, _ in (*self.gguf.requires(), *self.needs())]
 
     def after(self, previous: Step | None) -> Self:
         """Names the type where it makes the file itself; a GGUF file's own type stays."""

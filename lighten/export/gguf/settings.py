@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -10,9 +11,11 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from lighten.errors import RequestError, reading
 from lighten.export.gguf.types import PLAIN, TYPES, TypeName
+from lighten.export.gguf.usage import usage
 from lighten.export.step import Export
 from lighten.facts import ModelFacts
 from lighten.model import llama_library
+from lighten.model.export_formats import Usage
 from lighten.settings import Budget, parse_size
 from lighten.step import Estimate
 
@@ -37,6 +40,9 @@ class Gguf(Export):
 
     work: ClassVar[str] = "lighten.export.gguf.step:run"
     version: ClassVar[int] = 3
+    runtime: ClassVar[str] = "llama.cpp"
+    library: ClassVar[str] = "gguf"
+    for_devices: ClassVar[bool] = True
 
     format: Literal["gguf"] = Field(description="what to write")
     type: TypeName = Field(
@@ -88,7 +94,13 @@ class Gguf(Export):
         """F32 holds what a source of 32 bits has, and F16 more of it than bfloat16."""
         return self.type in ("F32", "F16")
 
-    def requires(self) -> list[tuple[str, str]]:
+    @classmethod
+    def usage(cls, files: Sequence[str]) -> Usage | str | None:
+        """See `Export`."""
+        return usage(files)
+
+    @classmethod
+    def needs(cls) -> list[tuple[str, str]]:
         """`gguf` to write, llama.cpp to quantize and to compare."""
         return [("gguf", "gguf"), (llama_library.module(), "gguf")]
 

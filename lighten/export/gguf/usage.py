@@ -1,0 +1,20 @@
+"""How a person opens a GGUF file, for model cards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lighten.model.export_formats import PROMPT, Usage
+
+CODE = f"""\
+from llama_cpp import Llama
+
+model = Llama(f"{{folder}}/FILE", n_ctx=512, verbose=False)
+print(model("{PROMPT}", max_tokens=20)["choices"][0]["text"])
+"""
+
+
+def usage(files: Sequence[str]) -> Usage | None:
+    """Returns what opens the first .gguf file; None where there is none."""
+    named = sorted(name for name in files if name.endswith(".gguf"))
+    return Usage("llama-cpp-python", CODE.replace("FILE", named[0])) if named else None
