@@ -2,40 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lighten.errors import RequestError
 from lighten.model import llama_library
 from lighten.model.files import check_links
 from lighten.model.gguf_header import is_gguf, within
 from lighten.model.onnx_source import genai
+from lighten.plugins import found_at
 from lighten.store.artifact import read_artifact
 from lighten.store.files import MANIFEST
+
+if TYPE_CHECKING:
+    from lighten.model.quantized.packed import Packed
 
 
 @dataclass(frozen=True)
 class Format:
     """How quantized linears are stored: what transformers calls `quant_method`."""
 
+    packed: str
+    """The class that unpacks it, "module:Class": a `Packed`."""
     extra: str
     """The extra that brings what transformers opens it with."""
     loaded_with: tuple[str, ...]
     """Modules that transformers opens it with."""
     written_here: bool = True
     """Whether it is written without them."""
+    plain_kernels: tuple[str, str] | None = None
+    """The settings class of transformers, and the backend, whose kernels leave the tensors as they are stored."""
+    unpacked_on_device: bool = False
+    """Whether weights are unpacked where they are loaded to, and not on the CPU first."""
+    read_by_onnx: bool = False
+    """Whether ONNX export takes its codes as they are."""
 
     @property
     def written_with(self) -> list[tuple[str, str]]:
         """Modules that have to be there before it is written, and the extra that brings each."""
         return [] if self.written_here else [(module, self.extra) for module in self.loaded_with]
 
+    def unpacked(self, settings: Mapping[str, Any]) -> Packed:
+        """Returns what unpacks the linears of a checkpoint with this `quantization_config`."""
+        found: Packed = found_at(self.packed)(dict(settings))
+        return found
+
 
 FORMATS = {
-    "gptq": Format("gptq", ("gptqmodel", "optimum")),
-    "awq": Format("gptq", ("gptqmodel", "optimum")),
-    "bitsandbytes": Format("bnb", ("bitsandbytes", "accelerate"), written_here=False),
-    "compressed-tensors": Format("compressed", ("compressed_tensors",), written_here=False),
+    "gptq": Format(
+        "lighten.model.quantized.gptq:Gptq",
+        "gptq",
+        ("gptqmodel", "optimum"),
+        plain_kernels=("GPTQConfig", "torch"),
+        read_by_onnx=True,
+    ),
+    "awq": Format(
+        "lighten.model.quantized.awq:Awq",
+        "gptq",
+        ("gptqmodel", "optimum"),
+        plain_kernels=("AwqConfig", "torch_awq"),
+        read_by_onnx=True,
+    ),
+    "bitsandbytes": Format(
+        "lighten.model.quantized.bitsandbytes:BitsAndBytes",
+        "bnb",
+        ("bitsandbytes", "accelerate"),
+        written_here=False,
+        unpacked_on_device=True,
+    ),
+    "compressed-tensors": Format(
+        "lighten.model.quantized.compressed:Compressed", "compressed", ("compressed_tensors",), written_here=False
+    ),
 }
 """Formats of quantized checkpoints, by the `quant_method` in config.json."""
 EXTRAS = {

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from lighten.compress.quantize import configs, formats
 from lighten.compress.quantize.grid import Quantized
 from lighten.errors import Failure, RequestError
+from lighten.model.formats import EXTRAS, FORMATS
 from lighten.model.unpacked import open_checkpoint
 
 Tiny = Callable[..., Path]
@@ -119,3 +120,18 @@ def test_rotated_inputs_and_blocks_are_not_taken_for_plain(tmp_path: Path) -> No
     block = {"group_0": {"weights": {"strategy": "block"}, "format": "float-quantized"}}
     with pytest.raises(RequestError, match="scales of blocks"):
         open_checkpoint(checkpoint(tmp_path / "blocks", "fp8", config_groups=block)[0])
+
+
+def test_every_format_says_what_reads_it(tmp_path: Path) -> None:
+    assert set(FORMATS) == {"gptq", "awq", "bitsandbytes", "compressed-tensors"}
+    for name, each in FORMATS.items():
+        packed = each.unpacked({"quant_method": name, "bits": 4})
+        assert packed.refusal() is None
+        assert packed.linears(["model.norm.weight", "model.layers.0.mlp.up_proj.weight"]) == []
+        assert {EXTRAS[module] for module in each.loaded_with} == {each.extra}
+        assert each.written_with == [] or {extra for _, extra in each.written_with} == {each.extra}
+
+
+def test_awq_of_other_bits_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"quantized with awq, which cannot be unpacked here \(8 bits\)"):
+        open_checkpoint(checkpoint(tmp_path, "awq", bits=8)[0])

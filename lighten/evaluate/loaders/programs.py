@@ -14,6 +14,7 @@ from lighten.errors import Failure
 from lighten.evaluate.runtimes.opener import Conditions, Opener
 from lighten.evaluate.runtimes.opening import added
 from lighten.model import llama_library
+from lighten.model.formats import FORMATS
 from lighten.model.gguf_header import check_header, is_gguf
 from lighten.model.onnx_source import GENAI, genai, read_graph
 
@@ -251,10 +252,7 @@ LOADERS = (
         {
             "hf": (),
             "gguf": ("gguf",),
-            "gptq": ("gptqmodel", "optimum"),
-            "awq": ("gptqmodel", "optimum"),
-            "bitsandbytes": ("bitsandbytes", "accelerate"),
-            "compressed-tensors": ("compressed_tensors",),
+            **{name: each.loaded_with for name, each in FORMATS.items()},
         },
         _transformers,
     ),

@@ -16,20 +16,13 @@ from lighten.errors import Failure, RequestError, missing_extra
 from lighten.evaluate.speed.options import ATTENTION
 from lighten.model import accelerator, llama_library
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.formats import FORMATS
 from lighten.model.loading import from_pretrained
 from lighten.model.packing import unpack_awq
+from lighten.plugins import found_at
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens of a batch of questions."""
-
-
-NEEDS = {
-    "gptq": ("gptq", ("gptqmodel", "optimum")),
-    "awq": ("gptq", ("gptqmodel", "optimum")),
-    "bitsandbytes": ("bnb", ("bitsandbytes", "accelerate")),
-    "compressed-tensors": ("compressed", ("compressed_tensors",)),
-}
-"""Extra and packages that transformers needs for each `quant_method`."""
 
 
 def _load(
@@ -46,20 +39,17 @@ def _load(
     options: dict[str, Any] = {"trust_remote_code": trusted}
     if attention:
         options["attn_implementation"] = ATTENTION[attention]
-    extra, packages = NEEDS.get(method or "", ("", ()))
-    for module in packages:
-        if find_spec(module) is None:
-            raise missing_extra(extra, module, f"running the {method} checkpoint {path}")
-    if extra == "gptq":
+    stored_as = FORMATS.get(method or "")
+    for module in stored_as.loaded_with if stored_as else ():
+        if stored_as and find_spec(module) is None:
+            raise missing_extra(stored_as.extra, module, f"running the {method} checkpoint {path}")
+    if stored_as and "gptqmodel" in stored_as.loaded_with:
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "3")  # with fewer it fails on a machine of two cores
         llama_library.keep_apart()
-    if unpack and extra == "gptq":
-        from transformers import AwqConfig, GPTQConfig
-
+    if unpack and stored_as and stored_as.plain_kernels:
+        settings, backend = stored_as.plain_kernels
         bits = Checkpoint(path).config["quantization_config"]["bits"]
-        # the kernels that leave the packed tensors as they are stored
-        plain = GPTQConfig(bits=bits, backend="torch") if method == "gptq" else AwqConfig(bits, backend="torch_awq")
-        options["quantization_config"] = plain
+        options["quantization_config"] = found_at(f"transformers:{settings}")(bits=bits, backend=backend)
     if placed := _is_placed(method, device, unpack):
         options["device_map"] = {"": device}  # the kernels of a GPU are chosen where the weights arrive on it
     from transformers import AutoModelForCausalLM
@@ -83,7 +73,9 @@ def _is_placed(method: str | None, device: str, unpack: bool) -> bool:
 
     A model whose weights are unpacked first is moved after, but for bitsandbytes, whose weights are unpacked there.
     """
-    return method is not None and device != "cpu" and (not unpack or method == "bitsandbytes")
+    stored_as = FORMATS.get(method or "")
+    unpacked_there = stored_as is not None and stored_as.unpacked_on_device
+    return method is not None and device != "cpu" and (not unpack or unpacked_there)
 
 
 def _arithmetic(checkpoint: Checkpoint, device: str) -> str:
@@ -109,9 +101,9 @@ def stored(module: nn.Module) -> str | None:
 
 
 def _quantizer(method: str | None, kernels: list[str], unpacked: bool) -> list[str]:
-    if method not in NEEDS:
+    if (stored_as := FORMATS.get(method or "")) is None:
         return []
-    package = NEEDS[method][1][0].replace("_", "-")
+    package = stored_as.loaded_with[0].replace("_", "-")
     how = "weights unpacked to float32" if unpacked else f"{', '.join(kernels) or 'its own'} kernel"
     return [f"{package} {version(package)} ({how})"]
 

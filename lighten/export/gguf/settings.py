@@ -16,10 +16,11 @@ from lighten.export.step import Export
 from lighten.facts import ModelFacts
 from lighten.model import llama_library
 from lighten.model.export_formats import Usage
+from lighten.model.formats import FORMATS
 from lighten.settings import Budget, parse_size
 from lighten.step import Estimate
 
-_READABLE = ("hf", "gptq", "awq", "bitsandbytes", "compressed-tensors")
+_READABLE = ("hf", *FORMATS)
 """Formats of directories whose weights can be read, or unpacked."""
 
 _WRITE_SECONDS = 2e-8

@@ -169,9 +169,7 @@ def _without_codes(quantized: Quantized, out: Path) -> None:
         for name in others:
             writer.add(name, checkpoint.tensor(name))
         for name in quantized.names:
-            words, scales = (checkpoint.tensor(f"{name}.{part}") for part in ("qweight", "scales"))
-            inputs = len(words) if quantized.method == "awq" else checkpoint.tensor(f"{name}.g_idx").numel()
-            writer.add(f"{name}.weight", torch.zeros(scales.shape[1], inputs, dtype=torch.bfloat16))
+            writer.add(f"{name}.weight", torch.zeros(quantized.shape(name), dtype=torch.bfloat16))
     checkpoint.write_others(out, _plain(checkpoint.config))
 
 

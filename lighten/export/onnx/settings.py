@@ -12,6 +12,7 @@ from lighten.export.onnx.usage import usage
 from lighten.export.step import Export
 from lighten.facts import ModelFacts
 from lighten.model.export_formats import Usage
+from lighten.model.formats import FORMATS
 from lighten.step import Estimate
 
 BUILDER = (
@@ -32,7 +33,7 @@ BUILDER = (
     "HunYuanDenseV1ForCausalLM",
 )
 """The dense text models that the builder of onnxruntime-genai knows."""
-KEPT = ("gptq", "awq")
+KEPT = tuple(name for name, each in FORMATS.items() if each.read_by_onnx)
 """Formats whose weights go into the graph as they are."""
 _BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8": 9.0, "int4": 5.0}
 """Bits per weight with a float32 scale for every 32 weights, for predictions."""

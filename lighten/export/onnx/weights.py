@@ -9,33 +9,19 @@ runs of neighbouring inputs the inputs are put in order by a `Gather` first.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lighten.errors import Failure, RequestError
-from lighten.model.packing import awq_codes, gptq_zeros, unpack
+from lighten.model.formats import FORMATS
+from lighten.model.quantized.packed import Codes
 
 if TYPE_CHECKING:
     from lighten.model.checkpoint import Checkpoint
 
 BLOCKS = (256, 128, 64, 32, 16)
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A linear as its checkpoint stores it: `codes [in, out]`, `scales` and `zeros [groups, out]`, `g_idx [in]`."""
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor
-    g_idx: torch.Tensor
-    bits: int
-
-    def weight(self) -> torch.Tensor:
-        """Returns what they stand for, `[out, in]` in float32."""
-        spread = self.zeros[self.g_idx], self.scales[self.g_idx].float()
-        return ((self.codes - spread[0]).float() * spread[1]).t().contiguous()
 
 
 @dataclass(frozen=True)
@@ -75,29 +61,24 @@ class Quantized:
             RequestError: a layout that is not known.
         """
         self.checkpoint = checkpoint
-        config = checkpoint.quantization or {}
-        self.method = str(config.get("quant_method"))
-        if self.method == "awq" and (str(config.get("version", "gemm")).lower() != "gemm" or config.get("bits") != 4):
-            raise RequestError(f"{checkpoint.path}: ONNX export reads AWQ in the 4-bit gemm layout only")
-        self._bits = int(config.get("bits", 4))
-        self._stored_less_one = config.get("checkpoint_format", "gptq") != "gptq_v2"
-        self.names = [name.removesuffix(".qweight") for name in checkpoint.weight_map if name.endswith(".qweight")]
+        settings = checkpoint.quantization or {}
+        self.method = str(settings.get("quant_method"))
+        self.packed = FORMATS[self.method].unpacked(settings)
+        if reason := self.packed.refusal():
+            raise RequestError(f"{checkpoint.path}: ONNX export cannot read this {self.method} checkpoint ({reason})")
+        self.names = self.packed.linears(checkpoint.weight_map)
 
     def codes(self, name: str) -> Codes:
         """Returns one linear."""
-        tensors = self.checkpoint.tensors(f"{name}.")
-        scales = tensors["scales"]
-        if self.method == "awq":
-            codes = awq_codes(tensors["qweight"])
-            g_idx = torch.arange(len(codes)) // (len(codes) // len(scales))
-            return Codes(codes, scales, awq_codes(tensors["qzeros"]), g_idx, 4)
-        words = tensors["qweight"]
-        inputs = len(words) * 32 // self._bits
-        neighbours = torch.arange(inputs) // (inputs // len(scales))
-        g_idx = tensors.get("g_idx", neighbours)  # GPTQModel leaves it out where groups are of neighbours
-        bits = len(words) * 32 // g_idx.numel()
-        zeros = gptq_zeros(tensors["qzeros"], bits, scales.shape[1], less_one=self._stored_less_one)
-        return Codes(unpack(words, bits, g_idx.numel()), scales, zeros, g_idx.long(), bits)
+        return self.packed.codes(self.checkpoint.tensors(f"{name}."))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns `[out, in]` of one linear."""
+        return self.packed.shape(name, self._shapes, self.checkpoint.tensor)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.checkpoint.shapes()
 
     def layout(self, name: str) -> tuple[Any, ...]:
         """Returns what must be the same for linears to share one `MatMulNBits`."""

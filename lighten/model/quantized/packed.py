@@ -1,0 +1,56 @@
+"""What a format of quantized checkpoints answers for its linears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Parts = dict[str, torch.Tensor]
+"""The stored tensors of one linear, by what follows its name and a dot."""
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A linear as integer codes: `codes [in, out]`, `scales` and `zeros [groups, out]`, `g_idx [in]`."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    g_idx: torch.Tensor
+    bits: int
+
+    def weight(self) -> torch.Tensor:
+        """Returns what they stand for, `[out, in]` in float32."""
+        spread = self.zeros[self.g_idx], self.scales[self.g_idx].float()
+        return ((self.codes - spread[0]).float() * spread[1]).t().contiguous()
+
+
+class Packed:
+    """The linears of a checkpoint in one format; made from the `quantization_config` of its config.json."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def refusal(self) -> str | None:
+        """Returns why such a checkpoint cannot be unpacked, None if it can."""
+        return None
+
+    def linears(self, names: Iterable[str]) -> list[str]:
+        """Returns the quantized linears, from the names of all tensors."""
+        raise NotImplementedError
+
+    def weight(self, parts: Parts) -> torch.Tensor:
+        """Returns what a linear stands for, `[out, in]` in float32."""
+        raise NotImplementedError
+
+    def shape(self, linear: str, stored: Shapes, read: Callable[[str], torch.Tensor]) -> tuple[int, ...]:
+        """Returns `[out, in]` of a linear, from the shapes of all tensors; `read` returns a small tensor."""
+        raise NotImplementedError
+
+    def codes(self, parts: Parts) -> Codes:
+        """Returns a linear as codes, for formats that store it as `qweight`, `qzeros` and `scales`."""
+        raise NotImplementedError
