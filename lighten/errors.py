@@ -1,7 +1,7 @@
-"""Errors that are for the person at the keyboard.
+"""Errors for the person at the keyboard.
 
-Raise `RequestError` when the request itself was wrong (exit code 2) and `Failure` when something broke
-while doing a correct request (exit code 1). The message says what was wrong, where, and what to do next.
+Raise `RequestError` if the request itself was wrong (exit code 2), and `Failure` if something broke while doing a
+correct request (exit code 1). The message says what was wrong, where, and what to do next.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 class LightenError(Exception):
-    """One clear message for the person; never shown with a traceback."""
+    """One clear message for the person. It is never shown with a traceback."""
 
     exit_code = 1
 
@@ -31,11 +31,11 @@ class Failure(LightenError):
 
 
 class DiskFull(Failure):
-    """Nothing more can be written: what runs next would fail as well."""
+    """Nothing more can be written. What runs next would fail as well."""
 
 
 def disk_full(error: BaseException | None) -> DiskFull | None:
-    """Returns the message for an error, if it or what led to it is that nothing more can be written."""
+    """Returns the message for an error, if the error or its cause is a full disk."""
     reasons = {
         errno.ENOSPC: "no space left on the device",
         errno.EDQUOT: "the disk quota is used up",
@@ -44,12 +44,12 @@ def disk_full(error: BaseException | None) -> DiskFull | None:
     while error is not None:
         if isinstance(error, DiskFull):
             return error
-        # libraries in other languages tell it by its text
+        # libraries in other languages only give the text of the system
         code = error.errno if isinstance(error, OSError) else None
-        told = code if code in reasons else next((each for each in reasons if os.strerror(each) in str(error)), None)
-        if told is not None:
+        known = code if code in reasons else next((each for each in reasons if os.strerror(each) in str(error)), None)
+        if known is not None:
             return DiskFull(
-                f"{reasons[told]}: free some space (`lighten gc` removes objects that no version uses) or choose "
+                f"{reasons[known]}: free some space (`lighten gc` removes objects that no version uses) or choose "
                 "another --artifacts; then run the same command again, which goes on from what is finished"
             )
         error = error.__cause__ or error.__context__
@@ -57,7 +57,7 @@ def disk_full(error: BaseException | None) -> DiskFull | None:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises RequestError for a name that is no Unicode text: neither reports nor JSON could name such a path."""
+    """Raises RequestError for a name that is no Unicode text. Reports and JSON could not name such a path."""
     for name in names:
         try:
             name.encode()
@@ -67,26 +67,26 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def unexpected(error: BaseException) -> str:
-    """Returns an error that nobody foresaw, in a line: what it says, and where in this package it arose.
+    """Returns one line about an unforeseen error: its message, and where in this package it arose.
 
-    The traceback follows where the environment has LIGHTEN_TRACEBACK.
+    The traceback follows if the environment has LIGHTEN_TRACEBACK.
     """
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)] or list(frames)
     at = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     message = " ".join(str(error).split())
-    told = f"{type(error).__name__}{': ' if message else ''}{message}{at}"
+    summary = f"{type(error).__name__}{': ' if message else ''}{message}{at}"
     if os.environ.get("LIGHTEN_TRACEBACK"):
-        return told + "\n" + "".join(traceback.format_exception(error))
-    return f"{told}; LIGHTEN_TRACEBACK=1 shows more"
+        return summary + "\n" + "".join(traceback.format_exception(error))
+    return f"{summary}; LIGHTEN_TRACEBACK=1 shows more"
 
 
 @contextmanager
 def reading(file: Path, advice: str) -> Iterator[None]:
-    """Turns what goes wrong while the contents of a file are taken apart into one message.
+    """Turns an error while the contents of a file are parsed into one message.
 
     Raises:
-        Failure: it lacks something, or has it in another form.
+        Failure: the file lacks something, or has it in another form.
     """
     try:
         yield
@@ -95,7 +95,7 @@ def reading(file: Path, advice: str) -> Iterator[None]:
 
 
 def missing_extra(extra: str, package: str, purpose: str) -> RequestError:
-    """Returns the error for a package that belongs to an extra which is not installed."""
+    """Returns the error for a missing package that an extra brings."""
     return RequestError(
         f"{purpose} needs the package {package}, which is not installed: pip install 'lighten[{extra}]'"
     )

@@ -20,11 +20,11 @@ class ModelFacts:
     vocab: int
     tied: bool
     family: Literal["causal", "encoder", "seq2seq"] = "causal"
-    """Whether it predicts the next token, encodes a text, or does both with a text for each."""
+    """Type of model: it predicts the next token, encodes a text, or does both with a text for each."""
     counted: int | None = None
-    """All weights, where they were counted because the sizes do not tell."""
+    """Number of all weights, if they were counted because the sizes do not give it."""
     context: int | None = None
-    """Positions that it takes; None where nobody says."""
+    """Number of positions that the model takes; None if nothing says it."""
 
     @property
     def layer_linear_params(self) -> int:
@@ -34,7 +34,7 @@ class ModelFacts:
 
     @property
     def embedding_params(self) -> int:
-        """Weights in the embedding and, where it is not tied, the head."""
+        """Weights in the embedding, and in the head if it is not tied."""
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
     @property
@@ -45,7 +45,7 @@ class ModelFacts:
         return self.layers * (self.layer_linear_params + 2 * self.hidden) + self.embedding_params + self.hidden
 
     def cache_bytes(self, tokens: int, bits: float = 16) -> int:
-        """Returns the bytes of keys and values of so many tokens, of `bits` bits each, in all layers."""
+        """Returns the bytes of the keys and values of that many tokens, of `bits` bits each, in all layers."""
         return round(self.layers * 2 * self.kv_heads * self.head_dim * tokens * bits / 8)
 
     @property

@@ -1,4 +1,4 @@
-"""Text on a terminal: what came from files, results or devices is shown, and never obeyed."""
+"""Text on a terminal. What came from files, results or devices is shown, and never obeyed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _HIDDEN = {
     **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD),
     **dict.fromkeys(range(0xD800, 0xE000), 0xFFFD),
 }
-"""Controls by the picture of each; those that have none, and what turns the direction of text, by U+FFFD."""
+"""Pictures of the control characters. Those without a picture, and those that turn the direction of text, become
+U+FFFD."""
 
 
 def visible(text: str) -> str:
-    """Returns a text with a picture in the place of every control character but the end of a line and a tab."""
+    """Returns a text with a picture in place of every control character, except ends of lines and tabs."""
     return text.translate(_HIDDEN)
 
 
 class _Shown:
-    """Something to print, whose text is made visible when it is laid out."""
+    """Something to print. Its text is made visible when it is laid out."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -42,7 +43,7 @@ class _Visible(RenderHook):
 def console(**settings: Any) -> Console:
     """Returns a rich console that obeys no control character and no [markup] in what it prints.
 
-    Styles that are given as arguments stay.
+    Styles that are given as arguments still work.
     """
     made = Console(**{"markup": False, **settings})
     made.push_render_hook(_Visible())
@@ -50,7 +51,7 @@ def console(**settings: Any) -> Console:
 
 
 def deep(value: Any) -> Any:
-    """Returns JSON's values with every text in them made visible, keys too."""
+    """Returns JSON's values in which every text is made visible, keys too."""
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, dict):

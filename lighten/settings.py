@@ -1,4 +1,4 @@
-"""What all settings have in common: words in any case, and settings inside settings given as text."""
+"""What all settings have in common: choices in any case, and settings that are given as text inside settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic_core import CoreSchema, core_schema
 
 
 def spelled(model: type[BaseModel], value: Any) -> Any:
-    """Returns a mapping of settings with every named choice spelled as the model spells it; other values as given."""
+    """Returns settings in which every named choice is spelled as the model spells it. Other values stay."""
     if not isinstance(value, dict):
         return value
     fields = {name: model.model_fields[name].annotation for name in value if name in model.model_fields}
@@ -21,7 +21,7 @@ def spelled(model: type[BaseModel], value: Any) -> Any:
 
 
 def as_spelled(value: Any, choices: list[Any]) -> Any:
-    """Returns the choice that a text means, whatever its case; the value as given if it is none."""
+    """Returns the choice that a text means, in any case; the value itself if it is no choice."""
     if not isinstance(value, str) or value in choices:
         return value
     return next((each for each in choices if str(each).casefold() == value.strip().casefold()), value)
@@ -41,17 +41,17 @@ class AnyCase(BaseModel):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Spells the choices before any validator looks at them, a subclass's own too."""
+        """Spells the choices before any validator sees them, including those of a subclass."""
         return core_schema.no_info_before_validator_function(partial(spelled, cls), handler(source))
 
 
 class Settings(AnyCase):
-    """Strict, immutable, and read from a text such as "bits=3,group_size=64" too."""
+    """Strict, immutable settings. They can also be read from a text such as "bits=3,group_size=64"."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bare: ClassVar[str | None] = None
-    """The setting that an amount with a unit means when no name is given, as in "90MB"."""
+    """Name of the setting that an amount with a unit means if no name is given, as in "90MB"."""
     example: ClassVar[str] = "bits=4,group_size=64"
 
     @model_validator(mode="before")
@@ -78,7 +78,7 @@ def parse_size(text: str) -> int:
     """Returns the bytes that a text such as "90MB", "1.5 GiB" or "90000000" means.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the text is no size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not found or found[2].upper() not in _SCALES:
@@ -87,7 +87,7 @@ def parse_size(text: str) -> int:
 
 
 class Budget(Settings):
-    """One of the two. As text "size=90MB", "90MB" or "bits=4.5"."""
+    """A budget: one of the two settings. As text it is "size=90MB", "90MB" or "bits=4.5"."""
 
     bare: ClassVar[str | None] = "size"
     example: ClassVar[str] = "size=90MB, or bits=4.5"

@@ -29,7 +29,7 @@ NOT_ON_DEVICE = (
     *("data", "protocol", "length", "samples", "task", "limit", "shots", "scorer", "device"),
     *("trust_remote_code", "trust_tasks", "attention", "compile_", "cache", "roofline", "price_per_hour", "currency"),
 )
-"""Names of the flags that say nothing to bench.py on a device."""
+"""Names of the flags that bench.py on a device does not know."""
 
 Paths = Annotated[
     list[str],
@@ -225,7 +225,7 @@ def _show(value: dict[str, Any], out: Path | None, as_json: bool) -> None:
 
 
 def _path_of(text: str, artifacts: Path) -> str:
-    """Returns where a variant lies that is named as `quickstart:gptq-int4` or `quickstart@v1:gptq-int4`."""
+    """Returns the path of a variant such as `quickstart@v1:gptq-int4`; any other text unchanged."""
     from lighten.compare.operand import VariantOf, Version, resolve
 
     if Path(text).expanduser().exists() or ":" not in text or text.startswith("demo:"):

@@ -1,4 +1,4 @@
-"""Options that several commands have, and how they print for a program."""
+"""Flags that several commands have, and printing for programs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TrustTasks = Annotated[
 
 
 def print_json(value: Any) -> None:
-    """Prints a value as JSON on standard output; controls that JSON leaves as they are stand there escaped."""
+    """Prints a value as JSON on standard output. Control characters that JSON allows are escaped."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     sys.stdout.write(re.sub(CONTROLS, lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 

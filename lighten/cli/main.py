@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and how an error ends it. Nothing here imports torch."""
+"""The command line: the commands, and how an error ends one. Nothing here imports torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that look after the store."""
+"""Commands that list, check and clean the store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lighten evaluate --profile`: what was found, for a person."""
+"""The output of `lighten evaluate --profile` for a person."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHOWN = 8
 
 
 def shown(name: str, found: dict[str, Any], folder: Path) -> Iterator[RenderableType]:
-    """Yields the largest operators of each phase, and which bottleneck it looks like."""
+    """Yields the largest operators of each phase, and the bottleneck that they point to."""
     for phase in found["phases"]:
         plain = found["plain_seconds"][phase["name"]]
         slower = phase["seconds"] / plain

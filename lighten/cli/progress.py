@@ -1,4 +1,4 @@
-"""What a person sees while a recipe runs: a bar with the time left, one line per finished stage."""
+"""The display while a recipe runs: a bar with the time left, and one line per finished stage."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Bars:
         self._predicted: dict[str, float] = {}
 
     def close(self) -> None:
-        """Takes the bars off the screen."""
+        """Removes the bars from the screen."""
         if self._bars:
             self._bars.stop()
 
@@ -71,7 +71,7 @@ class Bars:
         return self.follow(stage.name)
 
     def follow(self, name: str) -> Report:
-        """Shows a bar, and returns what moves it."""
+        """Shows a bar, and returns the function that moves it."""
         if not self._bars:
             return silent
         self._current = self._bars.add_task(screen.visible(name), total=None, note="")
@@ -114,7 +114,7 @@ def watching(*, quiet: bool) -> Iterator[Bars]:
 
 
 def plan_table(name: str, rows: list[dict[str, Any]]) -> Table:
-    """Returns the stages of a plan as a table with totals of what is not cached."""
+    """Returns the stages of a plan as a table, with totals of the stages that are not cached."""
     todo = [row for row in rows if not row["cached"]]
     table = Table(title=f"{name}: {len(rows)} stages, {len(rows) - len(todo)} cached", box=None, show_footer=True)
     table.add_column("stage", footer="to do")

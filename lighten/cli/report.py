@@ -1,4 +1,4 @@
-"""`lighten report`, and what it shares with `lighten run`."""
+"""`lighten report`, and the functions that `lighten run` shares with it."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def report(
 
 
 def _write_again(results: Results, folder: Path, earlier: list[Results]) -> None:
-    """Writes the report of a version anew, unless it lies where nothing can be written."""
+    """Writes the report of a version anew, unless its directory is read-only."""
     from lighten.report.render import write_report
     from lighten.store.store import Store
 
     if not os.access(folder, os.W_OK):
-        told = f"{folder} is read-only: its report stays as it is; --format html -o FILE writes one somewhere else"
-        screen.console(stderr=True, soft_wrap=True, highlight=False).print(told, style="yellow", markup=False)
+        message = f"{folder} is read-only: its report stays as it is; --format html -o FILE writes one somewhere else"
+        screen.console(stderr=True, soft_wrap=True, highlight=False).print(message, style="yellow", markup=False)
         return
     store = Store(folder.resolve().parent.parent)
     own = (
@@ -102,7 +102,7 @@ def find(name: str, version: str | None, artifacts: Path) -> Path:
     """Returns the directory of the version that a person named.
 
     Raises:
-        RequestError: there is none; names those that there are.
+        RequestError: it does not exist; the message lists the versions that do.
     """
     from lighten.results.file import FILE
     from lighten.store.store import Store
@@ -126,7 +126,7 @@ def find(name: str, version: str | None, artifacts: Path) -> Path:
 
 
 def before(folder: Path) -> list[Path]:
-    """Returns the versions of the same recipe that are older than one, oldest first; none for other directories."""
+    """Returns the older versions of the same recipe, oldest first; none for other directories."""
     from lighten.store.store import Store
 
     folder = folder.resolve()
@@ -155,10 +155,10 @@ def show(folder: Path, as_json: bool) -> None:
 
 
 def check_push(repo: str, variants: list[str]) -> None:
-    """Does nothing if variants that are still to be made can be pushed: a token, and a repository for each.
+    """Checks that variants can be pushed before they are made: a token, and a repository for each.
 
     Raises:
-        RequestError: they cannot.
+        RequestError: they cannot be pushed.
     """
     from lighten.report import hub
 
@@ -167,7 +167,7 @@ def check_push(repo: str, variants: list[str]) -> None:
 
 
 def push_version(folder: Path, repo: str, variants: list[str], *, public: bool, quiet: bool) -> None:
-    """Pushes those of the variants that were made; what failed is told with the results."""
+    """Pushes the variants that were made. The results report those that failed."""
     from lighten.results.file import load
 
     results = load(folder)
@@ -187,7 +187,7 @@ def publish(
     as_json: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Pushes variants of a version to the hub, and prints what was or would be pushed unless `quiet`."""
+    """Pushes variants of a version to the hub. Prints what was or would be pushed, unless `quiet`."""
     from lighten.report import hub
     from lighten.report.numbers import byte_count
 
@@ -216,7 +216,7 @@ def _check(
     public: bool,
     dry_run: bool,
 ) -> None:
-    """Raises RequestError for flags that say nothing together."""
+    """Raises RequestError for flags that do not go together."""
     if out and format == "terminal":
         raise RequestError("-o needs --format html, markdown, csv or json")
     if repo and (history or format != "terminal"):
@@ -231,7 +231,7 @@ def _check(
 
 
 def _rendered(results: Results, earlier: list[Results], format: Format) -> str:
-    """Returns the results in one of the forms."""
+    """Returns the results in one of the formats."""
     from lighten.report import render
 
     if format == "csv":
@@ -244,7 +244,7 @@ def _rendered(results: Results, earlier: list[Results], format: Format) -> str:
 
 
 def _write(text: str, out: Path | None) -> None:
-    """Writes to a file, or to standard output as it is."""
+    """Writes a text to a file, or unchanged to standard output."""
     if out is None:
         sys.stdout.write(text)
         return
@@ -265,8 +265,8 @@ def _show_history(results: Results, earlier: list[Results], format: Format, out:
     if found is None:
         raise RequestError(f"{results.title} is the first version: there is no history yet")
     if as_json or format == "json":
-        told = history.value(history.measures([*earlier, results]))
-        _write(json.dumps({"recipe": results.recipe, "history": told}, indent=1, ensure_ascii=False) + "\n", out)
+        values = history.value(history.measures([*earlier, results]))
+        _write(json.dumps({"recipe": results.recipe, "history": values}, indent=1, ensure_ascii=False) + "\n", out)
     elif format == "markdown":
         _write(part_text(found) + "\n", out)
     else:

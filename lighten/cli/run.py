@@ -1,4 +1,4 @@
-"""Commands that carry a recipe out, or show what would be done."""
+"""`lighten run` and `lighten plan`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`lighten compare`: what changed from one version, variant or model to another, and whether that is allowed."""
+"""`lighten compare`: what changed from one version, variant or model to another, and whether it is allowed."""

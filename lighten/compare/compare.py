@@ -1,4 +1,4 @@
-"""Two versions, variants or models, side by side."""
+"""The comparison of two versions, variants or models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lighten.store.store import Store
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that was compared, what stands on one side only, and how it stands to the limits."""
+    """Everything that was compared, what only one side has, and the verdicts on the limits."""
 
     differences: tuple[Difference, ...]
     alone: tuple[str, ...] = ()
@@ -34,11 +34,11 @@ class Comparison:
 
     @property
     def failed(self) -> list[Verdict]:
-        """The verdicts that say no."""
+        """Verdicts that say no."""
         return [verdict for verdict in self.verdicts if verdict.failed]
 
     def json(self) -> dict[str, Any]:
-        """Returns all of it for a program: fractions, bytes, tokens per second, nats."""
+        """Returns everything for a program: fractions, bytes, tokens per second, nats."""
         return {"schema": 1, **asdict(self), "failed": bool(self.failed)}
 
 
@@ -163,7 +163,7 @@ def _sides(
 def _tokens(
     a: Side, b: Side, count: int, device: str, watcher: Watcher, trusted: bool
 ) -> tuple[tuple[dict[str, Any], ...] | None, str | None]:
-    """Returns the places where the two disagree most, or why they cannot be told."""
+    """Returns the places where the two sides disagree most, or why they are not known."""
     if not (a.perplexity and b.perplexity and b.row.perplexity):
         return None, "the perplexity measurements of both are needed, and the store does not have them"
     if b.tokenizer is None:

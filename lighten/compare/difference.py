@@ -1,4 +1,4 @@
-"""What changed from one side to the other: numbers, with intervals where single values were kept."""
+"""What changed from one side to the other: numbers, with intervals if single values were kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lighten.compare.side import Side
 from lighten.evaluate import paired
 from lighten.evaluate.intervals import Interval, bootstrap_ratio, mcnemar
 from lighten.report import claims
-from lighten.report.serving import alike, told
+from lighten.report.serving import alike, speeds_apart
 from lighten.results.measured import Accuracy, Speed
 
 
@@ -24,12 +24,12 @@ class Change:
     b: float
     ratio: Interval
     units: int | None = None
-    """What the interval was drawn from: chunks of text."""
+    """Values that the interval was drawn from: chunks of text."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A fraction of right answers on both sides; `gained`, `lost` and `p` are None where only totals are known."""
+    """A fraction of right answers on both sides. `gained`, `lost` and `p` are None if only totals are known."""
 
     a: float
     b: float
@@ -41,19 +41,19 @@ class Rate:
 
 @dataclass(frozen=True)
 class Task:
-    """One set of tasks: the likeliest ending, and the likeliest per character."""
+    """One set of tasks: the likeliest ending, and the likeliest ending per character."""
 
     task: str
     n: int
     acc: Rate | None
     acc_norm: Rate | None
     flips: tuple[Flip, ...] = ()
-    """By `acc_norm`."""
+    """Tasks that flipped, by `acc_norm`."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """All that changed from a to b; None for what was not measured on both."""
+    """Everything that changed from a to b. None was not measured on both sides."""
 
     a: str
     b: str
@@ -155,7 +155,7 @@ def _decode(a: Side, b: Side, notes: list[str]) -> Change | None:
     first, second = ours[common[0]], theirs[common[0]]
     if None not in (*first.how, *second.how) and first.how != second.how:
         notes.append(f"decode speeds are of {_how(first)} in {a.text} and of {_how(second)} in {b.text}")
-    elif a.row.key and a.row.key == b.row.key and alike(first, second) and (line := told(first, second)):
+    elif a.row.key and a.row.key == b.row.key and alike(first, second) and (line := speeds_apart(first, second)):
         notes.append(f"both are the same artifact, and {line}")
     loud = [side.text for side, speed in ((a, first), (b, second)) if claims.noisy(speed)]
     if loud:
@@ -174,7 +174,7 @@ def _decode(a: Side, b: Side, notes: list[str]) -> Change | None:
 
 
 def _how(speed: Speed) -> str:
-    """Returns the options that transformers ran with, in words."""
+    """Returns the options of transformers in words."""
     names = ("attention", "compile", "cache")
     return ", ".join(f"{name} {value}" for name, value in zip(names, speed.how, strict=True))
 

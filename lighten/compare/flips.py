@@ -1,4 +1,4 @@
-"""Tasks that one side answers rightly and the other does not, in their own words."""
+"""Tasks that only one side answers rightly, with their text."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lighten.store.artifact import Artifact
 
 @dataclass(frozen=True)
 class Flip:
-    """A task that is answered rightly by one side only, by log-probability per character."""
+    """A task that only one side answers rightly, by log-probability per character."""
 
     number: int
     way: Literal["gained", "lost"]
     context: str | None = None
-    """None where the text of the tasks is not there any more, like all below."""
+    """Context of the task. This and all fields below are None if the text of the tasks no longer exists."""
     right: str | None = None
     chosen_a: str | None = None
     chosen_b: str | None = None
@@ -29,9 +29,9 @@ def flips(measurement: Artifact, before: Mapping[str, Any], after: Mapping[str, 
     """Returns the tasks that flipped, the lost ones first, and why their text is missing, if it is.
 
     Args:
-        measurement: of either side; says which tasks they were.
+        measurement: measurement of either side; it says which tasks they were.
         before: `choice_norm` and `label` `[tasks]` of the first side.
-        after: those of the second.
+        after: `choice_norm` and `label` `[tasks]` of the second side.
     """
     was, now = before["choice_norm"] == before["label"], after["choice_norm"] == after["label"]
     places = [int(at) for at in (was & ~now).nonzero()[0]] + [int(at) for at in (~was & now).nonzero()[0]]

@@ -1,4 +1,4 @@
-"""What a comparison may cost: `ppl > +2%`, `acc < -1pp`."""
+"""Limits of a comparison: `ppl > +2%`, `acc < -1pp`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lighten.evaluate.intervals import Interval
 from lighten.report.numbers import fixed
 
 RISES = ("ppl", "size", "memory")
-"""What is worse when it rises, in percent of the first side."""
+"""Quantities that are worse when they rise, in percent of the first side."""
 FALLS = ("decode",)
-"""What is worse when it falls, likewise."""
+"""Quantities that are worse when they fall, in percent of the first side."""
 POINTS = ("acc", "acc_norm")
-"""What is worse when it falls, in percentage points."""
+"""Quantities that are worse when they fall, in percentage points."""
 FORMS = '"ppl > +2%", "size > +0%", "memory > +10%", "decode < -10%", "acc < -1pp", "acc_norm < -1pp"'
 _FORM = re.compile(r"\s*([A-Za-z_]+)\s*([<>])\s*([+-]?)\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(%|pp)\s*")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A change from which on a comparison fails; `value` is a fraction."""
+    """A change from which a comparison fails. `value` is a fraction."""
 
     text: str
     quantity: str
@@ -31,7 +31,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a comparison stands to a limit; `excluded` says whether the interval leaves no doubt (None: no interval)."""
+    """The verdict on a limit. `excluded` says whether the interval leaves no doubt (None: no interval)."""
 
     limit: str
     failed: bool
@@ -43,7 +43,7 @@ def parse(text: str) -> Limit:
     """Returns the limit that an expression states.
 
     Raises:
-        RequestError: it cannot be read; says which forms there are.
+        RequestError: the expression cannot be read; the message lists the possible forms.
     """
     found = _FORM.fullmatch(text)
     if not found:
@@ -63,7 +63,7 @@ def parse(text: str) -> Limit:
 
 
 def judge(limit: Limit, difference: Difference) -> list[Verdict]:
-    """Returns the verdict of a limit, one for each set of tasks where it is about accuracy.
+    """Returns the verdicts on a limit: one, or for accuracy one for each set of tasks.
 
     Raises:
         RequestError: the quantity was not measured on both sides.
@@ -79,7 +79,7 @@ def judge(limit: Limit, difference: Difference) -> list[Verdict]:
 
 
 def _changes(quantity: str, difference: Difference) -> list[tuple[str, Interval]]:
-    """Returns the changes of a quantity, relative or in fractions, under a name each."""
+    """Returns the changes of a quantity, relative or in fractions, by name."""
     if quantity in POINTS:
         rates = [(task.task, getattr(task, quantity)) for task in difference.accuracy]
         return [(f"{quantity} on {name}", rate.difference) for name, rate in rates if isinstance(rate, Rate)]

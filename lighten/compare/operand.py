@@ -1,4 +1,4 @@
-"""What a person means by `quickstart@v1:gptq`: a version, a variant of one, or a model."""
+"""The meaning of `quickstart@v1:gptq`: a version, a variant of one, or a model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ FORMS = "give NAME, NAME@v1, NAME:VARIANT, a version's directory, a results.json
 
 @dataclass(frozen=True)
 class Version:
-    """Results and the directory they lie in."""
+    """Results, and their directory."""
 
     text: str
-    """What the person called it."""
+    """Name that the person gave."""
     results: Results
     folder: Path
 
     @property
     def store(self) -> Store | None:
-        """The store that the version belongs to, or None for results that lie somewhere else."""
+        """Store that the version belongs to; None for results that lie elsewhere."""
         root = self.folder.resolve().parent.parent
         return Store(root) if (root / "objects").is_dir() else None
 
@@ -51,10 +51,10 @@ Operand = Version | VariantOf | Model
 
 
 def resolve(text: str, artifacts: Path) -> Operand:
-    """Returns what a person named.
+    """Returns the version, variant or model that a person named.
 
     Raises:
-        RequestError: nothing of that name; names the nearest.
+        RequestError: nothing has that name; the message has the nearest names.
     """
     path = Path(text).expanduser()
     if path.parent.name == "variants" and (path.parent.parent / FILE).is_file():
@@ -73,10 +73,10 @@ def resolve(text: str, artifacts: Path) -> Operand:
 
 
 def find_version(text: str, artifacts: Path) -> Version:
-    """Returns the version a person named.
+    """Returns the version that a person named.
 
     Raises:
-        RequestError: there is none of that name, or its results are of another schema.
+        RequestError: no version has that name, or its results have another schema.
         Failure: its results are damaged.
     """
     if found := _version(text, artifacts):
@@ -88,7 +88,7 @@ def variant_of(text: str, version: Version, name: str) -> VariantOf:
     """Returns a row of a version.
 
     Raises:
-        RequestError: no such variant, or one that failed.
+        RequestError: the variant does not exist, or failed.
     """
     row = next((each for each in version.results.variants if each.name == name), None)
     if row is None:

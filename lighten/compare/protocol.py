@@ -1,4 +1,4 @@
-"""Whether two were measured alike; if not, a comparison would compare the protocols."""
+"""Whether two sides were measured alike. Otherwise a comparison would compare the protocols."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lighten.report import alike
 
 
 def check(a: Side, b: Side) -> None:
-    """Does nothing if the two were measured alike.
+    """Checks that two sides were measured alike.
 
     Raises:
-        RequestError: they were not; names what differs.
+        RequestError: they were not; the message names what differs.
     """
     found = [*_perplexity(a, b), *_tasks(a, b)]
     if found:
@@ -24,7 +24,7 @@ def check(a: Side, b: Side) -> None:
 
 
 def same_machine(a: Side, b: Side) -> bool:
-    """Returns whether speeds of the two can be compared."""
+    """Returns whether the speeds of two sides can be compared."""
     return a.row.device == b.row.device and alike.same_machine(a.machine, b.machine)
 
 

@@ -1,4 +1,4 @@
-"""One of the two that are compared: its row, and the measurements behind it."""
+"""One side of a comparison: its row, and the measurements behind it."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from lighten.store.store import Store
 
 @dataclass(frozen=True)
 class Side:
-    """A variant or a model with everything that was measured on it."""
+    """A variant or a model, with everything that was measured on it."""
 
     text: str
     row: Variant
     machine: dict[str, Any]
-    """Where its speed was measured."""
+    """Machine that its speed was measured on."""
     perplexity: Artifact | None = None
     accuracy: dict[str, Artifact] = field(default_factory=dict)
-    """Measurements with their values, by task; empty where only the results are left."""
+    """Measurements with their values, by task; empty if only the results exist."""
     model: Path | None = None
     tokenizer: Path | None = None
-    """The model whose tokenizer gave the ids."""
+    """Model whose tokenizer gave the ids."""
 
 
 def of_variant(operand: VariantOf) -> Side:
-    """Returns a variant of a version; its measurements are looked up among the version's stages."""
+    """Returns a variant of a version. Its measurements come from the version's stages."""
     version, row = operand.version, operand.row
     where = row.facts.get("machine", version.results.machine)
     side = Side(operand.text, row, where if isinstance(where, dict) else {"cpu": where})
@@ -80,10 +80,10 @@ def of_variant(operand: VariantOf) -> Side:
 
 
 def protocol_of(version: Version) -> tuple[Evaluate, Path]:
-    """Returns what a version measured, and the baseline whose tokenizer it used: to measure a model likewise.
+    """Returns what a version measured, and the baseline whose tokenizer it used, to measure a model in the same way.
 
     Raises:
-        RequestError: the version does not say, or its baseline is gone.
+        RequestError: the version does not say, or its baseline no longer exists.
     """
     recipe = asked(version.results)
     if not recipe.get("evaluate"):

@@ -1,4 +1,4 @@
-"""A comparison as a person reads it."""
+"""A comparison in words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lighten.compare.flips import Flip
 from lighten.report.numbers import NOT_MEASURED, byte_count, change, fixed, ratio, significant
 
 BEFORE = 160
-"""Characters of context that are shown before a token or an ending."""
+"""Number of characters of context that are shown before a token or an ending."""
 LEGEND = (
     "95 %: paired bootstrap over chunks of text, Bonett and Price over tasks. "
     "+ and −: tasks that only B and only A answers rightly, with McNemar's exact p."
@@ -22,7 +22,7 @@ LEGEND = (
 
 
 def lines(comparison: Comparison, flips: int) -> Iterator[RenderableType]:
-    """Yields what to print; `flips` is how many flipped tasks of each set to show in full."""
+    """Yields the lines to print. `flips` is the number of flipped tasks of each set that are shown in full."""
     for each in comparison.differences:
         yield Text(f"{each.a} → {each.b}", style="bold")
         yield _grid(each)
@@ -120,7 +120,7 @@ def _tokens(comparison: Comparison) -> Iterator[RenderableType]:
 
 
 def _end(text: str) -> str:
-    """Returns the end of a text on one line."""
+    """Returns the end of a text, on one line."""
     flat = " ".join(text.split("\n"))
     return flat if len(flat) <= BEFORE else f"…{flat[-BEFORE:]}"
 

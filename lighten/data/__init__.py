@@ -1,1 +1,1 @@
-"""Text and multiple-choice sets: built in, from a file, or a hub data set."""
+"""Text and multiple-choice tasks: built in, from a file, or from a hub data set."""

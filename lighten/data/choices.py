@@ -30,7 +30,7 @@ class Choice:
 
 
 def clean(text: str) -> str:
-    """Returns HellaSwag text as lm-eval prepares it: WikiHow's bracketed tags removed, double spaces closed."""
+    """Returns HellaSwag text as lm-eval prepares it: without WikiHow's bracketed tags and double spaces."""
     text = text.strip().replace(" [title]", ". ")
     return "\n".join(map(_without_tags, text.split("\n"))).replace("  ", " ")
 
@@ -43,7 +43,7 @@ def _without_tags(line: str) -> str:
 def parse(line: dict[str, Any]) -> Choice:
     """Returns the task of one HellaSwag record, as lm-eval's `hellaswag` builds it.
 
-    The context is "activity_label: ctx", where ctx_a and a capitalised ctx_b stand for ctx if they are given.
+    The context is "activity_label: ctx". If ctx_a and ctx_b are given, they (ctx_b capitalised) replace ctx.
     """
     if "ctx_a" in line and "ctx_b" in line:
         context = f"{line['ctx_a']} {str(line['ctx_b']).capitalize()}"
@@ -71,10 +71,10 @@ def _builtin() -> Iterator[Row]:
 def load_choices(data: str, limit: int | None = None) -> list[Choice]:
     """Returns the tasks that `data` names: "builtin", a file in HellaSwag's format, or "hellaswag".
 
-    The built-in tasks are a smoke test, not a benchmark: too few and too easy to rank models by.
+    The built-in tasks are a smoke test and no benchmark: they are too few and too easy to rank models.
 
     Raises:
-        RequestError: no such file or data set, or nothing in it.
+        RequestError: the file or data set does not exist, or is empty.
         Failure: a line that is not a task.
     """
     records: Iterator[Row]

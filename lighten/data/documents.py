@@ -1,4 +1,4 @@
-"""From a row of a data set to a document: which of its fields hold text, and which hold turns of a conversation."""
+"""From a row of a data set to a document: the fields that hold text, and those that hold a conversation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROLES = {
     "system": "system",
     "tool": "tool",
 }
-"""Who speaks in a conversation, by the names that data sets give them."""
+"""Roles in a conversation, by the names that data sets give them."""
 PAIRS = (
     ("instruction", "output"),
     ("instruction", "response"),
@@ -30,14 +30,14 @@ PAIRS = (
     ("question", "answer"),
     ("question", "response"),
 )
-"""Fields that hold what is asked and what is answered."""
+"""Pairs of fields: the question and its answer."""
 MORE = ("input", "context")
-"""Fields that go on from what is asked."""
+"""Fields that continue the question."""
 
 
 @dataclass(frozen=True)
 class Turns:
-    """A conversation; `pair` if it is one question with its answer, which reads as a text too."""
+    """A conversation. `pair` is true for one question with its answer, which also reads as a text."""
 
     messages: tuple[Message, ...]
     pair: bool = False
@@ -48,22 +48,22 @@ Document = str | Turns
 
 @dataclass(frozen=True)
 class Row:
-    """A record and where it stands, such as `notes.jsonl:3`."""
+    """A record and its place, such as `notes.jsonl:3`."""
 
     place: str
     value: Any
 
 
 class _Unfit(ValueError):
-    """A field does not hold what its name promises."""
+    """The error that a field does not hold what its name promises."""
 
 
 def documents(rows: Iterable[Row], field: str | None, source: str) -> Iterator[Document]:
-    """Yields the document of every row; all rows are read as the first one.
+    """Yields the document of every row. All rows are read like the first one.
 
     Raises:
-        RequestError: the first row has no field that is known, or not the one that was named; lists what it has.
-        Failure: a later row has it not, or in another form.
+        RequestError: the first row has no known field, or not the named one; the message lists its fields.
+        Failure: a later row lacks the field, or has it in another form.
     """
     read: Callable[[Any], Document] | None = None
     for row in rows:
@@ -107,7 +107,7 @@ def _reader(first: Any, field: str | None, source: str) -> Callable[[Any], Docum
 
 
 def listed(fields: Iterable[str]) -> str:
-    """Returns the names of fields for a message: 20 of them at most, and 40 letters of each."""
+    """Returns the names of fields for a message: at most 20 of them, and at most 40 letters of each."""
     names = [str(name) if len(str(name)) <= 40 else f"{str(name)[:40]}…" for name in fields]
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") if names else "none"
 

@@ -1,6 +1,7 @@
-"""Files of text as people have them: what each is by its content and suffix, and its records or its text.
+"""Files of text: their format by content and suffix, and their records or their text.
 
-Of a file beyond `LARGE` bytes, only pieces spread evenly over it are read where so many letters are enough.
+A file beyond `LARGE` bytes is not read whole if fewer letters are enough. Then pieces that are spread evenly over it
+are read.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from lighten.data.reading import check_depth
 from lighten.errors import Failure, RequestError, missing_extra
 
 LARGE = 128 * 2**20
-"""Bytes from which a file is read in pieces, where that is enough."""
+"""Bytes from which a file is read in pieces, if that is enough."""
 PIECES = 256
 LEAST = 16 * 2**20
-"""Letters of a large file that are read in any case."""
+"""Minimum number of letters that are read of a large file."""
 LONGEST_LINE = 2**20
 MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -29,7 +30,7 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-"""Byte order marks and the encodings that they stand for; UTF-32's first, because UTF-16's begins it."""
+"""Byte order marks and their encodings. UTF-32's come first, because UTF-16's mark is the beginning of one."""
 OTHERS = {
     b"\x1f\x8b": "compressed by gzip",
     b"PK\x03\x04": "a ZIP archive (or an office document)",
@@ -41,21 +42,21 @@ OTHERS = {
     b"SQLite format 3": "a database",
     b"GGUF": "a model",
 }
-"""What the first bytes of files that are no text say."""
+"""First bytes of files that are no text, and what they are."""
 READ = ".txt, .md, .jsonl, .json, .csv, .tsv and .parquet are read"
 
 
 def read(path: Path, field: str | None = None, letters: int | None = None) -> Iterator[Document]:
-    """Yields the documents of a file: its records', or one that is the whole text.
+    """Yields the documents of a file: its records, or one document with the whole text.
 
     Args:
         path: the file.
-        field: the field to read, of records that have several.
-        letters: how many are wanted at least; None for all of them.
+        field: the field to read, for records with several fields.
+        letters: the minimum number of letters that are needed; None for all of them.
 
     Raises:
-        RequestError: no such file, of a kind that is not read, or records without a field that is known.
-        Failure: it is damaged, or not in the encoding that it should be in.
+        RequestError: the file does not exist, its format is not read, or its records have no known field.
+        Failure: it is damaged, or not in its encoding.
     """
     head, size = _look(path)
     pieces = max(letters, LEAST) // PIECES if letters is not None and size > LARGE else None
@@ -84,7 +85,7 @@ def read(path: Path, field: str | None = None, letters: int | None = None) -> It
 
 
 def rows(path: Path) -> Iterator[Row]:
-    """Yields the records of a file of JSON, JSON lines, CSV or parquet; raises as `read` does."""
+    """Yields the records of a file of JSON, JSON lines, CSV or parquet. Raises the errors of `read`."""
     head, size = _look(path)
     encoding = next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")
     suffix = path.suffix.lower()
@@ -109,7 +110,7 @@ def _look(path: Path) -> tuple[bytes, int]:
 
 
 def _decoded(path: Path, encoding: str) -> str:
-    """Returns the text of a file, its lines ended by a line feed alone."""
+    """Returns the text of a file, with a line feed alone at the end of every line."""
     try:
         with path.open(encoding=encoding) as file:
             return file.read()
@@ -126,14 +127,14 @@ def _not(path: Path, encoding: str, error: UnicodeError) -> Failure:
 
 
 def _is_json(head: bytes, encoding: str) -> bool:
-    """Returns whether a file begins as JSON: an object with a name, or a list of objects, lists or texts."""
+    """Returns whether a file begins like JSON: an object with a name, or a list of objects, lists or texts."""
     start = head.decode(encoding, errors="ignore").split(None, 1)
     opening = "".join("".join(start).split())[:2]
     return opening in ('{"', "{}", "[{", '["', "[[", "[]")
 
 
 def _json(path: Path, text: str, suffix: str, size: int) -> Iterator[Row]:
-    """Yields the records of JSON lines, or of one JSON value: a list, or an object that holds one."""
+    """Yields the records of JSON lines, or of one JSON value: a list, or an object that holds one list."""
     if suffix not in (".jsonl", ".ndjson"):
         if size > LARGE:
             raise RequestError(
@@ -183,7 +184,7 @@ def _of_value(path: Path, value: Any) -> Iterator[Row]:
 
 
 def _records(lines: Iterator[tuple[str, str]]) -> Iterator[Row]:
-    """Yields the JSON value of every line that has one, given with its place."""
+    """Yields the JSON value of every line that is not empty, with its place."""
     for place, line in lines:
         if line.strip():
             try:
@@ -193,9 +194,10 @@ def _records(lines: Iterator[tuple[str, str]]) -> Iterator[Row]:
 
 
 def _pieces(path: Path, letters: int, longest: int | None) -> Iterator[tuple[str, str]]:
-    """Yields whole lines from pieces spread over a large file in UTF-8, with their places, until each has its letters.
+    """Yields whole lines, with their places, from pieces spread over a large file in UTF-8.
 
-    `longest` cuts lines that are longer than a piece should be; None keeps them whole.
+    Each piece ends when it has its letters. `longest` cuts lines that are longer than a piece should be; None keeps
+    them whole.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -238,7 +240,7 @@ def _csv(path: Path, encoding: str, suffix: str, step: int) -> Iterator[Row]:
 
 
 def _parquet(path: Path, letters: int | None) -> Iterator[Row]:
-    """Yields the records of a parquet file; of a large one, from row groups spread over it."""
+    """Yields the records of a parquet file; of a large file, those of row groups that are spread over it."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile

@@ -1,4 +1,4 @@
-"""Strings that tokenizers stumble over."""
+"""Strings that are hard for tokenizers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def hard_strings(count: int = 500, special: tuple[str, ...] = (), seed: int = 0)
     """Returns the pieces, and seeded mixtures of them.
 
     Args:
-        count: how many.
+        count: number of strings.
         special: names of special tokens, which appear among the pieces: at most a quarter of the strings.
-        seed: of the mixtures.
+        seed: seed of the mixtures.
     """
     dice = random.Random(seed)
     named = special[: count // 4]  # some models have thousands

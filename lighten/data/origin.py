@@ -1,4 +1,4 @@
-"""Where text comes from: a name, a file or data set with its field and split, or several of them with shares."""
+"""The origin of a text: a name, a file or data set with its field and split, or several of them with shares."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lighten.settings import Settings
 
 
 class Origin(Settings):
-    """A file (`path`) or what a name stands for (`id`: builtin, or a hub data set with `config` and `split`).
+    """A file (`path`), or a name (`id`): builtin, or a hub data set with `config` and `split`.
 
-    `field` is the one to read, where there are several or none that is known; `share` is of all sequences.
+    `field` is the field to read, if there are several or none that is known. `share` is the share of all sequences.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,14 +37,14 @@ class Origin(Settings):
 
     @property
     def name(self) -> str:
-        """What a person would call it."""
+        """Name that a person would give it."""
         hub = ":".join([self.config or "", self.split or ""]).rstrip(":")
-        told = self.path or f"{self.id}{':' if hub else ''}{hub}"
-        return f"{told} ({self.field})" if self.field else told
+        name = self.path or f"{self.id}{':' if hub else ''}{hub}"
+        return f"{name} ({self.field})" if self.field else name
 
 
 def _one(value: Any) -> Any:
-    """Returns a single origin; a plain name stays the text that it is."""
+    """Returns a single origin. A plain name stays a text."""
     if isinstance(value, Origin) or (isinstance(value, str) and not value.startswith(("path=", "id="))):
         return value
     if not isinstance(value, str | dict):
@@ -77,7 +77,7 @@ def _named(value: str | Origin) -> Origin:
 
 
 def with_shares(origins: Sequence[Origin]) -> tuple[Origin, ...]:
-    """Returns the origins with a share each: those that name none divide what is left evenly.
+    """Returns the origins with a share each. Origins without a share divide what is left evenly.
 
     Raises:
         ValueError: the shares are more or less than the whole.
@@ -103,7 +103,7 @@ SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parqu
 
 
 def is_file(name: str) -> bool:
-    """Returns whether a name means a file on this machine, there or not, and no data set."""
+    """Returns whether a name means a file on this machine (which may not exist) and not a data set."""
     path = Path(name).expanduser()
     if path.suffix.lower() in SUFFIXES or path.is_file():
         return True
@@ -111,14 +111,14 @@ def is_file(name: str) -> bool:
 
 
 def parts(data: str | Origin | Sequence[Origin]) -> list[Origin]:
-    """Returns the origins of a text, a single one with the share 1."""
+    """Returns the origins of a text. A single origin has the share 1."""
     if isinstance(data, Origin | str):
         return [_named(data).model_copy(update={"share": 1.0})]
     return list(data)
 
 
 def told(data: str | Origin | Sequence[Origin]) -> str:
-    """Returns a text's name in words: of a mixture every part with its share."""
+    """Returns the name of a text in words. For a mixture these are the parts with their shares."""
     if isinstance(data, str):
         return data
     if isinstance(data, Origin):

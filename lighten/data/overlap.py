@@ -1,8 +1,8 @@
-"""How much of an evaluation text stands in the calibration text: shared runs of words.
+"""The overlap of an evaluation text with the calibration text: shared runs of words.
 
-Runs of 13 words are what contamination checks have used since GPT-3 (Brown et al., 2020, appendix C). Shorter runs
-meet by chance: the two built-in texts, which share no sentence, have 3 runs of 8 words in common ("the quick brown
-fox …") and none of 13.
+Contamination checks have used runs of 13 words since GPT-3 (Brown et al., 2020, appendix C). Shorter runs meet by
+chance. The two built-in texts share no sentence; they have 3 runs of 8 words in common ("the quick brown fox …") and
+none of 13.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 NGRAM = 13
-"""Words of a run; a text that is shorter counts as one run."""
+"""Number of words of a run. A shorter text counts as one run."""
 
 THRESHOLD = 0.01
-"""Share of shared runs above which texts are said to overlap. Quotations and stock phrases stay far below it."""
+"""Share of shared runs above which two texts overlap. Quotations and stock phrases stay far below it."""
 
 EXAMPLES = 3
 SHOWN_WORDS = 24
@@ -27,7 +27,7 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 @dataclass(frozen=True)
 class Overlap:
-    """Share of the runs of `ngram` words that were found, of how many, and the longest shared passages."""
+    """The share of the runs of `ngram` words that were found, their number, and the longest shared passages."""
 
     ngram: int
     share: float
@@ -44,9 +44,9 @@ def overlap(calibration: str, evaluation: Iterable[str], ngram: int = NGRAM) -> 
     """Returns how many of the evaluation texts' runs of words occur in the calibration text.
 
     Args:
-        calibration: the text that was used, whole.
-        evaluation: texts of their own, such as one per task; no run goes from one to the next.
-        ngram: words of a run. A text of fewer words is one run of all its words; an empty one has none.
+        calibration: the whole text that was used.
+        evaluation: separate texts, such as one per task; no run goes from one text to the next.
+        ngram: words of a run. A text with fewer words is one run of all its words; an empty text has no run.
     """
     known = words(calibration)
     # only as long as the shorter texts need: most sets have none
@@ -74,7 +74,7 @@ def _runs(sequence: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
 
 
 def _passages(hits: Sequence[bool], size: int) -> Iterator[tuple[int, int]]:
-    """Yields the first word and the end of every passage that consecutive hits make up."""
+    """Yields the first word and the end of every passage of consecutive hits."""
     start = None
     for position, hit in enumerate([*hits, False]):
         if hit and start is None:

@@ -1,4 +1,4 @@
-"""JSON and YAML that came from somebody else: read within limits of size, depth and what aliases unfold to."""
+"""JSON and YAML from other people, read within limits of size, depth and expanded aliases."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import yaml
 from lighten.errors import RequestError
 
 LONGEST = 64_000_000
-"""Bytes of a JSON text."""
+"""Maximum number of bytes of a JSON text."""
 LONGEST_YAML = 1_000_000
 DEEPEST = 40
 MOST = 100_000
-"""Nodes of a YAML document, its aliases unfolded."""
+"""Maximum number of nodes of a YAML document with expanded aliases."""
 
 
 class Refused(ValueError):
-    """A text that goes beyond a limit, or is not what it says."""
+    """The error of a text that exceeds a limit, or is not what it claims to be."""
 
 
 def parse_json(text: str | bytes) -> Any:
     """Returns the value of a JSON text.
 
     Raises:
-        Refused: not JSON, NaN or infinity in it, or too long or too deep.
+        Refused: the text is no JSON, contains NaN or infinity, or is too long or too deep.
     """
     if len(text) > LONGEST:
         raise Refused(f"it has {len(text):,} bytes, more than {LONGEST:,}")
@@ -46,7 +46,7 @@ def _no_number(text: str) -> NoReturn:
 
 
 def check_depth(value: Any) -> None:
-    """Raises Refused if lists and objects lie in each other more than `DEEPEST` levels deep."""
+    """Raises Refused if lists and objects are nested more than `DEEPEST` levels deep."""
     level = [value]
     for _ in range(DEEPEST):
         level = [
@@ -61,10 +61,10 @@ def check_depth(value: Any) -> None:
 
 
 def compose_yaml(text: str, name: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> yaml.Node | None:
-    """Returns the nodes of a YAML document; `name` says in messages what it is.
+    """Returns the nodes of a YAML document. `name` is its name in messages.
 
     Raises:
-        RequestError: not YAML (names the line), or beyond a limit.
+        RequestError: the text is no YAML (the message has the line), or exceeds a limit.
     """
     if len(text) > LONGEST_YAML:
         raise RequestError(f"{name}: cannot be read: it has {len(text):,} letters, more than {LONGEST_YAML:,}")
@@ -83,7 +83,7 @@ def compose_yaml(text: str, name: str, loader: type[yaml.SafeLoader] = yaml.Safe
 
 
 def _count(node: yaml.Node, name: str, known: dict[int, int], above: tuple[int, ...]) -> int:
-    """Returns how many nodes a document has once every alias stands for what it means."""
+    """Returns the number of nodes of a document in which every alias is replaced by its meaning."""
     line = node.start_mark.line + 1
     if id(node) in above:
         raise RequestError(f"{name}:{line}: cannot be read: an alias stands inside of what it means")
@@ -102,10 +102,10 @@ def _count(node: yaml.Node, name: str, known: dict[int, int], above: tuple[int, 
 
 
 def construct_yaml(node: yaml.Node | None, name: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """Returns the value of what `compose_yaml` returned.
+    """Returns the value of the nodes that `compose_yaml` returned.
 
     Raises:
-        RequestError: a tag that is not known, a key that cannot be one, or a date or number that is none.
+        RequestError: an unknown tag, an impossible key, or a date or number that is none.
     """
     if node is None:
         return None
@@ -122,7 +122,7 @@ def construct_yaml(node: yaml.Node | None, name: str, loader: type[yaml.SafeLoad
 
 
 def parse_yaml(text: str, name: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """Returns the value of a YAML document; `name` says in messages what it is.
+    """Returns the value of a YAML document. `name` is its name in messages.
 
     Raises:
         RequestError: as `compose_yaml` and `construct_yaml`.

@@ -17,16 +17,16 @@ from lighten.errors import RequestError, check_names, missing_extra
 SEPARATOR = "\n---\n"
 Part = Literal["calibration", "perplexity"]
 LETTERS = 8
-"""For a token, to be on the safe side."""
+"""Number of letters for a token, on the safe side."""
 Render = Callable[[Sequence[Message]], str]
-"""Writes the turns of a conversation as one text."""
+"""Function that writes the turns of a conversation as one text."""
 
 
 def builtin_text(part: Part) -> str:
     """Returns the built-in text of one part, its documents separated by blank lines.
 
-    A smoke test, not a benchmark: about 70 kB in six registers (encyclopaedic, narrative, dialogue,
-    instructions, code, tables). The two parts share no document.
+    It is a smoke test and no benchmark: about 70 kB in six registers (encyclopaedic, narrative, dialogue, instructions,
+    code, tables). The two parts share no document.
     """
     return "\n\n".join(_builtin_documents(part)) + "\n"
 
@@ -71,7 +71,7 @@ def read(data: str | Origin, part: Part, letters: int | None = None) -> list[Doc
 
 
 def load_documents(data: str | Origin, part: Part, render: Render | None = None) -> list[str]:
-    """Returns the documents of the text that `data` names, without empty ones; arguments and errors of `load_text`."""
+    """Returns the documents of a text, without empty ones. Arguments and errors are those of `load_text`."""
     found = [each for each in _texts(read(data, part), render, told(data)) if each.strip()]
     if not found:
         raise RequestError(f"the text {told(data)!r} is empty")
@@ -115,7 +115,7 @@ def _texts(found: list[Document], render: Render | None, name: str) -> Iterator[
 
 
 def identity(data: str | Origin | Sequence[Origin], part: Part, letters: int | None = None) -> str:
-    """Returns the SHA-256 of what `data` names, whatever it is called and wherever it lies; raises as `read`.
+    """Returns the SHA-256 of a text, whatever its name and place. Raises the errors of `read`.
 
     Conversations count by their turns: the template that writes them belongs to the model.
     """
@@ -132,12 +132,12 @@ def identity(data: str | Origin | Sequence[Origin], part: Part, letters: int | N
 
 
 def wanted_letters(samples: int | None, length: int) -> int | None:
-    """Returns the letters that so many sequences of `length` tokens need at least; None if they take all there is."""
+    """Returns the letters that so many sequences of `length` tokens need; None if they take the whole text."""
     return LETTERS * samples * length if samples else None
 
 
 def count_letters(data: str | Origin | Sequence[Origin], part: Part, letters: int | None = None) -> int:
-    """Returns about how many letters a text has, of a mixture as many as its scarcest part allows; raises as `read`."""
+    """Returns about how many letters a text has; of a mixture, as many as its scarcest part allows."""
     return int(min(sum(map(letters_of, read(each, part, letters))) / (each.share or 1) for each in parts(data)))
 
 

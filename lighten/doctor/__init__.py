@@ -1,1 +1,1 @@
-"""What a model, a machine and a text are good for."""
+"""`lighten doctor`: what a model, a machine and a calibration text are good for."""

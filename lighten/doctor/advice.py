@@ -1,4 +1,4 @@
-"""What was found about a calibration text, in words: numbers, and what to do about them."""
+"""The findings about a calibration text in words: numbers, and what to do about them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lighten.data.overlap import THRESHOLD
 from lighten.report.numbers import share, significant
 
 TOKENS_PER_RANK = 4
-"""Tokens per direction of the inputs that a Gram should rest on; with fewer its small eigenvalues are noise."""
+"""Tokens per direction of the inputs that a Gram needs. With fewer tokens its small eigenvalues are noise."""
 
 FEW_TOKENS = 0.02
 """Share of the vocabulary below which a text is called monotonous."""
 
 MANY_NEARLY_DEAD = 0.01
-"""Share of nearly dead channels that is worth a word; a few outliers in others make some."""
+"""Share of nearly dead channels that is reported. A few outliers in other channels make some."""
 
 GAIN = 0.02
 """Relative fall of the loss, from half the samples to all, below which more samples are not worth their time."""
@@ -28,7 +28,7 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; `advice` is empty if it is fine."""
+    """One finding. `advice` is empty if it is fine."""
 
     name: str
     title: str
@@ -37,12 +37,12 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """The advice, or "fine"."""
+        """Advice, or "fine"."""
         return self.advice or "fine"
 
 
 def about_overlap(calibration: Found) -> Finding:
-    """Tells what each evaluation set shares with the calibration text."""
+    """Returns what each evaluation set shares with the calibration text."""
     lines, over = [], []
     for each in calibration["overlap"]:
         lines.append(f"{each['with']}: {_percent(each['share'])} of {each['runs']:,} {each['ngram']}-grams")
@@ -59,7 +59,7 @@ def about_overlap(calibration: Found) -> Finding:
 
 
 def about_text(calibration: Found) -> Finding:
-    """Tells how much text there is, and how varied it is."""
+    """Returns how much text there is, and how varied it is."""
     asked, samples, length = calibration["asked"], calibration["samples"], calibration["length"]
     seen = calibration["distinct"] / calibration["vocabulary"]
     lines = (
@@ -76,7 +76,7 @@ def about_text(calibration: Found) -> Finding:
 
 
 def about_dead_channels(inputs: list[Found]) -> Finding:
-    """Tells which inputs the text never, or hardly ever, uses."""
+    """Returns which inputs the text never, or hardly ever, uses."""
     lines, many = [], False
     dead = sum(each["dead"] for each in inputs)
     for kind, layers in _by_kind(inputs).items():
@@ -102,7 +102,7 @@ def about_dead_channels(inputs: list[Found]) -> Finding:
 
 
 def about_rank(inputs: list[Found], length: int) -> Finding:
-    """Tells on how many tokens each direction of the Grams rests."""
+    """Returns how many tokens each direction of the Grams has."""
     lines, needed = [], 0
     for kind, layers in _by_kind(inputs).items():
         ranked = [each for each in layers if each["rank"] is not None]
@@ -121,7 +121,7 @@ def about_rank(inputs: list[Found], length: int) -> Finding:
 
 
 def about_loss(losses: list[Found], calibration: Found, heldout: str) -> Finding:
-    """Tells how much GPTQ to 4 bits loses on held-out text with parts of the samples, and with all."""
+    """Returns how much 4-bit GPTQ loses on held-out text, with parts of the samples and with all of them."""
     title = f"Loss of 4-bit GPTQ on held-out text ({heldout})"
     parts = sorted({each["samples"] for each in losses})
     if any(each["loss"] is None for each in losses):
@@ -136,8 +136,8 @@ def about_loss(losses: list[Found], calibration: Found, heldout: str) -> Finding
         here = [each for each in losses if each["samples"] == samples]
         of_layer = [fmean(each["loss"] for each in here if each["layer"] == layer) for layer in layers]
         means.append(fmean(of_layer))
-        told = ", ".join(f"layer {layer} {_percent(loss)}" for layer, loss in zip(layers, of_layer, strict=True))
-        lines.append(f"{samples:,} samples: {_percent(means[-1])} ({told})")
+        by_layer = ", ".join(f"layer {layer} {_percent(loss)}" for layer, loss in zip(layers, of_layer, strict=True))
+        lines.append(f"{samples:,} samples: {_percent(means[-1])} ({by_layer})")
     gain = 1 - means[-1] / means[-2] if means[-2] else 0.0
     lines.append(f"from {parts[-2]:,} to {parts[-1]:,} samples: {_change(-gain)}")
     more = f"try samples: {2 * calibration['samples']:,}"
@@ -148,7 +148,7 @@ def about_loss(losses: list[Found], calibration: Found, heldout: str) -> Finding
 
 
 def about_chat(chat: Found) -> Finding:
-    """Tells whether an instruct model's calibration text looks like what it will be given."""
+    """Returns whether an instruct model's calibration text looks like the text that it will get."""
     title = "Chat template"
     if not chat["template"]:
         return Finding("chat", title, ("the model has none",))

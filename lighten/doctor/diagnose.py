@@ -1,4 +1,4 @@
-"""`lighten doctor`: is the calibration text of a recipe the right one, and enough; and which loaders open a model."""
+"""Whether the calibration text of a recipe is the right one and is enough; and which loaders open a model."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from lighten.step import Estimate, Report
 from lighten.store.store import Store
 
 PARTS = (0.25, 0.5)
-"""Shares of the samples that are tried beside all of them."""
+"""Shares of the samples that are tried in addition to all samples."""
 
 HELDOUT_SAMPLES = 16
 SHORTEST = 8
-"""Tokens of the shortest sample that a sweep takes."""
+"""Minimum number of tokens of a sample that a sweep takes."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The findings about one recipe's calibration text, and the numbers that they rest on."""
+    """The findings about a recipe's calibration text, and their numbers."""
 
     recipe: str
     model: str
@@ -61,9 +61,9 @@ def diagnose(
     trust_remote_code: bool = False,
     trust_tasks: bool = False,
 ) -> Diagnosis:
-    """Examines the calibration text of a recipe by the sweep that its variants use, and by smaller ones.
+    """Examines the calibration text of a recipe by the sweep that its variants use, and by smaller sweeps.
 
-    The sweeps are stages of the store, so a run of the recipe finds them there, and this finds those of a run.
+    The sweeps are stages of the store. A run of the recipe finds them there, and this function finds those of a run.
 
     Raises:
         RequestError: the recipe is wrong, or none of its variants uses calibration text.
@@ -122,7 +122,7 @@ def examine_grams(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 class _Examiner:
-    """Builds the sweeps and hands them to the processes that look at them."""
+    """Builds the sweeps, and passes them to the processes that examine them."""
 
     def __init__(self, todo: Plan, store: Store, device: str, watcher: Watcher, kept: contextlib.ExitStack) -> None:
         self.todo = todo
@@ -172,7 +172,7 @@ class _Examiner:
         return self._sweep(sweep.model_copy(update={"samples": samples}), f"sweep of {samples} samples")
 
     def _judge(self, text: Path, tokens: int) -> Stage | None:
-        """Returns the sweep over the held-out text, unless that is too short."""
+        """Returns the sweep over the held-out text; None if the text is too short."""
         length = min(self.todo.recipe.calibration.length, tokens)
         if length < SHORTEST:
             return None

@@ -1,4 +1,4 @@
-"""What the Grams of a sweep tell about its calibration text: dead channels, rank, and how the loss moves with it."""
+"""What the Grams of a sweep show of its calibration text: dead channels, rank, and how the loss moves with it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ NEARLY_DEAD = 1e-6
 """Share of the mean of diag(H) below which a channel is nearly dead."""
 
 WIDE = 1024
-"""Width from which the rank is found in the first, middle and last layer only: it takes width³ operations."""
+"""Width from which the rank is computed in the first, middle and last layer only. It takes width³ operations."""
 
 GPTQ_UNITS = 5
-"""Time to quantize a layer, in units of finding the ranks of one, for progress."""
+"""Time to quantize a layer, in units of the time to compute the ranks of one layer, for progress."""
 
 
 def examine(payload: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Looks at the Grams of a sweep, and tries what smaller ones would have cost.
+    """Examines the Grams of a sweep, and measures what fewer samples would have cost.
 
     Args:
         payload: model (its directory), grams, parts ([samples, Grams of that many samples] in rising order, the last
@@ -44,7 +44,7 @@ def examine(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     inputs: list[dict[str, Any]] = []
     with torch.inference_mode():
         for layer in range(layers):
-            inputs += look(grams, layer, payload["device"], ranked=spread(layers))
+            inputs += examine_layer(grams, layer, payload["device"], ranked=spread(layers))
             report(layer + 1, total, f"rank, layer {layer + 1}/{layers}")
         losses = []
         done = layers
@@ -64,7 +64,7 @@ def spread(layers: int) -> list[int]:
     return sorted({0, layers // 2, layers - 1})
 
 
-def look(folder: Path, layer: int, device: str, *, ranked: list[int]) -> list[dict[str, Any]]:
+def examine_layer(folder: Path, layer: int, device: str, *, ranked: list[int]) -> list[dict[str, Any]]:
     """Returns width, tokens, dead channels and rank of every distinct input of a layer.
 
     The rank of an input wider than `WIDE` is None unless the layer is in `ranked`.
@@ -103,8 +103,8 @@ def rank(gram: torch.Tensor) -> int:
     """Returns the numerical rank of H, `[in, in]` float32.
 
     Channels differ in size by orders of magnitude, and every entry of H is exact to float32's precision of its two
-    channels, so H is scaled to a diagonal of ones first: that keeps the rank and makes the error the same
-    everywhere. Counted are eigenvalues (float32 arithmetic) above width · eps(float32) · the largest.
+    channels. So H is scaled to a diagonal of ones first. That keeps the rank and makes the error the same everywhere.
+    The rank is the number of eigenvalues (float32 arithmetic) above width · eps(float32) · the largest.
     """
     size = gram.diagonal().sqrt()
     alive = size > 0
@@ -119,10 +119,10 @@ def rank(gram: torch.Tensor) -> int:
 def layer_losses(
     weights: dict[str, torch.Tensor], part: Path, heldout: Path, layer: int, device: str
 ) -> Iterator[tuple[str, float | None]]:
-    """Yields, for every distinct input, what GPTQ to 4 bits loses on another text when it has seen only a part.
+    """Yields, for every distinct input, the loss of 4-bit GPTQ on another text when it has seen only a part.
 
-    The loss is the share of the output's energy, tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), H being the other text's: a text does
-    not judge itself. It is None where the part's Gram cannot be factorised.
+    The loss is the share of the output's energy, tr(ΔW H ΔWᵀ) / tr(W H Wᵀ). H is that of the other text, because a text
+    does not judge itself. The loss is None if the part's Gram cannot be factorised.
     """
     seen, read_by = read_layer(part, layer, device)
     unseen, _ = read_layer(heldout, layer, device)

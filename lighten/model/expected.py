@@ -115,7 +115,7 @@ def class_named(name: str, config: Any) -> Any | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps transformers from warning of what is told here, and from drawing bars."""
+    """Keeps transformers from drawing bars, and from warning of what the messages here say."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -217,9 +217,9 @@ def refuse(
             f"{_listed(missing)}. Loaders would fill them with random numbers: fetch or save the model again"
         )
     if wrong:
-        told = [f"{each} is {_size(stored)} where config.json asks for {_size(wish)}" for each, stored, wish in wrong]
+        sizes = [f"{each} is {_size(stored)} where config.json asks for {_size(wish)}" for each, stored, wish in wrong]
         raise RequestError(
-            f"{name}: {_listed(told, '; ')}. A model whose layers differ in width has no config.json that says so: "
+            f"{name}: {_listed(sizes, '; ')}. A model whose layers differ in width has no config.json that says so: "
             "give the one that these weights were saved with"
         )
 

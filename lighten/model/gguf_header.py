@@ -275,10 +275,10 @@ def check_header(path: Path) -> None:
     headers = [read_header(part) for part in parts(path)]
     first, tensors = headers[0], sum(len(header.tensors) for header in headers)
     for key, least in (("block_count", 0), ("embedding_length", 1), ("attention.head_count", 0)):
-        told = first.fields.get(f"{first.arch}.{key}", 1)
-        numbers = told if isinstance(told, list) else [told]
+        value = first.fields.get(f"{first.arch}.{key}", 1)
+        numbers = value if isinstance(value, list) else [value]
         if not all(isinstance(each, int) and least <= each < 1 << 31 for each in numbers):
-            raise Failure(f"{path}: {first.arch}.{key} is {str(told)[:40]}: damaged; fetch it again")
+            raise Failure(f"{path}: {first.arch}.{key} is {str(value)[:40]}: damaged; fetch it again")
         if key == "block_count" and tensors and max(numbers, default=0) > tensors:
             raise Failure(f"{path} tells of {max(numbers):,} layers, but has {tensors} tensors: fetch it again")
 

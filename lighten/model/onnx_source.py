@@ -119,23 +119,23 @@ def facts(path: Path) -> ModelFacts:
 
 
 def genai(folder: Path) -> dict[str, Any]:
-    """Returns what onnxruntime-genai is told about the model in a directory, nothing if there is no such file.
+    """Returns the settings of a model in genai_config.json, nothing if a directory has no such file.
 
     Raises:
-        RequestError: it is told to load code, or a file from elsewhere.
+        RequestError: the settings load code, or a file from elsewhere.
         Failure: the file is damaged.
     """
     file = folder / GENAI
     if not file.is_file():
         return {}
-    told = read_json(file, "export the model again")
-    check_genai(told, file)
+    settings = read_json(file, "export the model again")
+    check_genai(settings, file)
     with reading(file, "export the model again"):
-        return dict(told["model"])
+        return dict(settings["model"])
 
 
 def ends(folder: Path) -> list[int]:
-    """Returns the ids that onnxruntime-genai ends a text at; none where it is told nothing."""
+    """Returns the ids that onnxruntime-genai ends a text at; none if its settings name none."""
     value = genai(folder).get("eos_token_id")
     return [int(each) for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]
 

@@ -117,9 +117,9 @@ def find(
     if facts.family != "causal":
         facts = replace(facts, counted=checkpoint.count())
     dtype = _plain_type(checkpoint.types())
-    told = _examine(str(path), model, identity) if weights else {"surplus": (), "notes": ()}
-    notes = (*checkpoint.notes, *told["notes"])
-    return Found(model, path, "directory", identity, facts, notes, told["surplus"], dtype)
+    examined = _examine(str(path), model, identity) if weights else {"surplus": (), "notes": ()}
+    notes = (*checkpoint.notes, *examined["notes"])
+    return Found(model, path, "directory", identity, facts, notes, examined["surplus"], dtype)
 
 
 def _with_adapter(model: str, path: Path, trust_remote_code: bool) -> Found:

@@ -138,11 +138,14 @@ def without(folder: Path) -> str:
 
 
 def _missing(folder: Path, tokenizer: Json) -> Iterator[Json]:
-    """Yields the added tokens that tokenizer.json lacks, in the order of their ids; the last ones are told none."""
+    """Yields the added tokens that tokenizer.json lacks, in the order of their ids.
+
+    Tokens that no file gives an id come last. They get the next free ids.
+    """
     known = {one["content"] for one in tokenizer.get("added_tokens") or []}
     vocab = _ids(tokenizer)
-    told = dict(sorted(_told(folder).items(), key=lambda entry: entry[1]["id"]))
-    found = {content: one for content, one in told.items() if content not in known}
+    listed = dict(sorted(_listed(folder).items(), key=lambda entry: entry[1]["id"]))
+    found = {content: one for content, one in listed.items() if content not in known}
     yield from found.values()
     after = max([*vocab.values(), *(one["id"] for one in found.values())], default=-1) + 1
     for content, flags in _special(folder).items():
@@ -152,8 +155,8 @@ def _missing(folder: Path, tokenizer: Json) -> Iterator[Json]:
         after += content not in vocab
 
 
-def _told(folder: Path) -> dict[str, Json]:
-    """Returns the added tokens whose ids are told beside tokenizer.json, by content."""
+def _listed(folder: Path) -> dict[str, Json]:
+    """Returns the added tokens whose ids stand in the files beside tokenizer.json, by content."""
     found: dict[str, Json] = {}
     if (folder / "added_tokens.json").is_file():
         for content, index in read_json(folder / "added_tokens.json").items():

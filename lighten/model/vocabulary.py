@@ -51,7 +51,7 @@ def difference(ours: Entries, theirs: Entries) -> str | None:
     if not odd:
         return None
     index = min(odd)
-    first, second = (_told(each, index) for each in (ours, theirs))
+    first, second = (_words(each, index) for each in (ours, theirs))
     sizes = f"{len(ours.learned):,} and {len(theirs.learned):,} tokens"
     return f"{sizes}, the first that differs is id {index}: {first} and {second}"
 
@@ -69,7 +69,7 @@ def _odd(ours: Entries, theirs: Entries) -> list[int]:
     ]
 
 
-def _told(entries: Entries, index: int) -> str:
+def _words(entries: Entries, index: int) -> str:
     token = entries.learned.get(index, entries.others.get(index))
     return "none" if token is None else repr(token)
 

@@ -1,1 +1,1 @@
-"""Arithmetic that knows no models."""
+"""Arithmetic that knows nothing of models."""

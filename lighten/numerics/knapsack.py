@@ -1,7 +1,7 @@
-"""Choosing one option for every item so that the sizes fit a budget and the sum of the costs is least.
+"""The choice of one option for every item, so that the sizes fit a budget and the sum of the costs is least.
 
-The multiple-choice knapsack problem (Kellerer, Pferschy and Pisinger, "Knapsack Problems", 2004, chapter 11), by
-dynamic programming over sizes.
+This is the multiple-choice knapsack problem (Kellerer, Pferschy and Pisinger, "Knapsack Problems", 2004, chapter 11),
+solved by dynamic programming over sizes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from lighten.errors import RequestError
 
 MAX_UNITS = 2_000_000
-"""Columns of the largest table."""
+"""Maximum number of columns of a table."""
 MAX_TABLE = 200_000_000
-"""Bytes of the largest table."""
+"""Maximum number of bytes of a table."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store an item: its bytes, and what it costs to store it so."""
+    """One way to store an item: its bytes, and its cost."""
 
     size: int
     cost: float
@@ -29,16 +29,16 @@ class Option:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen."""
+    """The chosen options."""
 
     indices: list[int]
-    """The option taken for each item."""
+    """Index of the chosen option of each item."""
     size: int
-    """Bytes of all of them."""
+    """Bytes of all chosen options."""
     cost: float
-    """The sum of their costs."""
+    """Sum of the costs of the chosen options."""
     exact: bool
-    """False where sizes had to be rounded up to keep the table small, so that a cheaper choice may exist."""
+    """False if sizes were rounded up to keep the table small. Then a cheaper choice may exist."""
 
 
 def choose(items: Sequence[Sequence[Option]], capacity: int, fixed: int = 0) -> Choice:
@@ -47,10 +47,10 @@ def choose(items: Sequence[Sequence[Option]], capacity: int, fixed: int = 0) -> 
     Args:
         items: the options of every item, at least one each.
         capacity: bytes.
-        fixed: bytes spent whatever is chosen; they count against the capacity and towards the size.
+        fixed: bytes that are spent in any case; they count against the capacity and towards the size.
 
     Raises:
-        RequestError: even the smallest options do not fit; the message names the smallest size there is.
+        RequestError: even the smallest options do not fit; the message names the smallest possible size.
         ValueError: an item without options, or a cost that is not finite.
     """
     if any(not options or not all(math.isfinite(option.cost) for option in options) for options in items):
@@ -83,7 +83,7 @@ def choose(items: Sequence[Sequence[Option]], capacity: int, fixed: int = 0) -> 
 
 
 def _undominated(options: Sequence[Option]) -> list[int]:
-    """Returns the options that no other beats in both size and cost, from small and costly to large and cheap."""
+    """Returns the options that no other option beats in both size and cost, by rising size."""
     kept: list[int] = []
     for index in sorted(range(len(options)), key=lambda index: (options[index].size, options[index].cost)):
         if not kept or options[index].cost < options[kept[-1]].cost:
@@ -92,7 +92,7 @@ def _undominated(options: Sequence[Option]) -> list[int]:
 
 
 def _solve(sizes: list[list[int]], costs: list[list[float]], room: int) -> list[int]:
-    """Returns the option to take for every item, where the sizes are small whole numbers and each item has one of 0."""
+    """Returns the option for every item. Sizes are small whole numbers, and each item has an option of size 0."""
     import numpy as np
 
     longest = max((len(options) for options in sizes), default=1)

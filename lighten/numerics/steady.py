@@ -1,4 +1,4 @@
-"""Whether repeated speeds can be relied on: how far their median may be off, and whether the machine drifted."""
+"""Whether repeated speeds are reliable: the error of their median, and a drift of the machine."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ CONFIDENCE = 0.95
 UNSTEADY = 0.10
 """Spread of repeats above which a speed is marked wherever it is shown."""
 DRIFTED = 0.05
-"""Change between the first and the last third of the repeats that is called a drift, if it is no scatter."""
+"""Change between the first and the last third of the repeats that counts as a drift, unless it is scatter."""
 REPEATED = 0.05
-"""Difference between two measurements of the same on a quiet machine, above which it is told."""
+"""Difference between two measurements of one speed on a quiet machine above which it is reported."""
 ORDERED = 0.6
-"""Kendall's tau with time above which a change is no scatter."""
+"""Kendall's tau with time above which a change is not scatter."""
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Returns an interval of the median from order statistics: no distribution is assumed.
+    """Returns an interval of the median from order statistics, with no assumed distribution.
 
-    It holds the median with at least 95 % where there are six values or more; with fewer it is all of them.
+    With six values or more it holds the median with at least 95 %. With fewer values it is their whole range.
     """
     ordered, count = sorted(values), len(values)
     outside, left_out = 0.0, 0
@@ -33,7 +33,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def relative_error(values: Sequence[float]) -> float:
-    """Returns half the width of the median's interval, relative to it."""
+    """Returns half the width of the median's interval, relative to the median."""
     low, high = interval(values)
     return (high - low) / 2 / median(values)
 
@@ -44,12 +44,12 @@ def spread(values: Sequence[float]) -> float:
 
 
 def apart(first: float, second: float) -> float:
-    """Returns how far the larger of two speeds is above the smaller, relative to that."""
+    """Returns how far the larger of two speeds is above the smaller, relative to the smaller."""
     return max(first, second) / min(first, second) - 1
 
 
 def drift(values: Sequence[float]) -> float:
-    """Returns the relative change from the first to the last third, 0 where it may be scatter."""
+    """Returns the relative change from the first to the last third; 0 if it may be scatter."""
     count = len(values)
     if count < 6:
         return 0.0

@@ -1,4 +1,4 @@
-"""The calibration text as the sweep uses it: how much there is of it, and what it shares with the evaluation sets."""
+"""The calibration text as the sweep uses it: its amount, and what it shares with the evaluation sets."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Used:
     ids: np.ndarray[Any, np.dtype[np.int64]]
     """`[samples, length]`"""
     render: text.Render | None = None
-    """Writes turns as the model's chat template has them."""
+    """Function that writes turns by the model's chat template."""
 
     @property
     def text(self) -> str:
-        """The used part as text, its special tokens spelled out."""
+        """Part of the text that is used, with its special tokens written out."""
         return self._decode(self.ids.ravel().tolist())
 
     def first_tokens(self, whole: str, count: int) -> str:
@@ -70,7 +70,7 @@ class Used:
         }
 
     def _evaluation_sets(self, evaluate: Evaluate) -> Iterator[tuple[str, list[str]]]:
-        """Yields name and texts of what a recipe measures quality on: a text, or every task with every ending."""
+        """Yields name and texts of each evaluation set: a text, or every task with every ending."""
         for perplexity in evaluate.perplexity:
             whole = text.load_text(perplexity.data, "perplexity", self.render)
             if perplexity.samples and perplexity.length:
@@ -87,7 +87,7 @@ class Used:
             yield f"accuracy {accuracy.task}", [f"{task.context} {end}" for task in tasks for end in task.endings]
 
     def chat(self, model: Path) -> dict[str, Any]:
-        """Returns whether a model has a chat template, the special tokens in it, and those of them that were used."""
+        """Returns whether a model has a chat template, its special tokens, and those that the text uses."""
         template = "\n".join(chat_templates(model).values())
         added = {index: token.content for index, token in self.tokenizer.get_added_tokens_decoder().items()}
         marks = {index: content for index, content in added.items() if content in template}
@@ -110,7 +110,7 @@ def use(model: Path, sweep: Sweep) -> Used:
 
 
 def describe(payload: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Returns `Used.block`; a target of `lighten.process.isolate.run_isolated`: a large text takes memory to tokenize.
+    """Returns `Used.block`; the target of `run_isolated`, because a large text takes memory to tokenize.
 
     Args:
         payload: model (its directory), calibration and evaluate (as in a recipe).
@@ -121,7 +121,7 @@ def describe(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def examine(payload: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Returns `Used.block` and `Used.chat`, and the number of tokens of another text; a target like `describe`.
+    """Returns `Used.block` and `Used.chat`, and the number of tokens of another text; a target of `run_isolated`.
 
     Args:
         payload: as for `describe`, and `heldout`, the path of the other text.
@@ -138,5 +138,5 @@ def examine(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def _short(data: str) -> str:
-    """Returns the name of a file without its directory; other names as they are."""
+    """Returns the name of a file without its directory. Other names stay."""
     return Path(data).name if Path(data).suffix in SUFFIXES else data

@@ -1,4 +1,4 @@
-"""What is refused before any work."""
+"""Checks that refuse a request before any work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lighten.pipeline.stage import Plan, Stage
 
 
 def check_measurable(facts: ModelFacts, evaluate: Evaluate, name: str) -> None:
-    """Raises RequestError if something is to be measured that the model has not, or if it takes fewer positions."""
+    """Raises RequestError if a measurement needs something that the model lacks, or more positions than it takes."""
     wanted = [name for name in ("perplexity", "accuracy", *TIMED) if getattr(evaluate, name)]
     if facts.family != "causal" and wanted:
         raise RequestError(
@@ -32,7 +32,7 @@ def check_measurable(facts: ModelFacts, evaluate: Evaluate, name: str) -> None:
 
 
 def check_texts(model: Path, evaluate: Evaluate) -> None:
-    """Raises RequestError or Failure if a model cannot be given what is to be measured on; before any work."""
+    """Raises RequestError or Failure if a model cannot be measured on a text or task; before any work."""
     for perplexity in evaluate.perplexity:
         least = 1 if perplexity.protocol == "lm-eval" else perplexity.length or 1
         check_text(model, perplexity.data, "perplexity", least)
@@ -42,7 +42,7 @@ def check_texts(model: Path, evaluate: Evaluate) -> None:
 
 
 def check_room(what: str, prompt: int, generate: int, context: int | None, name: str) -> None:
-    """Raises RequestError if a prompt and what follows it are longer than the model's context."""
+    """Raises RequestError if a prompt with its continuation is longer than the model's context."""
     if context and prompt + generate > context:
         raise RequestError(
             f"{what}: {prompt} prompt and {generate} generated tokens are more than the {context} positions "
@@ -51,7 +51,7 @@ def check_room(what: str, prompt: int, generate: int, context: int | None, name:
 
 
 def arithmetic(params: int, device: Device) -> str | None:
-    """Returns what quality is measured in on a GPU, the same for all variants: float32 where the source fits.
+    """Returns the arithmetic of quality on a GPU, the same for all variants: float32 if the source fits.
 
     None on the processor, where it is always float32.
     """
@@ -61,7 +61,7 @@ def arithmetic(params: int, device: Device) -> str | None:
 
 
 def device_bytes(stage: Stage) -> int:
-    """Returns about what a stage takes of a GPU's memory; 0 for one that computes elsewhere."""
+    """Returns about how much of a GPU's memory a stage takes; 0 for a stage that computes elsewhere."""
     facts = stage.parents[0].facts if stage.parents else None
     if stage.step and not stage.step.computes:
         return 0

@@ -1,11 +1,11 @@
-"""Measuring a bundle on the device it is for, through the system's own ssh.
+"""Measuring a bundle on its device, through the system's own ssh.
 
-    1. one look: is there a Python, how much of the files is there already, how much space is left
-    2. the model's files go through `cat >>` from where an earlier copy broke off, the others as one tar
-    3. the device hashes what it has; bench.py runs there and its JSON lines come back
+    1. check: is there a Python, how much of the files is there already, how much space is left
+    2. the model's files go through `cat >>` from where an earlier copy broke off, all other files as one tar
+    3. the device hashes its files; bench.py runs there and its JSON lines come back
     4. the copy is removed
 
-The copy lies in a directory named by the checksum of its files, so that a broken one can be found again.
+The copy lies in a directory named by the checksum of its files, so that a broken copy can be found again.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from lighten.store.names import as_name
 
 BLOCK = 1 << 20
 TRIES = 5
-"""How often a copy that gets further each time is taken up again by itself."""
+"""Number of times that a broken copy is continued by itself, if it gets further each time."""
 SPARE_BYTES = 20_000_000
 SMALL = "files.tar"
 
 # Every script begins with `d`, the directory of the copy, and `python`. What they say to us begins with "lighten".
-_LOOK = """
+_CHECK_ROOM = """
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 9))' >/dev/null 2>&1 || exit 71
 mkdir -p "$d" && cd "$d" || exit 1
 for f in $names; do [ -f "$f" ] && echo "lighten have $f $(($(wc -c < "$f")))"; done
@@ -57,8 +57,8 @@ for name in sys.argv[1:]:
 _BENCH = 'cd "$d" && tar -xf files.tar && PYTHON=$python exec sh bench.sh --events $options'
 
 
-def _said(printed: str, word: str, count: int) -> list[list[str]]:
-    """Returns the lines of a kind that have as many words as they should; others are not ours."""
+def _values(printed: str, word: str, count: int) -> list[list[str]]:
+    """Returns the words of the lines that begin with `word` and have `count` more words. Other lines are not ours."""
     lines = [line.split() for line in printed.splitlines() if line.startswith(f"lighten {word} ")]
     return [line[2:] for line in lines if len(line) == 2 + count]
 
@@ -87,7 +87,7 @@ def send(device: Device, copy: Copy, report: Report) -> None:
             raise Failure(f"{device.trouble('copying', code, errors)}{kept}")
         best = arrived
     code, printed, errors = device.run(_HASH, names=" ".join([*copy.models, SMALL]))
-    found = dict(_said(printed, "sha256", 2))
+    found = dict(_values(printed, "sha256", 2))
     if code == UNREACHABLE:
         raise device.trouble("checking the copy", code, errors)
     if found != {**copy.models, SMALL: hashlib.sha256(copy.small).hexdigest()}:
@@ -100,15 +100,15 @@ def send(device: Device, copy: Copy, report: Report) -> None:
 def _send_once(device: Device, copy: Copy, report: Report) -> tuple[int, int, str]:
     """Returns the bytes of the model that are there (-1 if not known), and how the last script ended."""
     total = sum(map(copy.size, copy.models))
-    code, printed, errors = device.run(_LOOK, names=" ".join(copy.models))
+    code, printed, errors = device.run(_CHECK_ROOM, names=" ".join(copy.models))
     if code:
         return -1, code, errors
-    told = {name: _number(size) for name, size in _said(printed, "have", 2)}
+    sizes = {name: _number(size) for name, size in _values(printed, "have", 2)}
     # a size that cannot be: not ours, begin again
-    claimed = {name: told.get(name) or 0 for name in copy.models}
+    claimed = {name: sizes.get(name) or 0 for name in copy.models}
     have = {name: size if size <= copy.size(name) else 0 for name, size in claimed.items()}
     arrived = sum(have.values())
-    free = [size for (text,) in _said(printed, "free", 1) if (size := _number(text)) is not None]
+    free = [size for (text,) in _values(printed, "free", 1) if (size := _number(text)) is not None]
     needed = total - arrived + len(copy.small) + SPARE_BYTES
     if free and free[0] * 1024 < needed:
         left = free[0] * 1024
@@ -141,7 +141,7 @@ def _pour(file: IO[bytes], pipe: IO[bytes], report: Report, done: int, total: in
 
 
 def bench(device: Device, options: Sequence[str], report: Report, name: str) -> dict[str, Any]:
-    """Runs bench.py on a copy and returns its results, checked; `name` is what its row is called.
+    """Runs bench.py on a copy and returns its checked results. `name` is the name of its row.
 
     Raises:
         Failure: it failed, or what came back is not results.
@@ -177,7 +177,7 @@ def bench(device: Device, options: Sequence[str], report: Report, name: str) -> 
 
 
 def _event(line: bytes) -> dict[str, Any]:
-    """Returns what a line says; nothing if it is none of bench.py's: a shell's start-up files may print something."""
+    """Returns the event on a line of bench.py; None for other lines, which a shell's start-up files may print."""
     try:
         event = parse_json(line)
     except Refused:

@@ -1,4 +1,4 @@
-"""What a recipe may say, and errors that name the file, the line and the key."""
+"""The form of a recipe, and errors that name the file, the line and the key."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from lighten.store.names import LONGEST, PATTERN, is_name
 BASELINE = "baseline"
 Checked = TypeVar("Checked", bound=BaseModel)
 NOTES = "x-"
-"""How the top-level keys begin that hold anchors for the rest of the recipe, and nothing else."""
+"""Beginning of top-level keys that hold only anchors for the rest of the recipe."""
 
 
 class Recipe(BaseModel):
-    """A source, a calibration set, named variants and what to measure."""
+    """A source, a calibration set, named variants, and what to measure."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,9 +37,9 @@ class Recipe(BaseModel):
     model: str
     revision: str | None = None
     trust_remote_code: bool | str | list[str] = False
-    """Whose own code the recipe needs: true stands for that of `model`. The command line has to agree."""
+    """Models whose own code the recipe needs; true means `model`. The command line has to agree."""
     merge_adapter: bool = False
-    """Whether `model` is a LoRA adapter, to be merged into its base."""
+    """Whether `model` is a LoRA adapter that is merged into its base."""
     calibration: Sweep = Field(default_factory=lambda: Sweep.model_validate({}))
     variants: dict[str, list[dict[str, dict[str, Any]]]] = Field(min_length=1)
     evaluate: Evaluate = Field(default_factory=Evaluate)
@@ -70,7 +70,7 @@ class Recipe(BaseModel):
 
     @property
     def models(self) -> list[str]:
-        """The model, and the teachers and students of its steps."""
+        """Names of the model, and of the teachers and students of its steps."""
         given = [values for steps in self.variants.values() for step in steps for values in step.values()]
         others = [values.get(role) for values in given for role in ("student", "teacher")]
         return list(
@@ -79,7 +79,7 @@ class Recipe(BaseModel):
 
     @property
     def trusted(self) -> list[str]:
-        """The models whose own code the recipe needs."""
+        """Names of the models whose own code the recipe needs."""
         if isinstance(self.trust_remote_code, bool):
             return [self.model] if self.trust_remote_code else []
         return [self.trust_remote_code] if isinstance(self.trust_remote_code, str) else self.trust_remote_code
@@ -98,7 +98,7 @@ class Recipe(BaseModel):
 
 
 def parse_settings(model: type[Checked], settings: dict[str, Any], path: str) -> Checked:
-    """Returns settings given outside a recipe, checked; `path` names where they came from in messages."""
+    """Returns checked settings that were given outside a recipe. `path` names their origin in messages."""
     try:
         return model.model_validate(settings)
     except ValidationError as error:
@@ -109,7 +109,7 @@ def find(name: str) -> Path:
     """Returns the file of a recipe: a path, or the name of a ready recipe.
 
     Raises:
-        RequestError: neither exists; lists the ready ones.
+        RequestError: neither exists; the message lists the ready recipes.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -132,7 +132,7 @@ def load(name: str) -> Recipe:
     """Reads a recipe.
 
     Raises:
-        RequestError: with file, line and key of the first thing that is wrong.
+        RequestError: something is wrong; the message has the file, line and key of the first fault.
     """
     path = find(name)
     try:
@@ -146,7 +146,7 @@ def load(name: str) -> Recipe:
 
 
 def parse(value: dict[str, Any], path: str = "recipe", where: Where | None = None) -> Recipe:
-    """Checks a recipe given as a mapping; `where` tells the line of every key, for messages."""
+    """Checks a recipe that is given as a mapping. `where` has the line of every key, for messages."""
     where = where or {}
     try:
         recipe = Recipe.model_validate({key: each for key, each in value.items() if not str(key).startswith(NOTES)})
@@ -171,7 +171,7 @@ def parse(value: dict[str, Any], path: str = "recipe", where: Where | None = Non
 
 
 def _check_names(recipe: Recipe, path: str, where: Where) -> None:
-    """Raises RequestError for variants that `evaluate` names and are not there, or options that do not go together."""
+    """Raises RequestError if `evaluate` names a variant that does not exist, or options that do not go together."""
     names = list(dict.fromkeys([BASELINE, *recipe.variants]))
     for role in ("draft", "target"):
         name = getattr(recipe.evaluate.speculative, role, BASELINE)
@@ -215,7 +215,7 @@ def _nearest(key: str, valid: list[str]) -> str:
 def _explain(
     error: ValidationError, path: str, where: Where, prefix: Sequence[str | int], model: type[BaseModel]
 ) -> RequestError:
-    """Returns one message for the most telling error that pydantic found."""
+    """Returns one message for the most useful error that pydantic found."""
     found = error.errors()
     # a misspelt key also makes the right one missing: say the misspelling
     first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])

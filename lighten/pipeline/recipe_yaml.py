@@ -1,4 +1,4 @@
-"""The YAML of a recipe: keys as they are written, none of them twice, and the line of each."""
+"""The YAML of a recipe: keys as they are written, no key twice, and the line of each."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _STRING = "tag:yaml.org,2002:str"
 
 
 def read(text: str, path: Path) -> tuple[Any, Where]:
-    """Returns what a text says, and the line of every key and item in it.
+    """Returns the value of a text, and the line of every key and item in it.
 
-    A key is the string that stands there: a variant may be called on, 8 or 4.25 without quotes.
+    A key is the string as it is written: a variant may be called on, 8 or 4.25 without quotes.
 
     Raises:
-        RequestError: no valid YAML, or a key that stands twice in one mapping.
+        RequestError: the text is no valid YAML, or a key stands twice in one mapping.
     """
     node = compose_yaml(text, str(path))
     _keys_as_written(node, path, set())
@@ -30,7 +30,7 @@ def read(text: str, path: Path) -> tuple[Any, Where]:
 
 
 def _keys_as_written(node: yaml.Node | None, path: Path, seen: set[int]) -> None:
-    """Makes every key below a node a string, whatever YAML takes it for; aliased nodes are looked at once."""
+    """Makes every key below a node a string, whatever type YAML gives it. Aliased nodes are visited once."""
     if id(node) in seen or not isinstance(node, yaml.CollectionNode):
         return
     seen.add(id(node))

@@ -1,4 +1,4 @@
-"""The roofs of this machine, and the variants under them: what a row of results gets besides its measurements."""
+"""The roofline of this machine, and the rows of results under it: roofline and cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lighten.step import Estimate, Report
 
 
 def machine_peaks(device: str, report: Report, *, fresh: bool = False) -> Peaks:
-    """Returns the roofs of a device of this machine: as measured before, or measured now and kept.
+    """Returns the peaks of a device of this machine: as measured before, or measured now and kept.
 
     Raises:
         Failure: they cannot be measured.
@@ -79,12 +79,12 @@ class Addition:
         return found
 
     def machine(self) -> Mapping[str, Any]:
-        """Returns what `machine` in the results gets: the roofs of the first device that was asked about."""
+        """Returns the peaks of the first device for `machine` in the results."""
         return next(iter(self.known.values())).facts() if self.known else {}
 
 
 def busy(found: Peaks) -> str:
-    """Returns the warning about roofs that were measured beside something else."""
+    """Returns the warning about peaks that were measured while other work ran."""
     return (
         f"the machine's roofs ({found.device}) were measured while it was busy: repeats took {found.spread:.0%} longer "
         "than the shortest; "

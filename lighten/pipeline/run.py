@@ -1,4 +1,4 @@
-"""Runs what the store does not have, and puts a version together: links, results, report."""
+"""Runs the stages that the store lacks, and publishes a version: links, results, report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plan(
     """Returns the stages of a recipe (a path, the name of a ready one, or a Recipe) on a device.
 
     Raises:
-        RequestError: what `run` would refuse; trust that the recipe asks for and that is not given here.
+        RequestError: `run` would refuse it, or the recipe asks for trust that is not granted here.
     """
     opened = open_recipe(recipe, only)
     trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
@@ -70,10 +70,10 @@ def run(
 ) -> Path:
     """Runs or resumes a recipe; returns the directory of its version.
 
-    `trust_remote_code` lets the code run that comes with the models that the recipe names for it, `trust_tasks` what
-    its task files say: a recipe can only ask for either.
+    `trust_remote_code` allows the code of the models that the recipe names for it. `trust_tasks` allows the code of its
+    task files. A recipe can only ask for these.
 
-    A variant that fails is a row in the results that says why; look at their `status`.
+    A variant that fails is a row in the results with the reason; see its `status`.
 
     Raises:
         RequestError: the recipe or what it asks for is wrong; nothing was run.
@@ -108,7 +108,7 @@ def run(
 
 
 def _publish(todo: Plan, builder: Builder, results: dict[str, Any], store: Store, watcher: Watcher) -> Path:
-    """Writes the next version, unless the latest one already says the same; call while publishing."""
+    """Writes the next version, unless the latest one says the same. Call it while publishing."""
     from lighten.report.history import read
     from lighten.report.render import write_report
 

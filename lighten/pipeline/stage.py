@@ -1,4 +1,4 @@
-"""The stages of a plan, and what their keys are made of."""
+"""The stages of a plan, and the parts of their keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Stage:
     version: int
     key: str
     config: dict[str, Any]
-    """What the key was made of, together with kind, version and the parents' keys."""
+    """Part of the key, together with kind, version and the parents' keys."""
     parents: list[Stage]
     estimate: Estimate
     step: Step | None = None
@@ -33,14 +33,14 @@ class Stage:
     settings: Settings | None = None
     variants: list[str] = field(default_factory=list)
     roles: tuple[str, ...] = ()
-    """What each parent is to the step: source, grams, …"""
+    """Role of each parent for the step: source, grams, …"""
     facts: ModelFacts | None = None
-    """Sizes of the model that it leaves, as far as they are known before."""
+    """Sizes of the resulting model, as far as they are known in advance."""
     arithmetic: str | None = None
-    """What quality is measured in, where the device leaves a choice."""
+    """Arithmetic that quality is measured in, if the device has a choice."""
 
     def user(self, variant: str) -> None:
-        """Notes that a variant needs this stage and everything it is made from."""
+        """Notes that a variant needs this stage and all its parents."""
         for stage in (self, *self.parents):
             if variant not in stage.variants:
                 stage.variants.append(variant)
@@ -50,17 +50,17 @@ class Stage:
 
 @dataclass
 class Plan:
-    """Every stage of a recipe, each after the ones it needs."""
+    """Every stage of a recipe, each after the stages that it needs."""
 
     recipe: Recipe
     source: Found
     stages: list[Stage]
     artifacts: dict[str, Stage]
-    """The last stage of every variant."""
+    """Last stage of every variant."""
     measurements: dict[str, list[Stage]]
     """Measurements of every variant."""
     device: Device = CPU
-    """What it is planned for."""
+    """Device that the plan is for."""
 
 
 def sources(stage: Stage) -> list[Source]:
@@ -75,6 +75,6 @@ def sources(stage: Stage) -> list[Source]:
 
 
 def trusted(stage: Stage) -> bool:
-    """Returns whether code that comes with a model may run in a stage: it has to be granted to all that it opens."""
+    """Returns whether a stage may run code that comes with a model. All models that it opens must be trusted."""
     found = sources(stage)
     return bool(found) and all(each.trust_remote_code for each in found)

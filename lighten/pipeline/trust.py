@@ -1,4 +1,4 @@
-"""What a recipe or a task file may run: nothing, unless the person says so on the command line, or as an argument.
+"""What a recipe or a task file may run: nothing, unless the person allows it on the command line or as an argument.
 
 A file can ask for trust; it can never grant it.
 """
@@ -13,15 +13,15 @@ from lighten.pipeline.recipe import Recipe
 
 
 def check(recipe: Recipe, *, trust_remote_code: bool, trust_tasks: bool) -> None:
-    """Does nothing if the person granted what the recipe asks for; called before anything is fetched or run.
+    """Checks that the person granted what the recipe asks for, before anything is fetched or run.
 
     Args:
-        recipe: what asks.
-        trust_remote_code: the person's word for the code of the models that the recipe names for it.
-        trust_tasks: the person's word for lm-eval's task files.
+        recipe: the recipe that asks.
+        trust_remote_code: whether the person trusts the code of the models that the recipe names.
+        trust_tasks: whether the person trusts lm-eval's task files.
 
     Raises:
-        RequestError: trust that is asked for and was not granted, or granted and not asked for.
+        RequestError: trust that the recipe asks for and that was not granted, or the reverse.
     """
     asked = recipe.trusted
     if asked and not trust_remote_code:
@@ -39,7 +39,7 @@ def check(recipe: Recipe, *, trust_remote_code: bool, trust_tasks: bool) -> None
 
 
 def check_tasks(tasks: Iterable[Accuracy], granted: bool) -> None:
-    """Does nothing if no task is a file that may run code, or if the person granted that.
+    """Checks that no task is a file that may run code, unless the person granted that.
 
     Raises:
         RequestError: it was not granted.

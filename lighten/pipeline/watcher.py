@@ -1,4 +1,4 @@
-"""Who is told what a run does."""
+"""The listener of a run, which learns about its stages."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from lighten.step import Report
 
 
 class Watcher(Protocol):
-    """Is told what a run does; the CLI draws it."""
+    """Learns about the stages of a run; the CLI draws them."""
 
     def planned(self, plan: Plan, predicted: dict[str, float]) -> None:
-        """All stages and their predicted seconds, by key."""
+        """Gets all stages, and their predicted seconds by key."""
 
     def started(self, stage: Stage) -> Report:
-        """A stage begins; returns where its progress goes."""
+        """Learns that a stage begins; returns the function that takes its progress."""
 
     def ended(self, stage: Stage, seconds: float | None, error: str | None) -> None:
-        """A stage ended: cached if `seconds` is None, failed if `error` is given."""
+        """Learns that a stage ended: cached if `seconds` is None, failed if `error` is given."""
 
     def say(self, message: str) -> None:
-        """Something the person should know."""
+        """Gets a message for the person."""
 
 
 class Silent:
-    """A watcher that tells nobody."""
+    """A watcher that shows nothing."""
 
     def planned(self, plan: Plan, predicted: dict[str, float]) -> None:
-        """Ignores it."""
+        """Does nothing."""
 
     def started(self, stage: Stage) -> Report:
-        """Returns a report that goes nowhere."""
+        """Returns a report that does nothing."""
         return lambda done, total, note: None
 
     def ended(self, stage: Stage, seconds: float | None, error: str | None) -> None:
-        """Ignores it."""
+        """Does nothing."""
 
     def say(self, message: str) -> None:
-        """Ignores it."""
+        """Does nothing."""

@@ -1,11 +1,11 @@
-"""Runs one function in a process of its own: its memory is its own, and a crash is one message.
+"""Runs one function in a process of its own. Its memory is its own, and a crash is one message.
 
-`function(payload, report)` is called with `payload` as JSON has it. The child answers with JSON lines: progress, then
-a result or an error. Whatever libraries print goes to a file, of which the end is kept for the message.
+The call is `function(payload, report)`, with `payload` as JSON. The child answers with JSON lines: progress, then a
+result or an error. What libraries print goes to a file, and the message has the end of it.
 
-Where the system can fork, children come from one process that has imported the large libraries and does nothing
-else: a child starts in milliseconds instead of seconds, and shares their pages. No product was computed there, so
-torch has no threads that a fork would lose; a child finds every library as if it had imported it itself.
+If the system can fork, children come from one process that has imported the large libraries and does nothing else. A
+child starts in milliseconds instead of seconds, and shares their pages. That process has computed no product, so torch
+has no threads that a fork would lose. A child finds every library as if it had imported the library itself.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from lighten.errors import DiskFull, Failure, LightenError, RequestError, disk_f
 from lighten.step import Report, silent
 
 PRELOADED = ("torch", "lighten.pipeline.steps", "transformers.models.llama.modeling_llama")
-"""What the process that children are forked from imports: the first at once, the others beside the first children."""
+"""Libraries that the process of the children imports: the first at once, the rest while the first children run."""
 
 CAN_FORK = sys.platform == "linux"
 
 ALONE = "alone"
-"""Argument of an interpreter that is to serve one task itself, having imported nothing."""
+"""Argument of an interpreter that serves one task itself and has imported nothing."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a function in another process returned, and what it took."""
+    """What a function in another process returned, and its cost."""
 
     value: Any
     seconds: float
@@ -47,12 +47,12 @@ class Outcome:
 
 
 def interpreter() -> list[str]:
-    """Returns the command of a Python that imports nothing from the directory it is started in: a model's, maybe."""
+    """Returns the command of a Python that imports nothing from its working directory, which may be a model's."""
     return [sys.executable, "-P"]
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment for an interpreter: what that one starts imports nothing from there either.
+    """Returns the environment for an interpreter whose children import nothing from the working directory either.
 
     An empty entry in PYTHONPATH, which a colon too many leaves, would mean the working directory.
     """
@@ -63,7 +63,7 @@ def environment() -> dict[str, str]:
 
 
 class Nursery:
-    """An interpreter that serves one task after the other, each in a child of its own where it can fork."""
+    """An interpreter that serves one task after the other, each in a forked child if the system can fork."""
 
     current: Nursery | None = None
 
@@ -80,7 +80,7 @@ class Nursery:
 
     @classmethod
     def ready(cls) -> Nursery:
-        """Returns the one that is running, or starts it: a new one where the environment has changed."""
+        """Returns the running interpreter, or starts it. It starts a new one if the environment has changed."""
         found = cls.current
         if found and (found.env != dict(os.environ) or found._process.poll() is not None):
             found.close()
@@ -91,7 +91,7 @@ class Nursery:
         return found
 
     def close(self) -> None:
-        """Ends the interpreter and what runs in it."""
+        """Ends the interpreter, and what runs in it."""
         atexit.unregister(self.close)
         self._process.kill()
         self._process.communicate()
@@ -100,7 +100,7 @@ class Nursery:
             Nursery.current = None
 
     def serve(self, task: dict[str, Any], report: Report) -> tuple[dict[str, Any] | None, int, str]:
-        """Runs a task; returns its last event, how its process ended, and the end of what it printed."""
+        """Runs a task. Returns its last event, how its process ended, and the end of what it printed."""
         assert self._process.stdin and self._process.stdout
         start = os.fstat(self._noise.fileno()).st_size
         final, code = None, None
@@ -182,7 +182,7 @@ def peak_rss_bytes() -> int:
 
 
 def count_helpers(peak_bytes: int) -> None:
-    """Adds what workers of this process took at their peak, beyond what they share with it."""
+    """Adds the peak memory of workers of this process, without the pages that they share with it."""
     global _helpers
     _helpers = max(_helpers, peak_bytes)
 
@@ -202,19 +202,19 @@ def _own_peak() -> int:
 
 
 def share_cores() -> None:
-    """Lets idle OpenMP threads spin for a moment only, and torch take large pages; call before torch is imported.
+    """Makes idle OpenMP threads spin only for a moment, and torch take large pages. Call it before torch is imported.
 
-    Spinning for long makes two processes on the same cores many times slower; not spinning at all made GPTQ, with its
-    small products, three times slower.
+    Long spinning makes two processes on the same cores many times slower. Without any spinning, GPTQ with its small
+    products was three times slower.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def keep_freed_memory() -> None:
-    """Asks glibc to keep what is freed, for work that takes the same again and again.
+    """Makes glibc keep freed memory, for work that needs the same memory again and again.
 
-    Large blocks go back to the system otherwise, and every step of a training waits for their pages to be made anew.
+    Otherwise large blocks go back to the system, and every step of a training waits until their pages are made anew.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3
     with contextlib.suppress(AttributeError, OSError):
@@ -224,7 +224,7 @@ def keep_freed_memory() -> None:
 
 
 def die_with(parent: int) -> None:
-    """Asks Linux to kill this process when its parent dies, so that kill -9 leaves nothing running."""
+    """Makes Linux kill this process when its parent dies, so that kill -9 leaves nothing running."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -245,13 +245,13 @@ def _explain(error: BaseException) -> dict[str, Any]:
 
 
 def raised(event: dict[str, Any]) -> LightenError:
-    """Returns the error that an event of another process tells."""
+    """Returns the error in an event of another process."""
     kinds = {kind.__name__: kind for kind in (DiskFull, Failure, RequestError)}
     return kinds[event["kind"]](event["error"])
 
 
 def call(function: Any, *arguments: Any) -> dict[str, Any]:
-    """Returns the event that says what a function returned or raised: every error becomes one message."""
+    """Returns the event with what a function returned or raised. Every error becomes one message."""
     try:
         return {"value": function(*arguments), "peak_rss_bytes": peak_rss_bytes()}
     except BaseException as error:

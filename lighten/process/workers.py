@@ -1,8 +1,8 @@
-"""Doing many alike pieces of work on every core: forked workers, results in order.
+"""Runs many similar pieces of work on all cores: forked workers, results in order.
 
-Small products gain little from a second thread, so whole layers are shared out instead of the insides of each. How
-many workers there are, and so how many threads each has, depends on the machine and the model alone, never on what
-else runs: results are the same every time.
+Small products gain little from a second thread. So whole layers are shared out, and not the inside of each layer. The
+number of workers and of the threads of each depends on the machine and the model alone, never on what else runs. So
+results are the same every time.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lighten.errors import Failure
 from lighten.process.isolate import CAN_FORK, call, count_helpers, death, die_with, peak_rss_bytes, raised
 
 MEMORY_SHARE = 0.5
-"""Of the machine's memory, what all workers together may take."""
+"""Share of the machine's memory that all workers together may take."""
 
 
 def crew(count: int, bytes_each: int, device: str) -> int:
-    """Returns how many workers share `count` pieces of work of which each takes `bytes_each` of memory."""
+    """Returns the number of workers for `count` pieces of work, each of which takes `bytes_each` of memory."""
     if device != "cpu" or not CAN_FORK:
         return 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -36,13 +36,13 @@ def ordered(
 ) -> Iterator[Any]:
     """Yields `function(0)` … `function(count - 1)`, each called in one of `workers` forked processes.
 
-    What the function returns passes through JSON; larger things it leaves in files. One worker is this process.
+    The result of the function passes through JSON. It leaves larger things in files. One worker is this process.
 
     Args:
-        function: what to do.
-        count: how many pieces there are.
-        workers: processes among which torch's threads are divided.
-        report: told how many pieces are done.
+        function: the work.
+        count: number of pieces.
+        workers: number of processes that share torch's threads.
+        report: called with the number of finished pieces.
 
     Raises:
         RequestError, Failure: as raised by the function, or a Failure if a worker crashed.

@@ -1,1 +1,1 @@
-"""`lighten recommend`: which of the artifacts that were measured to take, and why."""
+"""`lighten recommend`: which of the measured artifacts to take, and why."""

@@ -1,4 +1,4 @@
-"""A variant that was measured, seen from one situation."""
+"""A measured variant in a given situation."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from lighten.results.results import Results, Variant
 
 @dataclass(frozen=True)
 class Candidate:
-    """A variant with what it would take and cost in this situation; None for what was not measured."""
+    """A variant, and what it takes and costs in this situation. None is not measured."""
 
     name: str
     row: Variant
     need: int | None
     """Bytes of memory while it runs."""
     measured: bool
-    """Whether `need` starts from a measured peak; else it is arithmetic."""
+    """Whether `need` starts from a measured peak. Otherwise it is arithmetic."""
     rise: float | None
     rise_ci95: tuple[float, float] | None
     drop: float | None
-    """Of accuracy, on the set of tasks where it is largest: a fraction, positive for a loss."""
+    """Loss of accuracy on the set of tasks where it is largest: a fraction, positive for a loss."""
     drop_high: float | None
-    """The far end of its 95 % interval."""
+    """Far end of the 95 % interval of `drop`."""
     speed: float | None
-    """Tokens a second: measured, or on a target the most that its memory allows."""
+    """Tokens per second: measured, or on a target the most that its memory allows."""
     speed_ends: tuple[float, float] | None
-    """Its interval; None for a ceiling."""
+    """Interval of `speed`; None for a ceiling."""
     noisy: bool
-    """Whether `speed` may be compared with nothing, for its repeats differ too much."""
+    """Whether `speed` cannot be compared because its repeats differ too much."""
     too_good: bool
-    """Whether it is better than its source by more than the interval."""
+    """Whether the variant is better than its source by more than the interval."""
     ceiling: bool
 
     @property
     def rise_ends(self) -> tuple[float, float] | None:
-        """The interval of its rise in perplexity; a point where none was measured, as for the baseline."""
+        """Interval of the rise in perplexity; a point for the baseline, and if no interval was measured."""
         return self.rise_ci95 or (None if self.rise is None else (self.rise, self.rise))
 
     def line(self) -> str:
-        """Returns what it costs in one line."""
+        """Returns the costs on one line."""
         parts = [byte_count(self.row.size_bytes)] if self.row.size_bytes else []
         if self.rise is not None:
             text, interval = change(self.rise, self.rise_ci95)
@@ -59,7 +59,7 @@ class Candidate:
 
 
 def candidate(row: Variant, results: Results, question: Question, sizes: Sizes | None) -> Candidate:
-    """Returns a variant as it stands to a question; `sizes` of the model are needed for a target or a context."""
+    """Returns a variant's answer to a question. A target or a context needs the `sizes` of the model."""
     delta = results.perplexity_change(row)
     drops: list[tuple[float, float | None]] = []
     for each in row.delta.accuracy if row.delta else ():
@@ -91,7 +91,7 @@ def candidate(row: Variant, results: Results, question: Question, sizes: Sizes |
 
 
 def _need(row: Variant, question: Question, sizes: Sizes | None) -> tuple[int | None, bool]:
-    """Returns the memory it takes: the measured peak with longer keys and values, or on a target arithmetic."""
+    """Returns the memory: the measured peak with longer keys and values, or arithmetic for a target."""
     peak = None
     if row.memory:
         peak = row.memory.peak_vram_bytes if row.memory.peak_vram_bytes else row.memory.peak_rss_bytes

@@ -1,4 +1,4 @@
-"""Chooses among what was measured: filters, one criterion, and a margin below which two are equal."""
+"""The choice among measured variants: filters, one criterion, and a margin within which two are equal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lighten.results.results import Results
 
 @dataclass(frozen=True)
 class Filter:
-    """One condition, and what it removed with the reason for each."""
+    """One condition, and the variants that it removed, with the reason for each."""
 
     condition: str
     removed: tuple[str, ...]
@@ -27,7 +27,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class Choice:
-    """The pick, why, and what else is worth a look."""
+    """The pick, the reasons, and the alternatives."""
 
     pick: Candidate | None
     reasons: tuple[str, ...]
@@ -37,12 +37,12 @@ class Choice:
 
 
 def choose(results: Results, question: Question, sizes: Sizes | None) -> Choice:
-    """Returns the best measured variant for a question; without one that passes, `pick` is None.
+    """Returns the best measured variant for a question. If none passes, `pick` is None.
 
     Args:
         results: what was measured.
-        question: limits and what to prefer.
-        sizes: of the model; needed for a target or a context.
+        question: limits, and what to prefer.
+        sizes: sizes of the model; needed for a target or a context.
     """
     left = [candidate(row, results, question, sizes) for row in results.measured if not row.elsewhere]
     filters = []
@@ -88,14 +88,14 @@ def _conditions(question: Question) -> list[tuple[str, Callable[[Candidate], str
 
 
 def _worst_rise(question: Question) -> float | None:
-    """Returns how far perplexity may rise; where no limit was set at all, nobody asked for a broken model."""
+    """Returns how far perplexity may rise. Without any limit, a broken model is still left out."""
     if question.max_ppl is None and question.max_drop is None and question.prefer != "quality":
         return BROKEN
     return question.max_ppl
 
 
 def _claims(question: Question) -> list[tuple[str, Callable[[Candidate], str | None]]]:
-    """Returns what the measurements themselves have to allow."""
+    """Returns the filters for variants of which nothing can be claimed."""
     found: list[tuple[str, Callable[[Candidate], str | None]]] = [
         (
             "is not better than its source by more than the interval: something was measured wrongly there",
@@ -133,7 +133,7 @@ def _too_much(value: float | None, most: float, unit: str, what: str, other: boo
 
 
 def _value(each: Candidate, question: Question) -> float | None:
-    """Returns what is to be small."""
+    """Returns the number that should be small."""
     if question.prefer == "speed":
         return None if each.speed is None else -each.speed
     if question.prefer == "quality":
@@ -172,7 +172,7 @@ def _best(known: list[Candidate], question: Question) -> tuple[Candidate, list[s
 
 
 def _equal(first: Candidate, each: Candidate, question: Question) -> bool:
-    """Returns whether the measurement cannot tell the two apart."""
+    """Returns whether the measurement cannot distinguish two candidates."""
     pair: tuple[Ends | None, Ends | None] = (None, None)
     if question.prefer == "speed":
         pair = first.speed_ends, each.speed_ends
@@ -185,7 +185,7 @@ def _equal(first: Candidate, each: Candidate, question: Question) -> bool:
 
 
 def _steady(equal: list[Candidate]) -> bool:
-    """Whether the decode speeds of all may be compared."""
+    """Whether the decode speeds of all candidates can be compared."""
     return all(each.speed and not each.noisy for each in equal)
 
 
@@ -197,7 +197,7 @@ def _second(each: Candidate, question: Question, equal: list[Candidate]) -> tupl
 
 
 def _runners_up(known: list[Candidate], pick: Candidate, question: Question) -> tuple[Candidate, ...]:
-    """Returns what else no other beats in both the criterion and perplexity (for quality: size and perplexity)."""
+    """Returns the candidates that none beats in both the criterion and perplexity (quality: size and perplexity)."""
     others = [each for each in known if each.rise is not None]
     by = "size" if question.prefer == "quality" else question.prefer
 

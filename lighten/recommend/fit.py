@@ -15,9 +15,9 @@ from lighten.settings import as_spelled, parse_size
 
 GGUF_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
 TORCH_BYTES = 700_000_000
-"""Python with torch and transformers, and what one layer of a short batch takes: about what small models show."""
+"""Bytes of Python with torch and transformers, and of one layer of a short batch, as seen with small models."""
 CACHE_BITS = {"f16": 16.0, "q8_0": 8.5}
-"""Of a key or a value: 16 bits, or llama.cpp's blocks of 32 with a scale."""
+"""Bits of a key or a value: 16, or llama.cpp's blocks of 32 with a scale."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Fit:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of weights, cache and runtime together."""
         return self.weights + self.cache + self.overhead
 
     @property
@@ -43,10 +43,10 @@ class Fit:
         return self.total <= self.room
 
     def as_json(self) -> dict[str, Any]:
-        """Returns it as `--json` prints it."""
+        """Returns the form that `--json` prints."""
         sizes = {"weights_bytes": self.weights, "cache_bytes": self.cache, "runtime_bytes": self.overhead}
-        told = {"total_bytes": self.total, "fits": self.fits, "longest_context": self.longest}
-        return {"format": self.name, "runtime": self.runtime, **sizes, **told}
+        answer = {"total_bytes": self.total, "fits": self.fits, "longest_context": self.longest}
+        return {"format": self.name, "runtime": self.runtime, **sizes, **answer}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Model:
 
     @property
     def attention(self) -> str:
-        """How its heads share keys and values."""
+        """The way in which its heads share keys and values."""
         heads, kv = self.facts.heads, self.facts.kv_heads
         if kv == heads:
             return f"MHA: each of {heads} heads has keys and values of its own"
@@ -71,7 +71,7 @@ def open_model(name: str) -> Model:
     """Reads the sizes of a model from its headers.
 
     Raises:
-        RequestError: there is no such model, or it is no causal language model.
+        RequestError: the model does not exist, or is no causal language model.
     """
     from lighten.model.source import find
 
@@ -82,7 +82,7 @@ def open_model(name: str) -> Model:
 
 
 def room(memory: str | None, target: str | None) -> tuple[int, str]:
-    """Returns the bytes that there are for a model, and whose they are.
+    """Returns the bytes that a model may take, and the name of the memory.
 
     Raises:
         RequestError: neither is given, or one cannot be read.
@@ -101,7 +101,7 @@ def room(memory: str | None, target: str | None) -> tuple[int, str]:
 
 
 def fits(model: Model, space: int, context: int, batch: int = 1, cache: str = "f16") -> list[Fit]:
-    """Returns what every format would take, the largest weights first.
+    """Returns the memory that every format takes, the largest weights first.
 
     Raises:
         RequestError: the context is longer than the model's, or a number is out of range.
@@ -172,7 +172,7 @@ def show(name: str, space: int, where: str, context: int, batch: int, cache: str
 
     model = open_model(name)
     found = fits(model, space, context, batch, cache)
-    told = sentence(model, found, where, context, batch)
+    answer = sentence(model, found, where, context, batch)
     grid = Table(box=None, pad_edge=False, header_style="bold")
     grid.add_column("Format")
     for title in ("Weights", "Cache", "Runtime", "Together", "Longest context"):
@@ -196,7 +196,7 @@ def show(name: str, space: int, where: str, context: int, batch: int, cache: str
         "trained_context": model.facts.context,
         "attention": model.attention,
         "cache_bytes_per_token": model.facts.cache_bytes(1, CACHE_BITS[cache]),
-        "answer": told,
+        "answer": answer,
         "formats": [fit.as_json() for fit in found],
     }
-    return Group(grid, "", told, notes), value
+    return Group(grid, "", answer, notes), value

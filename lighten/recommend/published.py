@@ -1,4 +1,4 @@
-"""What others published about formats that were not measured here, and the recipe that would measure them."""
+"""Published figures of formats that were not measured here, and the recipe that would measure them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LLAMA_CPP = (
     "(https://github.com/ggml-org/llama.cpp/blob/master/tools/perplexity/README.md)"
 )
 LLAMA_3_8B = 6.231636
-"""Perplexity that the board's differences are from: 6.233160 of f16, less its difference of 0.001524."""
+"""Perplexity that the board's differences start from: 6.233160 of f16, less its difference of 0.001524."""
 BOARD = {
     "Q8_0": (0.002650, False),
     "Q6_K": (0.021748, False),
@@ -43,16 +43,16 @@ BOARD = {
     "IQ2_M": (2.369166, True),
     "IQ2_S": (3.419148, True),
 }
-"""Rise of perplexity on WikiText-2 and whether an importance matrix (WT 10m) was used, by type."""
+"""Rise of perplexity on WikiText-2, and whether an importance matrix (WT 10m) was used, by type."""
 AWQ_PAPER = "Lin et al. 2023, AWQ (https://arxiv.org/abs/2306.00978), Table 4, INT4 g128"
 LLAMA_2_7B = 5.47
 PAPER = {"awq": 5.60, "gptq": 5.69, "rtn": 5.73}
-"""Perplexity of Llama-2-7B on WikiText-2, by method, 4 bits with groups of 128; GPTQ without reordering."""
+"""Perplexity of Llama-2-7B on WikiText-2, by method: 4 bits, groups of 128, GPTQ without reordering."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A format that was not measured on this model: its size is arithmetic, its rise was published of another."""
+    """A format that was not measured on this model. Its size is arithmetic; its rise is that of another model."""
 
     name: str
     step: dict[str, dict[str, Any]]
@@ -60,14 +60,14 @@ class Published:
     need: int
     rise: float
     of: str
-    """The model and text of the published figure."""
+    """Model and text of the published figure."""
     source: str
 
 
 def formats(sizes: Sizes, context: int) -> list[Published]:
-    """Returns every format with a published figure that such a model can have, with its size for it.
+    """Returns every format with a published figure that such a model can have, with its size for this model.
 
-    Where groups of 128 do not divide the model's widths, smaller ones are taken.
+    If groups of 128 do not divide the model's widths, smaller groups are taken.
     """
     found = []
     for type_, (rise, imatrix) in BOARD.items():
@@ -85,7 +85,7 @@ def formats(sizes: Sizes, context: int) -> list[Published]:
 
 
 def _size(step: dict[str, dict[str, Any]], sizes: Sizes) -> int | None:
-    """Returns the bytes that a step leaves of such a model, or None if it refuses the model."""
+    """Returns the bytes of such a model after a step; None if the step refuses the model."""
     ((kind, settings),) = step.items()
     made = open_step(kind, settings)
     try:
@@ -98,10 +98,10 @@ def _size(step: dict[str, dict[str, Any]], sizes: Sizes) -> int | None:
 def better(
     results: Results, question: Question, sizes: Sizes, pick: Candidate | None, most: int = 3
 ) -> list[Published]:
-    """Returns formats that were not measured and, by what was published, pass and would beat the pick.
+    """Returns unmeasured formats that, by the published figures, pass and would beat the pick.
 
-    Speed is taken to follow size, for decoding reads every weight once. Accuracy was not published with these figures,
-    so a limit on it removes nothing.
+    Speed is assumed to follow size, because decoding reads every weight once. These figures have no accuracy, so a
+    limit on accuracy removes nothing.
     """
     known = {_kind(row) for row in results.variants}
     edge = question.purpose == "edge" or question.runtime == "llama.cpp"
@@ -141,9 +141,9 @@ def recipe(results: Results, variants: dict[str, list[dict[str, Any]]], measured
     """Returns a recipe, as YAML, that measures these variants as the version measured its own.
 
     Args:
-        results: of the version.
-        variants: what to make.
-        measured: variants of the version to have in it again.
+        results: results of the version.
+        variants: variants to make.
+        measured: measured variants that the recipe has again.
     """
     given = asked(results)
     made = given.get("variants")

@@ -1,4 +1,4 @@
-"""What a person asks: where it must run, what it may cost, and what matters most."""
+"""The question: where the model must run, what it may cost, and what matters most."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Purpose = Literal["inference", "training", "edge"]
 
 @dataclass(frozen=True)
 class Question:
-    """One situation. Fractions are fractions, sizes are bytes; None is no limit."""
+    """One situation. Fractions are fractions of 1, sizes are bytes; None is no limit."""
 
     purpose: Purpose = "inference"
     prefer: Prefer = "speed"
@@ -30,7 +30,7 @@ class Question:
 
     @property
     def room(self) -> int | None:
-        """Memory that the model may take: the smaller of what was said and what the device has left."""
+        """Memory that the model may take: the smaller of the given memory and what the device has left."""
         found = [size for size in (self.memory, self.target.free_bytes if self.target else None) if size is not None]
         return min(found, default=None)
 
@@ -46,10 +46,10 @@ def ask(
     context: int | None = None,
     runtime: str | None = None,
 ) -> Question:
-    """Returns the question that command-line texts ask; a small device is a question of the edge unless said otherwise.
+    """Returns the question that the texts of the command line ask. A small device makes it a question of the edge.
 
     Raises:
-        RequestError: one of them cannot be read; says how it is written.
+        RequestError: a text cannot be read; the message says how it is written.
     """
     device = find_target(target) if target else None
     purpose, prefer = as_spelled(purpose, list(get_args(Purpose))), as_spelled(prefer, list(get_args(Prefer)))

@@ -18,7 +18,7 @@ from lighten.report.numbers import byte_count
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The answer; `recipe` measures what was only published, or tries the way of training."""
+    """The answer. `recipe` measures the formats with published figures only, or tries the way of training."""
 
     version: str
     question: Question
@@ -35,7 +35,7 @@ class Recommendation:
         return self.choice.pick.name if self.choice.pick else None
 
     def json(self) -> dict[str, Any]:
-        """Returns all of it for a program."""
+        """Returns everything for a program."""
         value = asdict(self)
         choice = value.pop("choice")
         choice["answer"] = choice.pop("pick")
@@ -46,7 +46,7 @@ class Recommendation:
 
 
 def recommend(version: Version, question: Question) -> Recommendation:
-    """Returns what to take of a version.
+    """Returns the variant of a version to take.
 
     Raises:
         RequestError: the model's sizes are needed and not known, or the context is longer than the model's.

@@ -1,4 +1,4 @@
-"""Sizes of the model behind a version, for what depends on them: keys and values, training, unmeasured formats."""
+"""Sizes of the model behind a version. Keys and values, training and unmeasured formats depend on them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lighten.facts import ModelFacts
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes, and what was assumed, if anything was."""
+    """The sizes, and the assumption behind them, if there is one."""
 
     facts: ModelFacts
     assumed: str | None = None
 
 
 def sizes_of(version: Version) -> Sizes:
-    """Returns the sizes from the config of the baseline or of the source, or bounds from what the results say.
+    """Returns the sizes from the config of the baseline or of the source; else bounds from the results.
 
     Raises:
         RequestError: the results say too little.

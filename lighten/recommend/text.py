@@ -1,4 +1,4 @@
-"""A recommendation as a person reads it."""
+"""A recommendation in words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lighten.report.numbers import byte_count, change
 
 
 def lines(answer: Recommendation) -> Iterator[RenderableType]:
-    """Yields what to print: the pick, why, what was removed, what else there is."""
+    """Yields the lines to print: the pick, the reasons, what was removed, and the alternatives."""
     pick, choice = answer.choice.pick, answer.choice
     if pick:
         verb = f"Train ({answer.way.name}) from" if answer.way else "Perhaps take" if choice.cautions else "Take"

@@ -1,4 +1,4 @@
-"""What training a model takes in memory, by published arithmetic, and which way of training fits."""
+"""The memory that training a model takes, by published arithmetic, and which way of training fits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lighten.facts import ModelFacts
 RANK = 16
 TOKENS = 512
 NF4_BITS = 4.127
-"""Of a weight in NF4 with its scales quantized too: 4 + 8/64 + 32/(64·256) (QLoRA, section 3)."""
+"""Bits of a weight in NF4 with quantized scales: 4 + 8/64 + 32/(64·256) (QLoRA, section 3)."""
 ADAM = 16
 """Bytes of a weight that is trained: 2 + 2 + 12 (ZeRO, section 3.1)."""
 ACTIVATIONS = (
@@ -28,23 +28,23 @@ SOURCES = {
     "qlora": "4.127 bits × weights of linear layers (NF4, scales quantized too), 2 bytes × the others, "
     "and 16 bytes × weights of the adapters (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3)",
 }
-"""Where each formula was published."""
+"""Publication of each formula."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way of training: bytes of what is kept for weights, and of activations."""
+    """One way of training: bytes that are kept for weights, and bytes of activations."""
 
     name: str
     weights: int
     activations: int
     formula: str
     trained: int
-    """Weights that change."""
+    """Number of weights that change."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of weights and activations together."""
         return self.weights + self.activations
 
 
@@ -66,14 +66,14 @@ def ways(facts: ModelFacts, tokens: int = TOKENS, rank: int = RANK) -> list[Way]
 
 
 def _edges(facts: ModelFacts) -> int:
-    """Returns the inputs and outputs of all linear layers of a decoder layer, added up."""
+    """Returns the sum of the inputs and outputs of all linear layers of a decoder layer."""
     query, keys = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
     attention = 2 * (facts.hidden + query) + 2 * (facts.hidden + keys)
     return attention + 3 * (facts.hidden + facts.intermediate)
 
 
 def variants(way: Way, tokens: int) -> dict[str, list[dict[str, Any]]]:
-    """Returns the variants of a recipe that tries it: training, or for QLoRA the weights it starts from."""
+    """Returns the variants of a recipe that tries it: the training, or for QLoRA the weights it starts from."""
     if way.name == "qlora":
         return {"nf4": [{"quantize": {"method": "nf4"}}]}
     settings: dict[str, Any] = {"alpha": 0.0, "length": tokens, "batch": 1, "gradient_checkpointing": True}

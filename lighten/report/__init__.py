@@ -1,1 +1,1 @@
-"""Results and the reports made from them. Reads results only: nothing here measures, or loads a model."""
+"""Results, and the reports made from them. This room reads results only; it measures nothing and loads no model."""

@@ -1,4 +1,4 @@
-"""The columns of accuracy: one for every task."""
+"""The columns of accuracy, one for each task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lighten.results.results import Results, Variant
 
 
 def accuracy_columns(results: Results) -> list[Column]:
-    """Returns a column per task: acc_norm where any variant has it, else acc."""
+    """Returns a column for each task: acc_norm if any variant has it, else acc."""
     scores = [score for variant in results.measured for score in variant.accuracy]
     tasks = list(dict.fromkeys(score.task for score in scores))
     found = []

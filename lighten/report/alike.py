@@ -1,12 +1,12 @@
-"""Whether two measurements were made alike; numbers that were not are never set against each other."""
+"""Whether two measurements were made alike. Numbers that were not made alike are never compared."""
 
 from __future__ import annotations
 
 from lighten.results.measured import Accuracy, Free, Perplexity, Speed
 
 OWN = ("dtype", "tokenizer", "data")
-"""What may differ in a protocol: how the artifact itself is stored, whose tokenizer gave the same ids, and what the
-text is called."""
+"""Settings of a protocol that may differ: how the artifact is stored, whose tokenizer gave the same ids, and the name
+of the text."""
 WORDS = {
     "data_sha256": "text",
     "ids_sha256": "tokens of the text (another tokenizer)",
@@ -14,13 +14,13 @@ WORDS = {
     "chunks": "number of chunks",
 }
 MACHINE = ("cpu", "cores", "gpus")
-"""What makes a machine another one."""
+"""Facts that make a machine another machine."""
 SETTING = ("batch", "prompt", "generate", "dtype", "attention", "compile", "cache", "draft")
-"""What makes a speed another measurement."""
+"""Settings that make a speed another measurement."""
 
 
 def differing(ours: Free, theirs: Free) -> list[str]:
-    """Returns the settings in which two protocols of perplexity differ, but for those that may."""
+    """Returns the settings in which two protocols of perplexity differ, except those that may differ."""
     keys = [key for key in sorted({*ours, *theirs}) if key not in OWN and ours.get(key) != theirs.get(key)]
     if len(keys) > 1:  # other tokens follow from another text, length or number of chunks
         keys = [key for key in keys if key != "ids_sha256"]
@@ -33,18 +33,19 @@ def same_machine(ours: Free, theirs: Free) -> bool:
 
 
 def other_protocol(ours: Perplexity, theirs: Perplexity) -> str:
-    """Returns in words how the second was measured otherwise than the first; nothing if it was not."""
+    """Returns in words how the second measurement differs from the first; empty if it does not."""
     first, second = ({"name": "lighten", **each.protocol} for each in (ours, theirs))
     return ", ".join(f"another {WORDS.get(key, key)}" for key in differing(first, second))
 
 
 def other_task(ours: Accuracy, theirs: Accuracy) -> str:
-    """Returns in words how the tasks or their scoring differ."""
-    told = {"n": "number of tasks", "scorer": "scorer", "version": "version of the task", "metric": "metric"}
-    return ", ".join(f"another {words}" for name, words in told.items() if getattr(ours, name) != getattr(theirs, name))
+    """Returns in words how the tasks or their scoring differ; empty if they do not."""
+    names = {"n": "number of tasks", "scorer": "scorer", "version": "version of the task", "metric": "metric"}
+    differ = (words for name, words in names.items() if getattr(ours, name) != getattr(theirs, name))
+    return ", ".join(f"another {words}" for words in differ)
 
 
 def other_setting(ours: Speed, theirs: Speed) -> str:
-    """Returns in words in what the measurements of speed differ."""
+    """Returns in words how the measurements of speed differ; empty if they do not."""
     differ = [name for name in SETTING if getattr(ours, name, None) != getattr(theirs, name, None)]
     return ", ".join(f"another {name}" for name in differ)

@@ -15,13 +15,13 @@ from lighten.results.measured import Free, Section
 from lighten.results.results import Results, Variant
 
 ORDER = ("q", "k", "v", "o", "gate", "up", "down")
-"""Rows that come first; others follow as they are named."""
+"""Rows that come first. All further rows follow by name."""
 
 WIDTH, LABELS, BESIDE = 900.0, 64.0, 190.0
 """Points: the whole picture, the names of the rows, and the room for tensors outside the layers."""
 ROW, TOP, LINE = 18.0, 32.0, 17.0
 NARROW = 15.0
-"""Points below which a cell has no room for its number."""
+"""Width in points below which a cell has no room for its number."""
 # not the page's colours: a cell is as light in the dark
 _ON_DARK, _ON_LIGHT = "#fdfdfd", "#101214"
 
@@ -29,7 +29,7 @@ _IN_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+?)(?:\.weight)?$")
 
 
 class Allocated(Section):
-    """What one tensor is stored as, and its bits per weight, scales included."""
+    """The type that one tensor is stored in, and its bits per weight, scales included."""
 
     type: str
     bits: float
@@ -37,7 +37,7 @@ class Allocated(Section):
 
 @dataclass(frozen=True)
 class Kind:
-    """A storage type, the bits per weight of its tensors, and how many there are."""
+    """A storage type, the bits per weight of its tensors, and their number."""
 
     type: str
     low: float
@@ -46,7 +46,7 @@ class Kind:
 
     @property
     def line(self) -> str:
-        """Such as "Q4_K, 4.5 bits, 120 tensors"."""
+        """Text such as "Q4_K, 4.5 bits, 120 tensors"."""
         ends = list(dict.fromkeys(significant(bits, 3, decimals=2) for bits in (self.low, self.high)))
         name = "" if self.type in (f"{end} bits" for end in ends) else f"{self.type}, "
         return f"{name}{'–'.join(ends)} bits, {self.count:,} tensor{'s' if self.count > 1 else ''}"
@@ -63,18 +63,18 @@ class Allocation:
 
     @property
     def title(self) -> str:
-        """What the picture shows."""
+        """Title of the picture."""
         return f"Bits by layer and module: {self.variant}"
 
     @property
     def modules(self) -> list[str]:
-        """The rows."""
+        """Modules, which are the rows."""
         names = {module for module, _ in self.cells}
         return [name for name in ORDER if name in names] + sorted(names - set(ORDER))
 
     @property
     def layers(self) -> range:
-        """The columns."""
+        """Layers, which are the columns."""
         numbers = [layer for _, layer in self.cells]
         return range(min(numbers, default=0), max(numbers, default=-1) + 1)
 
@@ -89,7 +89,7 @@ class Allocation:
 
 
 def allocated(facts: Free) -> dict[str, Allocated] | None:
-    """Returns the fact `allocation`, by tensor; None if there is none, or one of another shape."""
+    """Returns the fact `allocation` by tensor; None if it is absent or has another shape."""
     try:
         return TypeAdapter(dict[str, Allocated]).validate_python(facts.get("allocation")) or None
     except ValidationError:
@@ -115,7 +115,7 @@ def _allocation(variant: Variant) -> Allocation | None:
 
 
 def draw_allocation(allocation: Allocation) -> tuple[bytes, bytes]:
-    """Returns the grid as SVG and PNG: darker is more bits, and each cell says how many where there is room.
+    """Returns the grid as SVG and PNG. Darker is more bits; a cell says how many if there is room.
 
     Raises:
         RequestError: matplotlib is not installed.
@@ -135,7 +135,7 @@ def draw_allocation(allocation: Allocation) -> tuple[bytes, bytes]:
 
 
 def _colours(kinds: list[Kind]) -> dict[str, tuple[float, float, float]]:
-    """Returns a colour for every type, the darker the more bits, evenly spaced."""
+    """Returns a colour for every type, evenly spaced. More bits are darker."""
     from matplotlib import colormaps
 
     scale, last = colormaps["Blues"], max(1, len(kinds) - 1)

@@ -1,4 +1,4 @@
-"""What results say was asked for: a text that came with them, so it is read with care and trusted with nothing."""
+"""The recipe in a results.json. The text came with the results, so it is read with care and never trusted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lighten.results.results import Results
 
 
 def asked(results: Results) -> dict[str, Any]:
-    """Returns the recipe that stands in results, unchecked; empty if there is none.
+    """Returns the recipe in the results, unchecked; empty if there is none.
 
     Raises:
         RequestError: what stands there is no YAML.

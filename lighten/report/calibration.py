@@ -1,4 +1,4 @@
-"""What the calibration text shares with the texts that quality was measured on, in words."""
+"""The overlap of the calibration text with the texts that quality was measured on, in words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lighten.results.results import Calibration, Overlap, Results
 
 
 def overlaps(results: Results) -> tuple[str, ...]:
-    """Returns a sentence for every evaluation set that the calibration text overlaps, to stand under the table."""
+    """Returns a sentence for every evaluation set that overlaps with the calibration text."""
     found = results.calibration.overlap if results.calibration else []
     return tuple(
         f"Calibration overlaps {each.with_}: {_percent(each.share)} of its {each.ngram}-grams; "

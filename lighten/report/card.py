@@ -32,11 +32,11 @@ CARD = "README.md"
 UNKNOWN = "unknown"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 BASES = {"demo:smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""What the demo models are called on the hub."""
+"""Names of the demo models on the hub."""
 
 
 def cards(results: Results, folder: Path) -> dict[str, str]:
-    """Returns the card of every variant of a version whose artifact is there, by name."""
+    """Returns the cards, by name, of all variants of a version whose artifact is there."""
     found = {}
     for variant in results.measured:
         if variant.elsewhere:  # there is no artifact of it here
@@ -50,9 +50,13 @@ def cards(results: Results, folder: Path) -> dict[str, str]:
 
 
 def card(results: Results, variant: Variant, artifact: Artifact, repo: str | None = None) -> str:
-    """Returns a variant's card; `repo` is where it will lie on the hub, else it is read beside the version.
+    """Returns a variant's card. It names no path of this machine.
 
-    It tells no path of this machine.
+    Args:
+        results: the version.
+        variant: its row.
+        artifact: the artifact that the card describes.
+        repo: the repository of the hub where the card will lie; None if it is read beside the version.
     """
     results = shareable(results)
     variant = next(each for each in results.variants if each.name == variant.name)
@@ -78,7 +82,7 @@ def card(results: Results, variant: Variant, artifact: Artifact, repo: str | Non
 
 
 def base_model(results: Results) -> str | None:
-    """Returns the hub id of the source, or None if it was a directory or a file of somebody's own."""
+    """Returns the hub id of the source; None if the source was a directory or a file of a person's own."""
     model = BASES.get(results.source.model, results.source.model)
     return model if HUB_ID.fullmatch(model) and not Path(model).exists() else None
 
@@ -90,11 +94,11 @@ def _called(results: Results, variant: Variant, repo: str | None) -> str:
 
 
 def _front(results: Results, variant: Variant) -> str:
-    """Returns the front matter: what the hub files the model under, and the metrics it shows."""
+    """Returns the front matter: the fields by which the hub files the model, and the metrics that it shows."""
     licence = (results.source.model_extra or {}).get("licence")
     kinds = list(dict.fromkeys(kind for step in variant.steps for kind in step))
     retrained = {"prune", "distill"} & set(kinds)
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "base_model": base_model(results),
         "base_model_relation": ("finetune" if retrained else "quantized") if variant.steps else None,
         "license": str(licence).lower() if licence else "other",
@@ -103,7 +107,7 @@ def _front(results: Results, variant: Variant) -> str:
         "tags": [tag for tag in dict.fromkeys(["lighten", variant.format, *kinds, _method(variant)]) if tag],
         "model-index": [{"name": variant.name, "results": found}] if (found := _index(results, variant)) else None,
     }
-    kept = {name: value for name, value in told.items() if value is not None}
+    kept = {name: value for name, value in fields.items() if value is not None}
     if "base_model" not in kept:
         kept.pop("base_model_relation", None)
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=1000)
@@ -115,7 +119,7 @@ def _method(variant: Variant) -> str | None:
 
 
 def _index(results: Results, variant: Variant) -> list[dict[str, Any]]:
-    """Returns the metrics as the hub's model-index has them: one entry for every data set."""
+    """Returns the metrics in the form of the hub's model-index, with one entry for every data set."""
     found = []
     for each in variant.perplexities:
         how = f"perplexity per {each.unit}, protocol {each.by}"
@@ -165,7 +169,7 @@ def _opening(results: Results, variant: Variant) -> str:
 
 
 def _measured(results: Results, variant: Variant) -> list[str]:
-    """Returns the numbers beside the source's, and how they came about."""
+    """Returns the numbers beside the source's numbers, and how they were measured."""
     comparison = table(results)
     rows = {row.variant.name: row for row in comparison.rows}
     ours, base = rows[variant.name], results.baseline
@@ -174,7 +178,7 @@ def _measured(results: Results, variant: Variant) -> list[str]:
     for i, column in enumerate(comparison.columns[1:], 1):
         cells = [ours.cells[i], *beside[i : i + 1]]
         if column.name not in ("format",) and ours.cells[i].value is not None:
-            said = [cell.told(column.unit) if cell.value is not None else NOT_MEASURED for cell in cells]
+            said = [cell.with_unit(column.unit) if cell.value is not None else NOT_MEASURED for cell in cells]
             lines.append((column.title, *said, column.about))
     heads = ("", "This model", *(["The source"] if beside else []), "What it is")
     if not lines:
@@ -191,7 +195,7 @@ def _measured(results: Results, variant: Variant) -> list[str]:
 
 
 def _made(results: Results, variant: Variant) -> list[str]:
-    """Returns the steps and the whole recipe, and the versions that ran it."""
+    """Returns the steps, the whole recipe, and the versions of the packages that ran it."""
     steps = yaml.safe_dump(variant.steps, sort_keys=False, allow_unicode=True) if variant.steps else ""
     said = [fence(steps)] if steps else ["No step: the source in a form that is measured alike."]
     if facts := settings(variant.facts):

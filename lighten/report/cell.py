@@ -12,9 +12,10 @@ from lighten.results.results import Variant
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in one cell: the number, what qualifies it, and the value to sort by.
+    """The content of one cell: the number, its qualifications, and the value to sort by.
 
-    Two values whose `margin`s meet are as good as each other. Of one that does not `hold` nothing is claimed.
+    Two values are equally good if their intervals (`value` ± `margin`) meet. Nothing is claimed of a value that does
+    not `hold`.
     """
 
     text: str = NOT_MEASURED
@@ -27,9 +28,9 @@ class Cell:
     @property
     def line(self) -> str:
         """The cell on one line: intervals as they are, other details in brackets."""
-        return self.told("")
+        return self.with_unit("")
 
-    def told(self, unit: str) -> str:
+    def with_unit(self, unit: str) -> str:
         """The cell on one line with its unit, such as "145 MB (53 %)"."""
         parts = [self.text, unit, *(d if d[0] in "±[Δ" else f"({d})" for d in self.details)]
         return " ".join(part for part in parts if part)
@@ -37,7 +38,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """One column. `rank` orders what a narrow terminal keeps; `about` is the sentence that explains it."""
+    """One column. `rank` orders the columns that a narrow terminal keeps; `about` explains the column."""
 
     name: str
     title: str
@@ -49,5 +50,5 @@ class Column:
 
 
 def plain(value: float | None, digits: int) -> Cell:
-    """Returns the cell of a number, with significant digits; a dash where there is none."""
+    """Returns the cell of a number with significant digits; a dash if there is no number."""
     return Cell() if value is None else Cell(significant(value, digits), (), float(value))

@@ -1,8 +1,8 @@
-"""What may be claimed of a speed or a perplexity.
+"""Rules for what may be claimed of a speed or a perplexity.
 
-Headlines, ratios, marks of the best, Pareto fronts, comparisons and recommendations all ask here. Nothing is claimed of
-a speed that is marked as noisy, of two whose intervals overlap, of perplexities that are not of one text and one
-vocabulary, or of a variant that is better than the source it was made from.
+Headlines, ratios, marks of the best, Pareto fronts, comparisons and recommendations all use these rules. Nothing is
+claimed in four cases: a speed is noisy; the intervals of two speeds overlap; two perplexities have different texts or
+vocabularies; a variant is better than the source it was made from.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ TOLERANCE = 0.01
 """Relative rise in perplexity that still counts as the same quality."""
 
 BROKEN = 0.25
-"""Relative rise from which a variant is not worth naming beside the one to ship."""
+"""Relative rise in perplexity from which a variant is not named beside the variant to ship."""
 
 ROUNDING = 0.001
-"""Relative fall in perplexity that two runtimes' arithmetic explains; a copy that falls by more is no copy."""
+"""Relative fall in perplexity that the arithmetic of two runtimes explains. A copy that falls by more is no copy."""
 
 
 def noisy(speed: Speed | None) -> bool:
-    """Whether a speed is marked: its repeats differ too much for it to be compared with another."""
+    """Whether a speed is marked because its repeats differ too much for a comparison."""
     return speed is not None and (speed.spread or 0.0) > UNSTEADY
 
 
 def reach(speed: Speed) -> float:
-    """Returns how far a decode speed may be off, relative to it: half its interval, or half of what repeats spread."""
+    """Returns the relative error of a decode speed: half its interval, or half the spread of its repeats."""
     return speed.error if speed.error is not None else (speed.spread or 0.0) / 2
 
 
 def ends(speed: Speed) -> Ends | None:
-    """Returns the interval of a decode speed, in tokens per second; None where there is no speed."""
+    """Returns the interval of a decode speed in tokens per second; None if there is no speed."""
     if not speed.decode_tok_s:
         return None
     return speed.decode_tok_s * (1 - reach(speed)), speed.decode_tok_s * (1 + reach(speed))
@@ -50,14 +50,14 @@ def overlap(ours: Ends, theirs: Ends) -> bool:
 
 
 def ratio_ends(ours: Speed, theirs: Speed) -> Ends | None:
-    """Returns the interval of the first decode speed / the second, by the ends of both; None where one has no error."""
+    """Returns the interval of the ratio of two decode speeds, from the ends of both; None if one has no error."""
     first, second = ends(ours), ends(theirs)
     known = all(each.error is not None or each.spread is not None for each in (ours, theirs))
     return (first[0] / second[1], first[1] / second[0]) if known and first and second and second[0] > 0 else None
 
 
 def faster(ours: Speed | None, theirs: Speed | None) -> bool:
-    """Whether the first decodes faster than the second beyond doubt."""
+    """Whether the first decodes faster than the second and their intervals do not overlap."""
     if ours is None or theirs is None or noisy(ours) or noisy(theirs):
         return False
     first, second = ends(ours), ends(theirs)
@@ -65,7 +65,7 @@ def faster(ours: Speed | None, theirs: Speed | None) -> bool:
 
 
 def decode_pair(results: Results, variant: Variant) -> tuple[Speed, Speed] | None:
-    """Returns the variant's first speed at a shape that the baseline was measured at on this machine, and that."""
+    """Returns the variant's first speed at a shape that the baseline was also measured at here, and the baseline's."""
     base = results.baseline
     if base is None or variant is base or variant.elsewhere or base.elsewhere:
         return None
@@ -77,7 +77,7 @@ def decode_pair(results: Results, variant: Variant) -> tuple[Speed, Speed] | Non
 
 
 def decode_ratio(results: Results, variant: Variant) -> float | None:
-    """Returns the variant's decode speed / the baseline's; None where either is noisy or their intervals overlap."""
+    """Returns the variant's decode speed / the baseline's; None if one is noisy or their intervals overlap."""
     pair = decode_pair(results, variant)
     if pair is None or any(map(noisy, pair)):
         return None
@@ -88,7 +88,7 @@ def decode_ratio(results: Results, variant: Variant) -> float | None:
 
 
 def no_ratio(results: Results, variant: Variant) -> str:
-    """Returns in words why two decode speeds that were measured have no ratio; nothing where they have one."""
+    """Returns in words why two measured decode speeds have no ratio; empty if they have one."""
     pair = decode_pair(results, variant)
     if pair is None or decode_ratio(results, variant) is not None:
         return ""
@@ -97,21 +97,22 @@ def no_ratio(results: Results, variant: Variant) -> str:
 
 
 def noise(variants: Iterable[Variant]) -> str:
-    """Returns a sentence about the variants whose first speed is noisy; nothing where there is none."""
+    """Returns a sentence about the variants whose first speed is noisy; empty if there is none."""
     found = [(each.name, each.speed[0].spread or 0.0) for each in variants if each.speed and noisy(each.speed[0])]
     if not found:
         return ""
-    told = ", ".join(f"{name} ({100 * spread:.0f} %)" for name, spread in found)
+    listed = ", ".join(f"{name} ({100 * spread:.0f} %)" for name, spread in found)
     return (
-        f"Decode speeds differ between repeats by more than {100 * UNSTEADY:.0f} %, so they are not compared: {told}. "
-        "Measure again on a quiet machine."
+        f"Decode speeds differ between repeats by more than {100 * UNSTEADY:.0f} %, so they are not compared: "
+        f"{listed}. Measure again on a quiet machine."
     )
 
 
 def perplexity(results: Results, variant: Variant) -> Perplexity | None:
-    """Returns the perplexity that may be set beside the baseline's and other variants'; None of another protocol.
+    """Returns the perplexity that may be compared with the baseline's and other variants'.
 
-    Per token of another vocabulary it is on another scale.
+    None for another protocol, and for another vocabulary: perplexity per token of another vocabulary is on another
+    scale.
     """
     base = results.baseline
     if variant.perplexity is None or variant.vocabulary:
@@ -121,9 +122,9 @@ def perplexity(results: Results, variant: Variant) -> Perplexity | None:
 
 
 def rise(results: Results, variant: Variant) -> PerplexityDelta | None:
-    """Returns the change of perplexity from the baseline, or from the best that was measured where there is none.
+    """Returns the change of perplexity from the baseline; without a baseline, from the best measured variant.
 
-    Only a paired change has an interval. None where the two cannot be compared.
+    Only a paired change has an interval. None if the two cannot be compared.
     """
     if results.baseline:
         return results.perplexity_change(variant)
@@ -136,7 +137,7 @@ def rise(results: Results, variant: Variant) -> PerplexityDelta | None:
 
 
 def rise_ends(results: Results, variant: Variant) -> Ends | None:
-    """Returns the interval of a variant's rise: a point for the baseline, and where none was measured."""
+    """Returns the interval of a variant's rise; a point for the baseline, and if no interval was measured."""
     if variant is results.baseline:
         return (0.0, 0.0)
     found = rise(results, variant)
@@ -144,14 +145,14 @@ def rise_ends(results: Results, variant: Variant) -> Ends | None:
 
 
 def within(found: PerplexityDelta, limit: float) -> bool:
-    """Whether a rise stays within a limit with all of its interval; without one nothing is known."""
+    """Whether a rise stays within a limit with its whole interval; False if it has no interval."""
     return found.ci95 is not None and max(found.relative, found.ci95[1]) <= limit
 
 
 def too_good(results: Results, variant: Variant) -> bool:
-    """Whether a variant's perplexity is below its source's by more than the interval, which no copy can be.
+    """Whether a variant's perplexity is below its source's by more than the interval.
 
-    One that was trained further can.
+    No copy can be better than its source. A variant that was trained further can be.
     """
     found = results.perplexity_change(variant)
     if found is None or variant.training or any("distill" in step for step in variant.steps):
@@ -160,7 +161,7 @@ def too_good(results: Results, variant: Variant) -> bool:
 
 
 def bug(results: Results, variant: Variant) -> str:
-    """Returns a sentence about a variant that is too good to be a copy of its source; nothing where it is not."""
+    """Returns a sentence about a variant that is too good to be a copy of its source; empty if it is not too good."""
     found = results.perplexity_change(variant)
     if found is None or not too_good(results, variant):
         return ""

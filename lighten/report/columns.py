@@ -27,7 +27,7 @@ def columns(results: Results) -> list[Column]:
 
 
 def _name_columns(results: Results) -> list[Column]:
-    """Returns what a variant is; the number of its weights, if the variants differ in it."""
+    """Returns the name, format and runtime of a variant, and its number of weights if the variants differ in it."""
     found = [
         Column("variant", "Variant", "", "", 0, "Its name in the recipe.", lambda v: Cell(v.name, (), v.name)),
         Column("format", "Format", "", "", 7, "File format of the artifact.", lambda v: _word(v.format)),
@@ -65,7 +65,7 @@ def _size_columns(results: Results) -> list[Column]:
 
 
 def _perplexity_columns(results: Results) -> list[Column]:
-    """Returns two columns per protocol, its perplexity and the change of that; without names where there is one."""
+    """Returns two columns for each protocol: perplexity and its change. A single protocol is not named."""
     protocols = list(dict.fromkeys(each.by for variant in results.measured for each in variant.perplexities))
     others = any(variant.vocabulary for variant in results.measured)
     found = []
@@ -229,7 +229,7 @@ def _first_token(v: Variant) -> Cell:
 
 
 def _rate(speed: Speed | None, value: float | None) -> Cell:
-    """Returns the cell of a number of a speed measurement, marked where its repeats differ too much."""
+    """Returns the cell of a speed, marked if its repeats differ too much."""
     cell = plain(value, 3)
     if cell.value is None or not claims.noisy(speed):
         return cell
@@ -265,7 +265,7 @@ def _peak(v: Variant) -> tuple[int | None, str]:
 
 
 def _speed_setting(results: Results) -> str:
-    """Says at which batch and lengths the speed columns were measured, if it is the same for all."""
+    """Returns the batch and lengths of the speed columns in words, if they are the same for all variants."""
     settings = {(v.speed[0].batch, v.speed[0].prompt, v.speed[0].generate) for v in results.measured if v.speed}
     if len(settings) != 1:
         return ""

@@ -12,19 +12,19 @@ from lighten.results.measured import Accuracy, Speed
 from lighten.results.results import Results, Variant
 
 Fields = Iterator[tuple[str, str | int | float | None]]
-"""Name of a column and what stands in it."""
+"""Columns: the name of each, and its value."""
 
 FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]")
-"""How a formula begins, in full width too."""
+"""Characters that begin a formula, in full width too."""
 
 HOW = ("attention", "compile", "cache", "draft")
-"""What tells two measurements of speed apart that have one batch and one prompt."""
+"""Fields that distinguish two measurements of speed with the same batch and prompt."""
 
 
 def csv_table(results: Results) -> str:
-    """Returns RFC 4180 CSV: fractions as fractions, sizes in bytes, latencies in ms; empty is not measured.
+    """Returns RFC 4180 CSV: fractions as fractions, sizes in bytes, latencies in ms. Empty is not measured.
 
-    The columns are those that any variant has something in, the first ones always.
+    The first columns are always there. Any further column is there if a variant has a value in it.
     """
     rows = [dict(_fields(results, variant)) for variant in results.variants]
     names = dict.fromkeys(name for row in rows for name in row)
@@ -38,7 +38,7 @@ def csv_table(results: Results) -> str:
 
 
 def _plain(value: str | int | float | None) -> str | int | float | None:
-    """Returns what stands in a cell; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    """Returns the text of a cell. A text that a spreadsheet would take for a formula gets an apostrophe before it."""
     return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
 
 

@@ -1,6 +1,7 @@
-"""What all pictures share: colours, lettering, and how they become SVG and PNG.
+"""What all pictures share: colours, lettering, and the way to SVG and PNG.
 
-The same results give the same bytes. Colours are from Okabe and Ito's palette, and shape says the same as colour.
+The same results give the same bytes. Colours are from Okabe and Ito's palette. Shapes show the same differences as
+colours.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _THEME = {INK: "--ink", MUTED: "--muted", GRID: "--rule", FRONT: "--accent", GRO
 
 @dataclass
 class Sheet:
-    """A figure to draw on; `svg` (text stays text) and `png` (200 dots per inch) are there once it is finished."""
+    """A figure to draw on. Once it is finished, it has `svg` (text stays text) and `png` (200 dots per inch)."""
 
     figure: Any
     renderer: Any
@@ -32,7 +33,7 @@ class Sheet:
 
 @contextlib.contextmanager
 def sheet(stem: str, title: str, size: tuple[float, float]) -> Iterator[Sheet]:
-    """Yields an empty figure of a size in points under its title, and turns it into SVG and PNG at the end.
+    """Yields an empty figure with a title, of a size in points, and turns it into SVG and PNG at the end.
 
     Raises:
         RequestError: matplotlib is not installed.
@@ -76,7 +77,7 @@ def sheet(stem: str, title: str, size: tuple[float, float]) -> Iterator[Sheet]:
 
 
 def legend(axes: Any, lines: list[Any] | None = None, columns: int = 3) -> None:
-    """Puts what the marks mean above the axes: those of `lines`, or of everything that has a label."""
+    """Puts the meaning of the marks above the axes: of `lines`, or of everything that has a label."""
     named = {} if lines is None else {"handles": lines}
     axes.legend(
         **named,
@@ -93,7 +94,7 @@ def legend(axes: Any, lines: list[Any] | None = None, columns: int = 3) -> None:
 
 
 def inline(svg: bytes, stem: str) -> Markup:
-    """Returns an SVG for use inside a page: no prolog, ids of its own, colours from the page's variables."""
+    """Returns an SVG for use inside a page: no prolog, unique ids, and colours from the page's variables."""
     text = svg.decode("utf-8")
     text = text[text.index("<svg ") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""Facts whose names are not known beforehand, as label and text."""
+"""Facts whose names are not known in advance, as label and text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lighten.results.measured import Free
 from lighten.results.results import Results
 
 NAMED = 6
-"""Names that are listed before the rest is counted."""
+"""Number of names that are listed before the rest is counted."""
 
 Pairs = list[tuple[str, str]]
 
@@ -23,13 +23,13 @@ def pairs(facts: Mapping[str, JsonValue]) -> Pairs:
 
 
 def settings(facts: Free) -> Free:
-    """Returns the facts that are told as label and text; an allocation is drawn, and what was kept is a list."""
-    told = {"kept", *(("allocation",) if allocated(facts) else ())}
-    return {key: value for key, value in facts.items() if key not in told}
+    """Returns the facts as label and text, without the allocation, which is drawn, and `kept`, which is a list."""
+    elsewhere = {"kept", *(("allocation",) if allocated(facts) else ())}
+    return {key: value for key, value in facts.items() if key not in elsewhere}
 
 
 def kept(facts: Free) -> Pairs:
-    """Returns (names, why) of what a variant left alone; names that share a reason are told together."""
+    """Returns (names, reason) of the modules that a variant left alone. Names with the same reason stand together."""
     found: dict[str, list[str]] = {}
     value = facts.get("kept")
     for entry in value if isinstance(value, list) else [value] if value else []:
@@ -69,7 +69,7 @@ def text(value: JsonValue, key: str = "") -> str:
 def protocols(results: Results) -> list[tuple[str, Pairs]]:
     """Returns the name and the settings of each protocol that perplexity was measured by.
 
-    A setting that is not the same for all variants says whose it is: "F16 (gguf-f16), float32 (baseline, gptq-int4)".
+    A setting that differs between variants names them: "F16 (gguf-f16), float32 (baseline, gptq-int4)".
     """
     found: dict[str, dict[str, Free]] = {}
     for variant in results.measured:
@@ -82,8 +82,8 @@ def protocols(results: Results) -> list[tuple[str, Pairs]]:
 
 
 def _shared(protocols: dict[str, Free]) -> Pairs:
-    """Returns the settings of several variants, each once where all share it."""
-    told = []
+    """Returns the settings of several variants. A setting that all share stands there once."""
+    shared = []
     for key in dict.fromkeys(key for protocol in protocols.values() for key in protocol):
         whose: dict[str, list[str]] = {}
         for name, protocol in protocols.items():
@@ -91,8 +91,8 @@ def _shared(protocols: dict[str, Free]) -> Pairs:
                 ((label, words),) = pairs({key: protocol[key]})
                 whose.setdefault(words, []).append(name)
         alike = len(whose) == 1 and len(whose[words]) == len(protocols)
-        told.append((label, words if alike else "; ".join(f"{said} ({', '.join(by)})" for said, by in whose.items())))
-    return told
+        shared.append((label, words if alike else "; ".join(f"{said} ({', '.join(by)})" for said, by in whose.items())))
+    return shared
 
 
 def sentence(items: Iterable[tuple[str, str]]) -> str:

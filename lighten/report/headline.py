@@ -14,7 +14,7 @@ WITHIN = f"{100 * TOLERANCE:g} %"
 
 @dataclass(frozen=True)
 class Headline:
-    """The answer: `verdict: cost.`, why, and what else could be shipped. `pick` names the variant, if there is one."""
+    """The answer: `verdict: cost.`, the reason, and the alternatives. `pick` names the variant, if there is one."""
 
     verdict: str
     cost: str
@@ -31,8 +31,8 @@ class Headline:
 def headline(results: Results) -> Headline:
     """Returns the smallest variant within 1 % of the baseline's perplexity, or says why there is none.
 
-    "Ship" is said only where the whole interval is within, and no speed that it is told with is noisy; else "Perhaps".
-    Without a baseline the best perplexity measured stands in for it.
+    It says "Ship" only if the whole interval is within 1 % and no speed in the sentence is noisy. Otherwise it says
+    "Perhaps". Without a baseline, the best measured perplexity takes its place.
     """
     base = results.baseline
     made = [variant for variant in results.measured if variant is not base]
@@ -61,7 +61,7 @@ def headline(results: Results) -> Headline:
 
 
 def _judged(results: Results, sized: list[Variant], broken: tuple[str, ...]) -> Headline:
-    """Returns the headline of variants smaller than the baseline, smallest first, by their perplexity."""
+    """Returns the headline for variants that are smaller than the baseline, smallest first, by their perplexity."""
     rises = {variant.name: rise for variant in sized if (rise := claims.rise(results, variant)) is not None}
     if not rises:
         smallest = sized[0]
@@ -71,10 +71,10 @@ def _judged(results: Results, sized: list[Variant], broken: tuple[str, ...]) -> 
         return Headline(f"Smallest is {smallest.name}", _cost(results, smallest), why, broken, smallest.name)
     wrong = {variant.name: bug for variant in sized if (bug := claims.bug(results, variant))}
     known = [variant for variant in sized if variant.name in rises and variant.name not in wrong]
-    told = (*wrong.values(), *broken)
+    suspects = (*wrong.values(), *broken)
     if not known:
         first = next(variant for variant in sized if variant.name in wrong)
-        return Headline(f"Check {first.name}", _cost(results, first), wrong[first.name], told[1:])
+        return Headline(f"Check {first.name}", _cost(results, first), wrong[first.name], suspects[1:])
     base = results.baseline
     against = "the baseline's perplexity" if base else "the best perplexity measured (there is no baseline)"
     usable = [variant for variant in known if rises[variant.name].relative < BROKEN]
@@ -82,7 +82,7 @@ def _judged(results: Results, sized: list[Variant], broken: tuple[str, ...]) -> 
     if not fitting:
         closest = min(known, key=lambda v: (rises[v.name].relative, v.size_bytes, v.name))
         reason = f"No variant that is smaller stays within {WITHIN} of {against}."
-        others = _others(results, usable, closest) + told
+        others = _others(results, usable, closest) + suspects
         return Headline(f"Closest is {closest.name}", _cost(results, closest), reason, others, closest.name)
     sure = [variant for variant in fitting if claims.within(rises[variant.name], TOLERANCE)]
     pick = (sure or fitting)[0]
@@ -92,18 +92,19 @@ def _judged(results: Results, sized: list[Variant], broken: tuple[str, ...]) -> 
     reason = f"It is the smallest variant within {WITHIN} of {against}{included}."
     verb = "Perhaps" if unknown or noise else "Ship"
     said = " ".join(filter(None, (reason, unknown, noise)))
-    return Headline(f"{verb} {pick.name}", _cost(results, pick), said, _others(results, usable, pick) + told, pick.name)
+    others = _others(results, usable, pick) + suspects
+    return Headline(f"{verb} {pick.name}", _cost(results, pick), said, others, pick.name)
 
 
 def _reaching(interval: tuple[float, float] | None) -> str:
-    """Returns why a rise that is small enough is not sure to be."""
+    """Returns why a rise that is small enough is not certain."""
     if interval is None:
         return "Without an interval that may be chance: measure it beside a baseline, on more text."
     return f"Its 95 % interval reaches {change(interval[1], None)[0]} %: measure on more text before relying on it."
 
 
 def _cost(results: Results, variant: Variant) -> str:
-    """Returns size, perplexity and speed in words, each against the baseline where there is one."""
+    """Returns size, perplexity and speed in words, each compared with the baseline if there is one."""
     base, parts = results.baseline, []
     if variant.size_bytes:
         instead = (
@@ -128,7 +129,7 @@ def _cost(results: Results, variant: Variant) -> str:
 
 
 def _others(results: Results, sized: list[Variant], pick: Variant) -> tuple[str, ...]:
-    """Returns a sentence for the smallest and the fastest variant, where they are not the pick."""
+    """Returns a sentence for the smallest variant and for the fastest one, if they are not the pick."""
     found: list[str] = []
     if not sized:
         return ()

@@ -1,7 +1,7 @@
 """The versions of one recipe side by side: perplexity, accuracy, size and speed of each variant over time.
 
-Two numbers are joined only where they were measured alike: by one protocol, on one text, and speeds on one machine.
-Where they were not, the later one is marked, and a note says what changed.
+Two numbers are joined only if they were measured alike: by one protocol, on one text, and speeds on one machine.
+Otherwise the later number is marked, and a note says what changed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lighten.results.measured import Accuracy
 from lighten.results.results import Results, Variant
 
 BREAK = "‖"
-"""Stands before a number that is not to be compared with the one before it."""
+"""Mark before a number that cannot be compared with the number before it."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One number of one version; `why` it is not to be compared with the one before, nothing if it is."""
+    """One number of one version. `why` says why it cannot be compared with the number before; empty if it can."""
 
     version: str
     value: float | None = None
@@ -45,7 +45,7 @@ class Measure:
 
     @property
     def heading(self) -> str:
-        """Such as "Size, MB"."""
+        """Heading such as "Size, MB"."""
         return f"{self.title}, {self.unit}" if self.unit else self.title
 
 
@@ -54,7 +54,7 @@ Why = Callable[[Results, Variant, Results, Variant], str]
 
 
 def history(results: Results, earlier: Sequence[Results]) -> Part | None:
-    """Returns the section about the versions up to this one, or None where it is the first."""
+    """Returns the section about the versions up to this one; None for the first version."""
     if not earlier:
         return None
     found = measures([*earlier, results])
@@ -71,7 +71,7 @@ def history(results: Results, earlier: Sequence[Results]) -> Part | None:
 
 
 def measures(versions: Sequence[Results]) -> list[Measure]:
-    """Returns every measure that any version has, of every variant that any version has, oldest version first."""
+    """Returns all measures of all variants that any version has, oldest version first."""
     unit, scale = byte_unit(v.size_bytes for version in versions for v in version.measured)
     tasks = dict.fromkeys(score.task for version in versions for v in version.measured for score in v.accuracy)
 
@@ -118,7 +118,7 @@ def read(folders: Iterable[Path]) -> tuple[list[Results], list[str]]:
 
 
 def value(found: Sequence[Measure]) -> dict[str, Any]:
-    """Returns the measures as JSON: by heading and variant, every version's value and why it is apart."""
+    """Returns the measures as JSON, by heading and variant: every version's value, and why it stands apart."""
     return {
         each.heading: {
             name: [{"version": point.version, "value": point.value, "apart": point.why or None} for point in line]
@@ -148,7 +148,7 @@ def _cell(point: Point) -> str:
 
 
 def _notes(measure: Measure) -> list[str]:
-    """Returns a sentence for every reason why numbers of a version are apart, with the variants it is true of."""
+    """Returns a sentence for every reason why numbers of a version stand apart, with the variants it applies to."""
     found: dict[tuple[str, str], list[str]] = {}
     for name, line in measure.lines.items():
         for point in line:
@@ -162,7 +162,7 @@ def _notes(measure: Measure) -> list[str]:
 
 
 def _source(before: Results, _old: Variant, now: Results, _new: Variant) -> str:
-    """Returns that the model is another one, by its identity where both know it."""
+    """Returns the sentence that the model is another one, by its identity if both versions have it."""
     ours, theirs = ((each.source.model_extra or {}).get("identity") for each in (before, now))
     same = ours == theirs if None not in (ours, theirs) else before.source.model == now.source.model
     return "" if same else "another source model"

@@ -23,12 +23,12 @@ from lighten.store.manifest import DIGEST, digest
 PLACE = "{variant}"
 TEXTS = (".json", ".txt", ".md", ".jinja", ".py", ".yaml")
 LONGEST = 1_000_000
-"""Bytes of a text that is looked through; vocabularies are longer."""
+"""Maximum number of bytes of a text that is searched for paths. Vocabularies are longer."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A variant on its way: the artifact as it lies in the store, and the card that goes beside its files."""
+    """A variant to push: the artifact in the store, and the card that is added to its files."""
 
     variant: str
     repo: str
@@ -36,11 +36,11 @@ class Upload:
     card: str
     message: str
     manifest: bytes
-    """The artifact's own, without paths of this machine."""
+    """Manifest of the artifact, without paths of this machine."""
 
     @property
     def files(self) -> list[tuple[str, int]]:
-        """Path and bytes of each file that the repository will hold."""
+        """Returns the path and bytes of each file of the repository."""
         listed = {entry["path"]: int(entry["size"]) for entry in self.artifact.manifest["files"]}
         listed[MANIFEST] = len(self.manifest)
         listed[CARD] = len(self.card.encode())
@@ -48,20 +48,20 @@ class Upload:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of everything."""
+        """Total bytes of the upload."""
         return sum(size for _, size in self.files)
 
     def json(self, url: str | None, private: bool) -> dict[str, Any]:
-        """Returns what was or would be pushed, for a program."""
+        """Returns what was pushed, or would be pushed, for a program."""
         files = [{"path": path, "size_bytes": size} for path, size in self.files]
         return {"variant": self.variant, "repo": self.repo, "private": private, "url": url, "files": files}
 
 
 def check(repo: str, variants: Sequence[str]) -> None:
-    """Does nothing if every variant has a repository of its own with a name that the hub allows.
+    """Checks that every variant has a repository of its own with a name that the hub allows.
 
     Raises:
-        RequestError: several variants and one repository, or no such name can be.
+        RequestError: several variants would go to one repository, or the hub does not allow the name.
     """
     if len(variants) > 1 and PLACE not in repo:
         raise RequestError(
@@ -75,10 +75,10 @@ def check(repo: str, variants: Sequence[str]) -> None:
 
 
 def uploads(results: Results, folder: Path, repo: str, variants: Sequence[str] = ()) -> list[Upload]:
-    """Returns what is to be pushed of a version: the variants named, or all but the baseline and the failed ones.
+    """Returns what is pushed of a version: the named variants, or all except the baseline and failed ones.
 
     Raises:
-        RequestError: no such variant, it failed, or the repositories' names will not do.
+        RequestError: a variant does not exist or failed, or `check` refuses the repositories.
         Failure: an artifact is missing or damaged.
     """
     rows = {variant.name: variant for variant in results.measured if not variant.elsewhere}
@@ -98,22 +98,22 @@ def uploads(results: Results, folder: Path, repo: str, variants: Sequence[str] =
         there = repo.replace(PLACE, name)
         message = f"{name} of {results.title}, made and measured by lighten"
         _check_private(name, artifact)
-        told = card(results, rows[name], artifact, there)
-        found.append(Upload(name, there, artifact, told, message, _manifest(artifact, local_paths(results))))
+        readme = card(results, rows[name], artifact, there)
+        found.append(Upload(name, there, artifact, readme, message, _manifest(artifact, local_paths(results))))
     return found
 
 
 def _manifest(artifact: Artifact, known: dict[str, str]) -> bytes:
-    """Returns the artifact's manifest as others may read it; files, keys and hashes stay."""
+    """Returns the manifest that is published: without paths of this machine, with all files, keys and hashes."""
     manifest = artifact.manifest
-    told = {name: each if name == "files" else without_paths(each, known) for name, each in manifest.items()}
-    if DIGEST in told:
-        told[DIGEST] = digest(told)
-    return (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode()
+    public = {name: each if name == "files" else without_paths(each, known) for name, each in manifest.items()}
+    if DIGEST in public:
+        public[DIGEST] = digest(public)
+    return (json.dumps(public, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _check_private(name: str, artifact: Artifact) -> None:
-    """Raises Failure for a link in an artifact, and for a text of it that tells a directory of this machine."""
+    """Raises Failure for a link in an artifact, and for a text in it that names a directory of this machine."""
     places = {str(path) for path in (Path.home(), Path.cwd(), artifact.path.parent) if len(path.parts) > 1}
     for entry in artifact.manifest["files"]:
         file = artifact.path / entry["path"]
@@ -122,18 +122,18 @@ def _check_private(name: str, artifact: Artifact) -> None:
         if file.suffix not in TEXTS or entry["size"] > LONGEST:
             continue
         text = file.read_text(encoding="utf-8", errors="replace")
-        if told := next((place for place in sorted(places) if f"{place}/" in text), None):
+        if private := next((place for place in sorted(places) if f"{place}/" in text), None):
             raise Failure(
-                f"{name}: {entry['path']} tells a directory of this machine ({told}): take that out of the model's "
-                "own file before it is pushed, and run the recipe again"
+                f"{name}: {entry['path']} names a directory of this machine ({private}): take that out of the "
+                "model's own file before it is pushed, and run the recipe again"
             )
 
 
 def check_token() -> None:
-    """Does nothing if there is a token to push with.
+    """Checks that there is a token to push with.
 
     Raises:
-        RequestError: there is none, or the hub is switched off.
+        RequestError: there is no token, or HF_HUB_OFFLINE is set.
     """
     from huggingface_hub import constants, get_token
 
@@ -144,7 +144,7 @@ def check_token() -> None:
 
 
 def push(upload: Upload, *, private: bool = True) -> str:
-    """Creates the repository if need be, puts everything there in one commit, and returns its address.
+    """Creates the repository if it does not exist, uploads everything in one commit, and returns its address.
 
     Raises:
         RequestError: there is no token.
@@ -158,15 +158,15 @@ def push(upload: Upload, *, private: bool = True) -> str:
     operations += [CommitOperationAdd(path, str(upload.artifact.path / path)) for path in paths]
     operations.append(CommitOperationAdd(CARD, upload.card.encode()))
     api = HfApi(library_name="lighten")
-    with _told(upload.repo):
+    with _hub_failures(upload.repo):
         where = api.create_repo(upload.repo, private=private, exist_ok=True)
         api.create_commit(upload.repo, operations, commit_message=upload.message)
     return str(where)
 
 
 @contextmanager
-def _told(repo: str) -> Iterator[None]:
-    """Turns what goes wrong on the way to the hub into one message."""
+def _hub_failures(repo: str) -> Iterator[None]:
+    """Turns an error of the hub or of the connection into one message."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -200,6 +200,6 @@ def publish(
     private: bool = True,
     dry_run: bool = False,
 ) -> Iterator[tuple[Upload, str | None]]:
-    """Pushes variants of a version; yields each with its address, or without one if nothing was to be done."""
+    """Pushes variants of a version. Yields each with its address, or with None if nothing had changed."""
     for upload in uploads(results, folder, repo, variants):
         yield upload, None if dry_run else push(upload, private=private)

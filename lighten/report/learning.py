@@ -1,4 +1,4 @@
-"""How a distillation went: loss and divergence by step, and perplexity on the text that was held out."""
+"""The course of a distillation: loss and divergence by step, and perplexity on the held-out text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 360.0, 272.0
 
 @dataclass(frozen=True)
 class Lessons:
-    """A training that one or more variants went through."""
+    """A training that one or more variants share."""
 
     stem: str
     variants: tuple[str, ...]
@@ -23,29 +23,29 @@ class Lessons:
 
     @property
     def title(self) -> str:
-        """What the picture is called."""
+        """Title of the picture."""
         return f"Training of {', '.join(self.variants)}"
 
     @property
     def sentence(self) -> str:
-        """What came of it, in words."""
-        curve, looks = self.training.curve, self.training.validation
+        """Result of the training in words."""
+        curve, validations = self.training.curve, self.training.validation
         parts = []
         if curve:
             parts.append(
                 f"{curve[-1].step:,} steps, loss {significant(curve[0].loss, 3)} → {significant(curve[-1].loss, 3)}"
             )
-        if looks:
-            best = min(looks, key=lambda look: look.perplexity)
+        if validations:
+            best = min(validations, key=lambda each: each.perplexity)
             parts.append(
-                f"perplexity on what was held out {significant(looks[0].perplexity, 4)} → "
+                f"perplexity on what was held out {significant(validations[0].perplexity, 4)} → "
                 f"{significant(best.perplexity, 4)} (kept: step {best.step:,})"
             )
         return "; ".join(parts)
 
 
 def lessons(results: Results) -> list[Lessons]:
-    """Returns every training once, with the variants that it is behind."""
+    """Returns every training once, with the variants that come from it."""
     found: list[tuple[Training, list[str]]] = []
     for variant in results.variants:
         if variant.training is None or not variant.training.curve:
@@ -67,18 +67,18 @@ def draw_lessons(each: Lessons) -> tuple[bytes, bytes]:
     shown = each.title if len(each.title) < 52 else f"{each.title[:51]}…"
     with sheet(each.stem, shown, (WIDTH, HEIGHT)) as drawn:
         axes = drawn.figure.add_axes((0.125, 0.145, 0.75, 0.69), facecolor="none")
-        curve, looks = each.training.curve, each.training.validation
+        curve, validations = each.training.curve, each.training.validation
         steps = [point.step for point in curve]
         axes.plot(steps, [point.loss for point in curve], color=INK, lw=1.2, label="loss")
         if any(point.kl is not None for point in curve):
             axes.plot(steps, [point.kl for point in curve], color=MUTED, lw=1, ls=(0, (4, 2)), label="KL")
         axes.set_ylim(bottom=0)
         _plain(axes, "Nats per token")
-        if looks:
+        if validations:
             other = axes.twinx()
             other.plot(
-                [look.step for look in looks],
-                [look.perplexity for look in looks],
+                [each.step for each in validations],
+                [each.perplexity for each in validations],
                 color=FRONT,
                 lw=1.2,
                 marker="o",

@@ -1,4 +1,4 @@
-"""How an artifact is opened in its runtime, as a few lines of Python that run as they stand."""
+"""How to open an artifact in its runtime: a few lines of Python that run as they are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEEDS = {
     "bitsandbytes": "transformers accelerate bitsandbytes",
     "compressed-tensors": "transformers accelerate compressed-tensors",
 }
-"""What pip installs for a format that transformers reads; transformers and torch for all others."""
+"""Packages that pip installs for a format that transformers reads; transformers and torch for all other formats."""
 
 TRANSFORMERS = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,7 +27,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 
 
 def loading(form: str, files: Sequence[str], where: str) -> str:
-    """Returns Markdown: what to install, and code that opens `where` (a Python expression) and says something."""
+    """Returns Markdown: what to install, and code that opens `where` (a Python expression) and generates text."""
     files = [name for name in files if _PLAIN.fullmatch(name)]  # a name becomes a part of code that people run
     known = export_format(form)
     found = known.usage(files) if known else None

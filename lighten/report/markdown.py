@@ -1,4 +1,4 @@
-"""report.md: the report as one would paste it into a pull request."""
+"""report.md: the report in a form that can be pasted into a pull request."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def markdown(results: Results, earlier: Sequence[Results] = ()) -> str:
 
 
 def markdown_table(comparison: Table) -> str:
-    """Returns the comparison; the best values are bold, a failed variant is a row with its reason."""
+    """Returns the comparison. The best values are bold. A failed variant is a row with its reason."""
     columns = comparison.columns
     lines = [
         _row([escape(f"{column.title}, {column.unit}" if column.unit else column.title) for column in columns]),
@@ -81,14 +81,14 @@ def markdown_table(comparison: Table) -> str:
 
 
 def escape(text: str) -> str:
-    """Returns text that Markdown shows as it is: no table cells, tags, links or emphasis of its own."""
+    """Returns text that Markdown shows unchanged: it makes no table cells, tags, links or emphasis."""
     text = " ".join(text.split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*|#~]|\](?=[(\[:])|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def code(text: str) -> str:
-    """Returns text as code inside a line: longer fences than any in it, and no line of its own."""
+    """Returns text as code inside a line. The fence is longer than any in the text."""
     text = " ".join(text.split())
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     mark = "`" * (longest + 1)
@@ -116,7 +116,7 @@ def _legend(comparison: Table) -> str:
 
 
 def part_text(part: Part) -> str:
-    """Returns a section that a module added; its pictures are in plots/."""
+    """Returns a section that a module added. Its pictures are in plots/."""
     said = [f"### {escape(part.title)}", *([escape(part.intro)] if part.intro else [])]
     for grid in part.grids:
         said += [f"**{escape(grid.caption)}**"] if grid.caption else []
@@ -147,7 +147,7 @@ def _stages(stages: list[StageCost]) -> str:
 
 
 def cost_line(cost: Cost | None) -> str:
-    """Returns "78 s, 1.2 GB memory, 105 MB disk", without what is not known."""
+    """Returns "78 s, 1.2 GB memory, 105 MB disk", without the unknown parts."""
     if cost is None:
         return NOT_MEASURED
     parts = [] if cost.seconds is None else [duration(cost.seconds)]

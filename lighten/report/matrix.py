@@ -1,4 +1,4 @@
-"""Where the variants load: rows of variants, columns of loaders, and what went wrong."""
+"""Where the variants load: a row for each variant, a column for each loader, and the failures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Matrix:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """A sentence for every failure, and one for every loader that is not installed."""
+        """Sentences: one for every failure, and one for every loader that is not installed."""
         cells = [(name, load) for name, loads in self.rows for load in loads]
         failed = [f"{name} with {load.loader}: {load.error}" for name, load in cells if load.status == "failed"]
         absent = [f"{load.loader} {load.error}" for _, load in cells if load.status == "absent"]
@@ -58,7 +58,7 @@ def _versions(name: str, rows: Sequence[tuple[str, tuple[Load, ...]]]) -> str:
 
 
 def mark(load: Load) -> str:
-    """Returns what stands in a cell: "✓ 1.2 s", "✗ failed", "not installed", or a dash."""
+    """Returns the text of a cell: "✓ 1.2 s", "✗ failed", "not installed", or a dash."""
     if load.status == "ok":
         return "✓" if load.seconds is None else f"✓ {duration(load.seconds)}"
     return {"failed": "✗ failed", "absent": "not installed", "other": NOT_MEASURED}[load.status]

@@ -1,4 +1,4 @@
-"""Rows that another machine measured, put among those of a run."""
+"""Rows that another machine measured, added to the rows of a run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lighten.store.names import elsewhere
 
 
 def add(results: Results, others: Iterable[Results]) -> Results:
-    """Returns the results with the rows of others, each named after its machine; one that is there is replaced.
+    """Returns the results with further rows, each named after its machine. A row of the same name is replaced.
 
-    A merged row keeps its machine in `facts`. Its perplexity, which is that of another text, becomes a note, and what
-    compares it with the other machine's baseline is left out.
+    A merged row keeps its machine in `facts`. Its perplexity is that of another text, so it becomes a note. Its
+    differences from the baseline of the other machine are left out.
     """
     rows = {variant.name: variant for variant in results.variants}
     for other in others:

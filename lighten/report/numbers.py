@@ -1,4 +1,4 @@
-"""How numbers are written: significant digits, decimal units (1 MB is 10^6 bytes), never more than was measured."""
+"""How numbers are written: significant digits and decimal units (1 MB is 10^6 bytes)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MINUS = "−"
 
 
 def fixed(value: float, decimals: int, *, sign: bool = False) -> str:
-    """Returns `value` with that many decimals, thousands separated; zero has no minus sign."""
+    """Returns `value` with that many decimals and thousands separators. Zero has no minus sign."""
     text = f"{abs(value):,.{decimals}f}"
     zero = not text.strip("0.,")
     if value < 0 and not zero:
@@ -27,9 +27,9 @@ def decimals_of(value: float, digits: int) -> int:
 
 
 def significant(value: float, digits: int, *, decimals: int = 6) -> str:
-    """Returns `value` with significant digits, at most `decimals` of them behind the point.
+    """Returns `value` with significant digits, and at most `decimals` digits after the point.
 
-    A positive value too small for that reads "<0.0001".
+    A positive value that is too small for these decimals reads "<0.0001".
     """
     if value == 0:
         return "0"
@@ -42,7 +42,7 @@ def significant(value: float, digits: int, *, decimals: int = 6) -> str:
 
 
 def decimals_for(uncertainty: float, *, most: int = 3) -> int:
-    """Returns how many decimals an uncertainty supports: two digits of it if it starts with 1 or 2, else one."""
+    """Returns the decimals that an uncertainty supports: two digits of it if it starts with 1 or 2, else one."""
     if uncertainty <= 0:
         return most
     mantissa, exponent = f"{uncertainty:.1e}".split("e")
@@ -52,7 +52,7 @@ def decimals_for(uncertainty: float, *, most: int = 3) -> int:
 def change(value: float, interval: tuple[float, float] | None, *, least: int = 0) -> tuple[str, str]:
     """Returns a signed difference and its interval, both times 100 and without the percent sign.
 
-    The interval decides the decimals, of which there are at least `least`; the second text is empty without one.
+    The interval determines the decimals; there are at least `least`. Without an interval the second text is empty.
     """
     percent = 100 * value
     if interval is None:
@@ -64,7 +64,7 @@ def change(value: float, interval: tuple[float, float] | None, *, least: int = 0
 
 
 def share(value: float) -> str:
-    """Returns a fraction as a percentage with one decimal; only a whole is written as 100."""
+    """Returns a fraction as a percentage with one decimal. Only the whole is written as 100."""
     if 0.9995 <= value < 1:
         return ">99.9"
     return fixed(100 * value, 0 if value == 1 else 1)
@@ -76,14 +76,14 @@ def ratio(value: float) -> str:
 
 
 def byte_unit(sizes: Iterable[int | None]) -> tuple[str, float]:
-    """Returns the unit for a column of sizes, with its bytes: GB where MB would need five digits, else MB."""
+    """Returns the unit for a column of sizes, and its bytes: GB if MB would need five digits, else MB."""
     known = [size for size in sizes if size is not None]
     large = bool(known) and (max(known) >= 1e10 or min(known) >= 1e9)
     return ("GB", 1e9) if large else ("MB", 1e6)
 
 
 def byte_count(size: int) -> str:
-    """Returns a size in its own unit, such as "105 MB"."""
+    """Returns a size with a fitting unit, such as "105 MB"."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{significant(size / scale, 3)} {unit}"

@@ -1,4 +1,4 @@
-"""The trade-offs worth looking at."""
+"""The Pareto front of points."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Interval = tuple[float, float]
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Returns the indices of the points that no other point dominates, by rising first coordinate.
 
-    Smaller is better in both coordinates (negate what should be large). One point dominates another if it
-    is nowhere worse and somewhere better, so equal points stay together.
+    Smaller is better in both coordinates; negate a coordinate that should be large. One point dominates another if it
+    is nowhere worse and somewhere better. So equal points stay together.
     """
     front: list[int] = []
     best = math.inf
@@ -25,10 +25,10 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def sure_front(points: Sequence[tuple[float, float]], spans: Sequence[tuple[Interval, Interval]]) -> list[int]:
-    """Returns the points of the front that are on it beyond doubt: each is better than the next in one coordinate.
+    """Returns the points of the front that are certainly on it: each is better than the next in one coordinate.
 
-    Of two neighbours whose intervals overlap in one coordinate, the one that is better in the other stays; of two that
-    overlap in both, neither can be told from the other, and both stay.
+    If the intervals of two neighbours overlap in one coordinate, the point that is better in the other coordinate
+    stays. If they overlap in both, the two cannot be distinguished, and both stay.
 
     Args:
         points: smaller is better in both coordinates.
@@ -42,7 +42,7 @@ def sure_front(points: Sequence[tuple[float, float]], spans: Sequence[tuple[Inte
 
 
 def _beats(ours: tuple[Interval, Interval], theirs: tuple[Interval, Interval]) -> bool:
-    """Whether the first is better in one coordinate beyond doubt, and in the other not worse beyond doubt."""
+    """Whether the first is certainly better in one coordinate, and not certainly worse in the other."""
     better = [mine[1] < other[0] for mine, other in zip(ours, theirs, strict=True)]
     worse = [mine[0] > other[1] for mine, other in zip(ours, theirs, strict=True)]
     return any(better) and not any(worse)

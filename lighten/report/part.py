@@ -10,9 +10,9 @@ from markupsafe import Markup
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of text. The first column names its rows; `text` counts the columns that are no numbers.
+    """A table of text. The first column names the rows. `text` counts the columns that are not numbers.
 
-    `sparks` are drawings, one for every row, that stand after the name and in the page only.
+    `sparks` are drawings, one for every row, that follow the name. Only the page has them.
     """
 
     heads: tuple[str, ...]

@@ -18,10 +18,10 @@ WIDTH, HEIGHT = 360.0, 272.0
 """Size of a figure in points."""
 
 OFF_SCALE = 4.0
-"""A perplexity this many times the best one is left out of the plots: it would flatten everything else."""
+"""Multiple of the best perplexity above which a point is left out of the plots. It would flatten all other points."""
 
 Box = tuple[float, float, float, float]
-"""Left, bottom, right, top."""
+"""Left, bottom, right and top."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,20 @@ class Point:
     y: float
     baseline: bool
     x_span: Interval | None = None
-    """Its interval; None for a number that is known."""
+    """Interval of x; None for a number that is known exactly."""
     y_span: Interval | None = None
     doubt: str = ""
-    """Why it is set against no other point; nothing where it is."""
+    """Reason why the point is compared with no other point; empty if there is none."""
 
     def spans(self, sign: float) -> tuple[Interval, Interval]:
-        """Its intervals, the first times a sign."""
+        """Intervals of both coordinates, the first multiplied by a sign."""
         low, high = sorted(sign * end for end in self.x_span or (self.x, self.x))
         return (low, high), self.y_span or (self.y, self.y)
 
 
 @dataclass(frozen=True)
 class Plot:
-    """What a plot shows; `larger` is true if larger x is better. Smaller y always is."""
+    """The content of a plot. `larger` is true if a larger x is better. A smaller y is always better."""
 
     stem: str
     title: str
@@ -57,7 +57,7 @@ class Plot:
     """Points whose perplexity is off the scale."""
 
     def front(self) -> list[int]:
-        """Returns the indices of the points no other point beats, beyond doubt, from left to right."""
+        """Returns the indices of the points that no other point certainly beats, from left to right."""
         sign = -1.0 if self.larger else 1.0
         sure = [i for i, point in enumerate(self.points) if not point.doubt]
         some = [self.points[i] for i in sure]
@@ -66,7 +66,7 @@ class Plot:
 
 
 def plots(results: Results) -> list[Plot]:
-    """Returns the plots that at least two variants have the numbers for."""
+    """Returns the plots for which at least two variants have the numbers."""
     unit, scale = byte_unit(variant.size_bytes for variant in results.measured)
     sizes, speeds = [], []
     for v in results.measured:
@@ -88,7 +88,7 @@ def plots(results: Results) -> list[Plot]:
 
 
 def _span(results: Results, variant: Variant, value: float) -> Interval:
-    """Returns the interval of a perplexity beside the baseline's: that of the paired change, which is the tighter."""
+    """Returns the interval of a perplexity beside the baseline's: that of the paired change, which is narrower."""
     rise, span = claims.rise(results, variant), claims.rise_ends(results, variant)
     if rise is None or span is None:
         return value, value
@@ -97,7 +97,7 @@ def _span(results: Results, variant: Variant, value: float) -> Interval:
 
 
 def _plot(stem: str, title: str, x_label: str, larger: bool, points: list[Point]) -> Plot:
-    """Returns a plot of the points that are on the scale, and remembers the others."""
+    """Returns a plot of the points that are on the scale, with the names of the points that are not."""
     limit = OFF_SCALE * min((point.y for point in points), default=0.0)
     shown = tuple(point for point in points if point.y <= limit)
     return Plot(stem, title, x_label, larger, shown, tuple(point for point in points if point.y > limit))
@@ -118,9 +118,9 @@ def draw(plot: Plot) -> tuple[bytes, bytes]:
 
 
 def _points(axes: Any, plot: Plot) -> None:
-    """Draws the front as a staircase, then its points filled, the others hollow, the baseline as a diamond.
+    """Draws the front as a staircase, then its points filled, all other points hollow, the baseline as a diamond.
 
-    A cross is what nothing is claimed of.
+    A cross is a point that nothing is claimed of.
     """
     front = plot.front()
     on = [plot.points[i] for i in front]
@@ -148,7 +148,7 @@ def _points(axes: Any, plot: Plot) -> None:
 
 
 def _scales(axes: Any, plot: Plot) -> None:
-    """Sets margins, labels and ticks; values that span more than a factor of four get a logarithmic scale."""
+    """Sets margins, labels and ticks. Values that span more than a factor of four get a logarithmic scale."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     for axis, values in ((axes.xaxis, [p.x for p in plot.points]), (axes.yaxis, [p.y for p in plot.points])):
@@ -181,7 +181,7 @@ def _limits(low: float, high: float, logarithmic: bool) -> tuple[float, float]:
 
 
 def _labels(axes: Any, plot: Plot, renderer: Any) -> None:
-    """Writes each point's name where it covers neither another name nor a point, or not at all."""
+    """Writes each point's name where it covers no other name and no point. Without such a place it is left out."""
     names = [point.name if len(point.name) <= 28 else f"{point.name[:27]}…" for point in plot.points]
     sizes = []
     for name in names:
@@ -232,10 +232,10 @@ def place(
     order: Sequence[int],
     avoid: Sequence[tuple[float, float]] = (),
 ) -> list[tuple[float, float] | None]:
-    """Returns a centre for each label: near its anchor, inside `area`, off every anchor and other label.
+    """Returns a centre for each label: near its anchor, inside `area`, off every anchor and every other label.
 
-    Greedy: in `order`, each label takes the cheapest free spot of some rings around its anchor; one that finds
-    none gets None. `avoid` are spots that are better left free.
+    The search is greedy. In `order`, each label takes the cheapest free place of some rings around its anchor. A label
+    that finds none gets None. `avoid` are places that are better left free.
     """
     taken: list[Box] = []
     spots: list[tuple[float, float] | None] = [None] * len(anchors)
@@ -264,7 +264,7 @@ def place(
 
 
 def _lean(direction: float) -> float:
-    """Returns -1, 0 or 1: which side of the anchor the label's box hangs from."""
+    """Returns -1, 0 or 1: the side of the anchor on which the label's box lies."""
     return 0.0 if abs(direction) < 0.3 else math.copysign(1.0, direction)
 
 

@@ -1,4 +1,4 @@
-"""Write the report of a version: report.md, report.html, plots/ and the models' cards."""
+"""Writes the report of a version: report.md, report.html, plots/ and the model cards."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def write_report(results: Results, directory: Path, earlier: Sequence[Results] =
 
 
 def page(results: Results, earlier: Sequence[Results] = ()) -> str:
-    """Returns report.html with its plots, where matplotlib is installed."""
+    """Returns report.html, with its plots if matplotlib is installed."""
     drawings, obstacle = _drawings(results, earlier)
     return html(results, {stem: svg for stem, (svg, _) in drawings.items()}, obstacle, earlier)
 
 
 def _drawings(results: Results, earlier: Sequence[Results]) -> tuple[dict[str, tuple[bytes, bytes]], str]:
-    """Returns every picture as SVG and PNG, by stem; or none, and how to get them."""
+    """Returns every picture as SVG and PNG by stem; without matplotlib, none and how to get them."""
     try:
         drawings = {plot.stem: draw(plot) for plot in plots(results)}
         drawings |= {each.stem: draw_allocation(each) for each in allocations(results)}
@@ -83,7 +83,7 @@ def _drawings(results: Results, earlier: Sequence[Results]) -> tuple[dict[str, t
 
 
 def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "", earlier: Sequence[Results] = ()) -> str:
-    """Returns report.html with the drawn plots inside; `obstacle` says why there are none, if that is so."""
+    """Returns report.html with the drawn plots inside. `obstacle` says why there are none."""
     environment = Environment(
         loader=FunctionLoader(_read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -100,7 +100,7 @@ def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "", earlie
     )
     environment.globals["dash"] = numbers.NOT_MEASURED
     comparison = table(results)
-    told = figures(comparison)
+    figures_by_name = figures(comparison)
     drawn = {stem: inline(svg, stem) for stem, svg in svgs.items()}
     return environment.get_template("template.html.j2").render(
         style=Markup(_read("page.css")),
@@ -111,7 +111,7 @@ def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "", earlie
         downloads=_downloads(results),
         drawn=drawn,
         plots=[
-            (plot, lively(drawn[plot.stem], [point.name for point in plot.points], told))
+            (plot, lively(drawn[plot.stem], [point.name for point in plot.points], figures_by_name))
             for plot in plots(results)
             if plot.stem in drawn
         ],
@@ -137,7 +137,7 @@ def _read(name: str) -> str:
 
 
 def _downloads(results: Results) -> list[tuple[str, str, Markup]]:
-    """Returns label, file name and data URL of what the page can be asked for; it needs no script for that."""
+    """Returns label, file name and data URL of each download. The page needs no script for them."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", results.title) or "results"
     made = [
         ("CSV", f"{stem}.csv", "text/csv", csv_table(results)),
@@ -150,7 +150,7 @@ def _downloads(results: Results) -> list[tuple[str, str, Markup]]:
 
 
 def _changes(variant: Variant) -> dict[str, str]:
-    """Returns the change of each task's acc_norm (acc where there is none), its interval, and what was won and lost."""
+    """Returns the change of each task's acc_norm (acc if there is none), its interval, gained and lost tasks."""
     found = {}
     for delta in variant.delta.accuracy if variant.delta else []:
         norm = delta.acc_norm is not None

@@ -1,4 +1,4 @@
-"""The variants under the machine's roof: what they read and compute against what it can, and what tokens cost."""
+"""The variants under the machine's roofline: what they need, what the machine can do, and the price of tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Mark:
-    """One speed of a variant; `decode` is false for a prefill."""
+    """One speed of a variant. `decode` is false for a prefill."""
 
     name: str
     decode: bool
@@ -45,7 +45,7 @@ class Roofs:
 
 
 def roofs(results: Results) -> Roofs | None:
-    """Returns the picture, or None if no variant was placed under the machine's roof."""
+    """Returns the picture; None if no variant has a place under the machine's roofline."""
     machine = results.machine
     memory, peaks, curve = (machine.get(name) for name in ("bandwidth_gb_s", "matrix_gflop_s", "bandwidth_by_size"))
     if not isinstance(memory, int | float) or not isinstance(peaks, dict):
@@ -67,7 +67,7 @@ PRICES = ("Variant", "A million read", "A million written", "An hour")
 
 
 def roofline(results: Results, _earlier: Sequence[Results]) -> Part | None:
-    """Returns the section with the picture, or None if no variant was placed under the machine's roof."""
+    """Returns the section with the picture; None if no variant has a place under the machine's roofline."""
     placed = [(each.name, each.roofline) for each in results.measured if each.roofline]
     if not placed:
         return None
@@ -84,7 +84,7 @@ def roofline(results: Results, _earlier: Sequence[Results]) -> Part | None:
 
 
 def cost(results: Results, _earlier: Sequence[Results]) -> Part | None:
-    """Returns the section with the price of a million tokens, or None where no price was given."""
+    """Returns the section with the price of a million tokens; None if no price was given."""
     rows, notes = [], []
     for variant in results.measured:
         if found := variant.cost:
@@ -98,35 +98,35 @@ def cost(results: Results, _earlier: Sequence[Results]) -> Part | None:
 
 
 def lines(results: Results) -> list[str]:
-    """Returns a sentence for every variant: how near it is to the roof, what bounds it, what its tokens cost."""
+    """Returns a sentence for every variant: its share of the roof, what limits it, and the price of its tokens."""
     found = []
     for variant in results.measured:
         if variant.roofline:
             at = variant.roofline
-            parts = [f"decode {_told(at)}"] + ([f"prefill {_told(at.prefill)}"] if at.prefill else [])
+            parts = [f"decode {_reached(at)}"] + ([f"prefill {_reached(at.prefill)}"] if at.prefill else [])
             found.append(f"{variant.name}: {', '.join(parts)}")
     return found
 
 
 def prices(results: Results) -> list[str]:
     """Returns a sentence for every variant that has a price: a million tokens, read and written."""
-    return [f"{variant.name}: {told}" for variant in results.measured if (told := price(variant))]
+    return [f"{variant.name}: {words}" for variant in results.measured if (words := price(variant))]
 
 
 def price(variant: Variant) -> str:
-    """Returns what a million tokens of a variant cost, with what was assumed; empty where no price was given."""
+    """Returns the price of a million tokens of a variant and what it assumes; empty if no price was given."""
     cost = variant.cost
     if cost is None:
         return ""
     each = cost.per_million_tokens
     kinds = (("read", each.prefill), ("written", each.decode))
-    told = [f"{significant(value, 3)} {cost.currency} {name}" for name, value in kinds if value is not None]
+    prices = [f"{significant(value, 3)} {cost.currency} {name}" for name, value in kinds if value is not None]
     note = f"; {cost.note}" if cost.note else ""
-    return f"a million tokens: {', '.join(told)} ({cost.price_per_hour:g} {cost.currency} an hour{note})"
+    return f"a million tokens: {', '.join(prices)} ({cost.price_per_hour:g} {cost.currency} an hour{note})"
 
 
-def _told(at: Place) -> str:
-    """Returns "24.5 GB/s (35 % of memory's peak)", or what it computes where arithmetic binds."""
+def _reached(at: Place) -> str:
+    """Returns "24.5 GB/s (35 % of memory's peak)", or the operations if arithmetic is the limit."""
     reached = f"{significant(at.gflop_s, 3)} GFLOP/s" if at.bound == "compute" else f"{significant(at.gb_s, 3)} GB/s"
     peak = {"memory": "memory's", "cache": "the caches'", "compute": "its"}[at.bound]
     return f"{reached} ({100 * at.share:.0f} % of {peak} peak{f'; {at.note}' if at.note else ''})"
@@ -192,7 +192,7 @@ def _slope(axes: Any, bandwidth: float, peak: float, ends: tuple[float, float], 
 
 
 def _names(axes: Any, marks: Sequence[Mark], renderer: Any) -> None:
-    """Writes the names of the points where there is room; decoding first."""
+    """Writes the names of the points if there is room, decoding first."""
     names = [mark.name if len(mark.name) <= 24 else f"{mark.name[:23]}…" for mark in marks]
     sizes = []
     for name in names:

@@ -1,4 +1,4 @@
-"""The sections that modules add to the report, in the order they stand in: add yours to `SECTIONS`."""
+"""The sections that modules add to the report, in their order. To add a section, add it to `SECTIONS`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lighten.report.serving import serving
 from lighten.results.results import Results
 
 Section = Callable[[Results, Sequence[Results]], Part | None]
-"""Takes the results and those of the earlier versions, oldest first; returns nothing where there is nothing to say."""
+"""Function of the results and of earlier versions (oldest first) that returns a part, or None."""
 
 SECTIONS: tuple[Section, ...] = (roofline, serving, cost, history)
 
 
 def parts(results: Results, earlier: Sequence[Results] = ()) -> list[Part]:
-    """Returns the sections that have something to say."""
+    """Returns the sections that are not empty."""
     return [found for section in SECTIONS if (found := section(results, earlier))]

@@ -1,4 +1,4 @@
-"""How variants serve: requests that keep arriving, drafts, and speeds that two measurements do not agree on."""
+"""How variants serve: requests that keep arriving, draft models, and speeds on which two measurements disagree."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DRAFTS = ("Variant", "Draft", "Proposed at once", "Kept, %", "Tok/s", "Plain, to
 
 
 def serving(results: Results, _earlier: Sequence[Results]) -> Part | None:
-    """Returns the section about requests that keep arriving and about drafts, or None where neither was measured."""
+    """Returns the section about requests that keep arriving and about drafts; None if neither was measured."""
     loads = tuple(_load(variant.name, each) for variant in results.measured for each in variant.load)
     drafts = tuple(_draft(each.name, each.speculative) for each in results.measured if each.speculative)
     grids = []
@@ -53,18 +53,18 @@ def _parted(name: str, each: Speculative) -> str:
 
 
 def doubts(results: Results) -> tuple[str, ...]:
-    """Returns a sentence for every two measurements of the same, on this machine, that differ by more than 5 %."""
+    """Returns a sentence for every two measurements of the same speed here that differ by more than 5 %."""
     found = []
     for first, second in combinations([each for each in results.measured if not each.elsewhere], 2):
         if _same(first, second):
             for ours, theirs in _pairs(first, second):
-                if line := told(ours, theirs):
+                if line := speeds_apart(ours, theirs):
                     found.append(f"{first.name} and {second.name} are the same, and {line}")
     return tuple(found)
 
 
-def told(ours: Speed, theirs: Speed) -> str | None:
-    """Returns by how much two measurements of the same speed differ, in words; None if it is no more than 5 %."""
+def speeds_apart(ours: Speed, theirs: Speed) -> str | None:
+    """Returns in words how far two measurements of one speed differ; None if it is 5 % at most."""
     if not (ours.decode_tok_s and theirs.decode_tok_s):
         return None
     change = apart(ours.decode_tok_s, theirs.decode_tok_s)
@@ -77,7 +77,7 @@ def told(ours: Speed, theirs: Speed) -> str | None:
 
 
 def alike(ours: Speed, theirs: Speed) -> bool:
-    """Whether two rows are measurements of one speed."""
+    """Whether two rows measure the same speed."""
     shapes = [(each.batch, each.prompt, each.generate, each.dtype, each.how) for each in (ours, theirs)]
     return shapes[0] == shapes[1]
 

@@ -1,4 +1,4 @@
-"""What is shown to others: names and hashes in the place of paths of this machine."""
+"""What is published: names and hashes take the place of paths of this machine."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lighten.report.asked import asked
 from lighten.results.results import Results
 
 _PATH = re.compile(r"(?<![\w:/.<])(?:~[\w.-]*|\.{1,2})?/(?:[\w.+@=-]+/)+[\w.+@=-]+")
-"""A path inside a sentence: two names or more, and none of an address or a closing tag."""
+"""Path inside a sentence: at least two names, and not part of an address or a closing tag."""
 _WHOLE = re.compile(r"(?:~[\w.-]*|\.{1,2})?/.+|[A-Za-z]:[\\/].+|~")
-"""A text that is a path."""
+"""Text that is a path."""
 
 
 def without_paths(value: Any, known: Mapping[str, str] | None = None) -> Any:
-    """Returns JSON's values with the last name of every path of this machine in the place of the path.
+    """Returns JSON's values in which the last name of every path of this machine takes the place of the path.
 
     Args:
-        value: what is to be shown.
-        known: further paths and what to call them, such as relative ones that a recipe names.
+        value: what is published.
+        known: further paths and their names, such as relative paths in a recipe.
     """
     if isinstance(value, str):
         return _named(value, known or {})
@@ -69,13 +69,13 @@ def _is_local(text: str) -> bool:
 
 
 def shareable(results: Results) -> Results:
-    """Returns results that tell no path of this machine: of models and texts the names and hashes stay."""
+    """Returns results without paths of this machine. The names and hashes of models and texts stay."""
     known = local_paths(results)
-    told = without_paths(results.model_dump(mode="json", by_alias=True), known)
+    values = without_paths(results.model_dump(mode="json", by_alias=True), known)
     try:
         recipe = asked(results)
     except LightenError:
         recipe = {}
     if recipe:
-        told["recipe_yaml"] = yaml.safe_dump(without_paths(recipe, known), sort_keys=False, allow_unicode=True)
-    return Results.model_validate(told)
+        values["recipe_yaml"] = yaml.safe_dump(without_paths(recipe, known), sort_keys=False, allow_unicode=True)
+    return Results.model_validate(values)

@@ -1,4 +1,4 @@
-"""A line plot as small as a word, drawn by hand: it has no axes, and its points say their numbers."""
+"""A line plot as small as a word, drawn by hand. It has no axes, and its points show their numbers."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from markupsafe import Markup
 WIDTH, HEIGHT, EDGE = 132.0, 34.0, 9.0
 
 
-class Said(Protocol):
-    """A number of a version, in words too, and why it is not to be compared with the one before."""
+class Number(Protocol):
+    """A number of a version: its value, its text, and why it cannot be compared with the number before."""
 
     @property
     def version(self) -> str:
-        """Whose number it is."""
+        """Name of the version."""
 
     @property
     def value(self) -> float | None:
-        """The number, None if there is none."""
+        """Value; None if there is none."""
 
     @property
     def text(self) -> str:
-        """How it is written."""
+        """Text of the value."""
 
     @property
     def why(self) -> str:
-        """Why it is apart; nothing if it is not."""
+        """Reason why it stands apart from the number before; empty if it does not."""
 
 
-def spark(name: str, heading: str, line: Sequence[Said]) -> Markup:
-    """Returns an SVG of one variant's numbers by version; a gap is left where two were not measured alike."""
+def spark(name: str, heading: str, line: Sequence[Number]) -> Markup:
+    """Returns an SVG of one variant's numbers by version. Two numbers that were not measured alike are not joined."""
     known = [(at, point.value, point) for at, point in enumerate(line) if point.value is not None]
     low, high = min(value for _, value, _ in known), max(value for _, value, _ in known)
     step = (WIDTH - 2 * EDGE) / max(1, len(line) - 1)

@@ -14,7 +14,7 @@ from lighten.results.results import Results, Variant
 
 @dataclass(frozen=True)
 class Row:
-    """One variant; a failed one has no cells but a reason."""
+    """One variant. A failed variant has no cells but a reason."""
 
     variant: Variant
     cells: tuple[Cell, ...] = ()
@@ -24,18 +24,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The baseline's row first, then the others as the recipe names them, failed ones last."""
+    """The rows: the baseline first, then all variants in the order of the recipe, failed ones last."""
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     missing: tuple[str, ...]
-    """Titles of the columns nothing was measured for; they are left out."""
+    """Titles of the columns for which nothing was measured; they are left out."""
     notes: tuple[str, ...] = ()
-    """What casts doubt on the numbers; stands directly under them."""
+    """Doubts about the numbers, which stand directly under the table."""
 
 
 def table(results: Results) -> Table:
-    """Returns the comparison of all variants; the best value of a column is marked among the non-baseline ones."""
+    """Returns the comparison of all variants. The best value of a column is marked; the baseline is left out of it."""
     base = results.baseline
     order = [*([base] if base else []), *(v for v in results.measured if v is not base)]
     everything = columns(results)
@@ -62,7 +62,7 @@ def _used(column: Column, cells: list[Cell]) -> bool:
 
 
 def _mark_best(column: Column, grid: list[list[Cell]], i: int, *, start: int) -> None:
-    """Marks the best cell of a column and those that are as good; if that is all of them, none is marked."""
+    """Marks the best cell of a column and the cells that are equally good. If all are, none is marked."""
     cells = [row[i] for row in grid[start:]]
     known = [(cell.value, cell) for cell in cells if isinstance(cell.value, float)]
     if not column.better or len(known) < 2:
@@ -82,5 +82,5 @@ def _mark_best(column: Column, grid: list[list[Cell]], i: int, *, start: int) ->
 
 
 def first_line(reason: str) -> str:
-    """Returns the first line of a reason, for places that have room for one."""
+    """Returns the first line of a reason, for places with room for one line."""
     return next((line.strip() for line in reason.splitlines() if line.strip()), "")

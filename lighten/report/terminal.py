@@ -1,4 +1,4 @@
-"""The closing table of a run, for the terminal."""
+"""The last table of a run, for the terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GAP = 2
 
 
 def terminal(results: Results) -> RenderableType:
-    """Returns the comparison and the headline; printed, it keeps the columns that fit, most important first."""
+    """Returns the comparison and the headline. When printed, it keeps the columns that fit, most important first."""
     tried = matrix(results)
     return _Comparison(
         table(results), headline(results), tried.used() if tried else None, (*lines(results), *prices(results))
@@ -30,13 +30,13 @@ def terminal(results: Results) -> RenderableType:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """Chooses its columns when it is told how wide the console is."""
+    """The comparison, which chooses its columns by the width of the console."""
 
     table: Table
     headline: Headline
     tried: Matrix | None
     remarks: tuple[str, ...] = ()
-    """Of roofline and cost."""
+    """Remarks on roofline and cost."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if any(row.cells for row in self.table.rows):
@@ -71,7 +71,7 @@ class _Comparison:
         return Text(_shown(column, cell, full), style="bold" if picked else "green" if cell.best else "")
 
     def _fit(self, width: int) -> tuple[list[int], bool]:
-        """Returns the columns that fit, and whether every cell's details do too."""
+        """Returns the columns that fit, and whether the details of every cell fit."""
         every = range(len(self.table.columns))
         if sum(self._width(i, True) + GAP for i in every) - GAP <= width:
             return list(every), True
@@ -91,7 +91,7 @@ class _Comparison:
 
 
 def _loads(tried: Matrix, width: int) -> Iterator[RenderableType]:
-    """Yields where the variants load: a grid, or a line for each variant where that is too wide."""
+    """Yields where the variants load: a grid, or a line for each variant if the grid is too wide."""
     yield Text("\nWhere it loads", style="bold")
     cells = [[name, *map(mark, loads)] for name, loads in tried.rows]
     heads = ["", *(name for name, _ in tried.loaders)], ["", *(version for _, version in tried.loaders)]
@@ -113,5 +113,5 @@ def _loads(tried: Matrix, width: int) -> Iterator[RenderableType]:
 
 
 def _shown(column: Column, cell: Cell, full: bool) -> str:
-    """Returns a cell's text; where space is short only the change in perplexity keeps its interval."""
+    """Returns a cell's text. If space is short, only the change in perplexity keeps its interval."""
     return cell.line if full or column.name.startswith("change") else cell.text

@@ -1,4 +1,4 @@
-"""results.json: read with every doubt, written at once."""
+"""Reading and writing results.json. Everything in a file that is read is checked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load(path: Path) -> Results:
     """Returns the results in a results.json, or in the version directory that holds one.
 
     Raises:
-        RequestError: no such file, or one of a schema this version does not read.
+        RequestError: the file does not exist, or has a schema that this version does not read.
         Failure: the file is damaged or is not results.json.
     """
     file = path / FILE if path.is_dir() else path
@@ -54,5 +54,5 @@ def load(path: Path) -> Results:
 
 
 def save(results: Results, path: Path) -> None:
-    """Writes results.json; `load` reads the same back."""
+    """Writes results.json, which `load` reads back unchanged."""
     write_json(path, results.model_dump(mode="json", by_alias=True))

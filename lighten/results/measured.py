@@ -1,4 +1,4 @@
-"""What was measured: the sections of a row."""
+"""What was measured: the sections of a row in results.json."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 Interval = Annotated[tuple[float, float], Field(strict=False)]
-"""[low, high] of a 95 % interval."""
+"""95 % interval, as [low, high]."""
 
 
 Free = dict[str, JsonValue]
-"""Facts whose names are up to whoever writes them."""
+"""Facts with free names."""
 
 
 class Section(BaseModel):
-    """A part of results.json: unknown names and wrong types are errors, and so are NaN and infinity."""
+    """A part of results.json. Unknown names, wrong types, NaN and infinity are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -30,9 +30,10 @@ class Levels(Section):
 
 
 class Perplexity(Section):
-    """Perplexity and its standard error, per token or what `protocol` says; that also says on what and how.
+    """Perplexity and its standard error, per token or per unit of `protocol`.
 
-    `bits_per_byte` is the same log-likelihood by byte of text, which also models of different vocabularies share.
+    `protocol` also says on what text and how it was measured. `bits_per_byte` is the same log-likelihood by byte of
+    text, which models of different vocabularies can be compared by.
     """
 
     value: float
@@ -44,18 +45,18 @@ class Perplexity(Section):
 
     @property
     def by(self) -> str:
-        """The name of the protocol."""
+        """Name of the protocol."""
         return str(self.protocol.get("name", "lighten"))
 
     @property
     def unit(self) -> str:
-        """What it is counted by."""
+        """Unit that perplexity is counted by."""
         return str(self.protocol.get("unit", "token"))
 
     def comparable(self, other: Perplexity) -> bool:
-        """Whether both were measured by one protocol, in chunks of one length, on one text, as far as they say.
+        """Whether both were measured by one protocol, in chunks of one length, on one text.
 
-        Also on the same tokens: per token of another vocabulary is per something else.
+        The tokens must be the same too: perplexity per token of another vocabulary is another quantity.
         """
         names = ("length", "data_sha256", "ids_sha256")
         both = [(self.protocol.get(name), other.protocol.get(name)) for name in names]
@@ -63,7 +64,7 @@ class Perplexity(Section):
 
 
 class Divergence(Section):
-    """How far the next-token distribution moved from the baseline's, in nats, and how often the top token agrees."""
+    """Distance of the next-token distribution from the baseline's in nats, and how often the top token agrees."""
 
     kl_mean: float
     kl_p99: float | None = None
@@ -81,10 +82,10 @@ class Metric(Section):
 
 
 class Accuracy(Section):
-    """Fraction of `n` tasks answered rightly, plain and normalised by length.
+    """Fraction of `n` tasks that are answered rightly, plain and normalised by length.
 
-    `scorer` is who built the requests and read the answers, lighten or lm-eval; `metric` is lm-eval's name of what
-    stands in `acc`. `truncated` counts the requests that were longer than the model's context.
+    `scorer` built the requests and read the answers: lighten or lm-eval. `metric` is lm-eval's name of the number in
+    `acc`. `truncated` counts the requests that were longer than the model's context.
     """
 
     task: str
@@ -111,10 +112,10 @@ class Percentiles(Section):
 class Speed(Section):
     """Speed at one prompt length and batch size, over `repeats` runs.
 
-    Of the decode speeds, `spread` is (max − min) / median, `error` half of the 95 % interval of the median relative to
-    it, and `drift` the relative change from the first to the last runs, 0 if it may be scatter. `attention`, `compile`
-    and `cache` are what transformers ran with; null where another runtime did. `prefill_dtype` is the arithmetic of the
-    prefill; null where only one, `dtype`, was measured.
+    Three numbers describe the decode speeds. `spread` is (max − min) / median. `error` is half of the 95 % interval of
+    the median, relative to the median. `drift` is the relative change from the first runs to the last, 0 if it may be
+    scatter. `attention`, `compile` and `cache` are the options of transformers; null for another runtime.
+    `prefill_dtype` is the arithmetic of the prefill; null if only one arithmetic, `dtype`, was measured.
     """
 
     batch: int
@@ -136,20 +137,21 @@ class Speed(Section):
 
     @property
     def arithmetic(self) -> str | None:
-        """In words, the arithmetic of both phases."""
+        """Arithmetic of both phases, in words."""
         other = self.prefill_dtype and self.prefill_dtype != self.dtype
         return f"{self.dtype}, prefill {self.prefill_dtype}" if other else self.dtype
 
     @property
     def how(self) -> tuple[str | None, str | None, str | None]:
-        """The options of transformers."""
+        """Options of transformers."""
         return self.attention, self.compile, self.cache
 
 
 class Served(Section):
-    """Requests that arrived `rate` a second on average, and how those that were completed were served.
+    """Requests that arrived at `rate` a second on average, and how the completed requests were served.
 
-    `ttft_ms` is from a request's arrival, `token_ms` between its tokens; `throughput_tok_s` is of all together.
+    `ttft_ms` counts from a request's arrival, `token_ms` between its tokens. `throughput_tok_s` is that of all requests
+    together.
     """
 
     rate: float
@@ -162,7 +164,7 @@ class Served(Section):
 
 
 class Parted(Section):
-    """A text that a draft changed: from which token on, and by how much the first logit was above the second there."""
+    """A text that a draft changed: the first token that differs, and the gap of the first two logits there."""
 
     text: int
     position: int
@@ -170,9 +172,10 @@ class Parted(Section):
 
 
 class Speculative(Section):
-    """Greedy decoding with a draft that proposes `tokens` at a time, of which the share `acceptance` stays.
+    """Greedy decoding with a draft model that proposes `tokens` at a time; the share `acceptance` stays.
 
-    `identical` is whether every text is, token by token, what is written without it; `parted` has those that are not.
+    `identical` says whether every text is, token by token, the text without a draft. `parted` has the texts that are
+    not.
     """
 
     draft: str
@@ -205,9 +208,10 @@ class Energy(Section):
 
 
 class Place(Section):
-    """A speed under the machine's roof: operations and bytes of a token, what was reached, and what bounds it.
+    """A speed under the machine's roofline: operations and bytes of a token, what was reached, and what limits it.
 
-    `bandwidth_gb_s` is what so many bytes are read at, from memory or a cache; `share` is what was reached of the roof.
+    `bandwidth_gb_s` is the bandwidth for so many bytes, from memory or a cache. `share` is the reached share of the
+    roof.
     """
 
     flops_per_token: float
@@ -223,7 +227,7 @@ class Place(Section):
 
 
 class Roofline(Place):
-    """The place of decoding at the first measured shape, and that of its prefill."""
+    """The place of decoding at the first measured shape, and the place of its prefill."""
 
     batch: int | None = None
     context: int | None = None
@@ -239,7 +243,7 @@ class TokenCost(Section):
 
 
 class Price(Section):
-    """What tokens cost on a machine that costs `price_per_hour`, when it does nothing else."""
+    """Price of tokens on a machine that costs `price_per_hour` and does nothing else."""
 
     per_million_tokens: TokenCost
     price_per_hour: float
@@ -269,7 +273,7 @@ class AccuracyDelta(Section):
 
 
 class Delta(Section):
-    """Comparison with the baseline on the same text and tasks; ratios are variant / baseline."""
+    """Difference from the baseline on the same text and tasks. Ratios are variant / baseline."""
 
     perplexity: PerplexityDelta | None = None
     other_perplexity: list[PerplexityDelta] = []
@@ -288,21 +292,21 @@ class Lesson(Section):
 
 
 class Look(Section):
-    """Perplexity on the text that was held out from training, after a step."""
+    """Perplexity on the held-out text after a step of training."""
 
     step: int
     perplexity: float
 
 
 class Training(Section):
-    """How a distillation went."""
+    """The course of a distillation."""
 
     curve: list[Lesson] = []
     validation: list[Look] = []
 
 
 class Load(Section):
-    """One loader's attempt to open the artifact; "other" if it is no loader of such a format."""
+    """One loader's attempt to open the artifact; "other" if the loader is not for such a format."""
 
     loader: str
     version: str | None = None

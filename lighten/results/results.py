@@ -35,7 +35,7 @@ BASELINE = "baseline"
 
 
 class Source(Section):
-    """The model everything was made from, and whatever else is known of it (licence, architecture, …)."""
+    """The model that everything was made from, and further facts about it (licence, architecture, …)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -44,7 +44,7 @@ class Source(Section):
 
 
 class Variant(Section):
-    """One artifact and everything measured on it."""
+    """One artifact, and everything that was measured on it."""
 
     name: str
     path: str | None = None
@@ -60,9 +60,9 @@ class Variant(Section):
     training: Training | None = None
     perplexity: Perplexity | None = None
     other_perplexity: list[Perplexity] = Field([])
-    """By further protocols, where several were asked for; never compared with the first."""
+    """Perplexities by further protocols. They are never compared with the first."""
     vocabulary: str | None = None
-    """How its vocabulary differs from the baseline's; its tokens are its own then. Null where both are the same."""
+    """Difference between its vocabulary and the baseline's, if there is one; its tokens are its own then. Else null."""
     divergence: Divergence | None = None
     accuracy: list[Accuracy] = Field([])
     speed: list[Speed] = Field([])
@@ -80,7 +80,7 @@ class Variant(Section):
 
     @model_validator(mode="after")
     def _is_a_name(self) -> Self:
-        """A name becomes that of a directory: it has to be one."""
+        """Checks the name, because it becomes the name of a directory."""
         if not (is_name(self.name) or (self.elsewhere and is_elsewhere(self.name))):
             raise ValueError(f"the variant name {self.name!r} may hold letters, digits, '.', '_' and '-' only")
         return self
@@ -93,23 +93,23 @@ class Variant(Section):
 
     @property
     def failed(self) -> bool:
-        """True if there is nothing but `error` to show."""
+        """True if there is nothing to show except `error`."""
         return self.status == "failed"
 
     @property
     def perplexities(self) -> list[Perplexity]:
-        """Its perplexities by every protocol."""
+        """Perplexities by all protocols."""
         return [*([self.perplexity] if self.perplexity else []), *self.other_perplexity]
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Bits that a byte of text takes by the first protocol."""
+        """Bits for a byte of text by the first protocol."""
         found = self.perplexity
         return None if found is None else found.levels.bits_per_byte if found.levels else found.bits_per_byte
 
     @property
     def elsewhere(self) -> bool:
-        """True for a row that was measured on another machine than the others, and merged."""
+        """True for a row that another machine measured and that was merged."""
         return "machine" in self.facts
 
     @property
@@ -119,7 +119,7 @@ class Variant(Section):
 
 
 class Cost(Section):
-    """What a stage takes."""
+    """Cost of a stage."""
 
     seconds: float | None = None
     peak_bytes: int | None = None
@@ -127,7 +127,7 @@ class Cost(Section):
 
 
 class StageCost(Section):
-    """One stage: what it was predicted to take and what it took, in an earlier run if it was cached."""
+    """One stage: its predicted cost, and its measured cost, which is that of an earlier run if it was cached."""
 
     name: str
     kind: str
@@ -139,7 +139,7 @@ class StageCost(Section):
 
 
 class Overlap(Section):
-    """Share of an evaluation set's runs of `ngram` words that stand in the calibration text, and some of them."""
+    """Share of an evaluation set's runs of `ngram` words that stand in the calibration text, with some of them."""
 
     model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True, validate_by_alias=True)
 
@@ -151,7 +151,7 @@ class Overlap(Section):
 
 
 class Calibration(Section):
-    """The calibration text as it was used: `samples` of `asked`, `distinct` tokens of a `vocabulary`."""
+    """The calibration text that was used: `samples` of `asked`, `distinct` tokens of a `vocabulary`."""
 
     data: str
     asked: int | None = None
@@ -184,7 +184,7 @@ class Results(Section):
     @model_validator(mode="before")
     @classmethod
     def _shown_as_text(cls, value: Any) -> Any:
-        """What others wrote is printed and put into pages: no control character of it is kept."""
+        """Removes control characters from what other people wrote, because it is printed and put into pages."""
         return deep(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
@@ -207,13 +207,13 @@ class Results(Section):
 
     @property
     def baseline(self) -> Variant | None:
-        """The variant everything is compared with, unless it is missing or failed."""
+        """Variant that all variants are compared with; None if it is missing or failed."""
         return next((variant for variant in self.measured if variant.name == BASELINE), None)
 
     def perplexity_change(self, variant: Variant, protocol: str | None = None) -> PerplexityDelta | None:
-        """Returns the paired change by a protocol, the first unless one is named.
+        """Returns the paired change by a protocol; by the first protocol if none is named.
 
-        The plain change, without interval, where no paired one was measured; None between protocols, lengths or texts.
+        Without a paired change it is the plain change, with no interval. None for other protocols, lengths or texts.
         """
         base = self.baseline
         if base is None or variant is base or variant.vocabulary:

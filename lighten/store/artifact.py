@@ -46,7 +46,7 @@ def read_artifact(path: Path) -> Artifact:
     """Opens a directory that holds an `artifact.json`.
 
     Raises:
-        Failure: no manifest there, or one that cannot be read or lacks something.
+        Failure: the manifest is absent, cannot be read, or lacks something.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def read_artifact(path: Path) -> Artifact:
 
 
 def find_damage(artifact: Artifact) -> list[str]:
-    """Re-hashes an artifact; returns one line per file that is missing, extra or changed (empty if sound)."""
+    """Hashes an artifact again. Returns one line per file that is missing, extra or changed; empty if sound."""
     found = {entry["path"]: entry for entry in hash_files(artifact.path)}
     expected = {entry["path"]: entry for entry in artifact.manifest["files"]}
     damage = [f"{name}: not in the manifest" for name in found if name not in expected]

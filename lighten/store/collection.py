@@ -1,4 +1,4 @@
-"""What `lighten gc` and `lighten verify` remove: what nobody refers to, what killed runs left, what is damaged."""
+"""What `lighten gc` and `lighten verify` remove: unreferenced objects, what killed runs left, and damaged objects."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lighten.store.store import Store
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found about an object."""
+    """The result of checking an object."""
 
     key: str
     damage: list[str] = field(default_factory=list)
     kept: str | None = None
-    """Why a damaged one was not removed."""
+    """Reason why a damaged object was not removed."""
 
 
 def check(store: Store) -> Iterator[Checked]:
-    """Re-hashes every object. A damaged one is removed, unless a run needs it or the store is read-only."""
+    """Hashes every object again. A damaged one is removed, unless a run needs it or the store is read-only."""
     for key in store.finished():
         try:
             damage = store.damage(key)
@@ -39,7 +39,7 @@ def check(store: Store) -> Iterator[Checked]:
 
 
 def _removed(store: Store, key: str, damage: list[str]) -> Checked | None:
-    """Removes a damaged object; None if it has gone meanwhile."""
+    """Removes a damaged object; returns None if it no longer exists."""
     if not store.writable():
         return Checked(key, damage, "the artifacts directory is read-only")
     with store.gate(), store.lock(key, wait=False) as free:
@@ -52,10 +52,10 @@ def _removed(store: Store, key: str, damage: list[str]) -> Checked | None:
 
 
 def collect(store: Store, *, dry_run: bool = False) -> list[tuple[str, int]]:
-    """Removes what is not needed any more; returns (name, bytes) of each, without empty locks.
+    """Removes what is not needed any more. Returns (name, bytes) of each, without empty locks.
 
-    Leases are read before references: a run publishes before it gives its lease back, so that what it made is in one
-    of the two. New leases wait until everything has been chosen.
+    Leases are read before references. A run publishes before it gives its lease back, so its objects are in one of the
+    two. New leases wait until everything has been chosen.
 
     Raises:
         Failure: a version does not say what it refers to.
@@ -79,7 +79,7 @@ def collect(store: Store, *, dry_run: bool = False) -> list[tuple[str, int]]:
 
 
 def _out_of_the_way(store: Store, path: Path) -> list[Path]:
-    """Removes what is small, hides what may be large; returns what is to be removed at leisure."""
+    """Removes what is small and hides what may be large. Returns what can be removed later."""
     if path.name.startswith(".gone-"):
         return [path]
     if path.parent in (store.objects, store.root / "unfinished"):
@@ -91,25 +91,25 @@ def _out_of_the_way(store: Store, path: Path) -> list[Path]:
     return []
 
 
-def _unneeded(store: Store, keep: set[str], leased: set[str], look: bool) -> Iterator[Path]:
-    """Yields what nobody needs, each while the lock of its object or recipe is free; with `look` none is taken."""
+def _unneeded(store: Store, keep: set[str], leased: set[str], dry_run: bool) -> Iterator[Path]:
+    """Yields what nobody needs, and holds the lock of its object or recipe meanwhile; a dry run takes no lock."""
     for folder in (store.objects, store.root / "unfinished", store.root / "costs"):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             key = next(iter(KEY.findall(path.name)), None)
             whole = folder.name != "unfinished" and path.name in (key, f"{key}.json")
             if key is None or key in (keep if whole else leased):
                 continue
-            with _free(store, key, look) as free:
+            with _free(store, key, dry_run) as free:
                 if free:
                     yield path
     for folder in _recipes(store):
-        with _free(store, f"version-{folder.name}", look) as free:
+        with _free(store, f"version-{folder.name}", dry_run) as free:
             if free:
                 yield from _left_beside(folder)
 
 
 def _recipes(store: Store) -> list[Path]:
-    """Returns the directories of recipes; others that lie beside them are not the store's."""
+    """Returns the directories of recipes. Other directories beside them do not belong to the store."""
     names = {version.parent.name for version in store.versions()}
     names |= {lock.stem.removeprefix("version-") for lock in (store.root / "locks").glob("version-*.lock")}
     return [folder for name in sorted(names) if (folder := store.root / name).is_dir()]
@@ -129,9 +129,9 @@ def _left_beside(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _free(store: Store, name: str, look: bool) -> Iterator[bool]:
-    """Holds a lock if nobody else does, or only looks."""
-    if look:
+def _free(store: Store, name: str, dry_run: bool) -> Iterator[bool]:
+    """Yields whether a lock is free, and holds it meanwhile; a dry run does not take it."""
+    if dry_run:
         yield not is_locked(store.root / "locks" / f"{name}.lock")
         return
     with store.lock(name, wait=False) as held:
@@ -139,7 +139,7 @@ def _free(store: Store, name: str, look: bool) -> Iterator[bool]:
 
 
 def _drop_locks(store: Store) -> None:
-    """Removes locks and leases that nobody holds; call inside the gate."""
+    """Removes locks and leases that nobody holds. Call it inside the gate."""
     gate = store.root / "locks" / "gate.lock"
     for file in [*(store.root / "locks").iterdir(), *(store.root / "leases").iterdir()]:
         if file == gate:

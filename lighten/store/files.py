@@ -1,4 +1,4 @@
-"""Writing, flushing and removing files so that a kill, a full disk or a second run finds nothing half-done."""
+"""Writing, flushing and removing files. A kill, a full disk or a second run never finds anything half-done."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it, so that readers see the old file or the new one."""
+    """Writes a file under a temporary name and renames it. Readers see the old file or the new one."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -42,7 +42,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Makes sure that a file, or the names in a directory, are on the disk, as far as its file system can tell."""
+    """Makes sure that a file, or the names in a directory, are on the disk, as far as its file system supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,7 +54,7 @@ def flush(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a directory tree, read-only entries included; what somebody else removes meanwhile is no error."""
+    """Removes a directory tree, read-only entries included. It is no error if another process removes parts of it."""
 
     def allow(function: Any, name: str, _error: Any) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -66,7 +66,7 @@ def remove_tree(path: Path) -> None:
 
 
 def freeze(path: Path) -> None:
-    """Flushes a tree to disk and takes its write permissions away."""
+    """Flushes a tree to disk and removes its write permissions."""
     for entry in [*path.rglob("*"), path]:
         flush(entry)
         os.chmod(entry, stat.S_IMODE(entry.stat().st_mode) & ~0o222)
@@ -76,7 +76,7 @@ MANIFEST = "artifact.json"
 
 
 def canonical(value: Any) -> str:
-    """Returns `value` as JSON with one spelling only: sorted keys, no spaces, no NaN."""
+    """Returns `value` as JSON with one spelling: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
@@ -93,7 +93,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_files(root: Path) -> list[dict[str, Any]]:
-    """Returns path, size and SHA-256 of every file under `root` but its manifest, sorted by path."""
+    """Returns path, size and SHA-256 of every file under `root` except its manifest, sorted by path."""
     paths = sorted(path for path in root.rglob("*") if path.is_file() and path != root / MANIFEST)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         digests = list(pool.map(hash_file, paths))

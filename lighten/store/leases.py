@@ -1,4 +1,4 @@
-"""What runs under way need of a store: a file for each, with its keys, whose lock the run holds as long as it lives."""
+"""What running runs need of a store: a file of keys for each run, whose lock the run holds as long as it lives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lighten.store.locks import is_locked, take
 
 @contextlib.contextmanager
 def declared(folder: Path, keys: Iterable[str], gate: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Holds a lease of `keys`; it is taken inside `gate`, where nobody reads leases to remove by them."""
+    """Holds a lease of `keys`. It is taken inside `gate`, where nothing is chosen for removal meanwhile."""
     file = folder / secrets.token_hex(8)
     with contextlib.ExitStack() as stack:
         with gate():
@@ -33,10 +33,10 @@ def declared(folder: Path, keys: Iterable[str], gate: Callable[[], AbstractConte
 
 
 def living(folder: Path) -> set[str]:
-    """Returns the keys of all leases that somebody holds.
+    """Returns the keys of all leases that a process holds.
 
     Raises:
-        Failure: one cannot be read.
+        Failure: a lease cannot be read.
     """
     keys: set[str] = set()
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():

@@ -1,4 +1,4 @@
-"""Links, and what stands for them on file systems that have none."""
+"""Links, and their substitutes on file systems without links."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK, errno.EACCES, errno.EINVAL)
 _LONGEST = 4096
-"""Bytes of a path."""
+"""Maximum number of bytes of a path."""
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Gives a file a second name, or copies it where the file system has no hard links."""
+    """Gives a file a second name. Copies it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -24,9 +24,9 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def point(link: Path, target: str) -> None:
-    """Lets `link` lead to `target`, a path relative to it; replaces what it led to before.
+    """Makes `link` lead to `target`, a path relative to it, and replaces the old target.
 
-    Where the file system has no symbolic links it is a file with the path in it, which `follow` reads.
+    If the file system has no symbolic links, the link is a file with the path in it, which `follow` reads.
     """
     scratch = link.with_name(f".{link.name}")
     with contextlib.suppress(FileNotFoundError):
@@ -41,10 +41,10 @@ def point(link: Path, target: str) -> None:
 
 
 def follow(link: Path) -> Path:
-    """Returns what a link leads to, or the path itself if it is none."""
+    """Returns the target of a link; the path itself if it is no link."""
     if link.is_file() and not link.is_symlink() and link.stat().st_size <= _LONGEST:
         with contextlib.suppress(OSError, ValueError):
-            told = link.read_text(encoding="utf-8").strip()
-            if told and "\n" not in told and "\0" not in told and (link.parent / told).is_dir():
-                return (link.parent / told).resolve()
+            target = link.read_text(encoding="utf-8").strip()
+            if target and "\n" not in target and "\0" not in target and (link.parent / target).is_dir():
+                return (link.parent / target).resolve()
     return link.resolve()

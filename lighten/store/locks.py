@@ -1,7 +1,7 @@
-"""Locks that the kernel releases when their holder ends, however it ends: no process number can be mistaken.
+"""Locks that the kernel releases when their holder ends, however it ends. No process number can be mistaken.
 
-A lock is on a file (`flock`). Whoever collects what killed runs left may remove the file of a lock that nobody holds:
-a holder makes sure that the file it locked is still the one of that name.
+A lock is on a file (`flock`). `gc` may remove the file of a lock that nobody holds. So a holder checks that the file
+that it locked still has its name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextlib.contextmanager
 def locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds the lock of a file, which is made if need be; yields whether it was got (always true with `wait`).
+    """Holds the lock of a file, which is made if it does not exist. Yields whether it was got (always with `wait`).
 
     Raises:
         RequestError: the file system has no locks.
@@ -37,7 +37,7 @@ def locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def is_locked(file: Path) -> bool:
-    """Returns whether somebody holds the lock of a file; needs no permission to write there."""
+    """Returns whether a process holds the lock of a file. It needs no permission to write."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -49,7 +49,7 @@ def is_locked(file: Path) -> bool:
 
 
 def take(descriptor: int, operation: int, file: Path) -> bool:
-    """Locks an open file; returns whether it was got.
+    """Locks an open file. Returns whether the lock was got.
 
     Raises:
         RequestError: the file system has no locks.
@@ -85,7 +85,7 @@ def _open(file: Path, wait: bool) -> int | None:
 
 
 def same(descriptor: int, file: Path) -> bool:
-    """Returns whether an open file is still the one of that name."""
+    """Returns whether an open file still has its name."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(file))
     except FileNotFoundError:

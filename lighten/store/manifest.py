@@ -1,4 +1,4 @@
-"""What an `artifact.json` has to hold."""
+"""The required form of an `artifact.json`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 KEY = re.compile(r"[0-9a-f]{64}")
-"""Of a stage: a SHA-256 in hexadecimal digits."""
+"""Pattern of the key of a stage: a SHA-256 in hexadecimal digits."""
 NEEDED: dict[str, type] = {"key": str, "format": str, "files": list}
 FURTHER: dict[str, type] = {
     "kind": str,
@@ -20,17 +20,17 @@ FURTHER: dict[str, type] = {
 }
 """Parts that may be absent, and their types."""
 DIGEST = "sha256"
-"""Of the manifest itself; absent in those of earlier versions of lighten."""
+"""Name of the digest of the manifest itself. Manifests of earlier versions of lighten have none."""
 
 
 def digest(manifest: dict[str, Any]) -> str:
-    """Returns the SHA-256 of a manifest without its own digest, whatever the spaces and the order of its keys."""
+    """Returns the SHA-256 of a manifest without its own digest. Spaces and the order of keys do not matter."""
     value = json.loads(json.dumps({name: each for name, each in manifest.items() if name != DIGEST}))
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def fault(manifest: Any) -> str | None:
-    """Returns what is wrong with the form of a manifest, or None."""
+    """Returns what is wrong with the form of a manifest; None if nothing is."""
     if not isinstance(manifest, dict):
         return "it holds no object"
     for name, kind in {**NEEDED, **FURTHER}.items():

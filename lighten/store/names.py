@@ -1,19 +1,19 @@
-"""What recipes, variants and versions may be called: names that are safe as the name of a directory."""
+"""Names of recipes, variants and versions, which must be safe as the name of a directory."""
 
 from __future__ import annotations
 
 import re
 
 LONGEST = 128
-"""Letters of a name: it becomes a directory's, beside a suffix or two."""
+"""Maximum number of letters of a name. It becomes the name of a directory, with a suffix or two."""
 PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 NAME = re.compile(PATTERN)
 _ELSEWHERE = re.compile(rf"({PATTERN}) @ [^/\\\x00-\x1f\x7f-\x9f]{{1,200}}")
-"""A row that another machine measured: the variant's name, and the machine's."""
+"""Pattern of the name of a row that another machine measured: the variant's name, and the machine's."""
 
 
 def is_name(text: str) -> bool:
-    """Returns whether a text can be a name: letters, digits, ".", "_" and "-", the first a letter or digit."""
+    """Returns whether a text can be a name: letters, digits, ".", "_" and "-". The first is a letter or digit."""
     return len(text) <= LONGEST and NAME.fullmatch(text) is not None
 
 
@@ -29,6 +29,6 @@ def elsewhere(name: str, machine: str) -> str:
 
 
 def as_name(text: str) -> str:
-    """Returns the nearest name to a text, such as the name of a file."""
+    """Returns the nearest name to a text, for example for the name of a file."""
     found = re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip("._-")[:LONGEST]
     return found or "model"

@@ -37,7 +37,7 @@ from lighten.store.manifest import DIGEST, KEY, digest
 OWN = ("objects", "locks", "costs", "leases", "unfinished")
 """Names in the store's directory that no recipe can have."""
 _BROKEN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
-"""Errors of reading that say that a file is gone or broken."""
+"""Error numbers of reading that mean that a file is gone or broken."""
 _VERSION = re.compile(r"v([1-9][0-9]*)")
 
 
@@ -82,7 +82,7 @@ class Store:
         return all(os.access(folder, os.W_OK) for folder in folders if folder.is_dir())
 
     def find(self, key: str) -> Artifact | None:
-        """Returns the object, or None if there is none or its manifest is damaged. No file is hashed: see `sound`."""
+        """Returns the object; None if it does not exist or its manifest is damaged. It hashes no file: see `sound`."""
         if not KEY.fullmatch(key):  # a key of somebody's results.json may be any text
             return None
         try:
@@ -92,10 +92,10 @@ class Store:
         return found if found.key == key else None
 
     def damage(self, key: str) -> list[str]:
-        """Re-hashes an object that is there; returns one line for everything that is wrong with it.
+        """Hashes an object again. Returns one line for everything that is wrong with it.
 
         Raises:
-            Failure, OSError: it cannot be read, for want of permission or of open files.
+            Failure, OSError: it cannot be read, because permission or open files are lacking.
         """
         try:
             found = read_artifact(self.objects / key)
@@ -107,11 +107,11 @@ class Store:
             return [str(error)]
 
     def sound(self, key: str, say: Callable[[str], None] = lambda message: None) -> Artifact | None:
-        """Returns the object after re-hashing it; a corrupt one is removed and None is returned.
+        """Hashes an object again and returns it. A corrupt object is removed, and None is returned.
 
         Args:
-            key: which object; call with its lock held.
-            say: told what was wrong with an object that was removed.
+            key: the object; call with its lock held.
+            say: called with what was wrong with an object that was removed.
         """
         if not (self.objects / key).exists():
             return None
@@ -122,13 +122,13 @@ class Store:
         return None
 
     def remove(self, key: str) -> None:
-        """Deletes an object; the name disappears first, so nobody sees half of it."""
+        """Deletes an object. The name disappears first, so that no process sees a part of it."""
         path = self.objects / key
         if path.exists():
             remove_tree(self.hide(path))
 
     def hide(self, path: Path) -> Path:
-        """Gives what is to be removed from `objects` another name, at once; returns that."""
+        """Gives something in `objects` that is to be removed another name, at once. Returns that name."""
         os.chmod(path, 0o755)
         key = KEY.findall(path.name)[0]
         doomed = self.objects / f".gone-{key}-{secrets.token_hex(4)}"
@@ -136,7 +136,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, key: str, *, wait: bool = True) -> Iterator[bool]:
-        """Holds the lock of an object; yields whether it was got (always true with `wait`)."""
+        """Holds the lock of an object. Yields whether it was got (always with `wait`)."""
         self.prepare()
         with locked(self.root / "locks" / f"{key}.lock", wait=wait) as held:
             yield held
@@ -156,20 +156,20 @@ class Store:
 
     @contextlib.contextmanager
     def gate(self) -> Iterator[None]:
-        """Holds the lock under which leases are declared and objects chosen for removal; for a moment only."""
+        """Holds, for a moment, the lock under which leases are declared and objects are chosen for removal."""
         with self.lock("gate"):
             yield
 
     def leased(self) -> set[str]:
-        """Returns the keys that runs under way have declared; dead ones do not count."""
+        """Returns the keys that living runs have declared. Dead runs do not count."""
         return living(self.root / "leases")
 
     @contextlib.contextmanager
     def building(self, key: str) -> Iterator[Path]:
-        """Yields an empty temporary directory for the object; call with its lock held, then `finish` it.
+        """Yields an empty temporary directory for the object. Call with its lock held, then `finish` it.
 
-        Whatever an earlier killed run left under this key is removed first; the directory is removed
-        if it was not finished.
+        What an earlier killed run left under this key is removed first. The directory is removed if it was not
+        finished.
         """
         self.prepare()
         for stale in self.objects.glob(f".tmp-{key}-*"):
@@ -207,7 +207,7 @@ class Store:
         return Artifact(target, complete)
 
     def cost(self, key: str) -> dict[str, Any] | None:
-        """Returns what building an object took, or None if that is not known."""
+        """Returns the cost of building an object; None if it is not known."""
         try:
             value = json.loads((self.root / "costs" / f"{key}.json").read_text())
         except (OSError, ValueError, RecursionError):
@@ -222,7 +222,7 @@ class Store:
         return [cost for key in keys if (cost := self.cost(key))]
 
     def record_cost(self, key: str, cost: dict[str, Any]) -> None:
-        """Keeps what building an object took."""
+        """Keeps the cost of building an object."""
         self.prepare()
         write_json(self.root / "costs" / f"{key}.json", cost)
 
@@ -241,7 +241,7 @@ class Store:
 
     @contextlib.contextmanager
     def publishing(self, name: str) -> Iterator[None]:
-        """Holds the lock of a recipe's versions: whoever looks at the latest and adds one does both inside.
+        """Holds the lock of a recipe's versions. Read the latest version and add the next one inside it.
 
         Raises:
             RequestError: the store uses that name itself.
@@ -252,14 +252,14 @@ class Store:
             yield
 
     def point_latest(self, name: str) -> None:
-        """Lets the link `latest` lead to the newest version, if a killed run left it behind; call when publishing."""
+        """Makes the link `latest` lead to the newest version, if a killed run left it behind. Call when publishing."""
         newest, link = self.latest(name), self.root / name / "latest"
         if newest and (not link.exists() or follow(link) != newest.resolve()):
             point(link, newest.name)
 
     @contextlib.contextmanager
     def new_version(self, name: str) -> Iterator[Path]:
-        """Yields a temporary directory that becomes the next version of `name` when the block ends well.
+        """Yields a temporary directory that becomes the next version of `name` if the block ends without an error.
 
         Call it inside `publishing`. What a killed run left beside the versions is removed first.
         """
@@ -284,17 +284,17 @@ class Store:
                 remove_tree(path)
 
     def referenced(self) -> set[str]:
-        """Returns the keys that any version refers to, with everything those were made from."""
+        """Returns the keys that any version refers to, with all keys that those were made from."""
         keys: set[str] = set()
         for version in self.versions():
             refs = version / "objects.json"
             try:
-                told = json.loads(refs.read_text())
-                if not (isinstance(told, list) and all(isinstance(key, str) and KEY.fullmatch(key) for key in told)):
+                found = json.loads(refs.read_text())
+                if not (isinstance(found, list) and all(isinstance(key, str) and KEY.fullmatch(key) for key in found)):
                     raise ValueError("it is no list of keys")
             except (OSError, ValueError, RecursionError) as error:
                 raise Failure(f"{refs} cannot be read ({error}): restore it or remove {version}") from error
-            keys.update(told)
+            keys.update(found)
             links = version / "variants"
             keys.update(follow(link).name for link in (links.iterdir() if links.is_dir() else ()))
         return keys

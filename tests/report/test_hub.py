@@ -106,7 +106,7 @@ def test_a_file_that_tells_a_directory_of_this_machine_is_not_pushed(tiny: Calla
         version = run(str(recipe), artifacts=tmp_path / "artifacts")
         asked = (load(version / "results.json"), version, "me/small", ["baseline"])
         if place == Path.home():
-            with pytest.raises(Failure, match=rf"notes\.json tells a directory of this machine \({place}\)"):
+            with pytest.raises(Failure, match=rf"notes\.json names a directory of this machine \({place}\)"):
                 uploads(*asked)
     assert "notes.json" in dict(uploads(*asked)[0].files)
 
