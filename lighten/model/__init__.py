@@ -1,1 +1,1 @@
-"""Opening a source and streaming its layers."""
+"""Opening a source, and streaming its layers."""

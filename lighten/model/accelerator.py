@@ -1,6 +1,6 @@
-"""What does the arithmetic: its name, its memory, and its counters. The one place that asks torch about GPUs.
+"""The device that does the arithmetic: its name, its memory, and its counters. Only this file asks torch about GPUs.
 
-A device is named as torch names it: "cpu", "cuda" (the first GPU that is visible), "cuda:1".
+A device has torch's name: "cpu", "cuda" (the first GPU that is visible), "cuda:1".
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from lighten.step import Report
 
 NAME = re.compile(r"cpu|cuda(:[0-9]+)?")
 ROOM = 0.9
-"""Share of a GPU's memory that work is planned for: the driver and the allocator's gaps take the rest."""
+"""Share of a GPU's memory that work is planned for. The driver and the allocator's gaps take the rest."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device that is there, and what is known of it without importing torch."""
+    """A device of this machine, and what is known of it without importing torch."""
 
     name: str
     title: str | None = None
-    """What its maker calls it; None for the processor."""
+    """Name by its maker; None for the processor."""
     total_bytes: int | None = None
-    """Its own memory; None for the processor."""
+    """Bytes of its own memory; None for the processor."""
     note: str | None = None
-    """What the person should know about the choice."""
+    """Remark for the person about the choice of the device."""
 
     @property
     def kind(self) -> str:
@@ -37,11 +37,11 @@ class Device:
         return kind(self.name)
 
     def key(self) -> dict[str, str]:
-        """Returns what the device adds to the key of what was computed on it: nothing for the processor."""
+        """Returns the part of a key that the device adds to what was computed on it; nothing for the processor."""
         return {} if self.name == "cpu" else {"device": self.kind}
 
     def holds(self, size: float) -> bool:
-        """Returns whether its memory has room for so many bytes; a processor's is not asked."""
+        """Returns whether its memory has room for so many bytes. The processor always has."""
         return self.total_bytes is None or size <= ROOM * self.total_bytes
 
 
@@ -59,13 +59,13 @@ def index(device: str) -> int:
 
 
 def resolve(name: str, *, gpus: bool) -> Device:
-    """Returns the device of a name; "auto" is a GPU where torch can use one.
+    """Returns the device of a name. "auto" is a GPU if torch can use one.
 
     Torch is asked in a process of its own: a driver's tool may show a GPU that the installed torch was not built for.
 
     Args:
         name: "auto", "cpu", "cuda" or "cuda:N".
-        gpus: whether the machine shows a GPU at all; if not, "auto" asks nobody.
+        gpus: whether the machine shows a GPU at all; if not, "auto" is the processor without asking torch.
 
     Raises:
         RequestError: the name means nothing here, or torch does not see the GPU.
@@ -115,14 +115,14 @@ def free_bytes(device: str) -> int | None:
 def fits(size: float, device: str, share: float = 0.5) -> bool:
     """Returns whether so many bytes take at most a share of the device's free memory; never on the processor.
 
-    The processor's memory is where things lie anyway: nothing is moved there to be quicker.
+    Data lies in the processor's memory anyway, so nothing is moved there to be faster.
     """
     free = free_bytes(device)
     return free is not None and size <= share * free
 
 
 def synchronize(device: str) -> None:
-    """Waits until the device has done what it was asked for."""
+    """Waits until the device has finished its work."""
     if kind(device) == "cuda":
         import torch
 
@@ -139,7 +139,7 @@ def peak_bytes(device: str) -> int | None:
 
 
 def reset_peak(device: str) -> None:
-    """Begins to count the peak of a GPU's memory anew."""
+    """Starts a new count of the peak of a GPU's memory."""
     if kind(device) == "cuda":
         import torch
 
@@ -147,16 +147,17 @@ def reset_peak(device: str) -> None:
 
 
 def uuid(device: str) -> str:
-    """Returns the identity of a GPU, as its driver's library NVML spells it: numbers differ where some are hidden."""
+    """Returns the identity of a GPU in the spelling of NVML. Numbers change if some GPUs are hidden."""
     import torch
 
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def deterministic(device: str) -> None:
-    """Makes what follows in this process the same every time on a GPU; call before the device is used.
+    """Makes further work in this process give the same results every time on a GPU.
 
-    Where torch has no such kernel it warns and goes on; on the processor everything is the same every time already.
+    Call it before the device is used. If torch has no such kernel, it warns and goes on. On the processor results are
+    always the same.
     """
     if kind(device) != "cuda":
         return

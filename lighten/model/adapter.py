@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt")
-"""Files of an adapter's directory that take the place of its base's."""
+"""Files in an adapter's directory that replace those of its base."""
 _PREFIX = "base_model.model."
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?$")
 
 
 def is_adapter(path: Path) -> bool:
-    """Returns whether a directory holds an adapter, and no model."""
+    """Returns whether a directory holds an adapter and no model."""
     return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
 
 
@@ -33,7 +33,7 @@ def base_of(path: Path) -> str:
     """Returns the name or the path of the model that an adapter was trained on.
 
     Raises:
-        RequestError: it does not say.
+        RequestError: the adapter does not say.
     """
     base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
@@ -46,10 +46,10 @@ class Merged(Checkpoint):
     """A model directory whose weights are read with an adapter merged into them, in the type of the base."""
 
     def __init__(self, adapter: Path, base: Path) -> None:
-        """Opens both.
+        """Opens the adapter and its base.
 
         Raises:
-            RequestError: no LoRA, or one of a kind that is not merged here.
+            RequestError: the adapter is no LoRA, or a kind of LoRA that is not merged here.
             Failure: its weights are damaged.
         """
         super().__init__(base)
@@ -109,7 +109,7 @@ class Merged(Checkpoint):
             raise Failure(f"{file} cannot be read ({error}): cut short or damaged; fetch it again") from error
 
     def scale(self, module: str) -> float:
-        """Returns by what B A of a module is multiplied."""
+        """Returns the factor of B A for a module."""
         rank = float(self._of(module, "rank_pattern", "r"))
         alpha = float(self._of(module, "alpha_pattern", "lora_alpha"))
         return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)

@@ -1,8 +1,8 @@
 """Causal attention on a CPU that multiplies bfloat16, for whole sequences at once.
 
-torch's kernel makes the scores of a block with products that are slow on some CPUs, and of the full square. Here a
-block of queries meets only the keys up to its end, and the query heads that share a key head are one product.
-Scores and probabilities are float32; only the products take bfloat16 inputs.
+torch's kernel computes the scores of the full square, with products that are slow on some CPUs. Here a block of queries
+meets only the keys up to its end, and the query heads that share a key head are one product. Scores and probabilities
+are float32. Only the products take bfloat16 inputs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lighten.model.products import exact_products
 
 NAME = "lighten_causal"
 BLOCK = 128
-"""Queries whose scores are in memory at a time, for every head of one sequence."""
+"""Number of queries whose scores are in memory at a time, for every head of one sequence."""
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -54,10 +54,10 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
 
 
 def attend_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Returns what one query of every head and sequence gets from all keys: `attend` for the next token.
+    """Returns the attention of one query of every head and sequence to all keys: `attend` for the next token.
 
-    Query heads that share a key head meet it together, so that keys are read once. Products are float32: those of
-    bfloat16 with so few rows are slow in torch on a CPU. Keys and values that are float32 already are not copied.
+    Query heads that share a key head are one product, so that keys are read once. Products are float32, because torch's
+    bfloat16 products with so few rows are slow on a CPU. Keys and values that are already float32 are not copied.
     """
     samples, heads, _, size = query.shape
     shared = key.shape[1]

@@ -27,29 +27,29 @@ _PIECE = 1 << 22
 
 
 class Checkpoint:
-    """Config and tensors of a model directory; holds no weights.
+    """Config and tensors of a model directory. It holds no weights.
 
-    Shards are mapped only while they are read, and what is read is copied: pages of a mapping that stays open
-    count as memory of the process, up to the whole model.
+    Shards are mapped only while they are read, and what is read is copied. Pages of a mapping that stays open count as
+    memory of the process, up to the whole model.
     """
 
     def __init__(self, path: Path, config: dict[str, Any] | None = None) -> None:
-        """Opens the directory; `config` takes the place of its config.json.
+        """Opens the directory. `config` replaces its config.json.
 
         Raises:
-            RequestError: no model there, or only a pickled one.
+            RequestError: there is no model, or only a pickled one.
             Failure: a shard that its index names is missing.
         """
         self.path = path
         self.notes: list[str] = []
-        """What the person should know of how the directory was read."""
+        """Remarks for the person on how the directory was read."""
         self.config = read_config(path) if config is None else config
         if config is None:
             self._settle_tie()
 
     @cached_property
     def _files(self) -> dict[str, str]:
-        """File name of the shard of every tensor, by the name it is stored under."""
+        """File name of the shard of every tensor, by its stored name."""
         files, index, notes = forms.weight_files(self.path)
         self.notes += notes
         found: dict[str, str] = {}
@@ -66,7 +66,7 @@ class Checkpoint:
 
     @cached_property
     def stored(self) -> dict[str, str]:
-        """The name that every tensor is stored under, by its name in a language model that was saved whole."""
+        """Stored name of every tensor, by its name in a language model that was saved whole."""
         if _family(self.config) != "causal":
             return {name: name for name in self._files}
         return forms.canonical(self._files, self.config)
@@ -123,7 +123,7 @@ class Checkpoint:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What differs from the directory's own config.json."""
+        """Settings that differ from the directory's own config.json."""
         return {}
 
     def count(self) -> int:
@@ -135,7 +135,7 @@ class Checkpoint:
         return self.tensor(EMBEDDING if self.facts.tied else HEAD)
 
     def write_others(self, out: Path, config: dict[str, Any]) -> None:
-        """Writes everything but the weights into a directory: a config, and the other files as they are."""
+        """Writes everything except the weights into a directory: a config, and the other files unchanged."""
         for file in without_pickles(self.path):
             weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
             if not weights and file.name not in (MANIFEST, "config.json"):
@@ -144,7 +144,7 @@ class Checkpoint:
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def _open(self, name: str, framework: str = "pt") -> Any:
-        """Maps a shard; numpy's is enough for what stands in its header, and imports no torch."""
+        """Maps a shard. numpy is enough for the types in its header, and imports no torch."""
         try:
             return safe_open(self.path / name, framework=framework)
         except (SafetensorError, OSError) as error:
@@ -154,7 +154,7 @@ class Checkpoint:
             ) from error
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Returns one tensor, on the CPU, in the type it is stored in."""
+        """Returns one tensor, on the CPU, in its stored type."""
         with self._open(self.weight_map[name]) as shard:
             tensor: torch.Tensor = shard.get_tensor(self.stored[name]).clone()
         return tensor
@@ -205,11 +205,11 @@ _SIZES: dict[str, tuple[str, ...]] = {
     "intermediate_size": ("intermediate_size", "d_ff", "encoder_ffn_dim", "hidden_dim"),
     "vocab_size": ("vocab_size",),
 }
-"""What the sizes of encoders and sequence-to-sequence models are called, besides the usual names."""
+"""Names of the sizes of encoders and sequence-to-sequence models, in addition to the usual names."""
 
 
 def _family(config: dict[str, Any]) -> Literal["causal", "encoder", "seq2seq"]:
-    """Returns what kind of model a config.json describes."""
+    """Returns the family of the model that a config.json describes."""
     if config.get("is_encoder_decoder"):
         return "seq2seq"
     architecture = str((config.get("architectures") or [""])[0])
@@ -218,10 +218,10 @@ def _family(config: dict[str, Any]) -> Literal["causal", "encoder", "seq2seq"]:
 
 
 def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
-    """Returns the sizes that a config.json tells.
+    """Returns the sizes in a config.json.
 
     Raises:
-        RequestError: it lacks one of them: not a language model of a kind that lighten knows.
+        RequestError: a size is missing, so it is no language model that lighten knows.
     """
     family = _family(config)
     if family != "causal":

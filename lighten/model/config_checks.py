@@ -1,4 +1,4 @@
-"""What a config.json may say: values that others take apart have the right types, and sizes are such as models have."""
+"""Checks of a config.json: its values have the right types, and its sizes are possible."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 _MOST = {"num_hidden_layers": 10_000, "num_attention_heads": 1 << 20}
-"""No model has more; others of its sizes are below 2³¹."""
+"""Maximum of each of these sizes. Other sizes must be below 2³¹."""
 
 
 def check_config(config: dict[str, Any], file: Path) -> None:
-    """Makes sure of the types of what a config.json says, and that it asks for no code of the hub.
+    """Checks the types of the values in a config.json, and that it asks for no code of the hub.
 
     Raises:
-        Failure: a value of a type that it cannot have.
+        Failure: a value has a type that it cannot have.
         RequestError: it names a kernel that would be fetched and run.
     """
     for key, kinds in _TYPES.items():
@@ -46,10 +46,10 @@ def check_config(config: dict[str, Any], file: Path) -> None:
 
 
 def refuse_code(config: dict[str, Any], file: Path) -> None:
-    """Makes sure that transformers can build a model without code that lies beside it.
+    """Checks that transformers can build a model without the code that lies beside it.
 
     Raises:
-        RequestError: it cannot; says how to ask for that code.
+        RequestError: it cannot; the message says how to allow that code.
     """
     if not (named := config.get("auto_map")):
         return
@@ -68,7 +68,7 @@ def size(config: dict[str, Any], key: str, where: str) -> int:
     """Returns a size.
 
     Raises:
-        KeyError: it is not there.
+        KeyError: it is missing.
         RequestError: it is no size.
     """
     value = config[key]

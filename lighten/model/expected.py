@@ -1,7 +1,7 @@
-"""Which weights a model must have, found out from its architecture; and what a directory has of them.
+"""The weights that a model must have by its architecture, and those that a directory has.
 
-The model is built without storage, and transformers' own loader is given the names and shapes of the checkpoint: it
-renames, merges, splits and ties them as it would when it loads, and says what it would leave random.
+The model is built without storage, and transformers' own loader gets the names and shapes of the checkpoint. It
+renames, merges, splits and ties them as it does when it loads, and says what it would leave random.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lighten.model.unpacked import open_checkpoint
 from lighten.step import Report
 
 SHOWN = 3
-"""Names that a message shows."""
+"""Maximum number of names in a message."""
 WRAPPERS = {
     "_orig_mod.": "torch.compile",
     "module.": "DataParallel",
@@ -29,7 +29,7 @@ WRAPPERS = {
     "_forward_module.": "Lightning",
     "_checkpoint_wrapped_module.": "activation checkpointing",
 }
-"""What leaves a prefix in the names of weights."""
+"""Wrappers that leave a prefix in the names of weights."""
 RENAME = (
     "python -c \"from safetensors.torch import load_file as r, save_file as w; f='{file}'; "
     "w({{k.removeprefix('{prefix}'): v for k, v in r(f).items()}}, f, {{'format': 'pt'}})\""
@@ -40,12 +40,12 @@ def check(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Checks the weights of a model directory; the target of `run_isolated`.
 
     Args:
-        payload: `path`, and `name`: what the person calls it.
+        payload: `path`, and `name`: the name that the person gave.
         report: not used.
 
     Returns:
-        `surplus`: names that its architecture has no use for; `known`: those of them that older versions of it saved,
-        which transformers passes over without a word; `unchecked`: why nothing was compared, or None.
+        `surplus`: names that its architecture does not use. `known`: names among them that older versions of it saved,
+        which transformers passes over without a word. `unchecked`: why nothing was compared, or None.
 
     Raises:
         RequestError: weights are missing, or have another shape than its config.json asks for.
@@ -72,7 +72,7 @@ def check(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 class _Unknown(Exception):
-    """Transformers cannot build it, or not without running code that comes with the model."""
+    """The error that transformers cannot build a model, or not without code that comes with the model."""
 
 
 def _empty(checkpoint: Checkpoint) -> Any:
@@ -104,7 +104,7 @@ def _empty(checkpoint: Checkpoint) -> Any:
 
 
 def class_named(name: str, config: Any) -> Any | None:
-    """Returns the class of transformers that a config.json names; None for one that is no model of such a config."""
+    """Returns the class of transformers that a config.json names; None if it is no model of such a config."""
     import transformers
 
     found: Any = getattr(transformers, name, None)
@@ -133,15 +133,15 @@ def _quiet() -> Iterator[None]:
 def compare(
     model: Any, shapes: dict[str, tuple[int, ...]]
 ) -> tuple[list[str], list[tuple[str, tuple[int, ...], tuple[int, ...]]], list[str], list[str]]:
-    """Hands shapes to transformers' loader in place of weights.
+    """Passes shapes to transformers' loader in place of weights.
 
     Args:
         model: built without storage.
         shapes: of every stored tensor, by its name.
 
     Returns:
-        Names that would stay random; names with their stored and their expected shape; names that are not used; those
-        of them that transformers knows from older versions.
+        Names that would stay random; names with their stored and their expected shape; names that are not used; names
+        among these that transformers knows from older versions.
     """
     import torch
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -234,7 +234,7 @@ def _listed(names: list[str], between: str = ", ") -> str:
 
 
 def _prefix(surplus: list[str], known: set[str]) -> tuple[str, int] | None:
-    """Returns the prefix without which most of the names would be known, and how many; None where there is none."""
+    """Returns the prefix without which most of the names would be known, and their number; None if there is none."""
     found: Counter[str] = Counter()
     for name in surplus:
         parts = name.split(".")
@@ -253,8 +253,8 @@ def loaded(path: Path, info: dict[str, Any], name: str | None = None) -> None:
 
     Args:
         path: the model directory.
-        info: what `from_pretrained(…, output_loading_info=True)` says.
-        name: what the person calls it.
+        info: the output of `from_pretrained(…, output_loading_info=True)`.
+        name: the name that the person gave.
     """
     weights = re.compile(r"(weight|bias|qweight|weight_packed)$")
     missing = sorted(each for each in info["missing_keys"] if weights.search(each))

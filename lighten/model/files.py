@@ -1,4 +1,4 @@
-"""The files of a model directory. They are somebody else's: none may lead out of it, and none is more than data."""
+"""The files of a model directory, which another person made: no link leads out of it, and every file is only data."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from lighten.errors import Failure, RequestError
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
-"""Files that can run any code when they are opened."""
+"""Suffixes of files that can run code when they are opened."""
 LARGEST_JSON = 1 << 28
-"""Bytes; the largest tokenizers have 35 MB."""
+"""Maximum number of bytes of a JSON file. The largest tokenizers have 35 MB."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def check_links(folder: Path) -> None:
-    """Makes sure that no file in a directory is a link to somewhere else.
+    """Checks that no file in a directory is a link to another place.
 
-    The cache of the hub, whose snapshots link to the blobs of the same repository, is one directory here.
+    The cache of the hub, whose snapshots link to the blobs of the same repository, counts as one directory.
 
     Raises:
-        RequestError: one is: whoever made it chose a file of this machine, to be read, copied and published.
+        RequestError: a link leads out. Its maker chose a file of this machine, to be read, copied and published.
     """
     for entry in sorted(folder.iterdir()):
         if entry.is_symlink() and entry.is_file():
@@ -61,10 +61,10 @@ def plain(name: Any, folder: Path, teller: str) -> Path:
 
 
 def without_pickles(folder: Path) -> Iterator[Path]:
-    """Yields the files that lie in a directory, sorted, but pickles.
+    """Yields the files of a directory, sorted, without pickles.
 
     Raises:
-        RequestError: one leads out of it.
+        RequestError: a link leads out of the directory.
     """
     for file in sorted(folder.iterdir()):
         if file.is_file() and not any(file.match(pattern) for pattern in PICKLES):
@@ -72,7 +72,7 @@ def without_pickles(folder: Path) -> Iterator[Path]:
 
 
 def refuse_pointer(file: Path) -> None:
-    """Raises RequestError if Git put a pointer where a file should be."""
+    """Raises RequestError if Git left a pointer in place of a file."""
     with file.open("rb") as opened:
         if opened.read(len(_POINTER)) == _POINTER:
             raise RequestError(
@@ -84,7 +84,7 @@ def read_json(path: Path, advice: str = "fetch or save it again") -> dict[str, A
     """Returns the object in a JSON file.
 
     Raises:
-        RequestError: it is a pointer of Git.
+        RequestError: the file is a pointer of Git.
         Failure: it is not readable, not UTF-8, too large, nested too deep, no object, or has a key twice.
     """
     try:

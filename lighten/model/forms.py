@@ -1,4 +1,4 @@
-"""The forms in which people's model directories come: which files hold the weights, and what config.json leaves out."""
+"""The forms of model directories: which files hold the weights, and what config.json leaves out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 BODY = "model."
-"""What the names of a language model's weights begin with where its head is saved too."""
+"""Beginning of the names of a language model's weights if its head is saved too."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ENCODERS = (
     "albert",
@@ -29,14 +29,14 @@ ENCODERS = (
     "roberta",
     "xlm-roberta",
 )
-"""The `model_type` of encoders."""
+"""Values of `model_type` that are encoders."""
 
 
 def weight_files(path: Path) -> tuple[list[str], dict[str, str] | None, list[str]]:
-    """Returns the files of the weights, the index's file of every tensor where there is one, and what to tell.
+    """Returns the files of the weights, the index's file of every tensor if there is one, and notes.
 
     Raises:
-        RequestError: no weights, only pickled ones, or two sets of them.
+        RequestError: there are no weights, only pickled ones, or two sets of them.
         Failure: a shard that the index names is missing.
     """
     single = (path / SINGLE).is_file()
@@ -91,7 +91,7 @@ def refuse_pickle(path: Path) -> None:
 
 
 def refuse_adapter(path: Path) -> None:
-    """Raises RequestError if a directory holds a LoRA adapter in place of a model, with the name of its base."""
+    """Raises RequestError if a directory holds a LoRA adapter and no model. The message names its base."""
     if not (path / ADAPTER_CONFIG).is_file():
         return
     settings = read_json(path / ADAPTER_CONFIG)
@@ -103,7 +103,7 @@ def refuse_adapter(path: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Returns `config.json` of a model directory, and of what it leaves out what others files or its type tell.
+    """Returns `config.json` of a model directory, completed from other files and from the model type.
 
     Raises:
         RequestError: there is none, or the directory is an adapter's.
@@ -125,7 +125,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _old_settings(path: Path) -> dict[str, Any] | None:
-    """Returns what older tools of GPTQ and AWQ wrote into a file of its own, as config.json has it today."""
+    """Returns the settings that older tools of GPTQ and AWQ wrote into their own file, in the form of config.json."""
     if (path / "quantize_config.json").is_file():
         settings = read_json(path / "quantize_config.json")
         if "bits" in settings:
@@ -144,7 +144,7 @@ def _old_settings(path: Path) -> dict[str, Any] | None:
 
 
 def _check_rope(config: dict[str, Any], path: Path) -> None:
-    """Raises RequestError for two descriptions of the positions that differ: loaders take one or the other."""
+    """Raises RequestError for two descriptions of the positions that differ. Loaders take one or the other."""
     said = [config.get("rope_scaling"), config.get("rope_parameters")]
     if not all(isinstance(each, dict) and each and "full_attention" not in each for each in said):
         return
@@ -173,10 +173,10 @@ def _architecture(config: dict[str, Any]) -> str | None:
 
 
 def canonical(names: Iterable[str], config: dict[str, Any]) -> dict[str, str]:
-    """Returns the stored name of every weight, by the name that it has in a language model saved whole.
+    """Returns the stored name of every weight, by its name in a language model that was saved whole.
 
-    A body saved without its head lacks the prefix `model.`, and a tied embedding may be stored under the head's name:
-    loaders see through both.
+    A body that was saved without its head lacks the prefix `model.`. A tied embedding may be stored under the head's
+    name. Loaders accept both.
     """
     found = {name: name for name in names}
     if "embed_tokens.weight" in found and not any(name.startswith(BODY) for name in found):

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: keys, and where each tensor lies."""
+"""The header of a GGUF file: its keys, and the place of each tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from lighten.errors import Failure, RequestError, missing_extra
 
 READS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-"""The GGUF architectures that can be read (Mistral models are stored as "llama"), and what they become."""
+"""GGUF architectures that can be read (Mistral models are stored as "llama"), and the architectures they become."""
 
 
 MOST_VALUES, MOST_TEXT, MOST_AXES = 1 << 24, 1 << 26, 4
@@ -39,7 +39,7 @@ _FIELD_BYTES, _TENSOR_BYTES = 13, 32
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies: `shape` is `[out, in]` as in Hugging Face, `start` counts from the file's first byte."""
+    """The place of one tensor. `shape` is `[out, in]` as in Hugging Face; `start` counts from the file's first byte."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class Tensor:
     start: int
     size: int
     file: Path | None = None
-    """The part it lies in, for a file in parts."""
+    """Part that it lies in, for a file in parts."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Header:
     fields: dict[str, Any]
     tensors: dict[str, Tensor]
     fields_end: int = 0
-    """Byte that follows the metadata, which begins at byte 24."""
+    """Number of the byte after the metadata, which begins at byte 24."""
 
     @property
     def arch(self) -> str:
-        """The architecture's name, which is also the prefix of its keys."""
+        """Name of the architecture, which is also the prefix of its keys."""
         return str(self.fields.get("general.architecture"))
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -83,14 +83,14 @@ class Header:
         return int(self.number(key, default))
 
     def size(self, key: str, default: int | None = None) -> int:
-        """Returns a whole number of the architecture that counts something there must be."""
+        """Returns a whole number of the architecture that must be at least 1."""
         found = self.integer(key, default)
         if not 0 < found < 1 << 31:
             raise Failure(f"{self.path}: {self.arch}.{key} is {found}: damaged; fetch it again")
         return found
 
     def count(self, key: str, default: int) -> int:
-        """Returns a whole number that stands for the whole file, whatever its architecture."""
+        """Returns a whole number that belongs to the whole file, whatever its architecture."""
         found = self.fields.get(key, default)
         if not isinstance(found, int):
             raise Failure(f"{self.path}: {key} is {str(found)[:40]!r}, no number: damaged; fetch it again")
@@ -98,7 +98,7 @@ class Header:
 
 
 class _Cursor:
-    """Reads the header; running past the end of the file is a Failure."""
+    """Reads the header. Running past the end of the file is a Failure."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at, self.values = path, data, 0, 0
@@ -115,7 +115,7 @@ class _Cursor:
         return taken
 
     def holds(self, count: int, size: int) -> None:
-        """Refuses what many things, of at least `size` bytes each, could not be in the rest of the file."""
+        """Refuses a number of things, of at least `size` bytes each, that the rest of the file cannot hold."""
         if self.at + count * size > len(self.data):
             raise Failure(
                 f"{self.path} is cut short: its header tells of {count:,} entries at byte {self.at:,}, "
@@ -154,7 +154,8 @@ class _Cursor:
 def _block_sizes() -> dict[int, tuple[int, int]]:
     """Returns weights and bytes of a block of every tensor type, by its number, as the package gguf lists them.
 
-    Its file of constants is run alone: the package itself imports much that a measured process should not hold.
+    Only the package's file of constants is run. The package itself imports much that a measured process should not
+    hold.
     """
     try:
         found = find_spec("gguf")
@@ -175,7 +176,7 @@ def read_header(path: Path) -> Header:
     """Reads the header of a GGUF file and checks that all its tensors lie within the file.
 
     Raises:
-        RequestError: no such file, not GGUF, of a version, byte order or tensor type that cannot be read.
+        RequestError: the file does not exist, is not GGUF, or its version, byte order or tensor type is not read.
         Failure: the file is cut short or damaged.
     """
     sizes = _block_sizes()
@@ -251,9 +252,10 @@ def _lay_out(
 
 
 def is_gguf(path: Path) -> bool:
-    """Returns whether a path is a GGUF file, by its first bytes; one that is called so, and is another, is told later.
+    """Returns whether a path is a GGUF file, by its first bytes.
 
-    Other tools keep such files under names without a suffix.
+    Other tools keep such files under names without a suffix. A file that only has the suffix passes here, and gets a
+    clear message later.
     """
     if not path.is_file():
         return False
@@ -267,7 +269,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def check_header(path: Path) -> None:
-    """Makes sure that llama.cpp, which trusts a file, is given one of any architecture that holds what it tells of.
+    """Checks that a GGUF file of any architecture holds what its header claims, because llama.cpp trusts a file.
 
     Raises:
         RequestError, Failure: as `read_header`, for any of its parts; or sizes that no such model can have.
@@ -284,10 +286,10 @@ def check_header(path: Path) -> None:
 
 
 def within(folder: Path) -> Path | None:
-    """Returns the .gguf file that a directory without other weights holds, the first one of a model in parts.
+    """Returns the .gguf file in a directory without other weights; of a model in parts, the first one.
 
     Raises:
-        RequestError: it holds several models.
+        RequestError: the directory holds several models.
     """
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return None
@@ -299,10 +301,10 @@ def within(folder: Path) -> Path | None:
 
 
 def parts(path: Path) -> list[Path]:
-    """Returns the files of a model in parts, by the first one's name, or just the file.
+    """Returns the files of a model in parts, by the name of the first; else the file alone.
 
     Raises:
-        RequestError: a part other than the first.
+        RequestError: the file is a part other than the first.
         Failure: a part is missing.
     """
     found = _PART.fullmatch(path.name)
@@ -338,14 +340,14 @@ _NO_MODELS = {
     "imatrix": "an importance matrix, and no model: lighten measures its own (imatrix: true)",
     "mmproj": "the projector of a model that sees: give the file of the language model",
 }
-"""What a file of such a type is."""
+"""Names of the types of GGUF files that are no model."""
 
 
 def _open_any(path: Path) -> Header:
-    """Returns the header of a file that is a model, of whatever architecture.
+    """Returns the header of a file that is a model of any architecture.
 
     Raises:
-        RequestError: no such file, not GGUF, or something else than a model.
+        RequestError: the file does not exist, is not GGUF, or is no model.
         Failure: the file is cut short or damaged.
     """
     header = read_header(path)
@@ -362,7 +364,7 @@ def _open_any(path: Path) -> Header:
 
 
 _BASES = ("general.base_model.0.repo_url", "general.base_model.0.name", "general.basename")
-"""Where a file says what it was made for."""
+"""Keys in which a file names the model that it was made for."""
 
 
 def _open(path: Path) -> Header:

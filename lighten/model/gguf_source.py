@@ -1,8 +1,8 @@
-"""A .gguf file as a source: what its header says, and the Hugging Face directory it becomes.
+"""A .gguf file as a source: what its header says, and the Hugging Face directory that it becomes.
 
-The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is parsed here, with
-every read checked against the size of the file, so that a truncated download is named as such; tensors are
-dequantized one at a time with the `gguf` package and never held together.
+The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is parsed here. Every read
+is checked against the size of the file, so that a truncated download gets a clear message. Tensors are dequantized one
+at a time with the `gguf` package and never held together.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 
 
 def check(path: Path) -> ModelFacts:
-    """Returns the sizes of the model in a file that can be a source; raises all that `convert` does before weights.
+    """Returns the sizes of the model in a file that can be a source.
 
     Raises:
-        RequestError: no such file, not GGUF, or an architecture, a tokenizer or tensors that cannot be expressed.
-        Failure: the file is cut short or damaged.
+        RequestError, Failure: as `convert`, for everything but weights.
     """
     header = _open(path)
     facts = _facts(header)
@@ -52,10 +51,10 @@ def inspect(path: Path) -> ModelFacts:
 
 
 def measurable(path: Path) -> ModelFacts:
-    """Returns the sizes of the model in a GGUF file of any architecture, as far as its header tells them.
+    """Returns the sizes of the model in a GGUF file of any architecture, as far as its header has them.
 
     Raises:
-        RequestError: no such file, not GGUF, or something else than a model.
+        RequestError: the file does not exist, is not GGUF, or is no model.
         Failure: the file is cut short or damaged.
     """
     header = _open_any(path)
@@ -82,7 +81,7 @@ def measurable(path: Path) -> ModelFacts:
 
 
 def doubts(path: Path) -> list[str]:
-    """Returns what the person should know of a file before believing in what llama.cpp computes with it."""
+    """Returns remarks for the person on whether llama.cpp's results for a file can be trusted."""
     fields = read_header(path).fields
     if fields.get("tokenizer.ggml.model") == "gpt2" and not fields.get("tokenizer.ggml.pre"):
         return [
@@ -93,7 +92,7 @@ def doubts(path: Path) -> list[str]:
 
 
 def _largest(header: Header, key: str) -> int:
-    """Returns a whole number of the architecture, the largest where it differs by layer; 0 if the file has none."""
+    """Returns a whole number of the architecture: the largest if it differs by layer, 0 if the file has none."""
     value = header.fields.get(f"{header.arch}.{key}", 0)
     numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, (int, float))]
     return int(max(numbers, default=0))
@@ -316,7 +315,7 @@ def chat_templates(header: Header) -> dict[str, str]:
 
 
 def _ends(header: Header) -> list[int]:
-    """Returns the ids that a file says a text, a turn or a message ends with."""
+    """Returns the ids that end a text, a turn or a message by the file."""
     found = [header.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     return list(dict.fromkeys(each for each in found if each is not None))
 

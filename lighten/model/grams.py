@@ -1,7 +1,7 @@
-"""Gram matrices on disk: what the sweep leaves and every method reads.
+"""Gram matrices on disk, which the sweep writes and every method reads.
 
-One safetensors file per decoder layer holds, for each distinct input of its linears, the upper block rows of
-H = XᵀX in float32 and the largest |x| of every channel. `grams.json` says which linear reads which input.
+There is one safetensors file per decoder layer. For each distinct input of the layer's linears it holds the upper block
+rows of H = XᵀX in float32, and the largest |x| of every channel. `grams.json` says which linear reads which input.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lighten.errors import Failure
 
 IDS = "ids.safetensors"
 BLOCK = 256
-"""Rows of a block row of the stored triangle."""
+"""Number of rows of a block row of the stored triangle."""
 
 
 @dataclass
 class Gram:
     """Second moments of the inputs of one or more linears.
 
-    `blocks` holds, flat, the block rows `H[i : i + BLOCK, i:]` one after the other; `absmax` is `[in]`.
+    `blocks` is flat: the block rows `H[i : i + BLOCK, i:]` one after the other. `absmax` is `[in]`.
     """
 
     width: int
@@ -42,7 +42,7 @@ class Gram:
         return Gram(width, torch.zeros(size, device=device), torch.zeros(width, device=device))
 
     def to(self, device: str) -> Gram:
-        """Returns it on a device; the packed triangle travels, not the square."""
+        """Returns the Gram on a device. The packed triangle is copied, not the square."""
         return Gram(self.width, self.blocks.to(device), self.absmax.to(device), self.tokens)
 
     def rows(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -86,7 +86,7 @@ class GramWriter:
     def add(self, grams: dict[str, Gram], inputs: dict[str, str]) -> None:
         """Writes the next layer: Grams by the name of their input, and the input that each linear reads.
 
-        What comes from a GPU is written while the next layer is computed; one layer is under way at a time.
+        A layer from a GPU is written while the next layer is computed. Only one layer is being written at a time.
         """
         layer = len(self.index["layers"])
         tensors = {}
@@ -103,7 +103,7 @@ class GramWriter:
         self.index["layers"].append({"inputs": inputs, "tokens": tokens})
 
     def _wait(self) -> None:
-        """Waits for the layer under way; raises what its writing raised."""
+        """Waits for the layer that is being written. Raises the error of its writing."""
         if self._written:
             self._written.result()
         self._written = None
@@ -111,7 +111,7 @@ class GramWriter:
     def close(self, ids: torch.Tensor, angles: list[list[float]]) -> None:
         """Writes the index, without which the directory is not complete, and the token ids of the sweep.
 
-        `angles` are those between the residual streams before any two layers, see `structured.angular_distances`.
+        `angles` are the angles between the residual streams before any two layers, see `structured.angular_distances`.
         """
         self._wait()
         self._writer.shutdown()
@@ -121,7 +121,7 @@ class GramWriter:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Returns what `grams.json` holds."""
+    """Returns the contents of `grams.json`."""
     try:
         index: dict[str, Any] = json.loads((folder / "grams.json").read_text())
         return index

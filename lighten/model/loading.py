@@ -1,4 +1,4 @@
-"""Loading with transformers: whatever form a directory comes in, and nothing that would stay random."""
+"""Loading with transformers. It takes every form of a directory, and leaves no weight random."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ def from_pretrained(kind: Any, path: Path, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[Path]:
-    """Yields a directory that any loader reads: the one given, or links to its files where something is put right.
+    """Yields a directory that any loader reads: the given one, or links to its files with corrections.
 
-    Put right is what no loader guesses: settings of a quantized model outside config.json, weights under another name.
+    The corrections are what no loader guesses: settings of a quantized model outside config.json, and weights under
+    another name.
     """
     checkpoint = Checkpoint(path)
     files = sorted(set(checkpoint.weight_map.values()))

@@ -1,4 +1,4 @@
-"""Weights that lie in a mapped file: their pages count as memory of the process until they are given back."""
+"""Weights in a mapped file. Their pages count as memory of the process until they are given back."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _FILES = "/proc/self/smaps"
 
 
 class Mapped:
-    """The private mappings of files that some tensors lie in and that nobody has written to, as they were found.
+    """The private mappings of files that some tensors lie in and that were never written to.
 
-    A page of such a mapping can be given back: the next look at it reads the same bytes of the file again, out of the
-    system's cache as a rule. Whoever writes to one of the tensors afterwards would lose what was written.
+    A page of such a mapping can be given back. The next read of it reads the same bytes from the file again, usually
+    from the system's cache. If a tensor is written to afterwards, what was written may be lost.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        """Finds the mappings; there are none where the system does not tell of them (it does on Linux)."""
+        """Finds the mappings. There are none if the system does not list them (Linux does)."""
         places = sorted(each.data_ptr() for each in tensors if each.device.type == "cpu")
         self._ranges = [(start, end) for start, end in _unwritten() if _any_within(places, start, end)]
         self._advise = ctypes.CDLL(None).madvise if self._ranges else None
@@ -43,7 +43,7 @@ def _any_within(places: list[int], start: int, end: int) -> bool:
 
 
 def _unwritten() -> list[tuple[int, int]]:
-    """Returns start and end of the mappings of files of which this process has no page of its own."""
+    """Returns start and end of the mappings of files in which this process has written no page."""
     if sys.platform != "linux":
         return []
     found = []

@@ -1,4 +1,4 @@
-"""What an ONNX directory may ask of the runtimes that open it: no library, no operator and no file from elsewhere."""
+"""What an ONNX directory may ask of its runtimes: no library, no operator and no file from another place."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lighten.errors import Failure, RequestError
 from lighten.model.files import plain
 
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc")
-"""Whose operators onnxruntime has itself."""
+"""Domains of the operators that onnxruntime has itself."""
 FOREIGN = ("EPContext", "PythonOp", "PythonOpGrad", "ATen", "Aten")
 """Operators that stand for code or compiled graphs of other libraries."""
 PROVIDERS = ("cpu", "cuda", "dml", "webgpu", "nvtensorrtrtx")
 AXES = 32
 DEPTH = 20
 _WIDTHS = {1: 32, 4: 16, 5: 16, 6: 32, 7: 64, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16, 21: 4, 22: 4}
-"""Bits of an element by ONNX's number of its type; others have 8 at most."""
+"""Bits of an element, by ONNX's number of its type. Other types have at most 8."""
 
 _TENSOR = re.compile(r"[\w./:-]{0,100}(%d[\w./:-]{0,100})?", re.ASCII)
 """A tensor's name, or what such names are printed by: with one number and nothing else."""
@@ -33,16 +33,16 @@ _TEXTS = {
     "ep.cuda.fpa_intb_gemm": _SETTING,
     "session.use_device_allocator_for_initializers": _SETTING,
 }
-"""Keys that may have a text in genai_config.json, wherever they stand. Numbers lead to no file and no library."""
+"""Keys that may have a text in genai_config.json, at any place. Numbers lead to no file and no library."""
 
 
 def check_genai(settings: dict[str, Any], file: Path) -> None:
-    """Makes sure that a genai_config.json asks for nothing but arithmetic on the files beside it.
+    """Checks that a genai_config.json asks for nothing but arithmetic on the files beside it.
 
     onnxruntime-genai loads any library that `custom_ops_library` or an option of a provider names.
 
     Raises:
-        RequestError: it has a key that is not known to be harmless; its name is in the message.
+        RequestError: it has a key that is not known to be harmless; the message names it.
     """
     for path, value in _texts(settings, (), file):
         key, where = path[-1], ".".join(path)
@@ -66,7 +66,7 @@ def _refuse(where: str, value: str, file: Path) -> None:
 
 
 def _texts(value: Any, path: tuple[str, ...], file: Path) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields every text with the keys that lead to it, names of providers without options as well."""
+    """Yields every text with the keys that lead to it, and the names of providers without options."""
     if len(path) > DEPTH:
         raise RequestError(f"{file} is nested too deep: export the model again")
     if isinstance(value, dict):
@@ -82,10 +82,10 @@ def _texts(value: Any, path: tuple[str, ...], file: Path) -> Iterator[tuple[tupl
 
 
 def check_graph(path: Path, model: Any) -> None:
-    """Makes sure that a graph has onnxruntime's own operators only, and that all its weights are beside it.
+    """Checks that a graph has onnxruntime's own operators only, and that all its weights are beside it.
 
     Raises:
-        RequestError: it needs operators of a library, or weights that lie elsewhere.
+        RequestError: it needs operators of a library, or weights in another place.
         Failure: a file of weights is missing or too short, or the graph is damaged.
     """
     own = {(function.domain, function.name) for function in model.functions}
@@ -111,7 +111,7 @@ def check_graph(path: Path, model: Any) -> None:
 
 
 def _check_tensor(path: Path, tensor: Any, ends: dict[Path, int]) -> None:
-    """Notes in `ends` up to which byte of which file a tensor reaches."""
+    """Notes in `ends` the last byte that a tensor needs of its file."""
     if len(tensor.dims) > AXES or any(size < 0 for size in tensor.dims):
         raise Failure(f"{path}: the constant {tensor.name[:80]} has an impossible shape: damaged; fetch it again")
     if tensor.data_location != 1:
@@ -132,7 +132,7 @@ def _count(text: str | None, path: Path, name: str) -> int:
 
 
 def _parts(graph: Any) -> Iterator[tuple[Any, Any]]:
-    """Yields every node and every constant (the other one None) of a graph or function, and of the graphs in it."""
+    """Yields every node and every constant (the other is None) of a graph or function, and of its inner graphs."""
     for tensor in getattr(graph, "initializer", ()):
         yield None, tensor
     yield from _sparse(getattr(graph, "sparse_initializer", ()))

@@ -16,15 +16,15 @@ from lighten.model.onnx_checks import check_genai, check_graph
 GRAPH = "model.onnx"
 GENAI = "genai_config.json"
 LARGEST = 1 << 31
-"""Bytes of a protobuf file, by its own format."""
+"""Maximum number of bytes of a protobuf file, by its own format."""
 KEY = "past_key_values."
-"""What the names of a graph's cache begin with."""
+"""Beginning of the names of a graph's cache."""
 _NAMES = {1: "float32", 10: "float16", 16: "bfloat16", 2: "int8", 3: "int8"}
 
 
 @dataclass(frozen=True)
 class Input:
-    """An input of a graph: ONNX's number of its type, and its shape with 0 for what may vary."""
+    """An input of a graph: ONNX's number of its type, and its shape, with 0 for a size that may vary."""
 
     kind: int
     shape: list[int]
@@ -32,21 +32,21 @@ class Input:
 
 @dataclass(frozen=True)
 class Graph:
-    """Inputs and outputs of a graph, and what its weights are."""
+    """Inputs and outputs of a graph, and the form of its weights."""
 
     inputs: dict[str, Input]
     outputs: list[str]
     vocab: int
-    """Columns of the logits, 0 if they may vary."""
+    """Number of columns of the logits; 0 if it may vary."""
     precision: str
-    """Of most of the weights: "float32", "int4", …"""
+    """Precision of most of the weights: "float32", "int4", …"""
     params: int
     domains: list[str]
     """Domains of the operators; "" is ONNX's own."""
 
 
 def find_onnx(path: Path) -> Path | None:
-    """Returns the .onnx file that a path is, or that a directory without other weights holds."""
+    """Returns the .onnx file of a path: the path itself, or the file in a directory without other weights."""
     if path.is_file():
         return path if path.suffix == ".onnx" else None
     if not path.is_dir() or any(path.glob("*.safetensors")):
@@ -57,11 +57,11 @@ def find_onnx(path: Path) -> Path | None:
 
 
 def read_graph(path: Path) -> Graph:
-    """Returns what a graph says, after checking that all its weights are there.
+    """Returns the contents of a graph, after checking that all its weights exist.
 
     Raises:
-        RequestError: the package onnx is missing, or the graph needs code or files from elsewhere.
-        Failure: no ONNX file, or its data file is missing or cut short.
+        RequestError: the package onnx is missing, or the graph needs code or files from another place.
+        Failure: it is no ONNX file, or its data file is missing or cut short.
     """
     try:
         import onnx
@@ -102,7 +102,7 @@ def facts(path: Path) -> ModelFacts:
     """Returns the sizes of the model in an ONNX directory, from its config.json or genai_config.json.
 
     Raises:
-        Failure: it has neither.
+        Failure: the directory has neither.
     """
     from lighten.model.checkpoint import facts_of, read_config
 

@@ -14,7 +14,7 @@ import torch
 
 BITS = (2, 3, 4, 8)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight neighbouring outputs lies at each place of a word of the `awq` format, lowest bits first."""
+"""Output, of eight neighbours, at each place of a word of the `awq` format, lowest bits first."""
 _PERIOD = 32  # codes after which word borders repeat, for any number of bits
 
 
@@ -78,8 +78,8 @@ def pack_gptq(
 def gptq_zeros(words: torch.Tensor, bits: int, outputs: int, *, less_one: bool = True) -> torch.Tensor:
     """Returns the zero points `[groups, out]` of the `gptq` format, `less_one` in its first version.
 
-    As in GPTQModel, the one is added to whole words, so that a zero point of 0, whose -1 borrowed from the next code
-    when it was stored, comes back; codes of 3 bits, which cross the borders of words, get it one by one.
+    As in GPTQModel, the one is added to whole words. A zero point of 0, whose -1 borrowed from the next code when it
+    was stored, comes back in this way. Codes of 3 bits cross the borders of words, so each gets the one by itself.
     """
     packed = words.t().contiguous()
     if less_one and bits != 3:

@@ -1,4 +1,4 @@
-"""Matrix products at the speed of the hardware's short floats, where that costs nothing."""
+"""Matrix products at the speed of the hardware's short floats, if no precision is lost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 UNITS = ("avx512_bf16", "amx_bf16", "bf16")
-"""What a processor says that has units for bfloat16."""
+"""Flags of a processor that has units for bfloat16."""
 SHAPE = 128, 1024, 1024
 """Rows, inputs and outputs of the product that is timed."""
 
@@ -20,8 +20,8 @@ SHAPE = 128, 1024, 1024
 def fast_bfloat16() -> bool:
     """Returns whether matrix products in bfloat16 are at least as fast here as those in float32.
 
-    Without units for bfloat16 they are several times slower. With them they are timed, once per process: whether they
-    are used depends on the library too, its settings (`ONEDNN_MAX_CPU_ISA`) and what a virtual machine lets through.
+    Without units for bfloat16 they are several times slower. With units they are timed, once per process. Whether the
+    units are used also depends on the library, its settings (`ONEDNN_MAX_CPU_ISA`) and the virtual machine.
     """
     if not any(torch.cpu.get_capabilities().get(name) for name in UNITS):
         return False
@@ -31,10 +31,10 @@ def fast_bfloat16() -> bool:
 
 @torch.inference_mode()
 def _seconds(dtypes: Sequence[torch.dtype], rounds: int = 12) -> dict[torch.dtype, float]:
-    """Returns the shortest time of a product in each type: what else the machine does only makes one longer.
+    """Returns the shortest time of a product in each type. Other work on the machine only makes a time longer.
 
-    The types take turns, and one thread computes: on a busy machine threads wait for each other, and the answer would
-    change from one process to the next, with it the bytes of what is made.
+    The types take turns, and one thread computes. On a busy machine threads wait for each other. Then the answer would
+    change from one process to the next, and with it the bytes of what is made.
     """
     rows, inputs, outputs = SHAPE
     factors = {dtype: [torch.ones(size, inputs, dtype=dtype) for size in (rows, outputs)] for dtype in dtypes}
@@ -56,7 +56,7 @@ def _seconds(dtypes: Sequence[torch.dtype], rounds: int = 12) -> dict[torch.dtyp
 def exact_products(dtype: torch.dtype) -> Iterator[None]:
     """Lets float32 matrix products use the fastest arithmetic that is exact for inputs of `dtype`.
 
-    bfloat16 values survive the conversion to bfloat16 (CPU) and TF32 (GPU) unchanged, and both units sum in float32:
+    bfloat16 values survive the conversion to bfloat16 (CPU) and TF32 (GPU) unchanged, and both units sum in float32. So
     the products are those of float32 arithmetic at a multiple of its speed. float32 values get float32 products.
     """
     if dtype != torch.bfloat16:

@@ -1,4 +1,4 @@
-"""How much the loss depends on the outputs of each linear: what a sensitivity stage leaves and every budget reads."""
+"""The dependence of the loss on the outputs of each linear, which a sensitivity stage writes and every budget reads."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ HEAD = "head.safetensors"
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Mean squares of the loss's derivatives, and second moments of what the sweep does not see."""
+    """Mean squares of the loss's derivatives, and second moments that the sweep does not see."""
 
     outputs: dict[str, float]
-    """By module: the mean over tokens and channels of (∂loss / ∂output)²; also of the embedding and the head."""
+    """Mean over tokens and channels of (∂loss / ∂output)², by module; also of the embedding and the head."""
     head_gram: torch.Tensor
     """XᵀX of the inputs of the head, `[hidden, hidden]`."""
     counts: torch.Tensor
-    """How often each token of the vocabulary occurred, `[vocab]`."""
+    """Number of times that each token of the vocabulary occurred, `[vocab]`."""
     tokens: int
     heads: dict[str, list[float]] = field(default_factory=dict)
     """By layer: for every query head the mean over tokens of |x · ∂loss / ∂x|, x being what it gives the projection."""

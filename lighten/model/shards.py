@@ -1,7 +1,7 @@
-"""Writing safetensors one tensor at a time, so that no model is ever held whole.
+"""Writing safetensors one tensor at a time, so that the whole model is never in memory.
 
-The format puts its JSON header before the data, and allows spaces after the JSON. Room for the header is set
-aside for the number of tensors announced; the header is filled in when the shard is complete.
+The format has its JSON header before the data, and allows spaces after the JSON. Room for the header is set aside by
+the announced number of tensors. The header is filled in when the shard is complete.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _HEADER_BYTES_PER_TENSOR = 160
 
 
 class ShardWriter:
-    """Writes tensors, in the order given, into shards of at most `shard_bytes` and an index.
+    """Writes tensors, in the given order, into shards of at most `shard_bytes` and an index.
 
-    Use as a context manager; the files get their final names when the block ends well.
+    Use it as a context manager. The files get their final names if the block ends without an error.
     """
 
     def __init__(self, folder: Path, tensors: int, shard_bytes: int = 4_000_000_000) -> None:

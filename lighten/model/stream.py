@@ -1,7 +1,7 @@
-"""Running a model one decoder layer at a time: only that layer's weights are in memory.
+"""Running a model one decoder layer at a time, with only that layer's weights in memory.
 
-transformers' own modules do the arithmetic. The model is built without storage; every layer is filled from the
-shards when its turn comes and dropped after.
+transformers' own modules do the arithmetic. The model is built without storage. Every layer is filled from the shards
+when its turn comes, and emptied afterwards.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from lighten.model.products import fast_bfloat16
 
 LAYERS = "model.layers."
 HEAD_ROWS = 128
-"""Positions whose logits are in memory at a time."""
+"""Number of positions whose logits are in memory at a time."""
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-"""Tokens that go through a layer at once: enough to fill the units of a device, and no more."""
+"""Number of tokens that go through a layer at once. They fill the units of a device, and no more."""
 
 
 def batch_of(device: str, length: int) -> int:
-    """Returns how many sequences of a length go through a layer at once."""
+    """Returns the number of sequences of a length that go through a layer at once."""
     return max(1, BATCH_TOKENS[accelerator.kind(device)] // length)
 
 
 def fast_dtype(device: str) -> torch.dtype:
-    """Returns bfloat16 where the device multiplies it in hardware, float32 elsewhere."""
+    """Returns bfloat16 if the device multiplies it in hardware, else float32."""
     return torch.bfloat16 if device != "cpu" or fast_bfloat16() else torch.float32
 
 
 class _StandIn(nn.Module):
-    """Takes the place of a decoder layer: keeps the arguments of its calls and passes the hidden states on."""
+    """Takes the place of a decoder layer. It keeps the arguments of its calls and passes the hidden states on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class StreamedModel:
     """A causal language model whose decoder layers are loaded one at a time."""
 
     def __init__(self, source: Path | Checkpoint, device: str = "cpu", *, trust_remote_code: bool = False) -> None:
-        """Builds the modules without storage; `source` is a model directory, or what reads one.
+        """Builds the modules without storage. `source` is a model directory, or an object that reads one.
 
         Raises:
             RequestError: the architecture is not supported, or the checkpoint is already quantized.
@@ -126,7 +126,7 @@ class StreamedModel:
         return hidden, [stand_in.calls[0] for stand_in in stand_ins]
 
     def head_gradient(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
-        """Returns how the loss of predicting `ids` depends on what the last layer left.
+        """Returns the derivative of the loss of predicting `ids` by the states that the last layer left.
 
         Args:
             hidden: `[samples, length, hidden]`, the states after the last layer.
@@ -177,7 +177,7 @@ class StreamedModel:
         return total / (ids.numel() - len(ids))
 
     def stream(self, reverse: bool = False) -> Iterator[tuple[int, nn.Module]]:
-        """Yields every decoder layer, filled, from first to last or back; it is emptied before the next is loaded."""
+        """Yields every decoder layer, filled, from first to last or back. Each is emptied before the next is loaded."""
         for index, layer in sorted(enumerate(self.layers), key=lambda each: each[0], reverse=reverse):
             prefix = f"{LAYERS}{index}."
             self._fill(layer, self.checkpoint.tensors(prefix), prefix)

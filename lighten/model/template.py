@@ -1,7 +1,7 @@
-"""A model's chat template: where it lies, and what it makes of the turns of a conversation.
+"""A model's chat template: its place, and the text that it makes of a conversation.
 
-Templates are Jinja that comes with a model, so they run in Jinja's sandbox, without anything of this machine. What they
-may use is what transformers gives them; the day that `strftime_now` tells is always the same, so that a text is too.
+Templates are Jinja that comes with a model. They run in Jinja's sandbox, without access to this machine. They get what
+transformers gives them. The day of `strftime_now` is always the same, so that a text is always the same too.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from lighten.data.text import Render
 
 TODAY = datetime.datetime(2025, 1, 1)
-"""The day of texts that name one."""
+"""Day in texts that name one."""
 SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 def renderer(model: Path) -> Render | None:
-    """Returns what writes turns as a model directory or a .gguf file has them; None where it has no chat template.
+    """Returns the function that writes turns for a model directory or a .gguf file; None without a chat template.
 
     Raises:
         RequestError: the template is no Jinja.
@@ -74,7 +74,7 @@ def _compiled(template: str, specials: dict[str, str], model: str) -> Render:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """The tag that marks what the assistant says; it changes nothing in the text."""
+        """The tag that marks the assistant's words. It changes nothing in the text."""
 
         tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
 

@@ -1,7 +1,7 @@
-"""What the files of a model directory say of its tokenizer, wherever they say it.
+"""What the files of a model directory say of its tokenizer, in whatever file.
 
 Tools leave added tokens in tokenizer.json, tokenizer_config.json, added_tokens.json or special_tokens_map.json, and
-chat templates in four places. This is the one reader of them all.
+chat templates in four places. Only this module reads them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Json = dict[str, Any]
 FILE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 DEFAULT = "default"
-"""The name of the chat template that is used where none is asked for."""
+"""Name of the chat template that is used if no other is asked for."""
 TEMPLATE = "chat_template.jinja"
 TEMPLATES = "additional_chat_templates"
-"""The directory of the others, NAME.jinja each."""
+"""Directory of further templates, NAME.jinja each."""
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _SENTENCEPIECE = "tokenizer.model"
 _UNUSUAL = re.compile(r"[^\w-]")
-"""What has no place in the name of a file."""
+"""Pattern of characters that cannot be in the name of a file."""
 
 
 def save_again(folder: Path) -> str:
@@ -43,8 +43,9 @@ def read_tokenizer(folder: Path) -> Json:
     """Returns a directory's tokenizer.json, with the tokens that other files add to it.
 
     Raises:
-        RequestError: no tokenizer.json, or other files give a token another id than it can have; says what to do.
-        Failure: a file that is damaged.
+        RequestError: there is no tokenizer.json, or another file gives a token an impossible id; the message says what
+            to do.
+        Failure: a file is damaged.
     """
     path = folder / FILE
     if not path.is_file():
@@ -59,7 +60,7 @@ def read_tokenizer(folder: Path) -> Json:
 
 
 def is_whole(folder: Path) -> bool:
-    """Returns whether tokenizer.json has every token that the other files name; False too where there is none."""
+    """Returns whether tokenizer.json has every token that the other files name; False if there is none."""
     path = folder / FILE
     return path.is_file() and not list(_missing(folder, read_json(path)))
 
@@ -67,7 +68,7 @@ def is_whole(folder: Path) -> bool:
 def chat_templates(folder: Path) -> dict[str, str]:
     """Returns a directory's chat templates by name, the default first if there is one.
 
-    chat_template.jinja and additional_chat_templates/ go before tokenizer_config.json, and that before the
+    chat_template.jinja and additional_chat_templates/ have priority over tokenizer_config.json, and that over the
     chat_template.json of a processor.
     """
     found: dict[str, str] = {}
@@ -82,7 +83,7 @@ def chat_templates(folder: Path) -> dict[str, str]:
 
 
 def named_templates(value: Any) -> dict[str, str]:
-    """Returns the chat templates of one entry: none, a text, a list of names and templates, or a table of them."""
+    """Returns the chat templates of one entry: none, a text, a list of names and templates, or a table."""
     if isinstance(value, str):
         return {DEFAULT: value}
     if isinstance(value, list):
@@ -93,14 +94,14 @@ def named_templates(value: Any) -> dict[str, str]:
 
 
 def copy_templates(source: Path, out: Path) -> None:
-    """Copies the directory of further chat templates, where there is one."""
+    """Copies the directory of further chat templates, if there is one."""
     for file in sorted((source / TEMPLATES).glob("*.jinja")):
         (out / TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(inside(file, source), out / TEMPLATES / file.name)
 
 
 def write_templates(templates: Mapping[str, str], out: Path) -> None:
-    """Writes chat templates where every reader looks first, whatever place they came from."""
+    """Writes chat templates where every reader looks first, whatever their origin."""
     for name, text in templates.items():
         file = out / TEMPLATE if name == DEFAULT else out / TEMPLATES / f"{_UNUSUAL.sub('_', name)}.jinja"
         file.parent.mkdir(exist_ok=True)
@@ -108,7 +109,7 @@ def write_templates(templates: Mapping[str, str], out: Path) -> None:
 
 
 def ends(folder: Path) -> list[int]:
-    """Returns the ids that end a text by generation_config.json, or by config.json where that names none."""
+    """Returns the ids that end a text by generation_config.json; by config.json if that names none."""
     for file in ("generation_config.json", "config.json"):
         if (folder / file).is_file():
             value = read_json(folder / file).get("eos_token_id")
@@ -119,16 +120,16 @@ def ends(folder: Path) -> list[int]:
 
 
 def says_more(folder: Path) -> bool:
-    """Returns whether other files than the usual ones have a say: added tokens, further templates, several ends.
+    """Returns whether unusual files matter: added tokens, further templates, several ends.
 
-    Artifacts made of such a directory when these were not read are others than those that are made now.
+    Artifacts of such a directory from before these files were read differ from those that are made now.
     """
     partial = (folder / FILE).is_file() and not is_whole(folder)
     return partial or bool(chat_templates(folder).keys() - {DEFAULT}) or len(ends(folder)) > 1
 
 
 def without(folder: Path) -> str:
-    """Returns what to do about a directory without a tokenizer.json."""
+    """Returns the advice for a directory without a tokenizer.json."""
     if (folder / _SENTENCEPIECE).is_file():
         return (
             f"{folder} has only a {_SENTENCEPIECE}, and lighten reads {FILE}; write one once: "
@@ -171,7 +172,7 @@ def _listed(folder: Path) -> dict[str, Json]:
 
 
 def _special(folder: Path) -> dict[str, Json]:
-    """Returns the flags of the special tokens that are named, by content: those that transformers adds by itself."""
+    """Returns the flags, by content, of the special tokens that are named, which transformers adds by itself."""
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     lists = ("additional_special_tokens", "extra_special_tokens")
     named = {key: value for key, value in settings.items() if key in (*_NAMED, *lists)}
@@ -188,7 +189,7 @@ def _special(folder: Path) -> dict[str, Json]:
 
 
 def _several(value: Any) -> list[Any]:
-    """Returns the tokens of an entry, which may be one, a list, or a table of them by name."""
+    """Returns the tokens of an entry, which may be one token, a list, or a table by name."""
     if isinstance(value, dict) and "content" not in value:
         return list(value.values())
     return value if isinstance(value, list) else [value]
@@ -205,7 +206,7 @@ def _ids(tokenizer: Json) -> dict[str, int]:
 
 
 def vocabulary_of(model: Json) -> dict[str, int]:
-    """Returns the id of every token of the `model` of a tokenizer.json, without those that were added."""
+    """Returns the id of every token of the `model` of a tokenizer.json, without added tokens."""
     if isinstance(model["vocab"], list):  # Unigram: pairs of token and score
         return {token: index for index, (token, _) in enumerate(model["vocab"])}
     vocab: dict[str, int] = model["vocab"]

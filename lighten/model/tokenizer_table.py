@@ -1,8 +1,8 @@
 """The table between llama.cpp's `tokenizer.ggml.pre` names and the `pre_tokenizer` of a tokenizer.json.
 
-A GGUF file names the rule that cuts text into words before byte-level BPE; a tokenizer.json spells it out. The
-names are those of `src/llama-vocab.cpp` in llama.cpp. Where that file only approximates a rule, the original rule
-stands here, and `differs` says what llama.cpp makes of it.
+A GGUF file names the rule that cuts text into words before byte-level BPE. A tokenizer.json spells the rule out. The
+names are those of `src/llama-vocab.cpp` in llama.cpp. If that file only approximates a rule, the table has the original
+rule, and `differs` says what llama.cpp does instead.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ _DIGITS: Json = {"type": "Digits", "individual_digits": True}
 
 @dataclass(frozen=True)
 class Pre:
-    """One pre-tokenizer: the steps of its JSON, and what llama.cpp ties to its name."""
+    """One pre-tokenizer: the steps of its JSON, and llama.cpp's settings for its name."""
 
     steps: tuple[Json, ...]
     ignore_merges: bool = False
-    """A word that is in the vocabulary is taken whole, whatever the merges say."""
+    """Whether a word that is in the vocabulary is taken whole, whatever the merges say."""
     add_bos: bool = False
-    """Whether llama.cpp puts BOS first when the file does not say."""
+    """Whether llama.cpp puts BOS first if the file does not say."""
     nfc: bool = False
-    """Whether the original tokenizers normalize to NFC; llama.cpp does not."""
+    """Whether the original tokenizers normalize to NFC. llama.cpp does not."""
     aliases: tuple[str, ...] = ()
     """Other names of the same rule."""
     differs: str = ""
-    """Texts that llama.cpp cuts otherwise than the rule says."""
+    """Texts that llama.cpp cuts differently from the rule."""
 
     def json(self) -> Json:
         """Returns the `pre_tokenizer` entry of a tokenizer.json."""
@@ -148,7 +148,7 @@ def _steps(pre_tokenizer: Json | None) -> tuple[Json, ...]:
 
 
 def _shape(steps: tuple[Json, ...]) -> tuple[Any, ...]:
-    """Reduces steps to what decides how text is cut, in one spelling."""
+    """Reduces steps to the parts that determine how text is cut, in one spelling."""
     return tuple(_step_shape(step) for step in steps)
 
 
@@ -172,7 +172,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 _SPACE = "▁"
 _Parts = tuple[Json | None, Json | None, Json, Json]
-"""Normalizer, pre-tokenizer, decoder, and what the model has beside its vocabulary."""
+"""Normalizer, pre-tokenizer, decoder, and the parts of the model beside its vocabulary."""
 
 
 def tokenizer_json(fields: Json) -> Json:
@@ -266,7 +266,7 @@ def _sentencepiece_parts(fields: Json, vocab: dict[str, int], types: list[int]) 
 
 
 def _merges_of_scores(vocab: dict[str, int], types: list[int], scores: list[float]) -> list[list[str]]:
-    """Returns the merges that joining the best-scored neighbours amounts to, best first."""
+    """Returns the merges, best first, that are equal to joining the neighbours with the best scores."""
     merges = [
         (-scores[index], index, vocab[token[:cut]], vocab[token[cut:]], token[:cut], token[cut:])
         for token, index in vocab.items()

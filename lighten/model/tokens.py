@@ -16,7 +16,7 @@ from lighten.model import tokenizer_files
 from lighten.model.template import renderer
 
 SURE = 16
-"""Letters for each token with which a text is surely long enough, so that it need not be read by the tokenizer."""
+"""Letters for each token with which a text is surely long enough, so that the tokenizer need not read it."""
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -64,7 +64,7 @@ def check_text(
 
 
 def _known_tokenizer(model: Path) -> Any:
-    """Returns the tokenizer of a model; None for one that only its own runtime can read."""
+    """Returns the tokenizer of a model; None for a tokenizer that only its own runtime can read."""
     model = model.parent if model.suffix == ".onnx" else model
     try:
         return load_tokenizer(model)
@@ -126,7 +126,7 @@ def calibration_ids(
 
 
 def divided(count: int, shares: Sequence[float]) -> list[int]:
-    """Returns whole numbers that add up to `count`, as near to the shares as can be, and none of them 0 if possible."""
+    """Returns whole numbers that add up to `count`, as near to the shares as possible, and not 0 if possible."""
     whole = [int(count * share + 1e-9) for share in shares]
     rest = sorted(range(len(shares)), key=lambda at: (whole[at] > 0, whole[at] - count * shares[at]))
     for at in rest[: count - sum(whole)]:

@@ -1,4 +1,4 @@
-"""What an artifact makes a runtime read and multiply for a token, from its own headers."""
+"""The bytes that a runtime reads and the operations that it does for a token, from an artifact's own headers."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from lighten.facts import ModelFacts
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 LARGEST_HEADER = 100_000_000
-"""Bytes of a safetensors header, by its own format."""
+"""Maximum number of bytes of a safetensors header, by its own format."""
 _AXES = 16
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 HEADS = ("lm_head.", "embed_out.")
 CACHE_BITS = {1: 32, 10: 16, 16: 16}
-"""Bits of a key or value by ONNX's number of the type."""
+"""Bits of a key or value, by ONNX's number of the type."""
 WIDTHS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
-"""Bits of an element by ONNX's number of its type; others count as 8."""
+"""Bits of an element, by ONNX's number of its type. Other types count as 8."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one decoding step: bytes of weights, and what the rest follows from."""
+    """The traffic of one decoding step: bytes of weights, and the numbers that the rest follows from."""
 
     weights: int
-    """Bytes of weights that a step reads: an embedding that is not the head counts with one row."""
+    """Bytes of weights that a step reads. An embedding that is not the head counts with one row."""
     products: int
-    """Weights that every token is multiplied with, the head's not among them."""
+    """Number of weights that every token is multiplied with, without those of the head."""
     head: int
-    """Weights of the head."""
+    """Number of weights of the head."""
     attention: int
-    """Operations of attention for each token of the context."""
+    """Number of operations of attention for each token of the context."""
     cache_bytes: int
     """Bytes of keys and values of a token of the context."""
 
@@ -119,7 +119,7 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def _onnx(path: Path) -> tuple[int, int]:
-    """Returns bytes of weights that a step of a graph reads, and bits of its keys and values."""
+    """Returns the bytes of weights that a step of a graph reads, and the bits of its keys and values."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
@@ -137,5 +137,5 @@ def _onnx(path: Path) -> tuple[int, int]:
 
 
 def _gathers(kind: str, position: int) -> bool:
-    """Whether an operator takes single rows of this input: an embedding, or a table of positions."""
+    """Whether an operator takes single rows of this input, such as an embedding or a table of positions."""
     return (kind == "Gather" and position == 0) or (kind == "GatherBlockQuantized" and position != 1)

@@ -1,4 +1,4 @@
-"""Quantized checkpoints read as if they were not: one weight at a time, on the CPU, without their own packages."""
+"""Quantized checkpoints read as plain ones: one weight at a time, on the CPU, without their own packages."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Returns a model directory whose tensors are plain, whatever format they are stored in.
+    """Returns a model directory whose tensors are plain, whatever their stored format.
 
     Raises:
-        RequestError: a quantized format that cannot be unpacked here.
+        RequestError: its quantized format cannot be unpacked here.
     """
     checkpoint = Checkpoint(path)
     return Unpacked(path, checkpoint.config) if checkpoint.quantization else checkpoint
 
 
 class Unpacked(Checkpoint):
-    """A quantized model directory: `X.weight` is what the stored parts of linear X stand for, float32 `[out, in]`."""
+    """A quantized model directory. `X.weight` is the value of the stored parts of linear X, float32 `[out, in]`."""
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         """Opens the directory.
@@ -53,7 +53,7 @@ class Unpacked(Checkpoint):
 
     @cached_property
     def packed(self) -> dict[str, None]:
-        """Names of the quantized linears, in the order of their tensors."""
+        """Function that unpacks each quantized linear, by its name."""
         return dict.fromkeys(self.format.linears(list(self.weight_map)))
 
     def _is_part(self, name: str) -> str | None:
@@ -64,7 +64,7 @@ class Unpacked(Checkpoint):
         return module if module and not name.endswith(".bias") else None
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Returns one tensor, on the CPU; a quantized weight in float32."""
+        """Returns one tensor on the CPU. A quantized weight is in float32."""
         module, _, kind = name.rpartition(".")
         if kind != "weight" or module not in self.packed:
             return super().tensor(name)
@@ -76,7 +76,7 @@ class Unpacked(Checkpoint):
             ) from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of every tensor that there is once the linears are unpacked."""
+        """Returns the shape of every tensor that exists once the linears are unpacked."""
         stored = super().shapes()
         found = {name: shape for name, shape in stored.items() if self._is_part(name) is None}
         for module in self.packed:

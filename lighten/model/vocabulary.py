@@ -1,6 +1,6 @@
-"""Which token each id stands for, and whether two models mean the same by their ids.
+"""The token of each id, and whether two models mean the same by their ids.
 
-Only then can the ids of one be fed to the other, and their predictions be compared token by token.
+Only then can the ids of one model be fed to the other, and their predictions be compared token by token.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Entries:
     learned: dict[int, str]
     """Tokens of the tokenizer's own model, by id."""
     others: dict[int, str]
-    """Tokens that were added to it, and ids that stand for nothing."""
+    """Tokens that were added to it, and ids without a meaning."""
 
     @property
     def size(self) -> int:
-        """Ids that a text can hold: one more than the largest."""
+        """Number of ids that a text can hold: the largest id plus one."""
         return max((*self.learned, *self.others), default=-1) + 1
 
 
@@ -33,7 +33,7 @@ def read(path: Path) -> Entries:
     """Returns the vocabulary of a model directory, a GGUF or an ONNX file.
 
     Raises:
-        RequestError: it has no tokenizer that can be read.
+        RequestError: it has no readable tokenizer.
         Failure: the file is damaged.
     """
     if onnx := find_onnx(path):
@@ -43,9 +43,9 @@ def read(path: Path) -> Entries:
 
 
 def difference(ours: Entries, theirs: Entries) -> str | None:
-    """Returns where two vocabularies differ, or None if an id of a text means the same in both.
+    """Returns where two vocabularies differ, or None if every id of a text means the same in both.
 
-    Padding does not count, nor do tokens that were added to one of them.
+    Padding does not count. Tokens that were added to only one of them do not count.
     """
     odd = [*_odd(ours, theirs), *_odd(theirs, ours)]
     if not odd:
@@ -57,7 +57,7 @@ def difference(ours: Entries, theirs: Entries) -> str | None:
 
 
 def differing(first: Path, second: Path) -> str | None:
-    """Returns where the vocabularies of two models differ, or None; raises as `read` does."""
+    """Returns where the vocabularies of two models differ, or None. Raises the errors of `read`."""
     return difference(read(first), read(second))
 
 

@@ -10,24 +10,24 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 CACHE_BYTES = 1_600_000_000
-"""What the keys and values of the sequences that are written side by side may take."""
+"""Maximum number of bytes of the keys and values of the sequences that are written side by side."""
 MOST = 128
-"""Sequences side by side, at most."""
+"""Maximum number of sequences side by side."""
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values in tensors with room for all that come, so that none is copied when a token is added.
+    """Keys and values in tensors with room for all tokens to come, so that adding a token copies nothing.
 
-    On a CPU they are float32, which is what `attention.attend_one` multiplies.
+    On a CPU they are float32, the type that `attention.attend_one` multiplies.
     """
 
     def __init__(self, length: int) -> None:
-        """Prepares for sequences of a length."""
+        """Makes room for sequences of a length."""
         super().__init__()
         self._length = length
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """Appends keys and values `[samples, heads, new, size]`; returns all."""
+        """Appends keys and values `[samples, heads, new, size]`. Returns all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             kind = torch.float32 if key_states.device.type == "cpu" else key_states.dtype
@@ -44,7 +44,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def side_by_side(config: Any, length: int) -> int:
-    """Returns how many sequences of a length are written at once."""
+    """Returns the number of sequences of a length that are written at once."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     each = 2 * config.num_hidden_layers * config.num_key_value_heads * size * 4 * length
     return int(max(1, min(MOST, CACHE_BYTES // each)))
@@ -60,8 +60,8 @@ def write(
         model: a causal language model of transformers.
         prompts: token ids to begin with, equally many for every sequence.
         length: tokens of a sequence, prompt included.
-        generator: of the random numbers, on the CPU.
-        report: told how many tokens there are.
+        generator: generator of the random numbers, on the CPU.
+        report: called with the number of tokens.
     """
     found = []
     count = side_by_side(model.config, length)
