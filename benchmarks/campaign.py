@@ -26,8 +26,8 @@ def campaign(found: Found) -> str:
         f"- {found['damaged']} objects damaged between a kill and the next run.",
         f"- Two runs at once: {found['together']}; `gc` was called {found['gc_beside']} times beside them.",
         f"- {found['read_only']} commands on a read-only store.",
-        f"- {found['checks']} times looked for what is damaged, lost or left behind; {whole} "
-        f"times every byte was compared with an undisturbed run, the others after a killed `gc`. Faults: "
+        f"- {found['checks']} checks for damaged, lost and leftover files: {whole} after runs, in which every byte was "
+        f"compared with an undisturbed run, and {found['gc_kills']} after a killed `gc`. Faults: "
         f"{len(found['faults'])}.",
     ]
     where = (

@@ -25,8 +25,8 @@ def equal(found: dict[str, Any]) -> str:
         shown = [significant(score, 5) if score else NOT_MEASURED for score in scores]
         lines.append([NAMES[name], *shown, NOT_MEASURED if gap is None else f"{100 * gap:.2f} %"])
     table = rows(("Made of SmolLM2-135M", "by the CPU", f"by the {found['device']}", "apart"), lines)
-    told = "Perplexity of the built-in text in float32, each measured on the device that made it."
-    return f"{table}\n\n{told}\n\n{made(found)}"
+    caption = "Perplexity of the built-in text in float32. Each artifact is measured on the device that made it."
+    return f"{table}\n\n{caption}\n\n{made(found)}"
 
 
 def whole(found: dict[str, Any]) -> str:
@@ -35,11 +35,12 @@ def whole(found: dict[str, Any]) -> str:
     lines = [[what, duration(stage["seconds"])] for what, stage in part["stages"].items()]
     lines.append(["the whole command, with copies and checksums", duration(part["seconds"])])
     table = rows(("Stage", "Time"), lines)
-    told = (
+    caption = (
         f"The first {part['layers']} of 32 layers of a random model in the shape of Llama 3.1 8B, 4 bits, group 128, "
-        f"{part['tokens']:,} tokens; files in memory (tmpfs), {found['device']}. The whole model: {NOT_MEASURED}."
+        f"{part['tokens']:,} tokens. The files are in memory (tmpfs); {found['device']}. The whole model: "
+        f"{NOT_MEASURED}."
     )
-    return f"{table}\n\n{told}"
+    return f"{table}\n\n{caption}"
 
 
 def decode(found: dict[str, Any]) -> str:

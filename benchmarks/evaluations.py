@@ -17,21 +17,22 @@ def harness(found: Found) -> str:
     lines = []
     for row in found["rows"]:
         same = agreed.get(row["name"])
-        told = ["", ""]
+        agreements = ["", ""]
         if same:
-            told = [_same(same, name) for name in ("acc", "acc_norm")]
+            agreements = [_same(same, name) for name in ("acc", "acc_norm")]
         shares = [f"{fixed(100 * row[name], 2)} %" for name in ("acc", "acc_norm")]
         spent = [duration(row["seconds"]), f"{row['share_of_lm_eval']:.2f}×", byte_count(row["peak_bytes"])]
-        lines.append([row["name"], *spent, *shares, *told])
+        lines.append([row["name"], *spent, *shares, *agreements])
     titles = ("Scorer", "Wall time", "of lm-eval's", "Peak memory", "acc", "acc_norm", "acc: same ending", "acc_norm")
     settings = found["settings"]
     pairs = "; ".join(f"{each['name']} with {each['with']}" for each in found["agreement"])
-    told = (
-        f"{settings['model']}, {settings['n']:,} tasks of HellaSwag, {settings['dtype']} everywhere; lm-eval "
-        f"{settings['lm_eval']['lm_eval']} with its `hf` model, times as multiples of its quickest. Compared task by "
-        f"task: {pairs}. A tie is a choice between endings less than {settings['tie_nats']} nats apart."
+    caption = (
+        f"{settings['model']}, {settings['n']:,} tasks of HellaSwag, {settings['dtype']} everywhere. lm-eval "
+        f"{settings['lm_eval']['lm_eval']} runs its `hf` model; times are multiples of its fastest time. The last two "
+        f"columns compare task by task: {pairs}. A tie is a choice between endings that are less than "
+        f"{settings['tie_nats']} nats apart."
     )
-    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
+    return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
 
 
 def scorers(found: Found) -> str:
@@ -40,15 +41,15 @@ def scorers(found: Found) -> str:
     lines = []
     for row in found["rows"]:
         same = f"{agreed[row['name']]['acc_norm']['same_result']:,}" if row["name"] in agreed else ""
-        told = [duration(row["seconds"]), byte_count(row["peak_bytes"]), f"{fixed(100 * row['acc_norm'], 2)} %", same]
-        lines.append([row["name"], *told])
+        cells = [duration(row["seconds"]), byte_count(row["peak_bytes"]), f"{fixed(100 * row['acc_norm'], 2)} %", same]
+        lines.append([row["name"], *cells])
     titles = ("Scorer", "Wall time", "Peak memory", "acc_norm", "the same answers")
-    told = (
-        f"SmolLM2-135M, {found['settings']['n']:,} tasks of HellaSwag in {found['settings']['dtype']}; lm-eval "
-        f"{found['settings']['lm_eval']['lm_eval']} with its `hf` model, torch compared with it and the other two with "
-        "torch: [benchmarks](docs/benchmarks.md#hellaswag-beside-lm-eval)."
+    caption = (
+        f"SmolLM2-135M, {found['settings']['n']:,} tasks of HellaSwag in {found['settings']['dtype']}. lm-eval "
+        f"{found['settings']['lm_eval']['lm_eval']} runs its `hf` model. The last column compares torch with lm-eval, "
+        "and llama.cpp and onnxruntime with torch: [benchmarks](docs/benchmarks.md#hellaswag-beside-lm-eval)."
     )
-    return f"{rows(titles, lines)}\n\n{told}"
+    return f"{rows(titles, lines)}\n\n{caption}"
 
 
 def _same(agreed: Found, name: str) -> str:
@@ -78,10 +79,10 @@ def protocols(found: Found) -> str:
         "lm-eval, by byte",
     )
     settings = found["settings"]
-    told = (
-        f"{settings['model']} on {settings['test']}: {settings['samples']} chunks of 512 tokens by lighten's and "
-        f"llama.cpp's protocol and of 2,048 by gptq's; lm-eval's takes {settings['documents']} articles. "
-        f"llama-perplexity is the one in llama-cpp-python {found['llama_cpp_python']}. Only numbers of one "
-        "column can be compared."
+    caption = (
+        f"{settings['model']} on {settings['test']}: {settings['samples']} chunks, of 512 tokens by lighten's and "
+        f"llama.cpp's protocol and of 2,048 tokens by gptq's. lm-eval's protocol takes {settings['documents']} "
+        f"articles. llama-perplexity is that of llama-cpp-python {found['llama_cpp_python']}. Numbers can be compared "
+        "within one column only."
     )
-    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
+    return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"

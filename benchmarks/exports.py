@@ -31,7 +31,7 @@ def onnx(found: Found) -> str:
     by_name = {row["name"]: row for row in found["rows"]}
     speed = found["speed"]["compared"]
     lines = []
-    for name, told in ONNX.items():
+    for name, title in ONNX.items():
         row = by_name.get(name)
         if row is None or not row["perplexity"]:
             continue
@@ -41,7 +41,7 @@ def onnx(found: Found) -> str:
         embedding = (row["facts"] or {}).get("embedding_bytes")
         pace = ", ".join(f"{each['ratio']:.2f}× ({ONNX[each['peer']]})" for each in speed if each["name"] == name)
         shown = byte_count(embedding) if embedding else NOT_MEASURED
-        lines.append([told, byte_count(row["size_bytes"]), shown, significant(value, 5), change, pace])
+        lines.append([title, byte_count(row["size_bytes"]), shown, significant(value, 5), change, pace])
     titles = (
         "Graph",
         "Size",
@@ -51,12 +51,13 @@ def onnx(found: Found) -> str:
         "Decoding, against the builder's",
     )
     settings, turns = found["settings"], found["speed"]["turns"]
-    told = (
-        f"{settings['model']}; perplexity on {settings['test_samples']} × 512 tokens of {settings['test']}; GPTQ: 4 "
-        f"bits, group 64, {settings['samples']} × 512 tokens of {settings['calibration']}. Decoding: tokens per second "
-        f"over those of the graph in brackets, median of twice {turns} turns, one after the other."
+    caption = (
+        f"{settings['model']}. Perplexity is measured on {settings['test_samples']} × 512 tokens of "
+        f"{settings['test']}. GPTQ has 4 bits, group 64, and {settings['samples']} × 512 tokens of "
+        f"{settings['calibration']}. Decoding is tokens per second over those of the graph in brackets: the median of "
+        f"twice {turns} turns, one after the other."
     )
-    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
+    return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
 
 
 def gguf(found: Found) -> str:
@@ -76,13 +77,14 @@ def gguf(found: Found) -> str:
     titles = ("Tool", "Time", "Peak memory", "Size", "Perplexity", "against its source", "Tokens/s")
     alone = duration(spent["lighten, not compared"]["seconds"])
     same, settings, turns = found["same_tensors"], found["settings"], found["speed"]["turns"]
-    told = (
-        f"{settings['model']} as {settings['type']}; perplexity on {settings['test_samples']} × 512 tokens of "
-        f"{settings['test']}. Time is that of the whole commands; in lighten's is the comparison of the file with its "
-        f"source, {alone} without it. {same['type']} of {same['of']} tensors are of one type, {same['bytes']} hold "
-        f"the same bytes. Decoding: {found['speed']['ratio']:.2f}× llama.cpp's, median of twice {turns} turns."
+    caption = (
+        f"{settings['model']} as {settings['type']}. Perplexity is measured on {settings['test_samples']} × 512 tokens "
+        f"of {settings['test']}. Time is that of the whole commands. lighten's includes the comparison of the file "
+        f"with its source; without it, it is {alone}. {same['type']} of {same['of']} tensors have the same type in "
+        f"both files, {same['bytes']} hold the same bytes. lighten's file decodes at {found['speed']['ratio']:.2f}× "
+        f"the speed of llama.cpp's (median of twice {turns} turns)."
     )
-    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
+    return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
 
 
 def arm64(found: Found) -> str:
@@ -100,7 +102,7 @@ def arm64(found: Found) -> str:
         "Own kernels: tokens",
         "Gap where they part",
     )
-    told = (
+    caption = (
         f"llama-cpp-python {found['llama_cpp_python']}, {found['emulator'].partition(' (')[0]}, {found['processor']}."
     )
-    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
+    return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"

@@ -23,11 +23,11 @@ def ladder(found: Found) -> str:
     lines, failed = [], []
     for row in found["rows"]:
         theirs = published.get(found["stands_for"].get(row["name"], row["name"]))
-        told = [NOT_MEASURED] * 3
+        beside = [NOT_MEASURED] * 3
         if theirs:
             memory = NOT_MEASURED if theirs["memory_gb"] is None else f"{theirs['memory_gb']} GB"
             speed = f"{theirs['decode_tok_s']:g} ({ratio(theirs['decode_tok_s'] / theirs_first)})"
-            told = [theirs["name"], memory, speed]
+            beside = [theirs["name"], memory, speed]
         if row["status"] == "failed":
             failed.append(f"- {row['name']}: {first_line(row['error'])}")
         speed = significant(row["decode_tok_s"], 3) if row["decode_tok_s"] else NOT_MEASURED
@@ -36,7 +36,7 @@ def ladder(found: Found) -> str:
         quality = significant(row["perplexity"], 4) if row["perplexity"] else NOT_MEASURED
         roof = row.get("roofline")
         share = f"{fixed(100 * roof['share'], 0)} %, {roof['bound']}" if roof else NOT_MEASURED
-        lines.append([", ".join(filter(None, (row["name"], _how(row)))), *sizes, speed, share, quality, *told])
+        lines.append([", ".join(filter(None, (row["name"], _how(row)))), *sizes, speed, share, quality, *beside])
     titles = (
         "Rung",
         "Size",
@@ -49,7 +49,7 @@ def ladder(found: Found) -> str:
         "tok/s",
     )
     parts = [rows(titles, lines), *(["\n".join(failed)] if failed else [])]
-    parts += [f"Published: {found['published']['source']}. × is of the first rung.", made(found)]
+    parts += [f"Published: {found['published']['source']}. × is the multiple of the first rung.", made(found)]
     return "\n\n".join(parts)
 
 
@@ -94,12 +94,12 @@ def served(found: Found) -> str:
             share = f"{fixed(100 * place['share'], 0)} % ({place['bound']})"
             roofs.append([row["name"], *reached, share, *(significant(price[key], 2) for key in ("prefill", "decode"))])
         if draft := row["speculative"]:
-            same = "none parts" if draft["identical"] else f"{len(draft['parted'])} part"
+            differing = "none differs" if draft["identical"] else f"{len(draft['parted'])} differ"
             parts.append(
                 f"With {draft['draft']} as its draft, {draft['tokens']} tokens at a time, {row['name']} "
-                f"({draft['dtype']}) keeps {fixed(100 * draft['acceptance'], 0)} % of them and writes "
+                f"({draft['dtype']}) keeps {fixed(100 * draft['acceptance'], 0)} % of them. It writes "
                 f"{significant(draft['decode_tok_s'], 3)} tok/s instead of {significant(draft['plain_tok_s'], 3)} "
-                f"({ratio(draft['speedup'])}); of {draft['texts']} texts {same} from what it writes alone."
+                f"({ratio(draft['speedup'])}). Of {draft['texts']} texts, {differing} from what it writes alone."
             )
     titles = ("Artifact", "Server", "Requests/s", "Completed", "Tok/s", *(f"{each}, ms" for each in WAITED))
     hour = next((row["cost"] for row in found["rows"] if row["cost"]), None)

@@ -23,8 +23,8 @@ NAMES = {
 def _setting(found: Found) -> str:
     settings = found["settings"]
     return (
-        f"{settings['model']}, {settings['samples']} × 512 tokens of {settings['calibration']}; perplexity on "
-        f"{settings['test_samples']} × 512 tokens of {settings['test']}"
+        f"{settings['model']}, {settings['samples']} × 512 tokens of {settings['calibration']}. Perplexity is "
+        f"measured on {settings['test_samples']} × 512 tokens of {settings['test']}"
     )
 
 
@@ -44,11 +44,12 @@ def zeros(results: Found) -> str:
         cells = [significant(half, 4), nats(half, dense), significant(pattern, 4), nats(pattern, dense)]
         lines.append([method, *cells, significant(published, 4), nats(published, PUBLISHED["dense"])])
     titles = ("Method", "50 %", "nats", "2:4", "nats", "Llama-2-7B, 50 %", "nats")
-    told = (
-        f"{_setting(found)}. nats: what it adds to the logarithm of perplexity. Llama-2-7B: Sun et al. (2024). "
-        f"Magnitude compared over the whole model gives {significant(value['magnitude-global-50'], 4)} at 50 %."
+    caption = (
+        f"{_setting(found)}. A column of nats is the rise of the logarithm of perplexity. Llama-2-7B: Sun et al. "
+        f"(2024). Magnitude that is compared over the whole model gives "
+        f"{significant(value['magnitude-global-50'], 4)} at 50 %."
     )
-    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
+    return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
 
 
 def shrunk(results: Found) -> str:
@@ -76,12 +77,12 @@ def shrunk(results: Found) -> str:
         f"{name} {significant(repaired, 4)} (unrepaired {significant(plain, 4)})"
         for name, (repaired, plain) in chosen.items()
     )
-    told = (
-        f"{_setting(found)}; the source's is {significant(value['baseline'], 4)}. Given back: the share of the "
-        f"damage in log-perplexity that least squares undo, with no training. Chosen by energy, not by cost: {energy}; "
-        f"heads by Taylor scores: {significant(value['heads-taylor'], 4)}."
+    caption = (
+        f"{_setting(found)}; the source has {significant(value['baseline'], 4)}. Given back is the share of the "
+        f"damage in log-perplexity that least squares undo, with no training. Chosen by energy instead of cost: "
+        f"{energy}. Heads by Taylor scores: {significant(value['heads-taylor'], 4)}."
     )
-    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
+    return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
 
 
 def quicker(results: Found) -> str:
@@ -121,9 +122,9 @@ def training(found: Found) -> str:
     ]
     settings = found["settings"]
     step = f"{settings['batch']} sequences of {settings['length']} tokens"
-    told = f"{settings['model']}, {step} a step; all weights train, but for LoRA."
+    caption = f"{settings['model']}, {step} a step. All weights train, except with LoRA."
     titles = ("Setting", "A step", "Speed", "Tokens/s", "Peak memory")
-    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
+    return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
 
 
 def ready(found: Found) -> str:
@@ -141,11 +142,13 @@ def ready(found: Found) -> str:
         ]
         value = {each["name"]: each["perplexity"]["value"] for each in recipe["variants"] if each["perplexity"]}
         minutes = f"{recipe['seconds'] / 60:.1f} minutes"
-        told = f"{recipe['source']}, built-in held-out text; all stages together took {minutes}."
+        caption = f"{recipe['source']}, built-in held-out text. All stages together took {minutes}."
         if {"pruned", "slim"} <= set(value):
             given = math.log(value["pruned"] / value["slim"]) / math.log(value["pruned"] / value["baseline"])
-            told += f" Distillation gives back {given:.0%} of the log-perplexity that pruning cost.".replace("%", " %")
+            caption += f" Distillation gives back {given:.0%} of the log-perplexity that pruning cost.".replace(
+                "%", " %"
+            )
         titles = ("Variant", "Weights", "Size", "Perplexity")
         command = made({**recipe, "command": f"lighten run {recipe['recipe']}"})
-        parts.append(f"**`{recipe['recipe']}`**\n\n{rows(titles, lines)}\n\n{told} {command}")
+        parts.append(f"**`{recipe['recipe']}`**\n\n{rows(titles, lines)}\n\n{caption} {command}")
     return "\n\n".join(parts)

@@ -94,15 +94,16 @@ def comparison(found: Found) -> str:
     rounds = max(entry["rounds"] for entry in found["summary"].values())
     source = found["facts"].get("source") or {}
     settings = found["settings"]
-    told = [
+    caption = [
         f"{settings['model']}, {settings['bits']} bits, group {settings['group_size']}, {settings['samples']} × "
-        f"{settings['length']} tokens of {settings['calibration']}; perplexity on {settings['test_samples']} × "
-        f"{settings['test_length']} tokens of {settings['test']}, in float32",
-        f"the source's is {significant(source['value'], 4)}" if source else "",
-        f"times are {f'the median of {rounds} rounds' if rounds > 1 else 'those of one round'}",
+        f"{settings['length']} tokens of {settings['calibration']}",
+        f"Perplexity is measured on {settings['test_samples']} × {settings['test_length']} tokens of "
+        f"{settings['test']}, in float32",
+        f"The source has {significant(source['value'], 4)}" if source else "",
+        f"Times are {f'the median of {rounds} rounds' if rounds > 1 else 'those of one round'}",
         "× is the multiple of lighten's run with the same grid",
     ]
-    return f"{rows(titles, lines)}\n\n{'; '.join(filter(None, told))}.\n\n{made(found)}"
+    return f"{rows(titles, lines)}\n\n{'. '.join(filter(None, caption))}.\n\n{made(found)}"
 
 
 def peers(found: Found) -> str:
@@ -119,13 +120,13 @@ def peers(found: Found) -> str:
                 ]
             lines.append([f"{_tool(found, entry)}, {METHODS[entry['method']]}", *costs])
     settings, source = found["settings"], found["facts"]["source"]["value"]
-    told = (
+    caption = (
         f"SmolLM2-135M, {settings['bits']} bits, group {settings['group_size']}, {settings['samples']} × "
-        f"{settings['length']} tokens of WikiText-2; perplexity on its test set, the source's is "
-        f"{significant(source, 4)}. The command, the machine, more peers and what they refuse: "
-        "[benchmarks](docs/benchmarks.md)."
+        f"{settings['length']} tokens of WikiText-2. Perplexity is measured on its test set; the "
+        f"source has {significant(source, 4)}. [Benchmarks](docs/benchmarks.md) has the command, the machine, more "
+        "peers, and what they refuse."
     )
-    return f"{rows(('Tool and method', 'Wall time', 'Peak memory', 'Perplexity'), lines)}\n\n{told}"
+    return f"{rows(('Tool and method', 'Wall time', 'Peak memory', 'Perplexity'), lines)}\n\n{caption}"
 
 
 def _tool(found: Found, entry: Found) -> str:
@@ -154,8 +155,8 @@ def variants(found: Found) -> str:
     titles = ("Variants", "Wall time", "Times the longest alone", "Sum of stages", "Longest stage", "Peak memory")
     order = next(row for row in reversed(found["rows"]) if "count" in row)["variants"]
     failed = sorted({row["error"] for row in found["rows"] if row["error"]})
-    told = [f"In this order: {', '.join(order)}.", *(f"Failed: {escape(error)}" for error in failed), made(found)]
-    return "\n\n".join([rows(titles, lines), *told])
+    caption = [f"In this order: {', '.join(order)}.", *(f"Failed: {escape(error)}" for error in failed), made(found)]
+    return "\n\n".join([rows(titles, lines), *caption])
 
 
 def quality(found: Found) -> str:
@@ -177,13 +178,13 @@ def quality(found: Found) -> str:
         lines.append(cells)
     titles = ["Variant", "Size", "Bits per weight", *(each for model in models for each in (model, "KL, nats"))]
     settings = found["settings"]
-    told = (
-        f"Perplexity of {settings['model']}, {settings['samples']} × {settings['length']} tokens of "
-        f"{settings['calibration']}, measured on {settings['test_samples']} × {settings['length']} tokens of "
-        f"{settings['test']}; groups of 64. `gguf-budget` has the size of `q4_k_m`. Off the grid: the same function, "
-        "with random scales moved between neighbouring matrices."
+    caption = (
+        f"Perplexity of {settings['model']}, calibrated on {settings['samples']} × {settings['length']} tokens of "
+        f"{settings['calibration']} and measured on {settings['test_samples']} × {settings['length']} tokens of "
+        f"{settings['test']}. Groups of 64. `gguf-budget` has the size of `q4_k_m`. Off the grid, the model is the "
+        "same function with random scales moved between neighbouring matrices."
     )
-    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"
+    return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
 
 
 def search(found: Found) -> str:
@@ -192,12 +193,12 @@ def search(found: Found) -> str:
     value = {(row["power"], row["damping"]): significant(row["perplexity"], 4) for row in found["rows"]}
     lines = [[f"damping {damping:g}", *(value[power, damping] for power in powers)] for damping in dampings]
     settings = found["settings"]
-    told = (
-        f"Perplexity; {settings['bits']} bits, symmetric, group {settings['group_size']}, {settings['tokens']} tokens "
-        f"of calibration, {settings['test_samples']} × 512 tokens of {settings['test']} in {settings['arithmetic']}; "
-        f"the source's is {significant(found['source'], 4)}."
+    caption = (
+        f"Perplexity with {settings['bits']} bits, symmetric, group {settings['group_size']}, {settings['tokens']} "
+        f"tokens of calibration, on {settings['test_samples']} × 512 tokens of {settings['test']} in "
+        f"{settings['arithmetic']}. The source has {significant(found['source'], 4)}."
     )
-    return f"{rows(['power of `1 / U[j,j]²`', *(f'{power:g}' for power in powers)], lines)}\n\n{told} {made(found)}"
+    return f"{rows(['power of `1 / U[j,j]²`', *(f'{power:g}' for power in powers)], lines)}\n\n{caption} {made(found)}"
 
 
 def growth(found: Found) -> str:
@@ -211,8 +212,8 @@ def growth(found: Found) -> str:
         weights = f"{significant(row['params'] / 1e9, 3)} B, {'random' if row['shape'] else 'real'}"
         lines.append([weights, str(row["layers"]), *shares, *costs, byte_count(row["peak_bytes"])])
     titles = ["Weights", "Layers", *(f"{kind}, per layer" for kind in kinds), *(f"{kind}, peak" for kind in kinds)]
-    told = "Starting Python and importing torch is in the seconds; the largest peak is that of any stage."
-    return f"{rows([*titles, 'Largest peak'], lines)}\n\n{told}\n\n{made(found)}"
+    caption = "The seconds include starting Python and importing torch. The largest peak is that of any stage."
+    return f"{rows([*titles, 'Largest peak'], lines)}\n\n{caption}\n\n{made(found)}"
 
 
 def refusals(found: Found) -> str:
