@@ -132,7 +132,7 @@ def _sides(
 ) -> tuple[Side, Side]:
     variants = [each for each in (first, second) if isinstance(each, VariantOf)]
     if variants and evaluate:
-        raise RequestError("beside a variant a model is measured as its version was: leave --data and the like out")
+        raise RequestError("a model beside a variant is measured as its version was: leave out flags such as --data")
     tokenizer: Path | None = None
     store = Store(artifacts)
     wanted = evaluate

@@ -63,5 +63,5 @@ def _tasks(a: Side, b: Side) -> list[str]:
         elif task in a.accuracy and task in b.accuracy:
             digests = [side.accuracy[task].manifest["config"].get("data") for side in (a, b)]
             if digests[0] != digests[1]:
-                lines.append(f"{task} holds not the same tasks")
+                lines.append(f"{task} has different tasks")
     return lines

@@ -133,7 +133,7 @@ def of_model(
     ids = find(str(tokenizer), trust_remote_code=trust_remote_code) if tokenizer else source
     if tokenizer and (other := vocabulary.differing(ids.path, source.path)):
         raise RequestError(
-            f"{name} has another vocabulary than what it is compared with ({other}): their tokens cannot be paired. "
+            f"{name} and its baseline have different vocabularies ({other}): their tokens cannot be paired. "
             "`lighten evaluate` measures each on its own tokens and puts bits per byte side by side"
         )
     wanted: list[tuple[Any, Perplexity | Accuracy | Speed]] = [("accuracy", each) for each in evaluate.accuracy]

@@ -86,7 +86,7 @@ def _count(node: yaml.Node, name: str, known: dict[int, int], above: tuple[int, 
     """Returns the number of nodes of a document in which every alias is replaced by its meaning."""
     line = node.start_mark.line + 1
     if id(node) in above:
-        raise RequestError(f"{name}:{line}: cannot be read: an alias stands inside of what it means")
+        raise RequestError(f"{name}:{line}: cannot be read: an alias stands inside the value that it refers to")
     if len(above) >= DEEPEST:
         raise RequestError(f"{name}:{line}: cannot be read: it is nested more than {DEEPEST} levels deep")
     if id(node) not in known:
@@ -97,7 +97,7 @@ def _count(node: yaml.Node, name: str, known: dict[int, int], above: tuple[int, 
             inner = node.value
         known[id(node)] = 1 + sum(_count(each, name, known, (*above, id(node))) for each in inner)
         if known[id(node)] > MOST:
-            raise RequestError(f"{name}:{line}: cannot be read: its aliases unfold to more than {MOST:,} values")
+            raise RequestError(f"{name}:{line}: cannot be read: its aliases expand to more than {MOST:,} values")
     return known[id(node)]
 
 

@@ -58,8 +58,8 @@ def refuse_code(config: dict[str, Any], file: Path) -> None:
     if config.get("model_type") not in CONFIG_MAPPING_NAMES:
         code = sorted({str(each).rpartition(".")[0] for each in named.values() if isinstance(each, str)})
         raise RequestError(
-            f"{file}: the kind {str(config.get('model_type'))[:60]!r} is not one that transformers has, it is made by "
-            f"code beside the weights ({', '.join(code)[:100]}.py), which does not run unless you say so: "
+            f"{file}: transformers has no model_type {str(config.get('model_type'))[:60]!r}. It is made by code beside "
+            f"the weights ({', '.join(code)[:100]}.py), which does not run unless you say so: "
             "trust_remote_code: true in a recipe, and --trust-remote-code on the command line"
         )
 

@@ -158,7 +158,7 @@ def bench(device: Device, options: Sequence[str], report: Report, name: str) -> 
         while line := process.stdout.readline(LINE + 1):
             said += len(line)
             if len(line) > LINE or said > TALK:
-                raise Failure(f"{device.address.name} says more than bench.py ever does: what answers there?")
+                raise Failure(f"{device.address.name} says more than bench.py does: does something else answer?")
             event = _event(line)
             if (progress := _progress(event)) is not None:
                 report(*progress)

@@ -56,7 +56,7 @@ class Recipe(BaseModel):
             if name == BASELINE and steps:
                 raise ValueError("the variant named baseline is the source itself and has no steps: []")
             if any(len(step) != 1 for step in steps):
-                raise ValueError(f"each step of {name} is one kind and its settings, such as {{quantize: {{bits: 4}}}}")
+                raise ValueError(f"a step of {name} is one name with its settings, such as {{quantize: {{bits: 4}}}}")
         return variants
 
     @model_validator(mode="after")

@@ -61,7 +61,7 @@ def recommend(version: Version, question: Question) -> Recommendation:
     choice = choose(version.results, question, sizes)
     offered = published.better(version.results, question, sizes, choice.pick) if sizes else []
     if not sizes:
-        notes.append("formats that were not measured are not looked at: the sizes of the model are not known here")
+        notes.append("formats that were not measured are left out: the sizes of the model are not known here")
     pick = [choice.pick.name] if choice.pick else []
     text = published.recipe(version.results, {each.name: [each.step] for each in offered}, pick) if offered else None
     return Recommendation(version.results.title, question, choice, (), None, tuple(offered), text, tuple(notes))

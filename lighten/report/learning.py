@@ -38,7 +38,7 @@ class Lessons:
         if validations:
             best = min(validations, key=lambda each: each.perplexity)
             parts.append(
-                f"perplexity on what was held out {significant(validations[0].perplexity, 4)} → "
+                f"held-out perplexity {significant(validations[0].perplexity, 4)} → "
                 f"{significant(best.perplexity, 4)} (kept: step {best.step:,})"
             )
         return "; ".join(parts)

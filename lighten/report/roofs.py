@@ -10,7 +10,7 @@ from lighten.report.drawing import FRONT, GROUND, INK, MUTED, legend, sheet
 from lighten.report.numbers import NOT_MEASURED, significant
 from lighten.report.part import Grid, Part, Picture
 from lighten.report.plots import place
-from lighten.results.measured import Place
+from lighten.results.measured import RooflinePoint
 from lighten.results.results import Results, Variant
 
 WIDTH, HEIGHT = 360.0, 272.0
@@ -125,7 +125,7 @@ def price(variant: Variant) -> str:
     return f"a million tokens: {', '.join(prices)} ({cost.price_per_hour:g} {cost.currency} an hour{note})"
 
 
-def _reached(at: Place) -> str:
+def _reached(at: RooflinePoint) -> str:
     """Returns "24.5 GB/s (35 % of memory's peak)", or the operations if arithmetic is the limit."""
     reached = f"{significant(at.gflop_s, 3)} GFLOP/s" if at.bound == "compute" else f"{significant(at.gb_s, 3)} GB/s"
     peak = {"memory": "memory's", "cache": "the caches'", "compute": "its"}[at.bound]

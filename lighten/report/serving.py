@@ -8,7 +8,7 @@ from itertools import combinations
 from lighten.numerics.steady import REPEATED, apart
 from lighten.report.numbers import NOT_MEASURED, fixed, ratio, share, significant
 from lighten.report.part import Grid, Part
-from lighten.results.measured import Percentiles, Served, Speculative, Speed
+from lighten.results.measured import Percentiles, ServedLoad, Speculative, Speed
 from lighten.results.results import Results, Variant
 
 LOADS = ("Variant", "Requests a second", "Completed", "Tok/s", "First token, ms", "Between tokens, ms", "Server")
@@ -28,7 +28,7 @@ def serving(results: Results, _earlier: Sequence[Results]) -> Part | None:
     return Part("Serving", grids=tuple(grids), notes=tuple(filter(None, notes))) if grids else None
 
 
-def _load(name: str, each: Served) -> tuple[str, ...]:
+def _load(name: str, each: ServedLoad) -> tuple[str, ...]:
     between = _times(each.token_ms) if each.token_ms else NOT_MEASURED
     completed = f"{each.completed} of {each.requests}"
     speed = significant(each.throughput_tok_s, 3)

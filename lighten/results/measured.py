@@ -147,7 +147,7 @@ class Speed(Section):
         return self.attention, self.compile, self.cache
 
 
-class Served(Section):
+class ServedLoad(Section):
     """Requests that arrived at `rate` a second on average, and how the completed requests were served.
 
     `ttft_ms` counts from a request's arrival, `token_ms` between its tokens. `throughput_tok_s` is that of all requests
@@ -163,7 +163,7 @@ class Served(Section):
     server: str
 
 
-class Parted(Section):
+class ChangedText(Section):
     """A text that a draft changed: the first token that differs, and the gap of the first two logits there."""
 
     text: int
@@ -189,7 +189,7 @@ class Speculative(Section):
     texts: int | None = None
     generate: int | None = None
     dtype: str | None = None
-    parted: list[Parted] = []
+    parted: list[ChangedText] = []
 
 
 class Memory(Section):
@@ -207,7 +207,7 @@ class Energy(Section):
     note: str | None = None
 
 
-class Place(Section):
+class RooflinePoint(Section):
     """A speed under the machine's roofline: operations and bytes of a token, what was reached, and what limits it.
 
     `bandwidth_gb_s` is the bandwidth for so many bytes, from memory or a cache. `share` is the reached share of the
@@ -226,13 +226,13 @@ class Place(Section):
     note: str | None = None
 
 
-class Roofline(Place):
+class Roofline(RooflinePoint):
     """The place of decoding at the first measured shape, and the place of its prefill."""
 
     batch: int | None = None
     context: int | None = None
     dtype: str | None = None
-    prefill: Place | None = None
+    prefill: RooflinePoint | None = None
 
 
 class TokenCost(Section):
@@ -282,7 +282,7 @@ class Delta(Section):
     size_ratio: float | None = None
 
 
-class Lesson(Section):
+class LossPoint(Section):
     """A point of a loss curve: means over the steps since the last point, in nats per token."""
 
     step: int
@@ -291,7 +291,7 @@ class Lesson(Section):
     kl: float | None = None
 
 
-class Look(Section):
+class Validation(Section):
     """Perplexity on the held-out text after a step of training."""
 
     step: int
@@ -301,8 +301,8 @@ class Look(Section):
 class Training(Section):
     """The course of a distillation."""
 
-    curve: list[Lesson] = []
-    validation: list[Look] = []
+    curve: list[LossPoint] = []
+    validation: list[Validation] = []
 
 
 class Load(Section):

@@ -23,7 +23,7 @@ from lighten.results.measured import (
     Price,
     Roofline,
     Section,
-    Served,
+    ServedLoad,
     Speculative,
     Speed,
     Training,
@@ -66,7 +66,7 @@ class Variant(Section):
     divergence: Divergence | None = None
     accuracy: list[Accuracy] = Field([])
     speed: list[Speed] = Field([])
-    load: list[Served] = Field([])
+    load: list[ServedLoad] = Field([])
     speculative: Speculative | None = None
     memory: Memory | None = None
     energy: Energy | None = None

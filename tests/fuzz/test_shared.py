@@ -152,7 +152,7 @@ def test_the_texts_that_are_damaged_are_sound(folder: Path) -> None:
 
 def test_laughs_are_refused_in_no_time(folder: Path) -> None:
     found = answers(recipe.load, str(written(folder / "r.yaml", LAUGHS)))
-    assert "unfold to more than" in str(found)
+    assert "expand to more than" in str(found)
 
 
 @fuzz(examples=60)

@@ -34,7 +34,7 @@ def test_variants_behind_the_same_training_share_a_picture(tmp_path: Path) -> No
     write_report(results, tmp_path)
     assert {path.name for path in (tmp_path / "plots").glob("training-*.png")} == {"training-1.png", "training-2.png"}
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<figcaption>40 steps, loss 5.00 → 2.08; perplexity on what was held out 30.00 → 22.50") == 1
+    assert page.count("<figcaption>40 steps, loss 5.00 → 2.08; held-out perplexity 30.00 → 22.50") == 1
     assert "(kept: step 30)" in page
 
 
