@@ -24,8 +24,8 @@ from gguf_export import directory, told
 from timed import last_json, timed
 
 from lighten.evaluate import machine
+from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.evaluate.request import Request
-from lighten.evaluate.settings import Accuracy
 from lighten.store.store import write_json
 
 HERE = Path(__file__).resolve().parent

@@ -25,7 +25,7 @@ from turns import PROMPT, STEPS, TURNS, decode_in_turn
 
 import lighten
 from lighten.evaluate import machine
-from lighten.evaluate.settings import Perplexity
+from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.pipeline.verbs import measure
 from lighten.store.store import write_json
 

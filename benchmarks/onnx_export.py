@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def _perplexity(settings: dict[str, Any]) -> Any:
-    from lighten.evaluate.settings import Perplexity
+    from lighten.evaluate.perplexity.settings import Perplexity
 
     return Perplexity(**settings)
 

@@ -21,7 +21,7 @@ from arm64 import fetch
 from gguf_export import directory
 
 from lighten.evaluate import machine
-from lighten.evaluate.settings import Perplexity
+from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.pipeline.verbs import export_model, measure
 from lighten.store.store import write_json
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.evaluate import machine
-from lighten.evaluate.settings import Speed
+from lighten.evaluate.speed.settings import Speed
 from lighten.numerics.steady import REPEATED, apart
 from lighten.pipeline.recipe import parse
 from lighten.pipeline.run import run

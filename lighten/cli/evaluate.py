@@ -22,7 +22,9 @@ from lighten.cli.flags import (
 from lighten.errors import Failure, RequestError
 
 if TYPE_CHECKING:
-    from lighten.evaluate.settings import Accuracy, Perplexity, Speed
+    from lighten.evaluate.accuracy.settings import Accuracy
+    from lighten.evaluate.perplexity.settings import Perplexity
+    from lighten.evaluate.speed.settings import Speed
 
 COMMAND = "lighten evaluate"
 NOT_ON_DEVICE = (
@@ -150,7 +152,7 @@ def evaluate(
 
 def _perplexity(settings: dict[str, Any], protocols: list[str]) -> list[Perplexity]:
     """Returns the settings of a perplexity for each protocol."""
-    from lighten.evaluate.settings import PROTOCOLS, Perplexity
+    from lighten.evaluate.perplexity.settings import PROTOCOLS, Perplexity
     from lighten.pipeline.recipe import parse_settings
 
     names = list(dict.fromkeys(name.lower() for name in protocols))
@@ -161,7 +163,7 @@ def _perplexity(settings: dict[str, Any], protocols: list[str]) -> list[Perplexi
 
 def _accuracy(settings: dict[str, Any], tasks: list[str]) -> list[Accuracy]:
     """Returns the settings of an accuracy for each task: its name, or a file with its questions."""
-    from lighten.evaluate.settings import Accuracy
+    from lighten.evaluate.accuracy.settings import Accuracy
     from lighten.pipeline.recipe import parse_settings
 
     return [parse_settings(Accuracy, settings | _task(name), COMMAND) for name in tasks]
@@ -178,7 +180,7 @@ def _task(name: str) -> dict[str, str]:
 
 def _speed(options: dict[str, str | None]) -> Speed:
     """Returns the settings of the speed measurement, with the options of transformers that were given."""
-    from lighten.evaluate.settings import Speed
+    from lighten.evaluate.speed.settings import Speed
     from lighten.pipeline.recipe import parse_settings
 
     return parse_settings(Speed, {name: value for name, value in options.items() if value}, COMMAND)

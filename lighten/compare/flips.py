@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lighten.data.choices import digest, load_choices
 from lighten.errors import LightenError
-from lighten.evaluate.settings import Accuracy
+from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.store.artifact import Artifact
 
 

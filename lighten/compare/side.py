@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lighten.compare.operand import VariantOf, Version
-from lighten.data import choices, text
+from lighten.data import text
 from lighten.errors import RequestError
 from lighten.evaluate import machine
-from lighten.evaluate.machine import measuring_packages, this_machine
+from lighten.evaluate.machine import this_machine
+from lighten.evaluate.measurement import Measurement
+from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.request import Request
-from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
+from lighten.evaluate.settings import Evaluate
 from lighten.model import vocabulary
 from lighten.model.source import Found, find
 from lighten.pipeline.checks import check_measurable
@@ -136,29 +138,32 @@ def of_model(
             f"{name} and its baseline have different vocabularies ({other}): their tokens cannot be paired. "
             "`lighten evaluate` measures each on its own tokens and puts bits per byte side by side"
         )
-    wanted: list[tuple[Any, Perplexity | Accuracy | Speed]] = [("accuracy", each) for each in evaluate.accuracy]
-    wanted += [("perplexity", each) for each in evaluate.perplexity[:1]]  # the one that leads the report
-    wanted += [("speed", evaluate.speed)] if evaluate.speed else []
-    done = [
-        (kind, _measured(kind, settings, source, ids, store, device, watcher, kept, trust_remote_code))
-        for kind, settings in wanted
-    ]
+    for task in evaluate.accuracy:
+        if task.harness:
+            raise RequestError(f"a model beside a variant is not measured in lm-eval's {task.task}: name two variants")
+
+    def measured(settings: Measurement) -> Artifact:
+        return _measured(settings, source, ids, store, device, watcher, kept, trust_remote_code)
+
+    accuracy = [(task, measured(task)) for task in evaluate.accuracy]
+    leading = [(first, measured(first)) for first in evaluate.perplexity[:1]]  # the one that leads the report
+    speed = [(each, measured(each)) for each in (evaluate.speed,) if each]
+    done: list[tuple[Measurement, Artifact]] = [*accuracy, *leading, *speed]
     row: dict[str, Any] = {"name": as_name(source.path.name), "status": "ok", **describe_source(source)}
-    add_measurements(row, [(kind, artifact.path, None) for kind, artifact in done], True)
+    add_measurements(row, [(settings, artifact.path, None) for settings, artifact in done], True)
     return Side(
         name,
         Variant.model_validate_json(json.dumps(row)),
         machine.fingerprint(),
-        next((artifact for kind, artifact in done if kind == "perplexity"), None),
-        {str(artifact.manifest["config"]["task"]): artifact for kind, artifact in done if kind == "accuracy"},
+        leading[0][1] if leading else None,
+        {task.task: artifact for task, artifact in accuracy},
         source.path,
         ids.path,
     )
 
 
 def _measured(
-    kind: Any,
-    settings: Perplexity | Accuracy | Speed,
+    settings: Measurement,
     source: Found,
     ids: Found,
     store: Store,
@@ -167,16 +172,12 @@ def _measured(
     kept: contextlib.ExitStack,
     trusted: bool,
 ) -> Artifact:
-    config = {"measure": kind, **settings.key_config(), "packages": measuring_packages()}
-    if isinstance(settings, Perplexity):
+    config = {"measure": settings.name, **settings.key_config(), "packages": settings.packages()}
+    if isinstance(settings, Perplexity):  # the whole text by every protocol: kept as it was, for the keys
         config["data"] = text.identity(settings.data, "perplexity")
-    elif isinstance(settings, Accuracy):
-        if settings.harness:
-            raise RequestError(
-                f"a model beside a variant is not measured in lm-eval's {settings.task}: name two variants"
-            )
-        config["data"] = choices.digest(choices.load_choices(settings.local or settings.task, settings.most))
-    else:
+    elif data := settings.data_digest():
+        config["data"] = data
+    if settings.timed:
         config["machine"] = this_machine()
     if trusted:
         config["trust_remote_code"] = True  # other code may compute other numbers
@@ -185,7 +186,7 @@ def _measured(
     with store.lock(key):
         if found := store.sound(key, watcher.say):
             return found
-        watcher.say(f"{kind} of {source.name}")
+        watcher.say(f"{settings.name} of {source.name}")
         with store.building(key) as out:
             request = Request(
                 settings,
@@ -195,7 +196,7 @@ def _measured(
                 device=device,
                 trust_remote_code=trusted,
             )
-            run_isolated("lighten.evaluate.run:measure", request.payload(), fresh=kind == "speed")
+            run_isolated("lighten.evaluate.run:measure", request.payload(), fresh=settings.timed)
             manifest = {
                 "kind": "measurement",
                 "format": "measurement",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lighten.evaluate.settings import MEASUREMENTS, Settings
+from lighten.evaluate.measurement import MEASUREMENTS, Measurement
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Reference:
 class Request:
     """One measurement of one model; built once, and sent through the wall between processes once."""
 
-    settings: Settings
+    settings: Measurement
     model: Path
     """A model directory, a .gguf or an .onnx file."""
     tokenizer: Path
@@ -39,11 +39,8 @@ class Request:
     reference: Reference | None = None
     save_hidden: bool = False
     """Whether the measurement is to serve as a reference."""
-
-    @property
-    def measurement(self) -> str:
-        """The name of what is measured."""
-        return self.settings.name
+    vocab: int | None = None
+    """Size of the vocabulary that its logits should have; None for what its config says."""
 
     @property
     def own_tokenizer(self) -> bool:
@@ -54,7 +51,7 @@ class Request:
         """Returns the request as JSON."""
         against = self.reference
         return {
-            "measurement": self.measurement,
+            "measurement": self.settings.name,
             "settings": self.settings.model_dump(mode="json"),
             "model": str(self.model),
             "tokenizer": str(self.tokenizer),
@@ -65,6 +62,7 @@ class Request:
             "arithmetic": self.arithmetic,
             "reference": {"measurement": str(against.measurement), "model": str(against.model)} if against else None,
             "save_hidden": self.save_hidden,
+            "vocab": self.vocab,
         }
 
     @classmethod
@@ -72,7 +70,7 @@ class Request:
         """Returns the request that `payload` was made from."""
         draft, against = payload["draft"], payload["reference"]
         return cls(
-            MEASUREMENTS[payload["measurement"]].model_validate(payload["settings"]),
+            MEASUREMENTS.load(payload["measurement"]).model_validate(payload["settings"]),
             model=Path(payload["model"]),
             tokenizer=Path(payload["tokenizer"]),
             out=Path(payload["out"]),
@@ -82,4 +80,5 @@ class Request:
             arithmetic=payload["arithmetic"],
             reference=Reference(Path(against["measurement"]), Path(against["model"])) if against else None,
             save_hidden=payload["save_hidden"],
+            vocab=payload["vocab"],
         )

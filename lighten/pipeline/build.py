@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from lighten.errors import DiskFull, Failure, LightenError, RequestError
-from lighten.evaluate import machine, paired
-from lighten.evaluate.loaders import survey as loaders
+from lighten.errors import DiskFull, LightenError, RequestError
+from lighten.evaluate import machine
 from lighten.evaluate.machine import measuring_packages, this_machine
+from lighten.evaluate.paired import RESULT
 from lighten.evaluate.parity import parity
 from lighten.evaluate.request import Reference, Request
-from lighten.evaluate.settings import TIMED, Speed
+from lighten.evaluate.run import measure_here
 from lighten.evaluate.speed.options import lacking
+from lighten.evaluate.speed.settings import Speed
 from lighten.model.accelerator import Device, resolve
 from lighten.model.source import Source
 from lighten.pipeline.predict import Predictor, what
@@ -134,29 +134,19 @@ class Builder:
         return artifact
 
     def _work(self, stage: Stage, out: Path, report: Report) -> Outcome:
-        if stage.measure == "loaders":
-            return self._survey(stage, out, report)
+        if stage.settings and not stage.settings.isolated:
+            return self._measured_here(stage, out, report)
         target, payload = self._task(stage, out)
-        outcome = run_isolated(target, payload, report, fresh=stage.measure in TIMED)
+        outcome = run_isolated(target, payload, report, fresh=stage.settings is not None and stage.settings.timed)
         promised = stage.step.promises() if stage.step else None
         return self._compared(promised, stage, out, outcome, report) if promised else outcome
 
-    def _survey(self, stage: Stage, out: Path, report: Report) -> Outcome:
-        assert stage.parents[0].facts
-        begin = time.monotonic()
-        try:
-            found = loaders.survey(
-                self.done[stage.parents[0].key].path,
-                vocab=stage.parents[0].facts.vocab,
-                device=self.device,
-                trust_remote_code=trusted(stage),
-                report=report,
-            )
-        except RequestError as error:  # what no loader reads is a row that says so, and no end of the run
-            raise Failure(str(error)) from error
-        loads = [{**load, "error": load["error"] and self.in_words(load["error"])} for load in found.loads]
-        write_json(out / paired.RESULT, {"measurement": "loaders", "loads": loads})
-        return Outcome({"loads": loads}, time.monotonic() - begin, found.peak_rss_bytes)
+    def _measured_here(self, stage: Stage, out: Path, report: Report) -> Outcome:
+        """Runs a measurement that starts its own processes; its messages name stages, and not where they are kept."""
+        outcome = measure_here(self._request(stage, out), report)
+        found = each_text(outcome.value, self.in_words)
+        write_json(out / RESULT, {"measurement": stage.measure, **found})
+        return Outcome(found, outcome.seconds, outcome.peak_rss_bytes)
 
     def _compared(self, promised: dict[str, Any], stage: Stage, out: Path, outcome: Outcome, report: Report) -> Outcome:
         """Returns the outcome with what was found when an export was compared with its source.
@@ -177,34 +167,49 @@ class Builder:
         return Outcome(value, outcome.seconds + found.seconds, peak)
 
     def _task(self, stage: Stage, out: Path) -> tuple[str, dict[str, Any]]:
-        paths = [self.done[parent.key].path for parent in stage.parents]
-        if stage.settings is not None:
-            reference = Reference(paths[2], paths[1]) if len(paths) > 2 else None
-            drafted = stage.measure == "speculative"
-            request = Request(
-                stage.settings,
-                model=paths[0],
-                tokenizer=paths[1] if len(paths) > 1 and not drafted else paths[0],
-                out=out,
-                device=self.device,
-                trust_remote_code=trusted(stage),
-                draft=paths[1] if drafted else None,
-                arithmetic=stage.arithmetic,
-                reference=reference,
-                save_hidden=stage.measure == "perplexity" and reference is None,
-            )
-            return "lighten.evaluate.run:measure", request.payload()
+        if stage.settings:
+            return "lighten.evaluate.run:measure", self._request(stage, out).payload()
         assert stage.step is not None
         return "lighten.pipeline.steps:run_step", {
             "kind": stage.kind,
             "settings": stage.step.model_dump(mode="json"),
-            "inputs": dict(zip(stage.roles, map(str, paths), strict=True)),
+            "inputs": {role: str(path) for role, path in self._inputs(stage).items()},
             "scratch": str(self.store.scratch(stage.key)) if stage.step.lessons() else None,
             "out": str(out),
             "key": stage.key,
             "device": self.device,
             "trust_remote_code": trusted(stage),
         }
+
+    def _inputs(self, stage: Stage) -> dict[str, Path]:
+        return {role: self.done[each.key].path for role, each in zip(stage.roles, stage.parents, strict=True)}
+
+    def _request(self, stage: Stage, out: Path) -> Request:
+        assert stage.settings
+        paths, facts = self._inputs(stage), stage.parents[0].facts
+        reference = Reference(paths["reference"], paths["tokenizer"]) if "reference" in paths else None
+        return Request(
+            stage.settings,
+            model=paths["model"],
+            tokenizer=paths.get("tokenizer", paths["model"]),
+            out=out,
+            device=self.device,
+            trust_remote_code=trusted(stage),
+            draft=paths.get("draft"),
+            arithmetic=stage.arithmetic,
+            reference=reference,
+            save_hidden=stage.settings.refers and reference is None,
+            vocab=facts.vocab if facts else None,
+        )
+
+
+def each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Returns JSON with every text in it changed, names of fields left as they are."""
+    if isinstance(value, dict):
+        return {name: each_text(each, change) for name, each in value.items()}
+    if isinstance(value, list):
+        return [each_text(each, change) for each in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def choose_device(device: str, watcher: Watcher | None = None) -> Device:

@@ -5,49 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from lighten.errors import RequestError
-from lighten.evaluate.perplexity.protocols import check_length
 from lighten.evaluate.runtimes.opening import opener
-from lighten.evaluate.settings import TIMED, Evaluate
+from lighten.evaluate.settings import Evaluate
 from lighten.facts import ModelFacts
 from lighten.model.accelerator import Device
-from lighten.model.tokens import check_text
 from lighten.pipeline.stage import Plan, Stage
 
 
 def check_measurable(facts: ModelFacts, evaluate: Evaluate, name: str) -> None:
     """Raises RequestError if a measurement needs something that the model lacks, or more positions than it takes."""
-    wanted = [name for name in ("perplexity", "accuracy", *TIMED) if getattr(evaluate, name)]
+    wanted = dict.fromkeys(each.name for each in evaluate.asked if each.causal_only)
     if facts.family != "causal" and wanted:
         raise RequestError(
             f"{facts.architecture} is no causal language model: {', '.join(wanted)} cannot be measured on it, "
             "only its size (evaluate: {}, or --skip each of them)"
         )
-    for perplexity in evaluate.perplexity:
-        check_length(perplexity, facts.context, name)
-    if evaluate.speed:
-        check_room("speed", max(evaluate.speed.prompt), evaluate.speed.generate, facts.context, name)
-    for what, asked in (("load", evaluate.load), ("speculative", evaluate.speculative)):
-        if asked:
-            check_room(what, asked.prompt, asked.generate, facts.context, name)
+    for each in evaluate.asked:
+        each.check(facts, name)
 
 
 def check_texts(model: Path, evaluate: Evaluate) -> None:
     """Raises RequestError or Failure if a model cannot be measured on a text or task; before any work."""
-    for perplexity in evaluate.perplexity:
-        least = 1 if perplexity.protocol == "lm-eval" else perplexity.length or 1
-        check_text(model, perplexity.data, "perplexity", least)
-    for asked in (evaluate.load, evaluate.speculative):
-        if asked:
-            check_text(model, asked.data, "perplexity", asked.prompt)
-
-
-def check_room(what: str, prompt: int, generate: int, context: int | None, name: str) -> None:
-    """Raises RequestError if a prompt with its continuation is longer than the model's context."""
-    if context and prompt + generate > context:
-        raise RequestError(
-            f"{what}: {prompt} prompt and {generate} generated tokens are more than the {context} positions "
-            f"that {name} takes: set a smaller `prompt` or `generate`"
-        )
+    for each in evaluate.asked:
+        each.check_text(model)
 
 
 def arithmetic(params: int, device: Device) -> str | None:
@@ -65,12 +45,11 @@ def device_bytes(stage: Stage) -> int:
     facts = stage.parents[0].facts if stage.parents else None
     if stage.step and not stage.step.computes:
         return 0
-    if stage.measure is None or facts is None:
+    if stage.settings is None or facts is None:
         return stage.estimate.peak_bytes
-    wide = 4 if stage.arithmetic == "float32" else 2
     step = stage.parents[0].step
     elsewhere = step is not None and not opener(step.runtime).takes_options
-    return 0 if elsewhere or stage.measure == "loaders" else int(wide * facts.params + 4 * 2048 * facts.vocab)
+    return 0 if elsewhere else stage.settings.device_bytes(facts, 4 if stage.arithmetic == "float32" else 2)
 
 
 def check_memory(todo: Plan) -> None:

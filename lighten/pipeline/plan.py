@@ -10,20 +10,10 @@ from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.distill.teacher import Teacher
 from lighten.data import text
 from lighten.errors import RequestError, missing_extra
-from lighten.evaluate.accuracy import harness
-from lighten.evaluate.estimate import BYTES_PER_TOKEN, _identity, look, predict_measurement
-from lighten.evaluate.loaders import survey as loaders
-from lighten.evaluate.machine import measuring_packages, this_machine
+from lighten.evaluate.machine import this_machine
+from lighten.evaluate.measurement import BYTES_PER_TOKEN, Measurement
 from lighten.evaluate.runtimes.opening import opener
-from lighten.evaluate.settings import (
-    TIMED,
-    Accuracy,
-    Evaluate,
-    Loaders,
-    Measure,
-    Settings,
-    Speculative,
-)
+from lighten.evaluate.settings import Evaluate
 from lighten.facts import ModelFacts
 from lighten.model import gguf_source, tokenizer_files, vocabulary
 from lighten.model.accelerator import CPU, Device
@@ -90,13 +80,16 @@ def make_plan(recipe: Recipe, only: list[str] | None = None, device: Device = CP
         artifacts[name] = stage
     measurements: dict[str, list[Stage]] = {}
     for name, stage in artifacts.items():
-        measurements[name] = builder.measure(stage, root, _of_variant(recipe.evaluate, name, stage))
-    if (asked := recipe.evaluate.speculative) and {asked.draft, asked.target} <= artifacts.keys():
-        # with the draft's: if it cannot draft, its row fails and not the target's
-        measurements[asked.draft].append(builder.speculate(asked, artifacts))
+        asked = _of_variant(recipe.evaluate, name, stage).asked
+        measurements[name] = [builder.measure(each, stage, root) for each in asked if not each.pair]
+    for each in recipe.evaluate.asked:
+        if each.pair and artifacts.keys() >= {*each.pair}:
+            target, draft = each.pair
+            # with the draft's: if it cannot draft, its row fails and not the target's
+            measurements[draft].append(builder.measure_pair(each, artifacts[target], artifacts[draft]))
     for name, stage in artifacts.items():
-        for each in (stage, *measurements[name]):
-            each.user(name)
+        for used in (stage, *measurements[name]):
+            used.user(name)
     for stage in builder.stages.values():
         if stage.measure:
             stage.name = f"{stage.name} of {stage.variants[0]}"
@@ -153,9 +146,9 @@ def _origin(stage: Stage) -> Path | None:
     return Path(source.path) if isinstance(source, Source) and source.format == "directory" else None
 
 
-def _packages(stage: Stage) -> dict[str, str]:
-    """Returns the versions of the packages whose arithmetic a measurement of a stage's model shows."""
-    return measuring_packages(opener(stage.step.runtime).packages if stage.step else ())
+def _runtime_packages(stage: Stage) -> tuple[str, ...]:
+    """Returns the packages of the runtime that serves what a stage leaves, where it is none that comes with lighten."""
+    return opener(stage.step.runtime).packages if stage.step else ()
 
 
 class _Builder:
@@ -280,63 +273,50 @@ class _Builder:
             lessons = lessons.model_copy(update={"rows": student.vocab})
         return {"teacher": teacher, "lessons": self._build(lessons, teacher.facts, source=teacher)}
 
-    def measure(self, stage: Stage, root: Stage, evaluate: Evaluate) -> list[Stage]:
-        """Returns the measurements of an artifact; those of other artifacts than the baseline refer to its own."""
-        found = []
-        for perplexity in evaluate.perplexity:
-            reference = [] if stage is root else self.measure(root, root, Evaluate(perplexity=[perplexity]))
-            data = _identity(perplexity)
-            found.append(self._measurement("perplexity", perplexity, data, [stage, root, *reference]))
-        for accuracy in evaluate.accuracy:
-            found.append(self._measurement("accuracy", accuracy, look(accuracy).digest, [stage, root]))
-        if evaluate.speed:
-            found.append(self._measurement("speed", evaluate.speed, None, [stage]))
-        if evaluate.load:
-            found.append(
-                self._measurement("load", evaluate.load, text.identity(evaluate.load.data, "perplexity"), [stage])
-            )
-        if evaluate.loaders:
-            found.append(self._measurement("loaders", Loaders(), None, [stage]))
-        return found
+    def measure(self, settings: Measurement, stage: Stage, root: Stage) -> Stage:
+        """Returns a measurement of an artifact; one of another artifact than the baseline may refer to its own."""
+        inputs = {"model": stage}
+        if settings.of_quality:
+            inputs["tokenizer"] = root
+        if settings.refers and stage is not root:
+            inputs["reference"] = self.measure(settings, root, root)
+        return self._measurement(settings, inputs)
 
-    def speculate(self, asked: Speculative, artifacts: dict[str, Stage]) -> Stage:
+    def measure_pair(self, settings: Measurement, target: Stage, draft: Stage) -> Stage:
         """Returns the measurement of a target with its draft."""
-        parents = [artifacts[asked.target], artifacts[asked.draft]]
-        return self._measurement("speculative", asked, text.identity(asked.data, "perplexity"), parents)
+        return self._measurement(settings, {"model": target, "draft": draft})
 
-    def _measurement(self, measure: Measure, settings: Settings, data: str | None, parents: list[Stage]) -> Stage:
+    def _measurement(self, settings: Measurement, inputs: dict[str, Stage]) -> Stage:
+        parents, data = list(inputs.values()), settings.data_digest()
         config: dict[str, Any] = {
-            "measure": measure,
+            "measure": settings.name,
             **settings.key_config(),
-            "packages": loaders.packages() if measure == "loaders" else _packages(parents[0]),
+            "packages": settings.packages(_runtime_packages(parents[0])),
+            **settings.key_facts(),
         }
         if data and len(parents) > 1 and _first(parents[0]) is not _first(parents[1]):
             config["vocabulary"] = "compared"  # a student from elsewhere may have another one than the baseline
-        if isinstance(settings, Accuracy) and settings.harness:
-            config["lm_eval"] = harness.look(settings).version
         if data:
             config["data"] = data
-        if measure in TIMED:
+        if settings.timed:
             config["machine"] = this_machine()
         config |= self.device.key()
-        asked = self.arithmetic if measure in ("perplexity", "accuracy") else None
+        asked = self.arithmetic if settings.of_quality else None
         if asked:
             config["arithmetic"] = asked
-        key = stage_key("measure", MEASURE_VERSION, config, [parent.key for parent in parents])
         facts = parents[0].facts
         assert facts
-        estimate = predict_measurement(settings, facts)
         return self._add(
             Stage(
-                settings.told,
+                settings.title,
                 "measure",
                 MEASURE_VERSION,
-                key,
+                stage_key("measure", MEASURE_VERSION, config, [parent.key for parent in parents]),
                 config,
                 parents,
-                estimate,
-                measure=measure,
+                settings.predict(facts),
                 settings=settings,
+                roles=tuple(inputs),
                 arithmetic=asked,
             )
         )

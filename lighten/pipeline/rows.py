@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lighten.evaluate import paired
+from lighten.evaluate.measurement import Measurement
 from lighten.evaluate.runtimes.opening import weight_endings
 from lighten.pipeline.build import Builder
 from lighten.pipeline.recipe import BASELINE
@@ -14,7 +14,8 @@ from lighten.pipeline.stage import Plan, Stage
 from lighten.store.artifact import Artifact
 
 
-def _row(name: str, todo: Plan, builder: Builder, root: Artifact) -> dict[str, Any]:
+def row_of(name: str, todo: Plan, builder: Builder, root: Artifact) -> dict[str, Any]:
+    """Returns the row of a variant: what it is, what was measured on it, and what failed; `root` is the baseline."""
     stage = todo.artifacts[name]
     steps = [] if name == BASELINE else [{step.kind: step.dump()} for step in todo.recipe.steps(name)]
     row: dict[str, Any] = {"name": name, "key": stage.key, "status": "ok", "error": None, "steps": steps}
@@ -27,26 +28,27 @@ def _row(name: str, todo: Plan, builder: Builder, root: Artifact) -> dict[str, A
     row |= describe(artifact, _nearest(stage, builder, "params")) | {"path": f"variants/{name}"}
     row["training"] = _nearest(stage, builder, "training")
     measured = []
-    pairs = [[each for each in todo.measurements[of] if each.measure != "speculative"] for of in (name, BASELINE)]
-    for each, base in zip(*pairs, strict=True):
+    alone = [
+        [each for each in todo.measurements[of] if each.settings and not each.settings.pair] for of in (name, BASELINE)
+    ]
+    for each, base in zip(*alone, strict=True):
         found, against = builder.done.get(each.key), builder.done.get(base.key)
-        if found:
-            measured.append((each.measure, found.path, against.path if against else None))
+        if found and each.settings:
+            measured.append((each.settings, found.path, against.path if against else None))
     add_measurements(row, measured, name == BASELINE)
-    row["speculative"] = _speculative(name, todo, builder)
+    row["speculative"] = None
+    for each in _drafted(name, todo):
+        if each.settings and (found := builder.done.get(each.key)):
+            each.settings.add(row, paired.read(found.path))
     if name != BASELINE:
         row.setdefault("delta", {})["size_ratio"] = row["size_bytes"] / root.size_bytes
     return row
 
 
-def _speculative(name: str, todo: Plan, builder: Builder) -> dict[str, Any] | None:
-    """Returns what a draft is worth to this variant, if that was measured."""
-    asked = todo.recipe.evaluate.speculative
-    if not asked or asked.target != name:
-        return None
-    stage = next((each for each in todo.measurements.get(asked.draft, []) if each.measure == "speculative"), None)
-    found = builder.done.get(stage.key) if stage else None
-    return {"draft": asked.draft, **paired.read(found.path)["speculative"]} if found else None
+def _drafted(name: str, todo: Plan) -> list[Stage]:
+    """Returns the measurements in which a variant is the target of a draft."""
+    found = [(stage, stage.settings.pair) for some in todo.measurements.values() for stage in some if stage.settings]
+    return [stage for stage, pair in found if pair and pair[0] == name]
 
 
 def _nearest(stage: Stage, builder: Builder, fact: str) -> Any:
@@ -79,42 +81,15 @@ def _note_vocabulary(row: dict[str, Any], other: str) -> None:
         row["notes"].append(note)
 
 
-def add_measurements(row: dict[str, Any], measured: list[tuple[Any, Path, Path | None]], is_baseline: bool) -> None:
-    """Puts measurements into a row: (kind, its directory, the baseline's directory or None) of each."""
-    for kind, path, against in measured:
-        result = json.loads((path / "result.json").read_text())
-        if kind == "loaders":
-            row["loads"] = result["loads"]
-            continue
+def add_measurements(
+    row: dict[str, Any], measured: list[tuple[Measurement, Path, Path | None]], is_baseline: bool
+) -> None:
+    """Puts measurements into a row: of each its settings, its directory, and the baseline's directory or None."""
+    for settings, path, against in measured:
+        result = paired.read(path)
         if other := result.get("vocabulary"):
             _note_vocabulary(row, other)
-        row["runtime"] = result.get("runtime", row.get("runtime"))
-        row["device"] = result.get("device", row.get("device"))
-        if kind == "perplexity":
-            found = result["perplexity"]
-            found["protocol"] = {"name": "lighten", **found["protocol"]}  # results from before there were several
-            if "perplexity" not in row:
-                row["perplexity"] = found
-            else:
-                row.setdefault("other_perplexity", []).append(found)
-            row["divergence"] = row.get("divergence") or result.get("divergence")
-            note = "its own tokenizer gives other ids than the baseline's on this text"
-            if result.get("tokenizer_match") is False and note not in row.setdefault("notes", []):
-                row["notes"].append(note)
-        elif kind == "accuracy":
-            row.setdefault("accuracy", []).append(result["accuracy"])
-        elif kind == "load":
-            row["load"] = result["load"]
-            continue
-        else:
-            row |= {"speed": result["speed"], "memory": result["memory"], "energy": result["energy"]}
-        if against and not is_baseline and not (other and kind == "perplexity"):
-            delta = row.setdefault("delta", {})
-            change = paired.compare(kind, path, against)
-            if kind == "accuracy":
-                delta.setdefault("accuracy", []).append(change)
-            elif kind == "perplexity" and "other_perplexity" in row:
-                change = {"protocol": result["perplexity"]["protocol"]["name"], **change["perplexity"]}
-                delta.setdefault("other_perplexity", []).append(change)
-            else:
-                delta |= change
+        row |= {name: result[name] for name in ("runtime", "device") if name in result}
+        settings.add(row, result)
+        if against and not is_baseline:
+            settings.add_change(row, path, against)

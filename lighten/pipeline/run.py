@@ -10,7 +10,6 @@ from typing import Any
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine
-from lighten.evaluate.accuracy import harness
 from lighten.pipeline import trust
 from lighten.pipeline.build import Builder, build_all, check_options, choose_device
 from lighten.pipeline.checks import check_memory, check_texts
@@ -18,7 +17,7 @@ from lighten.pipeline.plan import make_plan
 from lighten.pipeline.predict import Predictor
 from lighten.pipeline.recipe import BASELINE, Recipe, load
 from lighten.pipeline.roofline import Addition
-from lighten.pipeline.rows import _row
+from lighten.pipeline.rows import row_of
 from lighten.pipeline.stage import Plan, Stage
 from lighten.pipeline.watcher import Silent, Watcher
 from lighten.process.isolate import run_isolated, warm
@@ -86,9 +85,8 @@ def run(
     todo = make_plan(opened, only, found)
     check_texts(todo.source.path, todo.recipe.evaluate)
     check_memory(todo)
-    for task in todo.recipe.evaluate.accuracy:
-        if task.task_file:  # what the plan only read: wrong data is found before work is done
-            harness.build(task)
+    for each in todo.recipe.evaluate.asked:
+        each.prepare()
     store = Store(Path(artifacts))
     chosen = found.name
     check_options(todo.recipe.evaluate.speed, chosen)
@@ -155,7 +153,7 @@ def _results(todo: Plan, builder: Builder, predicted: dict[str, Any], addition: 
     """Returns the contents of results.json."""
     root = builder.done[todo.artifacts[BASELINE].key]
     facts = todo.source.facts
-    rows = {name: _row(name, todo, builder, root) for name in todo.artifacts}
+    rows = {name: row_of(name, todo, builder, root) for name in todo.artifacts}
     for name, stage in todo.artifacts.items():
         if stage.key in builder.done:
             addition.to(rows[name], builder.done[stage.key].path, stage.facts)

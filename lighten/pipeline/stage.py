@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lighten.evaluate.settings import (
-    Measure,
-    Settings,
-)
+from lighten.evaluate.measurement import Measurement
 from lighten.facts import ModelFacts
 from lighten.model.accelerator import CPU, Device
 from lighten.model.source import Found, Source
@@ -29,15 +26,20 @@ class Stage:
     parents: list[Stage]
     estimate: Estimate
     step: Step | None = None
-    measure: Measure | None = None
-    settings: Settings | None = None
+    settings: Measurement | None = None
+    """What is measured, if it is a measurement."""
     variants: list[str] = field(default_factory=list)
     roles: tuple[str, ...] = ()
-    """Role of each parent for the step: source, grams, …"""
+    """Role of each parent for the step or measurement: source, grams, tokenizer, …"""
     facts: ModelFacts | None = None
     """Sizes of the resulting model, as far as they are known in advance."""
     arithmetic: str | None = None
     """Arithmetic that quality is measured in, if the device has a choice."""
+
+    @property
+    def measure(self) -> str | None:
+        """Name of the measurement; None for a step."""
+        return self.settings.name if self.settings else None
 
     def user(self, variant: str) -> None:
         """Notes that a variant needs this stage and all its parents."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lighten.errors import RequestError
-from lighten.evaluate.settings import Accuracy
+from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.pipeline.recipe import Recipe
 
 

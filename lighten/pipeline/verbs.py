@@ -6,20 +6,22 @@ import datetime
 import os
 import shutil
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.errors import DiskFull, Failure, LightenError, RequestError
 from lighten.evaluate import machine
-from lighten.evaluate.accuracy import harness
-from lighten.evaluate.estimate import look
+from lighten.evaluate.accuracy.settings import Accuracy
+from lighten.evaluate.measurement import Measurement
 from lighten.evaluate.paired import RESULT
+from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.request import Reference, Request
 from lighten.evaluate.runtimes.measurable import find_measurable
 from lighten.evaluate.runtimes.opening import find_opener, weight_endings
-from lighten.evaluate.settings import Accuracy, Evaluate, Perplexity, Speed
+from lighten.evaluate.settings import Evaluate
+from lighten.evaluate.speed.settings import Speed
 from lighten.model import gguf_header, gguf_source
 from lighten.model.accelerator import Device
 from lighten.model.checkpoint import read_config
@@ -161,10 +163,6 @@ def measure(
     values |= {"roofline": roofline, "price_per_hour": price_per_hour, "currency": currency}
     settings = parse_settings(Evaluate, values, "lighten evaluate")
     check_tasks(settings.accuracy, trust_tasks)
-    asked: list[tuple[str, Perplexity | Accuracy | Speed]] = [("perplexity", each) for each in settings.perplexity]
-    asked += [("accuracy", task) for task in settings.accuracy]
-    if settings.speed:
-        asked.append(("speed", settings.speed))
     found = [find_measurable(path, trust_remote_code=trust_remote_code, merge_adapter=merge_adapter) for path in paths]
     for source in found:
         check_measurable(source.facts, settings, source.name)
@@ -172,9 +170,8 @@ def measure(
             watcher.say(f"{source.name}: {note}")
     check_texts(found[0].path, settings)
     for task in settings.accuracy:
-        look(task)
-        if task.task_file:
-            harness.build(task)
+        task.data_digest()
+        task.prepare()
     chosen = choose_device(device, watcher)
     if any(find_opener(source.path)[0].takes_options for source in found):
         check_options(settings.speed, chosen.name)
@@ -185,10 +182,9 @@ def measure(
         found = [
             _merged(source, Path(scratch) / f"merged-{n}", trust_remote_code, watcher) for n, source in enumerate(found)
         ]
+        measuring = _Measuring(settings.asked, found[0], Path(scratch), chosen, wanted, trust_remote_code, watcher)
         for number, source in enumerate(found):
-            rows.append(
-                _measure_one(source, found[0], number, asked, Path(scratch), chosen, wanted, trust_remote_code, watcher)
-            )
+            rows.append(measuring.row(source, number))
             addition.to(rows[-1], source.path, source.facts)
     if rows[0]["status"] == "ok":
         for row in rows[1:]:
@@ -233,54 +229,64 @@ def _merged(source: Found, out: Path, trusted: bool, watcher: Watcher) -> Found:
     return replace(source, path=out, adapter=None)
 
 
-def _measure_one(
-    source: Found,
-    baseline: Found,
-    number: int,
-    asked: list[tuple[str, Perplexity | Accuracy | Speed]],
-    scratch: Path,
-    device: Device,
-    wanted: str | None,
-    trusted: bool,
-    watcher: Watcher,
-) -> dict[str, Any]:
-    is_baseline = number == 0
-    row = {"name": "baseline" if is_baseline else as_name(source.path.name), "status": "ok", **describe_source(source)}
-    measured: list[tuple[Any, Path, Path | None]] = []
-    for note in row["notes"][len(source.notes) :]:  # the others were said before
-        watcher.say(f"{source.name}: {note}")
-    try:
-        for position, (kind, settings) in enumerate(asked):
-            out = scratch / f"{number}-{position}"
-            out.mkdir()
-            hidden = scratch / f"0-{position}"
-            comparable = kind == "perplexity" and baseline.kind == "directory"
-            request = Request(
-                settings,
-                model=source.path,
-                tokenizer=baseline.path,
-                out=out,
-                device=device.name,
-                trust_remote_code=trusted,
-                arithmetic=wanted,
-                reference=Reference(hidden, baseline.path) if comparable and not is_baseline else None,
-                save_hidden=comparable and is_baseline,
-            )
-            watcher.say(f"{settings.told} of {source.name}")
-            value = run_isolated("lighten.evaluate.run:measure", request.payload(), fresh=kind == "speed").value
-            if value.get("vocabulary") and not measured:
-                watcher.say(
-                    f"{source.name} has another vocabulary than {baseline.name} ({value['vocabulary']}): each is "
-                    "measured on its own tokens; compare bits per byte, not perplexity"
-                )
-            paired = not is_baseline and (hidden / RESULT).is_file()  # its own row says why it was not measured
-            measured.append((kind, out, hidden if paired else None))
-        add_measurements(row, measured, is_baseline)
-    except DiskFull:
-        raise
-    except LightenError as error:
-        row |= {"status": "failed", "error": str(error)}
-    return row
+@dataclass(frozen=True)
+class _Measuring:
+    """Measures one model after the other, each as it is asked for."""
+
+    asked: list[Measurement]
+    baseline: Found
+    scratch: Path
+    device: Device
+    arithmetic: str | None
+    trusted: bool
+    watcher: Watcher
+
+    def row(self, source: Found, number: int) -> dict[str, Any]:
+        """Returns the row of a model; number 0 is the baseline."""
+        is_baseline = number == 0
+        name = "baseline" if is_baseline else as_name(source.path.name)
+        row = {"name": name, "status": "ok", **describe_source(source)}
+        measured: list[tuple[Measurement, Path, Path | None]] = []
+        for note in row["notes"][len(source.notes) :]:  # the others were said before
+            self.watcher.say(f"{source.name}: {note}")
+        try:
+            for position, settings in enumerate(self.asked):
+                out, base = self.scratch / f"{number}-{position}", self.scratch / f"0-{position}"
+                value = self._measure(settings, source, out, None if is_baseline else base)
+                if value.get("vocabulary") and not measured:
+                    self.watcher.say(
+                        f"{source.name} has another vocabulary than {self.baseline.name} ({value['vocabulary']}): each "
+                        "is measured on its own tokens; compare bits per byte, not perplexity"
+                    )
+                paired = not is_baseline and (base / RESULT).is_file()  # its own row says why it was not measured
+                measured.append((settings, out, base if paired else None))
+            add_measurements(row, measured, is_baseline)
+        except DiskFull:
+            raise
+        except LightenError as error:
+            row |= {"status": "failed", "error": str(error)}
+        return row
+
+    def _measure(self, settings: Measurement, source: Found, out: Path, base: Path | None) -> dict[str, Any]:
+        """Returns the result of a measurement, taken against that of the baseline at `base`; None for the baseline."""
+        out.mkdir()
+        refers = settings.refers and self.baseline.kind == "directory"
+        request = Request(
+            settings,
+            model=source.path,
+            tokenizer=self.baseline.path,
+            out=out,
+            device=self.device.name,
+            trust_remote_code=self.trusted,
+            arithmetic=self.arithmetic,
+            reference=Reference(base, self.baseline.path) if refers and base else None,
+            save_hidden=refers and base is None,
+        )
+        self.watcher.say(f"{settings.title} of {source.name}")
+        value: dict[str, Any] = run_isolated(
+            "lighten.evaluate.run:measure", request.payload(), fresh=settings.timed
+        ).value
+        return value
 
 
 def describe_source(source: Found) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lighten.evaluate.measurement import MEASUREMENTS
 from lighten.evaluate.request import Request
 from lighten.evaluate.runtimes.opening import open_runtime
 from lighten.evaluate.runtimes.runtime import Floats, Runtime
-from lighten.evaluate.settings import MEASUREMENTS
 from lighten.export.gguf import write as export
 
 Tiny = Callable[..., Path]
@@ -22,7 +22,7 @@ def payload(
     name: str, settings: dict[str, Any], model: Path, out: Path, tokenizer: Path | None = None, **more: Any
 ) -> dict[str, Any]:
     """A request for a measurement as it goes through the wall between processes."""
-    made = MEASUREMENTS[name].model_validate(settings)
+    made = MEASUREMENTS.load(name).model_validate(settings)
     return Request(made, model, tokenizer or model, out, device="cpu", trust_remote_code=False, **more).payload()
 
 

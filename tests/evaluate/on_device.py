@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lighten.evaluate.perplexity import perplexity
+from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.runtimes import device_rows, rows, torch_loading
 from lighten.evaluate.runtimes.opening import open_tokenizer
 from lighten.evaluate.runtimes.runtime import Question
 from lighten.evaluate.runtimes.torch import TorchRuntime
-from lighten.evaluate.settings import Perplexity
 from lighten.model import accelerator
 from lighten.pipeline.steps import open_step
 from lighten.step import Context, silent

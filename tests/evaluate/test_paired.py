@@ -9,6 +9,10 @@ from safetensors.numpy import save_file
 
 from lighten.errors import Failure, RequestError
 from lighten.evaluate import paired
+from lighten.evaluate.accuracy.change import change as change_of_accuracy
+from lighten.evaluate.perplexity.change import by_chunk
+from lighten.evaluate.perplexity.change import change as change_of_perplexity
+from lighten.evaluate.speed.change import change as change_of_speed
 
 
 def write(folder: Path, result: dict[str, Any], **values: np.ndarray) -> Path:
@@ -36,7 +40,7 @@ def test_students_quantiles(freedom: int, quantile: float) -> None:
 
 def test_a_constant_shift_is_found_exactly_whatever_the_chunks_do(tmp_path: Path) -> None:
     base = np.random.default_rng(0).normal(3, 1, (12, 20))
-    found = paired.compare("perplexity", ppl(tmp_path / "v", base + 0.01), ppl(tmp_path / "b", base))["perplexity"]
+    found = change_of_perplexity(ppl(tmp_path / "v", base + 0.01), ppl(tmp_path / "b", base))
     assert found["relative"] == pytest.approx(math.expm1(0.01), rel=1e-4)
     assert found["ci95"] == pytest.approx([found["relative"]] * 2, abs=1e-6)
     expected = math.exp(base.mean() + 0.01) - math.exp(base.mean())
@@ -46,17 +50,17 @@ def test_a_constant_shift_is_found_exactly_whatever_the_chunks_do(tmp_path: Path
 def test_the_interval_is_students_over_chunks() -> None:
     base = np.zeros((4, 5))
     change = np.array([0.1, 0.2, 0.3, 0.4])
-    found = paired.perplexity(base + change[:, None], base)
+    found = by_chunk(base + change[:, None], base)
     half = 3.182 * change.std(ddof=1) / 2
     assert found["ci95"] == pytest.approx([math.expm1(0.25 - half), math.expm1(0.25 + half)], abs=2e-3)
-    assert paired.perplexity(base[:2] + 1, base[:2])["ci95"] is None
+    assert by_chunk(base[:2] + 1, base[:2])["ci95"] is None
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     inside = 0
     for _ in range(2000):
-        low, high = paired.perplexity(rng.normal(0.05, 0.1, (8, 1)), np.zeros((8, 1)))["ci95"]
+        low, high = by_chunk(rng.normal(0.05, 0.1, (8, 1)), np.zeros((8, 1)))["ci95"]
         inside += low <= math.expm1(0.05) <= high
     assert inside / 2000 == pytest.approx(0.95, abs=0.02)
 
@@ -65,7 +69,7 @@ def test_accuracy_counts_the_tasks_that_flipped(tmp_path: Path) -> None:
     label = [0, 1, 2, 3, 0, 1, 2, 3]
     base = acc(tmp_path / "b", label, [0, 1, 2, 3, 1, 1, 1, 1], label)
     variant = acc(tmp_path / "v", [*label[:7], 0], [1, 1, 2, 3, 0, 1, 2, 2], label)
-    found = paired.compare("accuracy", variant, base)
+    found = change_of_accuracy(variant, base)
     change = np.array([-1, 0, 0, 0, 1, 0, 1, 0])
     half = 1.96 * change.std(ddof=1) / math.sqrt(8)
     assert (found["task"], found["gained"], found["lost"]) == ("builtin", 2, 1)
@@ -80,22 +84,22 @@ def test_speed_is_compared_at_a_common_batch_size(tmp_path: Path) -> None:
         write(tmp_path / "v", {"speed": rows}),
         write(tmp_path / "b", {"speed": [rows[1] | {"decode_tok_s": 45.0}]}),
     )
-    assert paired.compare("speed", variant, base) == {"decode_speed_ratio": 2.0}
+    assert change_of_speed(variant, base) == {"decode_speed_ratio": 2.0}
     other = write(tmp_path / "o", {"speed": [{"batch": 2, "decode_tok_s": 1.0}]})
-    assert paired.compare("speed", variant, other) == {"decode_speed_ratio": None}
+    assert change_of_speed(variant, other) == {"decode_speed_ratio": None}
     lengths = [rows[0] | {"prompt": prompt, "decode_tok_s": 3000.0 / prompt} for prompt in (100, 300)]
     long = write(tmp_path / "l", {"speed": lengths})
-    assert paired.compare("speed", write(tmp_path / "s", {"speed": lengths[1:]}), long) == {"decode_speed_ratio": 1.0}
+    assert change_of_speed(write(tmp_path / "s", {"speed": lengths[1:]}), long) == {"decode_speed_ratio": 1.0}
 
 
 def test_measurements_of_different_things_are_not_compared(tmp_path: Path) -> None:
     nll = np.zeros((3, 4))
     with pytest.raises(RequestError, match="different tokens"):
-        paired.compare("perplexity", ppl(tmp_path / "a", nll), ppl(tmp_path / "b", nll, "other"))
+        change_of_perplexity(ppl(tmp_path / "a", nll), ppl(tmp_path / "b", nll, "other"))
     with pytest.raises(RequestError, match="different tasks"):
-        paired.compare("accuracy", acc(tmp_path / "c", [0], [0], [0]), acc(tmp_path / "d", [0], [0], [1]))
+        change_of_accuracy(acc(tmp_path / "c", [0], [0], [0]), acc(tmp_path / "d", [0], [0], [1]))
     with pytest.raises(Failure, match=r"result\.json"):
-        paired.compare("speed", tmp_path / "nowhere", tmp_path / "a")
+        change_of_speed(tmp_path / "nowhere", tmp_path / "a")
     (tmp_path / "a" / "values.safetensors").unlink()
     with pytest.raises(Failure, match=r"values\.safetensors"):
-        paired.compare("perplexity", tmp_path / "a", tmp_path / "a")
+        change_of_perplexity(tmp_path / "a", tmp_path / "a")

@@ -13,7 +13,7 @@ import torch
 import lighten
 from lighten.errors import RequestError
 from lighten.evaluate.runtimes.opening import open_runtime
-from lighten.evaluate.settings import Speed
+from lighten.evaluate.speed.settings import Speed
 from lighten.evaluate.speed.speed import measure
 from lighten.pipeline import build
 from lighten.pipeline.build import check_options

@@ -16,7 +16,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from lighten.compare.side import of_model
 from lighten.compress.distill.teacher import Teacher
 from lighten.errors import RequestError
-from lighten.evaluate.settings import Evaluate, Perplexity
+from lighten.evaluate.perplexity.settings import Perplexity
+from lighten.evaluate.settings import Evaluate
 from lighten.export.gguf import write as gguf
 from lighten.model.checkpoint import Checkpoint
 from lighten.pipeline.plan import make_plan
@@ -119,7 +120,7 @@ def test_a_row_of_another_vocabulary_has_no_change(tmp_path: Path) -> None:
     }
     (tmp_path / "result.json").write_text(json.dumps(result))
     row: dict[str, Any] = {"name": "b"}
-    add_measurements(row, [("perplexity", tmp_path, tmp_path)], False)
+    add_measurements(row, [(Perplexity(), tmp_path, tmp_path)], False)
     assert row["vocabulary"] == "9 and 7 tokens"
     assert "delta" not in row
     assert "compare bits per byte, not perplexity" in row["notes"][0]

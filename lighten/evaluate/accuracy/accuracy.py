@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from lighten.data.choices import Choice, load_choices
 from lighten.errors import Failure
+from lighten.evaluate.accuracy.tasks import Tasks
 from lighten.evaluate.runtimes.runtime import Question, Runtime, Score, Tokenizer
-from lighten.evaluate.settings import Accuracy
 from lighten.step import Report
 
 Z95 = 1.959964
@@ -70,7 +70,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Accuracy, report: Report) -> Measured:
+def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Tasks, report: Report) -> Measured:
     """Measures a model on a set of tasks, tokenized by `tokenizer` whatever the model's own is."""
     tasks = load_choices(settings.local or settings.task, settings.most)
     report(0, len(tasks), "tokenizing")

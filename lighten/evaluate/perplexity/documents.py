@@ -14,8 +14,8 @@ from lighten.errors import Failure
 from lighten.evaluate.perplexity import protocols
 from lighten.evaluate.perplexity.perplexity import Measured, hash_ids
 from lighten.evaluate.perplexity.rolling import loglikelihoods
+from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer
-from lighten.evaluate.settings import Perplexity
 from lighten.step import Report
 
 
@@ -33,7 +33,7 @@ def measure(
         RequestError: windows longer than the model's context.
         Failure: the model is broken, has another vocabulary, or its tokenizer has no token for an empty context.
     """
-    protocols.check_length(settings, runtime.context, "this model")
+    settings.check_length(runtime.context, "this model")
     length = settings.tokens(runtime.context)
     documents = load_documents(settings.data, "perplexity", render)[: settings.samples]
     report(0, 1, "tokenizing")

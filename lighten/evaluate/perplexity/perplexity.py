@@ -25,10 +25,10 @@ from lighten.data.origin import told
 from lighten.data.text import Render, digest, load_text
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.perplexity import protocols
+from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.runtimes import rows
 from lighten.evaluate.runtimes.head import Head
 from lighten.evaluate.runtimes.runtime import Floats, Ids, Runtime, Tokenizer
-from lighten.evaluate.settings import Perplexity
 from lighten.step import Report
 
 HIDDEN = "hidden.safetensors"
@@ -117,7 +117,7 @@ def measure(
         RequestError: chunks longer than the text or than the model's context.
         Failure: the model is broken, or has another vocabulary.
     """
-    protocols.check_length(settings, runtime.context, "this model")
+    settings.check_length(runtime.context, "this model")
     text = protocols.prepare(load_text(settings.data, "perplexity", render), settings.protocol)
     report(0, 1, "tokenizing")
     own = tokenizer.encode(text)

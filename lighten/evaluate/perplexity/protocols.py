@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lighten.errors import RequestError
+from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.runtimes.runtime import Ids, Tokenizer
-from lighten.evaluate.settings import Perplexity
 
 METHODS = {
     "lighten": (
@@ -94,12 +94,3 @@ def cut(ids: list[int], length: int, samples: int | None, bos: int | None) -> Id
     count = min(count, samples or count)
     chunks = np.array(ids[: count * stride], dtype=np.int64).reshape(count, stride)
     return chunks if bos is None else np.insert(chunks, 0, bos, axis=1)
-
-
-def check_length(settings: Perplexity, context: int | None, model: str) -> None:
-    """Raises RequestError if chunks are longer than the model's context."""
-    if context and settings.length and settings.length > context:
-        raise RequestError(
-            f"perplexity by the protocol {settings.protocol} takes chunks of {settings.length} tokens, but {model} "
-            f"takes {context} positions: set `length` to {context} or less, for a number of that length only"
-        )

@@ -13,10 +13,10 @@ from lighten.errors import Failure, RequestError
 from lighten.evaluate.paired import values
 from lighten.evaluate.perplexity.perplexity import hash_ids
 from lighten.evaluate.perplexity.protocols import chunked
+from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.runtimes import rows
 from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
 from lighten.evaluate.runtimes.runtime import Floats, Ids, Runtime
-from lighten.evaluate.settings import Perplexity
 from lighten.model.template import renderer
 from lighten.process.isolate import share_cores
 from lighten.step import Report

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from lighten.errors import RequestError
+from lighten.evaluate.opened import as_served
 from lighten.evaluate.profiling.verdict import Phase, judge
-from lighten.evaluate.run import served
 from lighten.evaluate.runtimes.opening import find_opener
 from lighten.evaluate.runtimes.runtime import Runtime
 from lighten.plugins import found_at
@@ -47,7 +47,7 @@ def profile(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     profiler = find_opener(Path(payload["model"]))[0].profiler
     if profiler is None:
         raise RequestError(f"the runtime of {payload['model']} has no profiler")
-    runtime = served(Path(payload["model"]), payload["device"], trusted=payload["trust_remote_code"])
+    runtime = as_served(Path(payload["model"]), payload["device"], trusted=payload["trust_remote_code"])
     prompt = min(prompt, (runtime.context or prompt + steps) - steps - 1)
     ids = [int(each) for each in np.random.default_rng(0).integers(0, runtime.vocab, prompt)]
     report(1, 3, "without the profiler")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
-from lighten.evaluate.settings import Options
+from lighten.evaluate.speed.settings import Options
 from lighten.facts import ModelFacts
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lighten.errors import RequestError
 from lighten.evaluate.runtimes.opener import Conditions, Opener, Target
 from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer
-from lighten.evaluate.settings import Options
+from lighten.evaluate.speed.settings import Options
 from lighten.plugins import Table
 
 if TYPE_CHECKING:

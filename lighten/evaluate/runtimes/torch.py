@@ -27,8 +27,8 @@ from lighten.evaluate.runtimes.torch_loading import (
     _repack,
     _unpack,
 )
-from lighten.evaluate.settings import Options
 from lighten.evaluate.speed.options import ATTENTION, Caches, compiled, lacking
+from lighten.evaluate.speed.settings import Options
 from lighten.model import accelerator
 from lighten.model.checkpoint import Checkpoint
 from lighten.step import Report

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from lighten.evaluate.runtimes.runtime import Ids, Runtime, Timings
-from lighten.evaluate.settings import Speed
 from lighten.evaluate.speed.energy import Counters, GpuCounters, counters
+from lighten.evaluate.speed.settings import Speed
 from lighten.numerics import steady
 from lighten.process.isolate import peak_rss_bytes
 from lighten.step import Report

@@ -10,10 +10,10 @@ from safetensors.numpy import load_file
 from lighten.data.choices import Choice, load_choices
 from lighten.errors import Failure
 from lighten.evaluate.accuracy import accuracy
+from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
 from lighten.evaluate.runtimes.runtime import Runtime
-from lighten.evaluate.settings import Accuracy
 from lighten.step import silent
 from tests.evaluate.conftest import Tiny, payload, score_alone
 

@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lighten.data.text import load_documents, load_text
 from lighten.errors import RequestError
-from lighten.evaluate import paired
 from lighten.evaluate.perplexity import protocols
+from lighten.evaluate.perplexity.change import by_chunk
+from lighten.evaluate.perplexity.change import change as change_of_perplexity
+from lighten.evaluate.perplexity.settings import CLOSE, CLUSTERED, Perplexity
 from lighten.evaluate.run import measure
-from lighten.evaluate.settings import CLOSE, CLUSTERED, Evaluate, Perplexity
+from lighten.evaluate.settings import Evaluate
 from lighten.facts import ModelFacts
 from lighten.pipeline.checks import check_measurable
 from lighten.pipeline.recipe import parse_settings
@@ -130,11 +132,11 @@ def test_the_change_by_word_is_that_of_the_sums(tiny: Tiny, tmp_path: Path) -> N
     config = {"protocol": "lm-eval", "samples": 5, "length": 64}
     base = run(tmp_path / "a", tiny(), tiny(), **config)
     other = run(tmp_path / "b", tiny("llama-bias"), tiny(), **config)
-    change = paired.compare("perplexity", tmp_path / "b", tmp_path / "a")["perplexity"]
+    change = change_of_perplexity(tmp_path / "b", tmp_path / "a")
     assert change["relative"] == pytest.approx(other["value"] / base["value"] - 1)
     assert change["absolute"] == pytest.approx(other["value"] - base["value"])
     assert change["ci95"][0] < change["relative"] < change["ci95"][1]
-    same = paired.compare("perplexity", tmp_path / "a", tmp_path / "a")["perplexity"]
+    same = change_of_perplexity(tmp_path / "a", tmp_path / "a")
     assert (same["relative"], same["ci95"]) == (0, [0, 0])
 
 
@@ -143,7 +145,7 @@ def test_perplexities_of_two_protocols_are_not_compared(tiny: Tiny, tmp_path: Pa
     run(tmp_path / "a", tiny(), tiny(), protocol="lighten", length=64, samples=2)
     run(tmp_path / "b", tiny(), tiny(), protocol="gptq", length=64, samples=2)
     with pytest.raises(RequestError, match=r"protocol gptq .* by lighten: .* cannot be compared"):
-        paired.compare("perplexity", tmp_path / "b", tmp_path / "a")
+        change_of_perplexity(tmp_path / "b", tmp_path / "a")
 
 
 def test_chunks_longer_than_the_context_are_refused(tiny: Tiny, tmp_path: Path) -> None:
@@ -182,7 +184,7 @@ def test_within_holds_for_a_variant_as_near_as_it_plans_for() -> None:
     divergence = (np.exp(logprobs) * (logprobs - changed)).sum(-1).mean()
     drawn = np.argmax(logprobs + random.gumbel(size=logprobs.shape), -1)[..., None]  # a text that the source wrote
     nll, base = (-np.take_along_axis(each, drawn, -1)[..., 0] for each in (changed, logprobs))
-    low, high = paired.perplexity(nll, base)["ci95"]
+    low, high = by_chunk(nll, base)["ci95"]
     assert divergence == pytest.approx(CLOSE, rel=0.15)
     assert (high - low) / 2 == pytest.approx(0.03 / math.sqrt(CLUSTERED), rel=0.35)
 

@@ -10,11 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.accuracy import accuracy
+from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.evaluate.perplexity import perplexity
+from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
 from lighten.evaluate.runtimes.runtime import Runtime
-from lighten.evaluate.settings import Accuracy, Perplexity, Speed
 from lighten.evaluate.speed import speed
+from lighten.evaluate.speed.settings import Speed
 from lighten.model import onnx_source
 from lighten.model.source import find
 from lighten.step import silent

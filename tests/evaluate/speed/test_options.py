@@ -13,9 +13,9 @@ from lighten.errors import Failure
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.opening import open_runtime
 from lighten.evaluate.runtimes.runtime import Ids
-from lighten.evaluate.settings import Options, Speed
 from lighten.evaluate.speed import options
 from lighten.evaluate.speed.options import lacking
+from lighten.evaluate.speed.settings import Options, Speed
 from lighten.step import silent
 from tests.evaluate.conftest import Tiny, payload
 

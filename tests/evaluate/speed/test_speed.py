@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lighten.evaluate import run
 from lighten.evaluate.machine import fingerprint
-from lighten.evaluate.run import measure, served
+from lighten.evaluate.opened import as_served
+from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.runtime import Ids, Timings
-from lighten.evaluate.settings import Speed
-from lighten.evaluate.speed import speed
+from lighten.evaluate.speed import speed, work
 from lighten.evaluate.speed.energy import Counters, GpuCounters
 from lighten.evaluate.speed.energy import counters as counters_of
+from lighten.evaluate.speed.settings import Speed
 from lighten.step import silent
 from tests.evaluate.conftest import Tiny, payload
 
@@ -166,7 +166,9 @@ def test_without_units_for_bfloat16_a_model_directory_is_measured_in_both_arithm
 ) -> None:
     monkeypatch.setattr("lighten.model.stream.fast_bfloat16", lambda: False)
     opened = []
-    monkeypatch.setattr(run, "served", lambda *args, **more: opened.append(more["dtype"]) or served(*args, **more))
+    monkeypatch.setattr(
+        work, "as_served", lambda *args, **more: opened.append(more["dtype"]) or as_served(*args, **more)
+    )
     config = {"prompt": 5, "generate": 3, "repeats": 2}
     found = measure(payload("speed", config, tiny(), tmp_path), silent)
     assert opened == ["bfloat16", "float32"]

@@ -218,7 +218,7 @@ def test_an_encoder_goes_through_the_command_and_only_its_size_is_measured(
     row = measure([str(tmp_path / "out")])["variants"][0]
     assert (row["status"], row["format"]) == ("ok", "onnx")
     assert row["bits_per_weight"] == pytest.approx(32, rel=0.1)
-    from lighten.evaluate.settings import Perplexity
+    from lighten.evaluate.perplexity.settings import Perplexity
 
     with pytest.raises(RequestError, match="BertModel is no causal language model: perplexity cannot be measured"):
         measure([str(tmp_path / "out")], perplexity=Perplexity())

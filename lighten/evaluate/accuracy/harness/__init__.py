@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lighten.errors import RequestError, missing_extra
 from lighten.evaluate.accuracy.harness import files
-from lighten.evaluate.settings import Accuracy
+from lighten.evaluate.accuracy.tasks import Tasks
 from lighten.process.isolate import run_isolated
 
 
@@ -28,7 +28,7 @@ class Facts:
     """Of lm-eval."""
 
 
-def look(settings: Accuracy) -> Facts:
+def look(settings: Tasks) -> Facts:
     """Returns the facts of a task, whose data set is fetched for it.
 
     A task file that did not come with lm-eval is only read: nothing in it runs, and its documents are not counted but
@@ -49,7 +49,7 @@ def look(settings: Accuracy) -> Facts:
 
 
 @cache
-def build(settings: Accuracy) -> Facts:
+def build(settings: Tasks) -> Facts:
     """Returns the facts of a task as lm-eval builds it, which runs what a task file says.
 
     Raises:

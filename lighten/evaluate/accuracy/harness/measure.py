@@ -14,15 +14,15 @@ from lighten.errors import RequestError
 from lighten.evaluate.accuracy.accuracy import Z95, Measured, wilson
 from lighten.evaluate.accuracy.harness import tasks
 from lighten.evaluate.accuracy.harness.adapter import RuntimeLM
+from lighten.evaluate.accuracy.tasks import Tasks
 from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer
-from lighten.evaluate.settings import Accuracy
 from lighten.step import Report
 
 CHECKED = 200
 """Texts on which the model's own tokenizer is compared with the one that was used."""
 
 
-def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Accuracy, report: Report) -> Measured:
+def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Tasks, report: Report) -> Measured:
     """Measures a model on a task, tokenized by `tokenizer` whatever the model's own is.
 
     Values are `score` and, where the task has it, `score_norm` of each document: 1 if it was answered rightly. A group

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import RequestError
-from lighten.evaluate.settings import OWN_TASKS, Accuracy
+from lighten.evaluate.accuracy.tasks import OWN_TASKS, Tasks
 from lighten.step import Report
 
 SEED, FEWSHOT_SEED = 0, 1234
@@ -24,7 +24,7 @@ READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 _NAME = re.compile(rb"^(task|group): *[\"']?([^\s\"'#]+)[\"']? *(?:#.*)?$", re.MULTILINE)
 
 
-def load(settings: Accuracy) -> dict[str, Any]:
+def load(settings: Tasks) -> dict[str, Any]:
     """Returns what `lm_eval.evaluator.evaluate` takes: the `tasks` by name, and `groups`.
 
     Raises:
@@ -49,7 +49,7 @@ def load(settings: Accuracy) -> dict[str, Any]:
     return loaded
 
 
-def _loading(settings: Accuracy, file: Path | None) -> dict[str, Any]:
+def _loading(settings: Tasks, file: Path | None) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Kind, TaskIndex
 
@@ -95,7 +95,7 @@ def _unknown(name: str, known: list[str]) -> str:
     )
 
 
-def _local(settings: Accuracy) -> dict[str, Any]:
+def _local(settings: Tasks) -> dict[str, Any]:
     """Returns what makes a task take its documents from a local file."""
     file = Path(settings.local or "").expanduser().absolute()
     if not file.is_file():
@@ -131,7 +131,7 @@ def _beside(file: Path | None) -> dict[str, Any]:
     return {"dataset_kwargs": {**given, "data_files": whole(given["data_files"])}}
 
 
-def _reason(settings: Accuracy, error: Exception) -> str:
+def _reason(settings: Tasks, error: Exception) -> str:
     """Returns why a task cannot be loaded, and what to do."""
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     names = {kind.__name__ for kind in type(error).__mro__}
@@ -164,7 +164,7 @@ def requests(loaded: dict[str, Any], limit: int | None) -> Iterator[Any]:
         yield from task.instances
 
 
-def texts(settings: Accuracy) -> list[str]:
+def texts(settings: Tasks) -> list[str]:
     """Returns every text of a task: contexts with their endings, or questions."""
     return [
         "".join(part for part in each.args if isinstance(part, str))
@@ -174,7 +174,7 @@ def texts(settings: Accuracy) -> list[str]:
 
 def describe(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Returns `lighten.evaluate.accuracy.harness.Facts` as JSON; a target of `lighten.process.isolate.run_isolated`."""
-    settings = Accuracy(**payload)
+    settings = Tasks(**payload)
     loaded = load(settings)
     found = hashlib.sha256()
     letters, documents = 0, set()
@@ -203,7 +203,7 @@ def _stable(value: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
-def name_of(loaded: dict[str, Any], settings: Accuracy) -> str:
+def name_of(loaded: dict[str, Any], settings: Tasks) -> str:
     """Returns the name that a request for a task goes by: its own, or that of the one thing in the file."""
     names = [*loaded.get("groups", {}), *loaded["tasks"]]
     return settings.task if settings.task in names or len(loaded["tasks"]) != 1 else str(names[0])

@@ -11,10 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from lighten.data.choices import load_choices
 from lighten.errors import RequestError
-from lighten.evaluate import paired
 from lighten.evaluate.accuracy import harness
+from lighten.evaluate.accuracy.change import change as change_of_accuracy
+from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.evaluate.run import measure
-from lighten.evaluate.settings import Accuracy
 from lighten.step import silent
 from tests.cli.test_main import refused
 from tests.command import lighten
@@ -76,10 +76,10 @@ def test_lm_eval_answers_as_the_own_scorer_does(tiny: Tiny, tiny_gguf: Path, fol
         assert values["score_norm"].tolist() == (own["choice_norm"] == own["label"]).astype(float).tolist()
         reported = {(row["metric"], row["filter"]): row["value"] for row in theirs["metrics"]}
         assert reported == {("acc", "none"): theirs["acc"], ("acc_norm", "none"): theirs["acc_norm"]}
-    change = paired.compare("accuracy", folder / "gguf", folder / "torch")
+    change = change_of_accuracy(folder / "gguf", folder / "torch")
     assert (change["task"], change["acc"], change["gained"]) == ("scenes", 0, 0)
     with pytest.raises(RequestError, match=r"scored by lm-eval and .* by lighten"):
-        paired.compare("accuracy", folder / "gguf", folder / "a")
+        change_of_accuracy(folder / "gguf", folder / "a")
 
 
 def test_written_answers_are_counted(tiny: Tiny, folder: Path) -> None:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from lighten.errors import Failure
+from lighten.evaluate.load import load
+from lighten.evaluate.load.load import Served, arrivals, batched, row
+from lighten.evaluate.load.settings import Load
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.runtime import Ids, Timings
-from lighten.evaluate.settings import Load
-from lighten.evaluate.speed import load
-from lighten.evaluate.speed.load import Served, arrivals, batched, row
 from lighten.evaluate.speed.server import LlamaServer, own_environment
 from lighten.model.llama_library import installed
 from lighten.step import silent

@@ -17,7 +17,7 @@ from lighten.data.origin import told
 from lighten.data.text import Render, load_text
 from lighten.errors import Failure
 from lighten.evaluate.runtimes.runtime import Runtime
-from lighten.evaluate.settings import Speculative
+from lighten.evaluate.speculative.settings import Speculative
 from lighten.step import Report
 
 COMPARED_LETTERS = 4000

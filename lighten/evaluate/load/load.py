@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,11 @@ import numpy as np
 from lighten.data.origin import told
 from lighten.data.text import Render, load_text
 from lighten.errors import Failure
-from lighten.evaluate.runtimes.opening import find_opener, open_runtime
+from lighten.evaluate.load.settings import Load
+from lighten.evaluate.opened import as_served
+from lighten.evaluate.request import Request
+from lighten.evaluate.runtimes.opening import find_opener
 from lighten.evaluate.runtimes.runtime import Runtime, Server, Tokenizer
-from lighten.evaluate.settings import Load
 from lighten.evaluate.speed.server import Refused
 from lighten.evaluate.speed.speed import percentiles
 from lighten.model.template import renderer
@@ -62,27 +63,19 @@ def row(rate: float, asked: int, served: list[Served], server: str) -> dict[str,
     }
 
 
-def measure(
-    path: Path, settings: Load, device: str, dtype: str | None, report: Report, *, trusted: bool
-) -> dict[str, Any]:
-    """Returns `load`, a row for each rate, and what `_facts` tells of the runtime.
-
-    Args:
-        path: the model.
-        settings: rates and sizes.
-        device: "cpu" or "cuda".
-        dtype: arithmetic of what transformers runs.
-        report: told after every rate.
-        trusted: whether code beside the weights may run.
+def measure(request: Request, report: Report) -> dict[str, Any]:
+    """Returns `load`, a row for each rate, and what served it.
 
     Raises:
         Failure: the server died, or served nothing.
     """
+    settings, path, device = request.settings, request.model, request.device
+    assert isinstance(settings, Load)
     found, place = find_opener(path)
     if server := found.server(place, settings.prompt + settings.generate + MARGIN, device):
         name = {"runtime": found.name}
         return _over_http(server, found.tokenizer(place), renderer(path), settings, report) | name
-    runtime = open_runtime(path, device=device, dtype=dtype, trust_remote_code=trusted)
+    runtime = as_served(path, device, trusted=request.trust_remote_code)
     ids = np.array(_pieces(runtime, settings, renderer(path)))
     runtime.generate(ids[:1], 2)  # warms up
     rows = []

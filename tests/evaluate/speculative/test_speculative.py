@@ -12,9 +12,9 @@ from lighten.errors import Failure
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.opening import open_runtime
 from lighten.evaluate.runtimes.runtime import Runtime
-from lighten.evaluate.settings import Speculative
-from lighten.evaluate.speed import speculative
-from lighten.evaluate.speed.speculative import plain, speculate
+from lighten.evaluate.speculative import speculative
+from lighten.evaluate.speculative.settings import Speculative
+from lighten.evaluate.speculative.speculative import plain, speculate
 from lighten.step import silent
 from tests.evaluate.conftest import Tiny, payload
 

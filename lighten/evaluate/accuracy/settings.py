@@ -1,0 +1,82 @@
+"""Accuracy in tasks: key, checks, prediction and what a row says of it. The settings are those of the tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lighten.data import choices
+from lighten.evaluate.accuracy import harness
+from lighten.evaluate.accuracy.change import change
+from lighten.evaluate.accuracy.tasks import Tasks
+from lighten.evaluate.measurement import BYTES_PER_TOKEN, FIXED_BYTES, Measurement, linear_flops
+from lighten.facts import ModelFacts
+from lighten.step import Estimate
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a set of tasks before they are measured."""
+
+    digest: str
+    letters: int
+    documents: int
+
+
+class Accuracy(Tasks, Measurement):
+    """Share of right answers to a set of tasks."""
+
+    name = "accuracy"
+    work = "lighten.evaluate.accuracy.work:measure"
+    younger: ClassVar[dict[str, Any]] = {"scorer": None, "shots": None, "within": None}
+    of_quality = True
+
+    @property
+    def title(self) -> str:
+        """Accuracy, and the task where lm-eval has it."""
+        return f"accuracy in {Path(self.task).stem}" if self.harness else "accuracy"
+
+    def known(self) -> Known:
+        """Returns what is known of the tasks.
+
+        Raises:
+            RequestError: there is no such task, or its data cannot be had.
+        """
+        if self.harness:
+            facts = harness.look(self)
+            return Known(facts.digest, facts.letters, facts.documents)
+        tasks = choices.load_choices(self.local or self.task, self.most)
+        letters = sum(len(task.context) + sum(map(len, task.endings)) for task in tasks)
+        return Known(choices.digest(tasks), letters, len(tasks))
+
+    def data_digest(self) -> str:
+        """Returns the SHA-256 of every question with its answers."""
+        return self.known().digest
+
+    def key_facts(self) -> dict[str, Any]:
+        """Returns the version of lm-eval, where that asks."""
+        return {"lm_eval": harness.look(self).version} if self.harness else {}
+
+    def prepare(self) -> None:
+        """Builds the requests of a task file, which the key only read."""
+        if self.task_file:
+            harness.build(self)
+
+    def predict(self, facts: ModelFacts) -> Estimate:
+        """Returns the cost of a pass over every question with every answer."""
+        known = self.known()
+        return Estimate(
+            float32_flops=known.letters / BYTES_PER_TOKEN * linear_flops(facts),
+            seconds=6,
+            peak_bytes=FIXED_BYTES + 4 * facts.params + 300_000_000,
+            disk_bytes=100 * known.documents,
+        )
+
+    def add(self, row: dict[str, Any], result: dict[str, Any]) -> None:
+        """Puts the accuracy in these tasks beside those in others."""
+        row.setdefault("accuracy", []).append(result["accuracy"])
+
+    def add_change(self, row: dict[str, Any], measured: Path, baseline: Path) -> None:
+        """Puts the paired change of accuracy into a row."""
+        row.setdefault("delta", {}).setdefault("accuracy", []).append(change(measured, baseline))

@@ -1,0 +1,67 @@
+"""Which tasks with right answers are asked, how many of them, and who scores them."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lighten.evaluate.paired import Z95
+from lighten.settings import AnyCase
+
+Scorer = Literal["lighten", "lm-eval"]
+OWN_TASKS = ("builtin", "hellaswag")
+
+
+class Tasks(AnyCase, BaseModel):
+    """Tasks with right answers: a named task, or a `local` file under that name; at most `limit` of its documents.
+
+    Multiple choice in HellaSwag's format is scored here, every other task by lm-eval; `shots` are examples before each
+    question, which lm-eval puts there. `within`, in the place of `limit`, asks for as many documents as an accuracy of
+    one half, the hardest to know, takes to be known within that much; the number follows from the setting alone.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str = "builtin"
+    local: str | None = None
+    limit: int | None = Field(None, ge=1)
+    within: float | None = Field(None, gt=0, lt=0.5)
+    scorer: Scorer | None = None
+    shots: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _own_scorer_knows_it(self) -> Self:
+        if self.scorer == "lighten" and not (self.local or self.task in OWN_TASKS):
+            raise ValueError(f"lighten's own scorer knows {', '.join(OWN_TASKS)} and `local` files, not {self.task!r}")
+        if self.scorer == "lm-eval" and self.task == "builtin":
+            raise ValueError("the built-in tasks are none of lm-eval's: name one of its tasks, or a task's .yaml file")
+        if self.shots and not self.harness:
+            raise ValueError("shots are put before the question by lm-eval: add `scorer: lm-eval`")
+        if self.within is not None and (self.limit is not None or self.harness):
+            why = "lm-eval counts them: set limit" if self.harness else "limit says how many already"
+            raise ValueError(f"within decides how many documents are scored, but {why}, and leave within out")
+        return self
+
+    @property
+    def most(self) -> int | None:
+        """Documents at most, None for all: n with half of Wilson's interval, 1.96 / (2 √(n + 1.96²)), within it."""
+        return self.limit if self.within is None else math.ceil((Z95 / (2 * self.within)) ** 2 - Z95**2)
+
+    @property
+    def task_file(self) -> Path | None:
+        """The task's file, where it is one that did not come with lm-eval: lm-eval runs what such a file says."""
+        file = Path(self.task).expanduser()
+        if not self.harness or file.suffix not in (".yaml", ".yml"):
+            return None
+        spec = find_spec("lm_eval")
+        own = [Path(folder).resolve() for folder in (spec and spec.submodule_search_locations) or ()]
+        return None if any(file.resolve().is_relative_to(folder) for folder in own) else file
+
+    @property
+    def harness(self) -> bool:
+        """Whether lm-eval builds the requests and reads the answers."""
+        return not (self.local or self.task in OWN_TASKS) if self.scorer is None else self.scorer == "lm-eval"

@@ -1,0 +1,31 @@
+"""Measures accuracy as it was asked for, and leaves the answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safetensors.numpy import save_file
+
+from lighten.evaluate.accuracy import accuracy
+from lighten.evaluate.accuracy.settings import Accuracy
+from lighten.evaluate.opened import facts, for_quality, other_vocabulary
+from lighten.evaluate.paired import VALUES
+from lighten.evaluate.request import Request
+from lighten.evaluate.runtimes.opening import open_tokenizer
+from lighten.step import Report
+
+
+def measure(request: Request, report: Report) -> dict[str, Any]:
+    """Returns the accuracy and whether the model's own tokenizer reads the tasks alike; writes every answer."""
+    settings, scorer = request.settings, accuracy.measure
+    assert isinstance(settings, Accuracy)
+    if settings.harness:
+        from lighten.evaluate.accuracy.harness import measure as harness  # imports lm-eval, an extra
+
+        scorer = harness.measure
+    other = other_vocabulary(request)
+    runtime = for_quality(request)
+    tokenizer = open_tokenizer(request.model if other else request.tokenizer)
+    measured = scorer(runtime, tokenizer, settings, report)
+    save_file(measured.values, request.out / VALUES)
+    return measured.result | ({"vocabulary": other} if other else {}) | facts(runtime)

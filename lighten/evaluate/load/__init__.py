@@ -1,0 +1,1 @@
+"""Requests that keep arriving."""

@@ -1,0 +1,60 @@
+"""Requests that keep arriving: settings, checks, prediction and what a row says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from lighten.data import text
+from lighten.data.origin import Text
+from lighten.evaluate.measurement import FIXED_BYTES, READ_PER_SECOND, Measurement
+from lighten.evaluate.speed.settings import check_room, one_or_many
+from lighten.facts import ModelFacts
+from lighten.model.tokens import check_text
+from lighten.step import Estimate
+
+Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(one_or_many)]
+
+
+class Load(Measurement):
+    """Requests that arrive at random, `rate` a second on average, at the server of the runtime.
+
+    Each has `prompt` tokens of `data` and asks for `generate` more. transformers, which brings no server, decodes those
+    that wait together, at most `batch`.
+    """
+
+    name = "load"
+    work = "lighten.evaluate.load.load:measure"
+    timed = True
+
+    rate: Rates = Field([0.5, 1.0, 2.0])
+    requests: int = Field(16, ge=1)
+    prompt: int = Field(128, ge=1)
+    generate: int = Field(64, ge=2)
+    batch: int = Field(8, ge=1)
+    data: Text = "builtin"
+    seed: int = 0
+
+    def data_digest(self) -> str:
+        """Returns the SHA-256 of the text."""
+        return text.identity(self.data, "perplexity")
+
+    def check(self, facts: ModelFacts, model: str) -> None:
+        """Raises RequestError if a prompt and what follows it are longer than the model's context."""
+        check_room(self.name, self.prompt, self.generate, facts.context, model)
+
+    def check_text(self, model: Path) -> None:
+        """Raises RequestError or Failure for a text that cannot be read, or is shorter than a prompt."""
+        check_text(model, self.data, "perplexity", self.prompt)
+
+    def predict(self, facts: ModelFacts) -> Estimate:
+        """Returns the longer one of waiting for the requests and of serving them."""
+        read = len(self.rate) * self.requests * self.generate * 2.0 * facts.params / READ_PER_SECOND
+        waits = sum(self.requests / rate for rate in self.rate)
+        return Estimate(seconds=10 + max(read, waits), peak_bytes=FIXED_BYTES + 3 * facts.params, disk_bytes=10_000)
+
+    def add(self, row: dict[str, Any], result: dict[str, Any]) -> None:
+        """Puts what came of every rate into a row."""
+        row["load"] = result["load"]

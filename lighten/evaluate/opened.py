@@ -1,0 +1,71 @@
+"""The model of a request, opened: to measure its quality, or as it is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from lighten.evaluate import machine
+from lighten.evaluate.request import Request
+from lighten.evaluate.runtimes.opening import open_runtime, served_in
+from lighten.evaluate.runtimes.runtime import Runtime
+from lighten.evaluate.speed.settings import Options
+from lighten.model import vocabulary
+
+
+class Described(Protocol):
+    """What ran a model: a runtime, or what is left to say of one that is closed."""
+
+    @property
+    def name(self) -> str:
+        """Of the runtime."""
+
+    @property
+    def device(self) -> str:
+        """Where it ran."""
+
+    @property
+    def detail(self) -> str:
+        """Versions and kernels."""
+
+    @property
+    def dtype(self) -> str:
+        """Arithmetic of the weights."""
+
+
+def for_quality(request: Request) -> Runtime:
+    """Opens the model in the arithmetic that quality is measured in."""
+    return open_runtime(
+        request.model,
+        device=request.device,
+        trust_remote_code=request.trust_remote_code,
+        arithmetic=request.arithmetic,
+    )
+
+
+def as_served(
+    model: Path, device: str, *, trusted: bool, options: Options | None = None, dtype: str | None = None
+) -> Runtime:
+    """Opens a model in `dtype`, or in the arithmetic that it is served in."""
+    return open_runtime(
+        model, device=device, dtype=dtype or served_in(model, device), trust_remote_code=trusted, options=options
+    )
+
+
+def other_vocabulary(request: Request) -> str | None:
+    """Returns where the model's vocabulary differs from that of the model whose tokenizer gives the ids, or None.
+
+    Ids of another vocabulary are other words to a model: it is measured on its own then.
+    """
+    return None if request.own_tokenizer else vocabulary.differing(request.tokenizer, request.model)
+
+
+def facts(runtime: Described) -> dict[str, Any]:
+    """Returns what every result says of what ran the model."""
+    return {
+        "runtime": runtime.name,
+        "device": runtime.device,
+        "detail": runtime.detail,
+        "dtype": runtime.dtype,
+        "packages": machine.packages(),
+    }

@@ -1,0 +1,47 @@
+"""Measures perplexity as it was asked for, and leaves its values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safetensors.numpy import save_file
+
+from lighten.evaluate.opened import facts, for_quality, other_vocabulary
+from lighten.evaluate.paired import VALUES
+from lighten.evaluate.perplexity import documents, perplexity
+from lighten.evaluate.perplexity.settings import Perplexity
+from lighten.evaluate.request import Request
+from lighten.evaluate.runtimes.opening import open_tokenizer
+from lighten.model.template import renderer
+from lighten.step import Report
+
+
+def measure(request: Request, report: Report) -> dict[str, Any]:
+    """Returns perplexity, divergence and what they were measured on; writes values and, if asked, hidden states."""
+    settings = request.settings
+    assert isinstance(settings, Perplexity)
+    other = other_vocabulary(request)
+    runtime = for_quality(request)
+    reference = None if other else request.reference
+    if reference and not (reference.measurement / perplexity.HIDDEN).is_file():
+        reference = None  # its own measurement says why
+    tokenizer = open_tokenizer(request.model if other else request.tokenizer)
+    render = None if settings.data == "builtin" else renderer(request.tokenizer)
+    if settings.protocol == "lm-eval":
+        measured = documents.measure(runtime, tokenizer, settings, report, render)
+    else:
+        measured = perplexity.measure(
+            runtime,
+            tokenizer,
+            settings,
+            report,
+            reference=(reference.measurement, reference.model) if reference else None,
+            hidden_of=request.model if request.save_hidden else None,
+            render=render,
+        )
+    save_file(measured.values, request.out / VALUES)
+    if measured.hidden is not None:
+        save_file({"hidden": measured.hidden}, request.out / perplexity.HIDDEN)
+    protocol = measured.result["perplexity"]["protocol"]
+    protocol["tokenizer"] = "own" if other or request.own_tokenizer else "the baseline's"
+    return measured.result | ({"vocabulary": other} if other else {}) | facts(runtime)

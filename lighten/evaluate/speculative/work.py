@@ -1,0 +1,31 @@
+"""Measures what a draft is worth to its target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lighten.errors import Failure
+from lighten.evaluate.opened import as_served, facts
+from lighten.evaluate.request import Request
+from lighten.evaluate.speculative import speculative
+from lighten.evaluate.speculative.settings import Speculative
+from lighten.model import vocabulary
+from lighten.model.template import renderer
+from lighten.step import Report
+
+
+def measure(request: Request, report: Report) -> dict[str, Any]:
+    """Returns acceptance, and speeds with and without the draft.
+
+    Raises:
+        Failure: the two have different vocabularies.
+    """
+    settings, model, draft = request.settings, request.model, request.draft
+    assert isinstance(settings, Speculative) and draft
+    if other := vocabulary.differing(model, draft):
+        raise Failure(f"target and draft have different vocabularies ({other}): take a draft with the same tokenizer")
+    target, helper = (
+        as_served(path, request.device, trusted=request.trust_remote_code, dtype=settings.dtype)
+        for path in (model, draft)
+    )
+    return speculative.measure(target, helper, settings, report, renderer(model)) | facts(target)

@@ -1,0 +1,29 @@
+"""Measures speed as it was asked for, in the arithmetic that is quicker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lighten.evaluate.opened import as_served, facts
+from lighten.evaluate.request import Request
+from lighten.evaluate.runtimes.opening import served_in
+from lighten.evaluate.runtimes.runtime import Runtime
+from lighten.evaluate.speed import speed
+from lighten.evaluate.speed.settings import Speed
+from lighten.step import Report
+
+
+def measure(request: Request, report: Report) -> dict[str, Any]:
+    """Returns a row for every shape, memory and energy."""
+    settings, model, device = request.settings, request.model, request.device
+    assert isinstance(settings, Speed)
+
+    def opened(dtype: str | None = None) -> Runtime:
+        return as_served(model, device, trusted=request.trust_remote_code, options=settings, dtype=dtype)
+
+    if device != "cpu" or served_in(model, "cpu") != "float32":
+        runtime = opened()
+        return speed.measure(runtime, settings, report) | facts(runtime)
+    # bfloat16 without units for it reads half the bytes and multiplies slowly: which one wins depends on the phase
+    found, used = speed.measure_better(opened, ("bfloat16", "float32"), settings, report)
+    return found | facts(used)
