@@ -10,7 +10,7 @@ import pytest
 
 from docs.house import FLOORS, PICTURE, ROOT, circles, draw, imports, modules, room, rooms
 
-LONG_FILES: dict[str, str] = {"export/onnx/plain.py": "one graph, written from top to bottom"}
+LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {
     "evaluate/perplexity/perplexity.py:measure": "one pass over the chunks",
     "compress/quantize/gptq.py:gptq": "the algorithm of the paper, step by step",

@@ -87,7 +87,8 @@ EXTRAS = {
 """The extra that brings each module."""
 
 
-def _extra(module: str) -> str:
+def pip_name(module: str) -> str:
+    """Returns what pip installs to bring a module: an extra of lighten, where one does."""
     return f"lighten[{EXTRAS[module]}]" if module in EXTRAS else module
 
 

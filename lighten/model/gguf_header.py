@@ -343,7 +343,7 @@ _NO_MODELS = {
 """Names of the types of GGUF files that are no model."""
 
 
-def _open_any(path: Path) -> Header:
+def open_any(path: Path) -> Header:
     """Returns the header of a file that is a model of any architecture.
 
     Raises:
@@ -367,8 +367,9 @@ _BASES = ("general.base_model.0.repo_url", "general.base_model.0.name", "general
 """Keys in which a file names the model that it was made for."""
 
 
-def _open(path: Path) -> Header:
-    header = _open_any(path)
+def open_model(path: Path) -> Header:
+    """Returns the header of a file whose architecture can be read and compressed; else raises RequestError."""
+    header = open_any(path)
     if header.arch not in READS:
         raise RequestError(
             f"{path} has architecture {header.arch!r}, which can be measured but not changed: lighten turns only "
@@ -379,10 +380,11 @@ def _open(path: Path) -> Header:
         raise RequestError(f"{path} is a mixture of experts, which lighten does not read")
     if (layers := header.size("block_count")) > len(header.tensors):
         raise Failure(f"{path} tells of {layers:,} layers, but has {len(header.tensors)} tensors: fetch it again")
-    if header.integer("rope.dimension_count", _head_dim(header)) != _head_dim(header):
+    if header.integer("rope.dimension_count", head_dim_of(header)) != head_dim_of(header):
         raise RequestError(f"{path} rotates only a part of each head, which lighten does not read")
     return header
 
 
-def _head_dim(header: Header) -> int:
+def head_dim_of(header: Header) -> int:
+    """Returns the width of an attention head."""
     return header.size("attention.key_length", header.size("embedding_length") // header.size("attention.head_count"))

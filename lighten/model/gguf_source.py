@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lighten.errors import Failure, RequestError, reading
 from lighten.facts import ModelFacts
 from lighten.model import tokenizer_table
-from lighten.model.gguf_header import READS, Header, Tensor, _head_dim, _open, _open_any, read_header
+from lighten.model.gguf_header import READS, Header, Tensor, head_dim_of, open_any, open_model, read_header
 from lighten.model.tokenizer_files import DEFAULT
 from lighten.step import Report, silent
 
@@ -37,7 +37,7 @@ def check(path: Path) -> ModelFacts:
     Raises:
         RequestError, Failure: as `convert`, for everything but weights.
     """
-    header = _open(path)
+    header = open_model(path)
     facts = _facts(header)
     tokenizer_table.tokenizer_json(header.fields)
     _config(header, facts)
@@ -47,7 +47,7 @@ def check(path: Path) -> ModelFacts:
 
 def inspect(path: Path) -> ModelFacts:
     """Returns the sizes of the model in a GGUF file that can be a source, from its header alone."""
-    return _facts(_open(path))
+    return _facts(open_model(path))
 
 
 def measurable(path: Path) -> ModelFacts:
@@ -57,7 +57,7 @@ def measurable(path: Path) -> ModelFacts:
         RequestError: the file does not exist, is not GGUF, or is no model.
         Failure: the file is cut short or damaged.
     """
-    header = _open_any(path)
+    header = open_any(path)
     counted = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
     if not counted:
         raise RequestError(f"{path} has no weights, only a vocabulary: give a model")
@@ -115,7 +115,7 @@ def _facts(header: Header) -> ModelFacts:
         intermediate=header.size("feed_forward_length"),
         heads=heads,
         kv_heads=header.size("attention.head_count_kv", heads),
-        head_dim=_head_dim(header),
+        head_dim=head_dim_of(header),
         vocab=header.tensors["token_embd.weight"].shape[0],
         tied="output.weight" not in header.tensors,
         context=header.integer("context_length", 0) or None,
@@ -192,7 +192,7 @@ def convert(path: Path, out: Path, report: Report = silent) -> dict[str, Any]:
             that cannot be expressed in the directory.
         Failure: cut short, damaged, or weights that are NaN or infinite.
     """
-    header = _open(path)
+    header = open_model(path)
     facts = _facts(header)
     with reading(path, "fetch it again"):
         tokenizer = tokenizer_table.tokenizer_json(header.fields)

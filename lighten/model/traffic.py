@@ -49,7 +49,7 @@ def traffic(path: Path, facts: ModelFacts, dtype: str) -> Traffic:
         dtype: arithmetic that a model directory is opened with; its floating-point weights are read in it.
 
     Raises:
-        Failure: a header cannot be read.
+        Failure: a header cannot be read, or there are no weights of a known format.
     """
     from lighten.model.onnx_source import find_onnx
 
@@ -60,6 +60,8 @@ def traffic(path: Path, facts: ModelFacts, dtype: str) -> Traffic:
         weights, bits = gguf_reads(gguf), 16
     else:
         weights = _safetensors(path, bits // 8)
+    if not weights:
+        raise Failure(f"what a token reads of {path} is not known: it holds no weights in files that can be read here")
     head = facts.vocab * facts.hidden
     linear = facts.layers * facts.layer_linear_params
     if facts.counted is not None and not facts.intermediate:  # the sizes do not tell: what was counted, less the head

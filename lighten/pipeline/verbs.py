@@ -25,6 +25,7 @@ from lighten.evaluate.speed.settings import Speed
 from lighten.model import gguf_header, gguf_source
 from lighten.model.accelerator import Device
 from lighten.model.checkpoint import read_config
+from lighten.model.export_formats import EXPORTS
 from lighten.model.source import Found
 from lighten.pipeline.build import build_all, check_options, choose_device
 from lighten.pipeline.checks import arithmetic, check_measurable, check_memory, check_texts
@@ -39,6 +40,7 @@ from lighten.pipeline.watcher import Silent, Watcher
 from lighten.process.isolate import run_isolated
 from lighten.results.results import Results
 from lighten.store.artifact import Artifact, read_artifact
+from lighten.store.files import MANIFEST
 from lighten.store.locks import scratch_beside
 from lighten.store.names import as_name
 from lighten.store.store import Store
@@ -309,6 +311,8 @@ def describe_source(source: Found) -> dict[str, Any]:
 def _format(source: Found) -> str:
     if source.kind != "directory":
         return source.kind
+    if (source.path / MANIFEST).is_file() and (told := read_artifact(source.path).format) in EXPORTS.places:
+        return told
     return str((read_config(source.path).get("quantization_config") or {}).get("quant_method", "hf"))
 
 

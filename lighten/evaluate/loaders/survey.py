@@ -10,7 +10,7 @@ from typing import Any
 from lighten.errors import Failure, LightenError
 from lighten.evaluate.loaders.programs import Opening, installed, loaders
 from lighten.evaluate.runtimes.opening import added
-from lighten.model.formats import _extra, recognise
+from lighten.model.formats import pip_name, recognise
 from lighten.process.isolate import run_isolated
 from lighten.step import Report, silent
 
@@ -74,7 +74,7 @@ def survey(
         if not loader.opens(form, there):
             found["status"] = "other"
         elif missing := loader.missing(form):
-            found |= {"status": "absent", "error": f"needs {missing}: pip install '{_extra(missing)}'"}
+            found |= {"status": "absent", "error": f"needs {missing}: pip install '{pip_name(missing)}'"}
         else:
             try:
                 outcome = run_isolated("lighten.evaluate.loaders.survey:load", {**asked, "loader": loader.name})
