@@ -17,7 +17,7 @@ def spelled(model: type[BaseModel], value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     fields = {name: model.model_fields[name].annotation for name in value if name in model.model_fields}
-    return value | {name: as_spelled(value[name], list(_choices(kind))) for name, kind in fields.items()}
+    return value | {name: as_spelled(value[name], list(_choices(annotation))) for name, annotation in fields.items()}
 
 
 def as_spelled(value: Any, choices: list[Any]) -> Any:
@@ -27,12 +27,12 @@ def as_spelled(value: Any, choices: list[Any]) -> Any:
     return next((each for each in choices if str(each).casefold() == value.strip().casefold()), value)
 
 
-def _choices(kind: Any) -> Iterator[Any]:
+def _choices(annotation: Any) -> Iterator[Any]:
     """Yields the choices of the literals in an annotation."""
-    if get_origin(kind) is Literal:
-        yield from get_args(kind)
-    elif get_origin(kind) is not dict:
-        for inner in get_args(kind):
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    elif get_origin(annotation) is not dict:
+        for inner in get_args(annotation):
             yield from _choices(inner)
 
 

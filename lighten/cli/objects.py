@@ -25,9 +25,9 @@ def list_versions(artifacts: Artifacts = Path("artifacts"), as_json: Json = Fals
             key = follow(link).name
             artifact = store.find(key)
             size = artifact.size_bytes if artifact else None
-            kind = artifact.format if artifact else "missing"
+            form = artifact.format if artifact else "missing"
             row: dict[str, Any] = {"recipe": version.parent.name, "version": version.name, "variant": link.name}
-            rows.append({**row, "format": kind, "size_bytes": size, "key": key})
+            rows.append({**row, "format": form, "size_bytes": size, "key": key})
     if as_json:
         print_json(rows)
         return

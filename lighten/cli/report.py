@@ -199,8 +199,8 @@ def publish(
         if as_json or quiet:
             continue
         said = f"{upload.variant} -> {url}" if url else f"{upload.variant} would go to {upload.repo}"
-        kind = "public" if public else "private"
-        screen.say(f"{said} ({kind}, one commit, {len(upload.files)} files, {byte_count(upload.size_bytes)})")
+        access = "public" if public else "private"
+        screen.say(f"{said} ({access}, one commit, {len(upload.files)} files, {byte_count(upload.size_bytes)})")
         for path, size in upload.files if dry_run else ():
             screen.say(f"  {byte_count(size):>9}  {path}")
     if as_json and not quiet:

@@ -79,7 +79,7 @@ def about_dead_channels(inputs: list[Found]) -> Finding:
     """Returns which inputs the text never, or hardly ever, uses."""
     lines, many = [], False
     dead = sum(each["dead"] for each in inputs)
-    for kind, layers in _by_kind(inputs).items():
+    for input_name, layers in _by_input(inputs).items():
         never, hardly = (sum(each[name] for each in layers) for name in ("dead", "nearly_dead"))
         count = sum(each["width"] for each in layers)
         many |= hardly > MANY_NEARLY_DEAD * count
@@ -90,7 +90,7 @@ def about_dead_channels(inputs: list[Found]) -> Finding:
                 for each in worst
                 if each["dead"] + each["nearly_dead"]
             )
-            lines.append(f"{kind}: {never:,} dead, {hardly:,} nearly dead of {count:,}; most in layer {most}")
+            lines.append(f"{place}: {never:,} dead, {hardly:,} nearly dead of {count:,}; most in layer {most}")
     if not lines:
         lines = [f"none of {sum(each['width'] for each in inputs):,} channels"]
     advice = ""
@@ -104,7 +104,7 @@ def about_dead_channels(inputs: list[Found]) -> Finding:
 def about_rank(inputs: list[Found], length: int) -> Finding:
     """Returns how many tokens each direction of the Grams has."""
     lines, needed = [], 0
-    for kind, layers in _by_kind(inputs).items():
+    for input_name, layers in _by_input(inputs).items():
         ranked = [each for each in layers if each["rank"] is not None]
         low, high = (choose(each["rank"] for each in ranked) for choose in (min, max))
         worst = min(ranked, key=lambda each: each["tokens"] / max(1, each["rank"]))
@@ -112,7 +112,8 @@ def about_rank(inputs: list[Found], length: int) -> Finding:
         ranks = f"{low:,}" if low == high else f"{low:,} to {high:,}"
         some = "" if len(ranked) == len(layers) else f" (layers {_list(each['layer'] for each in ranked)} only)"
         lines.append(
-            f"{kind}: width {worst['width']:,}, rank {ranks}{some}; {significant(ratio, 3, decimals=1)} tokens per rank"
+            f"{input_name}: width {worst['width']:,}, rank {ranks}{some}; "
+            f"{significant(ratio, 3, decimals=1)} tokens per rank"
         )
         if ratio < TOKENS_PER_RANK:
             needed = max(needed, ceil(TOKENS_PER_RANK * worst["width"] / length))
@@ -161,7 +162,7 @@ def about_chat(chat: Found) -> Finding:
     return Finding("chat", title, (f"the model has one ({tokens}), and the text uses none of its tokens",), advice)
 
 
-def _by_kind(inputs: list[Found]) -> dict[str, list[Found]]:
+def _by_input(inputs: list[Found]) -> dict[str, list[Found]]:
     found: dict[str, list[Found]] = {}
     for each in inputs:
         found.setdefault(each["input"], []).append(each)

@@ -31,8 +31,8 @@ def check_config(config: dict[str, Any], file: Path) -> None:
         Failure: a value has a type that it cannot have.
         RequestError: it names a kernel that would be fetched and run.
     """
-    for key, kinds in _TYPES.items():
-        if (value := config.get(key)) is not None and not isinstance(value, kinds):
+    for key, types in _TYPES.items():
+        if (value := config.get(key)) is not None and not isinstance(value, types):
             raise Failure(f"{file}: {key} is {str(value)[:60]!r}, which it cannot be: damaged; fetch it again")
     if not all(isinstance(each, str) for each in config.get("architectures") or []):
         raise Failure(f"{file}: architectures are no names of classes: damaged; fetch it again")

@@ -89,16 +89,16 @@ def _empty(checkpoint: Checkpoint) -> Any:
         raise _Unknown(f"transformers cannot read its config.json ({error})") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    kind = CAUSAL.get(type(config), None) if checkpoint.facts.family == "causal" else None
-    kind = kind or class_named(checkpoint.facts.architecture, config)
-    if kind is None:
+    model_class = CAUSAL.get(type(config), None) if checkpoint.facts.family == "causal" else None
+    model_class = model_class or class_named(checkpoint.facts.architecture, config)
+    if model_class is None:
         raise _Unknown(f"transformers has no {checkpoint.facts.architecture} of the kind {config.model_type}")
     try:
         with _quiet(), torch.device("meta"):
-            return kind(config).eval()
+            return model_class(config).eval()
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         raise RequestError(
-            f"{checkpoint.path / 'config.json'}: transformers cannot build {kind.__name__} of these sizes "
+            f"{checkpoint.path / 'config.json'}: transformers cannot build {model_class.__name__} of these sizes "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from error
 

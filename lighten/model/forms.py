@@ -161,14 +161,14 @@ def _check_rope(config: dict[str, Any], path: Path) -> None:
 def _architecture(config: dict[str, Any]) -> str | None:
     """Returns the class of a language model whose config names none, or its body without a head; else None."""
     named = (config.get("architectures") or [None])[0]
-    kind = str(config.get("model_type"))
-    if config.get("is_encoder_decoder") or kind in ENCODERS or (named and not str(named).endswith("Model")):
+    model_type = str(config.get("model_type"))
+    if config.get("is_encoder_decoder") or model_type in ENCODERS or (named and not str(named).endswith("Model")):
         return None
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-    if named and named != MODEL_MAPPING_NAMES.get(kind):
+    if named and named != MODEL_MAPPING_NAMES.get(model_type):
         return None
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     return found if found and found.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 

@@ -14,11 +14,11 @@ from lighten.model.files import read_json
 from lighten.model.forms import INDEX, SINGLE
 
 
-def from_pretrained(kind: Any, path: Path, **options: Any) -> Any:
+def from_pretrained(auto_class: Any, path: Path, **options: Any) -> Any:
     """Returns the model of a directory.
 
     Args:
-        kind: a class of transformers, such as AutoModelForCausalLM.
+        auto_class: a class of transformers, such as AutoModelForCausalLM.
         path: the model directory.
         options: for `from_pretrained` of that class.
 
@@ -28,7 +28,7 @@ def from_pretrained(kind: Any, path: Path, **options: Any) -> Any:
     from lighten.model.expected import loaded
 
     with readable(path) as folder:
-        model, info = kind.from_pretrained(
+        model, info = auto_class.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
     loaded(path, info)

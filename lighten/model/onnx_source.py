@@ -85,15 +85,15 @@ def read_graph(path: Path) -> Graph:
     shape = _shape(logits) if logits else []
     with reading(path, "export or fetch it again"):
         weights = _weights(model.graph, constants)
-    kinds: Counter[str] = Counter()
-    for kind, count in weights:
-        kinds[kind] += count
+    precisions: Counter[str] = Counter()
+    for precision, count in weights:
+        precisions[precision] += count
     return Graph(
         {each.name: Input(each.type.tensor_type.elem_type, _shape(each)) for each in model.graph.input},
         [each.name for each in model.graph.output],
         shape[-1] if shape else 0,
-        kinds.most_common(1)[0][0] if kinds else "float32",
-        sum(kinds.values()),
+        precisions.most_common(1)[0][0] if precisions else "float32",
+        sum(precisions.values()),
         sorted({node.domain for node in model.graph.node}),
     )
 

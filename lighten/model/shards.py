@@ -82,8 +82,8 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is not None:
             if self._file:
                 self._file.close()
             return

@@ -163,8 +163,8 @@ def _step_shape(step: Json) -> tuple[Any, ...]:
             return ("ByteLevel", step.get("add_prefix_space", True), step.get("use_regex", True))
         case "Digits":
             return ("Digits", step["individual_digits"])
-        case kind:
-            return (kind, *sorted((key, str(value)) for key, value in step.items() if key != "type"))
+        case name:
+            return (name, *sorted((key, str(value)) for key, value in step.items() if key != "type"))
 
 
 # GGUF token types
@@ -185,15 +185,15 @@ def tokenizer_json(fields: Json) -> Json:
         The object to write as tokenizer.json. Trailing tokens that only pad the vocabulary are left out.
 
     Raises:
-        RequestError: no tokenizer in the file, or one of another kind than byte-level BPE ("gpt2") and
+        RequestError: no tokenizer in the file, or another model than byte-level BPE ("gpt2") and
             SentencePiece BPE ("llama").
     """
-    kind = fields.get("tokenizer.ggml.model")
-    if kind not in ("gpt2", "llama"):
-        raise RequestError(f"the GGUF file has a tokenizer of kind {kind!r}; lighten reads gpt2 and llama")
-    needed = ("tokens", "merges" if kind == "gpt2" else "scores")
+    model = fields.get("tokenizer.ggml.model")
+    if model not in ("gpt2", "llama"):
+        raise RequestError(f"the GGUF file has a tokenizer model {model!r}; lighten reads gpt2 and llama")
+    needed = ("tokens", "merges" if model == "gpt2" else "scores")
     if missing := [name for name in needed if f"tokenizer.ggml.{name}" not in fields]:
-        raise RequestError(f"the GGUF file has a {kind} tokenizer without tokenizer.ggml.{missing[0]}")
+        raise RequestError(f"the GGUF file has a {model} tokenizer without tokenizer.ggml.{missing[0]}")
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     types: list[int] = list(fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens))
     count = len(tokens)
@@ -213,7 +213,7 @@ def tokenizer_json(fields: Json) -> Json:
         for token, index in vocab.items()
         if types[index] in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
-    build = _byte_level_parts if kind == "gpt2" else _sentencepiece_parts
+    build = _byte_level_parts if model == "gpt2" else _sentencepiece_parts
     normalizer, pre_tokenizer, decoder, model = build(fields, vocab, types)
     return {
         "version": "1.0",

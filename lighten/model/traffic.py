@@ -132,12 +132,12 @@ def _onnx(path: Path) -> tuple[int, int]:
     read = 0.0
     for each in graph.initializer:
         size = math.prod(each.dims) * WIDTHS.get(each.data_type, 8) / 8
-        looked_up = all(_gathers(kind, position) for kind, position in users.get(each.name, [("", 0)]))
+        looked_up = all(_gathers(operator, position) for operator, position in users.get(each.name, [("", 0)]))
         read += size / max(1, each.dims[0]) if looked_up and each.dims else size
     cached = [each.type.tensor_type.elem_type for each in graph.input if each.name.startswith("past_key_values.")]
     return round(read), CACHE_BITS.get(cached[0], 16) if cached else 16
 
 
-def _gathers(kind: str, position: int) -> bool:
+def _gathers(operator: str, position: int) -> bool:
     """Whether an operator takes single rows of this input, such as an embedding or a table of positions."""
-    return (kind == "Gather" and position == 0) or (kind == "GatherBlockQuantized" and position != 1)
+    return (operator == "Gather" and position == 0) or (operator == "GatherBlockQuantized" and position != 1)

@@ -65,8 +65,8 @@ class Unpacked(Checkpoint):
 
     def tensor(self, name: str) -> torch.Tensor:
         """Returns one tensor on the CPU. A quantized weight is in float32."""
-        module, _, kind = name.rpartition(".")
-        if kind != "weight" or module not in self.packed:
+        module, _, parameter = name.rpartition(".")
+        if parameter != "weight" or module not in self.packed:
             return super().tensor(name)
         try:
             return self.format.weight(self.tensors(f"{module}."))

@@ -102,6 +102,6 @@ def _of_gguf(path: Path) -> Entries:
     fields = read_header(path).fields
     tokens = [str(token) for token in fields.get("tokenizer.ggml.tokens") or []]
     types = list(fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens))
-    own = {index for index, kind in enumerate(types[: len(tokens)]) if kind in (NORMAL, BYTE, UNKNOWN)}
+    own = {index for index, token_type in enumerate(types[: len(tokens)]) if token_type in (NORMAL, BYTE, UNKNOWN)}
     learned = {index: tokens[index] for index in sorted(own)}
     return Entries(learned, {index: token for index, token in enumerate(tokens) if index not in own})

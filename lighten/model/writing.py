@@ -30,9 +30,9 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         """Appends keys and values `[samples, heads, new, size]`. Returns all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            kind = torch.float32 if key_states.device.type == "cpu" else key_states.dtype
+            dtype = torch.float32 if key_states.device.type == "cpu" else key_states.dtype
             states, room = (key_states, value_states), self._length
-            self._room = [new.new_empty(*new.shape[:2], room, new.shape[3], dtype=kind) for new in states]
+            self._room = [new.new_empty(*new.shape[:2], room, new.shape[3], dtype=dtype) for new in states]
         start = self.get_seq_length()
         stop = start + key_states.shape[2]
         for room_of, new in zip(self._room, (key_states, value_states), strict=True):

@@ -86,8 +86,8 @@ def formats(sizes: Sizes, context: int) -> list[Published]:
 
 def _size(step: dict[str, dict[str, Any]], sizes: Sizes) -> int | None:
     """Returns the bytes of such a model after a step; None if the step refuses the model."""
-    ((kind, settings),) = step.items()
-    made = open_step(kind, settings)
+    ((step_name, settings),) = step.items()
+    made = open_step(step_name, settings)
     try:
         made.check(sizes.facts)
     except RequestError:
@@ -103,15 +103,15 @@ def better(
     Speed is assumed to follow size, because decoding reads every weight once. These figures have no accuracy, so a
     limit on accuracy removes nothing.
     """
-    known = {_kind(row) for row in results.variants}
+    known = {_type_or_method(row) for row in results.variants}
     edge = question.purpose == "edge" or question.runtime == "llama.cpp"
     worst = BROKEN if question.max_ppl is None else question.max_ppl
     found = []
     for each in formats(sizes, question.context or 2048):
-        ((kind, settings),) = each.step.items()
+        ((step_name, settings),) = each.step.items()
         if (settings.get("type") or settings.get("method")) in known:
             continue
-        if (kind == "quantize" and edge) or (kind == "export" and question.runtime == "torch"):
+        if (step_name == "quantize" and edge) or (step_name == "export" and question.runtime == "torch"):
             continue
         if question.runtime not in (None, "torch", "llama.cpp"):
             continue
@@ -123,11 +123,11 @@ def better(
     return (front if question.prefer != "quality" else front[::-1])[:most]
 
 
-def _kind(row: Variant) -> str | None:
+def _type_or_method(row: Variant) -> str | None:
     """Returns the GGUF type or the 4-bit method of a row."""
     if row.facts.get("bits") in (None, 4):
-        kind = row.facts.get("type") or row.facts.get("method")
-        return str(kind) if kind else None
+        name = row.facts.get("type") or row.facts.get("method")
+        return str(name) if name else None
     return None
 
 

@@ -1,4 +1,4 @@
-"""How many bits each tensor of a variant got: a grid of module kinds and layers."""
+"""How many bits each tensor of a variant got: a grid of modules and layers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Allocated(Section):
 
 
 @dataclass(frozen=True)
-class Kind:
+class StorageType:
     """A storage type, the bits per weight of its tensors, and their number."""
 
     type: str
@@ -79,13 +79,13 @@ class Allocation:
         return range(min(numbers, default=0), max(numbers, default=-1) + 1)
 
     @property
-    def kinds(self) -> list[Kind]:
+    def types(self) -> list[StorageType]:
         """The storage types, fewest bits first."""
         bits: dict[str, list[float]] = {}
         for each in (*self.cells.values(), *self.beside.values()):
             bits.setdefault(each.type, []).append(each.bits)
-        found = [Kind(name, min(values), max(values), len(values)) for name, values in bits.items()]
-        return sorted(found, key=lambda kind: (kind.low + kind.high, kind.type))
+        found = [StorageType(name, min(values), max(values), len(values)) for name, values in bits.items()]
+        return sorted(found, key=lambda each: (each.low + each.high, each.type))
 
 
 def allocated(facts: Free) -> dict[str, Allocated] | None:
@@ -120,7 +120,7 @@ def draw_allocation(allocation: Allocation) -> tuple[bytes, bytes]:
     Raises:
         RequestError: matplotlib is not installed.
     """
-    legend = 1 + (len(allocation.kinds) - 1) // 4
+    legend = 1 + (len(allocation.types) - 1) // 4
     rows = max(len(allocation.modules), len(allocation.beside), 1)
     height = TOP + LINE * legend + 10 + ROW * rows + 34
     with sheet(allocation.stem, allocation.title, (WIDTH, height)) as drawn:
@@ -128,29 +128,29 @@ def draw_allocation(allocation: Allocation) -> tuple[bytes, bytes]:
         axes.set_axis_off()
         axes.set_xlim(0, WIDTH)
         axes.set_ylim(height, 0)
-        colours = _colours(allocation.kinds)
-        _legend(axes, drawn, allocation.kinds, colours)
+        colours = _colours(allocation.types)
+        _legend(axes, drawn, allocation.types, colours)
         _grid(axes, allocation, colours, TOP + LINE * legend + 10)
     return drawn.svg, drawn.png
 
 
-def _colours(kinds: list[Kind]) -> dict[str, tuple[float, float, float]]:
+def _colours(types: list[StorageType]) -> dict[str, tuple[float, float, float]]:
     """Returns a colour for every type, evenly spaced. More bits are darker."""
     from matplotlib import colormaps
 
-    scale, last = colormaps["Blues"], max(1, len(kinds) - 1)
-    return {kind.type: scale(0.2 + 0.75 * i / last)[:3] for i, kind in enumerate(kinds)}
+    scale, last = colormaps["Blues"], max(1, len(types) - 1)
+    return {each.type: scale(0.2 + 0.75 * i / last)[:3] for i, each in enumerate(types)}
 
 
-def _legend(axes: Any, drawn: Sheet, kinds: list[Kind], colours: dict[str, Any]) -> None:
+def _legend(axes: Any, drawn: Sheet, types: list[StorageType], colours: dict[str, Any]) -> None:
     x, y = 8.0, TOP + LINE / 2
-    for kind in kinds:
-        label = axes.text(x + 15, y, kind.line, fontsize=8.5, color=MUTED, va="center", parse_math=False)
+    for each in types:
+        label = axes.text(x + 15, y, each.line, fontsize=8.5, color=MUTED, va="center", parse_math=False)
         width = label.get_window_extent(drawn.renderer).width + 33
         if x > 8 and x + width > WIDTH:
             x, y = 8.0, y + LINE
             label.set_position((x + 15, y))
-        _cell(axes, x, y - 5, 10, 10, colours[kind.type])
+        _cell(axes, x, y - 5, 10, 10, colours[each.type])
         x += width
 
 

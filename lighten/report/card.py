@@ -96,15 +96,15 @@ def _called(results: Results, variant: Variant, repo: str | None) -> str:
 def _front(results: Results, variant: Variant) -> str:
     """Returns the front matter: the fields by which the hub files the model, and the metrics that it shows."""
     licence = (results.source.model_extra or {}).get("licence")
-    kinds = list(dict.fromkeys(kind for step in variant.steps for kind in step))
-    retrained = {"prune", "distill"} & set(kinds)
+    steps = list(dict.fromkeys(name for step in variant.steps for name in step))
+    retrained = {"prune", "distill"} & set(steps)
     fields: dict[str, Any] = {
         "base_model": base_model(results),
         "base_model_relation": ("finetune" if retrained else "quantized") if variant.steps else None,
         "license": str(licence).lower() if licence else "other",
         "library_name": known.library if (known := export_format(variant.format)) else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": [tag for tag in dict.fromkeys(["lighten", variant.format, *kinds, _method(variant)]) if tag],
+        "tags": [tag for tag in dict.fromkeys(["lighten", variant.format, *steps, _method(variant)]) if tag],
         "model-index": [{"name": variant.name, "results": found}] if (found := _index(results, variant)) else None,
     }
     kept = {name: value for name, value in fields.items() if value is not None}
@@ -147,9 +147,9 @@ def _index(results: Results, variant: Variant) -> list[dict[str, Any]]:
 
 def _entry(data: str, metrics: list[dict[str, Any]]) -> dict[str, Any]:
     name = Path(data).name
-    kind = re.sub(r"[^A-Za-z0-9._-]+", "-", name) or "text"
+    identifier = re.sub(r"[^A-Za-z0-9._-]+", "-", name) or "text"
     task = {"type": "text-generation", "name": "Text generation"}
-    return {"task": task, "dataset": {"type": kind, "name": name}, "metrics": metrics}
+    return {"task": task, "dataset": {"type": identifier, "name": name}, "metrics": metrics}
 
 
 def _opening(results: Results, variant: Variant) -> str:

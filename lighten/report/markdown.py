@@ -37,7 +37,7 @@ def markdown(results: Results, earlier: Sequence[Results] = ()) -> str:
     left = [f"{variant.name}: {line}" for variant in results.variants if (line := _kept(variant))]
     if left:
         parts += ["### Left alone", _bullets(left)]
-    given = [f"{each.variant}: {'; '.join(kind.line for kind in each.kinds)}" for each in allocations(results)]
+    given = [f"{each.variant}: {'; '.join(storage.line for storage in each.types)}" for each in allocations(results)]
     if given:
         parts += ["### Bits by tensor", _bullets(given)]
     learned = [f"{', '.join(each.variants)}: {each.sentence}" for each in lessons(results)]

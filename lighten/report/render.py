@@ -144,8 +144,8 @@ def _downloads(results: Results) -> list[tuple[str, str, Markup]]:
         ("Markdown", f"{stem}.md", "text/markdown", markdown_table(table(results)) + "\n"),
     ]
     return [
-        (label, name, Markup(f"data:{kind};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"))
-        for label, name, kind, text in made
+        (label, name, Markup(f"data:{media_type};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"))
+        for label, name, media_type, text in made
     ]
 
 

@@ -119,8 +119,8 @@ def price(variant: Variant) -> str:
     if cost is None:
         return ""
     each = cost.per_million_tokens
-    kinds = (("read", each.prefill), ("written", each.decode))
-    prices = [f"{significant(value, 3)} {cost.currency} {name}" for name, value in kinds if value is not None]
+    phases = (("read", each.prefill), ("written", each.decode))
+    prices = [f"{significant(value, 3)} {cost.currency} {name}" for name, value in phases if value is not None]
     note = f"; {cost.note}" if cost.note else ""
     return f"a million tokens: {', '.join(prices)} ({cost.price_per_hour:g} {cost.currency} an hour{note})"
 

@@ -373,7 +373,7 @@ def renamed(path: Path, arch: str) -> Path:
 def test_unknown_tokenizers(make: Make) -> None:
     with pytest.raises(RequestError, match="'mystery', which lighten does not know; known: gpt-2, smollm"):
         converted(make(pre="mystery"))
-    with pytest.raises(RequestError, match="kind 'bert'; lighten reads gpt2 and llama"):
+    with pytest.raises(RequestError, match="model 'bert'; lighten reads gpt2 and llama"):
         converted(make(name="b.gguf", keys={"tokenizer_model": "bert"}), "bert")
 
 
