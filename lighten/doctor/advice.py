@@ -90,7 +90,7 @@ def about_dead_channels(inputs: list[Found]) -> Finding:
                 for each in worst
                 if each["dead"] + each["nearly_dead"]
             )
-            lines.append(f"{place}: {never:,} dead, {hardly:,} nearly dead of {count:,}; most in layer {most}")
+            lines.append(f"{input_name}: {never:,} dead, {hardly:,} nearly dead of {count:,}; most in layer {most}")
     if not lines:
         lines = [f"none of {sum(each['width'] for each in inputs):,} channels"]
     advice = ""
