@@ -230,8 +230,8 @@ def main() -> None:
                     "plain_kernels": {**alike, "tokens": plain_here["tokens"]},
                 }
             )
-            told = f"{found['same_choice']} of {found['of']} choices the same; plain kernels: {alike}"
-            print(f"{model.name} {name}: {told}", file=sys.stderr)
+            agreement = f"{found['same_choice']} of {found['of']} choices the same; plain kernels: {alike}"
+            print(f"{model.name} {name}: {agreement}", file=sys.stderr)
         runtime.close()
     command = ["python", "benchmarks/arm64.py", "--steps", str(arguments.steps), "--cpu", arguments.cpu]
     command += ["--arch", arguments.arch]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf_export import directory, told
+from gguf_export import costs, directory
 from timed import last_json, timed
 
 from lighten.evaluate import machine
@@ -111,7 +111,7 @@ def exports(model: Path, work: Path) -> dict[str, Path]:
         out = work / f"export-{kind}"
         if not out.exists():
             command = [sys.executable, "-m", "lighten", "export", str(model), "--format", kind, *more]
-            told(timed([*command, "-o", str(out), "--artifacts", str(work)]))
+            costs(timed([*command, "-o", str(out), "--artifacts", str(work)]))
         made[name] = next(out.glob("*.gguf")) if kind == "gguf" else out
     return made
 
@@ -125,7 +125,7 @@ def ours(path: Path, tokenizer: Path, tasks: Path, limit: int | None) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         asked = Accuracy(task="hellaswag", local=str(tasks), limit=limit)
         request = Request(asked, path, tokenizer, Path(folder), device="cpu", trust_remote_code=False)
-        spent = told(timed([sys.executable, "-P", "-c", OURS, json.dumps(request.payload())]))
+        spent = costs(timed([sys.executable, "-P", "-c", OURS, json.dumps(request.payload())]))
         values = load_file(Path(folder) / "values.safetensors")
         result = json.loads((Path(folder) / "result.json").read_text())
     letters = [[len(ending) for ending in task.endings] for task in load_choices(str(tasks), limit)]
@@ -147,7 +147,7 @@ def theirs(python: str, model: Path, tasks: Path, limit: int | None, batch_size:
         asked = {"model": str(model), "tasks": str(tasks), "limit": limit, "dtype": "float32"}
         file.write_text(json.dumps({**asked, "batch_size": batch_size, "out": str(out)}))
         done = timed([python, str(HERE / "peers" / "with_lmeval.py"), str(file)])
-        spent, answer = told(done), last_json(done.output)
+        spent, answer = costs(done), last_json(done.output)
         return {**spent, "versions": answer["versions"], "answers": json.loads(out.read_text())}
 
 

@@ -108,7 +108,7 @@ def ours(work: Path, model: Path, *, compared: bool) -> dict[str, Any]:
         shutil.rmtree(each, ignore_errors=True)
     command = [sys.executable, "-m", "lighten", "export", str(model), "--format", "gguf", "--type", TYPE]
     command += [] if compared else ["--parity", "tokens=0"]
-    return told(timed([*command, "-o", str(work / name), "--artifacts", str(work / "store")]))
+    return costs(timed([*command, "-o", str(work / name), "--artifacts", str(work / "store")]))
 
 
 class Converter:
@@ -129,8 +129,8 @@ class Converter:
         script = str(self.source / "convert_hf_to_gguf.py")
         command = [sys.executable, script, str(model), "--outtype", "f16", "--outfile", str(self.whole)]
         steps = [
-            told(timed(command, env={"PYTHONPATH": str(self.packages)})),
-            told(timed([sys.executable, "-P", "-c", QUANTIZE, str(self.whole), str(self.out)])),
+            costs(timed(command, env={"PYTHONPATH": str(self.packages)})),
+            costs(timed([sys.executable, "-P", "-c", QUANTIZE, str(self.whole), str(self.out)])),
         ]
         return {
             "seconds": sum(step["seconds"] for step in steps),
@@ -139,7 +139,8 @@ class Converter:
         }
 
 
-def told(done: Timed) -> dict[str, Any]:
+def costs(done: Timed) -> dict[str, Any]:
+    """Returns seconds and peak memory of a process; ends this one if it failed."""
     if done.code:
         sys.exit(f"failed: {done.noise[-2000:]}")
     return {"seconds": done.seconds, "peak_bytes": done.peak_bytes}

@@ -82,7 +82,7 @@ def equal(model: str, scratch: Path) -> dict[str, Any]:
     for device in ("cpu", "cuda"):
         start = time.monotonic()
         store = scratch / f"equal-{device}"
-        told = subprocess.run(
+        done = subprocess.run(
             [
                 sys.executable,
                 "-m",
@@ -100,11 +100,11 @@ def equal(model: str, scratch: Path) -> dict[str, Any]:
         )
         version = Store(store).latest("equal")
         if version is None:
-            raise RuntimeError(f"{device}: {told.stderr.strip()[-1500:]}")
+            raise RuntimeError(f"{device}: {done.stderr.strip()[-1500:]}")
         results = json.loads((version / "results.json").read_text())
         found[device] = {
             "seconds": time.monotonic() - start,
-            "exit_code": told.returncode,
+            "exit_code": done.returncode,
             "stages": {stage["name"]: (stage["actual"] or {}).get("seconds") for stage in results["stages"]},
             "variants": {
                 row["name"]: {

@@ -56,17 +56,17 @@ def main() -> None:
     asked = parser.parse_args()
     with watching(quiet=False) as watcher:
         folder = lighten.run(asked.recipe, artifacts=asked.artifacts, watcher=watcher)
-    told = json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
     published = [
         {"rung": name, "name": label, "memory_gb": memory, "decode_tok_s": speed}
         for name, (label, memory, speed) in PUBLISHED.items()
     ]
     found = {
         "command": f"python benchmarks/ladder.py {asked.recipe}",
-        "created": told["created"],
-        "machine": told["machine"],
-        "model": told["source"]["model"],
-        "rows": [rung(variant) for variant in told["variants"]],
+        "created": results["created"],
+        "machine": results["machine"],
+        "model": results["source"]["model"],
+        "rows": [rung(variant) for variant in results["variants"]],
         "stands_for": STANDS_FOR,
         "published": {"source": SOURCE, "rows": published},
     }

@@ -83,9 +83,9 @@ def main() -> None:
             for ours, theirs in COMPARED
         ]
     texts = {"calibration": Path(asked.calibration).name, "test": Path(asked.test).name}
-    told = " ".join(f"--{key} {value}" for key, value in texts.items())
+    flags = " ".join(f"--{key} {value}" for key, value in texts.items())
     results = {
-        "command": f"python benchmarks/onnx_export.py {told}",
+        "command": f"python benchmarks/onnx_export.py {flags}",
         "machine": machine.fingerprint(),
         "settings": {"model": asked.model, "samples": asked.samples, "test_samples": asked.test_samples, **texts},
         "rows": rows,

@@ -78,10 +78,10 @@ def main() -> None:
         its = None if path.is_dir() else own(tool, path, asked.test, asked.samples)
         rows.append({"name": name, "protocols": by, "llama_perplexity": its})
         print(name, {protocol: each["value"] for protocol, each in by.items()}, its)
-    told = f"--test {asked.test.name} --samples {asked.samples} --documents {asked.documents}"
-    told += f" --length {asked.length}" if asked.length else ""
+    flags = f"--test {asked.test.name} --samples {asked.samples} --documents {asked.documents}"
+    flags += f" --length {asked.length}" if asked.length else ""
     results = {
-        "command": f"python benchmarks/protocols.py {told}",
+        "command": f"python benchmarks/protocols.py {flags}",
         "machine": machine.fingerprint(),
         "settings": {
             "model": asked.model,

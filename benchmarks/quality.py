@@ -126,8 +126,8 @@ def main() -> None:
     rows += table("off-grid", str(moved), budgets, asked)[0]
     settings = {"model": asked.model, "samples": asked.samples, "test_samples": asked.test_samples, "length": 512}
     texts = {"calibration": Path(asked.calibration).name, "test": Path(asked.test).name}
-    told = " ".join(f"--{key} {value}" for key, value in texts.items())
-    head = {"command": f"python benchmarks/quality.py {told}", "machine": machine.fingerprint()}
+    flags = " ".join(f"--{key} {value}" for key, value in texts.items())
+    head = {"command": f"python benchmarks/quality.py {flags}", "machine": machine.fingerprint()}
     write_json(RESULTS, {**head, "settings": {**settings, **texts}, "rows": rows})
 
 

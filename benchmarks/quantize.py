@@ -178,11 +178,11 @@ class Bench:
 
 def _error(took: Timed) -> str:
     """Returns the first line of what went wrong."""
-    told = last_json(took.output).get("error")
+    error = last_json(took.output).get("error")
     lines = [line.strip() for line in took.noise.splitlines() if line.strip()]
     ours = next((line for line in lines if line.startswith("lighten:")), None)
     ended = f"ended by signal {-took.code}" if took.code < 0 else f"exit status {took.code}"
-    return str(told or ours or (f"{ended}: {lines[-1]}" if lines else ended))
+    return str(error or ours or (f"{ended}: {lines[-1]}" if lines else ended))
 
 
 def _remove(path: Path) -> None:
@@ -298,8 +298,8 @@ def score(bench: Bench, kept: Kept, number: int) -> None:
         found = {row["path"]: row for row in _whole_json(took.output).get("variants", [])}
         source = found.get(str(bench.model), {})
         if source.get("perplexity"):
-            told = {**source["perplexity"]["protocol"], "data": Path(asked.test).name}
-            kept.facts["source"] = {**source["perplexity"], "protocol": told}
+            measured = {**source["perplexity"]["protocol"], "data": Path(asked.test).name}
+            kept.facts["source"] = {**source["perplexity"], "protocol": measured}
         for row in waiting:
             _score_one(bench, row, paths[row["run"]], found.get(str(paths[row["run"]]), {"error": _error(took)}))
             print(json.dumps({key: row.get(key) for key in ("run", "perplexity", "scored_by", "unopened")}), flush=True)

@@ -30,16 +30,16 @@ def main() -> None:
     for name in asked.names:
         with watching(quiet=False) as watcher:
             folder = lighten.run(name, artifacts=asked.artifacts, watcher=watcher)
-        told = json.loads((folder / "results.json").read_text())
+        results = json.loads((folder / "results.json").read_text())
         kept = ("name", "status", "error", "format", "runtime", "params", "size_bytes", "bits_per_weight", "perplexity")
         found[name] = {
             "recipe": name,
-            "created": told["created"],
-            "machine": told["machine"],
-            "source": told["source"]["model"],
-            "seconds": sum(stage["actual"]["seconds"] for stage in told["stages"] if stage["actual"]),
-            "peak_bytes": max(stage["actual"]["peak_bytes"] for stage in told["stages"] if stage["actual"]),
-            "variants": [{key: variant.get(key) for key in kept} for variant in told["variants"]],
+            "created": results["created"],
+            "machine": results["machine"],
+            "source": results["source"]["model"],
+            "seconds": sum(stage["actual"]["seconds"] for stage in results["stages"] if stage["actual"]),
+            "peak_bytes": max(stage["actual"]["peak_bytes"] for stage in results["stages"] if stage["actual"]),
+            "variants": [{key: variant.get(key) for key in kept} for variant in results["variants"]],
         }
     rows = [found[name] for name in sorted(found)]
     write_json(file, {"command": "python benchmarks/recipes.py", "rows": rows})

@@ -26,13 +26,13 @@ def main() -> None:
     asked = parser.parse_args()
     with watching(quiet=False) as watcher:
         folder = lighten.run("serving", artifacts=asked.artifacts, watcher=watcher)
-    told = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     found = {
         "command": "python benchmarks/served.py",
-        "created": told["created"],
-        "machine": told["machine"],
-        "model": told["source"]["model"],
-        "rows": [{key: variant.get(key) for key in KEPT} for variant in told["variants"]],
+        "created": results["created"],
+        "machine": results["machine"],
+        "model": results["source"]["model"],
+        "rows": [{key: variant.get(key) for key in KEPT} for variant in results["variants"]],
     }
     write_json(asked.out, found)
 

@@ -83,9 +83,9 @@ def main() -> None:
         rows.append({key: row.get(key) for key in kept})
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     texts = {"calibration": Path(asked.calibration).name, "test": Path(asked.test).name}
-    told = " ".join(f"--{key} {value}" for key, value in texts.items())
+    flags = " ".join(f"--{key} {value}" for key, value in texts.items())
     part = {
-        "command": f"python benchmarks/sparsity.py {told}{' --speed' if asked.speed else ''}",
+        "command": f"python benchmarks/sparsity.py {flags}{' --speed' if asked.speed else ''}",
         "machine": machine.fingerprint(),
         "settings": {"model": asked.model, "samples": asked.samples, "test_samples": asked.test_samples, **texts},
         "rows": rows,

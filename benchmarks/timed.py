@@ -60,11 +60,11 @@ def timed(
             raise
         output.seek(0)
         noise.seek(0)
-        printed, told = output.read().decode(errors="replace"), noise.read().decode(errors="replace")
+        printed, errors = output.read().decode(errors="replace"), noise.read().decode(errors="replace")
     if code:
-        raise SystemExit(f"could not run {command[0]}: {told[-2000:]}")
-    told, _, facts = told.rstrip("\n").rpartition("\n")
-    return Timed(**json.loads(facts), output=printed, noise=told[-20000:])
+        raise SystemExit(f"could not run {command[0]}: {errors[-2000:]}")
+    errors, _, facts = errors.rstrip("\n").rpartition("\n")
+    return Timed(**json.loads(facts), output=printed, noise=errors[-20000:])
 
 
 def last_json(text: str) -> dict[str, object]:

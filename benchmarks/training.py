@@ -88,8 +88,8 @@ def main() -> None:
         recipe = folder / "source.yaml"
         recipe.write_text(json.dumps({"name": "source", "model": asked.model, "variants": {"baseline": []}}))
         prepare = f"import lighten; print(lighten.run({str(recipe)!r}, artifacts={str(folder / 'artifacts')!r}))"
-        told = timed([sys.executable, "-P", "-c", prepare])
-        model = Path(told.output.strip()) / "variants" / "baseline"
+        prepared = timed([sys.executable, "-P", "-c", prepare])
+        model = Path(prepared.output.strip()) / "variants" / "baseline"
         task = folder / "task.json"
         for what, settings in {"": SETTINGS["bf16"], **SETTINGS}.items():  # the first one writes the lessons down
             content = {"model": str(model), "folder": name, "device": asked.device, "settings": {**common, **settings}}
