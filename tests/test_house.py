@@ -65,6 +65,18 @@ def test_files_and_functions_are_short() -> None:
     assert functions == set(LONG_FUNCTIONS)
 
 
+def test_no_file_imports_a_private_name_of_another() -> None:
+    private = [
+        f"{module} imports {name.name} of {node.module}"
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lighten")
+        for name in node.names
+        if name.name.startswith("_") and not name.name.startswith("__")
+    ]
+    assert private == []
+
+
 def test_commands_do_not_import_torch() -> None:
     assert [
         module

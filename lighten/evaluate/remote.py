@@ -105,7 +105,7 @@ class Device:
         process = self.start(script, **values)
         assert process.stdin and process.stdout and process.stderr
         errors: list[bytes] = []
-        reader = threading.Thread(target=lambda pipe: errors.append(_beginning(pipe)), args=(process.stderr,))
+        reader = threading.Thread(target=lambda pipe: errors.append(beginning(pipe)), args=(process.stderr,))
         reader.start()
         try:
             with suppress(BrokenPipeError):
@@ -150,7 +150,7 @@ class Device:
         return Failure(f"{name}: {doing} failed: {reason}")
 
 
-def _beginning(pipe: IO[bytes]) -> bytes:
+def beginning(pipe: IO[bytes]) -> bytes:
     """Returns what a pipe gives, of which only the first part is kept."""
     kept = b""
     while block := pipe.read(1 << 16):

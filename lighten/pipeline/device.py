@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from lighten.data.reading import Refused, parse_json
 from lighten.errors import Failure
-from lighten.evaluate.remote import LINE, NO_ROOM, SHOWN, TALK, UNREACHABLE, Device, _beginning, parse_target
+from lighten.evaluate.remote import LINE, NO_ROOM, SHOWN, TALK, UNREACHABLE, Device, beginning, parse_target
 from lighten.export.bundle.reading import Copy, opened, read_bundle
 from lighten.results.results import Results
 from lighten.screen import visible
@@ -150,7 +150,7 @@ def bench(device: Device, options: Sequence[str], report: Report, name: str) -> 
     assert process.stdin and process.stdout and process.stderr
     process.stdin.close()
     errors: list[bytes] = []
-    reader = threading.Thread(target=lambda pipe: errors.append(_beginning(pipe)), args=(process.stderr,))
+    reader = threading.Thread(target=lambda pipe: errors.append(beginning(pipe)), args=(process.stderr,))
     reader.start()
     found: Any = None
     said = 0

@@ -20,12 +20,12 @@ from lighten.evaluate.runtimes.runtime import Capability, Decoding, Floats, Ids,
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.evaluate.runtimes.torch_loading import (
     BATCH_TOKENS,
-    _arithmetic,
-    _kernels,
-    _load,
-    _quantizer,
-    _repack,
-    _unpack,
+    arithmetic_for_quality,
+    describe_quantizer,
+    kernels_of,
+    load_model,
+    repack,
+    unpack_linears,
 )
 from lighten.evaluate.speed.options import ATTENTION, Caches, compiled, lacking
 from lighten.evaluate.speed.settings import Options
@@ -67,18 +67,20 @@ class TorchRuntime(Defaults):
         method = (checkpoint.quantization or {}).get("quant_method")
         for_quality = dtype is None
         self.device = device
-        self.dtype = dtype or arithmetic or _arithmetic(checkpoint, device)
+        self.dtype = dtype or arithmetic or arithmetic_for_quality(checkpoint, device)
         # a kernel's rounding is no part of a checkpoint's quality, and its prefill can be slow: take the weights
         unpack = for_quality and self.dtype == "float32"
-        self.model = _load(path, device, DTYPES[self.dtype], method, unpack, trust_remote_code, options.attention)
-        kernels = _kernels(self.model)
-        unpacked = unpack and _unpack(self.model)
+        self.model = load_model(path, device, DTYPES[self.dtype], method, unpack, trust_remote_code, options.attention)
+        kernels = kernels_of(self.model)
+        unpacked = unpack and unpack_linears(self.model)
         if unpack and device == "cpu":
-            _repack(self.model)
+            repack(self.model)
         elif unpack:
             nn.Module.to(self.model, device)
         accelerator.reset_peak(device)
-        self.detail = " + ".join([f"transformers {version('transformers')}", *_quantizer(method, kernels, unpacked)])
+        self.detail = " + ".join(
+            [f"transformers {version('transformers')}", *describe_quantizer(method, kernels, unpacked)]
+        )
         settings = self.model.config.get_text_config()
         self.vocab = int(settings.vocab_size)
         self.context: int | None = getattr(settings, "max_position_embeddings", None)

@@ -25,7 +25,7 @@ BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens of a batch of questions."""
 
 
-def _load(
+def load_model(
     path: Path,
     device: str,
     dtype: torch.dtype,
@@ -34,6 +34,21 @@ def _load(
     trusted: bool,
     attention: str | None,
 ) -> Any:
+    """Opens a checkpoint in transformers, ready to compute.
+
+    Args:
+        path: the model directory.
+        device: "cpu", "cuda" or "cuda:N".
+        dtype: arithmetic of the weights that are not quantized.
+        method: the checkpoint's `quant_method`; None for a plain one.
+        unpack: whether its weights are going to be unpacked, so that kernels must leave them as they are stored.
+        trusted: whether code beside the weights may run.
+        attention: the attention to use; None for the one that transformers chooses.
+
+    Raises:
+        RequestError: the device or an extra is missing, or transformers cannot load it.
+        Failure: the weights are damaged.
+    """
     if accelerator.kind(device) == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"the device {device} is not there: torch sees no GPU. Use --device cpu")
     options: dict[str, Any] = {"trust_remote_code": trusted}
@@ -78,13 +93,13 @@ def _is_placed(method: str | None, device: str, unpack: bool) -> bool:
     return method is not None and device != "cpu" and (not unpack or unpacked_there)
 
 
-def _arithmetic(checkpoint: Checkpoint, device: str) -> str:
+def arithmetic_for_quality(checkpoint: Checkpoint, device: str) -> str:
     """Returns what quality is measured in: float32, or bfloat16 where the model in float32 does not fit a GPU."""
     room = 1.5 * 4 * checkpoint.facts.params
     return "float32" if device == "cpu" or accelerator.fits(room, device, share=0.9) else "bfloat16"
 
 
-def _kernels(model: nn.Module) -> list[str]:
+def kernels_of(model: nn.Module) -> list[str]:
     """Returns the class names of the quantized linear layers."""
     found = {type(module).__name__ for module in model.modules() if stored(module)}
     return sorted(found)
@@ -100,7 +115,8 @@ def stored(module: nn.Module) -> str | None:
     return "compressed" if scheme is not None and isinstance(module, nn.Linear) else None
 
 
-def _quantizer(method: str | None, kernels: list[str], unpacked: bool) -> list[str]:
+def describe_quantizer(method: str | None, kernels: list[str], unpacked: bool) -> list[str]:
+    """Returns the package that opens a quantized checkpoint, its version and what computes; nothing for a plain one."""
     if (stored_as := FORMATS.get(method or "")) is None:
         return []
     package = stored_as.loaded_with[0].replace("_", "-")
@@ -108,7 +124,7 @@ def _quantizer(method: str | None, kernels: list[str], unpacked: bool) -> list[s
     return [f"{package} {version(package)} ({how})"]
 
 
-def _unpack(model: Any) -> bool:
+def unpack_linears(model: Any) -> bool:
     """Puts dense linear layers in the place of those with quantized weights and plain inputs; True if it did any.
 
     Layers that quantize their inputs too are left to their own arithmetic.
@@ -162,7 +178,7 @@ def _weight(module: Any) -> Tensor | None:
     return None
 
 
-def _repack(model: nn.Module) -> None:
+def repack(model: nn.Module) -> None:
     """Lays the weights of linear layers out for oneDNN, whose float32 is over twice as fast as MKL's on AMD."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
