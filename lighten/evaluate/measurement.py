@@ -35,6 +35,8 @@ class Measurement(AnyCase, BaseModel):
     work: ClassVar[str]
     """The function that measures, "module:function": called with a `Request` and a `Report`, it returns what
     `result.json` shall hold."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Capabilities of a runtime: it has to have one of them."""
     younger: ClassVar[dict[str, Any]] = {}
     """Settings that came after results were kept under the others, and the values that mean what was done before."""
     timed: ClassVar[bool] = False
@@ -47,6 +49,11 @@ class Measurement(AnyCase, BaseModel):
     """Whether it shows what compression cost: on the baseline's tokens, in one arithmetic for all that are compared."""
     refers: ClassVar[bool] = False
     """Whether others are measured against what the baseline's own measurement left."""
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """Capabilities of which a runtime has to have one, for these settings."""
+        return self.needs
 
     @property
     def title(self) -> str:

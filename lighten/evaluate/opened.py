@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lighten.evaluate import machine
+from lighten.evaluate.measurement import Measurement
 from lighten.evaluate.request import Request
 from lighten.evaluate.runtimes.opening import open_runtime, served_in
 from lighten.evaluate.runtimes.runtime import Runtime
@@ -33,14 +34,62 @@ class Described(Protocol):
         """Arithmetic of the weights."""
 
 
+LACKS = {
+    "logits": "does not give the logits of a text",
+    "scores": "does not score texts",
+    "decodes": "does not write token after token",
+    "rewinds": "does not take tokens back",
+}
+"""What a runtime without a capability does not do."""
+
+
+class Unavailable(Exception):
+    """A measurement that the runtime of a model cannot do; the text says why."""
+
+    def __init__(self, runtime: Runtime, needed: frozenset[str]) -> None:
+        """Takes the runtime that was opened, and the capabilities of which it would have to have one."""
+        super().__init__(f"{runtime.name} {' and '.join(LACKS.get(each, each) for each in sorted(needed))}")
+        self.facts = facts(runtime)
+
+
+def _able(runtime: Runtime, settings: Measurement) -> Runtime:
+    """Returns the runtime.
+
+    Raises:
+        Unavailable: it has none of the capabilities that the measurement needs; the model is closed.
+    """
+    if settings.needed and not settings.needed & runtime.capabilities:
+        runtime.close()
+        raise Unavailable(runtime, settings.needed)
+    return runtime
+
+
 def for_quality(request: Request) -> Runtime:
-    """Opens the model in the arithmetic that quality is measured in."""
-    return open_runtime(
+    """Opens the model in the arithmetic that quality is measured in.
+
+    Raises:
+        Unavailable: its runtime cannot do what is measured.
+    """
+    runtime = open_runtime(
         request.model,
         device=request.device,
         trust_remote_code=request.trust_remote_code,
         arithmetic=request.arithmetic,
     )
+    return _able(runtime, request.settings)
+
+
+def for_speed(
+    request: Request, model: Path | None = None, *, options: Options | None = None, dtype: str | None = None
+) -> Runtime:
+    """Opens the model, or another one that is measured with it, as it is served.
+
+    Raises:
+        Unavailable: its runtime cannot do what is measured.
+    """
+    trusted = request.trust_remote_code
+    runtime = as_served(model or request.model, request.device, trusted=trusted, options=options, dtype=dtype)
+    return _able(runtime, request.settings)
 
 
 def as_served(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from lighten.evaluate.opened import Unavailable
 from lighten.evaluate.paired import RESULT
 from lighten.evaluate.request import Request
 from lighten.process.isolate import Outcome, share_cores
@@ -27,7 +28,11 @@ def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     report(0, 1, "loading")
     if not request.settings.timed:
         share_cores()
-    result = {"measurement": request.settings.name, **_work(request)(request, report)}
+    try:
+        found = _work(request)(request, report)
+    except Unavailable as lack:
+        found = {"unavailable": str(lack), **lack.facts}
+    result = {"measurement": request.settings.name, **found}
     write_json(request.out / RESULT, result)
     return result
 

@@ -39,7 +39,7 @@ def row_of(name: str, todo: Plan, builder: Builder, root: Artifact) -> dict[str,
     row["speculative"] = None
     for each in _drafted(name, todo):
         if each.settings and (found := builder.done.get(each.key)):
-            each.settings.add(row, paired.read(found.path))
+            add_measurement(row, each.settings, paired.read(found.path))
     if name != BASELINE:
         row.setdefault("delta", {})["size_ratio"] = row["size_bytes"] / root.size_bytes
     return row
@@ -90,6 +90,16 @@ def add_measurements(
         if other := result.get("vocabulary"):
             _note_vocabulary(row, other)
         row |= {name: result[name] for name in ("runtime", "device") if name in result}
-        settings.add(row, result)
-        if against and not is_baseline:
+        there = add_measurement(row, settings, result)
+        if there and against and not is_baseline and "unavailable" not in paired.read(against):
             settings.add_change(row, path, against)
+
+
+def add_measurement(row: dict[str, Any], settings: Measurement, result: dict[str, Any]) -> bool:
+    """Puts one measurement into a row, or why it is not available; returns whether it is."""
+    if reason := result.get("unavailable"):
+        row.setdefault("unavailable", []).append({"measurement": settings.title, "reason": reason})
+        row.setdefault("notes", []).append(f"{settings.title} is not available: {reason}")
+        return False
+    settings.add(row, result)
+    return True

@@ -29,6 +29,13 @@ class Levels(Section):
     bits_per_byte: float
 
 
+class Unavailable(Section):
+    """A measurement that was asked for, and that the runtime of the artifact cannot do."""
+
+    measurement: str
+    reason: str
+
+
 class Perplexity(Section):
     """Perplexity and its standard error, per token or per unit of `protocol`.
 

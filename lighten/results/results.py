@@ -27,6 +27,7 @@ from lighten.results.measured import (
     Speculative,
     Speed,
     Training,
+    Unavailable,
 )
 from lighten.screen import deep
 from lighten.store.names import is_elsewhere, is_name
@@ -74,6 +75,8 @@ class Variant(Section):
     cost: Price | None = None
     delta: Delta | None = None
     loads: list[Load] = Field([])
+    unavailable: list[Unavailable] = Field([])
+    """What was asked for, and its runtime cannot do."""
     facts: Free = Field({})
     steps: list[Free] = Field([])
     notes: list[str] = Field([])

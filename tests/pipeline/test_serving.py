@@ -1,4 +1,4 @@
-"""A recipe that measures load and a draft; a draft that cannot draft is its own failed row."""
+"""A recipe that measures load and a draft; a draft that cannot draft is not available."""
 
 import json
 from collections.abc import Callable
@@ -47,14 +47,18 @@ def test_load_and_a_draft_in_a_recipe(model: Path, tmp_path: Path) -> None:
     assert "Greedy decoding with a smaller model" in (folder / "report.html").read_text()
 
 
-def test_a_draft_that_cannot_take_tokens_back_fails_alone(model: Path, tmp_path: Path) -> None:
+def test_a_draft_that_cannot_take_tokens_back_is_not_available(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
     value = recipe(model, load=None)
     value["variants"]["q8"] = [{"export": {"format": "onnx", "precision": "fp32"}}]
     folder = lighten.run(parse(value), artifacts=tmp_path, device="cpu")
     rows = {row["name"]: row for row in json.loads((folder / "results.json").read_text())["variants"]}
-    assert [row["status"] for row in rows.values()] == ["ok", "failed"]
-    assert "which is not done on onnxruntime" in rows["q8"]["error"]
+    assert [row["status"] for row in rows.values()] == ["ok", "ok"]
+    (lack,) = rows["baseline"]["unavailable"]
+    assert lack == {"measurement": "speculative", "reason": "onnxruntime does not take tokens back"}
+    assert rows["baseline"]["speculative"] is None and "unavailable" not in rows["q8"]
+    said = "speculative is not available: onnxruntime does not take tokens back"
+    assert said in (folder / "report.md").read_text() and said in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ class Accuracy(Tasks, Measurement):
     name = "accuracy"
     work = "lighten.evaluate.accuracy.work:measure"
     younger: ClassVar[dict[str, Any]] = {"scorer": None, "shots": None, "within": None}
+    needs = frozenset({"scores"})
     of_quality = True
 
     @property

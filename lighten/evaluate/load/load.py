@@ -16,7 +16,7 @@ from lighten.data.origin import told
 from lighten.data.text import Render, load_text
 from lighten.errors import Failure
 from lighten.evaluate.load.settings import Load
-from lighten.evaluate.opened import as_served
+from lighten.evaluate.opened import for_speed
 from lighten.evaluate.request import Request
 from lighten.evaluate.runtimes.opening import find_opener
 from lighten.evaluate.runtimes.runtime import Runtime, Server, Tokenizer
@@ -75,7 +75,7 @@ def measure(request: Request, report: Report) -> dict[str, Any]:
     if server := found.server(place, settings.prompt + settings.generate + MARGIN, device):
         name = {"runtime": found.name}
         return _over_http(server, found.tokenizer(place), renderer(path), settings, report) | name
-    runtime = as_served(path, device, trusted=request.trust_remote_code)
+    runtime = for_speed(request)
     ids = np.array(_pieces(runtime, settings, renderer(path)))
     runtime.generate(ids[:1], 2)  # warms up
     rows = []

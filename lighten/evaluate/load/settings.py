@@ -27,6 +27,7 @@ class Load(Measurement):
 
     name = "load"
     work = "lighten.evaluate.load.load:measure"
+    needs = frozenset({"decodes"})
     timed = True
 
     rate: Rates = Field([0.5, 1.0, 2.0])

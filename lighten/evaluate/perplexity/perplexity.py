@@ -125,7 +125,8 @@ def measure(
     ids, first = chunks.ids, chunks.first
     if ids.max() >= runtime.vocab:
         raise Failure(f"the tokenizer gives the id {ids.max()}, but the model has a vocabulary of {runtime.vocab}")
-    against = Reference(*reference, ids) if reference else None
+    shown = "logits" in runtime.capabilities
+    against = Reference(*reference, ids) if reference and shown else None
     shape = (len(ids), ids.shape[1] - first)
     nll, kl, same = np.empty(shape), np.empty(shape), np.empty(shape, dtype=np.bool_)
     kept: list[Floats] = []
@@ -135,7 +136,7 @@ def measure(
     score = _scorer(runtime, ids, first, against)
     for number in range(0, len(ids), score.together):
         part = slice(number, min(number + score.together, len(ids)))
-        if number == 0 and hidden_of and (why := unfit(hidden_of, runtime, runtime.logits(ids[0]))):
+        if number == 0 and hidden_of and (why := _unfit(hidden_of, runtime, ids[0])):
             warnings.append(f"divergence from this model cannot be measured: {why}")
             hidden_of = None
         nll[part], kl[part], same[part], hidden = score(part)
@@ -203,8 +204,26 @@ class _Scorer:
         return nll, kl, same, None if hidden is None else hidden[None]
 
 
+class _ByScores:
+    """Scores chunks where a runtime gives no logits: a chunk's mean stands for each of its positions."""
+
+    together = 1
+    """Chunks that are computed at once."""
+
+    def __init__(self, runtime: Runtime, ids: Ids, first: int) -> None:
+        self.runtime, self.ids, self.first = runtime, ids, first
+
+    def __call__(self, part: slice) -> tuple[Any, Any, Any, None]:
+        """Returns the mean NLL of a chunk's scored positions; nothing is known of divergence."""
+        (chunk,) = self.ids[part].tolist()
+        (score,) = self.runtime.choose(chunk[: self.first], [chunk[self.first :]])
+        return -score.logprob / (len(chunk) - self.first), 0.0, True, None
+
+
 def _scorer(runtime: Runtime, ids: Ids, first: int, against: Reference | None) -> Any:
-    """Returns what scores chunks: on the device of the model, if that is not the processor."""
+    """Returns what scores chunks: by logits, on the device of the model if that is not the processor; or by scores."""
+    if "logits" not in runtime.capabilities:
+        return _ByScores(runtime, ids, first)
     if runtime.name == "torch" and runtime.device != "cpu":
         from lighten.evaluate.runtimes.device_rows import DeviceScorer
 
@@ -224,6 +243,12 @@ def scored_bytes(tokenizer: Tokenizer, chunks: protocols.Chunks) -> int:
 
     rows = [[int(each) for each in row] for row in chunks.ids]
     return sum(count(row[start:]) - count(row[start : chunks.first]) for row in rows)
+
+
+def _unfit(model: Path, runtime: Runtime, chunk: Ids) -> str | None:
+    if "logits" not in runtime.capabilities:
+        return f"{runtime.name} does not give its logits"
+    return unfit(model, runtime, runtime.logits(chunk))
 
 
 def unfit(model: Path, runtime: Runtime, logits: Floats) -> str | None:

@@ -42,6 +42,7 @@ class Perplexity(Measurement):
     name = "perplexity"
     work = "lighten.evaluate.perplexity.work:measure"
     younger: ClassVar[dict[str, Any]] = {"protocol": "lighten", "within": None}
+    needs = frozenset({"logits", "scores"})
     of_quality = True
     refers = True
 
@@ -78,6 +79,11 @@ class Perplexity(Measurement):
         assert self.length
         scored = self.length - 1 - (self.length // 2 if self.protocol == "llama.cpp" else 0)
         return max(FEWEST, math.ceil(2 * CLOSE * CLUSTERED * (Z95 / self.within) ** 2 / scored))
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """Logits, or scores where there are none; lm-eval's protocol always takes scores."""
+        return frozenset({"scores"}) if self.protocol == "lm-eval" else self.needs
 
     @property
     def title(self) -> str:

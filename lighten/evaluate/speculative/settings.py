@@ -25,6 +25,7 @@ class Speculative(Measurement):
 
     name = "speculative"
     work = "lighten.evaluate.speculative.work:measure"
+    needs = frozenset({"rewinds"})
     timed = True
 
     draft: str

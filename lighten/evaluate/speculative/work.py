@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lighten.errors import Failure
-from lighten.evaluate.opened import as_served, facts
+from lighten.evaluate.opened import facts, for_speed
 from lighten.evaluate.request import Request
 from lighten.evaluate.speculative import speculative
 from lighten.evaluate.speculative.settings import Speculative
@@ -24,8 +24,5 @@ def measure(request: Request, report: Report) -> dict[str, Any]:
     assert isinstance(settings, Speculative) and draft
     if other := vocabulary.differing(model, draft):
         raise Failure(f"target and draft have different vocabularies ({other}): take a draft with the same tokenizer")
-    target, helper = (
-        as_served(path, request.device, trusted=request.trust_remote_code, dtype=settings.dtype)
-        for path in (model, draft)
-    )
+    target, helper = (for_speed(request, path, dtype=settings.dtype) for path in (model, draft))
     return speculative.measure(target, helper, settings, report, renderer(model)) | facts(target)

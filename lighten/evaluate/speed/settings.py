@@ -78,6 +78,7 @@ class Speed(Options, Measurement):
 
     name = "speed"
     work = "lighten.evaluate.speed.work:measure"
+    needs = frozenset({"decodes"})
     timed = True
     younger: ClassVar[dict[str, Any]] = {"attention": None, "compile": "off", "cache": "dynamic", "options": {}}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lighten.evaluate.opened import as_served, facts
+from lighten.evaluate.opened import facts, for_speed
 from lighten.evaluate.request import Request
 from lighten.evaluate.runtimes.opening import served_in
 from lighten.evaluate.runtimes.runtime import Runtime
@@ -19,7 +19,7 @@ def measure(request: Request, report: Report) -> dict[str, Any]:
     assert isinstance(settings, Speed)
 
     def opened(dtype: str | None = None) -> Runtime:
-        return as_served(model, device, trusted=request.trust_remote_code, options=settings, dtype=dtype)
+        return for_speed(request, options=settings, dtype=dtype)
 
     if device != "cpu" or served_in(model, "cpu") != "float32":
         runtime = opened()

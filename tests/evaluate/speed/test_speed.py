@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import pytest
 
 from lighten.evaluate.machine import fingerprint
-from lighten.evaluate.opened import as_served
+from lighten.evaluate.opened import for_speed
 from lighten.evaluate.run import measure
-from lighten.evaluate.runtimes.runtime import Ids, Timings
+from lighten.evaluate.runtimes.runtime import Ids, Runtime, Timings
 from lighten.evaluate.speed import speed, work
 from lighten.evaluate.speed.energy import Counters, GpuCounters
 from lighten.evaluate.speed.energy import counters as counters_of
@@ -166,9 +166,12 @@ def test_without_units_for_bfloat16_a_model_directory_is_measured_in_both_arithm
 ) -> None:
     monkeypatch.setattr("lighten.model.stream.fast_bfloat16", lambda: False)
     opened = []
-    monkeypatch.setattr(
-        work, "as_served", lambda *args, **more: opened.append(more["dtype"]) or as_served(*args, **more)
-    )
+
+    def noted(*args: Any, **more: Any) -> Runtime:
+        opened.append(more["dtype"])
+        return for_speed(*args, **more)
+
+    monkeypatch.setattr(work, "for_speed", noted)
     config = {"prompt": 5, "generate": 3, "repeats": 2}
     found = measure(payload("speed", config, tiny(), tmp_path), silent)
     assert opened == ["bfloat16", "float32"]
