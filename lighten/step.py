@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -143,13 +144,13 @@ class Step(AnyCase):
         """Returns what the step is expected to cost on such a model."""
         return Estimate()
 
-    def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
-        """Reads `source`, writes files into the existing empty directory `out`.
+    @property
+    def run(self) -> Callable[[Artifact, Path, Context], dict[str, Any]]:
+        """The function that does the work: it reads an artifact and writes files into an existing empty directory.
 
-        Returns the facts of what it wrote: at least `format` ("hf", "gptq", "gguf", ...); they become
+        It returns the facts of what it wrote: at least `format` ("hf", "gptq", "gguf", ...); they become
         the manifest's `format` and `facts`.
         """
         if not self.work:
             raise TypeError(f"step {self.kind} names no function that does its work")
-        facts: dict[str, Any] = found_at(self.work)(self, source, out, context)
-        return facts
+        return partial(found_at(self.work), self)

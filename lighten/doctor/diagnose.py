@@ -18,7 +18,7 @@ from lighten.errors import Failure, RequestError
 from lighten.evaluate.loaders import survey as loaders
 from lighten.model.template import renderer
 from lighten.pipeline import trust
-from lighten.pipeline.build import Builder, build_all, choose_device
+from lighten.pipeline.build import Builder, builder_of, choose_device
 from lighten.pipeline.plan import make_plan, stage_of
 from lighten.pipeline.predict import Predictor
 from lighten.pipeline.recipe import BASELINE, Recipe
@@ -184,7 +184,9 @@ class _Examiner:
         predicted = {stage.key: self.predictor.predict(stage).seconds for stage in stages}
         self.watcher.planned(todo, predicted)
         self.kept.enter_context(self.store.lease(stage.key for stage in stages))
-        builder = build_all(todo, self.store, self.predictor, self.device, self.watcher, list(predicted))
+        builder = builder_of(todo, self.store, self.predictor, self.device, self.watcher, list(predicted))
+        for stage in todo.in_order:
+            builder.build(stage)
         if builder.failed:
             raise Failure(next(iter(builder.failed.values())))
         return builder

@@ -21,6 +21,7 @@ from lighten.model.accelerator import Device, resolve
 from lighten.model.source import Source
 from lighten.pipeline.predict import Predictor, what
 from lighten.pipeline.stage import Plan, Stage, trusted
+from lighten.pipeline.steps import sealed
 from lighten.pipeline.watcher import Watcher
 from lighten.process.isolate import Outcome, run_isolated
 from lighten.step import Report
@@ -59,14 +60,31 @@ class Builder:
         if broken:
             self.failed[stage.key] = f"needs {broken.name}, which failed: {self.failed[broken.key]}"
             return None
+        with self._noting_failure(stage), self._locked(stage):
+            artifact = self.store.sound(stage.key, lambda damage: self.watcher.say(f"{stage.name}: {damage}"))
+            if artifact:
+                self.cached.add(stage.key)
+                self.watcher.ended(stage, None, None)
+            else:
+                report = self.watcher.started(stage)
+                with self.store.building(stage.key) as out:
+                    if stage.settings and not stage.settings.isolated:
+                        outcome = self._measured_here(stage, out, report)
+                    else:
+                        target, payload = self._task(stage, out)
+                        timed = stage.settings is not None and stage.settings.timed
+                        outcome = run_isolated(target, payload, report, fresh=timed)
+                    if promised := stage.step.promises() if stage.step else None:
+                        outcome = self._compared(promised, stage, out, outcome, report)
+                    artifact = self._finish(stage, out, outcome)
+            self.done[stage.key] = artifact
+        return self.done.get(stage.key)
+
+    @contextlib.contextmanager
+    def _noting_failure(self, stage: Stage) -> Iterator[None]:
+        """Notes why a stage failed; a wrong request and a full disk end the command."""
         try:
-            with self._locked(stage):
-                artifact = self.store.sound(stage.key, lambda damage: self.watcher.say(f"{stage.name}: {damage}"))
-                if artifact:
-                    self.cached.add(stage.key)
-                    self.watcher.ended(stage, None, None)
-                else:
-                    artifact = self._run(stage)
+            yield
         except DiskFull:
             raise
         except RequestError as error:
@@ -74,9 +92,6 @@ class Builder:
         except LightenError as error:
             self.failed[stage.key] = self.in_words(str(error))
             self.watcher.ended(stage, None, "failed" if stage.key in self.fatal else self.failed[stage.key])
-            return None
-        self.done[stage.key] = artifact
-        return artifact
 
     def in_words(self, message: str) -> str:
         """Returns a message with the names of models and stages in place of where the store keeps them."""
@@ -97,27 +112,25 @@ class Builder:
         with self.store.lock(stage.key):
             yield
 
-    def _run(self, stage: Stage) -> Artifact:
-        report = self.watcher.started(stage)
-        with self.store.building(stage.key) as out:
-            outcome = self._work(stage, out, report)
-            facts = dict(outcome.value)
-            warnings = [self.in_words(warning) for warning in facts.pop("warnings", [])]
-            origin = stage.parents[0].key if stage.parents else None
-            inherited = self.done[origin].manifest["source"] if origin else {}
-            manifest = {
-                "kind": "measurement" if stage.measure else stage.kind,
-                "format": facts.pop("format", "measurement"),
-                "key": stage.key,
-                "parents": [parent.key for parent in stage.parents],
-                "step": {"kind": stage.kind, "version": stage.version},
-                "config": stage.config,
-                "facts": facts,
-                "warnings": warnings,
-                "packages": measuring_packages(),
-                "source": {**self.source, **inherited, **({"licence": facts["licence"]} if "licence" in facts else {})},
-            }
-            artifact = self.store.finish(out, manifest)
+    def _finish(self, stage: Stage, out: Path, outcome: Outcome) -> Artifact:
+        """Puts what a stage wrote into the store, with what it cost."""
+        facts = dict(outcome.value)
+        warnings = [self.in_words(warning) for warning in facts.pop("warnings", [])]
+        origin = stage.parents[0].key if stage.parents else None
+        inherited = self.done[origin].manifest["source"] if origin else {}
+        manifest = {
+            "kind": "measurement" if stage.measure else stage.kind,
+            "format": facts.pop("format", "measurement"),
+            "key": stage.key,
+            "parents": [parent.key for parent in stage.parents],
+            "step": {"kind": stage.kind, "version": stage.version},
+            "config": stage.config,
+            "facts": facts,
+            "warnings": warnings,
+            "packages": measuring_packages(),
+            "source": {**self.source, **inherited, **({"licence": facts["licence"]} if "licence" in facts else {})},
+        }
+        artifact = self.store.finish(out, manifest)
         self.store.drop_scratch(stage.key)
         cost = {
             "what": what(stage),
@@ -132,14 +145,6 @@ class Builder:
             self.watcher.say(f"{stage.name}: {warning}")
         self.watcher.ended(stage, outcome.seconds, None)
         return artifact
-
-    def _work(self, stage: Stage, out: Path, report: Report) -> Outcome:
-        if stage.settings and not stage.settings.isolated:
-            return self._measured_here(stage, out, report)
-        target, payload = self._task(stage, out)
-        outcome = run_isolated(target, payload, report, fresh=stage.settings is not None and stage.settings.timed)
-        promised = stage.step.promises() if stage.step else None
-        return self._compared(promised, stage, out, outcome, report) if promised else outcome
 
     def _measured_here(self, stage: Stage, out: Path, report: Report) -> Outcome:
         """Runs a measurement that starts its own processes; its messages name stages, and not where they are kept."""
@@ -171,8 +176,7 @@ class Builder:
             return "lighten.evaluate.run:measure", self._request(stage, out).payload()
         assert stage.step is not None
         return "lighten.pipeline.steps:run_step", {
-            "kind": stage.kind,
-            "settings": stage.step.model_dump(mode="json"),
+            "step": sealed(stage.step),
             "inputs": {role: str(path) for role, path in self._inputs(stage).items()},
             "scratch": str(self.store.scratch(stage.key)) if stage.step.lessons() else None,
             "out": str(out),
@@ -230,15 +234,12 @@ def check_options(speed: Speed | None, device: str) -> None:
         raise RequestError(lack)
 
 
-def build_all(
+def builder_of(
     todo: Plan, store: Store, predictor: Predictor, device: str, watcher: Watcher, fatal: Collection[str] = ()
 ) -> Builder:
-    """Builds every stage of a plan, measurements last; call while the store has a lease of their keys.
+    """Returns what builds the stages of a plan; call it for each of them `in_order`, while the store has their lease.
 
     The failure of a `fatal` one is for the caller to tell.
     """
     source = {"id": todo.source.name, "revision": todo.recipe.revision, "identity": todo.source.identity}
-    builder = Builder(store, predictor, device, watcher, source, fatal)
-    for stage in sorted(todo.stages, key=lambda stage: stage.measure is not None):
-        builder.build(stage)
-    return builder
+    return Builder(store, predictor, device, watcher, source, fatal)

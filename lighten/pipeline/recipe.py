@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.errors import RequestError
@@ -43,6 +43,8 @@ class Recipe(BaseModel):
     calibration: Sweep = Field(default_factory=lambda: Sweep.model_validate({}))
     variants: dict[str, list[dict[str, dict[str, Any]]]] = Field(min_length=1)
     evaluate: Evaluate = Field(default_factory=Evaluate)
+    _checked: dict[str, list[Step]] = PrivateAttr(default_factory=dict)
+    """The steps of variants whose settings were checked: once is enough."""
 
     @field_validator("variants")
     @classmethod
@@ -86,7 +88,22 @@ class Recipe(BaseModel):
 
     def steps(self, variant: str) -> list[Step]:
         """Returns the steps of a variant, checked."""
-        return [open_step(kind, settings) for step in self.variants[variant] for kind, settings in step.items()]
+        if variant not in self._checked:
+            given = [each for step in self.variants[variant] for each in step.items()]
+            self._checked[variant] = [open_step(kind, settings) for kind, settings in given]
+        return self._checked[variant]
+
+    @classmethod
+    def of_one(
+        cls, step: Step, model: str, calibration: Sweep, settings: dict[str, Any], *, merge_adapter: bool
+    ) -> Self:
+        """Returns the recipe of one variant, `result`, made by one step; `settings` are those that it was made from."""
+        variants = {"result": [{step.kind: settings}]}
+        recipe = cls(
+            name=step.kind, model=model, merge_adapter=merge_adapter, calibration=calibration, variants=variants
+        )
+        recipe._checked["result"] = [step]
+        return recipe
 
     def dump(self) -> str:
         """Returns the recipe as YAML with every default filled in."""
@@ -153,6 +170,7 @@ def parse(value: dict[str, Any], path: str = "recipe", where: Where | None = Non
     except ValidationError as error:
         raise _explain(error, path, where, (), Recipe) from error
     for variant, steps in recipe.variants.items():
+        checked = []
         for index, step in enumerate(steps):
             for kind, settings in step.items():
                 at = ("variants", variant, index, kind)
@@ -161,11 +179,12 @@ def parse(value: dict[str, Any], path: str = "recipe", where: Where | None = Non
                         f"{_place(path, where, at)}: unknown step {kind!r}{_nearest(kind, list(kinds()))}"
                     )
                 try:
-                    open_step(kind, settings)
+                    checked.append(open_step(kind, settings))
                 except ValidationError as error:
                     raise _explain(error, path, where, at, step_class(kind, settings)) from error
                 except RequestError as error:
                     raise RequestError(f"{_place(path, where, at)}: {error}") from error
+        recipe._checked[variant] = checked
     _check_names(recipe, path, where)
     return recipe
 

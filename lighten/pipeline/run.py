@@ -11,7 +11,7 @@ from lighten.compress.calibrate.sweep import Sweep
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.pipeline import trust
-from lighten.pipeline.build import Builder, build_all, check_options, choose_device
+from lighten.pipeline.build import Builder, builder_of, check_options, choose_device
 from lighten.pipeline.checks import check_memory, check_texts
 from lighten.pipeline.plan import make_plan
 from lighten.pipeline.predict import Predictor
@@ -97,7 +97,9 @@ def run(
     with store.lease(stage.key for stage in todo.stages):
         if any(store.find(stage.key) is None for stage in todo.stages):
             warm()
-        builder = build_all(todo, store, predictor, chosen, watcher, {root.key})
+        builder = builder_of(todo, store, predictor, chosen, watcher, {root.key})
+        for stage in todo.in_order:
+            builder.build(stage)
         if root.key in builder.failed:
             raise Failure(builder.failed[root.key])
         results = _results(todo, builder, predicted, Addition(todo.recipe.evaluate, watcher))

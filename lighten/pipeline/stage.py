@@ -64,6 +64,11 @@ class Plan:
     device: Device = CPU
     """Device that the plan is for."""
 
+    @property
+    def in_order(self) -> list[Stage]:
+        """The stages, measurements last."""
+        return sorted(self.stages, key=lambda stage: stage.measure is not None)
+
 
 def sources(stage: Stage) -> list[Source]:
     """Returns the models that a stage is made from."""

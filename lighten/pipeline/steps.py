@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -119,11 +121,16 @@ def open_step(kind: str, settings: Mapping[str, Any]) -> Step:
     return step_class(kind, settings).model_validate(dict(settings))
 
 
+def sealed(step: Step) -> str:
+    """Returns settings that were checked as a text that another process of ours takes as they are."""
+    return b64encode(pickle.dumps(step)).decode()
+
+
 def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Runs one step in this process; the target of `lighten.process.isolate.run_isolated`.
 
     Args:
-        payload: kind, settings, inputs (paths by role: source, grams, …), out, scratch, key, device,
+        payload: step (what `sealed` returned), inputs (paths by role: source, grams, …), out, scratch, key, device,
             trust_remote_code.
         report: where progress goes.
 
@@ -131,7 +138,7 @@ def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         The facts of what was written, and the warnings.
     """
     share_cores()
-    step = open_step(payload["kind"], payload["settings"])
+    step: Step = pickle.loads(b64decode(payload["step"]))
     out = Path(payload["out"])
     inputs = {role: Path(path) for role, path in payload["inputs"].items()}
     source = read_artifact(inputs.pop("source")) if "source" in inputs else Artifact(out, {})

@@ -26,15 +26,15 @@ from lighten.model import gguf_header, gguf_source
 from lighten.model.accelerator import Device
 from lighten.model.checkpoint import read_config
 from lighten.model.export_formats import EXPORTS
-from lighten.model.source import Found
-from lighten.pipeline.build import build_all, check_options, choose_device
+from lighten.model.source import Found, Source
+from lighten.pipeline.build import builder_of, check_options, choose_device
 from lighten.pipeline.checks import arithmetic, check_measurable, check_memory, check_texts
 from lighten.pipeline.plan import make_plan
 from lighten.pipeline.predict import Predictor
 from lighten.pipeline.recipe import Recipe, parse_settings
 from lighten.pipeline.roofline import Addition
 from lighten.pipeline.rows import add_measurements
-from lighten.pipeline.steps import step_class
+from lighten.pipeline.steps import sealed, step_class
 from lighten.pipeline.trust import check_tasks
 from lighten.pipeline.watcher import Silent, Watcher
 from lighten.process.isolate import run_isolated
@@ -71,10 +71,9 @@ def one_step(
     target = Path(out)
     check_new(target)
     command = f"lighten {kind}"
-    parse_settings(step_class(kind, settings), settings, command)
+    step = parse_settings(step_class(kind, settings), settings, command)
     swept = parse_settings(Sweep, calibration or {}, command)
-    variants = {"result": [{kind: settings}]}
-    recipe = Recipe(name=kind, model=model, merge_adapter=merge_adapter, calibration=swept, variants=variants)
+    recipe = Recipe.of_one(step, model, swept, settings, merge_adapter=merge_adapter)
     if trust_remote_code:
         recipe = recipe.model_copy(update={"trust_remote_code": recipe.models})
     watcher = watcher or Silent()
@@ -86,7 +85,9 @@ def one_step(
     watcher.planned(todo, {stage.key: predictor.predict(stage).seconds for stage in todo.stages})
     keys = [stage.key for stage in todo.stages]
     with store.lease(keys):
-        builder = build_all(todo, store, predictor, chosen.name, watcher, keys)
+        builder = builder_of(todo, store, predictor, chosen.name, watcher, keys)
+        for stage in todo.in_order:
+            builder.build(stage)
         stage = todo.artifacts["result"]
         if stage.key in builder.failed:
             raise Failure(builder.failed[stage.key])
@@ -226,7 +227,8 @@ def _merged(source: Found, out: Path, trusted: bool, watcher: Watcher) -> Found:
         "trust_remote_code": trusted,
     }
     out.mkdir()
-    payload = {"kind": "source", "settings": settings, "inputs": {}, "out": str(out), "scratch": None, "device": "cpu"}
+    step = sealed(Source.model_validate(settings))
+    payload: dict[str, Any] = {"step": step, "inputs": {}, "out": str(out), "scratch": None, "device": "cpu"}
     run_isolated("lighten.pipeline.steps:run_step", {**payload, "trust_remote_code": trusted})
     return replace(source, path=out, adapter=None)
 

@@ -146,7 +146,7 @@ def test_a_single_step_trusts_when_told(own_code: Path, tmp_path: Path, monkeypa
 
     for granted in (False, True):
         monkeypatch.setattr(verbs, "make_plan", planned)
-        monkeypatch.setattr(verbs, "build_all", refuse)
+        monkeypatch.setattr(verbs, "builder_of", refuse)
         with pytest.raises(Failure, match="far enough"):
             lighten.quantize(str(own_code), tmp_path / "out", bits=4, trust_remote_code=granted)
     assert seen == [[], [str(own_code)]]
