@@ -255,6 +255,7 @@ def main() -> None:
     import cards
     import evaluations
     import exports
+    import firsts
     import serving
     import smaller
 
@@ -278,6 +279,8 @@ def main() -> None:
         (DOCS, "repeat", "repeat.json", serving.repeat),
         (DOCS, "served", "serving.json", serving.served),
         (ROBUST, "campaign", "campaign.json", campaign.campaign),
+        (DOCS, "from-nothing", "from_nothing.json", firsts.from_nothing),
+        (METHOD, "parity", "parity.json", firsts.parity),
     )
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
     for page, name, file, section in sections:
