@@ -25,14 +25,13 @@ def from_nothing(found: Found) -> str:
 
 def parity(found: Found) -> str:
     """Returns the peak memory of the check of each export."""
-    titles = ("Export", "Size", "Peak memory of parity", "Same likeliest token, %", "Time")
+    titles = ("Export", "Size", "Peak memory of parity", "Same likeliest token, %")
     lines = [
         [
             name,
             byte_count(row["bytes"]),
             byte_count(row["peak_bytes"]),
             significant(100 * row["top1"], 3),
-            f"{row['seconds']:.0f} s",
         ]
         for name, row in found["rows"].items()
     ]

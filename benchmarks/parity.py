@@ -16,9 +16,8 @@ from typing import Any
 
 from lighten.evaluate import machine
 from lighten.evaluate.parity import parity
-from lighten.model.source import find
 from lighten.step import silent
-from lighten.store.store import write_json
+from lighten.store.store import Store, write_json
 
 RESULTS = Path(__file__).parent / "results" / "parity.json"
 MODEL = "demo:smollm2-135m"
@@ -32,17 +31,18 @@ EXPORTS = {
 
 
 def measure(flags: tuple[str, ...], folder: Path) -> dict[str, Any]:
-    """Exports the model without a check, then checks it; returns peak and seconds of the check alone."""
+    """Exports the model without a check, then checks it; returns the peak of the check alone."""
     out = folder / "-".join(flags)
     command = [sys.executable, "-m", "lighten", "export", MODEL, "--format", *flags, "--parity", "tokens=0"]
     subprocess.run([*command, "-o", str(out), "--artifacts", str(folder / "artifacts")], check=True)
     made = next(out.glob("*.gguf"), out)
-    payload = {"source": str(find(MODEL).path), "made": str(made), "limits": {}, "tokens": 1024}
+    store = Store(folder / "artifacts")
+    source = next(each for each in map(store.find, store.finished()) if each and each.manifest["kind"] == "source")
+    payload = {"source": str(source.path), "made": str(made), "limits": {}, "tokens": 1024}
     found = parity.check(payload, silent)
     size = sum(file.stat().st_size for file in ([made] if made.is_file() else made.iterdir()) if file.is_file())
     return {
         "peak_bytes": found.peak_rss_bytes,
-        "seconds": found.seconds,
         "bytes": size,
         "top1": found.value["parity"]["top1_agreement"],
     }
