@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 from lighten.evaluate.opened import Unavailable
 from lighten.evaluate.paired import RESULT
 from lighten.evaluate.request import Request
+from lighten.plugins import found_at
 from lighten.process.isolate import Outcome, share_cores
 from lighten.step import Report
 from lighten.store.store import write_json
@@ -44,6 +44,5 @@ def measure_here(request: Request, report: Report) -> Outcome:
 
 
 def _work(request: Request) -> Callable[[Request, Report], Any]:
-    module, _, name = request.settings.work.partition(":")
-    found: Callable[[Request, Report], Any] = getattr(import_module(module), name)
+    found: Callable[[Request, Report], Any] = found_at(request.settings.work)
     return found

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.evaluate.load.settings import Load
 from lighten.evaluate.loaders.settings import Loaders
-from lighten.evaluate.measurement import Measurement
+from lighten.evaluate.measurement import MEASUREMENTS, Measurement
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.speculative.settings import Speculative
 from lighten.evaluate.speed.settings import Speed
@@ -30,6 +42,24 @@ class Evaluate(AnyCase, BaseModel):
     roofline: bool = False
     price_per_hour: float | None = Field(default=None, gt=0)
     currency: str = Field(default="USD", min_length=1, max_length=8)
+
+    _added: dict[str, Measurement] = PrivateAttr(default_factory=dict)
+    """Measurements of installed packages, each under its own key."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_added(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(value, dict):
+            return handler(value)
+        strange = [name for name in value if name not in cls.model_fields and name in MEASUREMENTS.names]
+        added = {name: _checked(name, value[name]) for name in strange if value[name] is not None}
+        made = handler({name: each for name, each in value.items() if name not in strange})
+        made._added.update(added)
+        return made
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {**handler(self), **{name: each.model_dump(mode="json") for name, each in self._added.items()}}
 
     @model_validator(mode="after")
     def _speed_is_measured(self) -> Evaluate:
@@ -58,4 +88,25 @@ class Evaluate(AnyCase, BaseModel):
     def asked(self) -> list[Measurement]:
         """Every measurement that is asked for, those of quality first."""
         found = [*self.perplexity, *self.accuracy, self.speed, self.load, Loaders() if self.loaders else None]
-        return [each for each in (*found, self.speculative) if each is not None]
+        return [each for each in (*found, self.speculative, *self._added.values()) if each is not None]
+
+
+def _checked(name: str, value: Any) -> Measurement:
+    """Returns the settings of an added measurement.
+
+    Raises:
+        ValidationError: they are wrong; says where under the measurement's key.
+    """
+    try:
+        made: Measurement = MEASUREMENTS.load(name).model_validate(value)
+    except ValidationError as error:
+        lines = [
+            InitErrorDetails(
+                type=PydanticCustomError(each["type"], "{message}", {"message": each["msg"]}),
+                loc=(name, *each["loc"]),
+                input=each["input"],
+            )
+            for each in error.errors()
+        ]
+        raise ValidationError.from_exception_data("Evaluate", lines) from error
+    return made

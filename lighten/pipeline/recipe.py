@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.errors import RequestError
+from lighten.evaluate.measurement import MEASUREMENTS
 from lighten.evaluate.settings import Evaluate
 from lighten.pipeline import recipe_yaml
 from lighten.pipeline.recipe_yaml import Where
@@ -258,6 +259,9 @@ def _fields(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
         if isinstance(key, int):
             continue
         field = model.model_fields.get(str(key))
+        if field is None and model is Evaluate and key in MEASUREMENTS.names:
+            model = MEASUREMENTS.load(key)
+            continue
         inner = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
         inner += [arg for kind in inner for arg in getattr(kind, "__args__", ())]
         model = next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
