@@ -1,4 +1,4 @@
-"""Tables of what can be added: one row for each name, "module:Class", ours and those of installed packages alike."""
+"""Tables of what packages can add: one row for each name, "module:Class", our rows and those of installed packages."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ def found_at(place: str) -> Any:
 class Table:
     """Names, and where the object of each name is: our rows, then those of packages that declare entry points.
 
-    Nothing is imported before an object is asked for. A package that a person installs may run code, as any package
-    may; a name that is ours stays ours.
+    Nothing is imported before an object is asked for. An installed package may run code, as any package may. A package
+    cannot replace a name of ours.
     """
 
     def __init__(self, what: str, group: str, rows: Mapping[str, str]) -> None:
-        """Takes what a row is called in messages ("runtime"), the group of entry points, and our rows."""
+        """Takes the name of a row in messages ("runtime"), the group of entry points, and our rows."""
         self.what = what
         self.group = group
         self.rows = dict(rows)
 
     @cached_property
     def places(self) -> dict[str, str]:
-        """Where the class of each name is, "module:Class", ours first."""
+        """Place of each object, "module:Class", by name; our own rows come first."""
         added = {entry.name: entry.value for entry in entry_points(group=self.group)}
         return {**self.rows, **{name: place for name, place in added.items() if name not in self.rows}}
 
     @property
     def names(self) -> list[str]:
-        """Every name, ours first."""
+        """All names, ours first."""
         return list(self.places)
 
     def load(self, name: str) -> Any:
         """Imports and returns the object of a name.
 
         Raises:
-            RequestError: there is no such name.
-            Failure: the package that brings it cannot be imported, or has no such object.
+            RequestError: the name does not exist.
+            Failure: the package that brings it cannot be imported, or lacks the object.
         """
         if name not in self.places:
             raise RequestError(f"there is no {self.what} {name!r}; there is {', '.join(self.places)}")

@@ -1,4 +1,4 @@
-"""What every stage of a recipe is made of: a step's settings, what it is handed, and what it may cost."""
+"""The contract of every step: its settings, its inputs, and its predicted cost."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lighten.settings import AnyCase
 from lighten.store.artifact import Artifact
 
 Report = Callable[[int, int, str], None]
-"""`report(done, total, note)`: progress in the unit of the step; `note` is a short text such as "812 tok/s"."""
+"""Function `report(done, total, note)`: progress in the step's own unit. `note` is a short text such as "812 tok/s"."""
 
 
 def silent(done: int, total: int, note: str) -> None:
-    """A `Report` that tells nobody."""
+    """A `Report` that does nothing."""
 
 
 @dataclass
 class Context:
-    """What a step is handed besides its source and its output directory."""
+    """The inputs of a step besides its source and its output directory."""
 
     report: Report = silent
     grams: Path | None = None
@@ -33,23 +33,23 @@ class Context:
     sensitivity: Path | None = None
     """Directory of the sensitivities of the source, for steps whose `needs_sensitivity` is true."""
     teacher: Path | None = None
-    """Model directory of the teacher, for steps that have `lessons`."""
+    """Model directory of the teacher, for steps with `lessons`."""
     lessons: Path | None = None
-    """Directory of what the teacher said, likewise."""
+    """Directory of the teacher's outputs, for steps with `lessons`."""
     scratch: Path | None = None
-    """Directory that outlives a kill, for steps that have `lessons`: the next run goes on from what lies there."""
+    """Directory that survives a kill, for steps with `lessons`. The next run continues from its contents."""
     key: str | None = None
-    """Key of the stage, for files that say where they come from."""
+    """Key of the stage, for files that name their origin."""
     device: str = "cpu"
     trust_remote_code: bool = False
-    """Whether the person asked for the code that the model's repository brings."""
+    """Whether the person allowed the code of the model's repository."""
     warnings: list[str] = field(default_factory=list)
-    """Things the person should know; the pipeline prints them and keeps them in the manifest."""
+    """Warnings for the person. The pipeline prints them and keeps them in the manifest."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage is predicted to cost. `flops` is split by arithmetic: `[bf16 or best available, float32]`."""
+    """The predicted cost of a stage. `flops` is split by arithmetic: `[bf16 or best available, float32]`."""
 
     fast_flops: float = 0.0
     float32_flops: float = 0.0
@@ -59,10 +59,10 @@ class Estimate:
 
 
 class Step(AnyCase):
-    """Settings of one step: strict, immutable, and the only place where their defaults stand.
+    """Settings of one step: strict and immutable. Their defaults stand nowhere else.
 
     A subclass sets `kind`, `version` and `work`, and implements `predict`. Raise `version` whenever the step's output
-    changes for the same settings: it is part of the stage's key.
+    changes for the same settings, because it is part of the stage's key.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,22 +70,22 @@ class Step(AnyCase):
     kind: ClassVar[str]
     version: ClassVar[int]
     work: ClassVar[str] = ""
-    """The function that does the work, "module:function": called with the step and the arguments of `run`."""
+    """Name of the function that does the work, "module:function". Its first argument is the step."""
     calibrated: ClassVar[bool] = True
-    """Whether the calibration set is of any use to it."""
+    """Whether the calibration set is of any use to the step."""
     computes: ClassVar[bool] = True
-    """Whether it computes on the device that was chosen: what it writes, and so its key, depends on that then."""
+    """Whether it computes on the chosen device. Then its output and its key depend on the device."""
     runtime: ClassVar[str] = "torch"
     """Name of the runtime that serves what it writes."""
     causal_only: ClassVar[bool] = True
-    """Whether it reads decoder-only language models and no others."""
+    """Whether it reads decoder-only language models only."""
 
     def dump(self) -> dict[str, Any]:
-        """Returns every setting that has a value, as JSON has it."""
+        """Returns every setting that has a value, as JSON."""
         return self.model_dump(mode="json", exclude_none=True)
 
     def key_config(self) -> dict[str, Any]:
-        """Returns the settings as they enter the stage's key: content instead of where it lies."""
+        """Returns the settings as part of the stage's key: content instead of places."""
         return self.model_dump(mode="json")
 
     def needs_sweep(self) -> bool:
@@ -93,30 +93,30 @@ class Step(AnyCase):
         return False
 
     def needs_sensitivity(self) -> bool:
-        """True if `run` reads how much the loss depends on each linear; only where `needs_sweep` is true too."""
+        """True if `run` reads how much the loss depends on each linear; only if `needs_sweep` is true too."""
         return False
 
     def promises(self) -> dict[str, Any] | None:
         """Returns the limits within which its output must equal its source; None if it may differ.
 
-        `lighten.evaluate.parity` measures how far they are apart.
+        `lighten.evaluate.parity` measures the difference.
         """
         return None
 
     def exact(self, facts: ModelFacts) -> bool:
-        """Whether it shows more of a source's weights than bfloat16 holds of them."""
+        """Whether it shows more of a source's weights than bfloat16 holds."""
         return False
 
     def lessons(self) -> Step | None:
-        """The step that asks a teacher, if `run` learns from one; it has `teacher` and maybe `student` then."""
+        """Step that runs the teacher, if `run` learns from one. Such a step has `teacher` and maybe `student`."""
         return None
 
     def requires(self) -> list[tuple[str, str]]:
-        """Packages the step imports beyond the core, as (module name, extra that brings it)."""
+        """Packages that the step imports besides the core, as (module name, extra that brings it)."""
         return []
 
     def after(self, previous: Step | None) -> Self:
-        """Returns the step with what it takes over from the one before it; None before the first."""
+        """Returns the step with the settings that it takes over from the step before it; None before the first."""
         return self
 
     def check(self, facts: ModelFacts) -> None:
@@ -124,32 +124,32 @@ class Step(AnyCase):
 
     @property
     def writes(self) -> str:
-        """The format of what it writes, as its manifest has it."""
+        """Format of its output, as in its manifest."""
         return "hf"
 
     def check_source(self, form: str, facts: ModelFacts) -> None:
-        """Raises RequestError if it cannot read a model of such a format (what the step before `writes`)."""
+        """Raises RequestError if it cannot read a model of such a format (the format that the step before `writes`)."""
 
     def check_files(self, folder: Path, facts: ModelFacts) -> None:
-        """Raises RequestError for what the step cannot read in the directory that the model comes from.
+        """Raises RequestError for files that the step cannot read in the directory of the model.
 
         It is called before anything is copied.
         """
 
     def result(self, facts: ModelFacts) -> ModelFacts:
-        """Returns the sizes of what the step makes of such a model, as far as they are known before."""
+        """Returns the sizes of the model that the step makes of such a model, as far as they are known in advance."""
         return facts
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
-        """Returns what the step is expected to cost on such a model."""
+        """Returns the expected cost of the step on such a model."""
         return Estimate()
 
     @property
     def run(self) -> Callable[[Artifact, Path, Context], dict[str, Any]]:
-        """The function that does the work: it reads an artifact and writes files into an existing empty directory.
+        """Function that does the work: it reads an artifact and writes files into an existing empty directory.
 
-        It returns the facts of what it wrote: at least `format` ("hf", "gptq", "gguf", ...); they become
-        the manifest's `format` and `facts`.
+        It returns the facts of what it wrote: at least `format` ("hf", "gptq", "gguf", ...). They become the manifest's
+        `format` and `facts`.
         """
         if not self.work:
             raise TypeError(f"step {self.kind} names no function that does its work")

@@ -1,4 +1,4 @@
-"""Writing a model whose layers are made by workers: each leaves a part, and the parts are joined in order."""
+"""Writing a model whose layers workers make: each layer is a part, and the parts are joined in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Part:
     def __init__(self, writer: ShardWriter) -> None:
         self._writer = writer
         self.names: list[str] = []
-        """Names of what was added, in order."""
+        """Names of the added tensors, in order."""
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Writes a tensor."""
@@ -29,12 +29,12 @@ class Part:
 
 @contextmanager
 def writing_part(out: Path, index: int, tensors: int) -> Iterator[Part]:
-    """Opens the part of one layer; torch keeps no gradients meanwhile.
+    """Opens the part of one layer. Meanwhile torch keeps no gradients.
 
     Args:
         out: directory of the model.
         index: number of the layer.
-        tensors: at most as many in a layer.
+        tensors: maximum number of tensors of a layer.
     """
     (folder := _folder(out, index)).mkdir()
     with torch.inference_mode(), ShardWriter(folder, tensors) as writer:

@@ -1,4 +1,4 @@
-"""Which linears a pattern names, and which weights are zero."""
+"""The linears that a pattern names, and the weights that are zero."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import torch
 
 MASKED = 0.25
-"""Share of exact zeros from which a matrix counts as pruned: rounding alone leaves far fewer."""
+"""Share of exact zeros from which a matrix counts as pruned. Rounding alone leaves far fewer."""
 
 
 def ignored(name: str, patterns: tuple[str, ...]) -> str | None:
@@ -21,7 +21,7 @@ def ignored(name: str, patterns: tuple[str, ...]) -> str | None:
 
 
 def zeros_of(weights: list[torch.Tensor]) -> torch.Tensor | None:
-    """Returns which weights of pruned matrices, put on top of each other, are zero; None if none of them was pruned."""
+    """Returns which weights of pruned, stacked matrices are zero; None if none of them was pruned."""
     zeros = [weight == 0 for weight in weights]
     pruned = [float(each.float().mean()) >= MASKED for each in zeros]
     if not any(pruned):

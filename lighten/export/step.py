@@ -1,4 +1,4 @@
-"""The export step: a model becomes what another runtime reads. Each format is a class of its own."""
+"""The export step: a model becomes files for another runtime. Each format is a class of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lighten.step import Step
 from lighten.store.artifact import Artifact
 
 PLAIN_LIMITS = {"perplexity": 0.0005, "top1": 0.99}
-"""What an export that rounds nothing keeps to, unless the recipe says otherwise."""
+"""Limits of an export that rounds nothing, unless the recipe has others."""
 
 
 class Parity(Settings):
@@ -28,15 +28,15 @@ class Parity(Settings):
 
 
 class Export(Step):
-    """What all exports have in common; `EXPORTS` has the class of each `format`."""
+    """The common part of all exports. `EXPORTS` has the class of each `format`."""
 
     kind: ClassVar[str] = "export"
     computes: ClassVar[bool] = False
 
     library: ClassVar[str] = "transformers"
-    """The library that the Hugging Face hub is to name for it."""
+    """Library that the Hugging Face hub should name for it."""
     for_devices: ClassVar[bool] = False
-    """Whether a small device takes it."""
+    """Whether a small device can run it."""
 
     format: str = Field(description="what to write")
     parity: Parity | None = Field(
@@ -45,17 +45,17 @@ class Export(Step):
 
     @property
     def writes(self) -> str:
-        """The format of its own."""
+        """Format of its output."""
         return self.format
 
     @property
     def rounded(self) -> bool:
-        """Whether weights are rounded, so that another perplexity is no mistake."""
+        """Whether weights are rounded. Then another perplexity is no mistake."""
         return False
 
     @model_serializer(mode="wrap")
     def _without_what_is_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves out what is not there and came later, so that a step without it keeps its key."""
+        """Leaves out settings that are absent and were added later, so that a step without them keeps its key."""
         settings: dict[str, Any] = dump(self)
         return {name: value for name, value in settings.items() if value is not None or name not in self.optional}
 
@@ -63,7 +63,7 @@ class Export(Step):
 
     @classmethod
     def needs(cls) -> list[tuple[str, str]]:
-        """What the format alone imports beyond the core, as (module name, extra that brings it)."""
+        """Packages that only this format imports, as (module name, extra that brings it)."""
         return []
 
     @classmethod
@@ -72,11 +72,11 @@ class Export(Step):
         return None
 
     def requires(self) -> list[tuple[str, str]]:
-        """What the format needs."""
+        """Packages that the format needs."""
         return self.needs()
 
     def promises(self) -> dict[str, Any]:
-        """Returns the limits that what it writes is checked against."""
+        """Returns the limits that its output is checked against."""
         asked = self.parity or Parity.model_validate({})
         given = asked.model_dump(exclude={"tokens"}, exclude_none=True)
         limits = {**({} if self.rounded else PLAIN_LIMITS), **given}
@@ -84,7 +84,7 @@ class Export(Step):
 
 
 def about(source: Artifact) -> dict[str, str]:
-    """Returns name, licence and origin of a model; where it lay on this machine does not go into the file."""
+    """Returns name, licence and origin of a model. Its place on this machine does not go into the file."""
     origin = source.manifest.get("source", {})
     model = str(origin.get("id") or "")
     about = {"name": model.rpartition("/")[2].rpartition(":")[2].removesuffix(".gguf")}

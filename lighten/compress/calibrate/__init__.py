@@ -1,1 +1,1 @@
-"""What is learned about a model by running text through it."""
+"""What a pass of text through a model measures."""

@@ -1,4 +1,4 @@
-"""Accumulating Gram matrices exactly enough that a Cholesky factorisation of the sum succeeds."""
+"""Gram matrices, accumulated so exactly that a Cholesky factorisation of the sum succeeds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def accumulate(gram: Gram, inputs: torch.Tensor) -> None:
 class LayerInputs:
     """The Grams of one layer's distinct inputs, and which linear reads which.
 
-    Linears that are handed the very same tensor (q, k and v; gate and up) share one Gram, named after the first.
+    Linears that get the very same tensor (q, k and v; gate and up) share one Gram, which is named after the first of
+    them.
     """
 
     def __init__(self, device: str) -> None:
@@ -48,5 +49,5 @@ class LayerInputs:
         return lambda _, arguments: self.collect(linear, arguments[0])
 
     def end_batch(self) -> None:
-        """Forgets the tensors of the batch."""
+        """Drops the tensors of the batch."""
         self._batch.clear()

@@ -1,9 +1,9 @@
-"""How much the loss depends on each linear: a few sequences forward and back, one layer in memory at a time.
+"""The dependence of the loss on each linear: a few sequences forward and back, one layer in memory at a time.
 
-An error in the output of one linear costs more than the same error in another's. To second order, and with the
-outputs of a linear taken as independent, what it adds to the loss is the mean squared derivative of the loss by that
-output (the diagonal of the Fisher matrix) times the squared error, tr(ΔW H ΔWᵀ). That puts the errors of all linears
-in one currency, which a budget needs. `docs/how-it-works.md` has the other currencies that were tried.
+An error in the output of one linear costs more than the same error in the output of another. To second order, and with
+the outputs of a linear taken as independent, the rise of the loss is the mean squared derivative of the loss by that
+output (the diagonal of the Fisher matrix) times the squared error, tr(ΔW H ΔWᵀ). That puts the errors of all linears in
+one currency, which a budget needs. `docs/how-it-works.md` has the other currencies that were tried.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lighten.store.artifact import Artifact
 
 
 class Sensitivities(Sweep):
-    """The calibration set of a sweep, of which a few sequences are enough here."""
+    """The calibration set of a sweep. A few of its sequences are enough here."""
 
     kind: ClassVar[str] = "sensitivity"
     version: ClassVar[int] = 3
@@ -29,7 +29,7 @@ class Sensitivities(Sweep):
     sequences: int = Field(4, ge=1, description="samples to run forward and back")
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
-        """Returns the products of one pass forward and two back."""
+        """Returns the products of one pass forward and two passes back."""
         tokens = min(self.sequences * self.length, calibration_tokens)
         base = super().predict(facts, tokens)
         head = 6.0 * facts.vocab * facts.hidden * tokens
@@ -116,10 +116,10 @@ def _collector(name: str, squares: dict[str, float], tokens: int) -> Callable[[A
 
 
 def _of_heads(importance: list[float], tokens: int) -> Callable[[Any, Any, Any], None]:
-    """Returns a forward hook that adds up |x · ∂loss / ∂x| of every head, x being its part of a linear's inputs.
+    """Returns a forward hook that adds up |x · ∂loss / ∂x| of every head; x is its part of a linear's inputs.
 
-    To first order that is what the loss changes by when the head falls silent (Michel et al., "Are Sixteen Heads
-    Really Better than One?", 2019; they take a sequence where a token is taken here).
+    To first order this is the change of the loss if the head is removed (Michel et al., "Are Sixteen Heads Really
+    Better than One?", 2019). They add it up by sequence; this function adds it up by token.
     """
 
     def hook(_module: Any, inputs: Any, _output: Any) -> None:

@@ -1,4 +1,4 @@
-"""One pass of the calibration data through the model, layer by layer, that gathers every Gram."""
+"""One pass of the calibration data through the model, layer by layer, that computes every Gram."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 ANGLES = 1024
-"""Tokens that the angles between layers are measured on."""
+"""Number of tokens that the angles between layers are measured on."""
 
 
 class Sweep(Step):
@@ -35,7 +35,7 @@ class Sweep(Step):
     length: int = Field(512, ge=8, description="tokens of a sequence")
 
     def key_config(self) -> dict[str, Any]:
-        """Returns what the stage's key is made of: the text itself instead of its name."""
+        """Returns the part of the stage's key: the text itself instead of its name."""
         return {
             **self.model_dump(),
             "data": identity(self.data, "calibration", wanted_letters(self.samples, self.length)),
@@ -58,7 +58,7 @@ class Sweep(Step):
 
         Raises:
             RequestError: the text is shorter than one sample.
-            Failure: weights that are not finite.
+            Failure: weights are not finite.
         """
         import torch
 
@@ -109,6 +109,6 @@ class Sweep(Step):
 
 
 def _some(hidden: torch.Tensor) -> torch.Tensor:
-    """Returns a copy of the states of some tokens, evenly spread: enough for the angles between layers."""
+    """Returns a copy of the states of some tokens, evenly spread, which are enough for the angles between layers."""
     states = hidden.flatten(0, 1)
     return states[:: -(-len(states) // ANGLES)].clone()

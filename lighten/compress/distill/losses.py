@@ -1,8 +1,8 @@
-"""What a student is trained on: the teacher's distribution, the next token, and the teacher's hidden states.
+"""What a student learns from: the teacher's distribution, the next token, and the teacher's hidden states.
 
 L = α · T² · KL(teacher ‖ student) + (1 − α) · CE, as in Hinton et al., "Distilling the Knowledge in a Neural Network"
-(2015). Of a teacher that was written down, the k likeliest tokens are known and the mass of all the others together:
-the divergence is then that of distributions over k + 1 outcomes, never more than the full one.
+(2015). A stored teacher has the k likeliest tokens, and the mass of all other tokens together. Then the divergence is
+that of distributions over k + 1 outcomes, which is never more than the full divergence.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import nn
 from torch.nn import functional
 
 ROWS = 512
-"""Positions whose logits are in memory at a time."""
+"""Number of positions whose logits are in memory at a time."""
 SMALLEST_REST = 1e-6
-"""Probability that is left to all tokens that are not known, at least."""
+"""Minimum probability of all unknown tokens together."""
 TINY = 1e-38
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What is known of the teacher's distribution at a number of positions, at some temperature."""
+    """The known part of the teacher's distribution at a number of positions, at some temperature."""
 
     tokens: torch.Tensor
-    """`[positions, k]`: the likeliest tokens."""
+    """Likeliest tokens, `[positions, k]`."""
     log_probs: torch.Tensor
-    """`[positions, k]`."""
+    """Log-probabilities of `tokens`, `[positions, k]`."""
     rest: torch.Tensor
-    """`[positions]`: log of the mass of all other tokens."""
+    """Log of the mass of all other tokens, `[positions]`."""
 
     def __getitem__(self, rows: slice) -> Targets:
         return Targets(self.tokens[rows], self.log_probs[rows], self.rest[rows])
@@ -75,7 +75,7 @@ class Sums:
     positions: int = 0
 
     def add(self, other: Sums) -> None:
-        """Adds another's."""
+        """Adds the sums of another."""
         self.kl += other.kl
         self.ce += other.ce
         self.positions += other.positions
@@ -92,19 +92,19 @@ def head_loss(
     scale: float,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, Sums]:
-    """Returns the derivative of the loss by the last hidden states, and what the loss is made of.
+    """Returns the derivative of the loss by the last hidden states, and the parts of the loss.
 
-    Logits of a few positions are in memory at a time, and their derivatives take their place: autograd would keep
+    Logits of a few positions are in memory at a time, and their derivatives take their place; autograd would keep
     several copies. The derivatives by the head's weight are added to its `grad`.
 
     Args:
-        hidden: `[positions, hidden]`, of which the derivative is wanted.
+        hidden: `[positions, hidden]`, for the derivative.
         head: the output head, without a bias.
         labels: `[positions]`, the tokens to predict.
         teacher: its distributions, or None.
         alpha: share of the divergence in the loss.
         temperature: T.
-        scale: what the loss is multiplied by before it is derived: 1 / positions of the step, and a gradient scale.
+        scale: factor of the loss before its derivative: 1 / positions of the step, and a gradient scale.
         dtype: type that the products are computed in.
     """
     sums = Sums(positions=len(labels))
@@ -138,8 +138,8 @@ def head_loss(
 def _divergence_gradient(student: torch.Tensor, part: Targets | torch.Tensor) -> tuple[float, torch.Tensor]:
     """Returns the sum of KL(teacher ‖ student), and its derivative by the logits in units of 1 / T.
 
-    With q the student's probabilities (`student`, which is overwritten): q − p for every token that is known; for
-    the others q · (1 − p_rest / q_rest), since of them only the mass together is told.
+    q are the student's probabilities (`student`, which is overwritten). The derivative is q − p for every known token.
+    For all other tokens it is q · (1 − p_rest / q_rest), because only their mass together is known.
     """
     if not isinstance(part, Targets):
         kl = (part.exp() * (part - student.clamp(min=TINY).log())).sum()

@@ -1,4 +1,4 @@
-"""Settings of the `distill` step: a student learns to say what its teacher says."""
+"""Settings of the `distill` step, in which a student learns from its teacher."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BACKWARD = 3
 
 
 class Grid(Settings):
-    """The grid to train through; a following `rtn` export with the same settings finds the weights on it."""
+    """The grid to train through. A following `rtn` step with the same settings finds the weights on it."""
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[-1, 32, 64, 128] = 128
@@ -29,7 +29,7 @@ class Grid(Settings):
 
 
 class Movement(Settings):
-    """How much movement pruning removes while the student learns."""
+    """The share of weights that movement pruning removes while the student learns."""
 
     sparsity: float | None = Field(None, gt=0, lt=1)
     pattern: str | None = None
@@ -44,7 +44,7 @@ class Movement(Settings):
 
 
 class Shape(Settings):
-    """A student made anew: what differs from the model that the step is given."""
+    """The shape of a new student: its differences from the model that the step is given."""
 
     layers: int | None = Field(None, ge=1)
     hidden: int | None = Field(None, ge=1)
@@ -116,7 +116,7 @@ class Distill(Step):
         return self
 
     def key_config(self) -> dict[str, Any]:
-        """Returns what the stage's key is made of: the text by its content; the teacher is a parent."""
+        """Returns the part of the stage's key: the text by its content. The teacher is a parent."""
         value = self.model_dump(mode="json", exclude={"teacher", "save_every"})
         if isinstance(self.student, str):
             del value["student"]  # a parent too
@@ -126,7 +126,7 @@ class Distill(Step):
         }
 
     def lessons(self) -> Teacher:
-        """Returns the stage that asks the teacher."""
+        """Returns the stage that runs the teacher."""
         live = self.beta > 0 or self.level == "sequence" or self.alpha == 0
         return Teacher.model_validate(
             {
@@ -143,11 +143,11 @@ class Distill(Step):
 
     @property
     def runs_along(self) -> bool:
-        """Whether the teacher is asked again in every step."""
+        """Whether the teacher runs again in every step."""
         return self.beta > 0 or (self.level == "token" and self.alpha > 0 and not self.top_k)
 
     def changes(self, facts: ModelFacts) -> dict[str, Any]:
-        """Returns the keys of config.json that a student made anew changes, on a model of such sizes."""
+        """Returns the keys of config.json that a new student changes, for a model of such sizes."""
         if not isinstance(self.student, Shape):
             return {}
         names = {
@@ -164,7 +164,7 @@ class Distill(Step):
         return changes
 
     def check(self, facts: ModelFacts) -> None:
-        """Raises RequestError where a group or a pattern does not divide a width, or a shape is none."""
+        """Raises RequestError if a group or a pattern does not divide a width, or a shape is impossible."""
         after = self.result(facts)
         if after.hidden % after.heads or after.heads % after.kv_heads:
             raise RequestError(
@@ -191,7 +191,7 @@ class Distill(Step):
         return [("peft", "lora")] if self.lora else []
 
     def check_source(self, form: str, facts: ModelFacts) -> None:
-        """Refuses what is not plain weights."""
+        """Refuses everything except plain weights."""
         if form != "hf":
             raise RequestError(f"this model is {form}: distil the one that it was made from")
 

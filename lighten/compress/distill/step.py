@@ -1,4 +1,4 @@
-"""The `distill` step: trains a student, and writes it as it was when it did best."""
+"""The `distill` step: trains a student, and writes its best weights."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lighten.store.artifact import Artifact
 
 
 def run(step: Distill, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
-    """Trains, and writes the student as it was when it did best on the text that was held out.
+    """Trains a student, and writes its weights from when it did best on the held-out text.
 
     Raises:
-        RequestError: other vocabularies, or a text shorter than a batch.
-        Failure: a loss that is no number.
+        RequestError: the vocabularies differ, or the text is shorter than a batch.
+        Failure: the loss is no number.
     """
     accelerator.deterministic(context.device)
     checkpoint = Checkpoint(source.path)

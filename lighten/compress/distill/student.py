@@ -1,9 +1,9 @@
-"""The model that learns: which of its weights train, what the forward pass shows of them, and how they are kept.
+"""The student: which of its weights train, what the forward pass uses, and how they are kept.
 
-Weights are trained in float32. What the forward pass multiplies by may be something else: their nearest neighbours on
-a grid, or none where a mask says so. Derivatives by what was shown are taken as derivatives by the weights
-themselves (straight-through, Bengio et al., 2013), so nothing of this is in the graph of autograd: a weight's data
-are exchanged for the time of the forward and backward pass.
+Weights are trained in float32. The forward pass may multiply by something else: their nearest neighbours on a grid, or
+weights with the zeros of a mask. Derivatives by these count as derivatives by the weights themselves (straight-through,
+Bengio et al., 2013). Nothing of this is in the graph of autograd: the data of a weight are exchanged during the forward
+and backward pass.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Student:
     """A causal language model in training."""
 
     def __init__(self, step: Distill, path: Path, context: Context) -> None:
-        """Loads it, or makes it anew in the shape that was asked for.
+        """Loads the model, or makes a new one in the given shape.
 
         Raises:
-            RequestError: settings that exclude each other for this model.
+            RequestError: settings exclude each other for this model.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -70,7 +70,7 @@ class Student:
         self.trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def _masks(self) -> dict[str, torch.Tensor]:
-        """Returns which weights of a pruned model stay; empty for one that was not pruned."""
+        """Returns which weights of a pruned model stay; empty for a model that was not pruned."""
         found = {name: zeros_of([module.weight.detach()]) for name, module in self.linears.items()}
         masks = {name: ~zeros for name, zeros in found.items() if zeros is not None}
         for setting in ("lora", "movement"):
@@ -88,12 +88,12 @@ class Student:
 
     @property
     def core(self) -> Any:
-        """Transformers' own model, whatever is wrapped around it."""
+        """Model of transformers, without what is wrapped around it."""
         return self.model.get_base_model() if self.step.lora else self.model
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        """Exchanges the weights of the linears for what the forward pass is to see."""
+        """Exchanges the weights of the linears for those of the forward pass."""
         if not (self.step.quantize or self.scores):
             yield
             return
@@ -107,7 +107,7 @@ class Student:
                 module.weight.data = own[name]
 
     def show(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Returns what the forward pass sees of a linear's weight."""
+        """Returns the weight that the forward pass uses for a linear."""
         if name in self.scores and name in self.kept:
             weight = weight * self.kept[name]
         if how := self.step.quantize:
@@ -118,8 +118,8 @@ class Student:
     def move(self, sparsity: float) -> None:
         """Adds to the scores how far each weight is about to move from zero, and keeps the best.
 
-        Sanh et al., "Movement Pruning" (2020): S = −Σ W · ∂L/∂W, by the gradient of the weight as it was shown. A
-        weight that is masked gets no gradient itself.
+        Sanh et al., "Movement Pruning" (2020): S = −Σ W · ∂L/∂W, by the gradient of the weight of the forward pass. A
+        masked weight gets no gradient itself.
         """
         for name, module in self.linears.items():
             gradient = module.weight.grad
@@ -139,7 +139,7 @@ class Student:
 
     @torch.no_grad()
     def mask(self) -> None:
-        """Puts back the zeros that a step of the optimizer filled."""
+        """Sets the weights to zero again that a step of the optimizer filled."""
         if not self.scores:
             for name, kept in self.kept.items():
                 self.linears[name].weight.mul_(kept)
@@ -155,7 +155,7 @@ class Student:
 
     @torch.no_grad()
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes over what `state` returned."""
+        """Takes over the result of `state`."""
         for key, tensor in state.items():
             kind, _, name = key.partition(".")
             if kind == "weight":
@@ -167,7 +167,7 @@ class Student:
 
     @torch.no_grad()
     def finished(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-        """Returns the weights of the model as it would be used now, by their names in a checkpoint."""
+        """Returns the weights that the model has now, by their names in a checkpoint."""
         if self.step.lora:
             return self._merged(dtype)
         tied = self.core.config.tie_word_embeddings
@@ -180,7 +180,7 @@ class Student:
         return found
 
     def _merged(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Returns the weights with what LoRA adds to them."""
+        """Returns the weights with the matrices of LoRA merged."""
         tied = self.core.config.tie_word_embeddings
         found = {}
         for name, module in self.core.named_modules():
@@ -196,7 +196,7 @@ class Student:
 
 
 def check_vocabularies(student: Path, teacher: Path) -> None:
-    """Raises RequestError unless an id of a text means the same to both, whatever rows pad their embeddings."""
+    """Raises RequestError unless every id of a text means the same to both. Padding does not count."""
     from lighten.model.vocabulary import differing
 
     if other := differing(student, teacher):
@@ -207,7 +207,7 @@ def check_vocabularies(student: Path, teacher: Path) -> None:
 
 
 def finite(value: float, step: int, last: str) -> None:
-    """Raises Failure if a loss is not a number any more."""
+    """Raises Failure if a loss is no number any more."""
     if value != value or value in (float("inf"), float("-inf")):
         raise Failure(
             f"the loss is {value} at step {step}: training stopped, nothing of that step was kept. {last} "

@@ -1,4 +1,4 @@
-"""What the teacher says about a text, written down once: the stage that every epoch of a distillation reads."""
+"""The teacher's distributions for a text, stored once: the stage that every epoch of a distillation reads."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 FILE = "teacher.json"
 PER_FILE = 32
-"""Sequences in one file."""
+"""Number of sequences in one file."""
 PROMPT = 16
-"""Tokens of the text that a sequence written by the teacher begins with."""
+"""Number of tokens of the text with which a sequence by the teacher begins."""
 
 
 class Teacher(Step):
@@ -45,7 +45,7 @@ class Teacher(Step):
     rows: int | None = Field(None, ge=1, description="of its head that are tokens; the others pad it; none: all")
 
     def key_config(self) -> dict[str, Any]:
-        """Returns what the stage's key is made of: the text itself instead of its name."""
+        """Returns the part of the stage's key: the text itself instead of its name."""
         left_out = {"rows"} if self.rows is None else set()  # it came later
         return {
             **self.model_dump(exclude=left_out),
@@ -115,7 +115,7 @@ def _sequences(
 
 
 def open_teacher(path: Path, context: Context, rows: int | None = None) -> Any:
-    """Returns a whole model in the fastest type of the machine, ready to be asked; `rows` of its head are left."""
+    """Returns a whole model in the fastest type of the machine. Its head keeps `rows` rows."""
     from transformers import AutoModelForCausalLM
 
     from lighten.model import attention
@@ -140,7 +140,7 @@ def open_teacher(path: Path, context: Context, rows: int | None = None) -> Any:
 
 
 def _cut(head: Any, rows: int) -> Any:
-    """Returns the first rows of a head; what lies behind them only pads it, and is no token."""
+    """Returns the first rows of a head. The rows after them are padding."""
     import torch
 
     bias = None if head.bias is None else head.bias.detach()[:rows]
@@ -152,7 +152,7 @@ def _cut(head: Any, rows: int) -> Any:
 
 
 def last_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Returns what the head reads, `[samples, length, hidden]`."""
+    """Returns the inputs of the head, `[samples, length, hidden]`."""
     states: torch.Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
     return states
 
@@ -181,7 +181,7 @@ def _describe(model: Any, ids: torch.Tensor, step: Teacher, out: Path, context: 
 
 
 def _write(model: Any, ids: torch.Tensor, step: Teacher, context: Context) -> torch.Tensor:
-    """Returns sequences that the teacher writes, each begun by a bit of the text."""
+    """Returns sequences that the teacher writes. Each begins with some tokens of the text."""
     import torch
 
     from lighten.model.writing import write
@@ -206,10 +206,10 @@ def _save(out: Path, number: int, tensors: dict[str, torch.Tensor]) -> None:
 
 
 class Lessons:
-    """What a `Teacher` stage left: token ids, and the teacher's distributions by sequence."""
+    """The output of a `Teacher` stage: token ids, and the teacher's distributions by sequence."""
 
     def __init__(self, folder: Path) -> None:
-        """Opens it.
+        """Opens the output of the stage.
 
         Raises:
             Failure: the directory holds no such stage.
@@ -230,7 +230,7 @@ class Lessons:
         return len(self.ids)
 
     def targets(self, sequence: int) -> Targets | None:
-        """Returns the teacher's distributions of a sequence, `[length - 1]` of them, or None if none were written."""
+        """Returns the teacher's distributions of a sequence, `[length - 1]` of them; None if none were stored."""
         from lighten.compress.distill.losses import Targets
 
         if not self._parts:
@@ -242,7 +242,7 @@ class Lessons:
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Yields, without end, which sequences the next batch is of: every epoch in an order of its own.
+    """Yields, without end, the sequences of the next batch. Every epoch has an order of its own.
 
     Raises:
         RequestError: there are fewer sequences than a batch holds.

@@ -1,4 +1,4 @@
-"""The training loop of a distillation: the same weights whether or not it was interrupted."""
+"""The training loop of a distillation. The weights are the same whether or not it was interrupted."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from lighten.compress.distill.settings import Distill
 
 POINTS = 200
-"""Of the loss curve, at most about."""
+"""Maximum number of points of the loss curve, about."""
 PARTS = 4
-"""Layers whose hidden states are compared, evenly spread, the last one among them."""
+"""Number of layers whose hidden states are compared: evenly spread, the last layer among them."""
 NEVER = -1e4
-"""Log-probability of rows that only pad a head: next to none, and finite."""
+"""Log-probability of rows that only pad a head: nearly zero probability, and finite."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,7 +45,7 @@ class Trainer:
     def __init__(
         self, step: Distill, student: Student, lessons: Lessons, teacher: Any | None, context: Context, folder: Path
     ) -> None:
-        """Prepares everything; `folder` is where checkpoints are kept, and survives a kill.
+        """Prepares the training. `folder` keeps the checkpoints, and survives a kill.
 
         Raises:
             RequestError: the text is too short.
@@ -76,7 +76,7 @@ class Trainer:
         """Whether the weights are as sparse as was asked for."""
 
     def _projections(self) -> nn.ModuleList:
-        """Returns what maps the student's hidden states to the teacher's: at first the identity, if as wide."""
+        """Returns the maps from the student's hidden states to the teacher's, at first the identity where possible."""
         if not self.step.beta:
             return nn.ModuleList()
         assert self.teacher
@@ -91,7 +91,7 @@ class Trainer:
     # the loop
 
     def run(self) -> None:
-        """Trains to the end; the best weights lie in `best.safetensors` then."""
+        """Trains to the end. Then `best.safetensors` has the best weights."""
         self._resume()
         plan = islice(batches(len(self.training), self.step.batch, self.step.seed), self.done, self.steps)
         start, first = time.monotonic(), self.done
@@ -136,7 +136,7 @@ class Trainer:
         self.curve.append({"step": self.done, **{name: _short(value) for name, value in point.items()}})
 
     def _set_rate(self) -> None:
-        """Sets the learning rate: up in a line, then down in half a cosine to a tenth."""
+        """Sets the learning rate: it rises linearly, then falls in half a cosine to a tenth."""
         warm = max(1, round(self.step.warmup * self.steps))
         if self.done < warm:
             share = (self.done + 1) / warm
@@ -226,7 +226,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Measures perplexity on what was held out, and keeps the weights if they are the best so far."""
+        """Measures perplexity on the held-out text, and keeps the weights if they are the best so far."""
         total = positions = 0.0
         self.student.model.eval()
         with self.student.shown(), self._autocast():
@@ -258,7 +258,7 @@ class Trainer:
         return state
 
     def _save(self) -> None:
-        """Writes a checkpoint beside the last one, then removes that."""
+        """Writes a checkpoint beside the last one, then removes the last one."""
         part = self.folder / "checkpoint.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
@@ -335,7 +335,7 @@ class Trainer:
 
 
 class _Live:
-    """A teacher's distributions, computed for the positions that are asked for, over the rows of the student's head."""
+    """A teacher's distributions, computed for the given positions, over the rows of the student's head."""
 
     def __init__(self, head: nn.Module, states: torch.Tensor, temperature: float, rows: int) -> None:
         self.head, self.states, self.temperature, self.rows = head, states, temperature, rows
@@ -355,7 +355,7 @@ def _join(targets: list[Targets], device: str) -> Targets:
 
 
 def _spread(states: tuple[torch.Tensor, ...]) -> Iterator[torch.Tensor]:
-    """Yields the hidden states after PARTS layers, evenly spread, of which the last is the last."""
+    """Yields the hidden states after PARTS layers, evenly spread; the last layer is among them."""
     layers = len(states) - 1
     for part in range(1, PARTS + 1):
         yield states[-(-part * layers // PARTS)]
@@ -370,5 +370,5 @@ def _save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _short(value: float) -> float:
-    """Returns a number to six digits: a curve is to be looked at."""
+    """Returns a number to six digits, which is enough for a curve."""
     return float(f"{value:.6g}")

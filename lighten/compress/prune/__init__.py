@@ -1,1 +1,1 @@
-"""Taking weights, channels, heads and layers out."""
+"""Removing weights, channels, heads and layers."""

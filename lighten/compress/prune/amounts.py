@@ -1,4 +1,4 @@
-"""How much to prune: a pattern of zeros, or the size of what is to be left."""
+"""The amount of pruning: a pattern of zeros, or the size of the model that is left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
     """Returns N and M of "N:M": N of every M neighbouring inputs keep their weight.
 
     Raises:
-        ValueError: it is no such pattern.
+        ValueError: the text is no such pattern.
     """
     found = re.fullmatch(r"(\d+):(\d+)", pattern)
     if not found or not 0 < int(found[1]) < int(found[2]):
@@ -30,7 +30,7 @@ def parse_count(text: str) -> int:
     """Returns a number of weights: "100M", "1.1B", "5000".
 
     Raises:
-        ValueError: it is no number.
+        ValueError: the text is no number.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMB]?)\s*", text, re.IGNORECASE)
     if not found:
@@ -39,7 +39,7 @@ def parse_count(text: str) -> int:
 
 
 class Target(Settings):
-    """One of the two. As text "ratio=0.2", "params=100M" or "100M"."""
+    """A target: one of the two settings. As text it is "ratio=0.2", "params=100M" or "100M"."""
 
     bare: ClassVar[str | None] = "params"
     example: ClassVar[str] = "ratio=0.2, or params=100M"
@@ -56,11 +56,11 @@ class Target(Settings):
         return self
 
     def most(self, facts: ModelFacts) -> int:
-        """Returns how many weights may be left."""
+        """Returns the maximum number of weights that may be left."""
         return self.params if self.params else int(facts.params * (1 - (self.ratio or 0.0)))
 
     def check(self, facts: ModelFacts) -> None:
-        """Raises RequestError if there is nothing to do, or the embedding alone is too large."""
+        """Raises RequestError if nothing has to go, or the embedding alone is too large."""
         most = self.most(facts)
         if most >= facts.params:
             raise RequestError(f"the model has {facts.params:,} weights already: ask for fewer than that")

@@ -1,4 +1,4 @@
-"""What to prune: orders of removal from the Grams, and the mixture that reaches a size at the least damage."""
+"""What to prune: orders of removal from the Grams, and the mixture that reaches a size with the least damage."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lighten.process.workers import crew, ordered
 from lighten.step import Context
 
 SEQUENCES = 8
-"""Samples that damage is measured on."""
+"""Number of samples that damage is measured on."""
 SHARES = (0.125, 0.25, 0.375, 0.5)
-"""Shares of channels, and of layers, whose damage is measured; in between it is interpolated."""
+"""Shares of channels, and of layers, whose damage is measured. In between it is interpolated."""
 HEADS = 3
-"""Key/value heads that a target may remove at most."""
+"""Maximum number of key/value heads that a target may remove."""
 
 
 class Choices:
-    """Everything that can be known about removing parts of one model; orders are computed once, when asked for."""
+    """The removals that one model allows. Orders are computed once, when they are needed."""
 
     def __init__(self, step: Prune, checkpoint: Checkpoint, context: Context) -> None:
         self.step, self.checkpoint, self.context = step, checkpoint, context
@@ -48,7 +48,7 @@ class Choices:
         return Cut(channels, groups, tuple(gone))
 
     def _order(self, what: str, count: int) -> list[list[int]]:
-        """Returns for every layer what to remove, the first first: at least `count`."""
+        """Returns for every layer what to remove, in order: at least `count`."""
         known = self._orders.get(what)
         if known is None or len(known[0]) < count:
             workers = crew(self.facts.layers, self.step.bytes_of_a_layer(self.facts), self.context.device)
@@ -82,13 +82,14 @@ class Choices:
     # a target
 
     def reach(self, target: Target) -> tuple[Cut, dict[str, Any]]:
-        """Returns the cut that leaves few enough weights at the least damage, and what was measured.
+        """Returns the cut that leaves few enough weights with the least damage, and what was measured.
 
-        Damage is what removing a part adds to the mean loss on some of the calibration text. That of every way by
-        itself is measured at a few amounts; of a mixture the sum is predicted, and the chosen one is measured too.
+        Damage is the rise of the mean loss on some of the calibration text when a part is removed. The damage of each
+        way by itself is measured at a few amounts. For a mixture the sum is predicted, and the damage of the chosen
+        mixture is measured too.
 
         Raises:
-            RequestError: nothing that may be removed makes the model so small.
+            RequestError: no allowed removal makes the model so small.
         """
         facts = self.facts
         multiple = self.step.multiple_of(facts)
@@ -153,7 +154,7 @@ class Choices:
         return sorted(found)
 
     def _params(self, channels: int, groups: int, layers: int) -> int:
-        """Returns the weights that are left when so much goes."""
+        """Returns the number of weights that are left after a removal."""
         from dataclasses import replace
 
         facts = self.facts
@@ -189,7 +190,7 @@ def mean_loss(model: Checkpoint, ids: torch.Tensor, context: Context) -> float:
 
 
 def _between(points: list[tuple[int, float]], count: int) -> float:
-    """Returns the damage of an amount, on straight lines between those that were measured."""
+    """Returns the damage of an amount, on straight lines between the measured amounts."""
     after = next((place for place, (n, _) in enumerate(points) if n >= count), len(points) - 1)
     if after == 0:
         return points[0][1]

@@ -1,4 +1,4 @@
-"""Settings of the `prune` step: a smaller dense model, or the same one with zeros."""
+"""Settings of the `prune` step: a smaller dense model, or the same model with zeros."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Prune(Step):
     @model_validator(mode="before")
     @classmethod
     def _of_the_way(cls, given: Any) -> Any:
-        """Fills in the defaults of what was asked for, and refuses settings of something else."""
+        """Fills in the defaults of the chosen way, and refuses settings of another way."""
         if not isinstance(given, dict):
             return given
         given = {name: value for name, value in given.items() if value not in (None, [], ())}
@@ -115,7 +115,7 @@ class Prune(Step):
         return self.score == "taylor"
 
     def check(self, facts: ModelFacts) -> None:
-        """Raises RequestError where nothing would be left, or a pattern does not divide a width."""
+        """Raises RequestError if nothing would be left, or a pattern does not divide a width."""
         if self.pattern:
             of = parse_pattern(self.pattern)[1]
             attention = facts.heads * facts.head_dim
@@ -148,11 +148,11 @@ class Prune(Step):
         }[str(self.what)]
 
     def multiple_of(self, facts: ModelFacts) -> int:
-        """Returns what the number of MLP channels that stay is a multiple of."""
+        """Returns the number of which the remaining MLP channels are a multiple."""
         return self.multiple or next(each for each in MULTIPLES if facts.intermediate % each == 0)
 
     def amount(self, facts: ModelFacts) -> int:
-        """Returns how many channels, heads or layers go."""
+        """Returns the number of channels, heads or layers that go."""
         total, _ = self._total(facts)
         if self.count:
             return self.count
@@ -163,7 +163,7 @@ class Prune(Step):
         return round(self.ratio * total)
 
     def result(self, facts: ModelFacts) -> ModelFacts:
-        """Returns the sizes of the pruned model; those of a target are known only when it is built."""
+        """Returns the sizes of the pruned model. Those of a target are known only after it is built."""
         if self.what == "mlp":
             return replace(facts, intermediate=facts.intermediate - self.amount(facts))
         if self.what == "heads":
@@ -174,7 +174,7 @@ class Prune(Step):
         return facts
 
     def check_source(self, form: str, facts: ModelFacts) -> None:
-        """Refuses what is not plain weights."""
+        """Refuses everything except plain weights."""
         if form != "hf":
             raise RequestError(f"this model is {form}: prune the one that it was made from")
 
@@ -198,6 +198,6 @@ class Prune(Step):
         )
 
     def bytes_of_a_layer(self, facts: ModelFacts) -> int:
-        """Returns about what working on one layer takes."""
+        """Returns about how much memory one layer takes."""
         grams = 2 * facts.gram_elements if self.needs_sweep() else 0
         return 4 * (3 * grams + 3 * facts.layer_linear_params)

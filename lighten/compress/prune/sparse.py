@@ -14,7 +14,7 @@ from lighten.compress.quantize.gptq import BLOCK, inverse_factor
 
 
 def keep_largest(scores: torch.Tensor, sparsity: float, pattern: str | None = None) -> torch.Tensor:
-    """Returns what to keep of each row of `scores` `[rows, in]`: all but the smallest `sparsity`, or N of every M."""
+    """Returns which of each row of `scores` `[rows, in]` to keep: without the smallest `sparsity`, or N of every M."""
     kept = torch.zeros_like(scores, dtype=torch.bool)
     if pattern:
         count, of = parse_pattern(pattern)
@@ -25,7 +25,7 @@ def keep_largest(scores: torch.Tensor, sparsity: float, pattern: str | None = No
 
 
 def magnitude(weight: torch.Tensor, sparsity: float, pattern: str | None = None) -> torch.Tensor:
-    """Returns a matrix `[out, in]` without its smallest weights: of the whole matrix, or of every M."""
+    """Returns a matrix `[out, in]` without its smallest weights, of the whole matrix or of every M."""
     scores = weight.float().abs()
     flat = scores if pattern else scores.reshape(1, -1)
     return weight * keep_largest(flat, sparsity, pattern).view_as(weight)
@@ -37,7 +37,7 @@ def above(weight: torch.Tensor, threshold: float) -> torch.Tensor:
 
 
 def wanda(weight: torch.Tensor, diagonal: torch.Tensor, sparsity: float, pattern: str | None = None) -> torch.Tensor:
-    """Returns a matrix `[out, in]` without the weights that are least in |W| · ‖input‖ among those of their output.
+    """Returns a matrix `[out, in]` without the weights of each output that are least in |W| · ‖input‖.
 
     `diagonal` is diag(H), the sum of squares of every input.
     """
@@ -63,16 +63,16 @@ def sparsegpt(
     sparsity: float,
     pattern: str | None = None,
 ) -> torch.Tensor:
-    """Removes weights column by column, every error made good by the columns still to come.
+    """Removes weights column by column; later columns make good for every error.
 
     Args:
         weight: `[out, in]`.
-        prepared: what `prepare` made of the Gram of the inputs.
+        prepared: the result of `prepare` for the Gram of the inputs.
         sparsity: share of the weights of every block of columns that become zero, if there is no pattern.
         pattern: N:M, chosen when the first of the M columns is reached.
 
     Returns:
-        The new weights, float32 `[out, in]`; inputs that are always zero get weight zero.
+        The new weights, float32 `[out, in]`. Inputs that are always zero get weight zero.
     """
     factor, dead = prepared
     width = weight.shape[1]
@@ -100,7 +100,7 @@ def sparsegpt(
 
 
 class Magnitudes:
-    """Counts weights by their size in bfloat16, of which there are 32,768: an exact order in little memory."""
+    """Counts weights by their size in bfloat16: 32,768 sizes, so the order is exact and takes little memory."""
 
     def __init__(self) -> None:
         self.counts = torch.zeros(2**15, dtype=torch.int64)
@@ -111,7 +111,7 @@ class Magnitudes:
         self.counts += torch.bincount(sizes.int(), minlength=2**15)
 
     def threshold(self, sparsity: float) -> float:
-        """Returns the size below which lies the given share of what was counted, to the next bfloat16 size."""
+        """Returns the size below which the given share of the counted weights lies, to the next bfloat16 size."""
         below = self.counts.cumsum(0)
         wanted = int(sparsity * int(below[-1]))
         place = int(torch.searchsorted(below, wanted, right=True))

@@ -1,4 +1,4 @@
-"""The `prune` step: takes weights out, and writes what is left."""
+"""The `prune` step: removes weights, and writes the model that is left."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Structured pruning: which inputs of a projection can go at the least cost, and the repair of what stays.
 
-The MLP's channels are the inputs of its down projection, the attention heads those of its output projection. With the
-Gram H of those inputs, the outputs that a set S of inputs gave can be given by the others as well as least squares
-allows: with K the rest, W' = W H[:,K] H[K,K]⁻¹. What is then lost is tr(W[:,S] (H⁻¹[S,S])⁻¹ W[:,S]ᵀ).
+The MLP's channels are the inputs of its down projection, and the attention heads those of its output projection. H is
+the Gram of those inputs. If a set S of inputs goes, the rest K can give the outputs of S as well as least squares
+allows: W' = W H[:,K] H[K,K]⁻¹. The loss is then tr(W[:,S] (H⁻¹[S,S])⁻¹ W[:,S]ᵀ).
 
-Least squares and that cost are those of optimal brain surgeon (Hassibi & Stork, 1993), for whole inputs at once; the
+Least squares and that cost are those of optimal brain surgeon (Hassibi & Stork, 1993), for whole inputs at once. The
 angular distance of layers is that of Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers" (2024).
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 ROUNDS = 16
-"""How often the costs of channels are computed anew while a matrix is emptied: every round removes a part."""
+"""Number of times that the costs of channels are computed anew while a matrix is emptied."""
 
 
 def damped(gram: torch.Tensor, damp_percent: float) -> torch.Tensor:
@@ -55,15 +55,15 @@ def refit(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, damp_per
 def removal_order(
     weight: torch.Tensor, gram: torch.Tensor, size: int, count: int, damp_percent: float, rounds: int = ROUNDS
 ) -> list[int]:
-    """Returns which groups of inputs to remove, the cheapest first, each cost as it is once the others are gone.
+    """Returns which groups of inputs to remove, cheapest first. Each cost is that after the earlier groups are gone.
 
     Args:
         weight: `[out, in]`.
         gram: `[in, in]`, float32.
         size: neighbouring inputs that go together (1: every input by itself).
-        count: how many groups to name.
+        count: number of groups to name.
         damp_percent: share of mean diag(H) added to it.
-        rounds: the costs are computed anew this often; few groups get a round each.
+        rounds: number of times that the costs are computed anew; few groups get a round each.
     """
     w = weight.float().t()  # [in, out]
     h = damped(gram, damp_percent)
@@ -99,7 +99,7 @@ def group_costs(weight: torch.Tensor, inverse: torch.Tensor, size: int) -> torch
 
 
 def energy_order(weight: torch.Tensor, diagonal: torch.Tensor, size: int) -> list[int]:
-    """Returns groups of inputs by H[j,j] · ‖W[:,j]‖², the least first: what they give, as if nothing repaired it."""
+    """Returns groups of inputs by H[j,j] · ‖W[:,j]‖², the least first: what they give, without any repair."""
     energy = diagonal * weight.float().square().sum(0)
     return torch.argsort(energy.view(-1, size).sum(1), stable=True).tolist()
 
@@ -124,7 +124,8 @@ def angular_distances(states: list[torch.Tensor]) -> list[list[float]]:
 def layers_to_remove(distances: list[list[float]], count: int, contiguous: bool) -> list[int]:
     """Returns the layers across which the residual stream turns least.
 
-    Contiguous ones are the run with the least angle between its ends; free ones are those with the least angle each.
+    Contiguous layers are the run with the least angle between its ends. Free layers are those with the least angle
+    each.
     """
     layers = len(distances) - 1
     if contiguous:
@@ -134,7 +135,7 @@ def layers_to_remove(distances: list[list[float]], count: int, contiguous: bool)
 
 
 def cheapest(curves: list[list[float]], params: Callable[[tuple[int, ...]], int], most: int) -> tuple[int, ...] | None:
-    """Returns the choice, one from each curve, with the least sum of damages that is small enough; None if none is.
+    """Returns the choice, one from each curve, that is small enough with the least sum of damages; None if none is.
 
     Args:
         curves: of every way to prune, the damage of each of its choices.

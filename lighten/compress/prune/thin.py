@@ -18,14 +18,14 @@ from lighten.model.grams import read_layer
 from lighten.model.stream import LAYERS
 
 Removed = Mapping[int, Sequence[int]]
-"""By layer, what goes: as many from every layer, so that the model keeps one shape."""
+"""Removed parts by layer: the same number from every layer, so that the model keeps one shape."""
 
 DOWN, OUTPUT = "mlp.down_proj", "self_attn.o_proj"
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What goes; layers are numbered as they were."""
+    """What is removed. Layers have their old numbers."""
 
     channels: Removed = field(default_factory=dict)
     groups: Removed = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Cut:
 
 
 def _as_mistral(config: dict[str, Any], facts: ModelFacts, heads: int) -> dict[str, Any]:
-    """Returns what makes a Llama a Mistral, which computes the same and may have any number of heads."""
+    """Returns the changes that make a Llama a Mistral, which computes the same and may have any number of heads."""
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise RequestError(
             f"transformers' Llama needs a hidden size ({facts.hidden}) that is a multiple of its heads, and {heads} "
@@ -67,12 +67,12 @@ def _as_mistral(config: dict[str, Any], facts: ModelFacts, heads: int) -> dict[s
 
 
 class Thinned(Checkpoint):
-    """The checkpoint that is left; what reads the missing inputs is repaired where there are Grams."""
+    """The checkpoint that is left. With Grams, the linears that lose inputs are repaired."""
 
     def __init__(
         self, whole: Checkpoint, cut: Cut, grams: Path | None, damp_percent: float, device: str = "cpu"
     ) -> None:
-        """Cuts; without `grams` nothing is repaired. The repair is computed on `device`."""
+        """Makes the cut. Without `grams` nothing is repaired. The repair is computed on `device`."""
         self._changes = cut.shape(whole.config, whole.facts)
         super().__init__(whole.path, {**whole.config, **self._changes})
         self.whole, self.cut, self.grams, self.damp_percent = whole, cut, grams, damp_percent
@@ -83,7 +83,7 @@ class Thinned(Checkpoint):
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What differs from the directory's own config.json."""
+        """Settings that differ from the directory's own config.json."""
         return self._changes
 
     @cached_property

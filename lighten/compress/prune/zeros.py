@@ -77,7 +77,7 @@ def _threshold(step: Prune, checkpoint: Checkpoint) -> float:
 
 
 class _Layers:
-    """The layers of a checkpoint on their way to zeros."""
+    """The layers of a checkpoint in which weights become zero."""
 
     def __init__(
         self, step: Prune, checkpoint: Checkpoint, context: Context, out: Path, threshold: float | None
@@ -85,12 +85,12 @@ class _Layers:
         self.step, self.checkpoint, self.context, self.out, self.threshold = step, checkpoint, context, out, threshold
 
     def write(self, index: int) -> dict[str, Any]:
-        """Writes the part of a layer; returns the names of its tensors, counts, and what is to be said."""
+        """Writes the part of a layer. Returns the names of its tensors, counts, and notes."""
         with writing_part(self.out, index, len(self.checkpoint.weight_map)) as part:
             return {**self._prune(index, part.add), "names": part.names}
 
     def _prune(self, index: int, add: Callable[[str, torch.Tensor], None]) -> dict[str, Any]:
-        """Hands over the tensors of a layer; returns counts and what is to be said."""
+        """Writes the tensors of a layer. Returns counts and notes."""
         step, prefix = self.step, f"{LAYERS}{index}."
         device = self.context.device
         grams, read_by = read_layer(self.context.grams, index, device) if self.context.grams else ({}, {})

@@ -22,7 +22,7 @@ from lighten.model.products import exact_products
 COARSE = tuple(step / 8 for step in range(9))
 FINE = (-1 / 16, 1 / 16)
 ROWS = 512
-"""Outputs that the scale search looks at: evenly spaced ones, for every output has a say in the same few scales."""
+"""Number of outputs, evenly spaced, that the scale search uses. Every output has a say in the same few scales."""
 CLIPS = tuple(1.0 - 0.05 * step for step in range(11))
 """Fractions of the full range that the clip search tries."""
 
@@ -37,8 +37,8 @@ def search_scale(
 ) -> torch.Tensor:
     """Returns the scale per channel, `[in]`, with the least output error after rounding; 1 if none helps.
 
-    Tries s = x^α / w^(1−α), x being the root mean square of a channel's inputs and w the mean share of its weights in
-    the largest of their group: α in steps of an eighth, then of a sixteenth beside the best.
+    It tries s = x^α / w^(1−α). x is the root mean square of a channel's inputs, and w is the mean share of its weights
+    in the largest of their group. α goes in steps of an eighth, then of a sixteenth beside the best.
 
     Args:
         weight: `[out, in]`, every linear that reads these inputs.
@@ -88,10 +88,10 @@ def search_scale(
 
 
 def clip(weight: torch.Tensor, gram: torch.Tensor, *, bits: int, group_size: int, sym: bool) -> Quantized:
-    """Rounds a weight `[out, in]` to nearest, each group's range clipped where that lowers the output error.
+    """Rounds a weight `[out, in]` to nearest, with each group's range clipped if that lowers the output error.
 
-    Group after group, every output takes the fraction of the range with the least tr(ΔW H ΔWᵀ), given what all
-    other groups of that output came to: the terms between groups count too.
+    Group after group, every output takes the fraction of the range with the least tr(ΔW H ΔWᵀ), given the results of
+    all other groups of that output. So the terms between groups count too.
     """
     start = rtn(weight, bits, group_size, sym)
     w = weight.t().float().contiguous()

@@ -1,4 +1,4 @@
-"""Bits where they matter: from what each width would cost every linear to the choice that a budget allows."""
+"""Bits where they matter: the cost of each width for every linear, and the choice that a budget allows."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lighten.step import Context
 
 WIDTHS = (2, 3, 4, 8)
 SHAPE_BYTES = 16
-"""Of the `weight_shape` beside packed weights; left out of the options, whose sizes then share a divisor."""
+"""Bytes of the `weight_shape` beside packed weights. The options leave it out, so that their sizes share a divisor."""
 
 
 def losses(weight: torch.Tensor, gram: torch.Tensor, step: Gptq, kind: torch.dtype) -> dict[int, torch.Tensor]:
     """Returns what GPTQ at each width would lose of every output, `[out]`, without running it.
 
-    GPTQ's error is the sum of e² / U[j,j]² over the columns; e is a rounding error on a grid that depends little on
-    what earlier columns passed on, so the weights as they are give it closely.
+    GPTQ's error is the sum of e² / U[j,j]² over the columns. e is a rounding error on a grid that depends little on
+    what earlier columns passed on. So the unchanged weights give it closely.
     """
     gram = gram.clone()
     gram.diagonal()[gram.diagonal() == 0] = 1.0

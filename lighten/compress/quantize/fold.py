@@ -1,7 +1,7 @@
-"""Scaling the inputs of linears without changing the model: the inverse goes into whatever makes those inputs.
+"""Scaling the inputs of linears without changing the model: the inverse goes into what makes those inputs.
 
-A linear whose weight columns are multiplied by s gives the same output when its inputs are divided by s, and the
-norm or linear before it can do that division for free. AWQ and SmoothQuant differ only in how they choose s.
+A linear whose weight columns are multiplied by s gives the same output when its inputs are divided by s. The norm or
+linear before it can do that division for free. AWQ and SmoothQuant differ only in how they choose s.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ BEFORE = {
 
 
 def copies(tensors: Tensors, first: str) -> int:
-    """Returns how many heads repeat each channel of the inputs of `first`.
+    """Returns the number of heads that repeat each channel of the inputs of `first`.
 
-    With grouped queries the output projection reads every value head several times: such channels share a scale.
-    Returns 0 where nothing before can take the scale.
+    With grouped queries the output projection reads every value head several times. Such channels share a scale.
+    Returns 0 if nothing before it can take the scale.
     """
     before = BEFORE.get(first)
     if before is None or f"{before}.weight" not in tensors:
@@ -40,7 +40,7 @@ def shared(values: torch.Tensor, repeats: int, head_dim: int) -> torch.Tensor:
 
 
 def exact(scale: torch.Tensor, tensors: Tensors, first: str) -> torch.Tensor:
-    """Returns a scale nearby such that a norm's weight divided by it needs no rounding in the type it is stored in."""
+    """Returns a nearby scale such that a norm's weight, divided by it, needs no rounding in its stored type."""
     norm = tensors[f"{BEFORE[first]}.weight"]
     if norm.dim() > 1:  # a linear: it is quantized after, from its scaled weight in float32
         return scale

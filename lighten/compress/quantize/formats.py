@@ -1,4 +1,4 @@
-"""How quantized linears are stored: the tensors of each format."""
+"""The storage of quantized linears: the tensors of each format."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FP8_LARGEST = 448.0
 
 @dataclass(frozen=True)
 class Stored:
-    """One linear as a format stores it."""
+    """One linear in the form of a format."""
 
     tensors: dict[str, torch.Tensor]
-    """By what follows the linear's name and a dot."""
+    """Tensors by the rest of their name, after the linear's name and a dot."""
     weight: torch.Tensor
-    """What they stand for, `[out, in]`, float32."""
+    """Weight that the tensors stand for, `[out, in]`, float32."""
 
 
 def gptq(found: Quantized, bits: int) -> Stored:

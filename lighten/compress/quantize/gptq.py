@@ -20,14 +20,14 @@ from lighten.compress.quantize.methods.gptq import Gptq
 DAMPINGS = 10
 BLOCK = 128
 LEAF = 128
-"""Width up to which a triangular matrix is inverted at once."""
+"""Maximum width of a triangular matrix that is inverted at once."""
 
 
 def inverse_factor(gram: torch.Tensor, damp_percent: float) -> tuple[torch.Tensor, float]:
     """Returns U, upper triangular with (H + damping)⁻¹ = UᵀU, and the share of mean diag(H) added.
 
-    With the rows and columns of H in reverse order, its Cholesky factor read backwards is an upper triangular
-    R with H = RRᵀ, so U = R⁻¹: one factorisation and one triangular inverse. If H is not positive definite the
+    With the rows and columns of H in reverse order, its Cholesky factor read backwards is an upper triangular R with H
+    = RRᵀ, so U = R⁻¹. This takes one factorisation and one triangular inverse. If H is not positive definite, the
     damping is raised tenfold, up to ten times.
 
     Raises:
@@ -138,7 +138,7 @@ def gptq(
 
 
 def codes(step: Gptq, linears: Linears) -> list[Stored]:
-    """Quantizes linears against the Gram of their inputs; to nearest where that cannot be factorised."""
+    """Quantizes linears against the Gram of their inputs; to nearest if that cannot be factorised."""
     weight, scale_type = linears.together, linears.scale_type
     try:
         found = gptq(

@@ -16,7 +16,7 @@ GroupSize = int | Literal["tensor"]
 SHRINKS = tuple(1.02 - 0.08 * step for step in range(8))
 """Fractions of the full range that the scale search tries first."""
 NEAR = (-0.04, -0.02, 0.02, 0.04)
-"""What it then adds to the best of them."""
+"""Fractions that the search then adds to the best of them."""
 
 SIGNED_BELOW = 8
 """Bits below which the scale of a symmetric grid may be negative."""

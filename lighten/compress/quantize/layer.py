@@ -1,4 +1,4 @@
-"""Quantizing decoder layers: weights and Grams in, what the format stores out."""
+"""Quantizing decoder layers: weights and Grams in, the tensors of the format out."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from lighten.model.stream import LAYERS
 from lighten.plugins import found_at
 
 UNTOUCHED = 16
-"""The "bits" of a weight that is left alone."""
+"""Number of "bits" of a weight that is left alone."""
 HEAD = "lm_head.weight"
 TENSORS_PER_LINEAR = 6
 ERROR_ROWS = 256
-"""Outputs, evenly spaced, that the error of a group of linears is measured on."""
+"""Number of outputs, evenly spaced, that the error of a group of linears is measured on."""
 Scale = Callable[[Quantize, torch.Tensor, Gram, int, int], torch.Tensor]
 
 
 @dataclass
 class Inputs:
-    """Linears of a layer that read the same input, and its second moments where there was a sweep."""
+    """Linears of a layer that read the same input, and its second moments if there was a sweep."""
 
     first: str
     linears: list[str]
@@ -50,7 +50,7 @@ class Inputs:
 
 @dataclass
 class Layers:
-    """The decoder layers of a checkpoint, and how to quantize each."""
+    """The decoder layers of a checkpoint, and the way to quantize each."""
 
     step: Quantize
     checkpoint: Checkpoint
@@ -58,7 +58,7 @@ class Layers:
     device: str
     out: Path
     allocation: dict[str, int] | None = None
-    """Bits of every linear, where a budget chose them."""
+    """Bits of every linear, if a budget chose them."""
 
     def __len__(self) -> int:
         return self.checkpoint.facts.layers
@@ -71,12 +71,12 @@ class Layers:
 
     @cached_property
     def scales(self) -> Scale | None:
-        """The method's function that scales inputs, None where it has none."""
+        """Function of the method that scales inputs; None if the method has none."""
         return found_at(self.step.scales) if self.step.scales else None
 
     @property
     def tensors_of_a_layer(self) -> int:
-        """Maximum number of tensors that a layer is stored as."""
+        """Maximum number of tensors of a stored layer."""
         return TENSORS_PER_LINEAR * len(self.checkpoint.tensors(f"{LAYERS}0."))
 
     def read(self, index: int) -> tuple[str, dict[str, torch.Tensor], list[Inputs]]:
@@ -92,7 +92,7 @@ class Layers:
         return prefix, tensors, inputs
 
     def write(self, index: int) -> dict[str, Any]:
-        """Writes the part of a layer; returns the names of its tensors, and what there is to say about it."""
+        """Writes the part of a layer. Returns the names of its tensors, and the findings."""
         findings = Findings()
         with writing_part(self.out, index, self.tensors_of_a_layer) as part:
             prefix, tensors, inputs = self.read(index)
@@ -119,7 +119,7 @@ class Layers:
         return {"names": part.names, "findings": asdict(findings)}
 
     def head(self) -> dict[str, torch.Tensor]:
-        """Returns what the output head is stored as, rounded to 8 bits: there is no Gram of its inputs."""
+        """Returns the stored output head, rounded to 8 bits. There is no Gram of its inputs."""
         name = HEAD.removesuffix(".weight")
         with torch.inference_mode():
             weight = self.checkpoint.tensor(HEAD).to(self.device)
@@ -128,19 +128,19 @@ class Layers:
         return {f"{name}.{kind}": tensor for kind, tensor in stored.tensors.items()}
 
     def chosen(self, name: str) -> int:
-        """Returns the bits of a linear, by its full name; UNTOUCHED where it is left alone."""
+        """Returns the bits of a linear, by its full name; UNTOUCHED if it is left alone."""
         if ignored(name, self.step.ignore):
             return UNTOUCHED
         return self.allocation[name] if self.allocation is not None else self.step.bits or UNTOUCHED
 
     def scale_type(self) -> torch.dtype:
-        """Returns the type that scales are stored in: float16, but the model's own in compressed-tensors."""
+        """Returns the type of stored scales: float16, but the model's own type in compressed-tensors."""
         if self.step.format != "compressed-tensors":
             return torch.float16
         return self.checkpoint.tensor("model.norm.weight").dtype
 
     def _by_bits(self, prefix: str, linears: list[str], findings: Findings) -> dict[int, list[str]]:
-        """Returns linears that read the same input by the bits that they get; notes those that are left alone."""
+        """Returns linears that read the same input by their bits. Notes those that are left alone."""
         found: dict[int, list[str]] = {}
         for name in linears:
             found.setdefault(self.chosen(prefix + name), []).append(name)
@@ -150,7 +150,7 @@ class Layers:
         return found
 
     def _fold(self, prefix: str, tensors: fold.Tensors, inputs: list[Inputs]) -> dict[str, torch.Tensor]:
-        """Scales the inputs of the layer's linears for a method that does so; returns the scales by first linear."""
+        """Scales the inputs of the layer's linears for a method that does so. Returns the scales by first linear."""
         if self.scales is None:
             return {}
         head_dim = self.checkpoint.facts.head_dim
@@ -170,7 +170,7 @@ class Layers:
 
 
 def _note_error(linears: Linears, found: list[Stored]) -> None:
-    """Notes what linears lose of their output, where the Gram of their input is known and of use."""
+    """Notes the share of the output that linears lose, if the Gram of their input is known and of use."""
     if linears.moments is None:
         return
     before, after = linears.together, torch.cat([each.weight for each in found])

@@ -1,4 +1,4 @@
-"""What a method is handed: linears that read the same input, and the Gram of that input."""
+"""The arguments of a method: linears that read the same input, and the Gram of that input."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lighten.compress.quantize.grid import Quantized
 
 @dataclass
 class Findings:
-    """What there is to say about the quantization of one layer, or of several."""
+    """The findings about the quantization of one layer, or of several."""
 
     bits: dict[str, int] = field(default_factory=dict)
     """Bits of every linear that was quantized, by full name."""
     kept: list[dict[str, str]] = field(default_factory=list)
-    """Linears that were left alone: what, and why."""
+    """Linears that were left alone, and why."""
     errors: dict[str, float] = field(default_factory=dict)
     """Share of the output's energy that was lost, by the first of the linears that read the same input."""
     fallbacks: list[str] = field(default_factory=list)
-    """Linears that were rounded to nearest because their method could not."""
+    """Linears that were rounded to nearest because their method could not round them."""
     warnings: list[str] = field(default_factory=list)
 
     def add(self, other: Findings) -> None:
-        """Takes over what another says."""
+        """Takes over the findings of another."""
         self.bits |= other.bits
         self.errors |= other.errors
         self.kept += other.kept
@@ -40,17 +40,17 @@ class Linears:
     """Linears that read the same input and get the same bits."""
 
     names: list[str]
-    """Their full names."""
+    """Full names."""
     weights: list[torch.Tensor]
-    """`[out, in]` each."""
+    """Weights, `[out, in]` each."""
     bits: int
     scale_type: torch.dtype
-    """The type that scales are stored in."""
+    """Type of stored scales."""
     findings: Findings
     moments: torch.Tensor | None = None
     """XᵀX `[in, in]` of their inputs, float32, for methods that are `swept`."""
     reader: str = ""
-    """Name that messages call their input by."""
+    """Name of their input in messages."""
 
     @property
     def gram(self) -> torch.Tensor:
@@ -61,11 +61,11 @@ class Linears:
 
     @property
     def together(self) -> torch.Tensor:
-        """Their weights on top of each other, `[out of all, in]`."""
+        """Weights of all linears on top of each other, `[out of all, in]`."""
         return torch.cat(self.weights)
 
     def pruned(self) -> torch.Tensor | None:
-        """Returns which of all their weights were pruned, and so have to stay zero; None if none of them were."""
+        """Returns which of all their weights were pruned, and so must stay zero; None if none were."""
         return zeros_of(self.weights)
 
     def store(self, found: Quantized, store: Callable[[Quantized], Stored]) -> list[Stored]:

@@ -1,4 +1,4 @@
-"""Methods that look at the weights alone: each is rounded to the nearest value that its format has."""
+"""Methods that use the weights alone: each weight is rounded to the nearest value of the format."""
 
 from __future__ import annotations
 

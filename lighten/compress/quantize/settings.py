@@ -1,4 +1,4 @@
-"""What the settings of every quantization method have in common, and what a method says of itself."""
+"""The common settings of all quantization methods, and the properties that a method declares."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lighten.step import Estimate, Step
 
 
 def number(value: Any) -> Any:
-    """Returns the number that a text of digits means: the command line knows text only."""
+    """Returns the number that a text of digits means, because the command line has text only."""
     return int(value) if isinstance(value, str) and value.removeprefix("-").isdecimal() else value
 
 
@@ -32,10 +32,10 @@ Head = Annotated[
 
 
 class Quantize(Step):
-    """Coarser weights, in a format that the ecosystem's loaders open.
+    """Weights with fewer bits, in a format that the ecosystem's loaders open.
 
-    A method is a subclass with a row in `METHODS`. It has the settings `method`, `bits` and `ignore`, and those of its
-    own, names the functions that do the work, and says how the result is stored.
+    A method is a subclass with a row in `METHODS`. It has the settings `method`, `bits` and `ignore`, and settings of
+    its own. It names the functions that do the work, and says how the result is stored.
     """
 
     kind: ClassVar[str] = "quantize"
@@ -56,7 +56,7 @@ class Quantize(Step):
     swept: ClassVar[bool] = False
     """Whether the method reads Grams."""
     stored_as: ClassVar[str]
-    """The format that it is stored in: a row of `lighten.model.formats`."""
+    """Format of the stored model: a row of `lighten.model.formats`."""
 
     if TYPE_CHECKING:  # every method declares these, with the values that it takes
         method: str = ""
@@ -66,7 +66,7 @@ class Quantize(Step):
     @model_validator(mode="before")
     @classmethod
     def _of_the_method(cls, given: Any) -> Any:
-        """Refuses settings and values that are another method's, and says whose."""
+        """Refuses settings and values of another method, and names that method."""
         if not isinstance(given, dict):
             return given
         given = {name: value for name, value in given.items() if value is not None}
@@ -86,7 +86,7 @@ class Quantize(Step):
 
     @classmethod
     def completed(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Returns the settings that are given, none of them None, with what follows from them.
+        """Returns the given settings, none of them None, with what follows from them.
 
         Raises:
             ValueError: two of them contradict each other.
@@ -95,12 +95,12 @@ class Quantize(Step):
 
     @property
     def format(self) -> str:
-        """The format it is stored in."""
+        """Format of the stored model."""
         return self.stored_as
 
     @property
     def writes(self) -> str:
-        """The format of what it writes, as its manifest has it."""
+        """Format of its output, as in its manifest."""
         return self.format
 
     def config(self, widths: Mapping[str, int], left: Collection[str]) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Quantize(Step):
 
     @property
     def config_file(self) -> str | None:
-        """Name of a file beside config.json that tools read the configuration from; None where there is none."""
+        """Name of a file beside config.json from which tools read the configuration; None if there is none."""
         return None
 
     @property
@@ -123,7 +123,7 @@ class Quantize(Step):
         return False
 
     def key_config(self) -> dict[str, Any]:
-        """Returns the settings that this method has and that are given."""
+        """Returns the settings of this method that are given."""
         return {name: value for name, value in self.model_dump(mode="json").items() if value not in (None, [], "keep")}
 
     def needs_sweep(self) -> bool:
@@ -131,11 +131,11 @@ class Quantize(Step):
         return self.swept
 
     def requires(self) -> list[tuple[str, str]]:
-        """What writes the format, and what reads it back."""
+        """Packages that write the format, and packages that read it."""
         return list(FORMATS[self.format].written_with)
 
     def check_source(self, form: str, facts: ModelFacts) -> None:
-        """Refuses what is not plain weights."""
+        """Refuses everything except plain weights."""
         if form != "hf":
             raise RequestError(f"this model is {form} already: quantize the one that it was made from")
 
@@ -159,13 +159,13 @@ class Quantize(Step):
         )
 
     def bytes_of_a_layer(self, facts: ModelFacts) -> int:
-        """Returns about what working on one layer takes."""
+        """Returns about how much memory one layer takes."""
         grams = facts.gram_elements * 2 if self.needs_sweep() else 0
         return 4 * (3 * grams + 3 * facts.layer_linear_params)
 
 
 def check_head(head: Literal["keep", 8], facts: ModelFacts) -> None:
-    """Raises RequestError where the head is to be quantized and is the embedding too."""
+    """Raises RequestError if the head is to be quantized and is also the embedding."""
     if head == 8 and facts.tied:
         raise RequestError(
             "the head of this model is tied to its embedding, which no loader expects quantized: leave out head, "
@@ -174,7 +174,7 @@ def check_head(head: Literal["keep", 8], facts: ModelFacts) -> None:
 
 
 def check_groups(size: int | Literal["tensor"], facts: ModelFacts) -> None:
-    """Raises RequestError where a group does not divide the inputs of a linear."""
+    """Raises RequestError if a group does not divide the inputs of a linear."""
     widths = input_widths(facts)
     for name, width in widths.items():
         if isinstance(size, int) and size != -1 and width % size:
@@ -185,13 +185,13 @@ def check_groups(size: int | Literal["tensor"], facts: ModelFacts) -> None:
 
 
 def input_widths(facts: ModelFacts) -> dict[str, int]:
-    """Returns how many inputs the linears of a layer have, by what sets their number."""
+    """Returns the number of inputs of the linears of a layer, by what determines it."""
     attention = facts.heads * facts.head_dim
     return {"hidden_size": facts.hidden, "attention width": attention, "intermediate_size": facts.intermediate}
 
 
 def output_widths(facts: ModelFacts) -> dict[str, int]:
-    """Returns how many outputs the linears of a layer have, by what sets their number."""
+    """Returns the number of outputs of the linears of a layer, by what determines it."""
     return {**input_widths(facts), "key/value width": facts.kv_heads * facts.head_dim}
 
 
@@ -211,7 +211,7 @@ def _loaded() -> Iterator[tuple[str, type[Quantize]]]:
 
 
 def _choices(settings: type[Quantize], key: str) -> tuple[Any, ...]:
-    """Returns the values that a setting takes, () where they are no list."""
+    """Returns the values that a setting takes; () if there is no list of them."""
     field = settings.model_fields.get(key)
     kinds = [field.annotation, *get_args(field.annotation)] if field else []
     return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())

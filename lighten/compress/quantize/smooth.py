@@ -1,7 +1,7 @@
-"""SmoothQuant: move the outliers of activations into the weights, where 8 bits per channel hold them.
+"""SmoothQuant: moves the outliers of activations into the weights, where 8 bits per channel hold them.
 
-Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models" (2023):
-s_j = max|X_j|^α / max|W_j|^(1−α); activations are divided by s, weights multiplied.
+Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models" (2023): s_j =
+max|X_j|^α / max|W_j|^(1−α). Activations are divided by s, weights multiplied.
 """
 
 from __future__ import annotations

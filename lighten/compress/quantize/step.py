@@ -1,4 +1,4 @@
-"""The `quantize` step: the loop over layers that hands (W, Gram) to a method."""
+"""The `quantize` step: the loop over layers that passes weights and Grams to a method."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(step: Quantize, source: Artifact, out: Path, context: Context) -> dict[s
     """Writes the quantized model directory, one layer at a time.
 
     Raises:
-        RequestError: the source is quantized already, or a budget cannot be met.
+        RequestError: the source is already quantized, or a budget cannot be met.
     """
     checkpoint = Checkpoint(source.path)
     if checkpoint.quantization:
@@ -85,7 +85,7 @@ def _facts(step: Quantize, facts: ModelFacts, findings: Findings) -> dict[str, A
 
 
 def _write_config(step: Quantize, checkpoint: Checkpoint, findings: Findings, out: Path) -> None:
-    """Copies everything but the weights, and tells the loaders what they will find."""
+    """Copies everything except the weights, and writes the configuration for loaders."""
     left = [*([] if step.quantizes_head else ["lm_head"]), *(entry["what"] for entry in findings.kept)]
     quantization = step.config(findings.bits, left)
     checkpoint.write_others(out, {**checkpoint.config, "quantization_config": quantization})

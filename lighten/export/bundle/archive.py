@@ -1,4 +1,4 @@
-"""Unpacking an archive that somebody else made, within limits, and nowhere but where it is told to."""
+"""Unpacking an archive from other people: within limits, and only into the given place."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from lighten.errors import Failure, LightenError, RequestError, missing_extra
 from lighten.store.names import NAME
 
 MOST = 2000
-"""Files of an archive."""
+"""Maximum number of files of an archive."""
 RATIO, SLACK = 20, 100_000_000
 """How much larger than the archive its files may be: so many times, and so many bytes more."""
 HEADERS = 1 << 20
-"""Bytes between the content of two files: headers and padding."""
+"""Maximum number of bytes between the content of two files: headers and padding."""
 WINDOW = 1 << 27
-"""Memory that zstd may take, as `zstd --long` needs it at most."""
+"""Bytes of memory that zstd may take: the maximum that `zstd --long` needs."""
 BLOCK = 1 << 20
 SPARE = 100_000_000
 """Bytes that stay free on the disk."""
 
 
 class _Measured:
-    """A stream that gives no more bytes than are allowed just now."""
+    """A stream that gives no more bytes than are currently allowed."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -43,12 +43,12 @@ class _Measured:
 
 
 def unpack(path: Path, into: Path) -> Path:
-    """Unpacks a .tar.zst of plain files in one directory; returns that directory, which lies in `into`.
+    """Unpacks a .tar.zst of plain files in one directory. Returns that directory, which lies in `into`.
 
     Raises:
         RequestError: zstandard is not installed.
-        Failure: it is damaged, holds anything but plain files with plain names, is too large for the disk, or unfolds
-            to more than its size can stand for.
+        Failure: it is damaged, holds anything but plain files with plain names, is too large for the disk, or expands
+            to more than its size allows.
     """
     try:
         import zstandard

@@ -1,4 +1,4 @@
-"""A GGUF file and all that a device needs to run, serve and measure it, as a directory and an archive."""
+"""A GGUF file with everything that a device needs to run, serve and measure it, as a directory and an archive."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from lighten.store.store import write_file
 ARCHIVE = ".tar.zst"
 SUMS = "SHA256SUMS"
 MEASURED = ("README.md", "measured.json")
-"""The files that hold what was measured where the bundle was made: they differ from one making to the next."""
+"""Files with what was measured where the bundle was made. They differ each time that it is made."""
 
 SCRIPTS = ("python.sh", "run.sh", "serve.sh", "bench.sh", "bench.py", "chat.py", "model.service")
 BATCH = 512
-"""Tokens that llama.cpp computes together."""
+"""Number of tokens that llama.cpp computes together."""
 DEPTH = 160
-"""Tokens before the one that is predicted: those of bench.py's prompt, and half of what it writes."""
+"""Number of tokens before the predicted one: those of bench.py's prompt, and half of those that it writes."""
 PROCESS_BYTES = 100_000_000
-"""Python with llama-cpp-python and numpy, and llama.cpp's own tables."""
+"""Bytes of Python with llama-cpp-python and numpy, and of llama.cpp's own tables."""
 TEXT_BYTES = 12_000
 
 TRIED = {
@@ -44,7 +44,7 @@ TRIED = {
     "numpy": "2.2.6",
     "typing-extensions": "4.16.0",
 }
-"""What the scripts need."""
+"""Packages that the scripts need, in versions that were tried."""
 
 SERVER = {
     "annotated-doc": "0.0.7",
@@ -66,12 +66,12 @@ SERVER = {
     "typing-inspection": "0.4.5",
     "uvicorn": "0.54.0",
 }
-"""What llama-cpp-python's server needs beyond it: versions that it was tried with."""
+"""Further packages that llama-cpp-python's server needs, in versions that were tried."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Memory that a model takes while it runs, in bytes."""
+    """Bytes of memory that a model takes while it runs."""
 
     weights: int
     cache: int
@@ -79,13 +79,13 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of everything together."""
         return self.weights + self.cache + self.runtime
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the headers of a GGUF model's files say."""
+    """The facts in the headers of a GGUF model's files."""
 
     files: tuple[Path, ...]
     size_bytes: int
@@ -95,12 +95,12 @@ class Model:
     cache_per_token: int
     """Bytes of keys and values (16 bits each) of one token."""
     read_per_token: int
-    """Bytes of weights that decoding a token reads: of an embedding that is not the head one row."""
+    """Bytes of weights that decoding a token reads; one row of an embedding that is not the head."""
     runtime_bytes: int
 
 
 def need_of(facts: ModelFacts, weights: int, context: int) -> Need:
-    """Returns what a model of these sizes takes, before its file is there."""
+    """Returns the memory that a model of these sizes takes, before its file exists."""
     return Need(weights, facts.cache_bytes(context), _runtime(facts.vocab, facts.hidden, facts.intermediate))
 
 
@@ -158,14 +158,14 @@ def check_fit(need: Need, target: Target, context: int, chosen: str, others: Ite
     """Returns a sentence that says how the model fits.
 
     Args:
-        need: what it takes.
+        need: memory that it takes.
         target: the device.
         context: tokens of context.
         chosen: the type of the weights.
-        others: other types and what they would take.
+        others: other types, and the memory that they would take.
 
     Raises:
-        RequestError: it does not fit; names the largest type that would.
+        RequestError: it does not fit; the message names the largest type that would.
     """
     sentence = (
         f"{chosen} at a context of {context:,} tokens takes {_gb(need.total)} (weights {_gb(need.weights)}, cache of "
@@ -189,9 +189,9 @@ def _gb(size: float) -> str:
 
 
 def pins() -> dict[str, str]:
-    """Returns the versions of llama-cpp-python and of what it needs, as they are installed here.
+    """Returns the installed versions of llama-cpp-python and of the packages that it needs.
 
-    Where it is not installed they are those that bundles were tried with.
+    If it is not installed, they are the versions that bundles were tried with.
     """
     from packaging.requirements import Requirement
 
@@ -252,7 +252,7 @@ def write_bundle(
 
 
 def script(name: str, values: Mapping[str, Any] | None = None) -> bytes:
-    """Returns one of the scripts of a bundle; `values` stand in the place of its @NAMES@."""
+    """Returns one of the scripts of a bundle, with `values` in place of its @NAMES@."""
     text = (files("lighten.export.bundle") / "edge" / name).read_text(encoding="utf-8")
     if not name.endswith(".py"):
         text = re.sub(r"@([A-Z_]+)@", lambda found: str((values or {})[found[1]]), text)
@@ -265,7 +265,7 @@ def requirements(note: str, pinned: Mapping[str, str]) -> bytes:
 
 
 def write_sums(out: Path) -> None:
-    """Writes the checksums of all files but those that differ from one making to the next."""
+    """Writes the checksums of all files except those that differ each time that a bundle is made."""
     names = [name for name in contents(out) if name not in (*MEASURED, SUMS)]
     write_file(out / SUMS, "".join(f"{hash_file(out / name)}  {name}\n" for name in names).encode())
 
@@ -283,15 +283,15 @@ def contents(out: Path) -> list[str]:
 
 
 def read_bytes(model: Model) -> int:
-    """Returns the bytes that decoding one token reads: weights, and the keys and values of those before it."""
+    """Returns the bytes that decoding one token reads: weights, and the keys and values of the tokens before it."""
     return model.read_per_token + DEPTH * model.cache_per_token
 
 
 def measure(out: Path, target: Target, model: Model) -> dict[str, Any]:
-    """Runs the bundle's own bench.py here for some ten seconds; returns its results and the prediction.
+    """Runs the bundle's own bench.py here for some ten seconds. Returns its results and the prediction.
 
-    The share of the memory's bandwidth that decoding reaches here (by the median token, for a busy machine has
-    outliers) is taken for that of the target.
+    The prediction assumes that the target reaches the same share of its memory's bandwidth as this machine. The share
+    is that of the median token, because a busy machine has outliers.
 
     Raises:
         Failure: it does not run here.

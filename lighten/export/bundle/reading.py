@@ -1,7 +1,7 @@
-"""A bundle as it came from somebody: which of it goes to a device.
+"""A bundle from other people, and the part of it that goes to a device.
 
-What a bundle says is read; what it brings to run is not used. The scripts and the requirements that go to a device are
-those of the lighten that is installed here.
+The facts, text and model of a bundle are read. Its scripts and requirements are not used: those that go to a device
+come from the installed lighten.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lighten.store.names import as_name
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 TEXT = "perplexity.txt"
 LONGEST = 1_000_000
-"""Bytes of a bundle's text, of its facts and of its checksums."""
+"""Maximum number of bytes of a bundle's text, of its facts and of its checksums."""
 REQUIREMENTS = "requirements.txt"
 RUN_THERE = ("python.sh", "bench.sh", "bench.py")
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,60}$")]
@@ -38,7 +38,7 @@ Count = Annotated[int, Field(ge=0, le=10**15)]
 
 
 class Facts(BaseModel):
-    """What of bundle.json bench.py reads."""
+    """The part of bundle.json that bench.py reads."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -56,7 +56,7 @@ class Facts(BaseModel):
 
 @dataclass(frozen=True)
 class Copy:
-    """What goes to the device: the model's files by name, and the others as one tar."""
+    """The files for the device: the model's files by name, and all other files as one tar."""
 
     folder: Path
     models: dict[str, str]
@@ -64,11 +64,11 @@ class Copy:
     small: bytes
     facts: Facts
     notes: tuple[str, ...] = ()
-    """What is measured otherwise than the bundle has it."""
+    """Differences between what is measured and what the bundle says."""
 
     @property
     def key(self) -> str:
-        """The checksum of it all."""
+        """Checksum of all files."""
         listing = json.dumps([sorted(self.models.items()), hashlib.sha256(self.small).hexdigest()])
         return hashlib.sha256(listing.encode()).hexdigest()
 
@@ -79,11 +79,11 @@ class Copy:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Path]:
-    """Yields the directory of a bundle, unpacked for the while if it is an archive.
+    """Yields the directory of a bundle. An archive is unpacked meanwhile.
 
     Raises:
-        RequestError: not a bundle.
-        Failure: a damaged archive, or one that goes beyond what an archive of ours can be.
+        RequestError: it is no bundle.
+        Failure: the archive is damaged, or exceeds the limits of our own archives.
     """
     if path.is_dir():
         yield path
@@ -101,7 +101,7 @@ def read_bundle(folder: Path) -> Copy:
     """Reads a bundle and checks its checksums.
 
     Raises:
-        RequestError: not a bundle.
+        RequestError: it is no bundle.
         Failure: a file is missing or damaged.
     """
     try:
@@ -146,7 +146,7 @@ def _read(file: Path) -> bytes:
 
 
 def _sent(folder: Path, facts: Facts) -> dict[str, bytes]:
-    """Returns the small files that go to the device: facts and text of the bundle, scripts and requirements of ours."""
+    """Returns the small files for the device: the bundle's facts and text, and our own scripts and requirements."""
     plain = facts.model_copy(update={"name": as_name(facts.name)})
     try:
         text = _read(folder / TEXT).decode()

@@ -1,4 +1,4 @@
-"""Settings of the export to a bundle: a GGUF file and all that a device needs to run, serve and measure it."""
+"""Settings of the export to a bundle: a GGUF file with everything that a device needs to run, serve and measure it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Bundle(Export):
 
     @property
     def gguf(self) -> Gguf:
-        """The step that makes the file."""
+        """Step that makes the file."""
         return _gguf(self.type or DEFAULT_TYPE, self.imatrix)
 
     @property
@@ -88,29 +88,29 @@ class Bundle(Export):
 
     @classmethod
     def needs(cls) -> list[tuple[str, str]]:
-        """What packs it."""
+        """Package that packs the archive."""
         return [("zstandard", "bundle")]
 
     def requires(self) -> list[tuple[str, str]]:
-        """What writes and runs the file, and what packs it."""
+        """Packages that write and run the file, and the package that packs it."""
         return [(module, "bundle") for module, _ in (*self.gguf.requires(), *self.needs())]
 
     def after(self, previous: Step | None) -> Self:
-        """Names the type where it makes the file itself; a GGUF file's own type stays."""
+        """Sets the type if the step makes the file itself. A GGUF file keeps its type."""
         if isinstance(previous, Gguf) and self.type not in (None, previous.type):
             raise RequestError(f"the source is a GGUF file of type {previous.type} already: leave out `type`")
         makes = self.type is None and not isinstance(previous, Gguf)
         return self.model_copy(update={"type": DEFAULT_TYPE}) if makes else self
 
     def check(self, facts: ModelFacts) -> None:
-        """Refuses what the GGUF step refuses, and a type that will not fit the target."""
+        """Refuses what the GGUF step refuses, and a type that does not fit the target."""
         if self.type is None:  # a GGUF file: its size is known once it is there
             return
         self.gguf.check(facts)
         self.check_size(facts)
 
     def check_source(self, form: str, facts: ModelFacts | None = None) -> None:
-        """Refuses what is neither plain weights nor a GGUF file."""
+        """Refuses everything except plain weights and GGUF files."""
         if form not in ("hf", "gguf"):
             raise RequestError(
                 f"a bundle is made of an unquantized model or a GGUF artifact, this one is {form}: "
@@ -137,7 +137,7 @@ def _gguf(type: str, imatrix: bool) -> Gguf:
 
 
 def others_of(facts: ModelFacts, tokens: int) -> Iterator[tuple[str, Need]]:
-    """Returns what every type that the model can have would take."""
+    """Returns the memory that every possible type of the model would take."""
     from lighten.export.bundle.bundle import need_of
 
     for name in TYPES:

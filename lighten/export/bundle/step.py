@@ -29,8 +29,8 @@ def run(step: Bundle, source: Artifact, out: Path, context: Context) -> dict[str
     """Writes the bundle and its archive, and returns its facts.
 
     Raises:
-        RequestError: neither a model nor a GGUF artifact.
-        Failure: the file that was made does not fit the target.
+        RequestError: the source is neither a model nor a GGUF artifact.
+        Failure: the new file does not fit the target.
     """
     step.check_source(source.format)
     target, origin = find_target(step.target), about(source)
@@ -99,7 +99,7 @@ def _model(step: Bundle, source: Artifact, out: Path, context: Context) -> dict[
 
 
 def _sizes(file: Path) -> ModelFacts | None:
-    """Returns the sizes of a model, or None where lighten does not read its architecture."""
+    """Returns the sizes of a model; None if lighten does not read its architecture."""
     try:
         return inspect(file)
     except (RequestError, Failure):
@@ -108,7 +108,7 @@ def _sizes(file: Path) -> ModelFacts | None:
 
 @contextmanager
 def _late() -> Iterator[None]:
-    """Makes a refusal that could not be known before a failure: of this variant, and of no other."""
+    """Turns a refusal that could not be known before into a failure of this variant alone."""
     try:
         yield
     except RequestError as error:

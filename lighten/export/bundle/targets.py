@@ -1,4 +1,4 @@
-"""Devices that a bundle is made for: published memory and memory bandwidth, and where they were published."""
+"""Devices for bundles: published memory and memory bandwidth, and the publications."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Target:
-    """A device. `memory_bytes` and `bandwidth` are published; `system_bytes` is what we leave to the system."""
+    """A device. `memory_bytes` and `bandwidth` are published; `system_bytes` is our assumption for the system."""
 
     name: str
     title: str
     memory_bytes: int
     bandwidth: float
-    """Bytes per second from memory to whatever multiplies, at most."""
+    """Maximum number of bytes per second from memory to what multiplies."""
     system_bytes: int
     architecture: str
     source: str
@@ -25,7 +25,7 @@ class Target:
 
     @property
     def free_bytes(self) -> int:
-        """Memory left for a model."""
+        """Bytes of memory that are left for a model."""
         return self.memory_bytes - self.system_bytes
 
 
@@ -70,17 +70,17 @@ TARGETS = {
         Target("desktop-24gb-gpu", "desktop GPU, 24 GB", 24 * GIB, 936e9, 700_000_000, "x86_64", _RTX3090, gpu=True),
     )
 }
-"""All devices, by name."""
+"""Devices by name."""
 
 SHORT = {"rpi4": "rpi4-4gb", "rpi5": "rpi5-8gb"}
-"""Shorter names of some."""
+"""Shorter names of some devices."""
 
 
 def find_target(name: str) -> Target:
     """Returns a device by its name or short name.
 
     Raises:
-        RequestError: there is no such device; lists them.
+        RequestError: the device does not exist; the message lists all devices.
     """
     low = name.casefold()
     if found := TARGETS.get(SHORT.get(low, low)):

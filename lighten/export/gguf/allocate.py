@@ -1,7 +1,7 @@
-"""A GGUF file of a given size: which of ggml's types every matrix gets.
+"""A GGUF file of a given size: the ggml type of every matrix.
 
-Every candidate type of every matrix is tried: ggml rounds the matrix, and the error of the outputs, tr(ΔW H ΔWᵀ) with
-the Gram matrix H of the inputs, is computed from what it became, times what such an error costs the loss. Then the
+Every candidate type of every matrix is tried. ggml rounds the matrix. The error of the outputs, tr(ΔW H ΔWᵀ) with the
+Gram matrix H of the inputs, is computed from the result, and multiplied by what such an error costs the loss. Then the
 types are chosen together, by the exact solution of the knapsack problem.
 """
 
@@ -34,23 +34,23 @@ NARROW = ("Q4_0", "Q4_1", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "F16")
 """Candidates for rows that are a multiple of 32 only."""
 
 MOST_ROWS = 2048
-"""Rows of a matrix that are tried, evenly spread: only an embedding or a head has many more."""
+"""Maximum number of rows of a matrix that are tried, evenly spread. Only an embedding or a head has many more."""
 _SLICE = 1 << 18
-"""Weights that one thread rounds at a time: fixed, so that sums do not depend on the number of cores."""
+"""Number of weights that one thread rounds at a time. It is fixed, so sums do not depend on the number of cores."""
 _ALIGNMENT = 32
-"""Bytes to a multiple of which GGUF pads every tensor."""
+"""Number of bytes to a multiple of which GGUF pads every tensor."""
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What errors cost: where the Grams of the sweep are, and how much the loss depends on every output."""
+    """The prices of errors: the place of the sweep's Grams, and how much the loss depends on every output."""
 
     grams: Path
     sensitivity: Sensitivity
 
 
 Costs = dict[str, dict[str, float]]
-"""By Hugging Face name and type: what that type of that matrix adds to the loss of a token, to second order."""
+"""Rise of the loss of a token, to second order, by Hugging Face name and type of a matrix."""
 
 
 def candidates(width: int) -> tuple[str, ...]:
@@ -59,12 +59,12 @@ def candidates(width: int) -> tuple[str, ...]:
 
 
 def matrices(draft: Draft) -> list[str]:
-    """Returns the Hugging Face names of what gets a type, in the order of the file."""
+    """Returns the Hugging Face names of the matrices that get a type, in the order of the file."""
     return [hf for hf in draft.names if len(draft.shapes[hf]) == 2]
 
 
 def try_types(draft: Draft, prices: Prices, weights: Importance, report: Report = silent) -> Costs:
-    """Returns what every type of every matrix costs, in the order of the file."""
+    """Returns the cost of every type of every matrix, in the order of the file."""
     names = matrices(draft)
     costs: Costs = {}
     with _workers() as pool:
@@ -75,7 +75,7 @@ def try_types(draft: Draft, prices: Prices, weights: Importance, report: Report 
 
 
 def importance_of(draft: Draft, hf: str, weights: Importance) -> Any:
-    """Returns the importance of a matrix's input channels `[in]`: all the same where it was not measured."""
+    """Returns the importance of a matrix's input channels `[in]`; all equal if it was not measured."""
     import numpy as np
 
     return weights.get(draft.names[hf], np.ones(draft.shapes[hf][1], dtype=np.float32))
@@ -83,7 +83,7 @@ def importance_of(draft: Draft, hf: str, weights: Importance) -> Any:
 
 @contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Yields one thread per core; torch keeps to the thread that calls it meanwhile."""
+    """Yields one thread per core. Meanwhile torch uses only the thread that calls it."""
     import torch
 
     before = torch.get_num_threads()
@@ -127,7 +127,7 @@ def without_leading(gram: torch.Tensor) -> torch.Tensor:
     """Returns a Gram matrix `[in, in]` without the direction of its largest eigenvalue.
 
     In some layers that direction is the massive activations of one token in hundreds (Sun et al., 2024), a thousand
-    times the rest, and one price for all tokens does not fit them. That it helps was seen on one model.
+    times the rest, and one price for all tokens does not fit them. That this helps was seen on one model.
     """
     import torch
 
@@ -167,7 +167,7 @@ def padded_bytes(shape: tuple[int, ...], type: str) -> int:
 
 
 def fixed_bytes(draft: Draft, scratch: Path) -> int:
-    """Returns the bytes of the metadata: those of a file before its first weight; `scratch` is a name to try it at."""
+    """Returns the bytes of a file before its first weight, which are the metadata; `scratch` is a name for a trial."""
     writer = draft.begin(scratch, draft.types("F16"), None)
     try:
         size: int = writer.fout[0].tell()
@@ -178,13 +178,13 @@ def fixed_bytes(draft: Draft, scratch: Path) -> int:
 
 
 def pick(draft: Draft, costs: Costs, capacity: int, fixed: int) -> tuple[dict[str, str], Choice]:
-    """Returns the type of every tensor, by Hugging Face name, and what is known of the choice.
+    """Returns the type of every tensor, by Hugging Face name, and facts about the choice.
 
     Args:
         draft: the model.
         costs: of `try_types`.
         capacity: bytes of the whole file.
-        fixed: of them, what is not matrices.
+        fixed: bytes among them that are not matrices.
     """
     options = [
         [Option(padded_bytes(draft.shapes[hf], type), cost) for type, cost in types.items()]
@@ -265,7 +265,7 @@ def _capacity(draft: Draft, fixed: int, bits: float) -> int:
 
 
 def _check_reachable(draft: Draft, capacity: int, fixed: int, metadata: int) -> None:
-    """Raises RequestError for a budget that the smallest types of all matrices exceed, before any is tried."""
+    """Raises RequestError for a budget below the smallest types of all matrices, before any is tried."""
     shapes = [draft.shapes[hf] for hf in matrices(draft)]
     smallest = fixed + sum(min(padded_bytes(shape, type) for type in candidates(shape[1])) for shape in shapes)
     if smallest > capacity:

@@ -1,7 +1,7 @@
-"""What llama.cpp needs to know of each architecture: one row a family.
+"""What llama.cpp needs to know of each architecture: one row for a family.
 
-A row says what llama.cpp calls the architecture and its tensors, what it stores otherwise than Hugging Face, and which
-keys it reads beside those that all have. The facts are those of `src/models/*.cpp` and `conversion/` of llama.cpp.
+A row has llama.cpp's names of the architecture and its tensors, what it stores differently from Hugging Face, and the
+keys that it reads besides the common ones. The facts are those of `src/models/*.cpp` and `conversion/` of llama.cpp.
 """
 
 from __future__ import annotations
@@ -62,39 +62,39 @@ def _no_objection(config: Config, facts: ModelFacts) -> str | None:
 
 @dataclass(frozen=True)
 class Family:
-    """What llama.cpp wants of one architecture."""
+    """The facts of one architecture for llama.cpp."""
 
     arch: str
-    """llama.cpp's name."""
+    """Name in llama.cpp."""
     layer: Mapping[str, str]
-    """llama.cpp's name of every module of a layer, in the order of the file."""
+    """Name in llama.cpp of every module of a layer, in the order of the file."""
     biases: tuple[str, ...] = ()
     """Modules whose bias llama.cpp adds, if there is one."""
     interleaved: bool = False
-    """Whether llama.cpp rotates neighbouring rows of a head; Hugging Face rotates rows half a head apart."""
+    """Whether llama.cpp rotates neighbouring rows of a head. Hugging Face rotates rows half a head apart."""
     norms_less_one: bool = False
-    """Whether norm weights are stored less one, and llama.cpp wants them whole."""
+    """Whether norm weights are stored less one. llama.cpp wants them whole."""
     activation: str = "silu"
     head: Literal["any", "tied", "own"] = "any"
-    """"any" may be the embedding; "tied" must be; "own" is a tensor even where it is the embedding."""
+    """Form of the head: "any" may be the embedding, "tied" must be, "own" is a tensor even if it is the embedding."""
     scalings: tuple[str, ...] = ("linear", "yarn")
-    """How positions may be scaled."""
+    """Scalings of positions that are allowed."""
     partial: bool = False
     """Whether a part of each head may be rotated."""
     windows: bool = False
-    """Whether `keys` says which layers see a sliding window; else llama.cpp lets them see all."""
+    """Whether `keys` says which layers have a sliding window. Otherwise llama.cpp has none."""
     defaults: Mapping[str, Any] | None = None
     """What config.json leaves out when it is the default of transformers, where that is not what most have."""
     keys: Callable[[Config, ModelFacts], Mapping[str, Any]] = _nothing
-    """Metadata of its own, by key without the architecture's name."""
+    """Further metadata, by key without the architecture's name."""
     factors: Callable[[Config, ModelFacts], Mapping[str, float]] = _nothing
-    """By what the weights of a module are multiplied."""
+    """Factors of the weights of modules."""
     objection: Callable[[Config, ModelFacts], str | None] = _no_objection
-    """What llama.cpp cannot do for this config, or None."""
+    """Reason why llama.cpp cannot run this config, or None."""
 
 
 def _window_keys(period: int) -> Callable[[Config, ModelFacts], dict[str, Any]]:
-    """Returns what tells the sliding windows; `period` is llama.cpp's own pattern: every so many layers sees all."""
+    """Returns the keys of sliding windows. `period` is llama.cpp's own pattern: every `period`-th layer has none."""
 
     def keys(config: Config, facts: ModelFacts) -> dict[str, Any]:
         usual = [bool((layer + 1) % period) for layer in range(facts.layers)]
@@ -125,7 +125,7 @@ def _gemma3_keys(config: Config, facts: ModelFacts) -> dict[str, Any]:
 
 
 def _query_factor(module: str, layers_of_27b: int) -> Callable[[Config, ModelFacts], dict[str, float]]:
-    """Returns what makes up for llama.cpp's own scale of the attention, which it does not read from the file."""
+    """Returns the factor that cancels llama.cpp's own scale of the attention, which it does not read from the file."""
 
     def factors(config: Config, facts: ModelFacts) -> dict[str, float]:
         theirs = facts.hidden // facts.heads if facts.layers == layers_of_27b else facts.head_dim
@@ -245,17 +245,17 @@ FAMILIES: dict[str, Family] = {
         keys=_granite_keys,
     ),
 }
-"""By the name in config.json's `architectures`. Falcon3 models are `LlamaForCausalLM`."""
+"""Families by the name in config.json's `architectures`. Falcon3 models are `LlamaForCausalLM`."""
 
 
 def family_of(facts: ModelFacts) -> Family:
     """Returns the row of a model.
 
-    llama.cpp's qwen2 takes the heads together to be as wide as the hidden states. Where heads were pruned they are
-    not, and its llama, which has optional biases and only rotates other pairs of rows, computes the same.
+    In llama.cpp's qwen2, all heads together must be as wide as the hidden states. With pruned heads they are not.
+    llama.cpp's llama has optional biases and only rotates other pairs of rows, so it computes the same.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is no row.
     """
     if facts.architecture not in FAMILIES:
         raise RequestError(f"GGUF export does not know {facts.architecture}; it knows {', '.join(FAMILIES)}")

@@ -1,4 +1,4 @@
-"""ggml's own rounding of a matrix, and back, through llama.cpp's library."""
+"""ggml's own rounding of a matrix, and its inverse, through llama.cpp's library."""
 
 from __future__ import annotations
 

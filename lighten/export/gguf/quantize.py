@@ -1,4 +1,4 @@
-"""A GGUF file quantized by llama.cpp: its types, its importance matrix, and what came of it."""
+"""A GGUF file quantized by llama.cpp: its types, its importance matrix, and the facts of the result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ Importance = Mapping[str, "np.ndarray[Any, np.dtype[np.float32]]"]
 def importance(grams: Path, facts: ModelFacts) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     """Returns llama.cpp's importance matrix, mean x² per input channel `[in]`, by GGUF tensor name.
 
-    A channel the calibration data left at zero gets a millionth of the mean, for llama.cpp divides by sums of these.
+    A channel that the calibration data left at zero gets a millionth of the mean, because llama.cpp divides by sums of
+    these.
     """
     import numpy as np
 
@@ -63,7 +64,7 @@ def quantize(f: Path, out: Path, type: str, imatrix: Importance | None = None, r
         out: the file to write.
         type: one of TYPES that is not plain.
         imatrix: importance of every input channel by tensor name (see `importance`), or None.
-        report: told of every tensor.
+        report: called for every tensor.
 
     Raises:
         Failure: llama.cpp failed; its own words are in the message.
@@ -120,12 +121,12 @@ def _log(library: Library, report: Report) -> Iterator[list[str]]:
 
 
 def describe(file: Path, type: str) -> dict[str, Any]:
-    """Returns what a GGUF file holds, read back from it.
+    """Returns the facts of a GGUF file, read from it.
 
     `tensor_types` counts tensors by type. `bits_per_weight` is the bytes of all tensors over all their elements.
-    `fallbacks` counts the matrices of a K-quant file whose rows are not a multiple of 256, so that llama.cpp took
-    another type for them than the K-quant it wanted, and names them by kind. The head (the embedding where they are
-    tied) is not counted: llama.cpp gives it Q8_0 then and does not call it a fallback.
+    `fallbacks` counts the matrices of a K-quant file whose rows are not a multiple of 256, and names the modules.
+    llama.cpp gives them another type than the K-quant. The head (the embedding if they are tied) does not count:
+    llama.cpp gives it Q8_0 then and does not call it a fallback.
     """
     from gguf import GGMLQuantizationType
 

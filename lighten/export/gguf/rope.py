@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Rotation:
-    """What a file says of it."""
+    """The metadata and tensors of the rotation."""
 
     dimensions: int
-    """How much of each head is rotated."""
+    """Number of dimensions of each head that are rotated."""
     keys: dict[str, Any]
     """Metadata, by key without the architecture's name."""
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    """What frequencies are divided by, float32 `[dimensions / 2]`, by the tensor's name."""
+    """Divisors of the frequencies, float32 `[dimensions / 2]`, by the tensor's name."""
     warnings: list[str] = field(default_factory=list)
 
 
 def rotation(config: dict[str, Any], facts: ModelFacts, family: Family) -> Rotation:
-    """Reads `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before).
+    """Reads `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (earlier versions).
 
     Raises:
-        RequestError: llama.cpp cannot rotate like that for this architecture.
+        RequestError: llama.cpp cannot rotate in this way for this architecture.
     """
     now = config.get("rope_parameters") or {}
     settings = {**(config.get("rope_scaling") or {}), **now.get("full_attention", now)}
@@ -66,7 +66,7 @@ def rotation(config: dict[str, Any], facts: ModelFacts, family: Family) -> Rotat
 
 
 def _yarn(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the keys of YaRN; llama.cpp multiplies the attention factor by the paper's 0.1 ln(s) + 1 itself."""
+    """Returns the keys of YaRN. llama.cpp itself multiplies the attention factor by the paper's 0.1 ln(s) + 1."""
     unread = {"beta_fast": (None, 32), "beta_slow": (None, 1), "mscale": (None, 0), "mscale_all_dim": (None, 0)}
     odd = [key for key, usual in {**unread, "truncate": (None, True)}.items() if settings.get(key) not in usual]
     if odd:

@@ -24,12 +24,13 @@ _READABLE = ("hf", *FORMATS)
 """Formats of directories whose weights can be read, or unpacked."""
 
 _WRITE_SECONDS = 2e-8
-"""Per weight, to write the plain file: 2.5 s for SmolLM2-135M on two cores."""
+"""Seconds per weight to write the plain file: 2.5 s for SmolLM2-135M on two cores."""
 _QUANTIZE_SECONDS = {"Q8": 5e-9, "Q4_": 5e-9, "Q5_": 5e-9, "Q": 1.5e-8, "TQ": 5e-9, "IQ4": 6e-8, "IQ": 3e-7}
-"""Per weight, by how the type's name begins: 0.6 s for Q8_0 of SmolLM2-135M on two cores, 2 s for Q4_K_M."""
+"""Seconds per weight, by the beginning of the type's name. SmolLM2-135M on two cores: 0.6 s for Q8_0, 2 s for Q4_K_M.
+"""
 
 _TRY_SECONDS = 5e-7
-"""Per weight, to try all types: 65 s of one core's time for SmolLM2-135M."""
+"""Seconds per weight to try all types: 65 s of one core's time for SmolLM2-135M."""
 
 
 def _bytes(size: Any) -> Any:
@@ -84,15 +85,15 @@ class Gguf(Export):
         return self.type not in PLAIN
 
     def needs_sweep(self) -> bool:
-        """True with an importance matrix: it is the diagonal of the Grams. A budget needs all of them."""
+        """True with an importance matrix (the diagonal of the Grams) or a budget (the whole Grams)."""
         return self.imatrix and self.rounded
 
     def needs_sensitivity(self) -> bool:
-        """True with a budget: errors of different matrices are weighed by what they cost the loss."""
+        """True with a budget: errors of different matrices are weighed by their cost for the loss."""
         return self.budget is not None
 
     def exact(self, facts: ModelFacts) -> bool:
-        """F32 holds what a source of 32 bits has, and F16 more of it than bfloat16."""
+        """F32 holds everything of a source of 32 bits, and F16 holds more of it than bfloat16."""
         return self.type in ("F32", "F16")
 
     @classmethod
@@ -102,7 +103,7 @@ class Gguf(Export):
 
     @classmethod
     def needs(cls) -> list[tuple[str, str]]:
-        """`gguf` to write, llama.cpp to quantize and to compare."""
+        """Packages: `gguf` to write, llama.cpp to quantize and to compare."""
         return [("gguf", "gguf"), (llama_library.module(), "gguf")]
 
     def check(self, facts: ModelFacts) -> None:
@@ -118,7 +119,7 @@ class Gguf(Export):
             )
 
     def check_source(self, form: str, facts: ModelFacts) -> None:
-        """Refuses what is no model directory, and Grams of quantized weights."""
+        """Refuses everything except model directories, and Grams of quantized weights."""
         if form not in _READABLE:
             raise RequestError(f"GGUF export reads model directories, this one is {form}")
         if form != "hf" and self.needs_sweep():
@@ -136,7 +137,7 @@ class Gguf(Export):
             read_vocabulary(folder, facts.vocab, read_config(folder))
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
-        """Returns the size of the file, the largest tensor in memory, and time by what SmolLM2-135M took.
+        """Returns the size of the file, the largest tensor in memory, and the time that SmolLM2-135M took.
 
         While it runs, the step also holds the plain file, unless there is a budget: 2 bytes a weight.
         """
@@ -165,7 +166,7 @@ def _quantize_seconds(type: str) -> float:
 
 
 def _trial_flops(facts: ModelFacts) -> float:
-    """Returns what the output errors of ten types of every matrix take: products of the rounding errors with H."""
+    """Returns the operations for the output errors of ten types of every matrix: products of rounding errors with H."""
     hidden, queries = facts.hidden, facts.heads * facts.head_dim
     weighed = hidden * hidden * (queries + 2 * facts.kv_heads * facts.head_dim) + queries * queries * hidden
     weighed += hidden * hidden * 2 * facts.intermediate + facts.intermediate**2 * hidden

@@ -1,4 +1,4 @@
-"""A GGUF file cut into parts, as llama.cpp's gguf-split makes them: it opens the first and finds the others."""
+"""A GGUF file cut into parts, in the form of llama.cpp's gguf-split. llama.cpp opens the first and finds the rest."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def part_name(stem: str, number: int, count: int) -> str:
 
 
 def split(file: Path, limit: int, report: Report = silent) -> list[Path]:
-    """Cuts a file that is larger than `limit` bytes into parts of at most that, and removes it.
+    """Cuts a file that is larger than `limit` bytes into parts of at most `limit` bytes, and removes the file.
 
-    A tensor is never cut: a part with one that is larger than the limit is larger too.
+    A tensor is never cut. If one tensor is larger than the limit, its part is larger too.
 
     Args:
         file: the whole file.
         limit: bytes of a part.
-        report: told of every tensor written.
+        report: called for every written tensor.
 
     Returns:
-        The parts, or the file itself where it is small enough.
+        The parts; the file itself if it is small enough.
 
     Raises:
         RequestError: the limit does not even hold the metadata.

@@ -1,7 +1,7 @@
 """The tokenizer of a Hugging Face directory as the metadata of a GGUF file.
 
-llama.cpp has three kinds: byte-level BPE ("gpt2"), BPE over characters with a fallback to bytes, as SentencePiece makes
-it for Llama and Gemma ("llama"), and SentencePiece's unigram model ("t5").
+llama.cpp has three tokenizer models: byte-level BPE ("gpt2"), BPE over characters with a fallback to bytes, as in
+SentencePiece for Llama and Gemma ("llama"), and SentencePiece's unigram model ("t5").
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _NAMES = ("bos", "eos", "unk", "pad")
 _MESSAGE_ENDS = ("<|eom_id|>",)
 _TURN_ENDS = re.compile(r"eot|im_end|end_of_turn|end_of_role|<\|end\|>|<\|user\|>|<turn\|>")
-"""How tokens that end a turn are mostly named; such a one goes before others."""
+"""Usual names of tokens that end a turn. Such a token has priority."""
 _KNOWN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>")
-"""Some of the names that llama.cpp takes for ends by itself."""
+"""Some of the names that llama.cpp itself takes for ends."""
 _NEVER = -1e6
 """Score of tokens that only pad the vocabulary."""
 
 
 @dataclass
 class Vocabulary:
-    """What a GGUF file says of its tokenizer."""
+    """The tokenizer in the form of a GGUF file."""
 
     model: str
     """ "gpt2", "llama" or "t5"."""
@@ -47,13 +47,13 @@ class Vocabulary:
     scores: list[float] = field(default_factory=list)
     add_space_prefix: bool = False
     merge_spaces: bool = False
-    """Whether runs of spaces become one, and those at the ends none."""
+    """Whether runs of spaces become one space, and spaces at the ends none."""
     charsmap: bytes = b""
-    """SentencePiece's table of what characters become."""
+    """Table of SentencePiece that maps characters."""
     strips: bool = False
     """Whether spaces after special tokens are dropped, as Phi-3 wants it."""
     templates: dict[str, str] = field(default_factory=dict)
-    """Chat templates by name; the one called "default" is used where none is asked for."""
+    """Chat templates by name. "default" is used if no other is asked for."""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -148,7 +148,7 @@ def _tokens(tokenizer: Json, size: int, source: Path) -> tuple[list[str], list[i
 
 
 def _stripping(tokenizer: Json, tokens: list[str]) -> tuple[bool, list[str]]:
-    """Returns whether special tokens strip what follows as llama.cpp does it for Phi-3, and what it does not strip."""
+    """Returns whether special tokens strip what follows, as llama.cpp does for Phi-3, and which of them do not."""
     added = tokenizer.get("added_tokens", [])
     strip = [one["content"] for one in added if one.get("lstrip") or one.get("rstrip")]
     plain = {"<unk>", "<s>", "<|endoftext|>"}
@@ -174,9 +174,9 @@ def _special_ids(settings: Json, config: Json, tokens: list[str]) -> dict[str, i
 
 
 def _adds(tokenizer: Json, settings: Json, ids: dict[str, int]) -> tuple[bool, bool]:
-    """Returns whether encoding a text puts BOS first and EOS last, as transformers 5 does it.
+    """Returns whether encoding a text puts BOS first and EOS last, as in transformers 5.
 
-    What tokenizer_config.json says goes before the post-processor of tokenizer.json.
+    tokenizer_config.json has priority over the post-processor of tokenizer.json.
     """
     from tokenizers import Tokenizer
 
@@ -193,7 +193,7 @@ def _add_ends(vocabulary: Vocabulary, told: list[int]) -> list[str]:
     """Puts the ends of a text beyond EOS where llama.cpp looks for them: end of turn, then end of message.
 
     Returns:
-        What the person should know of ends that have no place.
+        Notes for the person on ends that have no place.
     """
     size = len(vocabulary.tokens)
     further = [index for index in told if index != vocabulary.ids.get("eos") and 0 <= index < size]
@@ -218,9 +218,9 @@ def _check_normalizer(tokenizer: Json) -> None:
 
 
 def _scores(tokenizer: Json, merges: list[str], size: int) -> tuple[list[float], int]:
-    """Returns scores by which joining the best-scored neighbours follows the merges, and how many pairs do not.
+    """Returns scores by which joining the best-scored neighbours follows the merges, and the number of wrong pairs.
 
-    A token scores the better, the earlier its first merge. The scores of tokenizer.model give the same order, as
+    The earlier a token's first merge, the better its score. The scores of tokenizer.model give the same order, because
     the merges were made from them.
     """
     vocab: dict[str, int] = tokenizer["model"]["vocab"]
@@ -240,7 +240,7 @@ def _scores(tokenizer: Json, merges: list[str], size: int) -> tuple[list[float],
 
 
 def _space_prefix(tokenizer: Json) -> tuple[bool, list[str]]:
-    """Returns whether a text gets a space put before it, and what llama.cpp will do differently."""
+    """Returns whether a space is put before a text, and what llama.cpp does differently."""
     steps = _flat(tokenizer.get("normalizer"), "normalizers") + _flat(tokenizer.get("pre_tokenizer"), "pretokenizers")
     prefix, escaped, warnings = False, False, []
     for step in steps:
@@ -263,7 +263,7 @@ def _add_unigram(vocabulary: Vocabulary, tokenizer: Json) -> None:
     """Fills in what llama.cpp needs for a unigram model, and says where it will differ.
 
     Raises:
-        RequestError: a step that it has nothing for.
+        RequestError: llama.cpp has nothing for a step.
     """
     model = tokenizer["model"]
     if model.get("byte_fallback"):

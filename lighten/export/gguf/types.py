@@ -1,4 +1,4 @@
-"""llama.cpp's names of what the weights of a file are rounded to."""
+"""llama.cpp's names of the types to which the weights of a file are rounded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TypeName = Literal[
     "IQ1_S",
     "budget",
 ]
-"""What `type` may say: a key of TYPES, or "budget" for a type chosen for every tensor."""
+"""Values of `type`: a key of TYPES, or "budget" for a type chosen for every tensor."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Type:
 
     ftype: int
     bits: float
-    """Per weight, where every row is a multiple of 256 (or 32, for types with such blocks): for predictions."""
+    """Bits per weight if every row is a multiple of 256 (or 32, for types with such blocks), for predictions."""
     fallback_bits: float | None = None
-    """The same where rows of the hidden size are not a multiple of 256; None where that does not matter."""
+    """Bits per weight if rows of the hidden size are no multiple of 256; None if that does not matter."""
     needs_imatrix: bool = False
-    """llama.cpp refuses to round some tensors to it without an importance matrix."""
+    """Whether llama.cpp refuses to round some tensors to it without an importance matrix."""
     block: int = 1
-    """Rows must be multiples of it, for llama.cpp has no other type to fall back to."""
+    """Number of which rows must be multiples, because llama.cpp has no other type to fall back to."""
 
 
 TYPES: dict[str, Type] = {

@@ -15,6 +15,6 @@ print(model("{PROMPT}", max_tokens=20)["choices"][0]["text"])
 
 
 def usage(files: Sequence[str]) -> Usage | None:
-    """Returns what opens the first .gguf file; None where there is none."""
+    """Returns the code that opens the first .gguf file; None if there is none."""
     named = sorted(name for name in files if name.endswith(".gguf"))
     return Usage("llama-cpp-python", CODE.replace("FILE", named[0])) if named else None

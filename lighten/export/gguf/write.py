@@ -1,4 +1,4 @@
-"""A Hugging Face model directory as a GGUF file, one tensor at a time; the same input gives the same bytes."""
+"""A Hugging Face model directory as a GGUF file, one tensor at a time. The same input gives the same bytes."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def write(
 
 
 class Draft:
-    """A model directory on its way into a GGUF file: names, shapes and metadata, and one weight at a time."""
+    """A model directory that becomes a GGUF file: names, shapes and metadata, and one weight at a time."""
 
     def __init__(self, source: Path, about: Mapping[str, str] | None = None) -> None:
-        """Reads everything but the weights; `about` and what is raised are those of `write`."""
+        """Reads everything except the weights. `about` and the errors are those of `write`."""
         try:
             import gguf  # noqa: F401
         except ImportError as error:
@@ -88,21 +88,21 @@ class Draft:
             self.vocabulary = read_vocabulary(source, self.facts.vocab, self.config)
         packed = self.checkpoint.quantization is not None
         self.stored_type = "F32" if packed else _plain_type(self.checkpoint.tensor(EMBEDDING).dtype)
-        """The smallest plain type that holds the matrices as they are."""
+        """Smallest plain type that holds the matrices without rounding."""
         self.factors = self.family.factors(self.config, self.facts)
 
     @property
     def warnings(self) -> list[str]:
-        """What the person should know of where llama.cpp will differ from transformers."""
+        """Remarks for the person on where llama.cpp will differ from transformers."""
         window = [] if self.family.windows else _window_warning(self.config)
         return [*self.vocabulary.warnings, *window, *self.rotation.warnings]
 
     def types(self, matrices: str) -> dict[str, str]:
-        """Returns the type of every tensor, by Hugging Face name, where all matrices have the same."""
+        """Returns the type of every tensor, by Hugging Face name, if all matrices have the same type."""
         return {hf: matrices if len(self.shapes[hf]) > 1 else "F32" for hf in self.names}
 
     def weight(self, hf: str) -> torch.Tensor:
-        """Returns one tensor as llama.cpp wants it, in the type it is stored in unless it had to be computed."""
+        """Returns one tensor as llama.cpp wants it, in its stored type unless it had to be computed."""
         from lighten.model.gguf_source import interleave
 
         weight = self.checkpoint.tensor(EMBEDDING if hf == HEAD and self.facts.tied else hf)
@@ -116,7 +116,7 @@ class Draft:
         return interleave(weight, heads) if heads and self.family.interleaved else weight
 
     def begin(self, file: Path, types: Mapping[str, str], file_type: int | None) -> Any:
-        """Writes everything but the weights into a file, and returns gguf's writer, open."""
+        """Writes everything except the weights into a file, and returns gguf's open writer."""
         import gguf
 
         writer = gguf.GGUFWriter(file, self.family.arch)
@@ -187,7 +187,7 @@ def _plain_type(dtype: torch.dtype) -> str:
 
 
 def _check(family: Family, config: dict[str, Any], facts: ModelFacts) -> None:
-    """Raises RequestError for what llama.cpp's architecture cannot express."""
+    """Raises RequestError for a model that llama.cpp's architecture cannot express."""
     activation = config.get("hidden_activation") or config.get("hidden_act") or family.activation
     if activation != family.activation and {activation, family.activation} != {"silu", "swish"}:
         raise RequestError(
@@ -241,7 +241,7 @@ def tensor_bytes(shape: tuple[int, ...], kind: str) -> int:
 
 
 def _cast(weight: torch.Tensor, kind: str, where: str) -> Any:
-    """Returns the numbers of a tensor as numpy holds them: float32, or 16 bits as they are."""
+    """Returns the numbers of a tensor as numpy holds them: float32, or 16 bits unchanged."""
     import torch
 
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
@@ -252,10 +252,10 @@ def _cast(weight: torch.Tensor, kind: str, where: str) -> Any:
 
 
 def _name(about: Mapping[str, str], facts: ModelFacts, vocabulary: Vocabulary) -> str:
-    """Returns the model's name, which llama.cpp reads: in one with "phi-3" it strips what follows special tokens.
+    """Returns the model's name. llama.cpp reads it: if the name has "phi-3", it strips what follows special tokens.
 
-    So where the tokenizer does not do that (or lacks a token that llama.cpp then looks up), the name is spelled
-    otherwise, and where it does, the name says so.
+    If the tokenizer does not strip (or lacks a token that llama.cpp then needs), the name is spelled differently. If
+    the tokenizer strips, the name says so.
     """
     name = about.get("name") or about.get("source") or facts.architecture
     if vocabulary.strips:
@@ -293,7 +293,7 @@ def _add_sizes(writer: Any, config: dict[str, Any], facts: ModelFacts, rotation:
 
 
 def _add_keys(writer: Any, arch: str, keys: Mapping[str, Any]) -> None:
-    """Writes keys of the architecture, each in the type that its value has."""
+    """Writes keys of the architecture, each with the type of its value."""
     adders: dict[type, Any] = {
         bool: writer.add_bool,
         int: writer.add_uint32,

@@ -10,7 +10,7 @@ from lighten.export.onnx.quiet import quiet
 
 
 def round_weights(path: Path) -> None:
-    """Rounds the weights of products to 8 bits by onnxruntime; what enters them is rounded as it comes.
+    """Rounds the weights of products to 8 bits by onnxruntime; their inputs are rounded as they come.
 
     `DynamicQuantizeLinear` and `MatMulInteger` are operators of ONNX itself.
     """
@@ -37,7 +37,7 @@ def round_weights(path: Path) -> None:
 
 
 def _rewrite(source: Path, target: Path) -> None:
-    """Writes a graph again under the name `target`, and removes the other."""
+    """Writes a graph again under the name `target`, and removes the old one."""
     import onnx_ir as ir
 
     model = ir.load(source)

@@ -1,8 +1,8 @@
 """A Hugging Face model directory as an ONNX directory, by the model builder of onnxruntime-genai.
 
-The builder lays out the graph and rounds the weights that are not rounded yet. What it does not do is done here
-afterwards: weights of GPTQ and AWQ checkpoints take their places, and embedding and head are kept at 8 bits. The same
-input gives the same bytes.
+The builder lays out the graph and rounds the weights that are not rounded yet. Two things are done here afterwards:
+weights of GPTQ and AWQ checkpoints replace the builder's, and embedding and head stay at 8 bits. The same input gives
+the same bytes.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ def write(source: Path, out: Path, step: Onnx, context: Context) -> dict[str, An
 
 
 def build(source: Path, out: Path, precision: str, provider: str, options: dict[str, Any], report: Report) -> None:
-    """Calls the builder on a model directory; nothing is fetched, and what it prints is taken for progress.
+    """Calls the builder on a model directory. Nothing is fetched, and what it prints becomes progress.
 
     Raises:
-        RequestError: it refuses the model or a setting.
+        RequestError: the builder refuses the model or a setting.
     """
     try:
         from onnxruntime_genai.models import builder
@@ -121,7 +121,7 @@ def _kept_nodes(patterns: Sequence[str], layers: int) -> list[str]:
     """Returns the nodes of the linears that patterns name.
 
     Raises:
-        RequestError: a pattern that names none.
+        RequestError: a pattern names none.
     """
     names = {
         f"model.layers.{layer}.{_BLOCK[part]}.{linear}": f"/model/layers.{layer}/{part}/{linear}/MatMul"
@@ -156,7 +156,7 @@ def _alike(quantized: Quantized, layers: int) -> bool:
 
 
 def _without_codes(quantized: Quantized, out: Path) -> None:
-    """Writes a checkpoint with empty weights in the place of quantized ones: the builder only needs their shapes."""
+    """Writes a checkpoint with empty weights in place of quantized ones. The builder only needs their shapes."""
     import torch
 
     from lighten.model.shards import ShardWriter
@@ -193,10 +193,10 @@ def finish(folder: Path, out: Path, step: Onnx, precision: str, quantized: Quant
 
 
 def _builder_version() -> str:
-    """Returns the version of the builder as its package has it.
+    """Returns the version of the builder from its package.
 
-    The builder itself adds the commit of whatever repository its environment lies in, so that the bytes of a file would
-    depend on a checkout that has nothing to do with it.
+    The builder itself adds the commit of the repository around its environment. Then the bytes of a file would depend
+    on an unrelated checkout.
     """
     import onnxruntime_genai
 
@@ -205,7 +205,7 @@ def _builder_version() -> str:
 
 
 def _place(surgery: Any, quantized: Quantized) -> None:
-    """Replaces products of the graph by those of a checkpoint's quantized linears."""
+    """Replaces products of the graph by a checkpoint's quantized linears."""
     left = set(quantized.names)
     for node in surgery.products():
         names = _linears(node, left)
@@ -254,7 +254,7 @@ def _layers(source: Path) -> int:
 
 
 class _Listener(io.TextIOBase):
-    """Takes what the builder prints and tells progress: layers read."""
+    """Takes the builder's output and reports progress: the layers it has read."""
 
     def __init__(self, report: Report, layers: int) -> None:
         self._report, self._layers = report, layers

@@ -1,4 +1,4 @@
-"""Changes to a graph of onnxruntime-genai's builder: products, embedding and head of other weights."""
+"""Changes to a graph of onnxruntime-genai's builder: other weights for products, embedding and head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEAD = "/lm_head/MatMul"
 
 
 class Surgery:
-    """A graph under change."""
+    """A graph that is being changed."""
 
     def __init__(self, model: ir.Model, accuracy_level: int) -> None:
         self.graph = model.graph
@@ -29,7 +29,7 @@ class Surgery:
         return [name for name, node in self._nodes.items() if node.op_type == "MatMul"]
 
     def replace(self, name: str, packed: Packed) -> None:
-        """Puts a `MatMulNBits` in the place of a product."""
+        """Puts a `MatMulNBits` in place of a product."""
         node = self._nodes[name]
         entering, old, output = node.inputs[0], node.inputs[1], node.outputs[0]
         assert entering is not None and old is not None
@@ -53,9 +53,9 @@ class Surgery:
             del self.graph.initializers[str(old.name)]
 
     def embed(self, kind: str, block_size: int) -> dict[str, Any]:
-        """Gives embedding and head the precision `kind`; returns facts of what that takes.
+        """Gives embedding and head a precision. Returns facts about their bytes.
 
-        The head keeps what `replace` gave it. Embedding and head are one constant where the builder made them so.
+        The head keeps the weights of `replace`. Embedding and head are one constant if the builder made them so.
         """
         lookup = next(
             (node for name, node in self._nodes.items() if name.startswith("/model/embed_tokens/Gather")), None
@@ -150,12 +150,12 @@ class Surgery:
         return value
 
     def _swap(self, old: ir.Node, new: ir.Node, output: ir.Value) -> None:
-        """Puts a node in the place of another; its output takes over name, type and users."""
+        """Puts a node in place of another. Its output takes over name, type and users."""
         ir.convenience.replace_nodes_and_values(self.graph, old, [old], [new], [output], [new.outputs[0]])
 
 
 def _weights(value: ir.Value, kind: str) -> int:
-    """Returns how many weights a constant of the embedding or the head holds."""
+    """Returns the number of weights of a constant of the embedding or the head."""
     if value.const_value is None or len(value.const_value.shape) < 2:
         return 0
     count = int(np.prod(value.const_value.shape.numpy()))

@@ -24,15 +24,15 @@ from lighten.step import Context
 
 OPSET = 20
 TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}
-"""Largest difference from torch, relative to the largest output."""
+"""Largest allowed difference from torch, relative to the largest output."""
 
 
 def write(source: Path, out: Path, facts: ModelFacts, precision: str, context: Context) -> dict[str, Any]:
     """Writes the graphs of a model into the existing directory `out`, and returns facts.
 
     Raises:
-        RequestError: a missing package, or a model that transformers has no class for.
-        Failure: torch cannot trace the model, or a graph does not compute the same.
+        RequestError: a package is missing, or transformers has no class for the model.
+        Failure: torch cannot trace the model, or a graph computes something else.
     """
     try:
         import onnx
@@ -150,7 +150,7 @@ def _compare(part: Traced, path: Path, tolerance: float) -> None:
 
 
 def open_session(path: Path) -> Any:
-    """Returns an onnxruntime session on the CPU that reports nothing but errors."""
+    """Returns an onnxruntime session on the CPU that reports only errors."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

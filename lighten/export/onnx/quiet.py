@@ -1,4 +1,4 @@
-"""Keeps libraries that print whatever they do from printing."""
+"""Keeps libraries that print everything they do from printing."""
 
 from __future__ import annotations
 

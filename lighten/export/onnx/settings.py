@@ -32,13 +32,13 @@ BUILDER = (
     "Ernie4_5ForCausalLM",
     "HunYuanDenseV1ForCausalLM",
 )
-"""The dense text models that the builder of onnxruntime-genai knows."""
+"""Dense text models that the builder of onnxruntime-genai knows."""
 KEPT = tuple(name for name, each in FORMATS.items() if each.read_by_onnx)
-"""Formats whose weights go into the graph as they are."""
+"""Formats whose weights go into the graph unchanged."""
 _BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8": 9.0, "int4": 5.0}
-"""Bits per weight with a float32 scale for every 32 weights, for predictions."""
+"""Bits per weight, with a float32 scale for every 32 weights, for predictions."""
 _SECONDS = 1.5e-7
-"""Per weight: 20 s for SmolLM2-135M on two cores."""
+"""Seconds per weight: 20 s for SmolLM2-135M on two cores."""
 
 
 class Onnx(Export):
@@ -78,11 +78,11 @@ class Onnx(Export):
 
     @property
     def rounded(self) -> bool:
-        """Whether weights are rounded, or products computed in 16 bits: GPTQ and AWQ sources were before."""
+        """Whether weights are rounded, or products computed in 16 bits. GPTQ and AWQ sources are already rounded."""
         return (self.precision or ("fp32" if self.graph == "plain" else "int4")) != "fp32"
 
     def resolved_graph(self, facts: ModelFacts) -> Literal["genai", "plain"]:
-        """Returns the kind of graph for a model."""
+        """Returns the type of graph for a model."""
         return self.graph or ("genai" if facts.family == "causal" else "plain")
 
     def resolved_precision(self, facts: ModelFacts) -> str:
@@ -90,7 +90,7 @@ class Onnx(Export):
         return self.precision or ("int4" if self.resolved_graph(facts) == "genai" else "fp32")
 
     def exact(self, facts: ModelFacts) -> bool:
-        """Plain numbers of 32 or 16 bits are written as they are."""
+        """Whether plain numbers of 32 or 16 bits are written unchanged."""
         return self.resolved_precision(facts) in ("fp32", "fp16")
 
     @classmethod
@@ -100,17 +100,17 @@ class Onnx(Export):
 
     @classmethod
     def needs(cls) -> list[tuple[str, str]]:
-        """What writes the graph, and what runs it."""
+        """Packages that write the graph, and packages that run it."""
         names = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript")
         return [(name, "onnx") for name in names]
 
     def promises(self) -> dict[str, Any]:
-        """The graph runs on its own provider; one in bf16, which numpy lacks, is compared by its tokenizer only."""
+        """The graph runs on its own provider. numpy lacks bf16, so only the tokenizer of such a graph is compared."""
         given = super().promises()
         return {**given, "device": self.provider, **({"tokens": 0} if self.precision == "bf16" else {})}
 
     def check(self, facts: ModelFacts) -> None:
-        """Refuses what the kind of graph cannot hold for such a model."""
+        """Refuses what the type of graph cannot hold for such a model."""
         precision = self.resolved_precision(facts)
         if self.resolved_graph(facts) == "plain":
             allowed = ("fp32", "fp16", "int8") if facts.family == "causal" else ("fp32", "int8")
@@ -131,7 +131,7 @@ class Onnx(Export):
             raise RequestError("onnxruntime has no bf16 arithmetic on CPUs: use fp32, or provider: cuda")
 
     def check_source(self, form: str, facts: ModelFacts) -> None:
-        """Refuses quantized weights that the kind of graph has no operator for."""
+        """Refuses quantized weights for which the type of graph has no operator."""
         if form not in ("hf", *KEPT):
             raise RequestError(
                 f"ONNX export reads unquantized, GPTQ and AWQ models, this one is {form}: export its source, "

@@ -17,7 +17,7 @@ def run(step: Onnx, source: Artifact, out: Path, context: Context) -> dict[str, 
     """Writes the directory and returns its facts.
 
     Raises:
-        RequestError: a source that has no ONNX form.
+        RequestError: the source has no ONNX form.
     """
     facts = Checkpoint(source.path).facts
     step.check(facts)

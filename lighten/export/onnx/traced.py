@@ -1,9 +1,9 @@
-"""What the exporter traces for each family of models: modules, example inputs and the names of what they take.
+"""What the exporter traces for each family of models: modules, example inputs and the names of the inputs.
 
-A causal language model becomes `model.onnx`, which takes ids, mask, positions and a key-value cache and gives logits
+A causal language model becomes `model.onnx`, which takes ids, mask, positions and a key-value cache, and gives logits
 and the longer cache. An encoder becomes `model.onnx` without a cache. A sequence-to-sequence model becomes
 `encoder_model.onnx`, which also gives the keys and values that the decoder's layers attend to, and
-`decoder_model.onnx`, which takes them beside its own cache.
+`decoder_model.onnx`, which takes them besides its own cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Traced:
-    """A module to trace, with example inputs, their dynamic axes and the names of all that enters and leaves."""
+    """A module to trace, with example inputs, their dynamic axes and the names of all inputs and outputs."""
 
     file: str
     module: nn.Module
@@ -89,7 +89,7 @@ class _SourceCell(nn.Module):
 
 
 class _TargetCell(nn.Module):
-    """The decoder of a sequence-to-sequence model, with its own cache and what it attends to."""
+    """The decoder of a sequence-to-sequence model, with its own cache and the states that it attends to."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ def _ids(model: Any, *shape: int) -> Tensor:
 
 
 def _random(pairs: Pairs, length: int) -> Pairs:
-    """Returns a cache of another length, of the sizes of `pairs`."""
+    """Returns a cache of another length, with the sizes of `pairs`."""
     generator = torch.Generator().manual_seed(0)
 
     def made(like: Tensor) -> Tensor:

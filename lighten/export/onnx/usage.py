@@ -28,7 +28,7 @@ print([(each.name, each.shape, each.type) for each in session.get_inputs()])
 
 
 def usage(files: Sequence[str]) -> Usage | None:
-    """Returns what opens it: onnxruntime-genai where that was told about the graph, else onnxruntime."""
+    """Returns the code that opens the graph: onnxruntime-genai if it is configured for the graph, else onnxruntime."""
     if "genai_config.json" in files:
         return Usage("onnxruntime-genai", GENAI)
     named = sorted(name for name in files if name.endswith(".onnx"))

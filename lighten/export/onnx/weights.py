@@ -1,9 +1,9 @@
-"""Quantized weights as the operators of onnxruntime hold them.
+"""Quantized weights in the form of onnxruntime's operators.
 
 `MatMulNBits` takes a weight `[out, in]` as codes in blocks along the inputs, packed lowest bits first, with a scale and
-a zero point for every block. Whatever a GPTQ or AWQ checkpoint stores fits into it without a change of value: groups
-are cut into blocks whose length is a power of two, 3-bit codes take the place of 4-bit ones, and where groups are not
-runs of neighbouring inputs the inputs are put in order by a `Gather` first.
+a zero point for every block. Everything that a GPTQ or AWQ checkpoint stores fits into it without a change of value.
+Groups are cut into blocks whose length is a power of two. 3-bit codes take the place of 4-bit codes. If groups are not
+runs of neighbouring inputs, a `Gather` puts the inputs in order first.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class Packed:
     scales: torch.Tensor
     """`[out, blocks]`."""
     zeros: torch.Tensor | None
-    """`[out, bytes]`, uint8; None where all are in the middle."""
+    """Zero points, `[out, bytes]`, uint8; None if all are in the middle."""
     order: torch.Tensor | None
-    """Which input goes to each place, `[in]`; None where they stay."""
+    """Input for each place, `[in]`; None if they stay."""
     bits: int
     block_size: int
     inputs: int
 
     @property
     def outputs(self) -> int:
-        """Rows of the weight."""
+        """Number of rows of the weight."""
         return len(self.blocks)
 
     @property
@@ -55,10 +55,10 @@ class Quantized:
     """The quantized linears of a GPTQ or AWQ checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Lists them.
+        """Lists the linears.
 
         Raises:
-            RequestError: a layout that is not known.
+            RequestError: the layout is not known.
         """
         self.checkpoint = checkpoint
         settings = checkpoint.quantization or {}
@@ -81,17 +81,17 @@ class Quantized:
         return self.checkpoint.shapes()
 
     def layout(self, name: str) -> tuple[Any, ...]:
-        """Returns what must be the same for linears to share one `MatMulNBits`."""
+        """Returns the properties that linears must share to be in one `MatMulNBits`."""
         shard = self.checkpoint.tensors(f"{name}.")
         order = tuple(shard["g_idx"].tolist()) if "g_idx" in shard else ()
         return len(shard["qweight"]), len(shard["scales"]), order
 
 
 def pack(found: Codes, where: str) -> Packed:
-    """Returns a linear in blocks, every weight of it the same.
+    """Returns a linear in blocks, with every weight unchanged.
 
     Raises:
-        Failure: groups that cannot be cut into blocks.
+        Failure: groups cannot be cut into blocks.
     """
     order = None
     g_idx = found.g_idx
@@ -120,7 +120,7 @@ def pack(found: Codes, where: str) -> Packed:
 
 
 def join(parts: list[Packed]) -> Packed:
-    """Returns linears of the same inputs as one, their outputs one after the other."""
+    """Returns linears with the same inputs as one, with their outputs one after the other."""
     first = parts[0]
     zeros = None
     if any(part.zeros is not None for part in parts):
@@ -144,8 +144,8 @@ def join(parts: list[Packed]) -> Packed:
 def rounded(weight: torch.Tensor, bits: int, block_size: int) -> Packed:
     """Returns a weight `[out, in]` rounded to the nearest codes without zero points, with a scale for every block.
 
-    The weight of a block that is farthest from zero has the code that is: nothing is clipped but what would lie as far
-    on the other side.
+    The weight of a block that is farthest from zero has the code that is farthest from zero. Only weights that are as
+    far on the other side are clipped.
     """
     inputs, half = weight.shape[1], 1 << (bits - 1)
     padded = torch.nn.functional.pad(weight.float(), (0, -inputs % block_size)).view(len(weight), -1, block_size)
@@ -156,7 +156,7 @@ def rounded(weight: torch.Tensor, bits: int, block_size: int) -> Packed:
 
 
 def _uniform(g_idx: torch.Tensor, block_size: int) -> bool:
-    """Returns whether no block reaches over the border of two groups."""
+    """Returns whether no block crosses the border of two groups."""
     padded = torch.cat([g_idx, g_idx[-1:].expand(-len(g_idx) % block_size)]).view(-1, block_size)
     return bool((padded == padded[:, :1]).all())
 

@@ -1,4 +1,4 @@
-"""The quantization methods: each is a file here with its settings, and one row."""
+"""The quantization methods: each has a file here with its settings, and one row."""
 
 from __future__ import annotations
 
@@ -19,4 +19,4 @@ METHODS = Table(
         "fp8": f"{__name__}.fp8:Fp8",
     },
 )
-"""The settings class of each method, "module:Class"; installed packages add theirs by the group `lighten.methods`."""
+"""Settings class of each method, "module:Class". Installed packages add theirs by the group `lighten.methods`."""

@@ -34,7 +34,7 @@ class Awq(Quantize):
         return self
 
     def check(self, facts: ModelFacts) -> None:
-        """Raises RequestError where a group or a packed word does not divide a width of the model."""
+        """Raises RequestError if a group or a packed word does not divide a width of the model."""
         check_groups(self.group_size, facts)
         for name, width in output_widths(facts).items():
             if width % 8:
@@ -46,7 +46,7 @@ class Awq(Quantize):
         return float(facts.layers * (14 * 2 * product)), 4e-8 * facts.layers * facts.layer_linear_params
 
     def stored_bits(self, facts: ModelFacts) -> float:
-        """Returns about the bits of a weight with its share of scales and zero points."""
+        """Returns about the bits of a weight, with its share of scales and zero points."""
         return grouped_bits(self.bits, self.group_size, facts)
 
     def config(self, widths: Mapping[str, int], left: Collection[str]) -> dict[str, Any]:

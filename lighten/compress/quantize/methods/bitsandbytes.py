@@ -1,4 +1,4 @@
-"""What methods have in common that bitsandbytes runs."""
+"""The common part of the methods that bitsandbytes runs."""
 
 from __future__ import annotations
 

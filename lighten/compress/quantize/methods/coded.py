@@ -1,4 +1,4 @@
-"""What methods have in common that store codes on a grid as `gptq`, or as compressed-tensors where linears differ."""
+"""The common part of the methods that store codes on a grid, in the `gptq` format or in compressed-tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Coded(Quantize):
 
     @property
     def linears_differ(self) -> bool:
-        """Whether some linears are stored in another way than the rest, which the `gptq` format cannot say."""
+        """Whether some linears are stored differently from the rest, which the `gptq` format cannot say."""
         return bool(self.ignore) or self.quantizes_head
 
     @property
@@ -35,12 +35,12 @@ class Coded(Quantize):
 
     @property
     def format(self) -> str:
-        """The format it is stored in."""
+        """Format of the stored model."""
         return "compressed-tensors" if self.linears_differ else "gptq"
 
     @model_validator(mode="after")
     def _can_be_opened(self) -> Self:
-        """Refuses what loaders do not open: transformers expects the zero points of compressed-tensors unpacked."""
+        """Refuses what loaders do not open. transformers expects the zero points of compressed-tensors unpacked."""
         if self.linears_differ and not self.sym:
             raise ValueError(
                 "a budget, ignore and head need the compressed-tensors format, in which transformers opens symmetric "
@@ -49,7 +49,7 @@ class Coded(Quantize):
         return self
 
     def check(self, facts: ModelFacts) -> None:
-        """Raises RequestError where a group or a packed word does not divide a width of the model."""
+        """Raises RequestError if a group or a packed word does not divide a width of the model."""
         check_head(self.head, facts)
         check_groups(self.group_size, facts)
         for name, width in {} if self.linears_differ else output_widths(facts).items():
@@ -62,7 +62,7 @@ class Coded(Quantize):
 
     @property
     def config_file(self) -> str | None:
-        """Name of a file beside config.json that tools of GPTQ read the configuration from."""
+        """Name of a file beside config.json from which tools of GPTQ read the configuration."""
         return None if self.linears_differ else "quantize_config.json"
 
     def config(self, widths: Mapping[str, int], left: Collection[str]) -> dict[str, Any]:
@@ -78,5 +78,5 @@ class Coded(Quantize):
 
     @property
     def order_and_damping(self) -> dict[str, Any]:
-        """What the `gptq` format says of how the codes were found, beside bits and groups."""
+        """Settings of the search in the `gptq` format, besides bits and groups."""
         return {"desc_act": False, "damp_percent": None}

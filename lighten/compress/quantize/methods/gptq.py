@@ -1,4 +1,4 @@
-"""`gptq`: rounding column by column, every error made good by the columns still to come."""
+"""`gptq`: rounding column by column; later columns make good for every error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Gptq(Coded):
 
     @classmethod
     def completed(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Returns the settings without bits where a budget chooses them."""
+        """Returns the settings; without bits if a budget chooses them."""
         if not given.get("budget"):
             return given
         if "bits" in given:
@@ -53,11 +53,11 @@ class Gptq(Coded):
 
     @property
     def linears_differ(self) -> bool:
-        """Whether some linears are stored in another way than the rest: a budget gives them other bits."""
+        """Whether some linears are stored differently from the rest, because a budget gives them other bits."""
         return self.budget is not None or super().linears_differ
 
     def needs_sensitivity(self) -> bool:
-        """Whether bits are to be spent where the loss depends on them."""
+        """Whether bits are spent where the loss depends on them."""
         return self.budget is not None
 
     def cost(self, facts: ModelFacts) -> tuple[float, float]:
@@ -70,5 +70,5 @@ class Gptq(Coded):
 
     @property
     def order_and_damping(self) -> dict[str, Any]:
-        """What the `gptq` format says of how the codes were found, beside bits and groups."""
+        """Settings of the search in the `gptq` format, besides bits and groups."""
         return {"desc_act": self.desc_act, "damp_percent": self.damp_percent}

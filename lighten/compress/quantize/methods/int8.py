@@ -1,4 +1,4 @@
-"""`int8`: LLM.int8() of bitsandbytes: 8 bits per output, outliers of the inputs apart."""
+"""`int8`: LLM.int8() of bitsandbytes, with 8 bits per output, and outliers of the inputs computed separately."""
 
 from __future__ import annotations
 

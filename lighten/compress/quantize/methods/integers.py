@@ -1,4 +1,4 @@
-"""What methods have in common that compute in 8-bit integers: a scale per output, and one per token as it comes."""
+"""The common part of the methods that compute in 8-bit integers: a scale per output, and one per token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Integers(Quantize):
         return self.head == 8
 
     def check(self, facts: ModelFacts) -> None:
-        """Raises RequestError where the head is to be quantized and is the embedding too."""
+        """Raises RequestError if the head is to be quantized and is also the embedding."""
         check_head(self.head, facts)
 
     def config(self, widths: Mapping[str, int], left: Collection[str]) -> dict[str, Any]:
