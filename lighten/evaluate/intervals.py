@@ -1,4 +1,4 @@
-"""How sure a difference is: the paired bootstrap of a perplexity ratio, McNemar's exact test of two accuracies."""
+"""The uncertainty of a difference: the paired bootstrap of a perplexity ratio, McNemar's test of two accuracies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the 95 % interval around it; no interval where there is too little to tell."""
+    """A value and its 95 % interval; no interval if there are too few values."""
 
     value: float
     ci95: tuple[float, float] | None
@@ -27,9 +27,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """The same tasks answered by two: how many only the second answers rightly, and how many only the first.
+    """The same tasks answered by two models: how many only the second answers rightly, and how many only the first.
 
-    `p` is McNemar's: how likely a split at least as uneven would be, were both equally good.
+    `p` is McNemar's: the probability of a split that is at least as uneven, if both were equally good.
     """
 
     gained: int
@@ -43,14 +43,14 @@ def bootstrap_ratio(
 ) -> Interval:
     """Returns perplexity / base perplexity with its 95 % interval, by a paired bootstrap over chunks.
 
-    Chunks are drawn with replacement, each with both its values, so what a chunk does to both cancels out. The
-    percentiles are widened for few chunks, as a normal quantile is to Student's (the expanded percentile interval
-    of Hesterberg 2015, "What Teachers Should Know About the Bootstrap"). No interval for fewer than three chunks.
+    Chunks are drawn with replacement, each with both its values, so that what a chunk does to both cancels out. The
+    percentiles are widened for few chunks, as a normal quantile is to Student's (the expanded percentile interval of
+    Hesterberg 2015, "What Teachers Should Know About the Bootstrap"). Fewer than three chunks have no interval.
 
     Args:
         nll: negative log-likelihoods `[chunks, positions]`.
-        base: those of the other on the same positions.
-        seed: of the draws; the same seed gives the same interval.
+        base: negative log-likelihoods of the other model at the same positions.
+        seed: seed of the draws; the same seed gives the same interval.
         resamples: number of draws.
     """
     import numpy as np

@@ -1,4 +1,4 @@
-"""What the numbers were taken on: processor, memory, operating system, GPUs and package versions. Imports no torch."""
+"""The machine of a measurement: processor, memory, operating system, GPUs and package versions, without torch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def cores() -> int:
 
 
 def packages(more: Iterable[str] = ()) -> dict[str, str]:
-    """Returns the versions of the installed packages that bear on a measurement, and of `more`."""
+    """Returns the versions of the installed packages that affect a measurement, and of `more`."""
     found = {}
     for name in dict.fromkeys((*PACKAGES, *more)):
         try:
@@ -96,7 +96,8 @@ MEASURING_PACKAGES = ("torch", "transformers", "gptqmodel", "onnxruntime", "onnx
 def measuring_packages(runtime: Iterable[str] = ()) -> dict[str, str]:
     """Returns the versions of the packages whose arithmetic a measurement shows.
 
-    Those of our own runtimes count for each other; others, such as the packages of an added `runtime`, for it alone.
+    Each of our runtimes counts for all our runtimes. Other packages, such as those of an added `runtime`, count for
+    that runtime alone.
     """
     used = llama_library.installed()
     added = [name for name in runtime if name not in PACKAGES]

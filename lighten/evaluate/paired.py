@@ -1,4 +1,4 @@
-"""Reading measurements, and what the paired changes share: position by position, task by task."""
+"""Reading measurements for paired changes: position by position, task by task."""
 
 from __future__ import annotations
 

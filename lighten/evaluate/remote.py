@@ -24,7 +24,7 @@ MOST, LINE, TALK = 1 << 20, 4 << 20, 64 << 20
 
 
 SHOWN = 300
-"""Letters of a device's message that are shown."""
+"""Maximum number of letters of a device's message that are shown."""
 
 
 USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -38,7 +38,7 @@ _DROP = 'rm -rf -- "$d"; rmdir -- "${d%/*}" 2>/dev/null; :'
 
 @dataclass(frozen=True)
 class Address:
-    """Where a device answers."""
+    """The address of a device."""
 
     host: str
     user: str | None
@@ -84,7 +84,7 @@ class Device:
         self._command = [*program, *options, *where, "--", address.host]
 
     def start(self, script: str, **values: str) -> subprocess.Popen[bytes]:
-        """Starts a script there; `values` are its variables."""
+        """Starts a script on the device; `values` are its variables."""
         given = {"python": self._python, **values}
         lines = [f"{name}={shlex.quote(value)}" for name, value in given.items()]
         lines.append("case $python in /*) ;; */*) python=$HOME/$python ;; esac")
@@ -101,7 +101,7 @@ class Device:
             raise RequestError("there is no ssh here: install it (Debian: apt install openssh-client)") from error
 
     def run(self, script: str, feed: Callable[[IO[bytes]], None] | None = None, **values: str) -> tuple[int, str, str]:
-        """Runs a script there and returns its exit code and what it printed; `feed` writes its input."""
+        """Runs a script on the device. Returns its exit code and output; `feed` writes its input."""
         process = self.start(script, **values)
         assert process.stdin and process.stdout and process.stderr
         errors: list[bytes] = []
@@ -133,7 +133,7 @@ class Device:
             self.run(_DROP)
 
     def trouble(self, doing: str, code: int, errors: str) -> Failure:
-        """Returns one message for what went wrong."""
+        """Returns one message about an error."""
         lines = [line.strip() for line in errors.splitlines() if line.strip() and "known hosts" not in line]
         reason = visible(lines[-1][:SHOWN]) if lines else f"exit code {code}"
         name, text = self.address.name, " ".join(lines)
@@ -151,7 +151,7 @@ class Device:
 
 
 def beginning(pipe: IO[bytes]) -> bytes:
-    """Returns what a pipe gives, of which only the first part is kept."""
+    """Returns the first part of what a pipe gives, and drops the rest."""
     kept = b""
     while block := pipe.read(1 << 16):
         kept += block[: max(0, MOST - len(kept))]

@@ -1,4 +1,4 @@
-"""A measurement that is asked for: all that the process needs to know that does the work."""
+"""The request for a measurement: everything that the measuring process needs to know."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lighten.evaluate.measurement import MEASUREMENTS, Measurement
 
 @dataclass(frozen=True)
 class Reference:
-    """The baseline as it was measured: its distributions are what a divergence is taken from."""
+    """The measured baseline: divergence is computed from its distributions."""
 
     measurement: Path
     """Directory of its perplexity measurement, with the hidden states."""
@@ -20,27 +20,27 @@ class Reference:
 
 @dataclass(frozen=True)
 class Request:
-    """One measurement of one model; built once, and sent through the wall between processes once."""
+    """One measurement of one model. It is built once, and sent to another process once."""
 
     settings: Measurement
     model: Path
     """A model directory, a .gguf or an .onnx file."""
     tokenizer: Path
-    """The model whose tokenizer gives the ids, unless its vocabulary is another than the model's own."""
+    """Model whose tokenizer gives the ids, unless its vocabulary differs from the model's own."""
     out: Path
-    """An existing empty directory, for what was measured."""
+    """Existing empty directory for the results."""
     device: str
     trust_remote_code: bool
-    """Whether code that lies beside the weights may run: the person's word, and no default."""
+    """Whether code beside the weights may run. Only the person decides, so there is no default."""
     draft: Path | None = None
-    """A second model, which proposes tokens to the first."""
+    """Second model, which proposes tokens to the first."""
     arithmetic: str | None = None
-    """What quality is measured in, the same for all models that are compared; None for what the device does best."""
+    """Arithmetic of quality, the same for all compared models; None for the device's best."""
     reference: Reference | None = None
     save_hidden: bool = False
-    """Whether the measurement is to serve as a reference."""
+    """Whether the measurement will serve as a reference."""
     vocab: int | None = None
-    """Size of the vocabulary that its logits should have; None for what its config says."""
+    """Expected size of the vocabulary of its logits; None for the size in its config."""
 
     @property
     def own_tokenizer(self) -> bool:

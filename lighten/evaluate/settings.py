@@ -29,7 +29,7 @@ from lighten.settings import AnyCase
 
 
 class Evaluate(AnyCase, BaseModel):
-    """What to measure; nothing by default, then only the size is known."""
+    """What to measure. By default nothing; then only the size is known."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

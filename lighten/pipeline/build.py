@@ -47,14 +47,14 @@ class Builder:
         self.predictor = predictor
         self.source = source
         self.fatal = fatal
-        """Keys of stages whose failure ends the command, which says why: the watcher need not."""
+        """Keys of stages whose failure ends the command. The command says why, so the watcher need not."""
         self.names: dict[str, str] = {}
         self.failed: dict[str, str] = {}
         self.done: dict[str, Artifact] = {}
         self.cached: set[str] = set()
 
     def build(self, stage: Stage) -> Artifact | None:
-        """Returns the object of a stage, building it if the store has no sound one; None if it failed."""
+        """Returns the object of a stage, and builds it if the store has no sound one; None if that failed."""
         self.names[stage.key] = stage.step.model if isinstance(stage.step, Source) else stage.name
         broken = next((parent for parent in stage.parents if parent.key in self.failed), None)
         if broken:
@@ -82,7 +82,7 @@ class Builder:
 
     @contextlib.contextmanager
     def _noting_failure(self, stage: Stage) -> Iterator[None]:
-        """Notes why a stage failed; a wrong request and a full disk end the command."""
+        """Notes why a stage failed. A wrong request and a full disk end the command."""
         try:
             yield
         except DiskFull:
@@ -94,7 +94,7 @@ class Builder:
             self.watcher.ended(stage, None, "failed" if stage.key in self.fatal else self.failed[stage.key])
 
     def in_words(self, message: str) -> str:
-        """Returns a message with the names of models and stages in place of where the store keeps them."""
+        """Returns a message with the names of models and stages in place of their places in the store."""
         places = {
             str(place) for place in (self.store.objects, self.store.objects.absolute(), self.store.objects.resolve())
         }
@@ -113,7 +113,7 @@ class Builder:
             yield
 
     def _finish(self, stage: Stage, out: Path, outcome: Outcome) -> Artifact:
-        """Puts what a stage wrote into the store, with what it cost."""
+        """Puts the output of a stage into the store, with its cost."""
         facts = dict(outcome.value)
         warnings = [self.in_words(warning) for warning in facts.pop("warnings", [])]
         origin = stage.parents[0].key if stage.parents else None
@@ -147,17 +147,17 @@ class Builder:
         return artifact
 
     def _measured_here(self, stage: Stage, out: Path, report: Report) -> Outcome:
-        """Runs a measurement that starts its own processes; its messages name stages, and not where they are kept."""
+        """Runs a measurement that starts its own processes. Its messages name stages instead of places."""
         outcome = measure_here(self._request(stage, out), report)
         found = each_text(outcome.value, self.in_words)
         write_json(out / RESULT, {"measurement": stage.measure, **found})
         return Outcome(found, outcome.seconds, outcome.peak_rss_bytes)
 
     def _compared(self, promised: dict[str, Any], stage: Stage, out: Path, outcome: Outcome, report: Report) -> Outcome:
-        """Returns the outcome with what was found when an export was compared with its source.
+        """Returns the outcome, with the result of the comparison of an export with its source.
 
         Raises:
-            Failure: it is not the same model any more.
+            Failure: it is no longer the same model.
         """
         made = out / str(outcome.value["file"]) if "file" in outcome.value else out
         payload = {
@@ -208,7 +208,7 @@ class Builder:
 
 
 def each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Returns JSON with every text in it changed, names of fields left as they are."""
+    """Returns JSON in which every text is changed; names of fields stay."""
     if isinstance(value, dict):
         return {name: each_text(each, change) for name, each in value.items()}
     if isinstance(value, list):
@@ -217,10 +217,10 @@ def each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def choose_device(device: str, watcher: Watcher | None = None) -> Device:
-    """Returns the device of a name, which torch was asked for; "auto" is a GPU where torch can use one.
+    """Returns the device of a name, which torch confirms. "auto" is a GPU if torch can use one.
 
     Raises:
-        RequestError: no such device, or torch cannot use it.
+        RequestError: the device does not exist, or torch cannot use it.
     """
     found = resolve(device, gpus=bool(machine.fingerprint()["gpus"]))
     if found.note and watcher:
@@ -229,7 +229,7 @@ def choose_device(device: str, watcher: Watcher | None = None) -> Device:
 
 
 def check_options(speed: Speed | None, device: str) -> None:
-    """Raises RequestError for options that this machine has not the means for; those of single variants may fail."""
+    """Raises RequestError for options that this machine lacks. Those of a single variant may fail later."""
     if speed and (lack := lacking(speed, device)):
         raise RequestError(lack)
 
@@ -237,9 +237,9 @@ def check_options(speed: Speed | None, device: str) -> None:
 def builder_of(
     todo: Plan, store: Store, predictor: Predictor, device: str, watcher: Watcher, fatal: Collection[str] = ()
 ) -> Builder:
-    """Returns what builds the stages of a plan; call it for each of them `in_order`, while the store has their lease.
+    """Returns the builder of a plan's stages. Call it for each of them `in_order`, while the store has their lease.
 
-    The failure of a `fatal` one is for the caller to tell.
+    The caller reports the failure of a `fatal` one.
     """
     source = {"id": todo.source.name, "revision": todo.recipe.revision, "identity": todo.source.identity}
     return Builder(store, predictor, device, watcher, source, fatal)

@@ -1,4 +1,4 @@
-"""From a recipe to stages: what is made from what, under which key, at what predicted cost."""
+"""From a recipe to stages: what is made from what, under which key, and at what predicted cost."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _check_trust(stage: Stage) -> None:
 
 
 def _of_variant(evaluate: Evaluate, name: str, stage: Stage) -> Evaluate:
-    """Returns what to measure of one variant: with its own options of speed, if transformers runs it.
+    """Returns the measurements of one variant, with its own options of speed if transformers runs it.
 
     Raises:
         RequestError: options for this very variant, which another runtime serves.
@@ -127,14 +127,14 @@ def _of_variant(evaluate: Evaluate, name: str, stage: Stage) -> Evaluate:
 
 
 def _tokenizer_of(stage: Stage) -> Path:
-    """Returns where the source lies that a stage goes back to: its tokenizer and template are handed on."""
+    """Returns the place of the source of a stage, whose tokenizer and template are passed on."""
     while not isinstance(stage.step, Source):
         stage = stage.parents[0]
     return Path(stage.step.path)
 
 
 def _first(stage: Stage) -> Stage:
-    """Returns the source that a stage's model comes from."""
+    """Returns the source of a stage's model."""
     while stage.parents:
         stage = stage.parents[0]
     return stage
@@ -147,7 +147,7 @@ def _origin(stage: Stage) -> Path | None:
 
 
 def _runtime_packages(stage: Stage) -> tuple[str, ...]:
-    """Returns the packages of the runtime that serves what a stage leaves, where it is none that comes with lighten."""
+    """Returns the packages of the runtime that serves a stage's output, if lighten does not bring that runtime."""
     return opener(stage.step.runtime).packages if stage.step else ()
 
 
@@ -198,10 +198,10 @@ class _Builder:
         return self._build(step, facts)
 
     def apply(self, step: Step, stage: Stage, root: Stage) -> Stage:
-        """Returns the stage of a step on what another one leaves, with all that it needs besides.
+        """Returns the stage of a step on the output of another stage, with all its further inputs.
 
         Raises:
-            RequestError: a setting that this model cannot have, a missing package, a teacher of other vocabulary.
+            RequestError: a setting that this model cannot have, a missing package, a teacher with another vocabulary.
         """
         if isinstance(student := getattr(step, "student", None), str):
             stage = self.open(find(student, trust_remote_code=student in self.recipe.trusted))
@@ -243,7 +243,7 @@ class _Builder:
         return self._build(step, stage.facts, **inputs)
 
     def _check_files(self, step: Step, stage: Stage, facts: ModelFacts) -> None:
-        """Raises RequestError for what a step cannot read where its model comes from; looks once for each kind."""
+        """Raises RequestError for files that a step cannot read in its model's directory; checks each kind once."""
         origin = _origin(stage)
         reads = step.needs_sweep() or step.lessons() is not None
         asked = (step.kind, getattr(step, "format", None), reads, origin)
@@ -255,7 +255,7 @@ class _Builder:
         self._looked_at.add(asked)
 
     def _taught(self, step: Step, lessons: Step, stage: Stage, root: Stage) -> dict[str, Stage]:
-        """Returns the teacher of a step on what `stage` leaves, and what it says about the text."""
+        """Returns the teacher of a step on the output of `stage`, and the stage of its distributions."""
         name = getattr(step, "teacher", "source")
         teacher = root if name == "source" else self.open(find(name, trust_remote_code=name in self.recipe.trusted))
         assert teacher.facts and stage.facts
@@ -274,7 +274,7 @@ class _Builder:
         return {"teacher": teacher, "lessons": self._build(lessons, teacher.facts, source=teacher)}
 
     def measure(self, settings: Measurement, stage: Stage, root: Stage) -> Stage:
-        """Returns a measurement of an artifact; one of another artifact than the baseline may refer to its own."""
+        """Returns a measurement of an artifact. It may refer to the baseline's own measurement."""
         inputs = {"model": stage}
         if settings.of_quality:
             inputs["tokenizer"] = root

@@ -1,4 +1,4 @@
-"""What a stage will cost, from what stages of its kind cost before."""
+"""The predicted cost of a stage, from what similar stages cost before."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lighten.pipeline.stage import Stage
 from lighten.store.store import Store
 
 GPU_FLOPS = 150e12, 30e12
-"""Operations per second that a large GPU reaches in bfloat16 and in float32, before anything was measured here."""
+"""Operations per second of a large GPU in bfloat16 and in float32, before anything was measured here."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a stage should take on this machine."""
+    """The predicted cost of a stage on this machine."""
 
     seconds: float
     peak_bytes: int
@@ -25,9 +25,9 @@ class Prediction:
 
 
 def nominal_flops(device: Device = CPU) -> tuple[float, float]:
-    """Returns floating-point operations per second of a device: bfloat16 (or the best it has), and float32.
+    """Returns floating-point operations per second of a device: bfloat16 (or its best type), and float32.
 
-    Rough figures, per core for the processor; a `Predictor` corrects them by what earlier stages took.
+    These are rough figures, per core for the processor. A `Predictor` corrects them by the cost of earlier stages.
     """
     if device.name != "cpu":
         return GPU_FLOPS
@@ -40,7 +40,7 @@ def nominal_flops(device: Device = CPU) -> tuple[float, float]:
 
 
 class Predictor:
-    """Turns estimates into predictions for this machine, corrected by what earlier stages took here."""
+    """Turns estimates into predictions for this machine, corrected by the cost of earlier stages here."""
 
     def __init__(self, store: Store, device: Device = CPU) -> None:
         here = this_machine() | device.key()
@@ -64,6 +64,6 @@ class Predictor:
 
 
 def what(stage: Stage) -> str:
-    """Returns the class of stages whose costs tell about each other."""
+    """Returns the class of stages whose costs predict each other."""
     origin = stage.parents[0].kind if stage.measure else ""
     return f"{stage.measure or stage.name} {origin}".strip()

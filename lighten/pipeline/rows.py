@@ -15,7 +15,7 @@ from lighten.store.artifact import Artifact
 
 
 def row_of(name: str, todo: Plan, builder: Builder, root: Artifact) -> dict[str, Any]:
-    """Returns the row of a variant: what it is, what was measured on it, and what failed; `root` is the baseline."""
+    """Returns the row of a variant: its facts, its measurements, and what failed; `root` is the baseline."""
     stage = todo.artifacts[name]
     steps = [] if name == BASELINE else [{step.kind: step.dump()} for step in todo.recipe.steps(name)]
     row: dict[str, Any] = {"name": name, "key": stage.key, "status": "ok", "error": None, "steps": steps}
@@ -52,7 +52,7 @@ def _drafted(name: str, todo: Plan) -> list[Stage]:
 
 
 def _nearest(stage: Stage, builder: Builder, fact: str) -> Any:
-    """Returns a fact of an artifact, or of the nearest that it was made from and has it."""
+    """Returns a fact of an artifact; if it lacks the fact, that of the nearest parent that has it."""
     found = builder.done[stage.key].facts.get(fact)
     return found if found is not None or not stage.parents else _nearest(stage.parents[0], builder, fact)
 
@@ -71,7 +71,7 @@ def describe(artifact: Artifact, params: int) -> dict[str, Any]:
 
 
 def _note_vocabulary(row: dict[str, Any], other: str) -> None:
-    """Writes into a row that its vocabulary is not the baseline's, and what follows from that."""
+    """Notes in a row that its vocabulary differs from the baseline's, and the consequences."""
     row["vocabulary"] = other
     note = (
         f"its vocabulary is not the baseline's ({other}), so it is measured on tokens of its own: compare bits per "

@@ -1,4 +1,4 @@
-"""Which step kinds a recipe may name, and where each lives."""
+"""The steps that a recipe may name, and the place of each."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from lighten.store.artifact import Artifact, read_artifact
 
 @dataclass(frozen=True)
 class Choice:
-    """The settings classes of a step kind that has several: one of its settings says which."""
+    """The settings classes of a step that has several. The value of one setting chooses the class."""
 
     by: str
     """Name of that setting."""
     table: Table
-    """The class of each of its values."""
+    """Class for each of its values."""
     default: str | None = None
-    """Its value where none is given."""
+    """Default of the setting."""
 
     def of(self, settings: Mapping[str, Any]) -> type[Step]:
         """Returns the class for such settings.
 
         Raises:
-            RequestError: no value, or one that is not known.
+            RequestError: the value is missing or not known.
         """
         given = settings.get(self.by)
         given = self.default if given is None else as_spelled(given, self.table.names)
@@ -47,7 +47,7 @@ class Choice:
         return found
 
     def all(self) -> dict[str, type[Step]]:
-        """Returns the class of every value; those of installed packages that cannot be imported are left out."""
+        """Returns the class for every value, without those of installed packages that cannot be imported."""
         found = {}
         for name in self.table.names:
             try:
@@ -76,7 +76,7 @@ INTERNAL = {
 
 
 def kinds() -> dict[str, str | Choice]:
-    """Returns every step kind that a recipe may name."""
+    """Returns every step that a recipe may name."""
     added = {entry.name: entry.value for entry in entry_points(group="lighten.steps")}
     return {**added, **STEPS}
 
@@ -89,20 +89,20 @@ def _found(kind: str) -> str | Choice:
 
 
 def step_classes(kind: str) -> list[type[Step]]:
-    """Returns all settings classes of a step kind.
+    """Returns all settings classes of a step.
 
     Raises:
-        RequestError: there is no such kind.
+        RequestError: the step does not exist.
     """
     found = _found(kind)
     return list(found.all().values()) if isinstance(found, Choice) else [found_at(found)]
 
 
 def step_class(kind: str, settings: Mapping[str, Any] | None = None) -> type[Step]:
-    """Returns the settings class of a step kind, for these settings.
+    """Returns the settings class of a step, for these settings.
 
     Raises:
-        RequestError: there is no such kind, or it has no such format or method.
+        RequestError: the step does not exist, or has no such format or method.
     """
     found = _found(kind)
     if isinstance(found, Choice):
@@ -115,14 +115,14 @@ def open_step(kind: str, settings: Mapping[str, Any]) -> Step:
     """Returns the settings of a step, checked.
 
     Raises:
-        RequestError: there is no such kind, or it has no such format or method.
+        RequestError: the step does not exist, or has no such format or method.
         ValidationError: a setting is wrong.
     """
     return step_class(kind, settings).model_validate(dict(settings))
 
 
 def sealed(step: Step) -> str:
-    """Returns settings that were checked as a text that another process of ours takes as they are."""
+    """Returns checked settings as a text that another process of ours takes without another check."""
     return b64encode(pickle.dumps(step)).decode()
 
 

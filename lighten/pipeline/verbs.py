@@ -1,4 +1,4 @@
-"""The one-step verbs: a recipe of one variant, or measurements of what lies anywhere."""
+"""The commands of one step, as a recipe of one variant; and measurements of models without a recipe."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def one_step(
     """Runs one step on a model and leaves a copy of the artifact in `out`.
 
     The stages are kept in the store at `artifacts`, so that another step on the same model shares the sweep.
-    `trust_remote_code` lets the code run that comes with the models that are named.
+    `trust_remote_code` allows the code that comes with the named models.
 
     Raises:
-        RequestError: a wrong setting, or `out` exists already.
+        RequestError: a setting is wrong, or `out` already exists.
         Failure: the step failed.
     """
     target = Path(out)
@@ -95,7 +95,7 @@ def one_step(
 
 
 def check_new(target: Path) -> None:
-    """Raises RequestError if a directory cannot be made: it is there, or what it would lie in cannot hold it."""
+    """Raises RequestError if a directory cannot be made: it exists, or its parent cannot hold it."""
     if target.exists():
         raise RequestError(f"{target} exists already: choose another directory or remove it")
     above = next(parent for parent in target.absolute().parents if parent.exists())
@@ -106,7 +106,7 @@ def check_new(target: Path) -> None:
 
 
 def _copy_out(artifact: Artifact, target: Path) -> Artifact:
-    """Copies an artifact to where the person asked for it, under a temporary name first."""
+    """Copies an artifact to the place that the person asked for, under a temporary name first."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with scratch_beside(target) as folder:
         copy = folder / target.name
@@ -151,15 +151,15 @@ def measure(
     trust_remote_code: bool = False,
     trust_tasks: bool = False,
 ) -> dict[str, Any]:
-    """Measures any model directories, .gguf or .onnx files; the first one is the baseline of the others.
+    """Measures any model directories, .gguf or .onnx files. The first one is the baseline.
 
-    `trust_remote_code` lets the code run that comes with the models, `trust_tasks` what task files say to lm-eval.
+    `trust_remote_code` allows the code that comes with the models, `trust_tasks` the code of lm-eval's task files.
 
     Returns:
         The contents of a results.json, with one row per path. A path that fails is a row that says why.
 
     Raises:
-        RequestError: a path that is no model.
+        RequestError: a path is no model.
     """
     watcher = watcher or Silent()
     values: dict[str, Any] = {"perplexity": perplexity, "accuracy": accuracy or [], "speed": speed}
@@ -212,7 +212,7 @@ def _results(baseline: Found, rows: list[dict[str, Any]], addition: Addition) ->
 
 
 def _merged(source: Found, out: Path, trusted: bool, watcher: Watcher) -> Found:
-    """Returns a source as it is, or a directory with its adapter merged."""
+    """Returns a source unchanged, or a directory with its adapter merged."""
     if not source.adapter:
         return source
     watcher.say(f"merging {source.name}")
@@ -235,7 +235,7 @@ def _merged(source: Found, out: Path, trusted: bool, watcher: Watcher) -> Found:
 
 @dataclass(frozen=True)
 class _Measuring:
-    """Measures one model after the other, each as it is asked for."""
+    """Measures one model after the other, each with its settings."""
 
     asked: list[Measurement]
     baseline: Found
@@ -294,7 +294,7 @@ class _Measuring:
 
 
 def describe_source(source: Found) -> dict[str, Any]:
-    """Returns the columns of a row of a model that lies anywhere, as far as they need no measuring."""
+    """Returns the columns of a model's row that need no measuring."""
     files = [file for file in source.path.rglob("*") if file.is_file()] if source.path.is_dir() else [source.path]
     weights = sum(
         file.stat().st_size for file in files if file.name.endswith(weight_endings()) or gguf_header.is_gguf(file)
@@ -328,14 +328,14 @@ def profile(
     watcher: Watcher | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Profiles a model directory, a .gguf or an .onnx file as it is served, and leaves trace and summary in `out`.
+    """Profiles a model directory, a .gguf or an .onnx file as it is served. Leaves trace and summary in `out`.
 
     Returns:
         The contents of profile.json: seconds and operators of prefill and decoding, and the bottleneck of each.
 
     Raises:
-        RequestError: the path is no model, or `out` exists already.
-        Failure: it does not run.
+        RequestError: the path is no model, or `out` already exists.
+        Failure: the model does not run.
     """
     found = find_measurable(path, trust_remote_code=trust_remote_code)
     if found.facts.family != "causal":

@@ -1,4 +1,4 @@
-"""The paired change of accuracy: task by task, so that luck common to both cancels out."""
+"""The paired change of accuracy, task by task, so that luck that both share cancels out."""
 
 from __future__ import annotations
 

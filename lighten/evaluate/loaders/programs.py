@@ -1,4 +1,4 @@
-"""The programs that open artifacts, and one forward pass of each."""
+"""The programs that open artifacts, and one forward pass with each."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 IDS = 8
-"""Tokens that every loader is given."""
+"""Number of tokens that every loader gets."""
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What a loader is to open: a model directory or a .gguf file, and the vocabulary its logits should have."""
+    """What a loader opens: a model directory or a .gguf file, and the expected vocabulary of its logits."""
 
     path: Path
     device: str = "cpu"
@@ -44,7 +44,7 @@ class Opening:
 
 
 class Answer(NamedTuple):
-    """What a model computed; if it is a language model, logits `[…, vocab]`."""
+    """The result of a model: logits `[…, vocab]` for a language model."""
 
     values: NDArray[Any]
     language: bool = True
@@ -52,38 +52,38 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Loader:
-    """A program that opens models, and what it opens."""
+    """A program that opens models, and the formats that it opens."""
 
     name: str
     packages: tuple[str, ...]
-    """The names that pip may know it by."""
+    """Names that pip may know it by."""
     formats: dict[str, tuple[str, ...]]
-    """Formats it has business with; for each the modules that must be there."""
+    """Formats that it reads, and for each the modules that must be installed."""
     ask: Callable[[Opening], Answer]
-    """Opens a model and computes."""
+    """Function that opens a model and computes."""
     file: str | None = None
-    """A file without which it has no business with an artifact."""
+    """Name of a file that an artifact must have for this loader."""
     told: Callable[[], str | None] | None = None
-    """Returns what takes the place of the version, where more than one package may bring it."""
+    """Function that returns what replaces the version, if more than one package may bring it."""
 
     @property
     def version(self) -> str | None:
-        """The version that is installed, None if it is not."""
+        """Installed version; None if it is not installed."""
         if self.told:
             return self.told()
         return next((found for package in self.packages if (found := installed(package))), None)
 
     def opens(self, form: str, path: Path) -> bool:
-        """Returns whether a loader has any business with a format, or the artifact with it."""
+        """Returns whether a loader reads a format, or the artifact with it."""
         return form in self.formats and (self.file is None or (path / self.file).is_file())
 
     def missing(self, form: str) -> str | None:
-        """Returns the first module that it would need for a format and that is not installed."""
+        """Returns the first module that it needs for a format and that is not installed."""
         return next((module for module in self.formats[form] if find_spec(module) is None), None)
 
 
 def installed(package: str) -> str | None:
-    """Returns the version of a package, None where it is not installed."""
+    """Returns the version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -124,7 +124,7 @@ def _compressed_tensors(opening: Opening) -> Answer:
 
 
 def _as_served(opening: Opening, own: Callable[[Any], bool] | None = None) -> Answer:
-    """Returns the logits by transformers; `own` tells the layers that a package should have brought into the model."""
+    """Returns the logits by transformers; `own` recognises the layers that a package must have brought."""
     from lighten.evaluate.runtimes.torch import TorchRuntime
     from lighten.model.stream import fast_dtype
 
@@ -143,7 +143,7 @@ def _causal(path: Path) -> bool:
 
 
 def _other_task(opening: Opening) -> Answer:
-    """Asks an encoder, or an encoder with a decoder, by the class that its config names."""
+    """Opens an encoder, or an encoder with a decoder, by the class that its config names."""
     import torch
     import transformers
 
@@ -206,9 +206,9 @@ _ONNX_TYPES = {
 
 
 def _feed(wanted: Any, ids: NDArray[np.int64], head_size: int) -> NDArray[Any]:
-    """Returns what one input of a graph is given: the ids, what goes with them, or a cache that is empty.
+    """Returns the value of one input of a graph: the ids, the tensors that go with them, or an empty cache.
 
-    `head_size` is for graphs that do not tell the last dimension of their cache `[batch, heads, tokens, head size]`.
+    `head_size` is for graphs that do not give the last dimension of their cache `[batch, heads, tokens, head size]`.
     """
     import numpy as np
 

@@ -11,7 +11,7 @@ from lighten.step import Estimate
 
 
 class Loaders(Measurement):
-    """Opening the artifact with every loader that has business with its format; there is nothing to set."""
+    """Opening the artifact with every loader that reads its format. There are no settings."""
 
     name = "loaders"
     work = "lighten.evaluate.loaders.work:measure"
@@ -19,7 +19,7 @@ class Loaders(Measurement):
     causal_only = False
 
     def packages(self, of_runtime: tuple[str, ...] = ()) -> dict[str, str]:
-        """Returns the versions of all packages that bear on whether something loads."""
+        """Returns the versions of all packages that may decide whether something loads."""
         return survey.packages()
 
     def predict(self, facts: ModelFacts) -> Estimate:
@@ -28,9 +28,9 @@ class Loaders(Measurement):
         return Estimate(seconds=6 + 4e-8 * facts.params, peak_bytes=peak, disk_bytes=10_000)
 
     def device_bytes(self, facts: ModelFacts, width: int) -> int:
-        """Returns nothing: a loader that the device cannot hold is a row that says so."""
+        """Returns nothing. A loader that the device cannot hold is a row that says so."""
         return 0
 
     def add(self, row: dict[str, Any], result: dict[str, Any]) -> None:
-        """Puts what every loader said into a row."""
+        """Puts the answer of every loader into a row."""
         row["loads"] = result["loads"]

@@ -15,23 +15,23 @@ from lighten.process.isolate import run_isolated
 from lighten.step import Report, silent
 
 LONGEST = 400
-"""Characters of an error that are kept."""
+"""Maximum number of characters of an error that are kept."""
 
 
 def versions() -> dict[str, str | None]:
-    """Returns the installed version of every loader, None where there is none."""
+    """Returns the installed version of every loader; None if it is not installed."""
     return {loader.name: loader.version for loader in loaders()}
 
 
 def packages() -> dict[str, str]:
-    """Returns the versions of all packages that bear on whether something loads."""
+    """Returns the versions of all packages that may decide whether something loads."""
     names = [*(name for loader in loaders() for name in loader.packages), "torch", "optimum", "accelerate", "gguf"]
     return {name: found for name in names if (found := installed(name))}
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What every loader said, as results.json has it, and the largest peak memory of their processes."""
+    """The answers of all loaders, as in results.json, and the largest peak memory of their processes."""
 
     loads: list[dict[str, Any]]
     peak_rss_bytes: int
@@ -114,7 +114,7 @@ def load(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    """Returns the first line of an error, with its type where it is not one of ours."""
+    """Returns the first line of an error, with its type if it is not one of ours."""
     text = str(error).removeprefix("lighten.evaluate.loaders.survey:load ")
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     line = line.removesuffix(" The end of what it printed:")

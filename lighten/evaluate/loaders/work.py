@@ -12,7 +12,7 @@ from lighten.step import Report
 
 
 def measure(request: Request, report: Report) -> Outcome:
-    """Returns what every loader said, and the largest peak memory of their processes.
+    """Returns the answers of all loaders, and the largest peak memory of their processes.
 
     Raises:
         Failure: there is nothing that any loader would open.

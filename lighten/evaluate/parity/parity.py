@@ -1,7 +1,7 @@
-"""Is an exported file, opened by the runtime that will serve it, still the model that it was made from?
+"""Whether an exported file, opened by the runtime that will serve it, still is the model that it was made from.
 
-Both are given the same token ids; the tokenizer, the chat template and the special tokens are compared by what they
-do. What is not the same is said together with the first place inside the model where the two part.
+Both models get the same token ids. Tokenizer, chat template and special tokens are compared by their results. The
+message about a difference has the first place inside the model where the two differ.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 CHUNK = 256
 ROWS = 64
-"""Positions whose logits are written, or read back and compared, at a time."""
+"""Number of positions whose logits are written, or read and compared, at a time."""
 PARTED = 0.02
-"""Share of a state's size by which it may be off where a file of 16 bits or more is faithful."""
+"""Relative difference of a state up to which a file of 16 bits or more is faithful."""
 
 CHATS = (
     [{"role": "user", "content": "What is 2 + 2?"}],
@@ -88,7 +88,7 @@ def check(payload: dict[str, Any], report: Report) -> Outcome:
 
 
 def _computes_logits(source: Path) -> bool:
-    """Returns whether it is a causal language model; what others compute was compared when they were written."""
+    """Returns whether it is a causal language model. Other models were compared when they were written."""
     runtime, place = find_opener(source)
     return runtime.predicts_tokens(place)
 
@@ -175,7 +175,7 @@ def _chunks(text: dict[str, list[int]], tokens: int, vocab: int) -> list[Ids]:
 
 
 def compare_logits(payload: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Returns what the rows `[positions, vocab]` that were written and those of the export say of each other."""
+    """Returns the comparison of the written rows `[positions, vocab]` with those of the export."""
     from lighten.evaluate.runtimes import rows
 
     made, vocab = Path(payload["made"]), payload["vocab"]
@@ -215,9 +215,9 @@ def compare_logits(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def compare_words(payload: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Returns the facts about the two tokenizers, what is wrong, what is worth a word, and a text for their models.
+    """Returns the facts about the two tokenizers, what is wrong, warnings, and a text for their models.
 
-    There is no text where the models are not to be compared.
+    There is no text if the models are not to be compared.
     """
     source, least, tokens = Path(payload["source"]), payload["limits"].get("tokenizer"), payload["tokens"]
     facts, wrong, warnings = _compare_words(source, Path(payload["made"]), least)
@@ -226,7 +226,7 @@ def compare_words(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def _compare_words(source: Path, made: Path, least: float | None) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Returns the facts about the two tokenizers, what is wrong, and what is worth a word."""
+    """Returns the facts about the two tokenizers, what is wrong, and warnings."""
     ours, theirs = words_of(source), words_of(made)
     strings = hard_strings(special=ours.special)
     odd = [text for text in strings if ours.encode(text) != theirs.encode(text)]
@@ -262,7 +262,7 @@ def _compare_words(source: Path, made: Path, least: float | None) -> tuple[dict[
 
 
 def _compare_chats(name: str, ours: Words, theirs: Words) -> tuple[str, str]:
-    """Returns whether two templates of one name write the same, and what there is to say of it."""
+    """Returns whether two templates of one name write the same text, and remarks."""
     told = [(_rendered(ours, name, chat), _rendered(theirs, name, chat)) for chat in CHATS]
     which = "chat template" if name == DEFAULT else f"chat template {name}"
     if (name in ours.render) != (name in theirs.render):
@@ -276,7 +276,7 @@ def _compare_chats(name: str, ours: Words, theirs: Words) -> tuple[str, str]:
 
 
 def _rendered(words: Words, name: str, chat: Chat) -> str | None:
-    """Returns a chat as a template writes it; None where there is none, or where it refuses such a chat."""
+    """Returns a chat as a template writes it; None if there is no template, or it refuses such a chat."""
     try:
         return words.render[name](chat) if name in words.render else None
     except Exception:  # templates raise errors of their own, of many kinds

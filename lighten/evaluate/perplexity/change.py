@@ -1,4 +1,4 @@
-"""The paired change of perplexity: position by position, so that luck common to both cancels out."""
+"""The paired change of perplexity, position by position, so that luck that both share cancels out."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def change(measured: Path, baseline: Path) -> dict[str, Any]:
 def by_chunk(nll: NDArray[np.floating[Any]], base: NDArray[np.floating[Any]]) -> dict[str, Any]:
     """Returns the relative change of perplexity, its 95 % interval, and the absolute change.
 
-    The interval is Student's, of the mean over chunks of the difference in mean log-likelihood; None for fewer
+    The interval is Student's, for the mean over chunks of the difference in mean log-likelihood. It is None for fewer
     than three chunks.
 
     Args:
         nll: negative log-likelihoods of the variant `[chunks, positions]`.
-        base: those of the baseline.
+        base: negative log-likelihoods of the baseline.
     """
     means, base_means = nll.astype("float64").mean(axis=1), base.astype("float64").mean(axis=1)
     change = means - base_means
@@ -60,11 +60,11 @@ def by_chunk(nll: NDArray[np.floating[Any]], base: NDArray[np.floating[Any]]) ->
 def by_word(
     nll: NDArray[np.floating[Any]], base: NDArray[np.floating[Any]], words: NDArray[np.integer[Any]]
 ) -> dict[str, Any]:
-    """Returns the same for perplexity by word; the interval is Student's, of a ratio of sums over documents.
+    """Returns the change of perplexity by word. The interval is Student's, for a ratio of sums over documents.
 
     Args:
         nll: negative log-likelihood of each document by the variant `[documents]`.
-        base: the same by the baseline.
+        base: negative log-likelihood of each document by the baseline.
         words: words of each document.
     """
     total, n = float(words.sum()), len(nll)

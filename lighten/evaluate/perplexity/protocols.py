@@ -1,6 +1,6 @@
-"""How a text becomes chunks, and which of their positions are scored: the protocols that perplexities are told by.
+"""How a text becomes chunks, and which positions are scored: the protocols of perplexity.
 
-A perplexity is a number of its protocol: the same model on the same text has another one under each.
+A perplexity belongs to its protocol: the same model on the same text has another perplexity under each.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ class Chunks:
     ids: Ids
     """`[chunks, length]`"""
     first: int
-    """The first position that is scored, and with it all after it."""
+    """First scored position. All positions after it are scored too."""
     stride: int
-    """Tokens of the text between the starts of two chunks."""
+    """Number of tokens of the text between the starts of two chunks."""
     bos: bool
     """Whether a token was put first."""
     of: int = 0
-    """Chunks that the text has."""
+    """Number of chunks of the whole text."""
 
 
 def prepare(text: str, protocol: str) -> str:
-    """Returns the text that is tokenized: llama.cpp drops one line end at the end of a file."""
+    """Returns the text that is tokenized. llama.cpp drops one line end at the end of a file."""
     return text.removesuffix("\n") if protocol == "llama.cpp" else text
 
 
 def chunked(ids: list[int], settings: Perplexity, tokenizer: Tokenizer) -> Chunks:
-    """Returns a text's tokens as a protocol cuts them.
+    """Returns a text's tokens, cut as a protocol says.
 
     Raises:
         RequestError: the text is shorter than one chunk.

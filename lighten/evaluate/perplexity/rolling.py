@@ -1,7 +1,7 @@
-"""Log-likelihood of whole documents in windows, as lm-eval's `loglikelihood_rolling` has it.
+"""Log-likelihood of whole documents in windows, as in lm-eval's `loglikelihood_rolling`.
 
-Every token is predicted once. The first window begins with the token that stands for an empty context; each later one
-holds as many tokens before the ones it predicts as the model takes beside them.
+Every token is predicted once. The first window begins with the token that stands for an empty context. Each later
+window begins with as many earlier tokens as the model takes in addition to the predicted ones.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from lighten.step import Report
 
 
 def windows(ids: list[int], prefix: int, length: int) -> Iterator[Question]:
-    """Yields the windows of a document, of at most `length` tokens each (the last predicted one not counted).
+    """Yields the windows of a document, of at most `length` tokens each (without the last predicted token).
 
     Args:
         ids: tokens to predict.
         prefix: token before the first one.
-        length: most tokens that the model is given at once.
+        length: maximum number of tokens that the model gets at once.
     """
     for start in range(0, len(ids), length):
         end = min(start + length, len(ids))
@@ -29,13 +29,13 @@ def windows(ids: list[int], prefix: int, length: int) -> Iterator[Question]:
 def loglikelihoods(
     runtime: Runtime, documents: Sequence[list[int]], prefix: int, length: int, report: Report
 ) -> list[float]:
-    """Returns the log-likelihood (nats) of each document, its windows computed with those of others.
+    """Returns the log-likelihood (nats) of each document. Windows of several documents are computed together.
 
     Args:
         runtime: the model.
         documents: token ids of each.
         prefix: token before the first one.
-        length: most tokens that the model is given at once.
+        length: maximum number of tokens that the model gets at once.
         report: progress, in windows.
     """
     questions: list[Question] = []

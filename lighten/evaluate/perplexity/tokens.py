@@ -1,4 +1,4 @@
-"""Where in a text two models disagree most, token by token."""
+"""The places of a text where two models disagree most, token by token."""
 
 from __future__ import annotations
 

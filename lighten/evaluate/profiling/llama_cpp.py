@@ -1,4 +1,4 @@
-"""A GGUF model, watched node by node: llama.cpp has no profiler of its own, but tells when it computes what."""
+"""A GGUF model, timed node by node. llama.cpp has no profiler, but it reports which node it computes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ KINDS: dict[str, Kind] = {
 def phases(runtime: LlamaCppRuntime, ids: list[int], steps: int, trace: Path) -> list[Phase]:
     """Returns prefill and decoding, and writes a trace of every node.
 
-    Each node is computed by itself, so that it can be timed: nodes that llama.cpp would run one after the other
-    without stopping wait for each other here.
+    Each node is computed by itself, so that it can be timed. Nodes that llama.cpp would run one after the other without
+    a stop wait for each other here.
     """
     library = load("watching a GGUF file").ggml
     for name in ("ggml_get_name", "ggml_op_desc"):

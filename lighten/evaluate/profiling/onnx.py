@@ -25,8 +25,8 @@ KINDS: dict[str, Kind] = {
 def phases(runtime: OnnxRuntime, ids: list[int], steps: int, trace: Path) -> list[Phase]:
     """Returns prefill and decoding, and writes onnxruntime's trace of them.
 
-    Decoding is by onnxruntime itself, which hands keys and values through the caller, also where onnxruntime-genai
-    would serve the graph.
+    onnxruntime itself decodes and passes keys and values through the caller, even if onnxruntime-genai would serve the
+    graph.
     """
     runtime.close()
     runtime.profile = trace.parent / "onnxruntime"

@@ -18,7 +18,7 @@ from lighten.evaluate.runtimes.torch_loading import stored
 LABEL = "lighten:"
 ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention", "softmax", "bmm", "baddbmm")
 PRODUCT = re.compile(r"(?:^|[:_])(?:addmm|mm|addmv|mv|gemm|gemv|dot|linear|matmul)(?:_|$)")
-"""Products by their names: aten::mm, aten::_weight_int4pack_mm_for_cpu, bitsandbytes::gemv_4bit."""
+"""Pattern of the names of products: aten::mm, aten::_weight_int4pack_mm_for_cpu, bitsandbytes::gemv_4bit."""
 COPIES = ("copy_", "_to_copy", "aten::to", "aten::cat", "contiguous", "clone", "repeat_interleave", "index_copy")
 UNPACKING = ("dequant", "unpack")
 
@@ -42,7 +42,7 @@ def phases(runtime: TorchRuntime, ids: list[int], steps: int, trace: Path) -> li
 
 
 def _label_modules(model: Any) -> list[Any]:
-    """Puts the embedding, the head and every quantized linear under a name that the profiler shows."""
+    """Gives the embedding, the head and every quantized linear a name that the profiler shows."""
     named = [("embedding", model.get_input_embeddings()), ("head", model.get_output_embeddings())]
     named += [("quantized", module) for module in model.modules() if stored(module)]
     handles = []
@@ -82,7 +82,7 @@ def _read(events: Any, gpu: bool) -> list[Phase]:
 
 
 def _labels(event: Any) -> list[str]:
-    """Returns the labels that an event lies under, the nearest first."""
+    """Returns the labels around an event, the nearest first."""
     found, parent = [], event.cpu_parent
     while parent is not None:
         if parent.name.startswith(LABEL):
@@ -94,7 +94,7 @@ def _labels(event: Any) -> list[str]:
 
 
 def kind_of(name: str, labels: list[str]) -> Kind:
-    """Returns what an operator is for, by its name and the labels it lies under."""
+    """Returns the purpose of an operator, by its name and the labels around it."""
     product = PRODUCT.search(name) is not None
     if "head" in labels or "embedding" in labels:
         return "head"

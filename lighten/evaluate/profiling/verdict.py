@@ -1,4 +1,4 @@
-"""Which of the usual bottlenecks a profile looks like, by rules on measured shares of the time."""
+"""The usual bottleneck that a profile points to, by rules on measured shares of the time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ Kind = Literal["products", "attention", "dequantization", "head", "copies", "oth
 SMALL = 10e-6
 """Seconds below which an operator takes longer to start than to do."""
 OVERHEAD = 0.4
-"""Share of the time between operators and in small ones from which it is called overhead."""
+"""Share of the time between operators and in small ones from which overhead is the verdict."""
 LARGE = 0.3
-"""Share from which one kind of operator is the bottleneck."""
+"""Share from which one class of operators is the bottleneck."""
 
 ADVICE = {
     "overhead": "time between operators and in small ones: launching and Python, not arithmetic; larger batches, "
@@ -39,7 +39,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Phase:
-    """Prefill or decoding: seconds from begin to end, and what ran in it."""
+    """Prefill or decoding: seconds from begin to end, and the operators in it."""
 
     name: str
     seconds: float
@@ -48,7 +48,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The bottleneck, why it is called one, and the shares that decide it."""
+    """The bottleneck, the reason, and the shares that decide it."""
 
     verdict: str
     why: str
@@ -57,10 +57,10 @@ class Verdict:
 
 
 def judge(phase: Phase) -> Verdict:
-    """Returns what a phase looks like.
+    """Returns the verdict on a phase.
 
-    Overhead is the time in which no operator ran, and that of operators (no products and no attention) of less than
-    10 µs a call: from 40 % on it is the verdict. Otherwise the kind with the largest share is, from 30 % on.
+    Overhead is the time in which no operator ran, and the time of operators (except products and attention) of less
+    than 10 µs a call. From 40 % on, it is the verdict. Otherwise the class with the largest share is, from 30 % on.
     """
     shares = dict.fromkeys(("products", "attention", "dequantization", "head", "copies", "other"), 0.0)
     small = 0.0

@@ -1,1 +1,1 @@
-"""What the machine could do at most."""
+"""The maximum speed of the machine."""

@@ -1,4 +1,4 @@
-"""What a million tokens cost on a machine with a price."""
+"""The cost of a million tokens on a machine with a price."""
 
 from __future__ import annotations
 

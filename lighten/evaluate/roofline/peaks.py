@@ -1,4 +1,4 @@
-"""How fast a machine reads memory and multiplies matrices: measured once, and kept for the next time."""
+"""How fast a machine reads memory and multiplies matrices: measured once, and kept."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from lighten.step import Report
 from lighten.store.store import write_json
 
 VERSION = 1
-"""Of the way of measuring: what another one measured is measured again."""
+"""Version of the way of measuring. Figures of another version are measured again."""
 REPEATS = 7
 BUSY = 0.2
-"""Spread of repeats above which something else is taken to have run meanwhile."""
+"""Spread of repeats above which other work is assumed to have run meanwhile."""
 SIZES = [2**power for power in range(22, 30)]
-"""Bytes that are read over and over: what lies in a cache is read faster than what does not."""
+"""Bytes that are read over and over. Data in a cache is read faster."""
 MATRIX = {"cpu": 2048, "cuda": 8192}
 LONGEST = 1.2
-"""Seconds for one type of number, however slow it is; it is tried on smaller matrices first."""
+"""Maximum number of seconds for one type of number. It is tried on smaller matrices first."""
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """The roofs of a device: GB/s of reading by bytes that are read, and GFLOP/s of products by type of number."""
+    """The peaks of a device: GB/s of reading by number of bytes, and GFLOP/s of products by type of number."""
 
     device: str
     bandwidth: list[tuple[int, float]]
     matrix: dict[str, float | None]
     spread: float
-    """How much longer the median repeat took than the shortest one, the median of all measurements."""
+    """Excess of the median repeat over the shortest, the median of all measurements."""
     measured: str
-    """When, as a date."""
+    """Date of the measurement."""
 
     @property
     def memory(self) -> float:
-        """GB/s from memory: what the largest buffer was read at."""
+        """GB/s from memory, which is the rate of the largest buffer."""
         return self.bandwidth[-1][1]
 
     @property
     def busy(self) -> bool:
-        """Whether the repeats differ so much that the machine had something else to do."""
+        """Whether the repeats differ so much that the machine did other work."""
         return self.spread > BUSY
 
     def reading(self, size: float) -> float:
-        """Returns the GB/s at which `size` bytes are read over and over: between two measured ones by logarithm."""
+        """Returns the GB/s at which `size` bytes are read over and over, interpolated by logarithm."""
         before = self.bandwidth[0]
         for after in self.bandwidth:
             if size <= after[0]:
@@ -66,7 +66,7 @@ class Peaks:
         return self.memory
 
     def facts(self) -> dict[str, Any]:
-        """Returns what results.json keeps of it."""
+        """Returns the part for results.json."""
         curve = {str(size): round(rate, 2) for size, rate in self.bandwidth}
         return {
             "bandwidth_gb_s": round(self.memory, 2),
@@ -77,14 +77,14 @@ class Peaks:
 
 
 def folder() -> Path:
-    """Returns where a person's programs keep what they can make again."""
+    """Returns the directory of a person's caches."""
     if given := os.environ.get("XDG_CACHE_HOME"):
         return Path(given) / "lighten"
     return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "lighten"
 
 
 def cache_file(device: str) -> Path:
-    """Returns the file for this machine and device: named by what the figures depend on."""
+    """Returns the file for this machine and device, named by what the figures depend on."""
     found = machine.fingerprint()
     names = ("cpu", "cores", "memory_bytes", "os", "flags", "gpus")
     what = {name: found[name] for name in names} | {"device": device, "version": VERSION}
@@ -94,7 +94,7 @@ def cache_file(device: str) -> Path:
 
 
 def load(device: str) -> Peaks | None:
-    """Returns what was measured of this machine before, or None; a damaged file counts as none."""
+    """Returns earlier figures of this machine, or None. A damaged file counts as none."""
     try:
         value = json.loads(cache_file(device).read_text(encoding="utf-8"))
         value["bandwidth"] = [(int(size), float(rate)) for size, rate in value["bandwidth"]]
@@ -104,7 +104,7 @@ def load(device: str) -> Peaks | None:
 
 
 def save(peaks: Peaks) -> None:
-    """Keeps it for the next time; a directory that cannot be written to only means measuring again."""
+    """Keeps the figures. If the directory cannot be written to, they are measured again next time."""
     file = cache_file(peaks.device)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def save(peaks: Peaks) -> None:
 
 
 def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Measures the device in `payload`, in some three seconds; returns the fields of `Peaks`."""
+    """Measures the device in `payload`, in some three seconds. Returns the fields of `Peaks`."""
     import torch
 
     device = payload["device"]
@@ -152,7 +152,7 @@ def _read(size: int, device: str) -> tuple[float, float]:
 
 
 def _multiply(name: str, width: int, device: str) -> tuple[float | None, float]:
-    """Returns the most GFLOP/s of square products of a type, None where there are none, and the spread."""
+    """Returns the most GFLOP/s of square products of a type (None if there are none), and the spread."""
     best: float | None = None
     spread = 0.0
     for size in (width // 8, width // 2, width):
@@ -185,7 +185,7 @@ def _products(name: str, size: int, device: str) -> list[Callable[[], Any]]:
 
 
 def _timed(work: Callable[[], Any], device: str, times: int, most: int, enough: float) -> tuple[float, float]:
-    """Returns the least seconds that a `times`-th of the work took, and the spread of the repeats.
+    """Returns the least seconds of a `times`-th of the work, and the spread of the repeats.
 
     There are `most` of them, or fewer if these take `enough` seconds.
     """

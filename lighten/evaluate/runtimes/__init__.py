@@ -1,1 +1,1 @@
-"""What runs a model, and the choice of it by what lies on disk."""
+"""What runs a model, and the choice of it by the files on disk."""

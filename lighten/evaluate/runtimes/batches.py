@@ -37,15 +37,12 @@ def by_length(
 
 
 class Layout:
-    """A question as one row of tokens: its context, then every ending but its last token, which predicts nothing.
+    """A question as one row of tokens: its context, then every ending without its last token, which predicts nothing.
 
-    Attributes:
-        ids: token ids `[n]`.
-        positions: position of each token in its text `[n]`; every ending starts where the context ends.
-        segments: 0 for the context, 1, 2, ... for the endings `[n]`.
-        wanted: places of the tokens whose logits are needed.
-        picks: for every ending, which of the `wanted` predict its tokens.
-        targets: ids of all endings, one after the other.
+    Attributes: ids: token ids `[n]`. positions: position of each token in its text `[n]`; every ending starts where the
+    context ends. segments: 0 for the context, 1, 2, ... for the endings `[n]`. wanted: places of the tokens whose
+    logits are needed. picks: for every ending, which of the `wanted` predict its tokens. targets: ids of all endings,
+    one after the other.
     """
 
     def __init__(self, question: Question) -> None:
@@ -83,7 +80,7 @@ class Row:
 
 
 def attended(segments: Ids) -> NDArray[np.bool_]:
-    """Returns which tokens see which, `[..., n, n]`, from their segments `[..., n]`: 0 is seen by all that follow."""
+    """Returns which tokens see which, `[..., n, n]`, from their segments `[..., n]`. All later tokens see 0."""
     same = segments[..., None, :] == segments[..., :, None]
     seen: NDArray[np.bool_] = (same | (segments[..., None, :] == 0)) & np.tri(segments.shape[-1], dtype=np.bool_)
     return seen
@@ -94,7 +91,8 @@ def read_scores(
 ) -> list[list[Score]]:
     """Returns the scores of the endings from the logits at all wanted places, `[rows, vocab]`.
 
-    `token_logprobs` reads them: that of `rows` for numpy's, that of `device_rows` for logits on a device.
+    `token_logprobs` reads them: the function of `rows` for numpy's logits, that of `device_rows` for logits on a
+    device.
     """
     starts = np.cumsum([0, *(len(layout.wanted) for layout in layouts)])
     at = np.concatenate([start + pick for start, layout in zip(starts, layouts, strict=False) for pick in layout.picks])

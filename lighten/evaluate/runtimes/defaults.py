@@ -1,4 +1,4 @@
-"""What runtimes answer alike, so that one which is added has to say only what it does itself."""
+"""The default answers of runtimes, so that an added runtime implements only what it does itself."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Defaults:
         raise Failure(f"speculative decoding takes tokens back, which is not done on {self.name}")
 
     def peak_vram_bytes(self) -> int | None:
-        """See `Runtime`: not told."""
+        """See `Runtime`: not known."""
         return None
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Statistics of rows of logits where the model is, so that a GPU's logits need not travel: see `rows` for numpy's."""
+"""Statistics of rows of logits on the model's device, so that a GPU's logits stay there. `rows` is numpy's version."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lighten.evaluate.runtimes.head import Head
 from lighten.evaluate.runtimes.runtime import Floats, Ids
 
 LOGITS_BYTES = 2_000_000_000
-"""What the logits of the sequences that are computed together may take."""
+"""Maximum number of bytes of the logits of sequences that are computed together."""
 MOST_TOKENS = 8192
 ROWS = 1024
-"""Rows whose softmax is in memory at a time."""
+"""Number of rows whose softmax is in memory at a time."""
 
 
 def token_logprobs(
@@ -44,7 +44,7 @@ def token_logprobs(
 def divergence(reference: torch.Tensor, variant: torch.Tensor) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Returns KL(reference || variant) in nats `[n]`, and whether both have the same most likely token.
 
-    The sum runs over the whole vocabulary; if one has more columns (padding), over those both have.
+    The sum runs over the whole vocabulary. If one has more columns (padding), it runs over the columns of both.
     """
     vocab = min(reference.shape[1], variant.shape[1])
     found, same = [], []
@@ -57,7 +57,7 @@ def divergence(reference: torch.Tensor, variant: torch.Tensor) -> tuple[NDArray[
 
 
 def batch_of(length: int, vocab: int) -> int:
-    """Returns how many sequences of a length are computed together."""
+    """Returns the number of sequences of a length that are computed together."""
     return max(1, min(MOST_TOKENS, LOGITS_BYTES // (4 * vocab)) // length)
 
 
@@ -82,7 +82,7 @@ class DeviceHead:
 
 
 class DeviceScorer:
-    """Scores several chunks at once: logits, NLL and KL stay on the device."""
+    """Scores several chunks at once. Logits, NLL and KL stay on the device."""
 
     def __init__(self, runtime: Any, ids: Ids, first: int, against: Any) -> None:
         """Prepares for chunks `ids [chunks, length]`, scored from `first` on, and a `Reference` or None."""
@@ -92,7 +92,7 @@ class DeviceScorer:
 
     @torch.inference_mode()
     def __call__(self, part: slice) -> tuple[Any, Any, Any, Floats | None]:
-        """Returns NLL, KL and agreement of the scored positions of chunks, and what entered the head."""
+        """Returns NLL, KL and agreement of the scored positions of chunks, and the inputs of the head."""
         chunks = self.ids[part]
         shape = len(chunks), chunks.shape[1] - self.first
         scored = slice(self.first - 1, -1)

@@ -32,7 +32,7 @@ class GgufTokenizer:
         return self._model.decode(ids, special)
 
     def ends(self) -> tuple[int, ...]:
-        """Returns every id that llama.cpp takes for the end of a text: those of the file, and some that it knows."""
+        """Returns every id that ends a text for llama.cpp: those of the file, and some that it knows."""
         library, vocab = self._model.library, self._model.vocab
         return tuple(
             each for each in range(library.llama_vocab_n_tokens(vocab)) if library.llama_vocab_is_eog(vocab, each)
@@ -40,7 +40,7 @@ class GgufTokenizer:
 
 
 def gguf_words(path: Path) -> Words:
-    """Opens what turns text into ids for a .gguf file, by llama.cpp and by the templates that the file holds."""
+    """Opens the words of a .gguf file, by llama.cpp and by the templates in the file."""
     header = read_header(path)
     fields = header.fields
     simple = GgufTokenizer(path)

@@ -1,8 +1,8 @@
-"""A model that computes in float32 while its weights stay in the 16 bits that they are stored in.
+"""A model that computes in float32 while its weights stay in their stored 16 bits.
 
-Each module's weights become float32 for as long as it computes. The results are those of the float32 model, since
-float32 holds every value of 16 bits; what it takes is half the memory, and a conversion for every batch. Where weights
-are mapped from their file, not even that: the pages of a linear layer are given back once it has computed.
+Each module's weights become float32 while it computes. The results are those of the float32 model, because float32
+holds every value of 16 bits. The model takes half the memory, and a conversion for every batch. If weights are mapped
+from their file, it takes less: the pages of a linear layer are given back once it has computed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 SHORT = (torch.bfloat16, torch.float16)
 STORED = {"BF16": "bfloat16", "F16": "float16"}
 PIECE = 1 << 22
-"""Weights of a linear layer that are float32 at a time."""
+"""Number of weights of a linear layer that are float32 at a time."""
 
 
 def stored_short(path: Path) -> str | None:
-    """Returns the 16-bit type that every weight of a model directory is stored in; None where there is no single one.
+    """Returns the 16-bit type in which every weight of a model directory is stored; None if there are several types.
 
-    Nor is there one where weights are packed by a quantization.
+    None also if weights are packed by a quantization.
     """
     checkpoint = Checkpoint(path)
     if checkpoint.quantization:
@@ -42,7 +42,7 @@ def stored_short(path: Path) -> str | None:
 
 
 def open_lean(path: Path, dtype: str, *, trust_remote_code: bool = False) -> TorchRuntime:
-    """Opens a model directory on the CPU whose weights are stored in `dtype`; see `TorchRuntime` for what it raises."""
+    """Opens a model directory on the CPU whose weights are stored in `dtype`. Raises the errors of `TorchRuntime`."""
     from lighten.evaluate.runtimes.torch import TorchRuntime
 
     runtime = TorchRuntime(path, "cpu", dtype, trust_remote_code)
@@ -77,7 +77,7 @@ class _Product:
 
 
 class _Widened:
-    """Makes the weights that a module has itself float32 before it computes, and puts them back after."""
+    """Makes the weights of a module itself float32 before it computes, and puts them back afterwards."""
 
     def __init__(self, module: nn.Module) -> None:
         self.kept: dict[str, Tensor] = {}

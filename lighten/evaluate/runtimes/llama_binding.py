@@ -1,4 +1,4 @@
-"""The library of llama.cpp as the runtime needs it: its log, a model, a batch."""
+"""The library of llama.cpp for the runtime: its log, a model, a batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_llama() -> Library:
 
 
 class ErrorLog:
-    """What llama.cpp reports as errors; everything else it says is dropped."""
+    """The errors that llama.cpp reports. All other messages are dropped."""
 
     def __init__(self, library: Any) -> None:
         self._lines: list[str] = []
@@ -35,7 +35,7 @@ class ErrorLog:
         self._callback = library.llama_log_callback(self._write)
 
     def listen(self) -> None:
-        """Takes llama.cpp's messages from here on, and forgets the earlier ones."""
+        """Takes llama.cpp's messages from now on, and drops the earlier ones."""
         self._lines.clear()
         self._library.llama_log_set(self._callback, ctypes.c_void_p(0))
 
@@ -53,7 +53,7 @@ class ErrorLog:
 
 @cache
 def error_log() -> ErrorLog:
-    """Returns the log of the process: llama.cpp has one for all its models, and it must outlive them."""
+    """Returns the log of the process. llama.cpp has one log for all its models, and it must outlive them."""
     return ErrorLog(load_llama().api)
 
 
@@ -61,7 +61,7 @@ class GgufModel:
     """A loaded GGUF file: its weights, or its vocabulary only."""
 
     def __init__(self, path: Path, device: str, vocab_only: bool) -> None:
-        """Loads it; raises Failure if llama.cpp cannot."""
+        """Loads the file. Raises Failure if llama.cpp cannot."""
         check_header(path)
         loaded = load_llama()
         self.library = library = loaded.api
@@ -116,7 +116,7 @@ class Batch:
         owners: list[list[int]],
         wanted: NDArray[np.bool_],
     ) -> None:
-        """Takes them over; `wanted` are the rows whose logits are needed."""
+        """Takes the arrays; `wanted` are the rows whose logits are needed."""
         self.wanted = int(wanted.sum())
         counts = [len(owner) for owner in owners]
         flat = np.array([sequence for owner in owners for sequence in owner], dtype=np.int32)

@@ -1,4 +1,4 @@
-"""What can be measured: every source that can be compressed, and what a runtime alone knows."""
+"""The models that can be measured: every source that can be compressed, and what only a runtime knows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lighten.store.links import follow
 
 
 def find_measurable(model: str, *, trust_remote_code: bool = False, merge_adapter: bool = False) -> Found:
-    """Returns where a model that is to be measured lies; see `find` for the arguments, and for what it raises."""
+    """Returns the place of a model that is to be measured. Arguments and errors are those of `find`."""
     path = Path(model).expanduser()
     path = follow(path) if path.parent.name == "variants" and path.is_file() else path
     for runtime in added() if path.exists() else []:
@@ -23,7 +23,7 @@ def find_measurable(model: str, *, trust_remote_code: bool = False, merge_adapte
 
 
 def _format(path: Path) -> str | None:
-    """Returns the format that an artifact says it has."""
+    """Returns the format in an artifact's manifest."""
     folder = path if path.is_dir() else path.parent
     return str(read_artifact(folder).format) if (folder / MANIFEST).is_file() else None
 

@@ -1,8 +1,8 @@
-"""Many questions in one run of an ONNX graph, whose attention is told which tokens see which.
+"""Many questions in one run of an ONNX graph, whose attention gets a mask of which tokens see which.
 
 The operator GroupQueryAttention has inputs for a mask and for positions that exported graphs leave free. With these,
-the questions of a batch are one row of tokens, as long as none sees another. Weights and operators stay the exported
-ones.
+the questions of a batch are one row of tokens, as long as no question sees another. Weights and operators stay the
+exported ones.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ POSITIONS_AT, MASK_AT = 9, 10
 PRODUCTS = ("MatMul", "MatMulNBits", "Gemm")
 HEAD_DEPTH = 8
 DOUBT = 0.02
-"""Nats per token by which a packed question may differ from one that is run alone, for rounding's sake."""
+"""Nats per token by which rounding may make a packed question differ from one that runs alone."""
 
 
 class Packed:
     """A session of a graph that takes a row of questions."""
 
     def __init__(self, session: Any, window: int, cache: Callable[[int], dict[str, Any]]) -> None:
-        """Takes a session of a graph that `packable` returned and its window; `cache(n)` is one of n tokens, all 0."""
+        """Takes a session of a graph of `packable` and its window; `cache(n)` returns a cache of n tokens, all 0."""
         self._session = session
         self._inputs = {each.name: each for each in session.get_inputs()}
         self._window = window
         self._cache = cache
 
     def takes(self, questions: Sequence[Question]) -> bool:
-        """Returns whether questions fit in a row: attention over a window counts in places of the row."""
+        """Returns whether questions fit in a row. A window of the attention counts places of the row."""
         return not self._window or sum(question.packed for question in questions) < self._window
 
     def score(self, layouts: list[Layout]) -> list[list[Score]]:
         """Returns the scores of all endings.
 
-        The row follows a cache of one token that nobody sees: positions of its own for every token are taken after a
-        cache only.
+        The row follows a cache of one token that no token sees, because the operator takes positions for every token
+        only after a cache.
         """
         row = Row(layouts)
         return read_scores(self._run(row.ids, row.positions, row.sees, row.wanted, past=1), layouts)
 
     def agrees(self, vocab: int) -> bool:
-        """Returns whether an ending scores the same in a row and alone, nothing masked: it is undocumented."""
+        """Returns whether an ending has the same score in a row and alone, unmasked. This behaviour is undocumented."""
         ids = np.random.default_rng(0).integers(0, vocab, 28).tolist()
         question = Question(ids[:12], [ids[12:20], ids[20:]])
         ending = question.endings[-1]
@@ -72,9 +72,9 @@ class Packed:
 
 
 def packable(path: Path) -> tuple[bytes, int] | None:
-    """Returns a graph with inputs for positions, mask and wanted rows, and the tokens that its attention sees at most.
+    """Returns a graph with inputs for positions, mask and wanted rows, and the maximum number of tokens that it sees.
 
-    None if its attention has no place for them; 0 tokens if it sees all.
+    None if its attention has no place for them. 0 tokens if it sees all.
     """
     import onnx
     from onnx import TensorProto, helper
@@ -105,7 +105,7 @@ def packable(path: Path) -> tuple[bytes, int] | None:
 
 
 def _head(graph: Any) -> Any:
-    """Returns the matrix product that the logits come from; what follows it may only scale or convert."""
+    """Returns the matrix product that makes the logits. Operators after it may only scale or convert."""
     makers = {name: node for node in graph.node for name in node.output}
     node = makers.get("logits")
     for _ in range(HEAD_DEPTH):

@@ -33,14 +33,14 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids of a context (at least one) and of the endings (at least one token each) that may follow it."""
+    """Token ids of a context (at least one), and of the endings (at least one token each) that may follow it."""
 
     context: list[int]
     endings: list[list[int]]
 
     @property
     def packed(self) -> int:
-        """Tokens to compute: the context once, and every ending but its last token, which predicts nothing."""
+        """Number of tokens to compute: the context once, and every ending without its last token."""
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
@@ -51,7 +51,7 @@ class Timings:
     ttft_s: float
     token_s: list[float]
     ids: Ids | None = None
-    """What was written, `[batch, steps]`, where the runtime keeps it."""
+    """Written ids, `[batch, steps]`, if the runtime keeps them."""
 
 
 class Tokenizer(Protocol):
@@ -59,7 +59,7 @@ class Tokenizer(Protocol):
 
     bos: int | None
     prefix: int | None
-    """The id that stands for an empty context: beginning of text, or end of text where there is no such token."""
+    """Id of an empty context: beginning of text, or end of text if there is none."""
     eos: int | None
 
     def encode(self, text: str) -> list[int]:
@@ -70,23 +70,23 @@ class Tokenizer(Protocol):
 
 
 Decoding = Generator[Floats, int, None]
-"""Gives the logits `[vocab]` of the next token, and is sent the token that was chosen."""
+"""Generator that gives the logits `[vocab]` of the next token, and is sent the chosen token."""
 
 
 class Text(Protocol):
-    """A text in the cache of a model, of which the end can be taken back."""
+    """A text in the cache of a model, whose end can be removed."""
 
     length: int
 
     def extend(self, ids: list[int], wanted: int) -> list[int]:
-        """Adds tokens; returns the likeliest next one after each of the last `wanted`."""
+        """Adds tokens. Returns the likeliest next token after each of the last `wanted`."""
 
     def cut(self, length: int) -> None:
-        """Forgets all but the first `length` tokens."""
+        """Removes all tokens but the first `length`."""
 
 
 class Server(Protocol):
-    """A server of one model that is running, spoken to over HTTP."""
+    """A running server of one model, reached over HTTP."""
 
     name: str
     """Program and version."""
@@ -103,9 +103,9 @@ class Runtime(Protocol):
     """A loaded model."""
 
     name: str
-    """The name of its row in the table of runtimes: "torch", "llama.cpp", "onnxruntime"."""
+    """Name of its row in the table of runtimes: "torch", "llama.cpp", "onnxruntime"."""
     capabilities: frozenset[Capability]
-    """What it can do; methods of another capability are not called."""
+    """What it can do. Methods of other capabilities are not called."""
     device: str
     dtype: str
     """Arithmetic of the weights: "float32", "bfloat16", "int4", or the type of the GGUF file: "Q4_K - Medium"."""
@@ -113,15 +113,15 @@ class Runtime(Protocol):
     """Versions and kernels."""
     vocab: int
     context: int | None
-    """Positions that the model takes; None where it does not say."""
+    """Number of positions that the model takes; None if it does not say."""
     options: Mapping[str, str]
-    """The attention, compile and cache in use; empty where a runtime leaves no such choice."""
+    """Attention, compile and cache in use; empty if a runtime has no such choice."""
 
     def logits(self, ids: Ids) -> Floats:
         """Returns the logits `[n, vocab]` at every position of `ids [n]`; valid until the next call."""
 
     def hidden(self) -> Floats | None:
-        """Returns what entered the head in the last `logits`, `[n, hidden]`; None if the runtime does not show it."""
+        """Returns the inputs of the head in the last `logits`, `[n, hidden]`; None if it does not show them."""
 
     def choose(self, context: list[int], endings: list[list[int]]) -> list[Score]:
         """Returns the score of each ending; the context is computed once."""
@@ -133,20 +133,20 @@ class Runtime(Protocol):
         """Decodes `steps` tokens greedily after `prompt [batch, n]`, with a cache, through any end of text."""
 
     def decode(self, prompt: list[int], most: int) -> Decoding:
-        """Goes on after a prompt, with a cache, for at most `most` tokens; one such decoding at a time."""
+        """Continues after a prompt, with a cache, for at most `most` tokens. One such decoding runs at a time."""
 
     def text(self, most: int) -> Text:
-        """Returns an empty text of at most `most` tokens; one at a time.
+        """Returns an empty text of at most `most` tokens. There is one at a time.
 
         Raises:
-            Failure: the runtime cannot take tokens back.
+            Failure: the runtime cannot remove tokens.
         """
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text by the model's own tokenizer, no special tokens added."""
 
     def peak_vram_bytes(self) -> int | None:
-        """Returns the peak of accelerator memory, or None if there is none to ask."""
+        """Returns the peak of accelerator memory; None if there is no accelerator."""
 
     def close(self) -> None:
         """Frees the model."""

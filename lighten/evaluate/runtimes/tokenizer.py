@@ -9,7 +9,7 @@ from lighten.model import tokenizer_files
 
 
 class HfTokenizer:
-    """Wraps AutoTokenizer; reads the directory only, and runs no code of its own."""
+    """Wraps AutoTokenizer. It reads the directory only, and runs no code of its own."""
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""Transformers models: Hugging Face directories, and what it loads of the quantized formats."""
+"""Transformers models: Hugging Face directories, and the quantized formats that transformers loads."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class TorchRuntime(Defaults):
         }
 
     def _before_head(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor] | None:
-        """Keeps what enters the head, and lets through only the rows whose logits are wanted."""
+        """Keeps the inputs of the head, and passes on only the rows whose logits are wanted."""
         self._hidden = inputs[0]
         return None if self._rows is None else (inputs[0].flatten(0, -2)[self._rows][None],)
 
@@ -113,12 +113,12 @@ class TorchRuntime(Defaults):
 
     @torch.inference_mode()
     def device_logits(self, ids: Ids) -> Tensor:
-        """Returns the logits `[n, length, vocab]` of several texts `[n, length]`, where the model is."""
+        """Returns the logits `[n, length, vocab]` of several texts `[n, length]`, on the model's device."""
         logits: Tensor = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False).logits
         return logits
 
     def hidden_of_all(self) -> Floats | None:
-        """Returns what entered the head in the last `device_logits`, `[n, length, hidden]`."""
+        """Returns the inputs of the head in the last `device_logits`, `[n, length, hidden]`."""
         return None if self._hidden is None else _to_numpy(self._hidden)
 
     def hidden(self) -> Floats | None:
@@ -127,7 +127,7 @@ class TorchRuntime(Defaults):
 
     @torch.inference_mode()
     def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
-        """See `Runtime`. A question is one sequence in which an ending sees the context and itself only."""
+        """See `Runtime`. A question is one sequence, in which an ending sees only the context and itself."""
         scores: list[list[Score]] = [[] for _ in questions]
         start, done, tokens = time.monotonic(), 0, 0
         report(0, len(questions), "")

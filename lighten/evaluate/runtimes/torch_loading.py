@@ -22,7 +22,7 @@ from lighten.model.packing import unpack_awq
 from lighten.plugins import found_at
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
-"""Tokens of a batch of questions."""
+"""Number of tokens of a batch of questions."""
 
 
 def load_model(
@@ -86,7 +86,8 @@ def load_model(
 def _is_placed(method: str | None, device: str, unpack: bool) -> bool:
     """Returns whether a quantized model is loaded onto the device itself.
 
-    A model whose weights are unpacked first is moved after, but for bitsandbytes, whose weights are unpacked there.
+    A model whose weights are unpacked first is moved afterwards. bitsandbytes is an exception: its weights are unpacked
+    on the device.
     """
     stored_as = FORMATS.get(method or "")
     unpacked_there = stored_as is not None and stored_as.unpacked_on_device
@@ -94,7 +95,7 @@ def _is_placed(method: str | None, device: str, unpack: bool) -> bool:
 
 
 def arithmetic_for_quality(checkpoint: Checkpoint, device: str) -> str:
-    """Returns what quality is measured in: float32, or bfloat16 where the model in float32 does not fit a GPU."""
+    """Returns the arithmetic of quality: float32, or bfloat16 if the model in float32 does not fit a GPU."""
     room = 1.5 * 4 * checkpoint.facts.params
     return "float32" if device == "cpu" or accelerator.fits(room, device, share=0.9) else "bfloat16"
 
@@ -106,7 +107,7 @@ def kernels_of(model: nn.Module) -> list[str]:
 
 
 def stored(module: nn.Module) -> str | None:
-    """Returns the format that a module's weight is stored in, None for a plain one."""
+    """Returns the format of a module's stored weight; None for a plain weight."""
     if hasattr(module, "qweight"):
         return "awq" if "awq" in str(getattr(module, "QUANT_TYPE", "")).lower() else "gptq"
     if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
@@ -125,9 +126,9 @@ def describe_quantizer(method: str | None, kernels: list[str], unpacked: bool) -
 
 
 def unpack_linears(model: Any) -> bool:
-    """Puts dense linear layers in the place of those with quantized weights and plain inputs; True if it did any.
+    """Replaces linear layers with quantized weights and plain inputs by dense ones. Returns whether there were any.
 
-    Layers that quantize their inputs too are left to their own arithmetic.
+    Layers that also quantize their inputs keep their own arithmetic.
     """
     found = False
     if any(stored(module) == "compressed" for module in model.modules()):
@@ -150,7 +151,7 @@ def unpack_linears(model: Any) -> bool:
 
 
 def _weight(module: Any) -> Tensor | None:
-    """Returns the float32 weight `[out, in]` that a quantized linear stands for; None where there is none to take."""
+    """Returns the float32 weight `[out, in]` of a quantized linear; None if there is none."""
     kind = stored(module)
     if kind == "gptq":
         module.scales = module.scales.float()
@@ -179,7 +180,7 @@ def _weight(module: Any) -> Tensor | None:
 
 
 def repack(model: nn.Module) -> None:
-    """Lays the weights of linear layers out for oneDNN, whose float32 is over twice as fast as MKL's on AMD."""
+    """Lays out the weights of linear layers for oneDNN, whose float32 is over twice as fast as MKL's on AMD."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     for name, module in list(model.named_modules()):

@@ -1,4 +1,4 @@
-"""What flows through a model between its layers, on each runtime that shows it: to tell where two of them part."""
+"""The states between a model's layers, on each runtime that shows them, to find where two models differ."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lighten.model.llama_library import load
 from lighten.plugins import found_at
 
 States = dict[str, Floats]
-"""What was seen, `[n, hidden]`, by place, in the order of computation: "layer 0, attention", "layer 0", …"""
+"""States `[n, hidden]` by place, in the order of computation: "layer 0, attention", "layer 0", …"""
 
 _LLAMA = re.compile(r"(ffn_inp|l_out)-(\d+)")
 _PLACES = {"ffn_inp": "layer {}, attention", "l_out": "layer {}"}
 
 
 def trace(runtime: Runtime, ids: Ids) -> States | None:
-    """Returns what flows between the layers for `ids [n]`; None if the runtime does not show it."""
+    """Returns the states between the layers for `ids [n]`; None if the runtime does not show them."""
     tracer = opener(runtime.name).tracer
     return None if tracer is None else found_at(tracer)(runtime, ids)
 
@@ -40,7 +40,7 @@ def first_difference(ours: States, theirs: States, tolerance: float) -> str | No
 
 
 def of_torch(runtime: Any, ids: Ids) -> States:
-    """Returns what flows through a model of transformers."""
+    """Returns the states of a model of transformers."""
     import torch
 
     decoder = runtime.model.get_decoder()
@@ -75,7 +75,7 @@ def of_torch(runtime: Any, ids: Ids) -> States:
 
 
 def of_llama_cpp(runtime: Any, ids: Ids) -> States:
-    """Returns what flows through a GGUF model: ggml is asked for tensors by name while it computes them."""
+    """Returns the states of a GGUF model. ggml gives tensors by name while it computes them."""
     library = load("watching a GGUF file").ggml
     library.ggml_get_name.restype, library.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     library.ggml_nbytes.restype, library.ggml_nbytes.argtypes = ctypes.c_size_t, [ctypes.c_void_p]

@@ -1,4 +1,4 @@
-"""What a model's tokenizer does: ids, ends, rendered chats."""
+"""The results of a model's tokenizer: ids, ends, rendered chats."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ Chat = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Words:
-    """What turns text into ids."""
+    """Functions and ids of a tokenizer."""
 
     encode: Callable[[str], list[int]]
     bos: int | None
-    """The id that a text begins with."""
+    """Id that a text begins with."""
     eos: int | None
     render: Mapping[str, Callable[[Chat], str]]
-    """What writes a chat with each of the model's templates, by name."""
+    """Function that writes a chat with each of the model's templates, by name."""
     special: tuple[str, ...] = ()
     ends: tuple[int, ...] = ()
-    """Every id that ends a text: EOS, of a turn, of a message."""
+    """Ids that end a text: EOS, of a turn, of a message."""
     room: bool = True
     """Whether the file could hold more of them."""
 
 
 def hf_words(path: Path) -> Words:
-    """Opens what turns text into ids for a directory with a tokenizer of Hugging Face."""
+    """Opens the words of a directory with a tokenizer of Hugging Face."""
     from transformers import AutoTokenizer
 
     from lighten.model.checkpoint import read_config

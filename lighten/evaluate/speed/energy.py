@@ -9,11 +9,11 @@ from lighten.model import accelerator
 
 RAPL = Path("/sys/class/powercap")
 GPU_SECONDS = 2.0
-"""A GPU's counter moves some ten times in a second: what is measured with it must last longer."""
+"""Minimum seconds of a measurement with a GPU's counter, which moves some ten times in a second."""
 
 
 class Counters:
-    """The energy counters of all processor packages; `note` says why there are none to read, or what they cover."""
+    """The energy counters of all processor packages. `note` says why there are none, or what they cover."""
 
     least = 0.0
     """Seconds that a measurement should last."""
@@ -49,12 +49,12 @@ class Counters:
 
 
 class GpuCounters:
-    """The energy counter of one NVIDIA GPU, through nvidia-ml-py; `note` says why it cannot be read, or its extent."""
+    """The energy counter of one NVIDIA GPU, through nvidia-ml-py. `note` says what it covers, or what is wrong."""
 
     least = GPU_SECONDS
 
     def __init__(self, device: str = "cuda") -> None:
-        """Finds the GPU by its identity: torch numbers those that are visible to it, the driver all there are."""
+        """Finds the GPU by its identity, because torch numbers visible GPUs and the driver numbers all."""
         self._library: Any = None
         try:
             import pynvml
@@ -84,7 +84,7 @@ class GpuCounters:
 
 
 def counters(device: str) -> Counters | GpuCounters:
-    """Returns the counters of what does the work: the processor, or the GPU that `device` names ("cuda", "cuda:1")."""
+    """Returns the counters of the processor, or of the GPU that `device` names ("cuda", "cuda:1")."""
     if device == "cpu":
         return Counters()
     return GpuCounters(device)

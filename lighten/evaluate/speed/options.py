@@ -1,6 +1,6 @@
-"""How transformers runs a model: which attention, compiled or not, and what keeps keys and values.
+"""How transformers runs a model: the attention, the compilation, and the cache of keys and values.
 
-Torch is imported by what needs it only: a plan asks here what a machine lacks.
+Only functions that need torch import it, because a plan asks here what a machine lacks.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 from lighten.evaluate.speed.settings import Options
 
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
-"""transformers' name of each."""
+"""Names of the attentions in transformers."""
 BACKENDS = {"optimum-quanto": "quanto", "hqq": "hqq"}
-"""Packages that quantize a cache, the preferred one first, and transformers' name of each."""
+"""Packages that quantize a cache, in order of preference, and their names in transformers."""
 COMPILERS = ("g++", "clang++", "c++")
 BITS = 4
 
 
 def lacking(options: Options, device: str) -> str | None:
-    """Returns what this machine lacks for these options and what to do, in words; None if it lacks nothing."""
+    """Returns what this machine lacks for these options, and what to do; None if it lacks nothing."""
     if options.attention == "flash":
         if device == "cpu":
             return "flash attention runs on an NVIDIA GPU and this is the CPU: choose attention sdpa or eager"
@@ -39,7 +39,7 @@ def lacking(options: Options, device: str) -> str | None:
 
 
 def backend() -> str | None:
-    """Returns transformers' name of the package that can quantize a cache, None if there is none."""
+    """Returns transformers' name of the package that can quantize a cache; None if there is none."""
     for package, name in BACKENDS.items():
         try:
             version(package)
@@ -50,7 +50,7 @@ def backend() -> str | None:
 
 
 def compiled(model: Any, mode: str) -> Any:
-    """Returns the model's forward pass compiled, as transformers compiles it: for the step of one token."""
+    """Returns the compiled forward pass of the model. As in transformers, only the step of one token is compiled."""
     import torch
     from torch._inductor import config
 
@@ -59,7 +59,7 @@ def compiled(model: Any, mode: str) -> Any:
 
 
 class Caches:
-    """Makes what keeps the keys and values of a text."""
+    """Makes caches of the keys and values of a text."""
 
     def __init__(self, config: Any, kind: str) -> None:
         """Of a model's config; `kind` is dynamic, static or quantized."""
@@ -71,7 +71,7 @@ class Caches:
     def empty(self, batch: int, tokens: int) -> Any:
         """Returns an empty cache for `batch` texts of `tokens` each; None lets transformers make its own.
 
-        A static one is the same as long as it is large enough: compiled code holds on to it.
+        A static cache is reused while it is large enough, because compiled code refers to it.
         """
         if self._kind == "static":
             from transformers import StaticCache

@@ -1,4 +1,4 @@
-"""llama.cpp's OpenAI-compatible server, as a person would start it: over HTTP, streaming."""
+"""llama.cpp's OpenAI-compatible server, started as by a person: over HTTP, streaming."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from lighten.model import llama_library
 from lighten.process.isolate import death, die_with, environment, interpreter
 
 PYTHON_NEEDS = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
-"""Modules that the server written in Python is made of."""
+"""Modules of the server that is written in Python."""
 START_SECONDS = 120
 ANSWER_SECONDS = 600
 BANNED = -100
-"""Bias that keeps a token from being chosen."""
+"""Bias that prevents the choice of a token."""
 
 
 KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TMPDIR", "USER", "VIRTUAL_ENV")
 KEPT_FAMILIES = ("CUDA_", "DYLD_", "GGML_", "GOMP_", "HIP_", "HSA_", "KMP_", "LC_", "OMP_", "PYTHON", "ROCR_", "XDG_")
-"""What the server's process is told of this one's environment, and what such names begin with."""
+"""Beginnings of the names of environment variables that the server's process gets."""
 
 
 def own_environment() -> dict[str, str]:
     """Returns an environment for the server, which reads every setting there that its arguments leave open.
 
-    A HOST, an API_KEY or a CONFIG_FILE of the person's, meant for something else, would be taken for its own.
+    Otherwise a HOST, an API_KEY or a CONFIG_FILE of the person, which has another purpose, would become its setting.
     """
     return {name: value for name, value in environment().items() if name in KEPT or name.startswith(KEPT_FAMILIES)}
 
 
 def needs() -> tuple[str, ...]:
-    """Returns the modules that serving takes: none beside llama.cpp, where its own server is there."""
+    """Returns the modules that serving needs: none besides llama.cpp if it has its own server."""
     found = llama_library.installed()
     return PYTHON_NEEDS if found and not found.server else (llama_library.module(),)
 
 
 class Refused(Exception):
-    """The server did not answer a request to its end."""
+    """The error that the server did not answer a request to its end."""
 
 
 def _native(program: Path) -> list[str]:
@@ -62,10 +62,10 @@ def _python(device: str) -> list[str]:
 
 
 class LlamaServer:
-    """A server that runs as long as the block it is opened for; it does not outlive this process either."""
+    """A server that runs until the end of its block. It never outlives this process."""
 
     def __init__(self, path: Path, context: int, device: str) -> None:
-        """Sets it up for a .gguf file and texts of at most `context` tokens.
+        """Prepares a server for a .gguf file and texts of at most `context` tokens.
 
         Raises:
             RequestError: a package is missing.
@@ -90,10 +90,10 @@ class LlamaServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        """Starts it and waits until it answers.
+        """Starts the server and waits until it answers.
 
         Raises:
-            Failure: it ended, or does not answer.
+            Failure: the server ended, or does not answer.
         """
         self._process = subprocess.Popen(
             self._command,
@@ -115,7 +115,7 @@ class LlamaServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stops it."""
+        """Stops the server."""
         assert self._process
         self._process.kill()
         self._process.wait()
@@ -123,12 +123,12 @@ class LlamaServer:
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """Number of the server's process."""
         assert self._process
         return self._process.pid
 
     def check(self, when: str) -> None:
-        """Raises Failure if it has ended."""
+        """Raises Failure if the server has ended."""
         assert self._process
         code = self._process.poll()
         if code is not None:
@@ -152,10 +152,10 @@ class LlamaServer:
     def stream(self, prompt: str, steps: int, banned: list[int]) -> list[float]:
         """Returns the moments (`time.perf_counter`) at which each token of a greedy answer arrived.
 
-        A token is a piece of text that the server sends; one that is no whole character comes with the next.
+        A token is a piece of text that the server sends. A token that is no whole character comes with the next one.
 
         Raises:
-            Refused: it did not answer to the end.
+            Refused: the server did not answer to the end.
         """
         asked = {
             "prompt": prompt,

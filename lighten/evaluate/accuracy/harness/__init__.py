@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-eval on every runtime. Imports nothing heavy: what needs lm-eval runs in another process."""
+"""Tasks of EleutherAI's lm-eval on every runtime. Nothing heavy is imported: lm-eval runs in another process."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ class Facts:
     """A task as lm-eval builds it."""
 
     task: str
-    """Its name."""
+    """Name of the task."""
     documents: int
     letters: int
-    """Characters of all requests, the contexts that several share counted once."""
+    """Characters of all requests. A context that several requests share counts once."""
     digest: str
     """SHA-256 of every request, the documents behind them, and how they are scored."""
     version: str
-    """Of lm-eval."""
+    """Version of lm-eval."""
 
 
 def look(settings: Tasks) -> Facts:
-    """Returns the facts of a task, whose data set is fetched for it.
+    """Returns the facts of a task, and fetches its data set.
 
-    A task file that did not come with lm-eval is only read: nothing in it runs, and its documents are not counted but
-    guessed.
+    A task file that did not come with lm-eval is only read: nothing in it runs, and the number of its documents is a
+    guess.
 
     Raises:
-        RequestError: lm-eval is not installed or has no such task, or its data cannot be had.
+        RequestError: lm-eval is not installed or has no such task, or its data cannot be fetched.
     """
     if find_spec("lm_eval") is None:
         raise missing_extra(
@@ -50,10 +50,10 @@ def look(settings: Tasks) -> Facts:
 
 @cache
 def build(settings: Tasks) -> Facts:
-    """Returns the facts of a task as lm-eval builds it, which runs what a task file says.
+    """Returns the facts of a task as lm-eval builds it, which runs the code of a task file.
 
     Raises:
-        RequestError: lm-eval has no such task, or its data cannot be had.
+        RequestError: lm-eval has no such task, or its data cannot be fetched.
     """
     asked = settings.model_dump(mode="json")
     return Facts(**run_isolated("lighten.evaluate.accuracy.harness.tasks:describe", asked).value)

@@ -20,9 +20,9 @@ from lighten.step import Report
 CONTEXT = 2048
 """Positions of a model that does not say how many it takes; lm-eval's own default."""
 ENDINGS = 32
-"""Most endings of one context that are computed together."""
+"""Maximum number of endings of one context that are computed together."""
 WRITTEN = 256
-"""Most tokens to write where a task does not say; lm-eval's own default."""
+"""Maximum number of tokens to write if a task does not say; lm-eval's own default."""
 SAMPLING_SEED = 1234
 
 
@@ -46,16 +46,16 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The end of text."""
+        """Id of the end of text."""
         return self._prefix if self.text.eos is None else self.text.eos
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands for an empty context."""
+        """Id that stands for an empty context."""
         return self._prefix
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Returns the ids of a text, after BOS where the tokenizer puts one and the text does not begin with it."""
+        """Returns the ids of a text. BOS comes first if the tokenizer adds it and the text does not begin with it."""
         ids = list(self._ids(string))
         if add_special_tokens is None:
             add_special_tokens = not (self._opening and string.startswith(self._opening))
@@ -86,10 +86,10 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
         return answers
 
     def _fitting(self, context: list[int], ending: list[int]) -> list[int]:
-        """Returns a context, cut from the left to what the model takes.
+        """Returns a context, cut from the left to the length that the model takes.
 
         Raises:
-            Failure: no ending, or one that is longer than that by itself.
+            Failure: the ending is missing, or is longer than that by itself.
         """
         if not ending:
             raise Failure("the task asks for the likelihood of an empty text: its endings must have tokens")

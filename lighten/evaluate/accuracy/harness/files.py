@@ -1,4 +1,4 @@
-"""What an lm-eval task file is made of, found by reading: lm-eval itself would run it."""
+"""The parts of an lm-eval task file, found by reading. lm-eval itself would run the file."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from lighten.data.reading import parse_yaml
 from lighten.errors import RequestError
 
 MOST = 1000
-"""Files that a task may be made of."""
+"""Maximum number of files of a task."""
 LETTERS = 400
-"""Characters of a document, where they cannot be counted."""
+"""Characters of a document, if they cannot be counted."""
 DOCUMENTS = 1000
 """Documents of a data set that is not on this machine."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes lm-eval's tags for the text behind them."""
+    """Reads lm-eval's tags as the text behind them."""
 
 
 _Loader.add_multi_constructor("!", lambda loader, suffix, node: str(node.value) if suffix else None)
 
 
 def parts(file: Path) -> dict[str, Path]:
-    """Returns the files that a task file is made of, by their path beside it.
+    """Returns the files of a task, by their path beside the task file.
 
-    Those are what it includes, the modules beside it if it names a function, the other task files of its directory if
-    it is a group, and local data.
+    These are the files that it includes, the modules beside it if it names a function, the other task files of its
+    directory if it is a group, and local data.
 
     Raises:
-        RequestError: it is not there, is not YAML, or has too many parts.
+        RequestError: the file does not exist, is no YAML, or has too many parts.
     """
     top = file.resolve().parent
     found: dict[str, Path] = {}
@@ -55,7 +55,7 @@ def parts(file: Path) -> dict[str, Path]:
 
 
 def _named(file: Path) -> Iterator[Path]:
-    """Yields the files that a task file names and that are there."""
+    """Yields the files that a task file names and that exist."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -86,12 +86,12 @@ def _data(file: Path, value: dict[str, Any]) -> Iterator[Path]:
 
 
 def facts(file: Path, local: Path | None, limit: int | None) -> dict[str, Any]:
-    """Returns `lighten.evaluate.accuracy.harness.Facts` of a task file, its documents and letters roughly.
+    """Returns the facts of a task file, with rough numbers of documents and letters.
 
     Args:
         file: the task file.
-        local: data in the place of the task's own.
-        limit: documents at most.
+        local: data instead of the task's own.
+        limit: maximum number of documents.
 
     Raises:
         RequestError: as `parts`.

@@ -13,7 +13,7 @@ from lighten.evaluate.runtimes.runtime import Floats, Runtime, Tokenizer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen: the likeliest at temperature 0; else at random among `top_k` and the mass `top_p`."""
+    """The choice of a token: the likeliest at temperature 0, else at random among `top_k` and the mass `top_p`."""
 
     temperature: float = 0.0
     top_k: int = 0

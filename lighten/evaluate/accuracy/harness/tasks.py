@@ -20,15 +20,15 @@ from lighten.step import Report
 SEED, FEWSHOT_SEED = 0, 1234
 """lm-eval's own defaults."""
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Builders of `datasets` for local files."""
+"""Builders of `datasets` that read local files."""
 _NAME = re.compile(rb"^(task|group): *[\"']?([^\s\"'#]+)[\"']? *(?:#.*)?$", re.MULTILINE)
 
 
 def load(settings: Tasks) -> dict[str, Any]:
-    """Returns what `lm_eval.evaluator.evaluate` takes: the `tasks` by name, and `groups`.
+    """Returns the arguments of `lm_eval.evaluator.evaluate`: the `tasks` by name, and `groups`.
 
     Raises:
-        RequestError: no such task (says the nearest), or one that cannot be loaded: its data, its file.
+        RequestError: the task does not exist (the message has the nearest name), or its data or file cannot be loaded.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     path = Path(settings.task).expanduser()
@@ -77,7 +77,7 @@ def _loading(settings: Tasks, file: Path | None) -> dict[str, Any]:
 
 
 def _file_of(name: str) -> Path | None:
-    """Returns the file of one of lm-eval's tasks or groups; None for what is not named at the start of a line."""
+    """Returns the file of one of lm-eval's tasks or groups; None for a name that no line begins with."""
     import lm_eval.tasks
 
     for file in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")):
@@ -96,7 +96,7 @@ def _unknown(name: str, known: list[str]) -> str:
 
 
 def _local(settings: Tasks) -> dict[str, Any]:
-    """Returns what makes a task take its documents from a local file."""
+    """Returns the settings that make a task take its documents from a local file."""
     file = Path(settings.local or "").expanduser().absolute()
     if not file.is_file():
         raise RequestError(f"there is no file {settings.local!r} for the task {settings.task}: check `local`")
@@ -113,7 +113,7 @@ def _local(settings: Tasks) -> dict[str, Any]:
 
 
 def _beside(file: Path | None) -> dict[str, Any]:
-    """Returns the data files that a task's file names, those that lie beside it by their whole path."""
+    """Returns the data files that a task's file names. Those beside it have their whole path."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     given = load_yaml(file, resolve_func=False).get("dataset_kwargs") if file else None
@@ -204,6 +204,6 @@ def _stable(value: Any) -> str:
 
 
 def name_of(loaded: dict[str, Any], settings: Tasks) -> str:
-    """Returns the name that a request for a task goes by: its own, or that of the one thing in the file."""
+    """Returns the name of a requested task: its own name, or that of the single task in the file."""
     names = [*loaded.get("groups", {}), *loaded["tasks"]]
     return settings.task if settings.task in names or len(loaded["tasks"]) != 1 else str(names[0])
