@@ -40,10 +40,10 @@ def off_grid(model: Path, out: Path) -> None:
     """Writes the same model with random channel scales moved between neighbouring matrices of every layer."""
     import torch
 
-    from lighten.compress.quantize.fold import BEFORE, copies, fold
+    from lighten.compress.quantize.fold import copies, fold
+    from lighten.model.anatomy import BEFORE, LAYERS
     from lighten.model.checkpoint import Checkpoint
     from lighten.model.shards import ShardWriter
-    from lighten.model.stream import LAYERS
 
     checkpoint = Checkpoint(model)
     facts = checkpoint.facts

@@ -11,9 +11,9 @@ import torch
 from lighten.compress.quantize.gptq import gptq
 from lighten.compress.quantize.layer import relative_error
 from lighten.compress.quantize.methods.gptq import Gptq
+from lighten.model import anatomy
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_index, read_layer
-from lighten.model.stream import LAYERS
 from lighten.step import Report
 
 NEARLY_DEAD = 1e-6
@@ -49,7 +49,7 @@ def examine(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         losses = []
         done = layers
         for layer in tried:
-            weights = Checkpoint(Path(payload["model"])).tensors(f"{LAYERS}{layer}.")
+            weights = Checkpoint(Path(payload["model"])).tensors(anatomy.layer(layer))
             heldout = Path(payload["heldout"])
             for samples, part in payload["parts"]:
                 for name, loss in layer_losses(weights, Path(part), heldout, layer, payload["device"]):

@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from lighten.errors import Failure, RequestError
 from lighten.facts import ModelFacts
 from lighten.model import forms, tokenizer_files
+from lighten.model.anatomy import EMBEDDING_WEIGHT, HEAD, HEAD_WEIGHT
 from lighten.model.config_checks import size
 from lighten.model.files import refuse_pointer, without_pickles
-from lighten.model.forms import EMBEDDING, ENCODERS, HEAD, INDEX, SINGLE, read_config, refuse_pickle
+from lighten.model.forms import ENCODERS, INDEX, SINGLE, read_config, refuse_pickle
 from lighten.store.files import MANIFEST
 
 if TYPE_CHECKING:
@@ -81,15 +82,15 @@ class Checkpoint:
         says = self.config.get("tie_word_embeddings")
         if says is False or _family(self.config) != "causal" or not any(self.path.glob("*.safetensors")):
             return
-        if {EMBEDDING, HEAD} <= self.weight_map.keys():
-            if not self._alike(EMBEDDING, HEAD):
+        if {EMBEDDING_WEIGHT, HEAD_WEIGHT} <= self.weight_map.keys():
+            if not self._alike(EMBEDDING_WEIGHT, HEAD_WEIGHT):
                 self.config = {**self.config, "tie_word_embeddings": False}
                 if says:
                     self.notes.append(
-                        f"config.json ties the head to the embedding, but {HEAD} differs from {EMBEDDING}: "
-                        "it is kept, as a head of its own"
+                        f"config.json ties the head to the embedding, but {HEAD_WEIGHT} differs from "
+                        f"{EMBEDDING_WEIGHT}: it is kept, as a head of its own"
                     )
-        elif says is None and EMBEDDING in self.weight_map and "lm_head.qweight" not in self.weight_map:
+        elif says is None and EMBEDDING_WEIGHT in self.weight_map and f"{HEAD}.qweight" not in self.weight_map:
             self.config = {**self.config, "tie_word_embeddings": True}  # the default of some architectures
 
     def _alike(self, first: str, second: str) -> bool:
@@ -132,7 +133,7 @@ class Checkpoint:
 
     def head(self) -> torch.Tensor:
         """Returns the weight of the output head, which may be the embedding."""
-        return self.tensor(EMBEDDING if self.facts.tied else HEAD)
+        return self.tensor(EMBEDDING_WEIGHT if self.facts.tied else HEAD_WEIGHT)
 
     def write_others(self, out: Path, config: dict[str, Any]) -> None:
         """Writes everything except the weights into a directory: a config, and the other files unchanged."""

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, RequestError
+from lighten.model import anatomy
 from lighten.model.config_checks import check_config
 from lighten.model.files import PICKLES, check_links, plain, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
-BODY = "model."
-"""Beginning of the names of a language model's weights if its head is saved too."""
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ENCODERS = (
     "albert",
     "bert",
@@ -179,9 +177,11 @@ def canonical(names: Iterable[str], config: dict[str, Any]) -> dict[str, str]:
     name. Loaders accept both.
     """
     found = {name: name for name in names}
-    if "embed_tokens.weight" in found and not any(name.startswith(BODY) for name in found):
-        found = {name if name.startswith("lm_head.") else f"{BODY}{name}": stored for name, stored in found.items()}
-    layered = any(name.startswith(f"{BODY}layers.") for name in found)
-    if layered and config.get("tie_word_embeddings") and HEAD in found and EMBEDDING not in found:
-        found = {EMBEDDING if name == HEAD else name: stored for name, stored in found.items()}
+    body, head, embedding = anatomy.BODY, anatomy.HEAD_WEIGHT, anatomy.EMBEDDING_WEIGHT
+    if embedding.removeprefix(body) in found and not any(name.startswith(body) for name in found):
+        outside = f"{anatomy.HEAD}."
+        found = {name if name.startswith(outside) else f"{body}{name}": stored for name, stored in found.items()}
+    layered = any(name.startswith(anatomy.LAYERS) for name in found)
+    if layered and config.get("tie_word_embeddings") and head in found and embedding not in found:
+        found = {embedding if name == head else name: stored for name, stored in found.items()}
     return found

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lighten.errors import Failure, RequestError, reading
 from lighten.facts import ModelFacts
-from lighten.model import tokenizer_table
+from lighten.model import anatomy, tokenizer_table
 from lighten.model.gguf_header import READS, Header, Tensor, head_dim_of, open_any, open_model, read_header
 from lighten.model.tokenizer_files import DEFAULT
 from lighten.step import Report, silent
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 SHARD_BYTES = 2_000_000_000
 ROPE_FREQS = "rope_freqs.weight"
 
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -127,33 +125,19 @@ def tensor_names(arch: str, layers: int) -> dict[str, str]:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     table = get_tensor_name_map(next(key for key, name in MODEL_ARCH_NAMES.items() if name == arch), layers)
-    modules = ["model.embed_tokens"]
-    for layer in range(layers):
-        parts = ["input_layernorm", *(f"self_attn.{name}" for name in _LINEARS), "post_attention_layernorm"]
-        modules += [f"model.layers.{layer}.{part}" for part in [*parts, *(f"mlp.{name}" for name in _MLP)]]
-    modules += ["model.norm", "lm_head"]
     kinds = ("weight", "bias")
-    return {f"{module}.{kind}": f"{table.get_name(module)}.{kind}" for module in modules for kind in kinds}
+    return {
+        f"{module}.{kind}": f"{table.get_name(module)}.{kind}" for module in anatomy.modules(layers) for kind in kinds
+    }
 
 
 def _shape(name: str, facts: ModelFacts) -> tuple[int, ...]:
     """Returns the shape of a tensor by its Hugging Face name: `[out, in]`, or `[out]` of a bias or norm."""
-    wide, narrow = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
-    hidden, inner = facts.hidden, facts.intermediate
-    sizes = {
-        "q_proj": (wide, hidden),
-        "k_proj": (narrow, hidden),
-        "v_proj": (narrow, hidden),
-        "o_proj": (hidden, wide),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-        "embed_tokens": (facts.vocab, hidden),
-        "lm_head": (facts.vocab, hidden),
-    }
-    *_, module, kind = name.split(".")
-    out, columns = sizes.get(module, (hidden, 0))
-    return (out, columns) if columns and kind == "weight" else (out,)
+    module, _, kind = name.rpartition(".")
+    found = anatomy.shape(module, facts)
+    if found is None:
+        return (facts.hidden,)
+    return found if kind == "weight" else found[:1]
 
 
 def rope_heads(name: str, arch: str, facts: ModelFacts) -> int | None:
@@ -163,7 +147,7 @@ def rope_heads(name: str, arch: str, facts: ModelFacts) -> int | None:
     """
     if arch != "llama":
         return None
-    return {"q_proj": facts.heads, "k_proj": facts.kv_heads}.get(name.split(".")[-2])
+    return anatomy.rotated_heads(name.rpartition(".")[0], facts)
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -18,10 +18,10 @@ from pydantic import Field
 from lighten.errors import Failure, RequestError, check_names
 from lighten.facts import ModelFacts
 from lighten.model import tokenizer_files
+from lighten.model.anatomy import HEAD_WEIGHT
 from lighten.model.checkpoint import Checkpoint, read_config
 from lighten.model.config_checks import refuse_code
 from lighten.model.files import check_links, inside
-from lighten.model.forms import HEAD
 from lighten.model.hub import fetch
 from lighten.model.onnx_source import facts as onnx_facts
 from lighten.model.onnx_source import find_onnx
@@ -280,7 +280,7 @@ class Source(Step):
 
         checkpoint = Merged(Path(self.adapter), path) if self.adapter else Checkpoint(path)
         causal = checkpoint.facts.family == "causal" and not checkpoint.quantization
-        left_out = {*self.surplus, *([HEAD] if checkpoint.facts.tied else [])} if causal else set()
+        left_out = {*self.surplus, *([HEAD_WEIGHT] if checkpoint.facts.tied else [])} if causal else set()
         names = [name for name in checkpoint.weight_map if name not in left_out]
         wanted, stored = getattr(torch, self.dtype or "bfloat16"), "bfloat16"
         rounded = total = 0

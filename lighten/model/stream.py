@@ -14,12 +14,11 @@ import torch
 from torch import nn
 
 from lighten.errors import Failure, RequestError
-from lighten.model import accelerator
+from lighten.model import accelerator, anatomy
 from lighten.model.architectures import check_architecture
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.products import fast_bfloat16
 
-LAYERS = "model.layers."
 HEAD_ROWS = 128
 """Number of positions whose logits are in memory at a time."""
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -108,7 +107,7 @@ class StreamedModel:
             where they fit beside what a layer needs, else on the CPU.
         """
         body = self.model.model
-        self._fill(body.embed_tokens, self.checkpoint.tensors("model.embed_tokens."), "model.embed_tokens.")
+        self._fill(body.embed_tokens, self.checkpoint.tensors(f"{anatomy.EMBEDDING}."), f"{anatomy.EMBEDDING}.")
         stand_ins = [_StandIn() for _ in self.layers]
         for stand_in, layer in zip(stand_ins, self.layers, strict=True):
             # some models look at their layers' attributes to choose the mask
@@ -137,7 +136,7 @@ class StreamedModel:
             `hidden`; the loss is summed over tokens.
         """
         body = self.model.model
-        self._fill(body.norm, self.checkpoint.tensors("model.norm."), "model.norm.")
+        self._fill(body.norm, self.checkpoint.tensors(f"{anatomy.NORM}."), f"{anatomy.NORM}.")
         head = self.checkpoint.head().to(self.device, self.dtype)
         gradient = torch.zeros_like(hidden)
         ids = ids.to(self.device)
@@ -165,7 +164,7 @@ class StreamedModel:
     def loss(self, hidden: torch.Tensor, ids: torch.Tensor) -> float:
         """Returns the mean loss of predicting `ids` `[samples, length]` from the states that the last layer left."""
         body = self.model.model
-        self._fill(body.norm, self.checkpoint.tensors("model.norm."), "model.norm.")
+        self._fill(body.norm, self.checkpoint.tensors(f"{anatomy.NORM}."), f"{anatomy.NORM}.")
         head = self.checkpoint.head().to(self.device, self.dtype)
         total = 0.0
         for state, row in zip(hidden, ids, strict=True):
@@ -179,7 +178,7 @@ class StreamedModel:
     def stream(self, reverse: bool = False) -> Iterator[tuple[int, nn.Module]]:
         """Yields every decoder layer, filled, from first to last or back. Each is emptied before the next is loaded."""
         for index, layer in sorted(enumerate(self.layers), key=lambda each: each[0], reverse=reverse):
-            prefix = f"{LAYERS}{index}."
+            prefix = anatomy.layer(index)
             self._fill(layer, self.checkpoint.tensors(prefix), prefix)
             yield index, layer
             layer.to("meta")

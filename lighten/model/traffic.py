@@ -11,13 +11,12 @@ from typing import Any
 
 from lighten.errors import Failure, reading
 from lighten.facts import ModelFacts
+from lighten.model.anatomy import EMBEDDINGS, HEADS
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 LARGEST_HEADER = 100_000_000
 """Maximum number of bytes of a safetensors header, by its own format."""
 _AXES = 16
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-HEADS = ("lm_head.", "embed_out.")
 CACHE_BITS = {1: 32, 10: 16, 16: 16}
 """Bits of a key or value, by ONNX's number of the type."""
 WIDTHS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
@@ -93,7 +92,7 @@ def gguf_reads(paths: Iterable[Path]) -> int:
 def _safetensors(path: Path, width: int) -> int:
     """Returns bytes read from a model directory; floating-point weights have `width` bytes once they are loaded."""
     headers = {file: _header(file) for file in sorted(path.glob("*.safetensors"))}
-    own_head = any(name.startswith(HEADS) for header in headers.values() for name in header)
+    own_head = any(name.partition(".")[0] in HEADS for header in headers.values() for name in header)
     read = 0.0
     for file, header in headers.items():
         with reading(file, "make or fetch it again"):

@@ -45,8 +45,9 @@ class Sensitivities(Sweep):
         """Writes the sensitivities of `source`."""
         import torch
 
+        from lighten.model import anatomy
         from lighten.model.sensitivity import Sensitivity
-        from lighten.model.stream import LAYERS, StreamedModel
+        from lighten.model.stream import StreamedModel
         from lighten.model.tokens import calibration_ids
 
         ids = torch.from_numpy(calibration_ids(source.path, self.data, self.samples, self.length))
@@ -63,17 +64,17 @@ class Sensitivities(Sweep):
                     hidden[row : row + 1] = layer(part, **arguments[index])
             context.report(index + 1, steps, f"forward, layer {index + 1}/{len(model.layers)}")
         outputs: dict[str, float] = {}
-        outputs["lm_head"], head_gram, gradient = model.head_gradient(hidden, ids)
+        outputs[anatomy.HEAD], head_gram, gradient = model.head_gradient(hidden, ids)
         facts, heads = model.checkpoint.facts, {}
         for done, (index, layer) in enumerate(model.stream(reverse=True), len(model.layers) + 1):
             squares: dict[str, float] = {}
             hooks = [
-                module.register_forward_hook(_collector(f"{LAYERS}{index}.{name}", squares, ids.numel()))
+                module.register_forward_hook(_collector(anatomy.layer(index) + name, squares, ids.numel()))
                 for name, module in layer.named_modules()
                 if isinstance(module, torch.nn.Linear)
             ]
             heads[str(index)] = importance = [0.0] * facts.heads
-            output = layer.get_submodule("self_attn.o_proj")
+            output = layer.get_submodule(anatomy.OUTPUT)
             hooks.append(output.register_forward_hook(_of_heads(importance, ids.numel())))
             plain = {name: _usable(value) for name, value in arguments[index].items()}
             state = states.pop()
@@ -87,7 +88,7 @@ class Sensitivities(Sweep):
                 hook.remove()
             outputs |= squares
             context.report(done, steps, f"back, layer {index + 1}/{len(model.layers)}")
-        outputs["model.embed_tokens"] = float(gradient.float().square().mean())
+        outputs[anatomy.EMBEDDING] = float(gradient.float().square().mean())
         counts = torch.bincount(ids.flatten(), minlength=facts.vocab).to(torch.int32)
         Sensitivity(outputs, head_gram, counts, ids.numel(), heads).write(out)
         return {"format": "sensitivity", "sequences": len(ids), "tokens": ids.numel()}

@@ -64,8 +64,9 @@ class Sweep(Step):
 
         from lighten.compress.calibrate.gram import LayerInputs
         from lighten.compress.prune.structured import angular_distances
+        from lighten.model.anatomy import LAYERS
         from lighten.model.grams import GramWriter
-        from lighten.model.stream import LAYERS, StreamedModel, batch_of
+        from lighten.model.stream import StreamedModel, batch_of
         from lighten.model.tokens import calibration_ids
 
         ids = torch.from_numpy(calibration_ids(source.path, self.data, self.samples, self.length, context.warnings))

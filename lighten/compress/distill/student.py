@@ -20,6 +20,7 @@ from lighten.compress.patterns import zeros_of
 from lighten.compress.prune import sparse
 from lighten.compress.quantize import grid
 from lighten.errors import Failure, RequestError, missing_extra
+from lighten.model import anatomy
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.loading import from_pretrained
 from lighten.step import Context
@@ -27,7 +28,7 @@ from lighten.step import Context
 if TYPE_CHECKING:
     from lighten.compress.distill.settings import Distill
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEARS = tuple(map(anatomy.short, anatomy.LINEARS))
 
 
 class Student:
@@ -175,7 +176,7 @@ class Student:
         for name, weight in self.core.named_parameters():
             linear = name.removesuffix(".weight")
             value = self.show(linear, weight.detach()) if linear in self.linears else weight.detach()
-            if not (tied and name == "lm_head.weight"):
+            if not (tied and name == anatomy.HEAD_WEIGHT):
                 found[name] = value.to(dtype).cpu()
         return found
 
@@ -190,7 +191,7 @@ class Student:
                 if module.base_layer.bias is not None:
                     found[f"{name}.bias"] = module.base_layer.bias.to(dtype).cpu()
         for name, weight in self.core.named_parameters():
-            if ".base_layer." not in name and ".lora_" not in name and not (tied and name == "lm_head.weight"):
+            if ".base_layer." not in name and ".lora_" not in name and not (tied and name == anatomy.HEAD_WEIGHT):
                 found[name] = weight.detach().to(dtype).cpu()
         return found
 

@@ -9,12 +9,13 @@ import torch
 from lighten.compress.prune import structured
 from lighten.compress.prune.amounts import Target
 from lighten.compress.prune.settings import Prune
-from lighten.compress.prune.thin import DOWN, OUTPUT, Cut, Thinned
+from lighten.compress.prune.thin import Cut, Thinned
 from lighten.errors import RequestError
+from lighten.model.anatomy import DOWN, LAYERS, OUTPUT
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_ids, read_index, read_layer
 from lighten.model.sensitivity import Sensitivity
-from lighten.model.stream import LAYERS, StreamedModel
+from lighten.model.stream import StreamedModel
 from lighten.process.workers import crew, ordered
 from lighten.step import Context
 

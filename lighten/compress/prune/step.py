@@ -11,9 +11,9 @@ from lighten.compress.prune.settings import Prune
 from lighten.compress.prune.thin import Cut, Thinned
 from lighten.compress.prune.zeros import write
 from lighten.errors import RequestError
+from lighten.model import anatomy
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.shards import ShardWriter
-from lighten.model.stream import LAYERS
 from lighten.step import Context
 from lighten.store.artifact import Artifact
 
@@ -48,14 +48,14 @@ def _shrink(step: Prune, checkpoint: Checkpoint, out: Any, context: Context) -> 
         params = done = 0
         with ShardWriter(out, len(names)) as writer:
             for name in names:
-                if not name.startswith(LAYERS):
+                if anatomy.placed(name) is None:
                     tensor = thin.tensor(name)
                     params += tensor.numel()
                     writer.add(name, tensor)
             for layer in range(thin.facts.layers):
-                for rest, tensor in thin.tensors(f"{LAYERS}{layer}.").items():
+                for rest, tensor in thin.tensors(anatomy.layer(layer)).items():
                     params += tensor.numel()
-                    writer.add(f"{LAYERS}{layer}.{rest}", tensor)
+                    writer.add(anatomy.layer(layer) + rest, tensor)
                 context.report(done := done + 1, thin.facts.layers, f"layer {done}/{thin.facts.layers}")
     checkpoint.write_others(out, thin.config)
     context.warnings += choices.warnings

@@ -13,14 +13,13 @@ import torch
 from lighten.compress.prune.structured import refit
 from lighten.errors import RequestError
 from lighten.facts import ModelFacts
+from lighten.model import anatomy
+from lighten.model.anatomy import DOWN, GATE, KEY, LAYERS, OUTPUT, QUERY, UP, VALUE, placed
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_layer
-from lighten.model.stream import LAYERS
 
 Removed = Mapping[int, Sequence[int]]
 """Removed parts by layer: the same number from every layer, so that the model keeps one shape."""
-
-DOWN, OUTPUT = "mlp.down_proj", "self_attn.o_proj"
 
 
 @dataclass(frozen=True)
@@ -92,30 +91,27 @@ class Thinned(Checkpoint):
         numbers = {old: new for new, old in enumerate(self.left)}
         found = {}
         for name, file in self.whole.weight_map.items():
-            if name.startswith(LAYERS):
-                layer, _, rest = name.removeprefix(LAYERS).partition(".")
-                if int(layer) in numbers:
-                    found[f"{LAYERS}{numbers[int(layer)]}.{rest}"] = file
-            else:
+            place = placed(name)
+            if place is None:
                 found[name] = file
+            elif place[0] in numbers:
+                found[anatomy.layer(numbers[place[0]]) + place[1]] = file
         return found
 
     def tensor(self, name: str) -> torch.Tensor:
         """Returns one tensor."""
-        if not name.startswith(LAYERS):
-            return self.whole.tensor(name)
-        layer, _, rest = name.removeprefix(LAYERS).partition(".")
-        return self.tensors(f"{LAYERS}{layer}.")[rest]
+        place = placed(name)
+        return self.tensors(anatomy.layer(place[0]))[place[1]] if place else self.whole.tensor(name)
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """Returns every tensor whose name starts with `prefix`, by the rest of its name."""
         if not prefix.startswith(LAYERS):
             return self.whole.tensors(prefix)
         layer = self.left[int(prefix.removeprefix(LAYERS).partition(".")[0])]
-        tensors = self.whole.tensors(f"{LAYERS}{layer}.")
+        tensors = self.whole.tensors(anatomy.layer(layer))
         if self.cut.channels:
             kept = _others(self.whole.facts.intermediate, self.cut.channels[layer])
-            for name in ("mlp.gate_proj", "mlp.up_proj"):
+            for name in (GATE, UP):
                 _take_outputs(tensors, name, kept)
             self._take_inputs(tensors, layer, DOWN, kept)
         if self.cut.groups:
@@ -123,8 +119,8 @@ class Thinned(Checkpoint):
             groups = _others(facts.kv_heads, self.cut.groups[layer])
             shared = _spread(groups, facts.head_dim)
             own = _spread(groups, facts.head_dim * (facts.heads // facts.kv_heads))
-            _take_outputs(tensors, "self_attn.q_proj", own)
-            for name in ("self_attn.k_proj", "self_attn.v_proj"):
+            _take_outputs(tensors, QUERY, own)
+            for name in (KEY, VALUE):
                 _take_outputs(tensors, name, shared)
             self._take_inputs(tensors, layer, OUTPUT, own)
         return tensors
@@ -139,7 +135,7 @@ class Thinned(Checkpoint):
                 found = refit(weight.to(self.device), gram, kept.to(self.device), self.damp_percent)
                 tensors[name] = found.to(weight.dtype).cpu()
             except ArithmeticError:
-                self.unrepaired.append(f"{LAYERS}{layer}.{linear}")
+                self.unrepaired.append(anatomy.layer(layer) + linear)
 
 
 def _others(count: int, gone: Sequence[int]) -> torch.Tensor:

@@ -12,10 +12,10 @@ from lighten.compress.layers import join, writing_part
 from lighten.compress.patterns import ignored
 from lighten.compress.prune import sparse
 from lighten.compress.prune.settings import Prune
+from lighten.model import anatomy
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_layer
 from lighten.model.shards import ShardWriter
-from lighten.model.stream import LAYERS
 from lighten.process.workers import crew, ordered
 from lighten.step import Context
 
@@ -39,7 +39,7 @@ def write(step: Prune, checkpoint: Checkpoint, out: Path, context: Context) -> d
 
     with ShardWriter(out, len(checkpoint.weight_map)) as writer:
         for name in checkpoint.weight_map:
-            if not name.startswith(LAYERS):
+            if anatomy.placed(name) is None:
                 writer.add(name, checkpoint.tensor(name))
         layers = _Layers(step, checkpoint, context, out, threshold)
         for index, found in enumerate(ordered(layers.write, facts.layers, workers, report)):
@@ -70,8 +70,8 @@ def _threshold(step: Prune, checkpoint: Checkpoint) -> float:
     assert step.sparsity
     counted = sparse.Magnitudes()
     for layer in range(checkpoint.facts.layers):
-        for name, tensor in checkpoint.tensors(f"{LAYERS}{layer}.").items():
-            if tensor.dim() == 2 and not ignored(f"{LAYERS}{layer}.{name.removesuffix('.weight')}", step.ignore):
+        for name, tensor in checkpoint.tensors(anatomy.layer(layer)).items():
+            if tensor.dim() == 2 and not ignored(anatomy.layer(layer) + name.removesuffix(".weight"), step.ignore):
                 counted.add(tensor)
     return counted.threshold(step.sparsity)
 
@@ -91,7 +91,7 @@ class _Layers:
 
     def _prune(self, index: int, add: Callable[[str, torch.Tensor], None]) -> dict[str, Any]:
         """Writes the tensors of a layer. Returns counts and notes."""
-        step, prefix = self.step, f"{LAYERS}{index}."
+        step, prefix = self.step, anatomy.layer(index)
         device = self.context.device
         grams, read_by = read_layer(self.context.grams, index, device) if self.context.grams else ({}, {})
         told: dict[str, Any] = {"weights": 0, "zeros": 0, "fallbacks": [], "kept": []}

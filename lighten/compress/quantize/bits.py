@@ -9,9 +9,10 @@ import torch
 from lighten.compress.patterns import ignored
 from lighten.compress.quantize.gptq import inverse_factor
 from lighten.compress.quantize.grid import dequantize, quantize, search
-from lighten.compress.quantize.layer import HEAD, UNTOUCHED, Layers
+from lighten.compress.quantize.layer import UNTOUCHED, Layers
 from lighten.compress.quantize.methods.gptq import Gptq
 from lighten.errors import RequestError
+from lighten.model.anatomy import HEAD_WEIGHT
 from lighten.model.sensitivity import Sensitivity
 from lighten.numerics.knapsack import Option, choose
 from lighten.process.workers import ordered
@@ -129,7 +130,7 @@ def other_bytes(layers: Layers, names: list[str]) -> int:
     chosen = {f"{name}.weight" for name in names}
     tensors = sum(checkpoint.tensor(name).nbytes for name in checkpoint.weight_map if name not in chosen)
     if layers.step.quantizes_head:
-        tensors += sum(tensor.nbytes for tensor in layers.head().values()) - checkpoint.tensor(HEAD).nbytes
+        tensors += sum(tensor.nbytes for tensor in layers.head().values()) - checkpoint.tensor(HEAD_WEIGHT).nbytes
     files = sum(
         file.stat().st_size for file in checkpoint.path.iterdir() if file.is_file() and file.suffix != ".safetensors"
     )

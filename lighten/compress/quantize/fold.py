@@ -8,15 +8,9 @@ from __future__ import annotations
 
 import torch
 
-Tensors = dict[str, torch.Tensor]
+from lighten.model.anatomy import BEFORE
 
-BEFORE = {
-    "self_attn.q_proj": "input_layernorm",
-    "self_attn.o_proj": "self_attn.v_proj",
-    "mlp.gate_proj": "post_attention_layernorm",
-    "mlp.down_proj": "mlp.up_proj",
-}
-"""What makes the inputs of a linear (the first of those that read the same), and can take a scale per channel."""
+Tensors = dict[str, torch.Tensor]
 
 
 def copies(tensors: Tensors, first: str) -> int:

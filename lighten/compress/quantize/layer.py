@@ -17,15 +17,14 @@ from lighten.compress.quantize import fold
 from lighten.compress.quantize.formats import Stored
 from lighten.compress.quantize.linears import Findings, Linears
 from lighten.compress.quantize.settings import Quantize
+from lighten.model import anatomy
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import Gram, read_layer
 from lighten.model.products import exact_products
-from lighten.model.stream import LAYERS
 from lighten.plugins import found_at
 
 UNTOUCHED = 16
 """Number of "bits" of a weight that is left alone."""
-HEAD = "lm_head.weight"
 TENSORS_PER_LINEAR = 6
 ERROR_ROWS = 256
 """Number of outputs, evenly spaced, that the error of a group of linears is measured on."""
@@ -77,11 +76,11 @@ class Layers:
     @property
     def tensors_of_a_layer(self) -> int:
         """Maximum number of tensors of a stored layer."""
-        return TENSORS_PER_LINEAR * len(self.checkpoint.tensors(f"{LAYERS}0."))
+        return TENSORS_PER_LINEAR * len(self.checkpoint.tensors(anatomy.layer(0)))
 
     def read(self, index: int) -> tuple[str, dict[str, torch.Tensor], list[Inputs]]:
         """Returns the prefix, the tensors and the inputs of the linears of a layer, all of them on the device."""
-        prefix = f"{LAYERS}{index}."
+        prefix = anatomy.layer(index)
         tensors = {name: tensor.to(self.device) for name, tensor in self.checkpoint.tensors(prefix).items()}
         if self.grams:
             grams, read_by = read_layer(self.grams, index, self.device)
@@ -120,9 +119,9 @@ class Layers:
 
     def head(self) -> dict[str, torch.Tensor]:
         """Returns the stored output head, rounded to 8 bits. There is no Gram of its inputs."""
-        name = HEAD.removesuffix(".weight")
+        name = anatomy.HEAD
         with torch.inference_mode():
-            weight = self.checkpoint.tensor(HEAD).to(self.device)
+            weight = self.checkpoint.tensor(anatomy.HEAD_WEIGHT).to(self.device)
             linears = Linears([name], [weight], 8, self.scale_type(), Findings())
             (stored,) = found_at(self.step.rounds_head)(self.step, linears)
         return {f"{name}.{kind}": tensor for kind, tensor in stored.tensors.items()}
@@ -137,7 +136,7 @@ class Layers:
         """Returns the type of stored scales: float16, but the model's own type in compressed-tensors."""
         if self.step.format != "compressed-tensors":
             return torch.float16
-        return self.checkpoint.tensor("model.norm.weight").dtype
+        return self.checkpoint.tensor(anatomy.NORM_WEIGHT).dtype
 
     def _by_bits(self, prefix: str, linears: list[str], findings: Findings) -> dict[int, list[str]]:
         """Returns linears that read the same input by their bits. Notes those that are left alone."""
@@ -157,7 +156,7 @@ class Layers:
         found: dict[str, torch.Tensor] = {}
         for group in inputs:
             repeats = fold.copies(tensors, group.first)
-            touched = [*group.linears, fold.BEFORE.get(group.first, "")]
+            touched = [*group.linears, anatomy.BEFORE.get(group.first, "")]
             if not repeats or any(self.chosen(prefix + name) == UNTOUCHED for name in touched):
                 continue  # a scale that one of them cannot take would change the model
             weight = torch.cat([tensors[f"{linear}.weight"] for linear in group.linears])

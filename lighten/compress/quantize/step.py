@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from lighten.compress.layers import join
-from lighten.compress.quantize.layer import HEAD, TENSORS_PER_LINEAR, Layers
+from lighten.compress.quantize.layer import TENSORS_PER_LINEAR, Layers
 from lighten.compress.quantize.linears import Findings
 from lighten.compress.quantize.settings import Quantize
 from lighten.errors import RequestError
 from lighten.facts import ModelFacts
+from lighten.model import anatomy
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.shards import ShardWriter
-from lighten.model.stream import LAYERS
 from lighten.plugins import found_at
 from lighten.process.workers import crew, ordered
 from lighten.step import Context
@@ -48,11 +48,11 @@ def run(step: Quantize, source: Artifact, out: Path, context: Context) -> dict[s
             layers.allocation, allocated = found_at(step.allocates)(step, layers, workers, context)
         with ShardWriter(out, TENSORS_PER_LINEAR * len(checkpoint.weight_map)) as writer:
             for name in checkpoint.weight_map:
-                if name == HEAD and step.quantizes_head:
+                if name == anatomy.HEAD_WEIGHT and step.quantizes_head:
                     for stored_name, tensor in layers.head().items():
                         writer.add(stored_name, tensor)
-                    findings.bits[HEAD.removesuffix(".weight")] = 8
-                elif not name.startswith(LAYERS):
+                    findings.bits[anatomy.HEAD] = 8
+                elif anatomy.placed(name) is None:
                     writer.add(name, checkpoint.tensor(name))
             for index, answer in enumerate(ordered(layers.write, count, workers, report)):
                 join(writer, out, index, answer["names"])
@@ -67,7 +67,7 @@ def _facts(step: Quantize, facts: ModelFacts, findings: Findings) -> dict[str, A
     tied = "tied to the embedding" if facts.tied else "formats of linears keep the head, where errors cost most"
     kept = [
         {"what": "embedding", "why": "a lookup, not a product; no loader expects it quantized"},
-        *([] if step.quantizes_head else [{"what": "lm_head", "why": tied}]),
+        *([] if step.quantizes_head else [{"what": anatomy.HEAD, "why": tied}]),
         {"what": "norms", "why": "too small to matter"},
         *findings.kept,
     ]
@@ -86,7 +86,7 @@ def _facts(step: Quantize, facts: ModelFacts, findings: Findings) -> dict[str, A
 
 def _write_config(step: Quantize, checkpoint: Checkpoint, findings: Findings, out: Path) -> None:
     """Copies everything except the weights, and writes the configuration for loaders."""
-    left = [*([] if step.quantizes_head else ["lm_head"]), *(entry["what"] for entry in findings.kept)]
+    left = [*([] if step.quantizes_head else [anatomy.HEAD]), *(entry["what"] for entry in findings.kept)]
     quantization = step.config(findings.bits, left)
     checkpoint.write_others(out, {**checkpoint.config, "quantization_config": quantization})
     if step.config_file:

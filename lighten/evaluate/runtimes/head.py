@@ -8,9 +8,8 @@ import numpy as np
 
 from lighten.errors import RequestError
 from lighten.evaluate.runtimes.runtime import Floats
-from lighten.model.traffic import EMBEDDINGS
+from lighten.model.anatomy import EMBEDDINGS, HEADS
 
-HEADS = ("lm_head", "embed_out")
 FACTORS = ("logit_scale", "lm_head_multiplier")
 DIVISORS = ("logits_scaling",)
 

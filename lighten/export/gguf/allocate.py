@@ -20,6 +20,7 @@ from lighten.errors import Failure, RequestError
 from lighten.export.gguf import ggml
 from lighten.export.gguf.quantize import Importance
 from lighten.export.gguf.write import Draft, tensor_bytes
+from lighten.model import anatomy
 from lighten.numerics.knapsack import Choice, Option, choose
 from lighten.step import Report, silent
 
@@ -107,13 +108,13 @@ def _metrics(draft: Draft, prices: Prices) -> Iterator[tuple[str, torch.Tensor |
     from lighten.model.grams import read_index, read_layer
 
     known = prices.sensitivity
-    head = known.head_gram / known.tokens * known.outputs["lm_head"]
-    rows = known.outputs["model.embed_tokens"] / len(known.counts)
-    if "lm_head.weight" in draft.names:
-        yield "lm_head.weight", head
-        yield "model.embed_tokens.weight", rows
+    head = known.head_gram / known.tokens * known.outputs[anatomy.HEAD]
+    rows = known.outputs[anatomy.EMBEDDING] / len(known.counts)
+    if anatomy.HEAD_WEIGHT in draft.names:
+        yield anatomy.HEAD_WEIGHT, head
+        yield anatomy.EMBEDDING_WEIGHT, rows
     else:
-        yield "model.embed_tokens.weight", head + rows * torch.eye(len(head))
+        yield anatomy.EMBEDDING_WEIGHT, head + rows * torch.eye(len(head))
     index = read_index(prices.grams)
     for layer in range(len(index["layers"])):
         found, inputs = read_layer(prices.grams, layer)

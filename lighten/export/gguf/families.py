@@ -13,43 +13,44 @@ from typing import Any, Literal
 
 from lighten.errors import RequestError
 from lighten.facts import ModelFacts
+from lighten.model import anatomy
 
 Config = dict[str, Any]
 
 LLAMA = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    anatomy.ATTENTION_NORM: "attn_norm",
+    anatomy.QUERY: "attn_q",
+    anatomy.KEY: "attn_k",
+    anatomy.VALUE: "attn_v",
+    anatomy.OUTPUT: "attn_output",
+    anatomy.MLP_NORM: "ffn_norm",
+    anatomy.GATE: "ffn_gate",
+    anatomy.UP: "ffn_up",
+    anatomy.DOWN: "ffn_down",
 }
 QK_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 GEMMA = {
     **LLAMA,
-    "post_attention_layernorm": "post_attention_norm",
+    anatomy.MLP_NORM: "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 OLMO2 = {
-    **{module: name for module, name in LLAMA.items() if module != "input_layernorm"},
+    **{module: name for module, name in LLAMA.items() if module != anatomy.ATTENTION_NORM},
     **QK_NORMS,
-    "post_attention_layernorm": "post_attention_norm",
+    anatomy.MLP_NORM: "post_attention_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 PHI3 = {
-    "input_layernorm": "attn_norm",
+    anatomy.ATTENTION_NORM: "attn_norm",
     "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
+    anatomy.OUTPUT: "attn_output",
+    anatomy.MLP_NORM: "ffn_norm",
     "mlp.gate_up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    anatomy.DOWN: "ffn_down",
 }
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-ALL_BIASES = (*QKV, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+QKV = (anatomy.QUERY, anatomy.KEY, anatomy.VALUE)
+ALL_BIASES = anatomy.LINEARS
 
 
 def _nothing(config: Config, facts: ModelFacts) -> Mapping[str, Any]:
@@ -203,7 +204,7 @@ FAMILIES: dict[str, Family] = {
             "final_logit_softcapping": 30.0,
         },
         keys=_gemma2_keys,
-        factors=_query_factor("self_attn.q_proj", 46),
+        factors=_query_factor(anatomy.QUERY, 46),
         objection=_gemma2_objection,
     ),
     "Gemma3ForCausalLM": Family(
@@ -265,12 +266,12 @@ def family_of(facts: ModelFacts) -> Family:
 
 def tensor_names(family: Family, layers: int) -> dict[str, str]:
     """Returns the GGUF name of every tensor that a model may have, by its Hugging Face name, in file order."""
-    names = {"model.embed_tokens.weight": "token_embd.weight"}
+    names = {anatomy.EMBEDDING_WEIGHT: "token_embd.weight"}
     for layer in range(layers):
         for module, name in family.layer.items():
             kinds = ("weight", "bias") if module in family.biases else ("weight",)
-            names |= {f"model.layers.{layer}.{module}.{kind}": f"blk.{layer}.{name}.{kind}" for kind in kinds}
-    names["model.norm.weight"] = "output_norm.weight"
+            names |= {f"{anatomy.layer(layer)}{module}.{kind}": f"blk.{layer}.{name}.{kind}" for kind in kinds}
+    names[anatomy.NORM_WEIGHT] = "output_norm.weight"
     if family.head != "tied":
-        names["lm_head.weight"] = "output.weight"
+        names[anatomy.HEAD_WEIGHT] = "output.weight"
     return names

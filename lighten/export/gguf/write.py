@@ -14,6 +14,7 @@ from lighten.export.gguf.families import Family, family_of, tensor_names
 from lighten.export.gguf.rope import Rotation, rotation
 from lighten.export.gguf.types import PLAIN, TYPES
 from lighten.facts import ModelFacts
+from lighten.model.anatomy import EMBEDDING_WEIGHT, HEAD_WEIGHT, rotated_heads
 from lighten.model.tokenizer_files import DEFAULT
 from lighten.step import Report, silent
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from lighten.export.gguf.tokenizer import Vocabulary
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Encode = Callable[[str, "torch.Tensor", str], "np.ndarray[Any, Any]"]
 
@@ -87,7 +87,7 @@ class Draft:
         with reading(source / "tokenizer.json", "fetch the model again"):
             self.vocabulary = read_vocabulary(source, self.facts.vocab, self.config)
         packed = self.checkpoint.quantization is not None
-        self.stored_type = "F32" if packed else _plain_type(self.checkpoint.tensor(EMBEDDING).dtype)
+        self.stored_type = "F32" if packed else _plain_type(self.checkpoint.tensor(EMBEDDING_WEIGHT).dtype)
         """Smallest plain type that holds the matrices without rounding."""
         self.factors = self.family.factors(self.config, self.facts)
 
@@ -105,14 +105,14 @@ class Draft:
         """Returns one tensor as llama.cpp wants it, in its stored type unless it had to be computed."""
         from lighten.model.gguf_source import interleave
 
-        weight = self.checkpoint.tensor(EMBEDDING if hf == HEAD and self.facts.tied else hf)
+        weight = self.checkpoint.tensor(EMBEDDING_WEIGHT if hf == HEAD_WEIGHT and self.facts.tied else hf)
         module, _, kind = hf.rpartition(".")
         if self.family.norms_less_one and module.endswith("norm"):
             weight = weight.float() + 1.0
         factor = next((factor for name, factor in self.factors.items() if module.endswith(f".{name}")), None)
         if factor is not None and kind in ("weight", "bias"):
             weight = weight.float() * factor
-        heads = {"q_proj": self.facts.heads, "k_proj": self.facts.kv_heads}.get(module.rpartition(".")[2])
+        heads = rotated_heads(module, self.facts)
         return interleave(weight, heads) if heads and self.family.interleaved else weight
 
     def begin(self, file: Path, types: Mapping[str, str], file_type: int | None) -> Any:
@@ -207,18 +207,18 @@ def _names(family: Family, facts: ModelFacts, shapes: dict[str, tuple[int, ...]]
         Failure: a tensor is missing.
     """
     names = tensor_names(family, facts.layers)
-    known = {*names, HEAD}
+    known = {*names, HEAD_WEIGHT}
     unknown = sorted(name for name in shapes if name not in known and not name.endswith("rotary_emb.inv_freq"))
     if unknown:
         raise RequestError(f"{source}: llama.cpp's {family.arch} has no place for the tensor {unknown[0]}")
-    if facts.tied and EMBEDDING in shapes:
-        shapes.pop(HEAD, None)
+    if facts.tied and EMBEDDING_WEIGHT in shapes:
+        shapes.pop(HEAD_WEIGHT, None)
         if family.head == "own":
-            shapes[HEAD] = shapes[EMBEDDING]
-    needed = {name for name in names if name.endswith(".weight") and (name != HEAD or not facts.tied)}
+            shapes[HEAD_WEIGHT] = shapes[EMBEDDING_WEIGHT]
+    needed = {name for name in names if name.endswith(".weight") and (name != HEAD_WEIGHT or not facts.tied)}
     if missing := [name for name in names if name in needed - set(shapes)]:
         raise Failure(f"{source}: tensor {missing[0]} is missing; fetch the model again")
-    rows = shapes[EMBEDDING][0]
+    rows = shapes[EMBEDDING_WEIGHT][0]
     if rows != facts.vocab:
         raise Failure(f"{source}: config.json says {facts.vocab} tokens, the embedding has {rows} rows")
     return {hf: name for hf, name in names.items() if hf in shapes}

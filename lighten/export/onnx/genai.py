@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.errors import Failure, RequestError, missing_extra
 from lighten.facts import ModelFacts
+from lighten.model import anatomy
 from lighten.step import Context, Report
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ GRAPH = "model.onnx"
 DATA = "model.onnx.data"
 CONFIG = "genai_config.json"
 EMBEDDING, HEAD = "/model/embed_tokens/Gather", "/lm_head/MatMul"
-LINEARS = {"attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
-_BLOCK = {"attn": "self_attn", "mlp": "mlp"}
+_BLOCK = {"attn": anatomy.ATTENTION, "mlp": anatomy.MLP}
+"""What the builder calls the halves of a layer, and what they are called in a checkpoint."""
 _NODE = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+_proj)/MatMul")
 
 
@@ -124,10 +125,11 @@ def _kept_nodes(patterns: Sequence[str], layers: int) -> list[str]:
         RequestError: a pattern names none.
     """
     names = {
-        f"model.layers.{layer}.{_BLOCK[part]}.{linear}": f"/model/layers.{layer}/{part}/{linear}/MatMul"
+        anatomy.layer(layer) + linear: f"/model/layers.{layer}/{part}/{anatomy.short(linear)}/MatMul"
         for layer in range(layers)
-        for part, linears in LINEARS.items()
-        for linear in linears
+        for part, block in _BLOCK.items()
+        for linear in anatomy.LINEARS
+        if linear.startswith(f"{block}.")
     }
     found: dict[str, None] = {}
     for pattern in patterns:
@@ -137,7 +139,7 @@ def _kept_nodes(patterns: Sequence[str], layers: int) -> list[str]:
             matches = [node for name, node in names.items() if fnmatch(name, pattern)]
         if not matches:
             raise RequestError(
-                f"ignore: no linear is called {pattern!r}; names are such as model.layers.0.mlp.down_proj, "
+                f"ignore: no linear is called {pattern!r}; names are such as {anatomy.layer(0)}{anatomy.DOWN}, "
                 "and embedding and head are the setting `embedding`"
             )
         found |= dict.fromkeys(matches)
@@ -148,7 +150,7 @@ def _alike(quantized: Quantized, layers: int) -> bool:
     """Returns whether queries, keys and values of every layer can share one operator."""
     names = set(quantized.names)
     for layer in range(layers):
-        linears = [f"model.layers.{layer}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+        linears = [anatomy.layer(layer) + name for name in (anatomy.QUERY, anatomy.KEY, anatomy.VALUE)]
         present = [name for name in linears if name in names]
         if present and (len(present) < 3 or len({quantized.layout(name) for name in linears}) > 1):
             return False
@@ -219,15 +221,15 @@ def _place(surgery: Any, quantized: Quantized) -> None:
 def _linears(node: str, quantized: set[str]) -> list[str]:
     """Returns the quantized linears that a product of the graph stands for."""
     if node == HEAD:
-        return ["lm_head"] if "lm_head" in quantized else []
+        return [anatomy.HEAD] if anatomy.HEAD in quantized else []
     found = _NODE.fullmatch(node)
     if not found:
         return []
     layer, part, name = found.groups()
-    inside = f"model.layers.{layer}.{_BLOCK[part]}."
+    inside = f"{anatomy.layer(int(layer))}{_BLOCK[part]}."
     names = [inside + name]
     if name == "qkv_proj" and names[0] not in quantized:
-        names = [inside + each for each in ("q_proj", "k_proj", "v_proj")]
+        names = [anatomy.layer(int(layer)) + each for each in (anatomy.QUERY, anatomy.KEY, anatomy.VALUE)]
     return [each for each in names if each in quantized]
 
 

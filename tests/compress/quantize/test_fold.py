@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from lighten.compress.calibrate.gram import LayerInputs
 from lighten.compress.quantize import awq, fold, smooth
-from lighten.model.stream import LAYERS
+from lighten.model.anatomy import LAYERS
 
 GROUPS = {
     "self_attn.q_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
