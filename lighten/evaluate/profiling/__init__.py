@@ -44,9 +44,9 @@ def profile(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     share_cores()
     out, prompt, steps = Path(payload["out"]), int(payload["prompt"]), int(payload["steps"])
     report(0, 3, "loading")
-    profiler = find_opener(Path(payload["model"]))[0].profiler
-    if profiler is None:
-        raise RequestError(f"the runtime of {payload['model']} has no profiler")
+    known, _ = find_opener(Path(payload["model"]))
+    if (profiler := known.profiler) is None:
+        raise RequestError(f"{payload['model']} runs on {known.name}, which has no profiler that lighten knows")
     runtime = as_served(Path(payload["model"]), payload["device"], trusted=payload["trust_remote_code"])
     prompt = min(prompt, (runtime.context or prompt + steps) - steps - 1)
     ids = [int(each) for each in np.random.default_rng(0).integers(0, runtime.vocab, prompt)]

@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from lighten.evaluate.roofline.peaks import Peaks
+from lighten.evaluate.runtimes.opening import opener
 from lighten.model.traffic import Traffic
 
 FASTER = 1.25
 """A working set is called cached where it is read this many times as fast as memory is."""
-UBATCH = 512
-"""Tokens that a runtime computes together at most: a longer prompt reads the weights again."""
-EVERY_POSITION = frozenset({"onnxruntime"})
-"""Runtimes that compute the head for every token of a prompt, and not for the last one only."""
 
 
 def point(traffic: Traffic, row: dict[str, Any], peaks: Peaks, dtype: str, runtime: str) -> dict[str, Any] | None:
@@ -28,8 +25,9 @@ def point(traffic: Traffic, row: dict[str, Any], peaks: Peaks, dtype: str, runti
         peaks,
         dtype,
     )
-    together = min(batch * prompt, UBATCH) if runtime == "llama.cpp" else batch * prompt
-    heads = head if runtime in EVERY_POSITION else head / prompt
+    known = opener(runtime)
+    together = min(batch * prompt, known.together or batch * prompt)
+    heads = head if known.every_head else head / prompt
     prefill = _place(
         2 * traffic.products + heads + traffic.attention * (prompt + 1) / 2,
         traffic.weights / together + 2 * traffic.cache_bytes,
@@ -88,26 +86,5 @@ def _note(bound: str, share: float, together: float, bandwidth: float, peaks: Pe
 
 
 def arithmetic(runtime: str, dtype: str, device: str = "cpu") -> str:
-    """Returns the type of number that a runtime multiplies in, by what the runtime calls its weights.
-
-    On a CPU llama.cpp and onnxruntime round the inputs of quantized weights to 8 bits, and half precision becomes
-    float32. On a GPU half precision is multiplied as it is; llama.cpp rounds the inputs of quantized weights there too,
-    onnxruntime unpacks weights to float16.
-    """
-    name = dtype.lower()
-    if device != "cpu":
-        return _on_gpu(runtime, name)
-    if name in ("float32", "f32", "all f32"):
-        return "float32"
-    if runtime == "torch":
-        return dtype
-    if name in ("bf16", "bfloat16"):
-        return "bfloat16"
-    return "float32" if name in ("f16", "float16") else "int8"
-
-
-def _on_gpu(runtime: str, name: str) -> str:
-    plain = {"f32": "float32", "all f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-    if name in (*plain.values(), *plain):
-        return plain.get(name, name)
-    return "int8" if runtime == "llama.cpp" else "float16"
+    """Returns the type of number that a runtime multiplies in, by what the runtime calls its weights."""
+    return opener(runtime).multiplies_in(dtype, device)

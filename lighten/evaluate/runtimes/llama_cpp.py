@@ -47,6 +47,7 @@ class LlamaCppOpener(Opener[Path]):
     packages: ClassVar[tuple[str, ...]] = llama_library.PACKAGES
     weights: ClassVar[tuple[str, ...]] = (".gguf",)
     compressible: ClassVar[bool] = True
+    together: ClassVar[int | None] = BATCH_TOKENS
     profiler: ClassVar[str | None] = "lighten.evaluate.profiling.llama_cpp:phases"
     tracer: ClassVar[str | None] = "lighten.evaluate.runtimes.trace:of_llama_cpp"
 
@@ -71,6 +72,11 @@ class LlamaCppOpener(Opener[Path]):
         from lighten.evaluate.runtimes.gguf_tokenizer import gguf_words
 
         return gguf_words(place)
+
+    def multiplies_in(self, dtype: str, device: str) -> str:
+        """See `Opener`: the inputs of quantized weights are rounded to 8 bits on a GPU too."""
+        quantized = dtype.lower() not in ("float32", "f32", "all f32", "bfloat16", "bf16", "float16", "f16")
+        return "int8" if quantized else super().multiplies_in(dtype, device)
 
     def server(self, place: Path, context: int, device: str) -> AbstractContextManager[Server]:
         """See `Opener`."""

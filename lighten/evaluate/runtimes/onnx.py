@@ -41,6 +41,7 @@ class OnnxOpener(Opener[Path]):
     extra: ClassVar[str | None] = "onnx"
     weights: ClassVar[tuple[str, ...]] = (".onnx", ".onnx.data")
     compressible: ClassVar[bool] = True
+    every_head: ClassVar[bool] = True
     profiler: ClassVar[str | None] = "lighten.evaluate.profiling.onnx:phases"
 
     def recognises(self, target: Target) -> Path | None:

@@ -56,6 +56,10 @@ class Opener(Generic[Place]):
     """What the names of files with weights end in."""
     compressible: ClassVar[bool] = False
     """Whether `lighten.model.source` reads what it serves, so that it can be compressed too."""
+    together: ClassVar[int | None] = None
+    """Tokens of prompts that are computed together at most: more of them read the weights again; None for all."""
+    every_head: ClassVar[bool] = False
+    """Whether the head is computed for every token of a prompt, and not for the last one only."""
     takes_options: ClassVar[bool] = False
     """Whether attention, compile and cache (`Options`) can be chosen."""
     profiler: ClassVar[str | None] = None
@@ -110,6 +114,21 @@ class Opener(Generic[Place]):
     def served_in(self, device: str) -> str | None:
         """Returns the arithmetic that models are served in on a device; None where the file decides."""
         return None
+
+    def multiplies_in(self, dtype: str, device: str) -> str:
+        """Returns the type of number of its products, by the `dtype` that the runtime gives its weights.
+
+        By default as onnxruntime: on a CPU the inputs of quantized weights are rounded to 8 bits and half precision
+        becomes float32; on a GPU half precision is multiplied as it is, and weights are unpacked to float16.
+        """
+        name = {"f32": "float32", "all f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(
+            dtype.lower(), dtype.lower()
+        )
+        if name in ("float32", "bfloat16") or (name == "float16" and device != "cpu"):
+            return name
+        if name == "float16":
+            return "float32"
+        return "int8" if device == "cpu" else "float16"
 
     def predicts_tokens(self, place: Place) -> bool:
         """Returns whether it is a causal language model."""

@@ -75,6 +75,10 @@ class TorchOpener(Opener[Path]):
 
         return str(fast_dtype(device)).removeprefix("torch.")
 
+    def multiplies_in(self, dtype: str, device: str) -> str:
+        """See `Opener`: in the type that the model was opened in; quantized weights are unpacked to it."""
+        return dtype
+
     def predicts_tokens(self, place: Path) -> bool:
         """See `Opener`."""
         from lighten.model.checkpoint import Checkpoint
