@@ -32,13 +32,13 @@ class Device:
     """Remark for the person about the choice of the device."""
 
     @property
-    def kind(self) -> str:
-        """Returns "cpu" or "cuda"."""
-        return kind(self.name)
+    def type(self) -> str:
+        """Type of the device: "cpu" or "cuda"."""
+        return device_type(self.name)
 
     def key(self) -> dict[str, str]:
         """Returns the part of a key that the device adds to what was computed on it; nothing for the processor."""
-        return {} if self.name == "cpu" else {"device": self.kind}
+        return {} if self.name == "cpu" else {"device": self.type}
 
     def holds(self, size: float) -> bool:
         """Returns whether its memory has room for so many bytes. The processor always has."""
@@ -48,8 +48,8 @@ class Device:
 CPU = Device("cpu")
 
 
-def kind(device: str) -> str:
-    """Returns the kind of a device: "cpu" or "cuda"."""
+def device_type(device: str) -> str:
+    """Returns the type of a device: "cpu" or "cuda"."""
     return device.partition(":")[0]
 
 
@@ -104,7 +104,7 @@ def survey(_payload: dict[str, Any], _report: Report) -> dict[str, Any]:
 
 def free_bytes(device: str) -> int | None:
     """Returns the free memory of a GPU, with what torch holds of it unused; None for the processor."""
-    if kind(device) != "cuda":
+    if device_type(device) != "cuda":
         return None
     import torch
 
@@ -123,7 +123,7 @@ def fits(size: float, device: str, share: float = 0.5) -> bool:
 
 def synchronize(device: str) -> None:
     """Waits until the device has finished its work."""
-    if kind(device) == "cuda":
+    if device_type(device) == "cuda":
         import torch
 
         torch.cuda.synchronize(device)
@@ -131,7 +131,7 @@ def synchronize(device: str) -> None:
 
 def peak_bytes(device: str) -> int | None:
     """Returns the peak of a GPU's memory since `reset_peak`; None for the processor."""
-    if kind(device) != "cuda":
+    if device_type(device) != "cuda":
         return None
     import torch
 
@@ -140,7 +140,7 @@ def peak_bytes(device: str) -> int | None:
 
 def reset_peak(device: str) -> None:
     """Starts a new count of the peak of a GPU's memory."""
-    if kind(device) == "cuda":
+    if device_type(device) == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)
@@ -159,7 +159,7 @@ def deterministic(device: str) -> None:
     Call it before the device is used. If torch has no such kernel, it warns and goes on. On the processor results are
     always the same.
     """
-    if kind(device) != "cuda":
+    if device_type(device) != "cuda":
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch

@@ -48,7 +48,7 @@ class Found:
     name: str
     """Name that the person gave."""
     path: Path
-    kind: str
+    form: str
     """"directory", "gguf" or "onnx"; else the format of what can be measured only."""
     identity: str
     """Commit of the hub, or SHA-256 of the files."""
@@ -127,7 +127,7 @@ def _with_adapter(model: str, path: Path, trust_remote_code: bool) -> Found:
     from lighten.model.adapter import WEIGHTS, Merged, base_of
 
     base = find(base_of(path), trust_remote_code=trust_remote_code)
-    if base.kind != "directory":
+    if base.form != "directory":
         raise RequestError(f"{path} is an adapter of {base.name}, which is no model directory: give one as its base")
     merged = Merged(path, base.path)
     names = [WEIGHTS, *(file.name for pattern in ("*.json", "*.jinja", "*.model") for file in path.glob(pattern))]

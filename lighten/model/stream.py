@@ -27,7 +27,7 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 def batch_of(device: str, length: int) -> int:
     """Returns the number of sequences of a length that go through a layer at once."""
-    return max(1, BATCH_TOKENS[accelerator.kind(device)] // length)
+    return max(1, BATCH_TOKENS[accelerator.device_type(device)] // length)
 
 
 def fast_dtype(device: str) -> torch.dtype:

@@ -19,7 +19,7 @@ from lighten.evaluate.speed.options import lacking
 from lighten.evaluate.speed.settings import Speed
 from lighten.model.accelerator import Device, resolve
 from lighten.model.source import Source
-from lighten.pipeline.predict import Predictor, what
+from lighten.pipeline.predict import Predictor, cost_class
 from lighten.pipeline.stage import Plan, Stage, trusted
 from lighten.pipeline.steps import sealed
 from lighten.pipeline.watcher import Watcher
@@ -133,7 +133,7 @@ class Builder:
         artifact = self.store.finish(out, manifest)
         self.store.drop_scratch(stage.key)
         cost = {
-            "what": what(stage),
+            "what": cost_class(stage),
             "machine": this_machine() | Device(self.device).key(),
             "seconds": outcome.seconds,
             "nominal_seconds": self.predictor.nominal_seconds(stage),

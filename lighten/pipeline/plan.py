@@ -176,18 +176,18 @@ class _Builder:
         Raises:
             RequestError: an ONNX directory, which can be measured but not changed.
         """
-        if found.kind == "onnx":
+        if found.form == "onnx":
             raise RequestError(f"{found.name} is an ONNX directory: give the model that it was made from")
         facts = found.facts
-        if found.kind == "gguf":
+        if found.form == "gguf":
             facts = gguf_source.check(found.path)
         elif (found.path / tokenizer_files.FILE).is_file():
             tokenizer_files.read_tokenizer(found.path)
-        quantized = found.kind == "directory" and read_config(found.path).get("quantization_config")
+        quantized = found.form == "directory" and read_config(found.path).get("quantization_config")
         step = Source(
             model=found.name,
             path=str(found.path),
-            format="gguf" if found.kind == "gguf" else "directory",
+            format="gguf" if found.form == "gguf" else "directory",
             identity=found.identity,
             trust_remote_code=found.name in self.recipe.trusted,
             dtype=found.dtype if exact and found.facts.family == "causal" and not quantized else None,

@@ -59,11 +59,11 @@ class Predictor:
 
     def predict(self, stage: Stage) -> Prediction:
         """Returns time, peak memory and disk of a stage."""
-        seconds = self.nominal_seconds(stage) * self._ratios.get(what(stage), 1.0)
+        seconds = self.nominal_seconds(stage) * self._ratios.get(cost_class(stage), 1.0)
         return Prediction(seconds, stage.estimate.peak_bytes, stage.estimate.disk_bytes)
 
 
-def what(stage: Stage) -> str:
+def cost_class(stage: Stage) -> str:
     """Returns the class of stages whose costs predict each other."""
     origin = stage.parents[0].kind if stage.measure else ""
     return f"{stage.measure or stage.name} {origin}".strip()

@@ -38,15 +38,15 @@ def machine_peaks(device: str, report: Report, *, fresh: bool = False) -> Peaks:
 
 
 @dataclass
-class Addition:
-    """Adds what is asked for to rows of results: roofline and cost."""
+class RooflineAndCost:
+    """Adds roofline and cost to rows of results, as the settings ask for."""
 
     evaluate: Evaluate
     watcher: Any
     known: dict[str, Peaks] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def to(self, row: dict[str, Any], path: Path, facts: ModelFacts | None) -> None:
+    def add_to(self, row: dict[str, Any], path: Path, facts: ModelFacts | None) -> None:
         """Puts `roofline` and `cost` into a row whose speed was measured."""
         if not row.get("speed"):
             return

@@ -16,7 +16,7 @@ from lighten.pipeline.checks import check_memory, check_texts
 from lighten.pipeline.plan import make_plan
 from lighten.pipeline.predict import Predictor
 from lighten.pipeline.recipe import BASELINE, Recipe, load
-from lighten.pipeline.roofline import Addition
+from lighten.pipeline.roofline import RooflineAndCost
 from lighten.pipeline.rows import row_of
 from lighten.pipeline.stage import Plan, Stage
 from lighten.pipeline.watcher import Silent, Watcher
@@ -102,7 +102,7 @@ def run(
             builder.build(stage)
         if root.key in builder.failed:
             raise Failure(builder.failed[root.key])
-        results = _results(todo, builder, predicted, Addition(todo.recipe.evaluate, watcher))
+        results = _results(todo, builder, predicted, RooflineAndCost(todo.recipe.evaluate, watcher))
         with store.publishing(todo.recipe.name):
             return _publish(todo, builder, results, store, watcher)
 
@@ -151,14 +151,16 @@ def _same(version: Path, keys: list[str], recipe: str) -> bool:
         return False
 
 
-def _results(todo: Plan, builder: Builder, predicted: dict[str, Any], addition: Addition) -> dict[str, Any]:
+def _results(
+    todo: Plan, builder: Builder, predicted: dict[str, Any], roofline_and_cost: RooflineAndCost
+) -> dict[str, Any]:
     """Returns the contents of results.json."""
     root = builder.done[todo.artifacts[BASELINE].key]
     facts = todo.source.facts
     rows = {name: row_of(name, todo, builder, root) for name in todo.artifacts}
     for name, stage in todo.artifacts.items():
         if stage.key in builder.done:
-            addition.to(rows[name], builder.done[stage.key].path, stage.facts)
+            roofline_and_cost.add_to(rows[name], builder.done[stage.key].path, stage.facts)
     stages = []
     for stage in todo.stages:
         cost = builder.store.cost(stage.key) if stage.key in builder.done else None
@@ -179,13 +181,13 @@ def _results(todo: Plan, builder: Builder, predicted: dict[str, Any], addition: 
             }
         )
     warnings = [f"{stage.name}: {text}" for stage in todo.stages for text in _warnings(builder, stage)]
-    warnings += addition.warnings
+    warnings += roofline_and_cost.warnings
     return {
         "schema": 1,
         "recipe": todo.recipe.name,
         "version": "",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {**machine.fingerprint(), **addition.machine()},
+        "machine": {**machine.fingerprint(), **roofline_and_cost.machine()},
         "source": {
             "model": todo.recipe.model,
             "params": root.facts["params"],

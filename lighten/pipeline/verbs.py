@@ -32,7 +32,7 @@ from lighten.pipeline.checks import arithmetic, check_measurable, check_memory, 
 from lighten.pipeline.plan import make_plan
 from lighten.pipeline.predict import Predictor
 from lighten.pipeline.recipe import Recipe, parse_settings
-from lighten.pipeline.roofline import Addition
+from lighten.pipeline.roofline import RooflineAndCost
 from lighten.pipeline.rows import add_measurements
 from lighten.pipeline.steps import sealed, step_class
 from lighten.pipeline.trust import check_tasks
@@ -180,7 +180,7 @@ def measure(
         check_options(settings.speed, chosen.name)
     wanted = arithmetic(max(source.facts.params for source in found), chosen)
     rows: list[dict[str, Any]] = []
-    addition = Addition(settings, watcher)
+    roofline_and_cost = RooflineAndCost(settings, watcher)
     with tempfile.TemporaryDirectory(prefix="lighten-") as scratch:
         found = [
             _merged(source, Path(scratch) / f"merged-{n}", trust_remote_code, watcher) for n, source in enumerate(found)
@@ -188,25 +188,25 @@ def measure(
         measuring = _Measuring(settings.asked, found[0], Path(scratch), chosen, wanted, trust_remote_code, watcher)
         for number, source in enumerate(found):
             rows.append(measuring.row(source, number))
-            addition.to(rows[-1], source.path, source.facts)
+            roofline_and_cost.add_to(rows[-1], source.path, source.facts)
     if rows[0]["status"] == "ok":
         for row in rows[1:]:
             row.setdefault("delta", {})["size_ratio"] = row["size_bytes"] / rows[0]["size_bytes"]
-    return _results(found[0], rows, addition)
+    return _results(found[0], rows, roofline_and_cost)
 
 
-def _results(baseline: Found, rows: list[dict[str, Any]], addition: Addition) -> dict[str, Any]:
+def _results(baseline: Found, rows: list[dict[str, Any]], roofline_and_cost: RooflineAndCost) -> dict[str, Any]:
     results = {
         "schema": 1,
         "recipe": "evaluate",
         "version": "",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {**machine.fingerprint(), **addition.machine()},
+        "machine": {**machine.fingerprint(), **roofline_and_cost.machine()},
         "source": {"model": baseline.name, "params": baseline.facts.params},
         "variants": rows,
         "stages": [],
         "recipe_yaml": "",
-        "warnings": addition.warnings,
+        "warnings": roofline_and_cost.warnings,
     }
     return Results.model_validate(results).model_dump(mode="json")
 
@@ -274,7 +274,7 @@ class _Measuring:
     def _measure(self, settings: Measurement, source: Found, out: Path, base: Path | None) -> dict[str, Any]:
         """Returns the result of a measurement, taken against that of the baseline at `base`; None for the baseline."""
         out.mkdir()
-        refers = settings.refers and self.baseline.kind == "directory"
+        refers = settings.refers and self.baseline.form == "directory"
         request = Request(
             settings,
             model=source.path,
@@ -306,13 +306,13 @@ def describe_source(source: Found) -> dict[str, Any]:
         "size_bytes": sum(file.stat().st_size for file in files),
         "bits_per_weight": 8 * weights / source.facts.params,
         "params": source.facts.params,
-        "notes": [*source.notes, *(gguf_source.doubts(source.path) if source.kind == "gguf" else [])],
+        "notes": [*source.notes, *(gguf_source.doubts(source.path) if source.form == "gguf" else [])],
     }
 
 
 def _format(source: Found) -> str:
-    if source.kind != "directory":
-        return source.kind
+    if source.form != "directory":
+        return source.form
     if (source.path / MANIFEST).is_file() and (told := read_artifact(source.path).format) in EXPORTS.places:
         return told
     return str((read_config(source.path).get("quantization_config") or {}).get("quant_method", "hf"))

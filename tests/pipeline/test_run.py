@@ -21,7 +21,7 @@ from lighten.evaluate.machine import this_machine
 from lighten.model.accelerator import Device
 from lighten.pipeline.checks import check_memory
 from lighten.pipeline.plan import make_plan
-from lighten.pipeline.predict import Predictor, nominal_flops, what
+from lighten.pipeline.predict import Predictor, cost_class, nominal_flops
 from lighten.pipeline.recipe import parse
 from lighten.pipeline.stage import Stage
 from lighten.pipeline.verbs import one_step
@@ -284,7 +284,7 @@ def test_what_a_processor_took_says_nothing_of_a_gpu(model: Path, tmp_path: Path
     stage = next(stage for stage in make_plan(parse(recipe(model))).stages if stage.kind == "sweep")
     store = Store(tmp_path)
     nominal = Predictor(store).nominal_seconds(stage)
-    took = {"what": what(stage), "machine": this_machine(), "seconds": 3 * nominal, "nominal_seconds": nominal}
+    took = {"what": cost_class(stage), "machine": this_machine(), "seconds": 3 * nominal, "nominal_seconds": nominal}
     store.record_cost("k", took)
     assert Predictor(store).predict(stage).seconds == pytest.approx(3 * nominal)
     assert Predictor(store, gpu).predict(stage).seconds <= nominal

@@ -66,7 +66,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             weights, lr=step.lr, betas=(0.9, step.beta2), weight_decay=step.weight_decay, foreach=False, fused=True
         )
-        self.scaler = torch.amp.GradScaler(accelerator.kind(context.device), enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(accelerator.device_type(context.device), enabled=self.dtype == torch.float16)
         self.done = 0
         self.best: float | None = None
         self.curve: list[dict[str, float]] = []
@@ -177,7 +177,7 @@ class Trainer:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(accelerator.kind(self.context.device), self.dtype)
+        return torch.autocast(accelerator.device_type(self.context.device), self.dtype)
 
     def _derive(self, sequences: list[int], of: int) -> Sums:
         """Adds the derivatives of the loss of some sequences, `of` of which make a step, to every weight's `grad`."""

@@ -118,7 +118,7 @@ def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     import torch
 
     device = payload["device"]
-    kind = accelerator.kind(device)
+    kind = accelerator.device_type(device)
     if kind == "cpu":
         torch.set_num_threads(machine.cores())
     room = machine.fingerprint()["memory_bytes"] // 8 if kind == "cpu" else torch.cuda.mem_get_info(device)[0] // 4

@@ -131,7 +131,7 @@ class TorchRuntime(Defaults):
         scores: list[list[Score]] = [[] for _ in questions]
         start, done, tokens = time.monotonic(), 0, 0
         report(0, len(questions), "")
-        for batch in by_length(questions, BATCH_TOKENS[accelerator.kind(self.device)], padded=True):
+        for batch in by_length(questions, BATCH_TOKENS[accelerator.device_type(self.device)], padded=True):
             layouts = [Layout(questions[index]) for index in batch]
             for index, score in zip(batch, self._score(layouts), strict=True):
                 scores[index] = score

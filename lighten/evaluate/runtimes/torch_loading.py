@@ -49,7 +49,7 @@ def load_model(
         RequestError: the device or an extra is missing, or transformers cannot load it.
         Failure: the weights are damaged.
     """
-    if accelerator.kind(device) == "cuda" and not torch.cuda.is_available():
+    if accelerator.device_type(device) == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"the device {device} is not there: torch sees no GPU. Use --device cpu")
     options: dict[str, Any] = {"trust_remote_code": trusted}
     if attention:

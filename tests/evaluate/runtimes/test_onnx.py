@@ -112,7 +112,7 @@ def test_precision_is_read_from_the_graph(tiny: Tiny, to_onnx: ToOnnx) -> None:
     graph = onnx_source.read_graph(int4 / "model.onnx")
     assert (graph.precision, graph.vocab) == ("int4", 1006)
     found = find(str(int4))
-    assert (found.kind, found.facts.params) == ("onnx", find(str(tiny("llama-tied"))).facts.params)
+    assert (found.form, found.facts.params) == ("onnx", find(str(tiny("llama-tied"))).facts.params)
     (config := int4 / "config.json").rename(hidden := int4 / "hidden.json")
     try:
         facts = onnx_source.facts(int4)

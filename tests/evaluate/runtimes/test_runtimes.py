@@ -244,7 +244,7 @@ def test_a_directory_that_holds_one_gguf_model_is_that_model(tiny_gguf: Path, tm
     assert gguf_header.within(tmp_path) is None
     (tmp_path / "model-Q8_0.gguf").write_bytes(tiny_gguf.read_bytes())
     found = find(str(tmp_path))
-    assert (found.kind, found.path.name) == ("gguf", "model-Q8_0.gguf")
+    assert (found.form, found.path.name) == ("gguf", "model-Q8_0.gguf")
     assert found.identity == find(str(tiny_gguf)).identity
     (tmp_path / "other.gguf").write_bytes(tiny_gguf.read_bytes())
     with pytest.raises(RequestError, match=r"holds 2 \.gguf files \(model-Q8_0\.gguf, other\.gguf\): name the one"):
