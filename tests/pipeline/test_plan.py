@@ -129,5 +129,5 @@ def test_a_row_of_another_vocabulary_has_no_change(tmp_path: Path) -> None:
 def test_a_comparison_of_other_tokens_is_refused_before_it_is_measured(tiny: Tiny, tmp_path: Path) -> None:
     base, other = tiny(**SMALL), tiny(pre="spm", **SMALL)
     store = Store(tmp_path)
-    with pytest.raises(RequestError, match=r"another vocabulary .*id 3.*cannot be paired. `lighten evaluate`"):
+    with pytest.raises(RequestError, match=r"different vocabularies .*id 3.*cannot be paired. `lighten evaluate`"):
         of_model(str(other), Evaluate(), base, store=store, device="cpu", watcher=Silent(), kept=ExitStack())
