@@ -32,6 +32,8 @@ class Format:
     """Modules that transformers opens it with."""
     written_here: bool = True
     """Whether it is written without them."""
+    scales_like_model: bool = False
+    """Whether scales are stored in the model's own type. It is float16 otherwise."""
     plain_kernels: tuple[str, str] | None = None
     """The settings class of transformers, and the backend, whose kernels leave the tensors as they are stored."""
     unpacked_on_device: bool = False
@@ -73,7 +75,11 @@ FORMATS = {
         unpacked_on_device=True,
     ),
     "compressed-tensors": Format(
-        "lighten.model.quantized.compressed:Compressed", "compressed", ("compressed_tensors",), written_here=False
+        "lighten.model.quantized.compressed:Compressed",
+        "compressed",
+        ("compressed_tensors",),
+        written_here=False,
+        scales_like_model=True,
     ),
 }
 """Formats of quantized checkpoints, by the `quant_method` in config.json."""

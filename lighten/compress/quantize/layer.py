@@ -19,6 +19,7 @@ from lighten.compress.quantize.linears import Findings, Linears
 from lighten.compress.quantize.settings import Quantize
 from lighten.model import anatomy
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.formats import FORMATS
 from lighten.model.grams import Gram, read_layer
 from lighten.model.products import exact_products
 from lighten.plugins import found_at
@@ -133,10 +134,9 @@ class Layers:
         return self.allocation[name] if self.allocation is not None else self.step.bits or UNTOUCHED
 
     def scale_type(self) -> torch.dtype:
-        """Returns the type of stored scales: float16, but the model's own type in compressed-tensors."""
-        if self.step.format != "compressed-tensors":
-            return torch.float16
-        return self.checkpoint.tensor(anatomy.NORM_WEIGHT).dtype
+        """Returns the type of stored scales."""
+        like_model = FORMATS[self.step.format].scales_like_model
+        return self.checkpoint.tensor(anatomy.NORM_WEIGHT).dtype if like_model else torch.float16
 
     def _by_bits(self, prefix: str, linears: list[str], findings: Findings) -> dict[int, list[str]]:
         """Returns linears that read the same input by their bits. Notes those that are left alone."""
