@@ -1,7 +1,7 @@
-"""Where the parts of a decoder-only language model lie: the names of its layers and linears, and what feeds each.
+"""The places of the parts of a decoder-only language model: names of layers and linears, and what feeds each.
 
-The one place that knows these names. They are those of Llama, which Mistral and Qwen2 share; what other formats call
-the same parts is with the formats (`export/gguf/families.py`, `export/onnx/`).
+Only this file knows these names. They are those of Llama, which Mistral and Qwen2 share. The names of the same parts in
+other formats stand with the formats (`export/gguf/families.py`, `export/onnx/`).
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from lighten.facts import ModelFacts
 
 BODY = "model."
-"""What the names begin with where the head is saved beside the body."""
+"""Beginning of the names if the head is saved beside the body."""
 LAYERS = f"{BODY}layers."
-"""What the names of a layer's weights begin with, before the layer's number."""
+"""Beginning of the names of a layer's weights, before the layer's number."""
 EMBEDDING, NORM, HEAD = f"{BODY}embed_tokens", f"{BODY}norm", "lm_head"
 """The modules around the layers."""
 EMBEDDING_WEIGHT, NORM_WEIGHT, HEAD_WEIGHT = f"{EMBEDDING}.weight", f"{NORM}.weight", f"{HEAD}.weight"
@@ -20,23 +20,23 @@ ATTENTION, MLP = "self_attn", "mlp"
 QUERY, KEY, VALUE, OUTPUT = (f"{ATTENTION}.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
 GATE, UP, DOWN = (f"{MLP}.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
 LINEARS = (QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN)
-"""The linears of a layer, by their names in it."""
+"""Linears of a layer, by their names in it."""
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 BEFORE = {QUERY: ATTENTION_NORM, OUTPUT: VALUE, GATE: MLP_NORM, DOWN: UP}
-"""What makes the inputs of a linear (the first of those that read the same), and can take a scale per channel."""
+"""Module that makes the inputs of a linear (the first with those inputs), and can take a scale per channel."""
 HEADS = (HEAD, "embed_out")
-"""What heads are called, in these models and in others that are only measured."""
+"""Names of heads, in these models and in others that are only measured."""
 EMBEDDINGS = tuple(f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings"))
-"""How the names of embeddings end, in these models and in others that are only measured."""
+"""Endings of the names of embeddings, in these models and in others that are only measured."""
 
 
 def layer(index: int) -> str:
-    """Returns what the names of the weights of a layer begin with."""
+    """Returns the beginning of the names of the weights of a layer."""
     return f"{LAYERS}{index}."
 
 
 def placed(name: str) -> tuple[int, str] | None:
-    """Returns the layer that a weight or module lies in, and its name there; None for what lies in none."""
+    """Returns the layer of a weight or module, and its name in the layer; None outside of layers."""
     number, dot, rest = name.removeprefix(LAYERS).partition(".")
     return (int(number), rest) if dot and name.startswith(LAYERS) and number.isdecimal() else None
 
@@ -71,6 +71,6 @@ def shape(module: str, facts: ModelFacts) -> tuple[int, int] | None:
 
 
 def rotated_heads(module: str, facts: ModelFacts) -> int | None:
-    """Returns the heads of a linear whose outputs are turned by their position; None for any other."""
+    """Returns the heads of a linear whose outputs are rotated by their position; None for any other linear."""
     found = placed(module)
     return {QUERY: facts.heads, KEY: facts.kv_heads}.get(found[1] if found else module)

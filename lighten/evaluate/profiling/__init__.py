@@ -1,4 +1,4 @@
-"""Where the time of a prefill and of decoding goes, operator by operator, and which bottleneck that looks like."""
+"""The time of a prefill and of decoding, operator by operator, and the bottleneck that it points to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SUMMARY = "profile.json"
 SHOWN = 30
 PHASES = ("prefill", "decode")
 Mark = Callable[[str], AbstractContextManager[Any]]
-"""Called with the name of a phase; what runs inside belongs to it."""
+"""Function of the name of a phase, whose block belongs to that phase."""
 
 
 def profile(payload: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def drive(runtime: Runtime, ids: list[int], steps: int, mark: Mark) -> None:
 
 
 def timed(runtime: Runtime, ids: list[int], steps: int) -> dict[str, float]:
-    """Returns the seconds of each phase, with nothing looking on."""
+    """Returns the seconds of each phase, without a profiler."""
     found: dict[str, float] = {}
     drive(runtime, ids, steps, lambda name: clock(name, found))
     return found
@@ -101,7 +101,7 @@ def timed(runtime: Runtime, ids: list[int], steps: int) -> dict[str, float]:
 
 @contextlib.contextmanager
 def clock(name: str, into: dict[str, float]) -> Any:
-    """Notes the seconds that what runs inside takes."""
+    """Notes the seconds that its block takes."""
     begin = time.perf_counter()
     yield
     into[name] = time.perf_counter() - begin

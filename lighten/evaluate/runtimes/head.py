@@ -18,10 +18,10 @@ class Head:
     """Weight `[vocab, hidden]`, bias, scale and soft cap of a checkpoint's head, in float32."""
 
     def __init__(self, path: Path) -> None:
-        """Reads them; a head that is tied to the embedding is the embedding.
+        """Reads the tensors. A head that is tied to the embedding is the embedding.
 
         Raises:
-            RequestError: no tensor that could be the head.
+            RequestError: no tensor could be the head.
         """
         from lighten.model.checkpoint import Checkpoint
 

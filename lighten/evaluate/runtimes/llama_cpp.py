@@ -62,13 +62,13 @@ class LlamaCppOpener(Opener[Path]):
         return LlamaCppRuntime(place, conditions.device)
 
     def tokenizer(self, place: Path) -> Tokenizer:
-        """See `Opener`: the one that the file holds."""
+        """See `Opener`: the tokenizer in the file."""
         from lighten.evaluate.runtimes.gguf_tokenizer import GgufTokenizer
 
         return GgufTokenizer(place)
 
     def words(self, place: Path) -> Words:
-        """See `Opener`: those that the file holds."""
+        """See `Opener`: the words of the file."""
         from lighten.evaluate.runtimes.gguf_tokenizer import gguf_words
 
         return gguf_words(place)
@@ -113,7 +113,7 @@ class LlamaCppRuntime(Defaults):
         self._float32_cache = float32_cache
 
     def _open_context(self, tokens: int, sequences: int, shared: bool) -> Any:
-        """Returns an empty context for `tokens` in all; kept and cleared for as long as the shape stays the same."""
+        """Returns an empty context for `tokens` tokens. It is kept, and cleared, while the shape stays the same."""
         library = self._library
         if self._shape != (tokens, sequences, shared):
             self._free_context()
@@ -157,7 +157,7 @@ class LlamaCppRuntime(Defaults):
         return self._decode(context, Batch(self._library, ids, np.arange(len(ids)), [[0]] * len(ids), every))
 
     def watch(self, callback: Any) -> None:
-        """Lets ggml call `callback(tensor, asking, data)` for every tensor from here on; None stops that."""
+        """Makes ggml call `callback(tensor, asking, data)` for every tensor from now on; None stops that."""
         self._free_context()
         kind = type(self._library.llama_context_default_params().cb_eval)
         self._callback = kind(callback) if callback else None

@@ -1,4 +1,4 @@
-"""ONNX graphs with a key-value cache, through onnxruntime; decoding through onnxruntime-genai where it can."""
+"""ONNX graphs with a key-value cache, through onnxruntime. onnxruntime-genai decodes if it can."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class OnnxRuntime(Defaults):
         self.context: int | None = settings.get("context_length") or _positions(path.parent)
         self._tokenizer: HfTokenizer | None = None
         self.profile: Path | None = None
-        """Where onnxruntime is to write its profile of the session, if it is to make one."""
+        """Place where onnxruntime writes its profile of the session; None for no profile."""
 
     @cached_property
     def _session(self) -> Any:
@@ -170,7 +170,7 @@ class OnnxRuntime(Defaults):
         return found
 
     def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
-        """See `Runtime`. Questions are run in rows where the attention takes a mask, else one after the other."""
+        """See `Runtime`. Questions run in rows if the attention takes a mask, else one after the other."""
         scores: list[list[Score]] = [[] for _ in questions]
         start, done, tokens = time.monotonic(), 0, 0
         report(0, len(questions), "")
@@ -190,7 +190,7 @@ class OnnxRuntime(Defaults):
 
     @cached_property
     def _packed(self) -> Packed | None:
-        """The graph with a mask, if it scores with it as without."""
+        """Graph with a mask, if it gives the same scores as without."""
         found = packable(self.path) if self.device == "cpu" else None
         if found is None:
             return None
@@ -199,7 +199,7 @@ class OnnxRuntime(Defaults):
         return packed if packed.agrees(self.vocab) else None
 
     def _score(self, question: Question) -> list[Score]:
-        """Computes the context once; its cache serves all endings, of which the attention takes one at a time."""
+        """Computes the context once. Its cache serves all endings; the attention takes one at a time."""
         shared, past = self._cached(np.array(question.context)[None], None)
         rows = [shared[0, -1:]]
         for ending in question.endings:

@@ -1,4 +1,4 @@
-"""What is known of a runtime before it is opened. A runtime that is added derives from `Opener`."""
+"""What is known of a runtime before it is opened. An added runtime derives from `Opener`."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
     from lighten.evaluate.runtimes.words import Words
 
 Target = Path | str
-"""What a person names: a path, or a URL as text."""
+"""The name that a person gives: a path, or a URL as text."""
 Place = TypeVar("Place", Path, str)
-"""What one runtime opens: the file or directory that it found at a path, or a URL."""
+"""What a runtime opens: the file or directory that it found at a path, or a URL."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """How a model is to be opened."""
+    """The way in which a model is opened."""
 
     device: str = "cpu"
     """"cpu", "cuda" or "cuda:N"."""
     dtype: str | None = None
-    """Arithmetic that a model is served in, where its file leaves the choice; None to measure its quality."""
+    """Arithmetic that a model is served in, if its file leaves a choice; None to measure its quality."""
     arithmetic: str | None = None
-    """Arithmetic that quality is measured in, where models that are compared shall have the same."""
+    """Arithmetic of quality, if compared models must have the same."""
     trust_remote_code: bool = False
-    """Whether code that lies beside the weights may run; only if the person asked for it."""
+    """Whether code beside the weights may run; only if the person allowed it."""
     options: Options = field(default_factory=Options)
-    """How it is to run, for runtimes that take such options."""
+    """Options for runtimes that take them."""
 
 
 class Opener(Generic[Place]):
@@ -49,13 +49,13 @@ class Opener(Generic[Place]):
     packages: ClassVar[tuple[str, ...]] = ()
     """Packages, as pip names them, whose versions belong to every measurement."""
     modules: ClassVar[tuple[str, ...]] = ()
-    """Modules that have to be there before anything is opened."""
+    """Modules that must be installed before anything is opened."""
     extra: ClassVar[str | None] = None
-    """The extra of lighten that brings them."""
+    """Extra of lighten that brings the modules."""
     weights: ClassVar[tuple[str, ...]] = ()
-    """What the names of files with weights end in."""
+    """Endings of the names of files with weights."""
     compressible: ClassVar[bool] = False
-    """Whether `lighten.model.source` reads what it serves, so that it can be compressed too."""
+    """Whether `lighten.model.source` reads what the runtime serves, so that it can be compressed too."""
     together: ClassVar[int | None] = None
     """Tokens of prompts that are computed together at most: more of them read the weights again; None for all."""
     every_head: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""What is known of transformers as a runtime, without importing torch: the memory of other runtimes is measured."""
+"""What is known of transformers as a runtime, without torch: the memory of other runtimes is measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TorchOpener(Opener[Path]):
-    """Model directories of Hugging Face: the last one that is asked, so it says why nothing can be run."""
+    """Model directories of Hugging Face. It is asked last, so it says why no runtime opens a path."""
 
     name: ClassVar[str] = "torch"
     packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "gptqmodel")
@@ -27,7 +27,7 @@ class TorchOpener(Opener[Path]):
         """See `Opener`.
 
         Raises:
-            RequestError: a path that is no model directory.
+            RequestError: the path is no model directory.
         """
         if isinstance(target, str):
             return None
@@ -52,7 +52,7 @@ class TorchOpener(Opener[Path]):
         )
 
     def open_exact(self, place: Path, trust_remote_code: bool) -> Runtime:
-        """Opens a model in float32; with its weights as they are stored, where they are of 16 bits."""
+        """Opens a model in float32. Weights of 16 bits stay as they are stored."""
         import numpy as np
 
         from lighten.evaluate.runtimes.lean import open_lean, stored_short
@@ -70,7 +70,7 @@ class TorchOpener(Opener[Path]):
         return lean
 
     def served_in(self, device: str) -> str:
-        """Returns the type of number that multiplies fastest on a device."""
+        """Returns the type of number that a device multiplies fastest."""
         from lighten.model.stream import fast_dtype
 
         return str(fast_dtype(device)).removeprefix("torch.")
