@@ -33,8 +33,8 @@ class Measurement(AnyCase, BaseModel):
     name: ClassVar[str]
     """What it is called: its row in the table, and its key under `evaluate` in a recipe."""
     work: ClassVar[str]
-    """The function that measures, "module:function": called with a `Request` and a `Report`, it returns what
-    `result.json` shall hold."""
+    """The function that measures, "module:function": called with a `Request` and a `Report`, it returns a
+    `Result`, or what else `result.json` shall hold as a dict."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Capabilities of a runtime: it has to have one of them."""
     younger: ClassVar[dict[str, Any]] = {}

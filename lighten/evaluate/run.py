@@ -8,6 +8,7 @@ from typing import Any
 from lighten.evaluate.opened import Unavailable
 from lighten.evaluate.paired import RESULT
 from lighten.evaluate.request import Request
+from lighten.evaluate.result import Result
 from lighten.plugins import found_at
 from lighten.process.isolate import Outcome, share_cores
 from lighten.step import Report
@@ -29,7 +30,8 @@ def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     if not request.settings.timed:
         share_cores()
     try:
-        found = _work(request)(request, report)
+        done = _work(request)(request, report)
+        found = done.contents() if isinstance(done, Result) else done
     except Unavailable as lack:
         found = {"unavailable": str(lack), **lack.facts}
     result = {"measurement": request.settings.name, **found}

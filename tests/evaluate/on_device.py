@@ -88,7 +88,7 @@ def perplexity_file(folder: Path, measured: perplexity.Measured) -> None:
     from lighten.store.store import write_json
 
     assert measured.hidden is not None
-    write_json(folder / perplexity.RESULT, measured.result)
+    write_json(folder / perplexity.RESULT, measured.result.contents())
     save_file({"hidden": measured.hidden}, folder / perplexity.HIDDEN)
 
 

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from lighten.data.choices import Choice, load_choices
 from lighten.errors import Failure
 from lighten.evaluate.accuracy.tasks import Tasks
+from lighten.evaluate.result import AccuracyResult
 from lighten.evaluate.runtimes.runtime import Question, Runtime, Score, Tokenizer
+from lighten.results import measured
 from lighten.step import Report
 
 Z95 = 1.959964
@@ -23,7 +25,7 @@ Z95 = 1.959964
 class Measured:
     """What an accuracy measurement found: its aggregates, and the scores and choices of every task."""
 
-    result: dict[str, Any]
+    result: AccuracyResult
     values: dict[str, NDArray[Any]]
     """`logprobs [tasks, endings]` (NaN where a task has fewer endings), `choice`, `choice_norm`, `label` `[tasks]`."""
 
@@ -84,16 +86,16 @@ def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Tasks, report: Rep
     label = np.array([task.label for task in tasks], dtype=np.int32)
     choice, choice_norm = choose(scores, tasks)
     right, right_norm = int((choice == label).sum()), int((choice_norm == label).sum())
-    accuracy = {
-        "task": settings.task,
-        "acc": right / len(tasks),
-        "acc_norm": right_norm / len(tasks),
-        "n": len(tasks),
-        "ci95": wilson(right, len(tasks)),
-        "ci95_norm": wilson(right_norm, len(tasks)),
-        "scorer": "lighten",
-    }
+    accuracy = measured.Accuracy(
+        task=settings.task,
+        acc=right / len(tasks),
+        acc_norm=right_norm / len(tasks),
+        n=len(tasks),
+        ci95=wilson(right, len(tasks)),
+        ci95_norm=wilson(right_norm, len(tasks)),
+        scorer="lighten",
+    )
     text = "\n".join(f"{task.context} {ending}" for task in tasks for ending in task.endings)
     match = runtime.encode(text) == tokenizer.encode(text)
     values = {"logprobs": logprobs, "choice": choice, "choice_norm": choice_norm, "label": label}
-    return Measured({"accuracy": accuracy, "tokenizer_match": match}, values)
+    return Measured(AccuracyResult(accuracy=accuracy, tokenizer_match=match), values)

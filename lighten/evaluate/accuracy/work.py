@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from safetensors.numpy import save_file
 
 from lighten.evaluate.accuracy import accuracy
@@ -11,11 +9,12 @@ from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.evaluate.opened import facts, for_quality, other_vocabulary
 from lighten.evaluate.paired import VALUES
 from lighten.evaluate.request import Request
+from lighten.evaluate.result import AccuracyResult
 from lighten.evaluate.runtimes.opening import open_tokenizer
 from lighten.step import Report
 
 
-def measure(request: Request, report: Report) -> dict[str, Any]:
+def measure(request: Request, report: Report) -> AccuracyResult:
     """Returns the accuracy and whether the model's own tokenizer reads the tasks alike; writes every answer."""
     settings, scorer = request.settings, accuracy.measure
     assert isinstance(settings, Accuracy)
@@ -28,4 +27,4 @@ def measure(request: Request, report: Report) -> dict[str, Any]:
     tokenizer = open_tokenizer(request.model if other else request.tokenizer)
     measured = scorer(runtime, tokenizer, settings, report)
     save_file(measured.values, request.out / VALUES)
-    return measured.result | ({"vocabulary": other} if other else {}) | facts(runtime)
+    return measured.result.having(**({"vocabulary": other} if other else {}), **facts(runtime))

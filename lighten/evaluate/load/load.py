@@ -18,11 +18,13 @@ from lighten.errors import Failure
 from lighten.evaluate.load.settings import Load
 from lighten.evaluate.opened import for_speed
 from lighten.evaluate.request import Request
+from lighten.evaluate.result import LoadResult
 from lighten.evaluate.runtimes.opening import find_opener
 from lighten.evaluate.runtimes.runtime import Runtime, Server, Tokenizer
 from lighten.evaluate.speed.server import Refused
 from lighten.evaluate.speed.speed import percentiles
 from lighten.model.template import renderer
+from lighten.results.measured import ServedLoad
 from lighten.step import Report
 
 MARGIN = 32
@@ -42,7 +44,7 @@ def arrivals(settings: Load, rate: float) -> list[float]:
     return list(np.random.default_rng(settings.seed).exponential(1 / rate, settings.requests).cumsum())
 
 
-def row(rate: float, asked: int, served: list[Served], server: str) -> dict[str, Any]:
+def row(rate: float, asked: int, served: list[Served], server: str) -> ServedLoad:
     """Returns what came of one rate; tokens per second are from the first arrival to the last token.
 
     Raises:
@@ -52,18 +54,18 @@ def row(rate: float, asked: int, served: list[Served], server: str) -> dict[str,
         raise Failure(f"{server} completed none of {asked} requests at {rate:g} a second")
     passed = max(each.tokens[-1] for each in served) - min(each.arrived for each in served)
     between = [later - earlier for each in served for earlier, later in pairwise(each.tokens)]
-    return {
-        "rate": rate,
-        "requests": asked,
-        "completed": len(served),
-        "throughput_tok_s": sum(len(each.tokens) for each in served) / passed,
-        "ttft_ms": percentiles([each.tokens[0] - each.arrived for each in served]),
-        "token_ms": percentiles(between) if between else None,
-        "server": server,
-    }
+    return ServedLoad(
+        rate=rate,
+        requests=asked,
+        completed=len(served),
+        throughput_tok_s=sum(len(each.tokens) for each in served) / passed,
+        ttft_ms=percentiles([each.tokens[0] - each.arrived for each in served]),
+        token_ms=percentiles(between) if between else None,
+        server=server,
+    )
 
 
-def measure(request: Request, report: Report) -> dict[str, Any]:
+def measure(request: Request, report: Report) -> LoadResult:
     """Returns `load`, a row for each rate, and what served it.
 
     Raises:
@@ -73,8 +75,7 @@ def measure(request: Request, report: Report) -> dict[str, Any]:
     assert isinstance(settings, Load)
     found, place = find_opener(path)
     if server := found.server(place, settings.prompt + settings.generate + MARGIN, device):
-        name = {"runtime": found.name}
-        return _over_http(server, found.tokenizer(place), renderer(path), settings, report) | name
+        return _over_http(server, found.tokenizer(place), renderer(path), settings, report).having(runtime=found.name)
     runtime = for_speed(request)
     ids = np.array(_pieces(runtime, settings, renderer(path)))
     runtime.generate(ids[:1], 2)  # warms up
@@ -82,8 +83,8 @@ def measure(request: Request, report: Report) -> dict[str, Any]:
     for number, rate in enumerate(settings.rate):
         served = batched(runtime, ids, arrivals(settings, rate), settings)
         rows.append(row(rate, settings.requests, served, f"batched loop of lighten, at most {settings.batch} together"))
-        report(number + 1, len(settings.rate), f"{rows[-1]['throughput_tok_s']:.0f} tok/s")
-    return {"load": rows, "runtime": runtime.name, "device": runtime.device, "dtype": runtime.dtype}
+        report(number + 1, len(settings.rate), f"{rows[-1].throughput_tok_s:.0f} tok/s")
+    return LoadResult(load=rows, runtime=runtime.name, device=runtime.device, dtype=runtime.dtype)
 
 
 def batched(runtime: Runtime, ids: Any, times: list[float], settings: Load) -> list[Served]:
@@ -110,7 +111,7 @@ def batched(runtime: Runtime, ids: Any, times: list[float], settings: Load) -> l
 
 def _over_http(
     opening: AbstractContextManager[Server], tokenizer: Tokenizer, render: Render | None, settings: Load, report: Report
-) -> dict[str, Any]:
+) -> LoadResult:
     prompts = [tokenizer.decode(piece) for piece in _pieces(tokenizer, settings, render)]
     rows = []
     with opening as server:
@@ -124,8 +125,8 @@ def _over_http(
             served = concurrent(ask, prompts, arrivals(settings, rate))
             server.check(f"after {len(served)} of {settings.requests} requests at {rate:g} a second")
             rows.append(row(rate, settings.requests, served, server.name))
-            report(number + 1, len(settings.rate), f"{rows[-1]['throughput_tok_s']:.0f} tok/s")
-    return {"load": rows, "device": server.device}
+            report(number + 1, len(settings.rate), f"{rows[-1].throughput_tok_s:.0f} tok/s")
+    return LoadResult(load=rows, device=server.device)
 
 
 def concurrent(ask: Callable[[str], list[float]], prompts: list[str], times: list[float]) -> list[Served]:

@@ -15,7 +15,9 @@ from lighten.evaluate.perplexity import protocols
 from lighten.evaluate.perplexity.perplexity import Measured, hash_ids
 from lighten.evaluate.perplexity.rolling import loglikelihoods
 from lighten.evaluate.perplexity.settings import Perplexity
+from lighten.evaluate.result import PerplexityResult
 from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer
+from lighten.results import measured
 from lighten.step import Report
 
 
@@ -53,7 +55,7 @@ def measure(
     value, stderr = by_word(nll, words)
     total = float(nll.sum())
     joined = "\n\n".join(documents)
-    protocol = {
+    protocol: measured.Free = {
         "name": settings.protocol,
         "data": told(settings.data),
         "data_sha256": digest(joined),
@@ -65,18 +67,15 @@ def measure(
         "unit": "word",
         "method": protocols.METHODS[settings.protocol],
     }
-    levels = {
-        "word": value,
-        "byte": math.exp(total / letters),
-        "token": math.exp(total / tokens),
-        "bits_per_byte": total / letters / math.log(2),
-    }
-    result: dict[str, Any] = {
-        "perplexity": {"value": value, "stderr": stderr, "tokens": tokens, "levels": levels, "protocol": protocol},
-        "divergence": None,
-        "tokenizer_match": [runtime.encode(text) for text in documents] == own,
-        "warnings": [],
-    }
+    levels = measured.Levels(
+        word=value,
+        byte=math.exp(total / letters),
+        token=math.exp(total / tokens),
+        bits_per_byte=total / letters / math.log(2),
+    )
+    found = measured.Perplexity(value=value, stderr=stderr, tokens=tokens, levels=levels, protocol=protocol)
+    match = [runtime.encode(text) for text in documents] == own
+    result = PerplexityResult(perplexity=found, divergence=None, tokenizer_match=match, warnings=[])
     return Measured(result, {"nll": nll, "words": words}, None)
 
 

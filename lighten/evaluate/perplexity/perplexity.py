@@ -26,9 +26,11 @@ from lighten.data.text import Render, digest, load_text
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.perplexity import protocols
 from lighten.evaluate.perplexity.settings import Perplexity
+from lighten.evaluate.result import PerplexityResult
 from lighten.evaluate.runtimes import rows
 from lighten.evaluate.runtimes.head import Head
 from lighten.evaluate.runtimes.runtime import Floats, Ids, Runtime, Tokenizer
+from lighten.results import measured
 from lighten.step import Report
 
 HIDDEN = "hidden.safetensors"
@@ -41,7 +43,7 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 class Measured:
     """What a perplexity measurement found: its aggregates, and the values of every scored position."""
 
-    result: dict[str, Any]
+    result: PerplexityResult
     values: dict[str, NDArray[Any]]
     """`nll [chunks, scored positions]`; with a reference also `kl` and `top1` (1 where the likeliest token is its)."""
     hidden: Floats | None
@@ -148,7 +150,7 @@ def measure(
         report(done, len(ids), f"{done * ids.shape[1] / (time.monotonic() - start):.0f} tok/s")
     value, stderr = summarize(nll)
     letters = scored_bytes(tokenizer, chunks)
-    protocol = {
+    protocol: measured.Free = {
         "name": settings.protocol,
         "data": told(settings.data),
         "data_sha256": digest(text),
@@ -161,23 +163,21 @@ def measure(
         "method": protocols.METHODS[settings.protocol],
         **({"within": settings.within, "chunks_of_text": chunks.of} if settings.within else {}),
     }
-    result: dict[str, Any] = {
-        "perplexity": {
-            "value": value,
-            "stderr": stderr,
-            "tokens": int(nll.size),
-            "bits_per_byte": float(nll.sum()) / letters / math.log(2) if letters else None,
-            "protocol": protocol,
-        },
-        "divergence": None,
-        "tokenizer_match": runtime.encode(text) == own,
-        "warnings": warnings,
-    }
+    found = measured.Perplexity(
+        value=value,
+        stderr=stderr,
+        tokens=int(nll.size),
+        bits_per_byte=float(nll.sum()) / letters / math.log(2) if letters else None,
+        protocol=protocol,
+    )
+    divergence = None
     values: dict[str, NDArray[Any]] = {"nll": nll.astype(np.float32)}
     if against:
         kl_p99 = float(np.percentile(kl, 99))
-        result["divergence"] = {"kl_mean": float(kl.mean()), "kl_p99": kl_p99, "top1_agreement": float(same.mean())}
+        divergence = measured.Divergence(kl_mean=float(kl.mean()), kl_p99=kl_p99, top1_agreement=float(same.mean()))
         values |= {"kl": kl.astype(np.float32), "top1": same.astype(np.uint8)}
+    match = runtime.encode(text) == own
+    result = PerplexityResult(perplexity=found, divergence=divergence, tokenizer_match=match, warnings=warnings)
     return Measured(result, values, np.concatenate(kept) if kept else None)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from safetensors.numpy import save_file
 
 from lighten.evaluate.opened import facts, for_quality, other_vocabulary
@@ -11,12 +9,13 @@ from lighten.evaluate.paired import VALUES
 from lighten.evaluate.perplexity import documents, perplexity
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.request import Request
+from lighten.evaluate.result import PerplexityResult
 from lighten.evaluate.runtimes.opening import open_tokenizer
 from lighten.model.template import renderer
 from lighten.step import Report
 
 
-def measure(request: Request, report: Report) -> dict[str, Any]:
+def measure(request: Request, report: Report) -> PerplexityResult:
     """Returns perplexity, divergence and what they were measured on; writes values and, if asked, hidden states."""
     settings = request.settings
     assert isinstance(settings, Perplexity)
@@ -42,6 +41,7 @@ def measure(request: Request, report: Report) -> dict[str, Any]:
     save_file(measured.values, request.out / VALUES)
     if measured.hidden is not None:
         save_file({"hidden": measured.hidden}, request.out / perplexity.HIDDEN)
-    protocol = measured.result["perplexity"]["protocol"]
-    protocol["tokenizer"] = "own" if other or request.own_tokenizer else "the baseline's"
-    return measured.result | ({"vocabulary": other} if other else {}) | facts(runtime)
+    found = measured.result.perplexity
+    whose = "own" if other or request.own_tokenizer else "the baseline's"
+    found = found.model_copy(update={"protocol": {**found.protocol, "tokenizer": whose}})
+    return measured.result.having(perplexity=found, **({"vocabulary": other} if other else {}), **facts(runtime))

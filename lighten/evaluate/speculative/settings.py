@@ -72,4 +72,4 @@ class Speculative(Measurement):
 
     def add(self, row: dict[str, Any], result: dict[str, Any]) -> None:
         """Puts what the draft is worth into the row of the target."""
-        row["speculative"] = {"draft": self.draft, **result["speculative"]}
+        row["speculative"] = {**result["speculative"], "draft": self.draft}

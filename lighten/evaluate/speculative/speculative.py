@@ -9,15 +9,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import numpy as np
 
 from lighten.data.origin import told
 from lighten.data.text import Render, load_text
 from lighten.errors import Failure
+from lighten.evaluate.result import SpeculativeResult
 from lighten.evaluate.runtimes.runtime import Runtime
 from lighten.evaluate.speculative.settings import Speculative
+from lighten.results import measured
 from lighten.step import Report
 
 COMPARED_LETTERS = 4000
@@ -76,7 +77,7 @@ def speculate(target: Runtime, draft: Runtime, prompt: list[int], steps: int, to
 
 def measure(
     target: Runtime, draft: Runtime, settings: Speculative, report: Report, render: Render | None = None
-) -> dict[str, Any]:
+) -> SpeculativeResult:
     """Returns `speculative`: acceptance, speeds with and without the draft, and whether the same was written.
 
     Where it was not, `parted` has for each text the position and by how much the target's first choice there was
@@ -101,30 +102,33 @@ def measure(
     for number, (ours, theirs) in enumerate(zip(plains, drafted, strict=True)):
         if ours.ids != theirs.ids:
             at = next(at for at in range(steps) if ours.ids[at] != theirs.ids[at])
-            parted.append({"text": number, "position": at, "gap": gap(target, prompts[number] + ours.ids[:at])})
+            above = gap(target, prompts[number] + ours.ids[:at])
+            parted.append(measured.ChangedText(text=number, position=at, gap=above))
     proposed = sum(each.proposed for each in drafted)
     fast, slow = (median(each.rate for each in runs) for runs in (drafted, plains))
-    found = {
-        "tokens": settings.tokens,
-        "acceptance": sum(each.accepted for each in drafted) / proposed if proposed else 0.0,
-        "decode_tok_s": fast,
-        "plain_tok_s": slow,
-        "speedup": fast / slow,
-        "identical": not parted,
-        "proposed": proposed,
-        "texts": len(prompts),
-        "generate": steps,
-        "dtype": target.dtype,
-        "parted": parted,
-    }
-    return {"speculative": found, "warnings": [_told(parted, len(prompts), target.dtype)] if parted else []}
+    found = measured.Speculative(
+        draft=settings.draft,
+        tokens=settings.tokens,
+        acceptance=sum(each.accepted for each in drafted) / proposed if proposed else 0.0,
+        decode_tok_s=fast,
+        plain_tok_s=slow,
+        speedup=fast / slow,
+        identical=not parted,
+        proposed=proposed,
+        texts=len(prompts),
+        generate=steps,
+        dtype=target.dtype,
+        parted=parted,
+    )
+    warnings = [_warning(parted, len(prompts), target.dtype)] if parted else []
+    return SpeculativeResult(speculative=found, warnings=warnings)
 
 
-def _told(parted: list[dict[str, Any]], texts: int, dtype: str) -> str:
+def _warning(parted: list[measured.ChangedText], texts: int, dtype: str) -> str:
     first = parted[0]
     return (
         f"{len(parted)} of {texts} texts are not what the target writes alone, the first from token "
-        f"{first['position'] + 1} on, where its two likeliest logits differ by {first['gap']:.2g} ({dtype})"
+        f"{first.position + 1} on, where its two likeliest logits differ by {first.gap:.2g} ({dtype})"
     )
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lighten.errors import Failure
 from lighten.evaluate.opened import facts, for_speed
 from lighten.evaluate.request import Request
+from lighten.evaluate.result import SpeculativeResult
 from lighten.evaluate.speculative import speculative
 from lighten.evaluate.speculative.settings import Speculative
 from lighten.model import vocabulary
@@ -14,7 +13,7 @@ from lighten.model.template import renderer
 from lighten.step import Report
 
 
-def measure(request: Request, report: Report) -> dict[str, Any]:
+def measure(request: Request, report: Report) -> SpeculativeResult:
     """Returns acceptance, and speeds with and without the draft.
 
     Raises:
@@ -25,4 +24,4 @@ def measure(request: Request, report: Report) -> dict[str, Any]:
     if other := vocabulary.differing(model, draft):
         raise Failure(f"target and draft have different vocabularies ({other}): take a draft with the same tokenizer")
     target, helper = (for_speed(request, path, dtype=settings.dtype) for path in (model, draft))
-    return speculative.measure(target, helper, settings, report, renderer(model)) | facts(target)
+    return speculative.measure(target, helper, settings, report, renderer(model)).having(**facts(target))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lighten.evaluate.opened import facts, for_speed
 from lighten.evaluate.request import Request
+from lighten.evaluate.result import SpeedResult
 from lighten.evaluate.runtimes.opening import served_in
 from lighten.evaluate.runtimes.runtime import Runtime
 from lighten.evaluate.speed import speed
@@ -13,7 +12,7 @@ from lighten.evaluate.speed.settings import Speed
 from lighten.step import Report
 
 
-def measure(request: Request, report: Report) -> dict[str, Any]:
+def measure(request: Request, report: Report) -> SpeedResult:
     """Returns a row for every shape, memory and energy."""
     settings, model, device = request.settings, request.model, request.device
     assert isinstance(settings, Speed)
@@ -23,7 +22,7 @@ def measure(request: Request, report: Report) -> dict[str, Any]:
 
     if device != "cpu" or served_in(model, "cpu") != "float32":
         runtime = opened()
-        return speed.measure(runtime, settings, report) | facts(runtime)
+        return speed.measure(runtime, settings, report).having(**facts(runtime))
     # bfloat16 without units for it reads half the bytes and multiplies slowly: which one wins depends on the phase
     found, used = speed.measure_better(opened, ("bfloat16", "float32"), settings, report)
-    return found | facts(used)
+    return found.having(**facts(used))

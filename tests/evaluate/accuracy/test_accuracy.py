@@ -115,8 +115,8 @@ def test_a_local_file_stands_in_for_a_task_with_unequal_endings(tiny: Tiny, tmp_
     file = tmp_path / "tasks.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in lines))
     runtime, tokenizer = open_runtime(tiny()), open_tokenizer(tiny())
-    settings = accuracy.Accuracy(task="hellaswag", local=str(file))
+    settings = Accuracy(task="hellaswag", local=str(file))
     found = accuracy.measure(runtime, tokenizer, settings, silent)
-    assert found.result["accuracy"]["task"] == "hellaswag"
-    assert found.result["accuracy"]["n"] == 2
+    assert found.result.accuracy.task == "hellaswag"
+    assert found.result.accuracy.n == 2
     assert np.isnan(found.values["logprobs"]).tolist() == [[False] * 3, [False, False, True]]

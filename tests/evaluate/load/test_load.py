@@ -42,9 +42,9 @@ def test_arrivals_are_a_seeded_poisson_process() -> None:
 
 def test_a_row_tells_what_somebody_waiting_sees() -> None:
     found = row(2.0, 3, [Served(1.0, [1.5, 1.6, 1.9]), Served(2.0, [2.25, 5.0])], "ours")
-    assert (found["requests"], found["completed"], found["server"]) == (3, 2, "ours")
-    assert found["throughput_tok_s"] == pytest.approx(5 / 4)
-    assert found["ttft_ms"]["p50"] == pytest.approx(375) and found["token_ms"]["p50"] == pytest.approx(300)
+    assert (found.requests, found.completed, found.server) == (3, 2, "ours")
+    assert found.throughput_tok_s == pytest.approx(5 / 4)
+    assert found.ttft_ms.p50 == pytest.approx(375) and found.token_ms and found.token_ms.p50 == pytest.approx(300)
     with pytest.raises(Failure, match="ours completed none of 3 requests at 2 a second"):
         row(2.0, 3, [], "ours")
 

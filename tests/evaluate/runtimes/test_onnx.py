@@ -96,15 +96,15 @@ def test_the_tokenizer_is_the_models_own(tiny: Tiny, folder: Path, runtime: Runt
 def test_all_measurements(tiny: Tiny, folder: Path, runtime: Runtime) -> None:
     settings = Perplexity(length=64, samples=2)
     tokenizer = open_tokenizer(tiny())
-    found = perplexity.measure(runtime, tokenizer, settings, silent).result
-    wanted = perplexity.measure(open_runtime(tiny()), tokenizer, settings, silent).result
+    found = perplexity.measure(runtime, tokenizer, settings, silent).result.contents()
+    wanted = perplexity.measure(open_runtime(tiny()), tokenizer, settings, silent).result.contents()
     assert found["perplexity"]["value"] == pytest.approx(wanted["perplexity"]["value"], rel=1e-5)
     assert found["tokenizer_match"]
-    scored = accuracy.measure(runtime, tokenizer, Accuracy(limit=4), silent).result["accuracy"]
+    scored = accuracy.measure(runtime, tokenizer, Accuracy(limit=4), silent).result.contents()["accuracy"]
     assert scored["n"] == 4
-    timed = speed.measure(runtime, Speed(prompt=8, generate=4, repeats=2), silent)["speed"][0]
-    assert timed["decode_tok_s"] > 0
-    assert timed["dtype"] == "float32"
+    timed = speed.measure(runtime, Speed(prompt=8, generate=4, repeats=2), silent).speed[0]
+    assert timed.decode_tok_s and timed.decode_tok_s > 0
+    assert timed.dtype == "float32"
 
 
 def test_precision_is_read_from_the_graph(tiny: Tiny, to_onnx: ToOnnx) -> None:

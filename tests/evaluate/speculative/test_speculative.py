@@ -104,7 +104,7 @@ def test_texts_that_part_are_told_with_the_gap(target: Runtime, gguf: Runtime, m
 
     monkeypatch.setattr(speculative, "speculate", strays)
     settings = Speculative(draft="q", prompt=20, generate=9, samples=2)
-    found = speculative.measure(target, gguf, settings, silent)
+    found = speculative.measure(target, gguf, settings, silent).contents()
     assert not found["speculative"]["identical"]
     assert [each["position"] for each in found["speculative"]["parted"]] == [8, 8]
     assert all(each["gap"] > 0 for each in found["speculative"]["parted"])
@@ -127,9 +127,13 @@ def test_a_padded_draft_of_the_same_tokenizer_is_taken(tiny: Tiny, target: Runti
         model.lm_head.weight[rows:] = 1.2 * model.lm_head.weight[:400]
     model.save_pretrained(folder)
     draft = open_runtime(folder)
-    found = speculative.measure(target, draft, Speculative(draft="q", prompt=20, generate=12, samples=2), silent)
+    found = speculative.measure(
+        target, draft, Speculative(draft="q", prompt=20, generate=12, samples=2), silent
+    ).contents()
     assert found["speculative"]["identical"]
-    back = speculative.measure(draft, target, Speculative(draft="q", prompt=20, generate=12, samples=2), silent)
+    back = speculative.measure(
+        draft, target, Speculative(draft="q", prompt=20, generate=12, samples=2), silent
+    ).contents()
     assert back["speculative"]["identical"]
 
 

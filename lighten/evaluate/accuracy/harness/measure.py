@@ -15,7 +15,9 @@ from lighten.evaluate.accuracy.accuracy import Z95, Measured, wilson
 from lighten.evaluate.accuracy.harness import tasks
 from lighten.evaluate.accuracy.harness.adapter import RuntimeLM
 from lighten.evaluate.accuracy.tasks import Tasks
+from lighten.evaluate.result import AccuracyResult
 from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer
+from lighten.results import measured as results
 from lighten.step import Report
 
 CHECKED = 200
@@ -48,28 +50,25 @@ def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Tasks, report: Rep
     if metric is None and samples:  # such as exact_match
         metric = next((key for key in samples[0]["metrics"] if _column(samples, key) is not None), None)
     columns = {"": None if metric is None else _column(samples, metric), "_norm": measured.get("acc_norm")}
-    result: dict[str, Any] = {
-        "task": name,
-        "acc": None,
-        "acc_norm": None,
-        "n": len(samples),
-        "ci95": None,
-        "ci95_norm": None,
-        "scorer": "lm-eval",
-        "version": version("lm_eval"),
-        "metric": metric,
-        "metrics": _metrics(found, name),
-        "truncated": model.truncated,
-    }
     values: dict[str, NDArray[Any]] = {}
+    shares: dict[str, Any] = {}
     for suffix, column in columns.items():
         if column is not None:
-            result[f"acc{suffix}"] = float(column.mean())
-            result[f"ci95{suffix}"] = interval(column)
+            shares |= {f"acc{suffix}": float(column.mean()), f"ci95{suffix}": interval(column)}
             values[f"score{suffix}"] = column
+    accuracy = results.Accuracy(
+        task=name,
+        **{"acc": None, "acc_norm": None, "ci95": None, "ci95_norm": None, **shares},
+        n=len(samples),
+        scorer="lm-eval",
+        version=version("lm_eval"),
+        metric=metric,
+        metrics=_metrics(found, name),
+        truncated=model.truncated,
+    )
     texts = ["".join(part for part in each["arguments"][0] if isinstance(part, str)) for each in samples[:CHECKED]]
     match = all(runtime.encode(text) == tokenizer.encode(text) for text in texts)
-    return Measured({"accuracy": result, "tokenizer_match": match}, values or {"score": np.empty(0)})
+    return Measured(AccuracyResult(accuracy=accuracy, tokenizer_match=match), values or {"score": np.empty(0)})
 
 
 def _first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -84,7 +83,7 @@ def _column(samples: list[dict[str, Any]], metric: str) -> NDArray[Any] | None:
     return np.array(numbers) if len(numbers) == len(found) and all(0 <= each <= 1 for each in numbers) else None
 
 
-def _metrics(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
+def _metrics(found: dict[str, Any], name: str) -> list[results.Metric]:
     """Returns what lm-eval itself reports: of the task or group, and of the tasks in it."""
     rows = []
     for task, values in found["results"].items():
@@ -93,8 +92,8 @@ def _metrics(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
             if not way or metric.endswith("_stderr") or not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             better = found["higher_is_better"].get(task, {}).get(metric)
-            rows.append({"task": task, "metric": metric, "filter": way, "value": value, "higher_is_better": better})
-    return sorted(rows, key=lambda row: row["task"] != name)
+            rows.append(results.Metric(task=task, metric=metric, filter=way, value=value, higher_is_better=better))
+    return sorted(rows, key=lambda row: row.task != name)
 
 
 def interval(scores: NDArray[Any]) -> tuple[float, float]:

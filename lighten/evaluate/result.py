@@ -1,0 +1,78 @@
+"""What a measurement found, as `result.json` has it: sections of results.json, and what they were measured with."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import Field
+
+from lighten.results.measured import (
+    Accuracy,
+    Divergence,
+    Energy,
+    Memory,
+    Perplexity,
+    Section,
+    ServedLoad,
+    Speculative,
+    Speed,
+)
+
+
+class Result(Section):
+    """What every measurement says: what ran the model, and what the person should know."""
+
+    warnings: list[str] = Field(default_factory=list)
+    vocabulary: str | None = None
+    """How the model's vocabulary differs from the baseline's; None where it does not."""
+    tokenizer_match: bool | None = None
+    """Whether the model's own tokenizer reads the data as the one does that was used."""
+    unavailable: str | None = None
+    """Why the runtime of the model cannot do the measurement; None where it can."""
+    runtime: str | None = None
+    device: str | None = None
+    detail: str | None = None
+    """Versions and kernels of the runtime."""
+    dtype: str | None = None
+    packages: dict[str, str] = Field(default_factory=dict)
+
+    def having(self, **fields: Any) -> Self:
+        """Returns the result with further fields."""
+        return self.model_copy(update=fields)
+
+    def contents(self) -> dict[str, Any]:
+        """Returns the fields that were set, as JSON."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class PerplexityResult(Result):
+    """Perplexity, and the divergence from the baseline where there is a reference."""
+
+    perplexity: Perplexity
+    divergence: Divergence | None
+
+
+class AccuracyResult(Result):
+    """Accuracy in one set of tasks."""
+
+    accuracy: Accuracy
+
+
+class SpeedResult(Result):
+    """A row for each shape; memory of the whole process, and energy of a token."""
+
+    speed: list[Speed]
+    memory: Memory
+    energy: Energy
+
+
+class LoadResult(Result):
+    """A row for each rate of requests."""
+
+    load: list[ServedLoad]
+
+
+class SpeculativeResult(Result):
+    """What a draft is worth."""
+
+    speculative: Speculative
