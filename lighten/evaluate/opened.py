@@ -15,15 +15,15 @@ from lighten.model import vocabulary
 
 
 class Described(Protocol):
-    """What ran a model: a runtime, or what is left to say of one that is closed."""
+    """What ran a model: a runtime, or the facts about a closed one."""
 
     @property
     def name(self) -> str:
-        """Of the runtime."""
+        """Name of the runtime."""
 
     @property
     def device(self) -> str:
-        """Where it ran."""
+        """Device that it ran on."""
 
     @property
     def detail(self) -> str:
@@ -40,14 +40,14 @@ LACKS = {
     "decodes": "does not write token after token",
     "rewinds": "does not take tokens back",
 }
-"""What a runtime without a capability does not do."""
+"""What a runtime without a capability does not do, in words."""
 
 
 class Unavailable(Exception):
-    """A measurement that the runtime of a model cannot do; the text says why."""
+    """The error that the runtime of a model cannot do a measurement. Its text says why."""
 
     def __init__(self, runtime: Runtime, needed: frozenset[str]) -> None:
-        """Takes the runtime that was opened, and the capabilities of which it would have to have one."""
+        """Takes the opened runtime, and the capabilities of which it needs one."""
         super().__init__(f"{runtime.name} {' and '.join(LACKS.get(each, each) for each in sorted(needed))}")
         self.facts = facts(runtime)
 
@@ -56,7 +56,7 @@ def _able(runtime: Runtime, settings: Measurement) -> Runtime:
     """Returns the runtime.
 
     Raises:
-        Unavailable: it has none of the capabilities that the measurement needs; the model is closed.
+        Unavailable: it has none of the necessary capabilities. The model is closed.
     """
     if settings.needed and not settings.needed & runtime.capabilities:
         runtime.close()
@@ -102,15 +102,15 @@ def as_served(
 
 
 def other_vocabulary(request: Request) -> str | None:
-    """Returns where the model's vocabulary differs from that of the model whose tokenizer gives the ids, or None.
+    """Returns where the model's vocabulary differs from that of the tokenizer's model, or None.
 
-    Ids of another vocabulary are other words to a model: it is measured on its own then.
+    Ids of another vocabulary are other words to a model. Such a model is measured on its own ids.
     """
     return None if request.own_tokenizer else vocabulary.differing(request.tokenizer, request.model)
 
 
 def facts(runtime: Described) -> dict[str, Any]:
-    """Returns what every result says of what ran the model."""
+    """Returns the facts in every result about what ran the model."""
     return {
         "runtime": runtime.name,
         "device": runtime.device,

@@ -1,4 +1,4 @@
-"""The export formats: where the settings of each are, and what they say of its files without writing any."""
+"""The export formats: the place of each one's settings, and what they say of its files."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ EXPORTS = Table(
 
 
 PROMPT = "The capital of France is"
-"""What the code of a model card has a model go on with."""
+"""Text that the model continues in the code of a model card."""
 
 
 class Usage(NamedTuple):
-    """How a person opens what was exported."""
+    """How a person opens exported files."""
 
     packages: str
-    """What pip installs, with spaces between."""
+    """Packages that pip installs, with spaces between them."""
     code: str
-    """Python: imports, an empty line, and code that opens the directory `folder` and says something."""
+    """Python: imports, an empty line, and code that opens the directory `folder` and generates text."""
 
 
 class ExportFormat(Protocol):
-    """What the settings class of a format says of all its files."""
+    """The properties of all files of a format, declared by its settings class."""
 
     library: str
-    """The library that the Hugging Face hub is to name for it."""
+    """Library that the Hugging Face hub should name for it."""
     for_devices: bool
-    """Whether a small device takes it."""
+    """Whether a small device can run it."""
 
     @classmethod
     def needs(cls) -> list[tuple[str, str]]:
-        """Returns what the format alone imports beyond the core, as (module, extra that brings it)."""
+        """Returns the packages that only this format imports, as (module, extra that brings it)."""
 
     @classmethod
     def usage(cls, files: Sequence[str]) -> Usage | str | None:
-        """Returns how such files are opened, in code or in words; None if these are none of its files."""
+        """Returns how such files are opened, in code or in words; None if these are not its files."""
 
 
 def extras_of_formats() -> dict[str, tuple[str, ...]]:
@@ -59,7 +59,7 @@ def extras_of_formats() -> dict[str, tuple[str, ...]]:
 
 
 def export_format(name: str | None) -> ExportFormat | None:
-    """Returns what is known of an export format; None for another one, or where its package cannot be imported."""
+    """Returns the settings class of an export format; None if it does not exist or cannot be imported."""
     if name not in EXPORTS.places:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Storage formats: how to recognise one, and which extra brings its loader."""
+"""Storage formats: how to recognise each, and which extra brings its loader."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Format:
-    """How quantized linears are stored: what transformers calls `quant_method`."""
+    """The way in which quantized linears are stored: transformers' `quant_method`."""
 
     packed: str
-    """The class that unpacks it, "module:Class": a `Packed`."""
+    """Class that unpacks it, "module:Class": a `Packed`."""
     extra: str
-    """The extra that brings what transformers opens it with."""
+    """Extra that brings the packages with which transformers opens it."""
     loaded_with: tuple[str, ...]
-    """Modules that transformers opens it with."""
+    """Modules with which transformers opens it."""
     written_here: bool = True
-    """Whether it is written without them."""
+    """Whether lighten writes it without these modules."""
     scales_like_model: bool = False
     """Whether scales are stored in the model's own type. It is float16 otherwise."""
     plain_kernels: tuple[str, str] | None = None
-    """The settings class of transformers, and the backend, whose kernels leave the tensors as they are stored."""
+    """Settings class of transformers, and the backend whose kernels keep the tensors as they are stored."""
     unpacked_on_device: bool = False
-    """Whether weights are unpacked where they are loaded to, and not on the CPU first."""
+    """Whether weights are unpacked on their device, and not on the CPU first."""
     read_by_onnx: bool = False
-    """Whether ONNX export takes its codes as they are."""
+    """Whether ONNX export takes its codes unchanged."""
 
     @property
     def written_with(self) -> list[tuple[str, str]]:
-        """Modules that have to be there before it is written, and the extra that brings each."""
+        """Modules that must be installed to write it, and the extra that brings each."""
         return [] if self.written_here else [(module, self.extra) for module in self.loaded_with]
 
     def unpacked(self, settings: Mapping[str, Any]) -> Packed:
@@ -90,19 +90,19 @@ EXTRAS = {
     "onnxruntime": "onnx",
     "onnxruntime_genai": "onnx",
 }
-"""The extra that brings each module."""
+"""Extra that brings each module."""
 
 
 def pip_name(module: str) -> str:
-    """Returns what pip installs to bring a module: an extra of lighten, where one does."""
+    """Returns what pip installs to bring a module: an extra of lighten, if one brings it."""
     return f"lighten[{EXTRAS[module]}]" if module in EXTRAS else module
 
 
 def recognise(path: Path) -> tuple[Path, str, int | None]:
-    """Returns what an artifact or a model is to a loader: the path to open, its format, its vocabulary if that is told.
+    """Returns the path that a loader opens for an artifact or a model, its format, and its vocabulary if known.
 
     Raises:
-        RequestError: nothing there that any loader would open.
+        RequestError: there is nothing that any loader would open.
     """
     from lighten.model.checkpoint import Checkpoint, read_config
 

@@ -45,8 +45,8 @@ def compressed_config(
     """Returns the configuration of compressed-tensors.
 
     Args:
-        groups: the arguments of the weights, and the modules they hold for.
-        activations: the arguments of the inputs, or None where they are not quantized.
+        groups: the arguments of the weights, and their modules.
+        activations: the arguments of the inputs, or None if they are not quantized.
         layout: `pack-quantized`, `int-quantized` or `float-quantized`.
         kept: modules that were left alone.
     """

@@ -1,4 +1,4 @@
-"""Accuracy in tasks: key, checks, prediction and what a row says of it. The settings are those of the tasks."""
+"""Accuracy in tasks: key, checks, prediction and columns of a row. The settings are those of the tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lighten.step import Estimate
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a set of tasks before they are measured."""
+    """The facts about a set of tasks before they are measured."""
 
     digest: str
     letters: int
@@ -35,14 +35,14 @@ class Accuracy(Tasks, Measurement):
 
     @property
     def title(self) -> str:
-        """Accuracy, and the task where lm-eval has it."""
+        """Accuracy, with the task if lm-eval has it."""
         return f"accuracy in {Path(self.task).stem}" if self.harness else "accuracy"
 
     def known(self) -> Known:
-        """Returns what is known of the tasks.
+        """Returns the facts about the tasks.
 
         Raises:
-            RequestError: there is no such task, or its data cannot be had.
+            RequestError: the task does not exist, or its data cannot be fetched.
         """
         if self.harness:
             facts = harness.look(self)
@@ -56,7 +56,7 @@ class Accuracy(Tasks, Measurement):
         return self.known().digest
 
     def key_facts(self) -> dict[str, Any]:
-        """Returns the version of lm-eval, where that asks."""
+        """Returns the version of lm-eval, if lm-eval scores."""
         return {"lm_eval": harness.look(self).version} if self.harness else {}
 
     def prepare(self) -> None:
@@ -75,7 +75,7 @@ class Accuracy(Tasks, Measurement):
         )
 
     def add(self, row: dict[str, Any], result: dict[str, Any]) -> None:
-        """Puts the accuracy in these tasks beside those in others."""
+        """Puts the accuracy in these tasks into a row, beside that in other tasks."""
         row.setdefault("accuracy", []).append(result["accuracy"])
 
     def add_change(self, row: dict[str, Any], measured: Path, baseline: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which tasks with right answers are asked, how many of them, and who scores them."""
+"""The tasks with right answers: which, how many questions, and who scores them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ OWN_TASKS = ("builtin", "hellaswag")
 class Tasks(AnyCase, BaseModel):
     """Tasks with right answers: a named task, or a `local` file under that name; at most `limit` of its documents.
 
-    Multiple choice in HellaSwag's format is scored here, every other task by lm-eval; `shots` are examples before each
-    question, which lm-eval puts there. `within`, in the place of `limit`, asks for as many documents as an accuracy of
-    one half, the hardest to know, takes to be known within that much; the number follows from the setting alone.
+    Multiple choice in HellaSwag's format is scored here; lm-eval scores every other task. `shots` are examples before
+    each question, which lm-eval puts there. `within`, instead of `limit`, asks for as many documents as make an
+    accuracy of one half, the hardest case, known within that much. The number follows from the setting alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,12 +48,13 @@ class Tasks(AnyCase, BaseModel):
 
     @property
     def most(self) -> int | None:
-        """Documents at most, None for all: n with half of Wilson's interval, 1.96 / (2 √(n + 1.96²)), within it."""
+        """Maximum number of documents, None for all: n with 1.96 / (2 √(n + 1.96²)), half of Wilson's interval, in it.
+        """
         return self.limit if self.within is None else math.ceil((Z95 / (2 * self.within)) ** 2 - Z95**2)
 
     @property
     def task_file(self) -> Path | None:
-        """The task's file, where it is one that did not come with lm-eval: lm-eval runs what such a file says."""
+        """File of the task, if it did not come with lm-eval, which runs what such a file says."""
         file = Path(self.task).expanduser()
         if not self.harness or file.suffix not in (".yaml", ".yml"):
             return None

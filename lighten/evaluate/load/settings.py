@@ -1,4 +1,4 @@
-"""Requests that keep arriving: settings, checks, prediction and what a row says of them."""
+"""Requests that keep arriving: settings, checks, prediction and columns of a row."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), Befo
 class Load(Measurement):
     """Requests that arrive at random, `rate` a second on average, at the server of the runtime.
 
-    Each has `prompt` tokens of `data` and asks for `generate` more. transformers, which brings no server, decodes those
-    that wait together, at most `batch`.
+    Each has `prompt` tokens of `data` and asks for `generate` more tokens. transformers brings no server: it decodes
+    waiting requests together, at most `batch`.
     """
 
     name = "load"
@@ -43,7 +43,7 @@ class Load(Measurement):
         return text.identity(self.data, "perplexity")
 
     def check(self, facts: ModelFacts, model: str) -> None:
-        """Raises RequestError if a prompt and what follows it are longer than the model's context."""
+        """Raises RequestError if a prompt with its continuation is longer than the model's context."""
         check_room(self.name, self.prompt, self.generate, facts.context, model)
 
     def check_text(self, model: Path) -> None:
@@ -51,11 +51,11 @@ class Load(Measurement):
         check_text(model, self.data, "perplexity", self.prompt)
 
     def predict(self, facts: ModelFacts) -> Estimate:
-        """Returns the longer one of waiting for the requests and of serving them."""
+        """Returns the larger of two costs: waiting for the requests, and serving them."""
         read = len(self.rate) * self.requests * self.generate * 2.0 * facts.params / READ_PER_SECOND
         waits = sum(self.requests / rate for rate in self.rate)
         return Estimate(seconds=10 + max(read, waits), peak_bytes=FIXED_BYTES + 3 * facts.params, disk_bytes=10_000)
 
     def add(self, row: dict[str, Any], result: dict[str, Any]) -> None:
-        """Puts what came of every rate into a row."""
+        """Puts the result of every rate into a row."""
         row["load"] = result["load"]

@@ -1,4 +1,4 @@
-"""Opening an artifact with every loader: key, prediction and what a row says of it."""
+"""Opening an artifact with every loader: key, prediction and columns of a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Perplexity of a text: settings, key, checks, prediction and what a row says of it."""
+"""Perplexity of a text: settings, key, checks, prediction and columns of a row."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from lighten.step import Estimate
 Protocol = Literal["lighten", "gptq", "llama.cpp", "lm-eval"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 LENGTHS: dict[str, int | None] = {"lighten": 512, "gptq": 2048, "llama.cpp": 512, "lm-eval": None}
-"""Tokens of a chunk where none are asked for; None stands for all that the model takes."""
+"""Default tokens of a chunk; None stands for all that the model takes."""
 CLOSE = 0.05
 """Nats between a model and a usual 4-bit variant of it, for which `Perplexity.within` plans."""
 CLUSTERED = 2.0
-"""How much more the changes of chunks scatter than those of as many tokens that know nothing of each other."""
+"""Factor by which the changes of chunks scatter more than those of as many independent tokens."""
 FEWEST = 8
-"""Chunks below which an interval of their changes is not worth much."""
+"""Minimum number of chunks for a useful interval of their changes."""
 
 
 class Perplexity(Measurement):
     """Perplexity of a text by a named protocol.
 
-    In chunks of `length` tokens, at most `samples` of them; by lm-eval's, in windows over at most `samples` documents.
-    `within`, in the place of `samples`, asks for as many chunks, spread evenly over the text, as the change of
-    perplexity takes to be known within that share of it. The number follows from the settings alone, before anything is
-    measured: nothing stops at a lucky moment, and all variants get the same tokens.
+    The text is cut into chunks of `length` tokens, at most `samples` of them. lm-eval's protocol has windows over at
+    most `samples` documents. `within`, instead of `samples`, asks for a precision: as many chunks, spread evenly over
+    the text, as make the change of perplexity known within that share. The number follows from the settings alone and
+    is known before anything is measured. So nothing stops at a lucky moment, and all variants get the same tokens.
     """
 
     name = "perplexity"
@@ -68,11 +68,11 @@ class Perplexity(Measurement):
 
     @property
     def most(self) -> int | None:
-        """Chunks, or documents, at most; None for all.
+        """Maximum number of chunks, or documents; None for all.
 
-        Where logits change a little, the log-likelihood of a token changes with a variance of twice the divergence in
-        nats (both are the same form in Fisher's information). So half of the 95 % interval of the mean change over n
-        tokens of a variant `CLOSE` to its source is 1.96 √(2 · CLOSE · CLUSTERED / n).
+        If logits change a little, the log-likelihood of a token changes with a variance of twice the divergence in nats
+        (both are the same form in Fisher's information). So half of the 95 % interval of the mean change over n tokens
+        of a variant `CLOSE` to its source is 1.96 √(2 · CLOSE · CLUSTERED / n).
         """
         if self.within is None:
             return self.samples
@@ -82,12 +82,12 @@ class Perplexity(Measurement):
 
     @property
     def needed(self) -> frozenset[str]:
-        """Logits, or scores where there are none; lm-eval's protocol always takes scores."""
+        """Logits, or scores if there are none. lm-eval's protocol always takes scores."""
         return frozenset({"scores"}) if self.protocol == "lm-eval" else self.needs
 
     @property
     def title(self) -> str:
-        """Perplexity, and the protocol where it is another's."""
+        """Perplexity, with the protocol if it is not lighten's."""
         return "perplexity" + ("" if self.protocol == "lighten" else f" by {self.protocol}")
 
     def tokens(self, context: int | None) -> int:
@@ -95,7 +95,7 @@ class Perplexity(Measurement):
         return self.length or context or 2048
 
     def data_digest(self) -> str:
-        """Returns the SHA-256 of the text; by lm-eval's protocol, of the documents that are taken one by one."""
+        """Returns the SHA-256 of the text; for lm-eval's protocol that of its documents, one by one."""
         found = text.read(self.data, "perplexity")
         plain = [each for each in found if isinstance(each, str)]
         if self.protocol != "lm-eval" or len(plain) < len(found):
@@ -137,7 +137,7 @@ class Perplexity(Measurement):
         )
 
     def add(self, row: dict[str, Any], result: dict[str, Any]) -> None:
-        """Puts perplexity and divergence into a row; a second protocol's goes to `other_perplexity`."""
+        """Puts perplexity and divergence into a row. That of a second protocol goes to `other_perplexity`."""
         found = result["perplexity"]
         found["protocol"] = {"name": "lighten", **found["protocol"]}  # results from before there were several
         if "perplexity" not in row:
@@ -150,7 +150,7 @@ class Perplexity(Measurement):
             row["notes"].append(note)
 
     def add_change(self, row: dict[str, Any], measured: Path, baseline: Path) -> None:
-        """Puts the paired change of perplexity into a row; nothing where the tokens are of another vocabulary."""
+        """Puts the paired change of perplexity into a row; nothing if the vocabularies differ."""
         if row.get("vocabulary"):
             return
         found, delta = change(measured, baseline), row.setdefault("delta", {})

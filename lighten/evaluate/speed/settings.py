@@ -1,4 +1,4 @@
-"""Speed of a model on this machine: settings, checks, prediction and what a row says of it."""
+"""Speed of a model on this machine: settings, checks, prediction and columns of a row."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lighten.step import Estimate
 
 
 def one_or_many(value: Any) -> Any:
-    """Returns a number as a list of one."""
+    """Returns a single number as a list; a list unchanged."""
     return [value] if isinstance(value, int | float) else value
 
 
 def check_room(name: str, prompt: int, generate: int, context: int | None, model: str) -> None:
-    """Raises RequestError if a prompt and what follows it are longer than the model's context."""
+    """Raises RequestError if a prompt with its continuation is longer than the model's context."""
     if context and prompt + generate > context:
         raise RequestError(
             f"{name}: {prompt} prompt and {generate} generated tokens are more than the {context} positions "
@@ -40,9 +40,9 @@ Cache = Literal["dynamic", "static", "quantized"]
 
 
 class Options(AnyCase, BaseModel):
-    """How transformers runs a model; what another runtime serves has no such choice.
+    """How transformers runs a model. Other runtimes have no such choice.
 
-    `attention` None is transformers' own choice; `compile` is torch.compile's mode, of the step of one token; `cache`
+    `attention` None is transformers' own choice. `compile` is torch.compile's mode, for the step of one token. `cache`
     holds keys and values: growing, of one size, or in 4 bits.
     """
 
@@ -60,7 +60,7 @@ class Options(AnyCase, BaseModel):
 
 
 class Override(AnyCase, BaseModel):
-    """Options of some variants, in the place of everyone's; None keeps those."""
+    """Options of some variants instead of the common ones; None keeps the common ones."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,8 +72,8 @@ class Override(AnyCase, BaseModel):
 class Speed(Options, Measurement):
     """Prefill of `prompt` tokens and greedy decoding of `generate` tokens, for every prompt length and batch size.
 
-    Repeated `repeats` times, and up to twice as often until the median decode speed is known within `error`. `options`
-    maps names of variants, or patterns such as `gptq-*`, to options of their own; a later entry wins.
+    It is repeated `repeats` times, and up to twice as often until the median decode speed is known within `error`.
+    `options` maps names of variants, or patterns such as `gptq-*`, to options of their own; a later entry wins.
     """
 
     name = "speed"
@@ -90,7 +90,7 @@ class Speed(Options, Measurement):
     options: dict[str, Override] = {}
 
     def of(self, variant: str) -> Speed:
-        """Returns the settings as they are for one variant.
+        """Returns the settings of one variant.
 
         Raises:
             ValidationError: its options do not go together.
@@ -103,15 +103,15 @@ class Speed(Options, Measurement):
 
     @property
     def plain(self) -> Speed:
-        """The settings for what transformers does not run."""
+        """Settings for other runtimes than transformers."""
         return Speed.model_validate(self.model_dump(exclude={"options", "attention", "compile", "cache"}))
 
     def check(self, facts: ModelFacts, model: str) -> None:
-        """Raises RequestError if the longest prompt and what follows it are longer than the model's context."""
+        """Raises RequestError if the longest prompt with its continuation is longer than the model's context."""
         check_room(self.name, max(self.prompt), self.generate, facts.context, model)
 
     def predict(self, facts: ModelFacts) -> Estimate:
-        """Returns the cost of every repeat: products for the prompt, weights that are read for each token after it."""
+        """Returns the cost of every repeat: products for the prompt, and weights read for each token after it."""
         repeats = self.repeats + 2
         read = len(self.batch) * len(self.prompt) * repeats * self.generate * 2.0 * facts.params
         return Estimate(

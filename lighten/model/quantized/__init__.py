@@ -1,1 +1,1 @@
-"""Formats of quantized checkpoints: a file for each says what is known of it, and how its linears are unpacked."""
+"""Formats of quantized checkpoints: each file has the facts of a format, and unpacks its linears."""

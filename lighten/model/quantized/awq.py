@@ -14,7 +14,7 @@ class Awq(Packed):
     """Linears in the `awq` format."""
 
     def refusal(self) -> str | None:
-        """Returns the layout or the bits, where they are others than those that are known."""
+        """Returns the layout or the bits, if they are not known."""
         version, bits = self.settings.get("version", "gemm"), self.settings.get("bits", 4)
         if str(version).lower() != "gemm":
             return f"version {version}"
@@ -31,7 +31,7 @@ class Awq(Packed):
         return Codes(codes, scales, awq_codes(parts["qzeros"]), g_idx, 4)
 
     def weight(self, parts: Parts) -> torch.Tensor:
-        """Returns what a linear stands for, `[out, in]` in float32."""
+        """Returns the weight of a linear, `[out, in]` in float32."""
         return self.codes(parts).weight()
 
     def shape(self, linear: str, stored: Shapes, read: Callable[[str], torch.Tensor]) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ class BitsAndBytes(Packed):
         return found
 
     def weight(self, parts: Parts) -> torch.Tensor:
-        """Returns what a linear stands for, `[out, in]` in float32."""
+        """Returns the weight of a linear, `[out, in]` in float32."""
         if "SCB" in parts:  # the largest value of every output stands for 127
             return parts["weight"].float() * (parts["SCB"].float()[:, None] / 127.0)
         return _four_bit(parts)

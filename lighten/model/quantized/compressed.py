@@ -1,4 +1,4 @@
-"""The formats of compressed-tensors: packed integers, and integers or 8-bit floats as they are."""
+"""The formats of compressed-tensors: packed integers, and unpacked integers or 8-bit floats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Compressed(Packed):
     """Linears in a format of compressed-tensors."""
 
     def refusal(self) -> str | None:
-        """Returns the layout, the scales or the rotation that are not known."""
+        """Returns the layout, the scales or the rotation, if they are not known."""
         groups = self.settings.get("config_groups") or {}
         found = {str(group.get("format") or self.settings.get("format")) for group in groups.values()}
         if self.settings.get("transform_config"):
@@ -36,7 +36,7 @@ class Compressed(Packed):
         return found
 
     def weight(self, parts: Parts) -> torch.Tensor:
-        """Returns what a linear stands for, `[out, in]` in float32."""
+        """Returns the weight of a linear, `[out, in]` in float32."""
         scales = parts["weight_scale"].float()
         if "weight_packed" not in parts:
             codes = parts["weight"].float()

@@ -14,7 +14,7 @@ class Gptq(Packed):
     """Linears in the `gptq` format."""
 
     def refusal(self) -> str | None:
-        """Returns the version, where it is another than the two that are known."""
+        """Returns the version, if it is not one of the two known versions."""
         version = self.settings.get("checkpoint_format", "gptq")
         return None if version in ("gptq", "gptq_v2") else f"checkpoint_format {version}"
 
@@ -34,7 +34,7 @@ class Gptq(Packed):
         return Codes(unpack(words, bits, g_idx.numel()), scales, zeros, g_idx.long(), bits)
 
     def weight(self, parts: Parts) -> torch.Tensor:
-        """Returns what a linear stands for, `[out, in]` in float32."""
+        """Returns the weight of a linear, `[out, in]` in float32."""
         return self.codes(parts).weight()
 
     def shape(self, linear: str, stored: Shapes, read: Callable[[str], torch.Tensor]) -> tuple[int, ...]:

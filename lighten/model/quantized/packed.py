@@ -1,4 +1,4 @@
-"""What a format of quantized checkpoints answers for its linears."""
+"""The contract of a format of quantized checkpoints for its linears."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 Parts = dict[str, torch.Tensor]
-"""The stored tensors of one linear, by what follows its name and a dot."""
+"""Stored tensors of one linear, by the rest of their name, after the linear's name and a dot."""
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -24,7 +24,7 @@ class Codes:
     bits: int
 
     def weight(self) -> torch.Tensor:
-        """Returns what they stand for, `[out, in]` in float32."""
+        """Returns the weight, `[out, in]` in float32."""
         spread = self.zeros[self.g_idx], self.scales[self.g_idx].float()
         return ((self.codes - spread[0]).float() * spread[1]).t().contiguous()
 
@@ -36,7 +36,7 @@ class Packed:
         self.settings = settings
 
     def refusal(self) -> str | None:
-        """Returns why such a checkpoint cannot be unpacked, None if it can."""
+        """Returns why such a checkpoint cannot be unpacked; None if it can."""
         return None
 
     def linears(self, names: Iterable[str]) -> list[str]:
@@ -44,7 +44,7 @@ class Packed:
         raise NotImplementedError
 
     def weight(self, parts: Parts) -> torch.Tensor:
-        """Returns what a linear stands for, `[out, in]` in float32."""
+        """Returns the weight of a linear, `[out, in]` in float32."""
         raise NotImplementedError
 
     def shape(self, linear: str, stored: Shapes, read: Callable[[str], torch.Tensor]) -> tuple[int, ...]:
