@@ -1,4 +1,4 @@
-"""What a measurement found, as `result.json` has it: sections of results.json, and what they were measured with."""
+"""The results of measurements, as in `result.json`: sections of results.json, and how they were measured."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lighten.results.measured import (
 
 
 class Result(Section):
-    """What every measurement says: what ran the model, and what the person should know."""
+    """The common part of all results: what ran the model, and remarks for the person."""
 
     warnings: list[str] = Field(default_factory=list)
     vocabulary: str | None = None
-    """How the model's vocabulary differs from the baseline's; None where it does not."""
+    """Difference of the model's vocabulary from the baseline's; None if there is none."""
     tokenizer_match: bool | None = None
-    """Whether the model's own tokenizer reads the data as the one does that was used."""
+    """Whether the model's own tokenizer reads the data like the used one."""
     unavailable: str | None = None
-    """Why the runtime of the model cannot do the measurement; None where it can."""
+    """Reason why the runtime of the model cannot do the measurement; None if it can."""
     runtime: str | None = None
     device: str | None = None
     detail: str | None = None
@@ -46,7 +46,7 @@ class Result(Section):
 
 
 class PerplexityResult(Result):
-    """Perplexity, and the divergence from the baseline where there is a reference."""
+    """Perplexity, and the divergence from the baseline if there is a reference."""
 
     perplexity: Perplexity
     divergence: Divergence | None
@@ -73,6 +73,6 @@ class LoadResult(Result):
 
 
 class SpeculativeResult(Result):
-    """What a draft is worth."""
+    """The gain by a draft model."""
 
     speculative: Speculative

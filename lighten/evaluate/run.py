@@ -16,7 +16,7 @@ from lighten.store.store import write_json
 
 
 def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Measures a model and writes `result.json` and what else the measurement leaves; the target of `run_isolated`.
+    """Measures a model and writes `result.json` and the measurement's other files; the target of `run_isolated`.
 
     Args:
         payload: that of a `Request`.
@@ -40,7 +40,7 @@ def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def measure_here(request: Request, report: Report) -> Outcome:
-    """Runs a measurement that starts its own processes; what it found is not written yet."""
+    """Runs a measurement that starts its own processes. It does not write the result."""
     outcome: Outcome = _work(request)(request, report)
     return outcome
 

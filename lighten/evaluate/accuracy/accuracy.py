@@ -23,7 +23,7 @@ Z95 = 1.959964
 
 @dataclass(frozen=True)
 class Measured:
-    """What an accuracy measurement found: its aggregates, and the scores and choices of every task."""
+    """The results of an accuracy measurement: its aggregates, and the scores and choices of every task."""
 
     result: AccuracyResult
     values: dict[str, NDArray[Any]]
@@ -33,10 +33,9 @@ class Measured:
 def ask(choice: Choice, tokenizer: Tokenizer) -> Question:
     """Returns the ids of a task.
 
-    Context, a space and ending are tokenized together and parted where the context's own ids end, as lm-eval
-    does; white space at the end of the context goes to the ending. Where a token reaches over the border (it
-    does not with tokenizers that split at spaces), the border moves before it, so that all endings share
-    one context.
+    Context, a space and ending are tokenized together and split where the context's own ids end, as in lm-eval. White
+    space at the end of the context goes to the ending. If a token crosses the border (it does not with tokenizers that
+    split at spaces), the border moves before it, so that all endings share one context.
     """
     context = choice.context.rstrip()
     space = choice.context[len(context) :] + " "
@@ -73,7 +72,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Tasks, report: Report) -> Measured:
-    """Measures a model on a set of tasks, tokenized by `tokenizer` whatever the model's own is."""
+    """Measures a model on a set of tasks, tokenized by `tokenizer`, whatever the model's own tokenizer is."""
     tasks = load_choices(settings.local or settings.task, settings.most)
     report(0, len(tasks), "tokenizing")
     scores = runtime.choose_many([ask(task, tokenizer) for task in tasks], report)

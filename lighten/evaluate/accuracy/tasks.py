@@ -48,8 +48,7 @@ class Tasks(AnyCase, BaseModel):
 
     @property
     def most(self) -> int | None:
-        """Maximum number of documents, None for all: n with 1.96 / (2 √(n + 1.96²)), half of Wilson's interval, in it.
-        """
+        """Maximum number of documents; None for all. Then half of Wilson's interval, 1.96 / (2 √(n + 1.96²)), fits."""
         return self.limit if self.within is None else math.ceil((Z95 / (2 * self.within)) ** 2 - Z95**2)
 
     @property

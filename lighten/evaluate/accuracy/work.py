@@ -1,4 +1,4 @@
-"""Measures accuracy as it was asked for, and leaves the answers."""
+"""Measures accuracy, and writes the answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lighten.step import Report
 
 
 def measure(request: Request, report: Report) -> AccuracyResult:
-    """Returns the accuracy and whether the model's own tokenizer reads the tasks alike; writes every answer."""
+    """Returns the accuracy, and whether the model's own tokenizer reads the tasks alike. Writes every answer."""
     settings, scorer = request.settings, accuracy.measure
     assert isinstance(settings, Accuracy)
     if settings.harness:

@@ -1,4 +1,4 @@
-"""Requests that keep arriving: throughput, time to the first token and between tokens as somebody waiting sees them."""
+"""Requests that keep arriving: throughput, time to the first token, and time between tokens as a user sees them."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from lighten.results.measured import ServedLoad
 from lighten.step import Report
 
 MARGIN = 32
-"""Tokens that a server may count more than we do: special ones, or a cut elsewhere."""
+"""Number of tokens that a server may count more than lighten: special tokens, or another cut."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """One request: when it arrived, and when each of its tokens did; seconds from the start of the load."""
+    """One request: the moments of its arrival and of each of its tokens, in seconds from the start of the load."""
 
     arrived: float
     tokens: list[float]
 
 
 def arrivals(settings: Load, rate: float) -> list[float]:
-    """Returns when each request arrives: a Poisson process, the same for a seed at every rate but for its pace."""
+    """Returns the moments of arrival: a Poisson process. A seed gives the same process, scaled, at every rate."""
     return list(np.random.default_rng(settings.seed).exponential(1 / rate, settings.requests).cumsum())
 
 
 def row(rate: float, asked: int, served: list[Served], server: str) -> ServedLoad:
-    """Returns what came of one rate; tokens per second are from the first arrival to the last token.
+    """Returns the result of one rate. Tokens per second are counted from the first arrival to the last token.
 
     Raises:
         Failure: no request was completed.
@@ -90,7 +90,7 @@ def measure(request: Request, report: Report) -> LoadResult:
 def batched(runtime: Runtime, ids: Any, times: list[float], settings: Load) -> list[Served]:
     """Serves prompts `ids [requests, prompt]` that arrive at `times`.
 
-    Whoever waits is decoded together, to the end; who arrives meanwhile waits.
+    Waiting requests are decoded together, to the end. A request that arrives meanwhile waits.
     """
     start, done = time.perf_counter(), 0
     served: list[Served] = []

@@ -22,7 +22,7 @@ from lighten.step import Report
 
 
 def count_words(text: str) -> int:
-    """Returns what lm-eval counts: the pieces between runs of white space."""
+    """Returns lm-eval's number of words: the pieces between runs of white space."""
     return len(re.split(r"\s+", text))
 
 
@@ -80,7 +80,7 @@ def measure(
 
 
 def by_word(nll: np.ndarray[Any, np.dtype[Any]], words: np.ndarray[Any, np.dtype[Any]]) -> tuple[float, float | None]:
-    """Returns perplexity by word and its standard error, of the ratio of sums over documents; None for a single one."""
+    """Returns perplexity by word and its standard error (ratio of sums); None as error of a single document."""
     rate = float(nll.sum() / words.sum())
     value, n = math.exp(rate), len(nll)
     if n < 2:

@@ -1,10 +1,10 @@
 """Perplexity of a text, and how far the next-token distributions moved from a reference's.
 
-The text is tokenized once, by one tokenizer for all variants, and cut into chunks as a protocol has it; each scored
-position is predicted from the ones before it in the chunk.
+One tokenizer tokenizes the text once for all variants. The tokens are cut into chunks by a protocol. Each scored
+position is predicted from the positions before it in the chunk.
 
-The reference's full distributions would take `vocab` numbers per token. What enters its head takes `hidden`
-numbers, and one product with the head's weight gives the same logits again, so that is what is stored.
+The reference's full distributions would take `vocab` numbers per token. The inputs of its head take `hidden` numbers,
+and one product with the head's weight gives the same logits again. So the inputs are stored.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from lighten.step import Report
 HIDDEN = "hidden.safetensors"
 RESULT = "result.json"
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-"""Relative to the largest logit: how far a product in float32 may be from the model's own, in its arithmetic."""
+"""Allowed difference of a float32 product from the model's own, in its arithmetic, relative to the largest logit."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a perplexity measurement found: its aggregates, and the values of every scored position."""
+    """The results of a perplexity measurement: its aggregates, and the values of every scored position."""
 
     result: PerplexityResult
     values: dict[str, NDArray[Any]]
     """`nll [chunks, scored positions]`; with a reference also `kl` and `top1` (1 where the likeliest token is its)."""
     hidden: Floats | None
-    """What entered the head, `[chunks, length, hidden]`, if it was asked for."""
+    """Inputs of the head, `[chunks, length, hidden]`, if asked for."""
 
 
 def summarize(nll: NDArray[np.floating[Any]]) -> tuple[float, float | None]:
@@ -89,7 +89,7 @@ class Reference:
         return self._head.logits(self._hidden[chunk])
 
     def hidden(self, chunks: slice) -> Floats:
-        """Returns what entered the reference's head, `[chunks, length, hidden]`."""
+        """Returns the inputs of the reference's head, `[chunks, length, hidden]`."""
         found: Floats = self._hidden[chunks]
         return found
 
@@ -185,13 +185,13 @@ class _Scorer:
     """Scores chunks one by one: logits in the processor's memory, statistics by numpy."""
 
     together = 1
-    """Chunks that are computed at once."""
+    """Number of chunks that are computed at once."""
 
     def __init__(self, runtime: Runtime, ids: Ids, first: int, against: Reference | None) -> None:
         self.runtime, self.ids, self.first, self.against = runtime, ids, first, against
 
     def __call__(self, part: slice) -> tuple[Any, Any, Any, Floats | None]:
-        """Returns NLL, KL and agreement of the scored positions of chunks, and what entered the head."""
+        """Returns NLL, KL and agreement of the scored positions of chunks, and the inputs of the head."""
         (chunk,) = self.ids[part]
         scored = slice(self.first - 1, -1)
         logits = self.runtime.logits(chunk)
@@ -205,23 +205,23 @@ class _Scorer:
 
 
 class _ByScores:
-    """Scores chunks where a runtime gives no logits: a chunk's mean stands for each of its positions."""
+    """Scores chunks if a runtime gives no logits. A chunk's mean stands for each of its positions."""
 
     together = 1
-    """Chunks that are computed at once."""
+    """Number of chunks that are computed at once."""
 
     def __init__(self, runtime: Runtime, ids: Ids, first: int) -> None:
         self.runtime, self.ids, self.first = runtime, ids, first
 
     def __call__(self, part: slice) -> tuple[Any, Any, Any, None]:
-        """Returns the mean NLL of a chunk's scored positions; nothing is known of divergence."""
+        """Returns the mean NLL of a chunk's scored positions. Divergence is not known."""
         (chunk,) = self.ids[part].tolist()
         (score,) = self.runtime.choose(chunk[: self.first], [chunk[self.first :]])
         return -score.logprob / (len(chunk) - self.first), 0.0, True, None
 
 
 def _scorer(runtime: Runtime, ids: Ids, first: int, against: Reference | None) -> Any:
-    """Returns what scores chunks: by logits, on the device of the model if that is not the processor; or by scores."""
+    """Returns the scorer of chunks: by logits, on the model's device if that is a GPU; or by scores."""
     if "logits" not in runtime.capabilities:
         return _ByScores(runtime, ids, first)
     if runtime.name == "torch" and runtime.device != "cpu":
@@ -232,9 +232,9 @@ def _scorer(runtime: Runtime, ids: Ids, first: int, against: Reference | None) -
 
 
 def scored_bytes(tokenizer: Tokenizer, chunks: protocols.Chunks) -> int:
-    """Returns the bytes of text that the scored positions stand for.
+    """Returns the bytes of text of the scored positions.
 
-    A character that the border of two chunks parts counts as a byte in each of them.
+    A character that is split by the border of two chunks counts as a byte in each of them.
     """
     start = int(chunks.bos)
 
@@ -267,5 +267,5 @@ def unfit(model: Path, runtime: Runtime, logits: Floats) -> str | None:
 
 
 def hash_ids(ids: Ids) -> str:
-    """Returns the SHA-256 of the ids of a text, as the protocol has it."""
+    """Returns the SHA-256 of the ids of a text, as in the protocol."""
     return hashlib.sha256(ids.tobytes()).hexdigest()

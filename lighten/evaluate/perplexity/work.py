@@ -1,4 +1,4 @@
-"""Measures perplexity as it was asked for, and leaves its values."""
+"""Measures perplexity, and writes its values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lighten.step import Report
 
 
 def measure(request: Request, report: Report) -> PerplexityResult:
-    """Returns perplexity, divergence and what they were measured on; writes values and, if asked, hidden states."""
+    """Returns perplexity, divergence and their conditions. Writes values and, if asked, hidden states."""
     settings = request.settings
     assert isinstance(settings, Perplexity)
     other = other_vocabulary(request)

@@ -9,7 +9,7 @@ from lighten.evaluate.runtimes.opening import opener
 from lighten.model.traffic import Traffic
 
 FASTER = 1.25
-"""A working set is called cached where it is read this many times as fast as memory is."""
+"""Factor by which reading a working set is faster than reading memory, from which it counts as cached."""
 
 
 def point(traffic: Traffic, row: dict[str, Any], peaks: Peaks, dtype: str, runtime: str) -> dict[str, Any] | None:
@@ -75,7 +75,7 @@ def _place(
 
 
 def _note(bound: str, share: float, together: float, bandwidth: float, peaks: Peaks) -> str | None:
-    """Returns what a share alone does not say."""
+    """Returns a remark that a share needs."""
     if share > 1:
         served = "a cache held part of what it read" if bound != "compute" else "it computes in a faster type of number"
         doubt = "; the machine was busy when its roofs were measured" if peaks.busy else ""
@@ -86,5 +86,5 @@ def _note(bound: str, share: float, together: float, bandwidth: float, peaks: Pe
 
 
 def arithmetic(runtime: str, dtype: str, device: str = "cpu") -> str:
-    """Returns the type of number that a runtime multiplies in, by what the runtime calls its weights."""
+    """Returns the type of number that a runtime multiplies in, by the runtime's name of its weights."""
     return opener(runtime).multiplies_in(dtype, device)

@@ -39,9 +39,9 @@ class Conditions:
 class Opener(Generic[Place]):
     """Recognises what its runtime serves, and opens it.
 
-    It is imported whenever a model is to be opened, so neither its module nor its methods but `open`, `open_exact` and
-    `words` import anything heavy. What holds for most runtimes is here: one that serves files of its own, with the
-    tokenizer of Hugging Face beside them, implements `recognises` and `open` only.
+    It is imported whenever a model is opened. So its module and its methods import nothing heavy, except `open`,
+    `open_exact` and `words`. The defaults of most runtimes are here. A runtime with files of its own, and the tokenizer
+    of Hugging Face beside them, implements only `recognises` and `open`.
     """
 
     name: ClassVar[str]
@@ -57,21 +57,21 @@ class Opener(Generic[Place]):
     compressible: ClassVar[bool] = False
     """Whether `lighten.model.source` reads what the runtime serves, so that it can be compressed too."""
     together: ClassVar[int | None] = None
-    """Tokens of prompts that are computed together at most: more of them read the weights again; None for all."""
+    """Maximum number of prompt tokens that are computed together. More tokens read the weights again; None for all."""
     every_head: ClassVar[bool] = False
-    """Whether the head is computed for every token of a prompt, and not for the last one only."""
+    """Whether the head is computed for every token of a prompt, instead of the last one only."""
     takes_options: ClassVar[bool] = False
     """Whether attention, compile and cache (`Options`) can be chosen."""
     profiler: ClassVar[str | None] = None
-    """The function that profiles a model, "module:function"; see `lighten.evaluate.profiling`."""
+    """Name of the function that profiles a model, "module:function"; see `lighten.evaluate.profiling`."""
     tracer: ClassVar[str | None] = None
-    """The function that shows what flows between the layers, "module:function"; see `trace`."""
+    """Name of the function that shows the states between the layers, "module:function"; see `trace`."""
 
     def recognises(self, target: Target) -> Place | None:
         """Returns what would be opened for a target; None if this runtime does not serve it.
 
         Raises:
-            RequestError: it serves such targets, and cannot tell which one is meant.
+            RequestError: it serves such targets, but several are possible.
         """
         raise NotImplementedError
 
@@ -87,16 +87,16 @@ class Opener(Generic[Place]):
         return facts_of(read_config(folder), str(folder))
 
     def open(self, place: Place, conditions: Conditions) -> Runtime:
-        """Loads what `recognises` returned.
+        """Loads the result of `recognises`.
 
         Raises:
-            RequestError: nothing there that can be run, or an extra is missing.
-            Failure: the model is damaged, or this machine has not what the conditions ask for.
+            RequestError: there is nothing that can be run, or an extra is missing.
+            Failure: the model is damaged, or this machine lacks what the conditions ask for.
         """
         raise NotImplementedError
 
     def open_exact(self, place: Place, trust_remote_code: bool) -> Runtime:
-        """Loads it on the processor, in the most exact arithmetic: as what others are compared with."""
+        """Loads it on the processor in the most exact arithmetic, as the reference of comparisons."""
         return self.open(place, Conditions(trust_remote_code=trust_remote_code))
 
     def tokenizer(self, place: Place) -> Tokenizer:
@@ -106,20 +106,20 @@ class Opener(Generic[Place]):
         return HfTokenizer(folder_of(place))
 
     def words(self, place: Place) -> Words:
-        """Opens all that turns text into ids, chats as well: that of Hugging Face, as above."""
+        """Opens everything that turns text into ids, chats too: that of Hugging Face, as above."""
         from lighten.evaluate.runtimes.words import hf_words
 
         return hf_words(folder_of(place))
 
     def served_in(self, device: str) -> str | None:
-        """Returns the arithmetic that models are served in on a device; None where the file decides."""
+        """Returns the arithmetic that models are served in on a device; None if the file decides."""
         return None
 
     def multiplies_in(self, dtype: str, device: str) -> str:
         """Returns the type of number of its products, by the `dtype` that the runtime gives its weights.
 
-        By default as onnxruntime: on a CPU the inputs of quantized weights are rounded to 8 bits and half precision
-        becomes float32; on a GPU half precision is multiplied as it is, and weights are unpacked to float16.
+        The default is that of onnxruntime. On a CPU, the inputs of quantized weights are rounded to 8 bits, and half
+        precision becomes float32. On a GPU, half precision is multiplied as it is, and weights are unpacked to float16.
         """
         name = {"f32": "float32", "all f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(
             dtype.lower(), dtype.lower()
@@ -135,7 +135,7 @@ class Opener(Generic[Place]):
         return True
 
     def server(self, place: Place, context: int, device: str) -> AbstractContextManager[Server] | None:
-        """Returns the server that people would start for texts of at most `context` tokens; None without one."""
+        """Returns the usual server for texts of at most `context` tokens; None without one."""
         return None
 
 

@@ -1,4 +1,4 @@
-"""Which runtime opens a model: a table of them, each of which says what it recognises."""
+"""The choice of a runtime for a model: a table of runtimes. Each says what it recognises."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lighten.evaluate.runtimes.words import Words
 
 FALLBACK = "torch"
-"""The runtime that is asked last: it takes any directory, and says what is wrong with the others."""
+"""Name of the runtime that is asked last. It takes any directory, and says what is wrong with other paths."""
 RUNTIMES = Table(
     "runtime",
     "lighten.runtimes",
@@ -28,13 +28,13 @@ RUNTIMES = Table(
 
 
 def opener(name: str) -> Opener[Any]:
-    """Returns what opens models on the runtime of a name."""
+    """Returns the opener of the runtime of a name."""
     made: Opener[Any] = RUNTIMES.load(name)()
     return made
 
 
 def added() -> list[Opener[Any]]:
-    """Returns the openers of what can be measured and not compressed: of runtimes that were added to ours."""
+    """Returns the openers of added runtimes, whose models can be measured and not compressed."""
     return [runtime for runtime in map(opener, RUNTIMES.names) if not runtime.compressible]
 
 
@@ -45,12 +45,12 @@ def extras_of_runtimes() -> dict[str, tuple[str, ...]]:
 
 @cache
 def weight_endings() -> tuple[str, ...]:
-    """Returns what the names of files with weights end in, on any runtime."""
+    """Returns the endings of the names of files with weights, on any runtime."""
     return tuple(ending for name in RUNTIMES.names for ending in opener(name).weights)
 
 
 def find_opener(target: Target) -> tuple[Opener[Any], Any]:
-    """Returns the opener of the runtime that serves a target, and what it would open there.
+    """Returns the opener of the runtime that serves a target, and what it would open.
 
     Raises:
         RequestError: there is nothing that can be run.
@@ -98,11 +98,11 @@ def open_tokenizer(target: Target) -> Tokenizer:
 
 
 def words_of(target: Target) -> Words:
-    """Opens all that turns text into ids for a model, chats as well."""
+    """Opens everything that turns text into ids for a model, chats too."""
     found, place = find_opener(target)
     return found.words(place)
 
 
 def served_in(target: Target, device: str) -> str | None:
-    """Returns the arithmetic that a model is served in on a device; None for a file that has one of its own."""
+    """Returns the arithmetic that a model is served in on a device; None for a file with its own arithmetic."""
     return find_opener(target)[0].served_in(device)

@@ -1,4 +1,4 @@
-"""Decoding with a draft: settings, checks, prediction and what a row says of it."""
+"""Decoding with a draft: settings, checks, prediction and columns of a row."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lighten.step import Estimate
 
 
 class Speculative(Measurement):
-    """Greedy decoding of `generate` tokens by the variant `target`; `draft`, another one, proposes `tokens` at once.
+    """Greedy decoding of `generate` tokens by the variant `target`; the variant `draft` proposes `tokens` at once.
 
-    After `samples` pieces of `data`, of `prompt` tokens each. `dtype` is the arithmetic of what transformers runs; None
-    is what it is served in.
+    It follows `samples` pieces of `data`, of `prompt` tokens each. `dtype` is the arithmetic of transformers; None is
+    the arithmetic that a model is served in.
     """
 
     name = "speculative"
@@ -44,7 +44,7 @@ class Speculative(Measurement):
         return self
 
     def key_config(self) -> dict[str, Any]:
-        """Returns the settings without the names: the stage has the two as parents."""
+        """Returns the settings without the names, because the two are parents of the stage."""
         return self.model_dump(mode="json", exclude={"draft", "target"})
 
     @property
@@ -57,7 +57,7 @@ class Speculative(Measurement):
         return text.identity(self.data, "perplexity")
 
     def check(self, facts: ModelFacts, model: str) -> None:
-        """Raises RequestError if a prompt and what follows it are longer than the model's context."""
+        """Raises RequestError if a prompt with its continuation is longer than the model's context."""
         check_room(self.name, self.prompt, self.generate, facts.context, model)
 
     def check_text(self, model: Path) -> None:
@@ -65,11 +65,11 @@ class Speculative(Measurement):
         check_text(model, self.data, "perplexity", self.prompt)
 
     def predict(self, facts: ModelFacts) -> Estimate:
-        """Returns the cost of writing every text by target, by both, and by the draft alone."""
+        """Returns the cost of writing every text by the target, by both, and by the draft alone."""
         read = 3 * self.samples * self.generate * 2.0 * facts.params
         seconds = 8 + read / READ_PER_SECOND
         return Estimate(seconds=seconds, peak_bytes=FIXED_BYTES + 5 * facts.params, disk_bytes=10_000)
 
     def add(self, row: dict[str, Any], result: dict[str, Any]) -> None:
-        """Puts what the draft is worth into the row of the target."""
+        """Puts the gain by the draft into the row of the target."""
         row["speculative"] = {**result["speculative"], "draft": self.draft}

@@ -1,7 +1,7 @@
-"""Speculative decoding: a quick model proposes tokens, the one that is served checks them all at once.
+"""Speculative decoding: a fast model proposes tokens, and the served model checks them all at once.
 
-Greedy, so what is written is what the target alone writes (Leviathan et al. 2022, at temperature 0): a proposal stays
-if it is the token that the target finds likeliest there.
+Decoding is greedy, so the text is the target's own (Leviathan et al. 2022, at temperature 0). A proposed token stays if
+the target finds it likeliest at that place.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lighten.results import measured
 from lighten.step import Report
 
 COMPARED_LETTERS = 4000
-"""Of the text, what both tokenizers must read alike."""
+"""Letters of the text that both tokenizers must read in the same way."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was decoded after a prompt, and the seconds from the first token to the last."""
+    """The tokens decoded after a prompt, and the seconds from the first token to the last."""
 
     ids: list[int]
     seconds: float
@@ -133,13 +133,13 @@ def _warning(parted: list[measured.ChangedText], texts: int, dtype: str) -> str:
 
 
 def gap(runtime: Runtime, ids: list[int]) -> float:
-    """Returns by how much the likeliest next logit is above the second."""
+    """Returns the difference of the two largest next logits."""
     second, first = np.sort(runtime.logits(np.array(ids))[-1])[-2:]
     return float(first - second)
 
 
 def _prompts(target: Runtime, draft: Runtime, settings: Speculative, render: Render | None) -> list[list[int]]:
-    """Returns pieces of the text, spread over it."""
+    """Returns pieces of the text, spread over the whole text."""
     text = load_text(settings.data, "perplexity", render)
     head = text[:COMPARED_LETTERS]
     if target.encode(head) != draft.encode(head):

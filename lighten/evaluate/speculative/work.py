@@ -1,4 +1,4 @@
-"""Measures what a draft is worth to its target."""
+"""Measures the gain by a draft model."""
 
 from __future__ import annotations
 

@@ -20,15 +20,15 @@ from lighten.step import Report
 
 WARM_UP_STEPS = 8
 WARM = 0.05
-"""Largest change of speed between two warm-ups after which the machine counts as warm."""
+"""Largest change of speed between two warm-ups for which the machine counts as warm."""
 WARM_UPS = 5
 ALMOST = 0.8
-"""Share of another arithmetic's speed that a short try has to reach to be measured too."""
+"""Share of another arithmetic's speed that a short trial must reach for a full measurement."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What stays to be told of a runtime that was measured and closed."""
+    """What is kept of a runtime that was measured and closed."""
 
     name: str
     device: str
@@ -47,15 +47,15 @@ def measure(runtime: Runtime, settings: Speed, report: Report) -> SpeedResult:
 def measure_better(
     open_in: Callable[[str], Runtime], dtypes: tuple[str, str], settings: Speed, report: Report
 ) -> tuple[SpeedResult, Opened]:
-    """Returns what `measure` does, each phase of each shape in the quicker of two arithmetics, and what ran it.
+    """Returns the result of `measure`, each phase of each shape in the faster of two arithmetics, and the runtime.
 
-    The first arithmetic is measured. The other one reads a prompt and writes a few tokens, and is measured too where
-    that was as quick. Memory and energy are those of the arithmetic that decodes the first shape; as the first
-    runtime is closed before the second is opened, no peak is of both.
+    The first arithmetic is measured. The second one reads a prompt and writes a few tokens; it is measured too if that
+    was as fast. Memory and energy are those of the arithmetic that decodes the first shape. The first runtime is closed
+    before the second is opened, so no peak is that of both.
 
     Args:
         open_in: loads the model in an arithmetic.
-        dtypes: the two arithmetics, the one whose weights take less memory first.
+        dtypes: the two arithmetics; the weights of the first take less memory.
         settings: what to measure.
         report: called as the work goes on.
     """
@@ -90,7 +90,7 @@ def _measured(runtime: Runtime, settings: Speed, report: Report) -> tuple[SpeedR
 
 
 def _better(first: measured.Speed, second: measured.Speed) -> measured.Speed:
-    """Returns a row with the quicker prefill and the quicker decoding of two, and the arithmetic of each."""
+    """Returns a row with the faster prefill and the faster decoding of two rows, and the arithmetic of each."""
     decode = max(first, second, key=lambda row: row.decode_tok_s or 0)
     prefill = max(first, second, key=lambda row: row.prefill_tok_s or 0)
     taken = {"prefill_tok_s": prefill.prefill_tok_s, "ttft_ms": prefill.ttft_ms, "prefill_dtype": prefill.dtype}
@@ -131,7 +131,7 @@ def _costs(runtime: Runtime, settings: Speed) -> tuple[measured.Memory, measured
 
 
 def _runs(runtime: Runtime, prompt: Ids, settings: Speed, report: Report, place: tuple[int, int]) -> list[Timings]:
-    """Warms up until two runs in a row are as fast, and repeats until the median is known well enough."""
+    """Warms up until two runs in a row are equally fast. Repeats until the median is known well enough."""
     number, shapes = place
     batch, most = len(prompt), 2 * settings.repeats
     report(number * most, shapes * most, "warming up")
@@ -191,5 +191,5 @@ def energy(runtime: Runtime, settings: Speed, source: Counters | GpuCounters) ->
 
 
 def _prompt(vocab: int, batch: int, length: int) -> Ids:
-    """Returns the same random ids every time: what is decoded after them does not change the time it takes."""
+    """Returns the same random ids every time. What they are does not change the time of decoding."""
     return np.random.default_rng(0).integers(0, vocab, (batch, length))

@@ -1,4 +1,4 @@
-"""Measures speed as it was asked for, in the arithmetic that is quicker."""
+"""Measures speed, in the faster arithmetic."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from lighten.results import measured as results
 from lighten.step import Report
 
 CHECKED = 200
-"""Texts on which the model's own tokenizer is compared with the one that was used."""
+"""Number of texts on which the model's own tokenizer is compared with the used one."""
 
 
 def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Tasks, report: Report) -> Measured:
@@ -72,19 +72,19 @@ def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Tasks, report: Rep
 
 
 def _first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the documents in order; of several ways to read one answer, the one that the task names first."""
+    """Returns the documents in order. If there are several ways to read an answer, it takes the task's first."""
     return sorted((each for each in samples if each["filter"] == samples[0]["filter"]), key=lambda each: each["doc_id"])
 
 
 def _column(samples: list[dict[str, Any]], metric: str) -> NDArray[Any] | None:
-    """Returns a metric of every document, if all have it and it is a share of what can be had."""
+    """Returns a metric of every document, if all have it and it is a share of the maximum."""
     found = [each.get(metric) for each in samples]
     numbers = [float(each) for each in found if isinstance(each, bool | int | float | np.number)]
     return np.array(numbers) if len(numbers) == len(found) and all(0 <= each <= 1 for each in numbers) else None
 
 
 def _metrics(found: dict[str, Any], name: str) -> list[results.Metric]:
-    """Returns what lm-eval itself reports: of the task or group, and of the tasks in it."""
+    """Returns the numbers that lm-eval itself reports, for the task or group and for the tasks in it."""
     rows = []
     for task, values in found["results"].items():
         for key, value in values.items():
@@ -97,7 +97,7 @@ def _metrics(found: dict[str, Any], name: str) -> list[results.Metric]:
 
 
 def interval(scores: NDArray[Any]) -> tuple[float, float]:
-    """Returns the 95 % interval of a mean: Wilson's where every score is 0 or 1, else the normal one."""
+    """Returns the 95 % interval of a mean: Wilson's if every score is 0 or 1, else the normal one."""
     if np.isin(scores, (0, 1)).all():
         return wilson(int(scores.sum()), len(scores))
     half = Z95 * float(scores.std(ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else 1.0
