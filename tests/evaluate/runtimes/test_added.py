@@ -6,16 +6,19 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lighten.errors import RequestError
+from lighten.errors import Failure, RequestError
+from lighten.evaluate import machine
 from lighten.evaluate.loaders.survey import survey
 from lighten.evaluate.runtimes import opening
-from lighten.evaluate.runtimes.opening import open_runtime
+from lighten.evaluate.runtimes.opening import open_runtime, opener
 from lighten.evaluate.runtimes.runtime import Question
+from lighten.model.traffic import traffic
 from lighten.pipeline.verbs import measure
 from lighten.plugins import Table
 from lighten.step import silent
@@ -107,3 +110,18 @@ def test_it_is_measured_and_surveyed_like_ours(model: Path) -> None:
 def test_what_no_runtime_serves_is_refused() -> None:
     with pytest.raises(RequestError, match="no runtime serves it"):
         open_runtime("https://example.org/v1")
+
+
+def test_packages_of_a_runtime_enter_the_keys_of_its_own_measurements_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = machine.measuring_packages()
+    assert "safetensors" not in ours
+    for name in ("torch", "llama.cpp", "onnxruntime"):
+        assert machine.measuring_packages(opener(name).packages) == ours, "keys of an old store"
+    assert machine.measuring_packages(("safetensors",)) == {**ours, "safetensors": version("safetensors")}
+    monkeypatch.setattr(machine.llama_library, "installed", lambda: None)  # as where both packages are, of the other
+    assert machine.measuring_packages(opener("llama.cpp").packages) == machine.measuring_packages()
+
+
+def test_there_is_no_roofline_of_weights_that_nobody_can_count(model: Path) -> None:
+    with pytest.raises(Failure, match="no weights in files that can be read here"):
+        traffic(model, opener("torch").facts(model.parent), "float32")
