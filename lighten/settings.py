@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def spelled(model: type[BaseModel], value: Any) -> Any:
@@ -25,6 +29,40 @@ def as_spelled(value: Any, choices: list[Any]) -> Any:
     if not isinstance(value, str) or value in choices:
         return value
     return next((each for each in choices if str(each).casefold() == value.strip().casefold()), value)
+
+
+def rebuilt(model: type[Model], dumped: Mapping[str, Any]) -> Model:
+    """Returns the settings that `model_dump(mode="json")` was called on, without another check.
+
+    For what this program has checked and written itself, and for nothing else.
+    """
+    fields = model.model_fields
+    return model.model_construct(**{name: _rebuilt(fields[name].annotation, value) for name, value in dumped.items()})
+
+
+def _rebuilt(annotation: Any, value: Any) -> Any:
+    """Returns a value of an annotation from what JSON has in its place."""
+    arms = [each for each in get_args(annotation) if each is not type(None)]
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        fitting = (each for each in arms if isinstance(value, _json_type(each)))
+        return value if value is None else _rebuilt(next(fitting, None), value)
+    if isinstance(value, list):
+        inner = arms[0] if arms else None
+        return (tuple if get_origin(annotation) is tuple else list)(_rebuilt(inner, each) for each in value)
+    if isinstance(value, dict) and get_origin(annotation) is dict:
+        return {key: _rebuilt(arms[1], each) for key, each in value.items()}
+    if isinstance(annotation, type) and isinstance(value, dict) and issubclass(annotation, BaseModel):
+        return rebuilt(annotation, value)
+    return Path(value) if annotation is Path else value
+
+
+def _json_type(annotation: Any) -> type | tuple[type, ...]:
+    """Returns what JSON has in the place of a value of an annotation."""
+    if get_origin(annotation) in (tuple, list):
+        return list
+    if get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        return dict
+    return (str, int, float, bool)
 
 
 def _choices(annotation: Any) -> Iterator[Any]:

@@ -21,7 +21,7 @@ from lighten.model.accelerator import Device, resolve
 from lighten.model.source import Source
 from lighten.pipeline.predict import Predictor, cost_class
 from lighten.pipeline.stage import Plan, Stage, trusted
-from lighten.pipeline.steps import sealed
+from lighten.pipeline.steps import checked
 from lighten.pipeline.watcher import Watcher
 from lighten.process.isolate import Outcome, run_isolated
 from lighten.step import Report
@@ -176,7 +176,7 @@ class Builder:
             return "lighten.evaluate.run:measure", self._request(stage, out).payload()
         assert stage.step is not None
         return "lighten.pipeline.steps:run_step", {
-            "step": sealed(stage.step),
+            "step": checked(stage.step),
             "inputs": {role: str(path) for role, path in self._inputs(stage).items()},
             "scratch": str(self.store.scratch(stage.key)) if stage.step.lessons() else None,
             "out": str(out),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -15,7 +13,7 @@ from lighten.errors import Failure, RequestError
 from lighten.model.export_formats import EXPORTS
 from lighten.plugins import Table, found_at
 from lighten.process.isolate import share_cores
-from lighten.settings import as_spelled
+from lighten.settings import as_spelled, rebuilt
 from lighten.step import Context, Report, Step
 from lighten.store.artifact import Artifact, read_artifact
 
@@ -121,16 +119,16 @@ def open_step(kind: str, settings: Mapping[str, Any]) -> Step:
     return step_class(kind, settings).model_validate(dict(settings))
 
 
-def sealed(step: Step) -> str:
-    """Returns checked settings as a text that another process of ours takes without another check."""
-    return b64encode(pickle.dumps(step)).decode()
+def checked(step: Step) -> dict[str, Any]:
+    """Returns checked settings as JSON, which `run_step` takes without another check."""
+    return {"kind": step.kind, "settings": step.model_dump(mode="json")}
 
 
 def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Runs one step in this process; the target of `lighten.process.isolate.run_isolated`.
 
     Args:
-        payload: step (what `sealed` returned), inputs (paths by role: source, grams, …), out, scratch, key, device,
+        payload: step (what `checked` returned), inputs (paths by role: source, grams, …), out, scratch, key, device,
             trust_remote_code.
         report: where progress goes.
 
@@ -138,7 +136,8 @@ def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         The facts of what was written, and the warnings.
     """
     share_cores()
-    step: Step = pickle.loads(b64decode(payload["step"]))
+    settings = payload["step"]["settings"]
+    step = rebuilt(step_class(payload["step"]["kind"], settings), settings)
     out = Path(payload["out"])
     inputs = {role: Path(path) for role, path in payload["inputs"].items()}
     source = read_artifact(inputs.pop("source")) if "source" in inputs else Artifact(out, {})

@@ -34,7 +34,7 @@ from lighten.pipeline.predict import Predictor
 from lighten.pipeline.recipe import Recipe, parse_settings
 from lighten.pipeline.roofline import RooflineAndCost
 from lighten.pipeline.rows import add_measurements
-from lighten.pipeline.steps import sealed, step_class
+from lighten.pipeline.steps import checked, step_class
 from lighten.pipeline.trust import check_tasks
 from lighten.pipeline.watcher import Silent, Watcher
 from lighten.process.isolate import run_isolated
@@ -227,7 +227,7 @@ def _merged(source: Found, out: Path, trusted: bool, watcher: Watcher) -> Found:
         "trust_remote_code": trusted,
     }
     out.mkdir()
-    step = sealed(Source.model_validate(settings))
+    step = checked(Source.model_validate(settings))
     payload: dict[str, Any] = {"step": step, "inputs": {}, "out": str(out), "scratch": None, "device": "cpu"}
     run_isolated("lighten.pipeline.steps:run_step", {**payload, "trust_remote_code": trusted})
     return replace(source, path=out, adapter=None)
