@@ -64,7 +64,7 @@ def _able(runtime: Runtime, settings: Measurement) -> Runtime:
     return runtime
 
 
-def for_quality(request: Request) -> Runtime:
+def for_quality(request: Request[Measurement]) -> Runtime:
     """Opens the model in the arithmetic that quality is measured in.
 
     Raises:
@@ -80,7 +80,11 @@ def for_quality(request: Request) -> Runtime:
 
 
 def for_speed(
-    request: Request, model: Path | None = None, *, options: Options | None = None, dtype: str | None = None
+    request: Request[Measurement],
+    model: Path | None = None,
+    *,
+    options: Options | None = None,
+    dtype: str | None = None,
 ) -> Runtime:
     """Opens the model, or another one that is measured with it, as it is served.
 
@@ -101,7 +105,7 @@ def as_served(
     )
 
 
-def other_vocabulary(request: Request) -> str | None:
+def other_vocabulary(request: Request[Measurement]) -> str | None:
     """Returns where the model's vocabulary differs from that of the tokenizer's model, or None.
 
     Ids of another vocabulary are other words to a model. Such a model is measured on its own ids.

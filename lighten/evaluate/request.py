@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from lighten.evaluate.measurement import MEASUREMENTS, Measurement
+
+Asked = TypeVar("Asked", bound=Measurement, covariant=True)
+"""Settings of the measurement that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +22,10 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Generic[Asked]):
     """One measurement of one model. It is built once, and sent to another process once."""
 
-    settings: Measurement
+    settings: Asked
     model: Path
     """A model directory, a .gguf or an .onnx file."""
     tokenizer: Path
@@ -65,11 +68,11 @@ class Request:
             "vocab": self.vocab,
         }
 
-    @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> Request:
+    @staticmethod
+    def from_payload(payload: dict[str, Any]) -> Request[Measurement]:
         """Returns the request that `payload` was made from."""
         draft, against = payload["draft"], payload["reference"]
-        return cls(
+        return Request(
             MEASUREMENTS.load(payload["measurement"]).model_validate(payload["settings"]),
             model=Path(payload["model"]),
             tokenizer=Path(payload["tokenizer"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lighten.evaluate.measurement import Measurement
 from lighten.evaluate.opened import Unavailable
 from lighten.evaluate.paired import RESULT
 from lighten.evaluate.request import Request
@@ -39,12 +40,12 @@ def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     return result
 
 
-def measure_here(request: Request, report: Report) -> Outcome:
+def measure_here(request: Request[Measurement], report: Report) -> Outcome:
     """Runs a measurement that starts its own processes. It does not write the result."""
     outcome: Outcome = _work(request)(request, report)
     return outcome
 
 
-def _work(request: Request) -> Callable[[Request, Report], Any]:
-    found: Callable[[Request, Report], Any] = found_at(request.settings.work)
+def _work(request: Request[Measurement]) -> Callable[[Request[Measurement], Report], Any]:
+    found: Callable[[Request[Measurement], Report], Any] = found_at(request.settings.work)
     return found

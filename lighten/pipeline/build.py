@@ -11,6 +11,7 @@ from typing import Any
 from lighten.errors import DiskFull, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.machine import measuring_packages, this_machine
+from lighten.evaluate.measurement import Measurement
 from lighten.evaluate.paired import RESULT
 from lighten.evaluate.parity import parity
 from lighten.evaluate.request import Reference, Request
@@ -188,7 +189,7 @@ class Builder:
     def _inputs(self, stage: Stage) -> dict[str, Path]:
         return {role: self.done[each.key].path for role, each in zip(stage.roles, stage.parents, strict=True)}
 
-    def _request(self, stage: Stage, out: Path) -> Request:
+    def _request(self, stage: Stage, out: Path) -> Request[Measurement]:
         assert stage.settings
         paths, facts = self._inputs(stage), stage.parents[0].facts
         reference = Reference(paths["reference"], paths["tokenizer"]) if "reference" in paths else None

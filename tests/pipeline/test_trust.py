@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +26,7 @@ from lighten.process.isolate import Outcome
 from lighten.recommend import published
 from lighten.results.results import Results
 from lighten.store.artifact import Artifact
+from tests.command import lighten as command_line
 from tests.report.sample import results
 
 CODE = """import pathlib
@@ -108,11 +107,6 @@ def own_kind(own_code: Path, tmp_path: Path) -> Path:
     return own_code
 
 
-def typed(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lighten", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize("command", ["run", "evaluate", "compare"])
 def test_trust_on_the_command_line_reaches_the_measurement(
     own_kind: Path, tiny: Callable[..., Path], tmp_path: Path, command: str
@@ -125,10 +119,10 @@ def test_trust_on_the_command_line_reaches_the_measurement(
         "evaluate": ("evaluate", own_kind, *skip),
         "compare": ("compare", own_kind, tiny(), "--artifacts", tmp_path / "kept", *skip),
     }
-    refused = typed(*arguments[command], "--device", "cpu")
+    refused = command_line(*arguments[command], "--device", "cpu")
     assert (refused.returncode, "--trust-remote-code" in refused.stderr) == (2, True), refused.stderr
     assert not (tmp_path / "measured").exists()
-    done = typed(*arguments[command], "--device", "cpu", "--trust-remote-code")
+    done = command_line(*arguments[command], "--device", "cpu", "--trust-remote-code")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "measured").exists()
 

@@ -14,10 +14,9 @@ from lighten.evaluate.runtimes.opening import open_tokenizer
 from lighten.step import Report
 
 
-def measure(request: Request, report: Report) -> AccuracyResult:
+def measure(request: Request[Accuracy], report: Report) -> AccuracyResult:
     """Returns the accuracy, and whether the model's own tokenizer reads the tasks alike. Writes every answer."""
     settings, scorer = request.settings, accuracy.measure
-    assert isinstance(settings, Accuracy)
     if settings.harness:
         from lighten.evaluate.accuracy.harness import measure as harness  # imports lm-eval, an extra
 

@@ -65,14 +65,13 @@ def row(rate: float, asked: int, served: list[Served], server: str) -> ServedLoa
     )
 
 
-def measure(request: Request, report: Report) -> LoadResult:
+def measure(request: Request[Load], report: Report) -> LoadResult:
     """Returns `load`, a row for each rate, and what served it.
 
     Raises:
         Failure: the server died, or served nothing.
     """
     settings, path, device = request.settings, request.model, request.device
-    assert isinstance(settings, Load)
     found, place = find_opener(path)
     if server := found.server(place, settings.prompt + settings.generate + MARGIN, device):
         return _over_http(server, found.tokenizer(place), renderer(path), settings, report).having(runtime=found.name)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 
 from lighten.errors import Failure, RequestError
+from lighten.evaluate.loaders.settings import Loaders
 from lighten.evaluate.loaders.survey import survey
 from lighten.evaluate.request import Request
 from lighten.process.isolate import Outcome
 from lighten.step import Report
 
 
-def measure(request: Request, report: Report) -> Outcome:
+def measure(request: Request[Loaders], report: Report) -> Outcome:
     """Returns the answers of all loaders, and the largest peak memory of their processes.
 
     Raises:

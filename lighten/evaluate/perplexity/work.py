@@ -15,10 +15,9 @@ from lighten.model.template import renderer
 from lighten.step import Report
 
 
-def measure(request: Request, report: Report) -> PerplexityResult:
+def measure(request: Request[Perplexity], report: Report) -> PerplexityResult:
     """Returns perplexity, divergence and their conditions. Writes values and, if asked, hidden states."""
     settings = request.settings
-    assert isinstance(settings, Perplexity)
     other = other_vocabulary(request)
     runtime = for_quality(request)
     reference = None if other else request.reference

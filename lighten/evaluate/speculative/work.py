@@ -13,14 +13,14 @@ from lighten.model.template import renderer
 from lighten.step import Report
 
 
-def measure(request: Request, report: Report) -> SpeculativeResult:
+def measure(request: Request[Speculative], report: Report) -> SpeculativeResult:
     """Returns acceptance, and speeds with and without the draft.
 
     Raises:
         Failure: the two have different vocabularies.
     """
     settings, model, draft = request.settings, request.model, request.draft
-    assert isinstance(settings, Speculative) and draft
+    assert draft
     if other := vocabulary.differing(model, draft):
         raise Failure(f"target and draft have different vocabularies ({other}): take a draft with the same tokenizer")
     target, helper = (for_speed(request, path, dtype=settings.dtype) for path in (model, draft))

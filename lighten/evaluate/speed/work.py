@@ -12,10 +12,9 @@ from lighten.evaluate.speed.settings import Speed
 from lighten.step import Report
 
 
-def measure(request: Request, report: Report) -> SpeedResult:
+def measure(request: Request[Speed], report: Report) -> SpeedResult:
     """Returns a row for every shape, memory and energy."""
     settings, model, device = request.settings, request.model, request.device
-    assert isinstance(settings, Speed)
 
     def opened(dtype: str | None = None) -> Runtime:
         return for_speed(request, options=settings, dtype=dtype)
