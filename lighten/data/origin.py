@@ -117,7 +117,7 @@ def parts(data: str | Origin | Sequence[Origin]) -> list[Origin]:
     return list(data)
 
 
-def told(data: str | Origin | Sequence[Origin]) -> str:
+def text_name(data: str | Origin | Sequence[Origin]) -> str:
     """Returns the name of a text in words. For a mixture these are the parts with their shares."""
     if isinstance(data, str):
         return data

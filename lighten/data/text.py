@@ -11,7 +11,7 @@ from typing import Literal
 
 from lighten.data import files as files_
 from lighten.data.documents import Document, Message, Row, Turns, documents
-from lighten.data.origin import Origin, is_file, parts, told
+from lighten.data.origin import Origin, is_file, parts, text_name
 from lighten.errors import RequestError, check_names, missing_extra
 
 SEPARATOR = "\n---\n"
@@ -72,9 +72,9 @@ def read(data: str | Origin, part: Part, letters: int | None = None) -> list[Doc
 
 def load_documents(data: str | Origin, part: Part, render: Render | None = None) -> list[str]:
     """Returns the documents of a text, without empty ones. Arguments and errors are those of `load_text`."""
-    found = [each for each in _texts(read(data, part), render, told(data)) if each.strip()]
+    found = [each for each in _texts(read(data, part), render, text_name(data)) if each.strip()]
     if not found:
-        raise RequestError(f"the text {told(data)!r} is empty")
+        raise RequestError(f"the text {text_name(data)!r} is empty")
     return found
 
 
@@ -96,7 +96,7 @@ def load_text(data: str | Origin, part: Part, render: Render | None = None, lett
         return builtin_text(part)
     found = read(data, part, letters)
     turned = render is not None and any(isinstance(each, Turns) for each in found)
-    return ("" if turned else "\n\n").join(_texts(found, render, told(data)))
+    return ("" if turned else "\n\n").join(_texts(found, render, text_name(data)))
 
 
 def _texts(found: list[Document], render: Render | None, name: str) -> Iterator[str]:

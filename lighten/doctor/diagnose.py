@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.compress.calibrate.sweep import Sweep
-from lighten.data.origin import told
+from lighten.data.origin import text_name
 from lighten.data.text import load_text
 from lighten.doctor import advice
 from lighten.doctor.advice import Finding
@@ -83,7 +83,7 @@ def diagnose(
     heldout = perplexity[0].data if perplexity else "builtin"
     with tempfile.TemporaryDirectory(prefix="lighten-") as folder, contextlib.ExitStack() as kept:
         examiner = _Examiner(todo, Store(Path(artifacts)), chosen.name, watcher or Silent(), kept)
-        # a file, because a sweep that is told "builtin" reads the other half
+        # a file, because a sweep of "builtin" reads the other half
         file = Path(folder) / "heldout.txt"
         file.write_text(load_text(heldout, "perplexity", renderer(todo.source.path)), encoding="utf-8")
         numbers = examiner.examine(file)
@@ -93,7 +93,7 @@ def diagnose(
         advice.about_text(calibration),
         advice.about_dead_channels(inputs),
         advice.about_rank(inputs, sweep.length),
-        advice.about_loss(numbers["losses"], calibration, told(heldout)),
+        advice.about_loss(numbers["losses"], calibration, text_name(heldout)),
         advice.about_chat(numbers["chat"]),
     ]
     return Diagnosis(name, todo.recipe.model, findings, numbers)

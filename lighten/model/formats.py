@@ -113,12 +113,12 @@ def recognise(path: Path) -> tuple[Path, str, int | None]:
     if not path.is_dir():
         raise RequestError(f"{path}: no such file or directory")
     check_links(path)
-    told = read_artifact(path).format if (path / MANIFEST).is_file() else None
+    declared = read_artifact(path).format if (path / MANIFEST).is_file() else None
     vocab = read_config(path).get("vocab_size") if (path / "config.json").is_file() else None
-    if told == "onnx" or (path / "model.onnx").is_file():
+    if declared == "onnx" or (path / "model.onnx").is_file():
         return path, "onnx", vocab or genai(path).get("vocab_size")
     if gguf := within(path):
         return gguf, "gguf", None
     checkpoint = Checkpoint(path)
     checkpoint.weight_map  # noqa: B018  refuses pickles
-    return path, told or str((checkpoint.quantization or {}).get("quant_method", "hf")), vocab
+    return path, declared or str((checkpoint.quantization or {}).get("quant_method", "hf")), vocab

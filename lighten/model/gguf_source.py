@@ -166,7 +166,7 @@ def convert(path: Path, out: Path, report: Report = silent) -> dict[str, Any]:
     Args:
         path: the .gguf file.
         out: an existing empty directory.
-        report: told of every tensor written.
+        report: called for every written tensor.
 
     Returns:
         `{"licence": …, "name": …}` as the file states them, or None.

@@ -102,7 +102,7 @@ def calibration_ids(
         data: the text, or several with shares.
         samples: sequences at most; None takes as many as there are (of a mixture, as the scarcest part allows).
         length: tokens of each.
-        warnings: told about parts that are too short to give their share.
+        warnings: gets a message about parts that are too short to give their share.
 
     Raises:
         RequestError: the text, or a part of it, is shorter than one sample.

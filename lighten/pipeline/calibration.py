@@ -11,7 +11,7 @@ import numpy as np
 
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.data import choices, text
-from lighten.data.origin import SUFFIXES, told
+from lighten.data.origin import SUFFIXES, text_name
 from lighten.data.overlap import overlap
 from lighten.evaluate.settings import Evaluate
 from lighten.model.template import renderer
@@ -59,7 +59,7 @@ class Used:
                 }
             )
         return {
-            "data": told(self.sweep.data),
+            "data": text_name(self.sweep.data),
             "asked": self.sweep.samples,
             "samples": len(self.ids),
             "length": self.sweep.length,
@@ -76,7 +76,7 @@ class Used:
             if perplexity.samples and perplexity.length:
                 whole = self.first_tokens(whole, perplexity.samples * perplexity.length)
             protocol = "" if len(evaluate.perplexity) == 1 else f", {perplexity.protocol}"
-            yield f"perplexity {_short(told(perplexity.data))}{protocol}", [whole]
+            yield f"perplexity {_short(text_name(perplexity.data))}{protocol}", [whole]
         for accuracy in evaluate.accuracy:
             if accuracy.harness:
                 from lighten.evaluate.accuracy.harness.tasks import texts

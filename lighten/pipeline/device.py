@@ -219,7 +219,7 @@ def measure_there(
     Args:
         paths: directories or archives of bundles.
         target: ssh://user@host[:port].
-        report: told of what is copied and measured.
+        report: called with the progress of copying and measuring.
         python: the interpreter there.
         perplexity: whether to take the perplexity of the bundle's text.
 

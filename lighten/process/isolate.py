@@ -135,7 +135,7 @@ def run_isolated(target: str, payload: dict[str, Any], report: Report = silent, 
     Args:
         target: module and name of the function.
         payload: what it is called with.
-        report: where its progress goes.
+        report: called with its progress.
         fresh: start from an interpreter that has imported nothing, for what is to be measured as users run it.
 
     Raises:

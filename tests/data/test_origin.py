@@ -5,7 +5,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from lighten.compress.calibrate.sweep import Sweep
-from lighten.data.origin import Data, Origin, told
+from lighten.data.origin import Data, Origin, text_name
 from lighten.data.text import builtin_text, digest
 
 ADAPTER: TypeAdapter[Any] = TypeAdapter(Data)
@@ -26,7 +26,7 @@ def test_shares_are_given_or_what_is_left() -> None:
         (None, "a.jsonl", None, 0.25),
         (None, "b.csv", "body", 0.25),
     ]
-    assert told(found) == "50% builtin, 25% a.jsonl, 25% b.csv (body)"
+    assert text_name(found) == "50% builtin, 25% a.jsonl, 25% b.csv (body)"
     assert ADAPTER.validate_python(ADAPTER.dump_python(found, mode="json")) == found
 
 

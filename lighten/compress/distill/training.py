@@ -105,7 +105,7 @@ class Trainer:
             if self.done % max(1, self.steps // POINTS) == 0 or self.done == self.steps:
                 self._note()
             speed = (self.done - first) * self.step.batch * self.lessons.ids.shape[1] / (time.monotonic() - start)
-            note = f"step {self.done}/{self.steps}, {self._told(sums)}, {speed:,.0f} tok/s"
+            note = f"step {self.done}/{self.steps}, {self._summary(sums)}, {speed:,.0f} tok/s"
             self.context.report(self.done, self.steps, note)
             if self.validation and (self.done % self.every == 0 or self.done == self.steps):
                 self._validate()
@@ -114,7 +114,7 @@ class Trainer:
         if not self.validation:
             self._keep_best()
 
-    def _told(self, sums: Sums) -> str:
+    def _summary(self, sums: Sums) -> str:
         loss = f"loss {self._loss(sums):.3f}"
         return f"{loss}, KL {sums.kl / sums.positions:.3f}" if sums.kl else loss
 

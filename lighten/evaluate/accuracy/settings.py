@@ -45,7 +45,7 @@ class Accuracy(Tasks, Measurement):
             RequestError: the task does not exist, or its data cannot be fetched.
         """
         if self.harness:
-            facts = harness.look(self)
+            facts = harness.facts_of(self)
             return Known(facts.digest, facts.letters, facts.documents)
         tasks = choices.load_choices(self.local or self.task, self.most)
         letters = sum(len(task.context) + sum(map(len, task.endings)) for task in tasks)
@@ -57,7 +57,7 @@ class Accuracy(Tasks, Measurement):
 
     def key_facts(self) -> dict[str, Any]:
         """Returns the version of lm-eval, if lm-eval scores."""
-        return {"lm_eval": harness.look(self).version} if self.harness else {}
+        return {"lm_eval": harness.facts_of(self).version} if self.harness else {}
 
     def prepare(self) -> None:
         """Builds the requests of a task file, which the key only read."""

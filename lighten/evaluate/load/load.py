@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lighten.data.origin import told
+from lighten.data.origin import text_name
 from lighten.data.text import Render, load_text
 from lighten.errors import Failure
 from lighten.evaluate.load.settings import Load
@@ -149,5 +149,7 @@ def _pieces(tokenizer: Tokenizer | Runtime, settings: Load, render: Render | Non
     ids = tokenizer.encode(load_text(settings.data, "perplexity", render))
     pieces = len(ids) // settings.prompt
     if not pieces:
-        raise Failure(f"the text {told(settings.data)} has {len(ids)} tokens, fewer than a prompt of {settings.prompt}")
+        raise Failure(
+            f"the text {text_name(settings.data)} has {len(ids)} tokens, fewer than a prompt of {settings.prompt}"
+        )
     return [ids[at % pieces * settings.prompt :][: settings.prompt] for at in range(settings.requests)]

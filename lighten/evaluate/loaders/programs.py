@@ -63,14 +63,14 @@ class Loader:
     """Function that opens a model and computes."""
     file: str | None = None
     """Name of a file that an artifact must have for this loader."""
-    told: Callable[[], str | None] | None = None
+    package_and_version: Callable[[], str | None] | None = None
     """Function that returns what replaces the version, if more than one package may bring it."""
 
     @property
     def version(self) -> str | None:
         """Installed version; None if it is not installed."""
-        if self.told:
-            return self.told()
+        if self.package_and_version:
+            return self.package_and_version()
         return next((found for package in self.packages if (found := installed(package))), None)
 
     def opens(self, form: str, path: Path) -> bool:
@@ -262,7 +262,7 @@ LOADERS = (
         llama_library.PACKAGES,
         {"gguf": (llama_library.module(),)},
         _llama_cpp,
-        told=lambda: str(llama_library.installed() or "") or None,
+        package_and_version=lambda: str(llama_library.installed() or "") or None,
     ),
     Loader("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), {"onnx": ("onnxruntime",)}, _onnxruntime),
     Loader(

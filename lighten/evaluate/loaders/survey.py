@@ -52,7 +52,7 @@ def survey(
         vocab: size of the vocabulary that its logits should have; what its config says if left out.
         device: "cpu" or "cuda".
         trust_remote_code: whether code that lies beside the weights may run; only if the person asked for it.
-        report: told about every loader.
+        report: called for every loader.
 
     Raises:
         RequestError: nothing there that any loader would open.

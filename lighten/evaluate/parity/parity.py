@@ -51,7 +51,7 @@ def check(payload: dict[str, Any], report: Report) -> Outcome:
     Args:
         payload: `source` and `made` (paths), `limits` (`perplexity`, relative, and `top1` and `tokenizer`, shares; each
             may be None), `tokens`, `device` of the export (cpu), `trust_remote_code`.
-        report: told of every chunk.
+        report: called for every chunk.
 
     Returns:
         The facts, under `parity`, and warnings; all the seconds, and the peak of the largest of the processes.
@@ -250,8 +250,8 @@ def _compare_words(source: Path, made: Path, least: float | None) -> tuple[dict[
         if mine != its:
             wrong.append(f"its {name} is {its}, the source's {mine}")
     if lost := [each for each in ours.ends if each not in theirs.ends]:
-        told = f"it does not end a text at {', '.join(map(str, lost))}, the source does"
-        (wrong if theirs.room else warnings).append(told)
+        note = f"it does not end a text at {', '.join(map(str, lost))}, the source does"
+        (wrong if theirs.room else warnings).append(note)
     found = [_compare_chats(name, ours, theirs) for name in dict.fromkeys([*ours.render, *theirs.render])]
     wrong += [line for verdict, line in found if verdict == "differs"]
     warnings += [line for verdict, line in found if verdict == "refuses"]
@@ -263,14 +263,14 @@ def _compare_words(source: Path, made: Path, least: float | None) -> tuple[dict[
 
 def _compare_chats(name: str, ours: Words, theirs: Words) -> tuple[str, str]:
     """Returns whether two templates of one name write the same text, and remarks."""
-    told = [(_rendered(ours, name, chat), _rendered(theirs, name, chat)) for chat in CHATS]
+    rendered = [(_rendered(ours, name, chat), _rendered(theirs, name, chat)) for chat in CHATS]
     which = "chat template" if name == DEFAULT else f"chat template {name}"
     if (name in ours.render) != (name in theirs.render):
         return "differs", f"it has {'a' if name in theirs.render else 'no'} {which}, unlike the source"
-    for expected, found in told:
+    for expected, found in rendered:
         if expected != found:
             return "differs", f"its {which} writes {found!r} instead of {expected!r}"
-    if any(mine is not None for mine, _ in told):
+    if any(mine is not None for mine, _ in rendered):
         return "same", ""
     return "refuses", f"the {which} refuses every chat that was tried: it could not be compared"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lighten.data.origin import told
+from lighten.data.origin import text_name
 from lighten.data.text import Render, digest, load_documents
 from lighten.errors import Failure
 from lighten.evaluate.perplexity import protocols
@@ -57,7 +57,7 @@ def measure(
     joined = "\n\n".join(documents)
     protocol: measured.Free = {
         "name": settings.protocol,
-        "data": told(settings.data),
+        "data": text_name(settings.data),
         "data_sha256": digest(joined),
         "ids_sha256": hash_ids(np.array([token for each in ids for token in [tokenizer.prefix, *each]])),
         "length": length,

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from lighten.data.origin import told
+from lighten.data.origin import text_name
 from lighten.data.text import Render, digest, load_text
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.perplexity import protocols
@@ -152,7 +152,7 @@ def measure(
     letters = scored_bytes(tokenizer, chunks)
     protocol: measured.Free = {
         "name": settings.protocol,
-        "data": told(settings.data),
+        "data": text_name(settings.data),
         "data_sha256": digest(text),
         "ids_sha256": hash_ids(ids),
         "length": settings.length,

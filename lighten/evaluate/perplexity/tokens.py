@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lighten.data.origin import told
+from lighten.data.origin import text_name
 from lighten.data.text import load_text
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.paired import values
@@ -53,7 +53,7 @@ def largest(payload: dict[str, Any], report: Report) -> list[dict[str, Any]]:
     ids = chunked(tokenizer.encode(text), settings, tokenizer).ids
     if payload.get("ids_sha256") not in (None, hash_ids(ids)):
         raise Failure(
-            f"the text {told(settings.data)!r} is not the one that was measured: it has changed since, or moved"
+            f"the text {text_name(settings.data)!r} is not the one that was measured: it has changed since, or moved"
         )
     pair = None
     if payload.get("stored"):

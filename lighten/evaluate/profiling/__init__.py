@@ -63,14 +63,14 @@ def profile(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         "prompt": prompt,
         "steps": steps,
         "plain_seconds": plain,
-        "phases": [_told(phase) for phase in found],
+        "phases": [_as_json(phase) for phase in found],
         "trace": TRACE,
     }
     write_json(out / SUMMARY, result)
     return result
 
 
-def _told(phase: Phase) -> dict[str, Any]:
+def _as_json(phase: Phase) -> dict[str, Any]:
     found = judge(phase)
     operators = sorted(phase.operators, key=lambda each: -each.seconds)
     return {

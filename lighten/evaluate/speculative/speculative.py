@@ -12,7 +12,7 @@ from statistics import median
 
 import numpy as np
 
-from lighten.data.origin import told
+from lighten.data.origin import text_name
 from lighten.data.text import Render, load_text
 from lighten.errors import Failure
 from lighten.evaluate.result import SpeculativeResult
@@ -150,6 +150,8 @@ def _prompts(target: Runtime, draft: Runtime, settings: Speculative, render: Ren
     ids = target.encode(text)
     last = len(ids) - settings.prompt
     if last < 0:
-        raise Failure(f"the text {told(settings.data)} has {len(ids)} tokens, fewer than a prompt of {settings.prompt}")
+        raise Failure(
+            f"the text {text_name(settings.data)} has {len(ids)} tokens, fewer than a prompt of {settings.prompt}"
+        )
     starts = np.linspace(0, last, settings.samples).astype(int)
     return [ids[start : start + settings.prompt] for start in starts.tolist()]

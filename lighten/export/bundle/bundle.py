@@ -299,8 +299,8 @@ def measure(out: Path, target: Target, model: Model) -> dict[str, Any]:
     run = "import sys; from lighten.model.llama_library import run_script; from pathlib import Path; "
     run += "run_script(Path(sys.argv[1]), sys.argv[2:])"
     command = [*interpreter(), "-c", run, str(out / "bench.py"), "--events", "--seconds", "6", "--chunks", "2"]
-    told = {**environment(), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=told)
+    variables = {**environment(), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
     last = done.stdout.strip().splitlines()[-1:]
     if done.returncode or not last:
         reason = done.stderr.strip().splitlines()[-1:] or ["it gave no reason"]

@@ -230,7 +230,7 @@ def fit(
         bits: per weight, on average over all tensors.
         prices: what errors cost.
         weights: its importance matrix.
-        report: told of every matrix tried and every tensor written.
+        report: called for every tried matrix and every written tensor.
 
     Returns:
         The facts: `allocation`, the type and bits per weight by module; `budget_bytes` of the whole file; and

@@ -86,7 +86,7 @@ def read_vocabulary(source: Path, size: int, config: Json) -> Vocabulary:
     if vocabulary.templates and DEFAULT not in vocabulary.templates:
         vocabulary.warnings.append(
             f"the model has no chat template called {DEFAULT}, only {', '.join(vocabulary.templates)}: "
-            "llama.cpp uses one of its own until it is told a name"
+            "llama.cpp uses one of its own unless it gets a name"
         )
     if beyond:
         named = ", ".join(beyond[:3])
@@ -189,14 +189,14 @@ def _adds(tokenizer: Json, settings: Json, ids: dict[str, int]) -> tuple[bool, b
     return by_template
 
 
-def _add_ends(vocabulary: Vocabulary, told: list[int]) -> list[str]:
+def _add_ends(vocabulary: Vocabulary, ends: list[int]) -> list[str]:
     """Puts the ends of a text beyond EOS where llama.cpp looks for them: end of turn, then end of message.
 
     Returns:
         Notes for the person on ends that have no place.
     """
     size = len(vocabulary.tokens)
-    further = [index for index in told if index != vocabulary.ids.get("eos") and 0 <= index < size]
+    further = [index for index in ends if index != vocabulary.ids.get("eos") and 0 <= index < size]
     message = [index for index in further if vocabulary.tokens[index] in _MESSAGE_ENDS]
     turn = sorted((i for i in further if i not in message), key=lambda i: not _TURN_ENDS.search(vocabulary.tokens[i]))
     placed = dict(zip(("eot", "eom"), [*turn[:1], *message[:1], *turn[1:], *message[1:]], strict=False))
@@ -287,24 +287,24 @@ def _add_unigram(vocabulary: Vocabulary, tokenizer: Json) -> None:
                 vocabulary.merge_spaces = True
             case _:
                 raise RequestError(f"tokenizer.json has the step {step['type']}, which llama.cpp's unigram model lacks")
-    told = vocabulary.warnings
+    warnings = vocabulary.warnings
     if stripped and not vocabulary.charsmap:
-        told.append("llama.cpp drops no other whitespace than the space where a text ends")
+        warnings.append("llama.cpp drops no other whitespace than the space where a text ends")
     for step in _flat(tokenizer.get("pre_tokenizer"), "pretokenizers"):
         match step:
             case {"type": "WhitespaceSplit"}:
                 vocabulary.merge_spaces, stripped = True, True
                 if not vocabulary.charsmap:
-                    told.append("llama.cpp takes no other whitespace than the space for a border of words")
+                    warnings.append("llama.cpp takes no other whitespace than the space for a border of words")
             case {"type": "Metaspace", "replacement": "▁"}:
                 vocabulary.add_space_prefix = step.get("prepend_scheme", "always") != "never"
-                told += _metaspace_warnings(step, vocabulary.tokens)
+                warnings += _metaspace_warnings(step, vocabulary.tokens)
             case _:
                 raise RequestError(f"tokenizer.json has the step {step['type']}, which llama.cpp's unigram model lacks")
     if vocabulary.merge_spaces and not stripped:
-        told.append("llama.cpp drops the spaces that a text ends with")
+        warnings.append("llama.cpp drops the spaces that a text ends with")
     if vocabulary.add_space_prefix and not vocabulary.merge_spaces:
-        told.append("llama.cpp puts a space also before text that begins with one")
+        warnings.append("llama.cpp puts a space also before text that begins with one")
 
 
 def _metaspace_warnings(step: Json, tokens: list[str]) -> list[str]:

@@ -42,7 +42,7 @@ def write(
             and tokenizer.json.
         out_file: the file to write.
         type: of the matrices, one of PLAIN; None keeps the type they are stored in. Vectors are always F32.
-        report: told of every tensor written.
+        report: called for every written tensor.
         about: "name", "license" and "source" (a hub id or any other name) of the model, where known, and what else
             the file shall say under keys of ours ("lighten.…").
 
@@ -152,7 +152,7 @@ class Draft:
         Args:
             out_file: the file to write.
             types: type of every tensor, by Hugging Face name.
-            report: told of every tensor written.
+            report: called for every written tensor.
             encode: turns a tensor's Hugging Face name, its weight and its type into the bytes to write; None knows
                 the types of PLAIN.
             file_type: llama.cpp's `llama_ftype`; None lets llama.cpp name the commonest type of the tensors.

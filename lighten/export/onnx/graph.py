@@ -65,7 +65,7 @@ class Surgery:
         head = self._nodes[HEAD] if HEAD in self._nodes and self._nodes[HEAD].graph is not None else None
         if lookup.op_type == "Gather" and kind != "float":
             self._round(lookup, head, {"int4": 4, "int8": 8}[kind], block_size)
-        return self._told(kind)
+        return self._facts(kind)
 
     def _round(self, lookup: ir.Node, head: ir.Node | None, bits: int, block_size: int) -> None:
         table = lookup.inputs[0]
@@ -112,7 +112,7 @@ class Surgery:
         if not stored.uses() and stored.name in self.graph.initializers:
             del self.graph.initializers[str(stored.name)]
 
-    def _told(self, kind: str) -> dict[str, Any]:
+    def _facts(self, kind: str) -> dict[str, Any]:
         """Returns precision and bytes of embedding and head, and how many more these are than 4 bits, blocks of 32."""
         words = ("lm_head.", "model.embed_tokens.")
         values = [value for name, value in self.graph.initializers.items() if name.startswith(words)]

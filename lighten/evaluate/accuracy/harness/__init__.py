@@ -28,7 +28,7 @@ class Facts:
     """Version of lm-eval."""
 
 
-def look(settings: Tasks) -> Facts:
+def facts_of(settings: Tasks) -> Facts:
     """Returns the facts of a task, and fetches its data set.
 
     A task file that did not come with lm-eval is only read: nothing in it runs, and the number of its documents is a

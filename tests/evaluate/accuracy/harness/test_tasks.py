@@ -153,13 +153,13 @@ def test_a_plan_reads_a_task_file_and_runs_nothing_of_it(folder: Path) -> None:
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
     (folder / "more.yaml").write_text("output_type: multiple_choice\n")
     settings = Accuracy(task=str(folder / "scenes.yaml"))
-    first = harness.look(settings)
+    first = harness.facts_of(settings)
     assert not (folder / "ran").exists()
-    assert (first.documents, harness.look(settings)) == (4, first)  # by its ends of lines
+    assert (first.documents, harness.facts_of(settings)) == (4, first)  # by its ends of lines
     for part in ("evil.py", "more.yaml", "tasks.jsonl"):
-        before = harness.look(settings).digest
+        before = harness.facts_of(settings).digest
         (folder / part).write_text((folder / part).read_text() + "\n# more\n")
-        assert harness.look(settings).digest != before, part
+        assert harness.facts_of(settings).digest != before, part
     assert "lm_eval" not in str(Accuracy(task="arc_easy").task_file)
 
 
