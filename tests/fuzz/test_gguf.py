@@ -174,12 +174,12 @@ def test_what_no_file_can_hold_is_refused(folder: Path, changes: list[Edit], tol
     ("changes", "told"), [each for each in IMPOSSIBLE if "is 0" not in each[1] or "embedding" in each[1]]
 )
 def test_llama_cpp_is_not_given_it(folder: Path, changes: list[Edit], told: str) -> None:
-    from lighten.evaluate.runtimes.llama_binding import _Model
+    from lighten.evaluate.runtimes.llama_binding import GgufModel
 
     path = written(folder, changes, 0)
     for vocab_only in (False, True):
         with pytest.raises(LightenError, match=re.escape(told)):  # before the library is looked for
-            _Model(path, "cpu", vocab_only)
+            GgufModel(path, "cpu", vocab_only)
 
 
 def test_a_tensor_of_another_shape_is_named(folder: Path, tmp_path: Path) -> None:

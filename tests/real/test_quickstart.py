@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from lighten.evaluate.parity import parity
-from lighten.evaluate.runtimes.llama_binding import GgufTokenizer
+from lighten.evaluate.runtimes.gguf_tokenizer import GgufTokenizer
 from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
 from lighten.step import silent
 from lighten.store.artifact import find_damage

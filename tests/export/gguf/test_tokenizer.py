@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from lighten.errors import Failure, RequestError
-from lighten.evaluate.runtimes.llama_binding import GgufTokenizer
+from lighten.evaluate.runtimes.gguf_tokenizer import GgufTokenizer
 from lighten.export.gguf import write as export
 from lighten.export.gguf.tokenizer import read_vocabulary
 from lighten.model.tokenizer_table import TABLE

@@ -15,7 +15,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from lighten.errors import RequestError
-from lighten.evaluate.runtimes.llama_binding import GgufTokenizer
+from lighten.evaluate.runtimes.gguf_tokenizer import GgufTokenizer
 from lighten.export.gguf import write as export
 from lighten.export.gguf.tokenizer import read_vocabulary
 from lighten.model.tokenizer_table import TABLE
