@@ -19,6 +19,7 @@ import yaml
 from lighten.evaluate.parity import parity
 from lighten.evaluate.runtimes.gguf_tokenizer import GgufTokenizer
 from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
+from lighten.evaluate.speed.server import LlamaServer
 from lighten.step import silent
 from lighten.store.artifact import find_damage
 from lighten.store.store import Store
@@ -199,6 +200,13 @@ def test_gguf_f16_is_read_by_gguf_and_llama_cpp(home: Path) -> None:
     for _ in range(12):
         said.append(int(answer.send(said[-1] if said else None).argmax()))  # type: ignore[arg-type]
     assert "Paris" in GgufTokenizer(file).decode(said)
+
+
+def test_every_file_is_served(home: Path) -> None:
+    for name in VARIANTS[2:]:
+        (file,) = artifact(home, name).glob("*.gguf")
+        with LlamaServer(file, 64, "cpu") as server:
+            assert server.stream("The capital of France", 4, []), name
 
 
 def test_parity_takes_little_memory(home: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from functools import partial
@@ -46,6 +47,16 @@ def needs() -> tuple[str, ...]:
     return PYTHON_NEEDS if found and not found.server else (llama_library.module(),)
 
 
+def server_environment(library: Path) -> dict[str, str]:
+    """Returns the environment for llama.cpp's own server, whose first library is to be `library`: libllama.
+
+    Each library of the wheel has a copy of parts of the C++ library. An object that libllama makes to split text by a
+    regular expression would be destroyed by the copy of another, which ends the process: of all names that two of them
+    define, the program takes those of the library that is loaded first.
+    """
+    return own_environment() | ({"LD_PRELOAD": str(library)} if sys.platform == "linux" else {})
+
+
 class Refused(Exception):
     """The error that the server did not answer a request to its end."""
 
@@ -81,6 +92,7 @@ class LlamaServer:
         self.device = "cpu" if found.server else device
         threads = str(machine.cores())
         self._command = _native(found.server) if found.server else _python(device)
+        self._env = server_environment(found.library("llama")) if found.server else own_environment()
         self._command += ["--model", str(path), "--host", "127.0.0.1", "--port", str(self.port)]
         names = ("--ctx-size", "--threads", "--threads-batch")
         if not found.server:
@@ -99,7 +111,7 @@ class LlamaServer:
             self._command,
             stdout=self._noise,
             stderr=self._noise,
-            env=own_environment(),
+            env=self._env,
             preexec_fn=partial(die_with, os.getpid()),
         )
         deadline = time.monotonic() + START_SECONDS

