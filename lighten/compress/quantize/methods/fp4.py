@@ -15,8 +15,8 @@ class Fp4(FourBits):
 
     method: Literal["fp4"] = Field("fp4", description="how to choose the codes")
     bits: Literal[4] = Field(4, description="bits of a weight")
+    ignore: Ignore = ()
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
         64, description="nf4, fp4: weights that share a scale (default: 64)"
     )
     double_quant: bool = Field(True, description="nf4, fp4: quantize the scales too (default: yes)")
-    ignore: Ignore = ()
