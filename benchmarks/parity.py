@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.evaluate import machine
-from lighten.evaluate.parity import parity
+from lighten.evaluate.parity.check import check
 from lighten.step import silent
 from lighten.store.store import Store, write_json
 
@@ -39,7 +39,7 @@ def measure(flags: tuple[str, ...], folder: Path) -> dict[str, Any]:
     store = Store(folder / "artifacts")
     source = next(each for each in map(store.find, store.finished()) if each and each.manifest["kind"] == "source")
     payload = {"source": str(source.path), "made": str(made), "limits": {}, "tokens": 1024}
-    found = parity.check(payload, silent)
+    found = check(payload, silent)
     size = sum(file.stat().st_size for file in ([made] if made.is_file() else made.iterdir()) if file.is_file())
     return {
         "peak_bytes": found.peak_rss_bytes,

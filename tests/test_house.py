@@ -12,7 +12,7 @@ from docs.house import FLOORS, PICTURE, ROOT, circles, draw, imports, modules, r
 
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {
-    "evaluate/perplexity/perplexity.py:measure": "one pass over the chunks",
+    "evaluate/perplexity/chunks.py:measure": "one pass over the chunks",
     "compress/quantize/gptq.py:gptq": "the algorithm of the paper, step by step",
 }
 MODULES = modules()

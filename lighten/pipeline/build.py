@@ -13,7 +13,7 @@ from lighten.evaluate import machine
 from lighten.evaluate.machine import measuring_packages, this_machine
 from lighten.evaluate.measurement import Measurement
 from lighten.evaluate.paired import RESULT
-from lighten.evaluate.parity import parity
+from lighten.evaluate.parity.check import check
 from lighten.evaluate.request import Reference, Request
 from lighten.evaluate.run import measure_here
 from lighten.evaluate.speed.options import lacking
@@ -167,7 +167,7 @@ class Builder:
             "trust_remote_code": trusted(stage),
             **promised,
         }
-        found = parity.check(payload, report)
+        found = check(payload, report)
         value = {**outcome.value, **found.value, "warnings": outcome.value["warnings"] + found.value["warnings"]}
         peak = max(outcome.peak_rss_bytes, found.peak_rss_bytes)
         return Outcome(value, outcome.seconds + found.seconds, peak)

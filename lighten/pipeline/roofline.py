@@ -12,7 +12,7 @@ from lighten.errors import LightenError
 from lighten.evaluate.roofline import peaks
 from lighten.evaluate.roofline.cost import cost
 from lighten.evaluate.roofline.peaks import Peaks
-from lighten.evaluate.roofline.roofline import arithmetic, point
+from lighten.evaluate.roofline.placing import arithmetic, point
 from lighten.evaluate.settings import Evaluate
 from lighten.facts import ModelFacts
 from lighten.model.traffic import traffic

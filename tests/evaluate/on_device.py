@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lighten.evaluate.perplexity import perplexity
+from lighten.evaluate.perplexity import chunks
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.runtimes import device_rows, rows, torch_loading
 from lighten.evaluate.runtimes.opening import open_tokenizer
@@ -64,14 +64,14 @@ def test_perplexity_and_divergence(
         folder.mkdir()
         runtime = TorchRuntime(base, device, None, arithmetic="float32")
         before = pretend.COUNTS["operations"]
-        measured = perplexity.measure(runtime, open_tokenizer(base), settings, silent, hidden_of=base)
+        measured = chunks.measure(runtime, open_tokenizer(base), settings, silent, hidden_of=base)
         assert (pretend.COUNTS["operations"] > before) == (device == there)
         assert measured.hidden is not None
         perplexity_file(folder, measured)
         second = TorchRuntime(other, device, None, arithmetic="float32")
         batches.clear()
         moved = pretend.COUNTS["from"]
-        against = perplexity.measure(second, open_tokenizer(base), settings, silent, reference=(folder, base))
+        against = chunks.measure(second, open_tokenizer(base), settings, silent, reference=(folder, base))
         assert batches == ([1] * 5 if device == "cpu" or together == 1 else [3, 2])
         # what entered the head travels, a quarter of the logits; those stay
         assert pretend.COUNTS["from"] - moved < 5 * 64 * 4 * second.vocab / 2
@@ -81,15 +81,15 @@ def test_perplexity_and_divergence(
     assert found["cpu"]["kl"].max() > 0
 
 
-def perplexity_file(folder: Path, measured: perplexity.Measured) -> None:
+def perplexity_file(folder: Path, measured: chunks.Measured) -> None:
     """Leaves a measurement as `lighten.evaluate.run` does."""
     from safetensors.numpy import save_file
 
     from lighten.store.store import write_json
 
     assert measured.hidden is not None
-    write_json(folder / perplexity.RESULT, measured.result.contents())
-    save_file({"hidden": measured.hidden}, folder / perplexity.HIDDEN)
+    write_json(folder / chunks.RESULT, measured.result.contents())
+    save_file({"hidden": measured.hidden}, folder / chunks.HIDDEN)
 
 
 def test_questions_and_decoding(tiny: Callable[..., Path], there: str) -> None:

@@ -14,7 +14,7 @@ import lighten
 from lighten.errors import RequestError
 from lighten.evaluate.runtimes.opening import open_runtime
 from lighten.evaluate.speed.settings import Speed
-from lighten.evaluate.speed.speed import measure
+from lighten.evaluate.speed.shapes import measure
 from lighten.pipeline import build
 from lighten.pipeline.build import check_options
 from lighten.pipeline.plan import make_plan

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lighten.evaluate.parity import parity
+from lighten.evaluate.parity.check import check
 from lighten.evaluate.runtimes.gguf_tokenizer import GgufTokenizer
 from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
 from lighten.evaluate.speed.server import LlamaServer
@@ -224,7 +224,7 @@ def test_parity_takes_little_memory(home: Path, tmp_path: Path) -> None:
         if not made.exists():  # beside it, parity needs room for the logits, and a store is not to be written to
             made = tmp_path / f"{name}.gguf"
             made.symlink_to(next(folder.glob("*.gguf")))
-        found = parity.check({"source": str(source), "made": str(made), "limits": {}, "tokens": 1024}, silent)
+        found = check({"source": str(source), "made": str(made), "limits": {}, "tokens": 1024}, silent)
         assert found.value["parity"]["tokens"] == 1024
         assert found.peak_rss_bytes < 650e6, name
 

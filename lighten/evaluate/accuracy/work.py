@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from safetensors.numpy import save_file
 
-from lighten.evaluate.accuracy import accuracy
+from lighten.evaluate.accuracy import scoring
 from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.evaluate.opened import facts, for_quality, other_vocabulary
 from lighten.evaluate.paired import VALUES
@@ -16,7 +16,7 @@ from lighten.step import Report
 
 def measure(request: Request[Accuracy], report: Report) -> AccuracyResult:
     """Returns the accuracy, and whether the model's own tokenizer reads the tasks alike. Writes every answer."""
-    settings, scorer = request.settings, accuracy.measure
+    settings, scorer = request.settings, scoring.measure
     if settings.harness:
         from lighten.evaluate.accuracy.harness import measure as harness  # imports lm-eval, an extra
 

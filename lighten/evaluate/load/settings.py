@@ -26,7 +26,7 @@ class Load(Measurement):
     """
 
     name = "load"
-    work = "lighten.evaluate.load.load:measure"
+    work = "lighten.evaluate.load.arrivals:measure"
     needs = frozenset({"decodes"})
     timed = True
 

@@ -11,7 +11,7 @@ from lighten.data.origin import text_name
 from lighten.data.text import load_text
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.paired import values
-from lighten.evaluate.perplexity.perplexity import hash_ids
+from lighten.evaluate.perplexity.chunks import hash_ids
 from lighten.evaluate.perplexity.protocols import chunked
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.runtimes import rows

@@ -6,7 +6,7 @@ from safetensors.numpy import save_file
 
 from lighten.evaluate.opened import facts, for_quality, other_vocabulary
 from lighten.evaluate.paired import VALUES
-from lighten.evaluate.perplexity import documents, perplexity
+from lighten.evaluate.perplexity import chunks, lm_eval
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.request import Request
 from lighten.evaluate.result import PerplexityResult
@@ -21,14 +21,14 @@ def measure(request: Request[Perplexity], report: Report) -> PerplexityResult:
     other = other_vocabulary(request)
     runtime = for_quality(request)
     reference = None if other else request.reference
-    if reference and not (reference.measurement / perplexity.HIDDEN).is_file():
+    if reference and not (reference.measurement / chunks.HIDDEN).is_file():
         reference = None  # its own measurement says why
     tokenizer = open_tokenizer(request.model if other else request.tokenizer)
     render = None if settings.data == "builtin" else renderer(request.tokenizer)
     if settings.protocol == "lm-eval":
-        measured = documents.measure(runtime, tokenizer, settings, report, render)
+        measured = lm_eval.measure(runtime, tokenizer, settings, report, render)
     else:
-        measured = perplexity.measure(
+        measured = chunks.measure(
             runtime,
             tokenizer,
             settings,
@@ -39,7 +39,7 @@ def measure(request: Request[Perplexity], report: Report) -> PerplexityResult:
         )
     save_file(measured.values, request.out / VALUES)
     if measured.hidden is not None:
-        save_file({"hidden": measured.hidden}, request.out / perplexity.HIDDEN)
+        save_file({"hidden": measured.hidden}, request.out / chunks.HIDDEN)
     found = measured.result.perplexity
     whose = "own" if other or request.own_tokenizer else "the baseline's"
     found = found.model_copy(update={"protocol": {**found.protocol, "tokenizer": whose}})

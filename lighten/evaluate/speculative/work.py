@@ -6,7 +6,7 @@ from lighten.errors import Failure
 from lighten.evaluate.opened import facts, for_speed
 from lighten.evaluate.request import Request
 from lighten.evaluate.result import SpeculativeResult
-from lighten.evaluate.speculative import speculative
+from lighten.evaluate.speculative import drafting
 from lighten.evaluate.speculative.settings import Speculative
 from lighten.model import vocabulary
 from lighten.model.template import renderer
@@ -24,4 +24,4 @@ def measure(request: Request[Speculative], report: Report) -> SpeculativeResult:
     if other := vocabulary.differing(model, draft):
         raise Failure(f"target and draft have different vocabularies ({other}): take a draft with the same tokenizer")
     target, helper = (for_speed(request, path, dtype=settings.dtype) for path in (model, draft))
-    return speculative.measure(target, helper, settings, report, renderer(model)).having(**facts(target))
+    return drafting.measure(target, helper, settings, report, renderer(model)).having(**facts(target))

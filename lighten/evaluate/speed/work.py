@@ -7,7 +7,7 @@ from lighten.evaluate.request import Request
 from lighten.evaluate.result import SpeedResult
 from lighten.evaluate.runtimes.opening import served_in
 from lighten.evaluate.runtimes.runtime import Runtime
-from lighten.evaluate.speed import speed
+from lighten.evaluate.speed import shapes
 from lighten.evaluate.speed.settings import Speed
 from lighten.step import Report
 
@@ -21,7 +21,7 @@ def measure(request: Request[Speed], report: Report) -> SpeedResult:
 
     if device != "cpu" or served_in(model, "cpu") != "float32":
         runtime = opened()
-        return speed.measure(runtime, settings, report).having(**facts(runtime))
+        return shapes.measure(runtime, settings, report).having(**facts(runtime))
     # bfloat16 without units for it reads half the bytes and multiplies slowly: which one wins depends on the phase
-    found, used = speed.measure_better(opened, ("bfloat16", "float32"), settings, report)
+    found, used = shapes.measure_better(opened, ("bfloat16", "float32"), settings, report)
     return found.having(**facts(used))

@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure, RequestError
-from lighten.evaluate.accuracy import accuracy
+from lighten.evaluate.accuracy import scoring
 from lighten.evaluate.accuracy.settings import Accuracy
-from lighten.evaluate.perplexity import perplexity
+from lighten.evaluate.perplexity import chunks
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
 from lighten.evaluate.runtimes.runtime import Runtime
-from lighten.evaluate.speed import speed
+from lighten.evaluate.speed import shapes
 from lighten.evaluate.speed.settings import Speed
 from lighten.model import onnx_source
 from lighten.model.source import find
@@ -96,13 +96,13 @@ def test_the_tokenizer_is_the_models_own(tiny: Tiny, folder: Path, runtime: Runt
 def test_all_measurements(tiny: Tiny, folder: Path, runtime: Runtime) -> None:
     settings = Perplexity(length=64, samples=2)
     tokenizer = open_tokenizer(tiny())
-    found = perplexity.measure(runtime, tokenizer, settings, silent).result.contents()
-    wanted = perplexity.measure(open_runtime(tiny()), tokenizer, settings, silent).result.contents()
+    found = chunks.measure(runtime, tokenizer, settings, silent).result.contents()
+    wanted = chunks.measure(open_runtime(tiny()), tokenizer, settings, silent).result.contents()
     assert found["perplexity"]["value"] == pytest.approx(wanted["perplexity"]["value"], rel=1e-5)
     assert found["tokenizer_match"]
-    scored = accuracy.measure(runtime, tokenizer, Accuracy(limit=4), silent).result.contents()["accuracy"]
+    scored = scoring.measure(runtime, tokenizer, Accuracy(limit=4), silent).result.contents()["accuracy"]
     assert scored["n"] == 4
-    timed = speed.measure(runtime, Speed(prompt=8, generate=4, repeats=2), silent).speed[0]
+    timed = shapes.measure(runtime, Speed(prompt=8, generate=4, repeats=2), silent).speed[0]
     assert timed.decode_tok_s and timed.decode_tok_s > 0
     assert timed.dtype == "float32"
 

@@ -11,9 +11,9 @@ from lm_eval import evaluator
 from numpy.typing import NDArray
 
 from lighten.errors import RequestError
-from lighten.evaluate.accuracy.accuracy import Z95, Measured, wilson
 from lighten.evaluate.accuracy.harness import tasks
 from lighten.evaluate.accuracy.harness.adapter import RuntimeLM
+from lighten.evaluate.accuracy.scoring import Z95, Measured, wilson
 from lighten.evaluate.accuracy.tasks import Tasks
 from lighten.evaluate.result import AccuracyResult
 from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer

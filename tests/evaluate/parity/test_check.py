@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lighten.errors import Failure
-from lighten.evaluate.parity.parity import check
+from lighten.evaluate.parity.check import check
 from lighten.evaluate.runtimes.opening import words_of
 from lighten.export.gguf import quantize as gguf_quantize
 from lighten.export.gguf import write as gguf

@@ -22,7 +22,7 @@ from transformers import (
 
 from lighten.data.text import load_text
 from lighten.errors import Failure, RequestError
-from lighten.evaluate.perplexity import perplexity, protocols
+from lighten.evaluate.perplexity import chunks, protocols
 from lighten.evaluate.request import Reference
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.head import Head
@@ -44,10 +44,10 @@ def against(baseline: Path, model: Path) -> dict[str, Any]:
 
 def test_standard_error_is_that_of_chunk_means() -> None:
     nll = np.array([[1.0, 3.0], [2.0, 4.0], [3.0, 5.0]])
-    value, stderr = perplexity.summarize(nll)
+    value, stderr = chunks.summarize(nll)
     assert value == pytest.approx(math.exp(3))
     assert stderr == pytest.approx(math.exp(3) * 1 / math.sqrt(3))
-    assert perplexity.summarize(nll[:1])[1] is None
+    assert chunks.summarize(nll[:1])[1] is None
 
 
 def test_both_runtimes_give_the_perplexity_of_a_plain_loop(tiny: Tiny, tiny_gguf: Path, tmp_path: Path) -> None:
@@ -129,11 +129,11 @@ def test_heads_that_scale_or_cap_their_logits(
     made.save_pretrained(tmp_path / "model")
     runtime = open_runtime(tmp_path / "model")
     logits = runtime.logits(np.arange(20))
-    assert perplexity.unfit(tmp_path / "model", runtime, logits) is None
+    assert chunks.unfit(tmp_path / "model", runtime, logits) is None
     weights = json.loads((tmp_path / "model" / "config.json").read_text())
     plain = {name: value for name, value in weights.items() if name not in settings}
     (tmp_path / "model" / "config.json").write_text(json.dumps(plain | dict.fromkeys(settings)))
-    assert "not a product of its head" in str(perplexity.unfit(tmp_path / "model", runtime, logits))
+    assert "not a product of its head" in str(chunks.unfit(tmp_path / "model", runtime, logits))
 
 
 def test_a_checkpoint_without_a_head_says_so(tiny: Tiny, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from lighten.evaluate.machine import fingerprint
 from lighten.evaluate.opened import for_speed
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.runtime import Ids, Runtime, Timings
-from lighten.evaluate.speed import speed, work
+from lighten.evaluate.speed import shapes, work
 from lighten.evaluate.speed.energy import Counters, GpuCounters
 from lighten.evaluate.speed.energy import counters as counters_of
 from lighten.evaluate.speed.settings import Speed
@@ -37,13 +37,13 @@ class Scripted:
 
 
 def measured(runtime: Scripted, **settings: Any) -> dict[str, Any]:
-    return speed.measure(runtime, Speed(**settings), silent).contents()  # type: ignore[arg-type]
+    return shapes.measure(runtime, Speed(**settings), silent).contents()  # type: ignore[arg-type]
 
 
 def test_a_row_per_shape_from_medians_after_a_warm_up() -> None:
     runtime, seen = Scripted(5, 5, 2, 3, 4, 3, 3, 3), []
     settings = Speed(prompt=20, generate=11, batch=[2], repeats=3)
-    found = speed.measure(runtime, settings, lambda done, total, note: seen.append((done, total))).contents()  # type: ignore[arg-type]
+    found = shapes.measure(runtime, settings, lambda done, total, note: seen.append((done, total))).contents()  # type: ignore[arg-type]
     assert runtime.shapes == [(2, 20, 8), (2, 20, 8), *[(2, 20, 11)] * 6]
     (row,) = found["speed"]
     assert row["prefill_tok_s"] == pytest.approx(2 * 20 / 0.010)
@@ -54,8 +54,8 @@ def test_a_row_per_shape_from_medians_after_a_warm_up() -> None:
     assert found["memory"]["peak_rss_bytes"] > 1e6
     assert "differ by 75%" in found["warnings"][0]
     assert (seen[0], seen[-1]) == ((0, 6), (6, 6))
-    shapes = [(row["prompt"], row["batch"]) for row in measured(Scripted(), prompt=[4, 8], batch=[1, 2])["speed"]]
-    assert shapes == [(4, 1), (4, 2), (8, 1), (8, 2)]
+    rows = [(row["prompt"], row["batch"]) for row in measured(Scripted(), prompt=[4, 8], batch=[1, 2])["speed"]]
+    assert rows == [(4, 1), (4, 2), (8, 1), (8, 2)]
 
 
 def test_it_warms_up_until_the_speed_stays_and_repeats_until_the_error_is_small() -> None:
@@ -110,7 +110,7 @@ def test_each_phase_is_told_in_the_better_of_two_arithmetics(
         return opened[dtype]
 
     settings = Speed(prompt=[20, 40], generate=11, repeats=3)
-    found, used = speed.measure_better(open_in, ("bfloat16", "float32"), settings, silent)  # type: ignore[arg-type]
+    found, used = shapes.measure_better(open_in, ("bfloat16", "float32"), settings, silent)  # type: ignore[arg-type]
     for row, length in zip(found.contents()["speed"], (20, 40), strict=True):
         assert (row["dtype"], row["decode_tok_s"]) == (decode[0], pytest.approx(1000 / decode[1]))
         assert row.get("prefill_dtype", "bfloat16") == prefill[0]
@@ -136,7 +136,7 @@ def test_energy_of_the_packages_without_their_parts(tmp_path: Path) -> None:
 
 
 def test_energy_is_null_with_a_reason_where_there_is_nothing_to_read(tmp_path: Path) -> None:
-    found = speed.energy(Scripted(), Speed(), Counters(tmp_path))  # type: ignore[arg-type]
+    found = shapes.energy(Scripted(), Speed(), Counters(tmp_path))  # type: ignore[arg-type]
     assert found.joules_per_token is None
     assert "no RAPL" in str(found.note)
     counters(tmp_path, 1)
@@ -148,7 +148,7 @@ def test_energy_per_token_is_measured_with_a_prompt_of_one_token(tmp_path: Path)
     runtime, found = Scripted(), counters(tmp_path, 0)
     readings = iter([[0], [3_000_000]])
     found.read = lambda: next(readings)  # type: ignore[method-assign]
-    energy = speed.energy(runtime, Speed(generate=10, batch=[3]), found)  # type: ignore[arg-type]
+    energy = shapes.energy(runtime, Speed(generate=10, batch=[3]), found)  # type: ignore[arg-type]
     assert energy.joules_per_token == pytest.approx(0.1)
     assert runtime.shapes == [(3, 1, 10)]
 
@@ -205,5 +205,5 @@ def test_a_gpu_without_a_driver_or_its_library_has_no_energy_and_says_why() -> N
     if not found:
         assert "nvidia-ml-py" in found.note or "NVML" in found.note
     assert isinstance(counters_of("cpu"), Counters)
-    energy = speed.energy(Scripted(), Speed(), GpuCounters("cuda:4096"))  # type: ignore[arg-type]
+    energy = shapes.energy(Scripted(), Speed(), GpuCounters("cuda:4096"))  # type: ignore[arg-type]
     assert energy.joules_per_token is None and energy.note

@@ -12,9 +12,9 @@ from lighten.errors import Failure
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.opening import open_runtime
 from lighten.evaluate.runtimes.runtime import Runtime
-from lighten.evaluate.speculative import speculative
+from lighten.evaluate.speculative import drafting
+from lighten.evaluate.speculative.drafting import plain, speculate
 from lighten.evaluate.speculative.settings import Speculative
-from lighten.evaluate.speculative.speculative import plain, speculate
 from lighten.step import silent
 from tests.evaluate.conftest import Tiny, payload
 
@@ -96,15 +96,15 @@ def test_a_measurement(tiny: Tiny, tiny_gguf: Path, tmp_path: Path) -> None:
 
 
 def test_texts_that_part_are_told_with_the_gap(target: Runtime, gguf: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = speculative.speculate
+    honest = drafting.speculate
 
-    def strays(*asked: object) -> speculative.Written:
+    def strays(*asked: object) -> drafting.Written:
         found = honest(*asked)  # type: ignore[arg-type]
-        return speculative.Written([*found.ids[:-1], found.ids[-1] + 1], found.seconds, found.proposed, found.accepted)
+        return drafting.Written([*found.ids[:-1], found.ids[-1] + 1], found.seconds, found.proposed, found.accepted)
 
-    monkeypatch.setattr(speculative, "speculate", strays)
+    monkeypatch.setattr(drafting, "speculate", strays)
     settings = Speculative(draft="q", prompt=20, generate=9, samples=2)
-    found = speculative.measure(target, gguf, settings, silent).contents()
+    found = drafting.measure(target, gguf, settings, silent).contents()
     assert not found["speculative"]["identical"]
     assert [each["position"] for each in found["speculative"]["parted"]] == [8, 8]
     assert all(each["gap"] > 0 for each in found["speculative"]["parted"])
@@ -114,7 +114,7 @@ def test_texts_that_part_are_told_with_the_gap(target: Runtime, gguf: Runtime, m
 def test_a_draft_that_reads_otherwise_is_refused(tiny: Tiny, target: Runtime) -> None:
     other = open_runtime(tiny("llama", "spm"))
     with pytest.raises(Failure, match="take one with the same tokenizer"):
-        speculative.measure(target, other, Speculative(draft="q", prompt=20, generate=9), silent)
+        drafting.measure(target, other, Speculative(draft="q", prompt=20, generate=9), silent)
 
 
 def test_a_padded_draft_of_the_same_tokenizer_is_taken(tiny: Tiny, target: Runtime, tmp_path: Path) -> None:
@@ -127,13 +127,11 @@ def test_a_padded_draft_of_the_same_tokenizer_is_taken(tiny: Tiny, target: Runti
         model.lm_head.weight[rows:] = 1.2 * model.lm_head.weight[:400]
     model.save_pretrained(folder)
     draft = open_runtime(folder)
-    found = speculative.measure(
+    found = drafting.measure(
         target, draft, Speculative(draft="q", prompt=20, generate=12, samples=2), silent
     ).contents()
     assert found["speculative"]["identical"]
-    back = speculative.measure(
-        draft, target, Speculative(draft="q", prompt=20, generate=12, samples=2), silent
-    ).contents()
+    back = drafting.measure(draft, target, Speculative(draft="q", prompt=20, generate=12, samples=2), silent).contents()
     assert back["speculative"]["identical"]
 
 

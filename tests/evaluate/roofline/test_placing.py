@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lighten.evaluate.roofline.peaks import Peaks
-from lighten.evaluate.roofline.roofline import arithmetic, point
+from lighten.evaluate.roofline.placing import arithmetic, point
 from lighten.model.traffic import Traffic
 
 ROOFS = Peaks("cpu", [(4_000_000, 100.0), (100_000_000, 20.0)], {"float32": 200.0, "int8": None}, 0.05, "2026-01-01")

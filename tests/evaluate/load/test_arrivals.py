@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from lighten.errors import Failure
-from lighten.evaluate.load import load
-from lighten.evaluate.load.load import Served, arrivals, batched, row
+from lighten.evaluate.load import arrivals
+from lighten.evaluate.load.arrivals import Served, arrival_times, batched, row
 from lighten.evaluate.load.settings import Load
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.runtime import Ids, Timings
@@ -34,12 +34,12 @@ def asked(model: Path, out: Path, **changes: Any) -> dict[str, Any]:
 
 def test_arrivals_are_a_seeded_poisson_process() -> None:
     settings = Load(requests=4000, seed=3)
-    times = np.array(arrivals(settings, 2.0))
+    times = np.array(arrival_times(settings, 2.0))
     gaps = np.diff(times)
     assert (gaps > 0).all() and gaps.mean() == pytest.approx(0.5, rel=0.05)
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.05)  # as in an exponential distribution
-    assert (times == arrivals(settings, 2.0)).all() and (times != arrivals(Load(requests=4000), 2.0)).any()
-    assert times == pytest.approx(2 * np.array(arrivals(settings, 4.0)))
+    assert (times == arrival_times(settings, 2.0)).all() and (times != arrival_times(Load(requests=4000), 2.0)).any()
+    assert times == pytest.approx(2 * np.array(arrival_times(settings, 4.0)))
 
 
 def test_a_row_tells_what_somebody_waiting_sees() -> None:
@@ -180,7 +180,7 @@ def test_pieces_are_all_different_while_the_text_lasts(tiny: Tiny) -> None:
     from lighten.evaluate.runtimes.opening import open_tokenizer
 
     tokenizer = open_tokenizer(tiny())
-    found = load._pieces(tokenizer, Load(requests=30, prompt=50))
+    found = arrivals._pieces(tokenizer, Load(requests=30, prompt=50))
     assert len({tuple(each) for each in found}) == 30 and {len(each) for each in found} == {50}
 
 

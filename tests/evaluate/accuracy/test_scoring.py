@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from lighten.data.choices import Choice, load_choices
 from lighten.errors import Failure
-from lighten.evaluate.accuracy import accuracy
+from lighten.evaluate.accuracy import scoring
 from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
@@ -28,17 +28,17 @@ class Letters:
 
 
 def test_context_and_ending_are_parted_where_the_context_ends() -> None:
-    question = accuracy.ask(Choice("ab", ("cd", "e"), 0), Letters())
+    question = scoring.ask(Choice("ab", ("cd", "e"), 0), Letters())
     assert question.context == [97, 98]
     assert question.endings == [[32, 99, 100], [32, 101]]
 
 
 def test_white_space_after_the_context_goes_to_the_ending() -> None:
-    assert accuracy.ask(Choice("ab ", ("c", "d"), 0), Letters()).endings == [[32, 32, 99], [32, 32, 100]]
+    assert scoring.ask(Choice("ab ", ("c", "d"), 0), Letters()).endings == [[32, 32, 99], [32, 32, 100]]
 
 
 def test_a_token_over_the_border_belongs_to_the_endings() -> None:
-    question = accuracy.ask(Choice("ab.", ("c", "d"), 0), Letters())
+    question = scoring.ask(Choice("ab.", ("c", "d"), 0), Letters())
     assert question.context == [97, 98]
     assert question.endings == [[0, 99], [0, 100]]
 
@@ -46,12 +46,12 @@ def test_a_token_over_the_border_belongs_to_the_endings() -> None:
 def test_bos_comes_first_if_the_tokenizer_puts_it() -> None:
     tokenizer = Letters()
     tokenizer.bos = 7
-    assert accuracy.ask(Choice("a", ("b", "c"), 0), tokenizer).context == [7, 97]
+    assert scoring.ask(Choice("a", ("b", "c"), 0), tokenizer).context == [7, 97]
 
 
 def test_a_task_without_context_is_a_failure() -> None:
     with pytest.raises(Failure, match="no tokens to score"):
-        accuracy.ask(Choice("", ("b", "c"), 0), Letters())
+        scoring.ask(Choice("", ("b", "c"), 0), Letters())
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_a_task_without_context_is_a_failure() -> None:
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_wilson_intervals_of_newcombe_1998(right: int, n: int, low: float, high: float) -> None:
-    assert accuracy.wilson(right, n) == pytest.approx((low, high), abs=5e-5)
-    mirrored = accuracy.wilson(n - right, n)
+    assert scoring.wilson(right, n) == pytest.approx((low, high), abs=5e-5)
+    mirrored = scoring.wilson(n - right, n)
     assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
@@ -70,7 +70,7 @@ def test_within_is_the_number_of_tasks_that_an_interval_so_narrow_takes(within: 
     assert count
 
     def half(n: int) -> float:
-        low, high = accuracy.wilson(n // 2, n)
+        low, high = scoring.wilson(n // 2, n)
         return (high - low) / 2
 
     assert half(count) <= within * 1.001 and half(max(2, count - 2)) > within
@@ -116,7 +116,7 @@ def test_a_local_file_stands_in_for_a_task_with_unequal_endings(tiny: Tiny, tmp_
     file.write_text("\n".join(json.dumps(line) for line in lines))
     runtime, tokenizer = open_runtime(tiny()), open_tokenizer(tiny())
     settings = Accuracy(task="hellaswag", local=str(file))
-    found = accuracy.measure(runtime, tokenizer, settings, silent)
+    found = scoring.measure(runtime, tokenizer, settings, silent)
     assert found.result.accuracy.task == "hellaswag"
     assert found.result.accuracy.n == 2
     assert np.isnan(found.values["logprobs"]).tolist() == [[False] * 3, [False, False, True]]

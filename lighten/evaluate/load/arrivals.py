@@ -22,7 +22,7 @@ from lighten.evaluate.result import LoadResult
 from lighten.evaluate.runtimes.opening import find_opener
 from lighten.evaluate.runtimes.runtime import Runtime, Server, Tokenizer
 from lighten.evaluate.speed.server import Refused
-from lighten.evaluate.speed.speed import percentiles
+from lighten.evaluate.speed.shapes import percentiles
 from lighten.model.template import renderer
 from lighten.results.measured import ServedLoad
 from lighten.step import Report
@@ -39,7 +39,7 @@ class Served:
     tokens: list[float]
 
 
-def arrivals(settings: Load, rate: float) -> list[float]:
+def arrival_times(settings: Load, rate: float) -> list[float]:
     """Returns the moments of arrival: a Poisson process. A seed gives the same process, scaled, at every rate."""
     return list(np.random.default_rng(settings.seed).exponential(1 / rate, settings.requests).cumsum())
 
@@ -80,7 +80,7 @@ def measure(request: Request[Load], report: Report) -> LoadResult:
     runtime.generate(ids[:1], 2)  # warms up
     rows = []
     for number, rate in enumerate(settings.rate):
-        served = batched(runtime, ids, arrivals(settings, rate), settings)
+        served = batched(runtime, ids, arrival_times(settings, rate), settings)
         rows.append(row(rate, settings.requests, served, f"batched loop of lighten, at most {settings.batch} together"))
         report(number + 1, len(settings.rate), f"{rows[-1].throughput_tok_s:.0f} tok/s")
     return LoadResult(load=rows, runtime=runtime.name, device=runtime.device, dtype=runtime.dtype)
@@ -121,7 +121,7 @@ def _over_http(
 
         ask(prompts[-1])  # warms up
         for number, rate in enumerate(settings.rate):
-            served = concurrent(ask, prompts, arrivals(settings, rate))
+            served = concurrent(ask, prompts, arrival_times(settings, rate))
             server.check(f"after {len(served)} of {settings.requests} requests at {rate:g} a second")
             rows.append(row(rate, settings.requests, served, server.name))
             report(number + 1, len(settings.rate), f"{rows[-1].throughput_tok_s:.0f} tok/s")

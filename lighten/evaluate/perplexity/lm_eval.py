@@ -12,7 +12,7 @@ from lighten.data.origin import text_name
 from lighten.data.text import Render, digest, load_documents
 from lighten.errors import Failure
 from lighten.evaluate.perplexity import protocols
-from lighten.evaluate.perplexity.perplexity import Measured, hash_ids
+from lighten.evaluate.perplexity.chunks import Measured, hash_ids
 from lighten.evaluate.perplexity.rolling import loglikelihoods
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.result import PerplexityResult

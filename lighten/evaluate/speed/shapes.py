@@ -1,4 +1,4 @@
-"""Prefill and decoding speed, latency, peak memory and energy of a loaded model."""
+"""Prefill and decoding speed, latency, peak memory and energy of a loaded model: a row for each shape of work."""
 
 from __future__ import annotations
 
