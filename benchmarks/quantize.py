@@ -196,7 +196,7 @@ def prepare(bench: Bench) -> None:
     """Writes the model directory and the token ids that every tool gets; in a process of its own."""
     from lighten.data.text import load_text
     from lighten.evaluate.perplexity.protocols import cut
-    from lighten.evaluate.runtimes.opening import open_tokenizer
+    from lighten.evaluate.runtimes.choose import open_tokenizer
     from lighten.model.tokens import calibration_ids
     from lighten.pipeline import run as pipeline
     from lighten.store.files import MANIFEST

@@ -15,7 +15,7 @@ def decode_in_turn(ours: Path, theirs: Path) -> dict[str, Any]:
     """Returns tokens per second of each turn of either model, the medians, and the median of the turns' ratios."""
     import numpy as np
 
-    from lighten.evaluate.runtimes.opening import open_runtime
+    from lighten.evaluate.runtimes.choose import open_runtime
 
     rates: list[list[float]] = [[], []]
     for places in ((0, 1), (1, 0)):  # the one or the other lies first in memory

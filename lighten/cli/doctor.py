@@ -77,7 +77,7 @@ def _describe_machine(device: str, fresh: bool, as_json: bool) -> None:
 
 def _missing_modules() -> dict[str, list[str]]:
     """Returns the modules that each extra of the package brings and that cannot be found here."""
-    from lighten.evaluate.runtimes.opening import extras_of_runtimes
+    from lighten.evaluate.runtimes.choose import extras_of_runtimes
     from lighten.evaluate.speed import server
     from lighten.model.export_formats import extras_of_formats
     from lighten.model.formats import FORMATS

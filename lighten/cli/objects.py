@@ -40,7 +40,7 @@ def list_versions(artifacts: Artifacts = Path("artifacts"), as_json: Json = Fals
 
 def verify(artifacts: Artifacts = Path("artifacts"), as_json: Json = False) -> None:
     """Re-hash every object; a corrupt one is reported and removed, to be made again by the next run."""
-    from lighten.store.collection import check
+    from lighten.store.gc import check
     from lighten.store.store import Store
 
     damaged, kept = {}, {}
@@ -68,7 +68,7 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Remove objects that no version refers to, and what killed runs left."""
-    from lighten.store.collection import collect
+    from lighten.store.gc import collect
     from lighten.store.store import Store
 
     removed = collect(Store(artifacts), dry_run=dry_run)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from lighten.compress.quantize.gptq import gptq
-from lighten.compress.quantize.layer import relative_error
 from lighten.compress.quantize.methods.gptq import Gptq
+from lighten.compress.quantize.quantized_layers import relative_error
 from lighten.model import anatomy
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_index, read_layer

@@ -25,7 +25,7 @@ def from_pretrained(auto_class: Any, path: Path, **options: Any) -> Any:
     Raises:
         Failure: weights are missing or have other shapes, so that they would be random.
     """
-    from lighten.model.expected import loaded
+    from lighten.model.weight_checks import loaded
 
     with readable(path) as folder:
         model, info = auto_class.from_pretrained(

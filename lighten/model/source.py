@@ -145,11 +145,11 @@ def _examine(path: str, name: str, identity: str) -> dict[str, tuple[str, ...]]:
     """
     payload = {"path": path, "name": name}
     if {"torch", "transformers.modeling_utils"} <= sys.modules.keys():
-        from lighten.model import expected
+        from lighten.model import weight_checks
 
-        found = expected.check(payload, silent)
+        found = weight_checks.check(payload, silent)
     else:
-        found = run_isolated("lighten.model.expected:check", payload).value
+        found = run_isolated("lighten.model.weight_checks:check", payload).value
     surplus = tuple(found["surplus"])
     notes = [f"its weights could not be compared with its architecture: {found['unchecked']}"] * bool(
         found["unchecked"]

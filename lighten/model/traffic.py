@@ -17,7 +17,7 @@ FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 LARGEST_HEADER = 100_000_000
 """Maximum number of bytes of a safetensors header, by its own format."""
 _AXES = 16
-CACHE_BITS = {1: 32, 10: 16, 16: 16}
+ONNX_CACHE_BITS = {1: 32, 10: 16, 16: 16}
 """Bits of a key or value, by ONNX's number of the type."""
 WIDTHS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
 """Bits of an element, by ONNX's number of its type. Other types count as 8."""
@@ -134,7 +134,7 @@ def _onnx(path: Path) -> tuple[int, int]:
         looked_up = all(_gathers(operator, position) for operator, position in users.get(each.name, [("", 0)]))
         read += size / max(1, each.dims[0]) if looked_up and each.dims else size
     cached = [each.type.tensor_type.elem_type for each in graph.input if each.name.startswith("past_key_values.")]
-    return round(read), CACHE_BITS.get(cached[0], 16) if cached else 16
+    return round(read), ONNX_CACHE_BITS.get(cached[0], 16) if cached else 16
 
 
 def _gathers(operator: str, position: int) -> bool:

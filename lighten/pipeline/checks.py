@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lighten.errors import RequestError
-from lighten.evaluate.runtimes.opening import opener
+from lighten.evaluate.runtimes.choose import opener
 from lighten.evaluate.settings import Evaluate
 from lighten.facts import ModelFacts
 from lighten.model.accelerator import Device

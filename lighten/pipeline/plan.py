@@ -12,7 +12,7 @@ from lighten.data import text
 from lighten.errors import RequestError, missing_extra
 from lighten.evaluate.machine import this_machine
 from lighten.evaluate.measurement import BYTES_PER_TOKEN, Measurement
-from lighten.evaluate.runtimes.opening import opener
+from lighten.evaluate.runtimes.choose import opener
 from lighten.evaluate.settings import Evaluate
 from lighten.facts import ModelFacts
 from lighten.model import gguf_source, tokenizer_files, vocabulary

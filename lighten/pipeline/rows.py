@@ -7,7 +7,7 @@ from typing import Any
 
 from lighten.evaluate import paired
 from lighten.evaluate.measurement import Measurement
-from lighten.evaluate.runtimes.opening import weight_endings
+from lighten.evaluate.runtimes.choose import weight_endings
 from lighten.pipeline.build import Builder
 from lighten.pipeline.recipe import BASELINE
 from lighten.pipeline.stage import Plan, Stage

@@ -1,6 +1,11 @@
 """What a recipe or a task file may run: nothing, unless the person allows it on the command line or as an argument.
 
-A file can ask for trust; it can never grant it.
+A file can ask for trust; it can never grant it. Three other places decide about trust too:
+
+- `refuse_code` in `lighten/model/config_checks.py` refuses a model that needs its own code without trust.
+- `lighten/pipeline/plan.py` passes trust to the models that the recipe names, and refuses a stage that opens a trusted
+  model beside one that is not trusted.
+- `lighten/pipeline/verbs.py` does one step or one measurement without a recipe: its arguments grant trust.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from lighten.evaluate.measurement import Measurement
 from lighten.evaluate.paired import RESULT
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.request import Reference, Request
+from lighten.evaluate.runtimes.choose import find_opener, weight_endings
 from lighten.evaluate.runtimes.measurable import find_measurable
-from lighten.evaluate.runtimes.opening import find_opener, weight_endings
 from lighten.evaluate.settings import Evaluate
 from lighten.evaluate.speed.settings import Speed
 from lighten.model import gguf_header, gguf_source

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lighten.errors import RequestError
-from lighten.evaluate.runtimes.opening import RUNTIMES
+from lighten.evaluate.runtimes import RUNTIMES
 from lighten.export.bundle.targets import Target, find_target
 from lighten.settings import as_spelled, parse_size
 

@@ -1,4 +1,4 @@
-"""What running runs need of a store: a file of keys for each run, whose lock the run holds as long as it lives."""
+"""What processes under way need of a store: a file of keys for each, whose lock it holds as long as it lives."""
 
 from __future__ import annotations
 

@@ -1,10 +1,13 @@
-"""Content-addressed objects, named versions, and the manifests that make both checkable.
+"""Objects, named by the key of the stage that made them, named versions, and the manifests that make both checkable.
+
+A key is the SHA-256 of a stage's kind, version, settings and parents. An object's manifest has the SHA-256 of each of
+its files.
 
     objects/<sha256>/…        one finished stage: its files and artifact.json, read-only
     <recipe>/v1/ v2/ latest   what a run left: links into objects/, results and report
     costs/<sha256>.json       what building an object took (not part of the object: it differs from run to run)
     locks/<sha256>.lock       held while an object is being built
-    leases/<random>           keys that a run under way needs; as long as it lives, it holds the file's lock
+    leases/<random>           keys that a process under way needs; as long as it lives, it holds the file's lock
     unfinished/<sha256>/…     checkpoints of a stage that can go on where it was killed
 
 An object is written under a temporary name in the same directory and renamed, so a name that exists is complete.
@@ -143,7 +146,9 @@ class Store:
 
     @contextlib.contextmanager
     def lease(self, keys: Iterable[str]) -> Iterator[None]:
-        """Declares objects that a run needs: until the block ends, `gc` and `verify` remove none of them.
+        """Declares objects that are needed: until the block ends, `gc` and `verify` remove none of them.
+
+        A run, one step without a recipe, `doctor --calibration` and `compare` hold leases.
 
         The kernel drops the lease if the process dies. Take it before any lock of an object.
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lighten.store.collection import check, collect
 from lighten.store.files import MANIFEST
+from lighten.store.gc import check, collect
 from lighten.store.store import Store
 
 from .subject import command, contents, lighten, published

@@ -46,7 +46,7 @@ CHILD = [
     "pipeline/steps.py run_step",
     "compress/quantize/step.py run",
     "process/workers.py ordered",
-    "compress/quantize/layer.py write",
+    "compress/quantize/quantized_layers.py write",
     "compress/quantize/gptq.py codes",
     "compress/quantize/gptq.py gptq",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from lighten.compare.side import of_model
 from lighten.evaluate.settings import Evaluate
 from lighten.pipeline.watcher import Silent
-from lighten.store.collection import collect
+from lighten.store.gc import collect
 from lighten.store.store import Store
 
 

@@ -14,7 +14,7 @@ from lighten.doctor import advice
 from lighten.doctor.diagnose import diagnose
 from lighten.pipeline.stage import Stage
 from lighten.pipeline.watcher import Silent
-from lighten.store.collection import collect
+from lighten.store.gc import collect
 from lighten.store.store import Store
 from tests.cli.test_main import recipe, refused
 from tests.command import lighten

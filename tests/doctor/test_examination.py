@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lighten.compress.calibrate.gram import accumulate
-from lighten.compress.quantize.layer import relative_error
+from lighten.compress.quantize.quantized_layers import relative_error
 from lighten.doctor.examination import dead_channels, gptq_4, rank, spread
 from lighten.model.grams import Gram
 

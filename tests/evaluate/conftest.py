@@ -11,7 +11,7 @@ import pytest
 
 from lighten.evaluate.measurement import MEASUREMENTS
 from lighten.evaluate.request import Request
-from lighten.evaluate.runtimes.opening import open_runtime
+from lighten.evaluate.runtimes.choose import open_runtime
 from lighten.evaluate.runtimes.runtime import Floats, Runtime
 from lighten.export.gguf import write as export
 

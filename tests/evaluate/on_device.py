@@ -11,7 +11,7 @@ import torch
 from lighten.evaluate.perplexity import chunks
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.runtimes import device_rows, rows, torch_loading
-from lighten.evaluate.runtimes.opening import open_tokenizer
+from lighten.evaluate.runtimes.choose import open_tokenizer
 from lighten.evaluate.runtimes.runtime import Question
 from lighten.evaluate.runtimes.torch import TorchRuntime
 from lighten.model import accelerator

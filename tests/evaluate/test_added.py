@@ -34,7 +34,7 @@ class Variety(Measurement):
 WORK = """
 import numpy as np
 
-from lighten.evaluate.opened import facts, for_quality
+from lighten.evaluate.request_model import facts, for_quality
 
 
 def measure(request, report):

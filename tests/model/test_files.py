@@ -8,7 +8,7 @@ import pytest
 
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate.loaders.survey import survey
-from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
+from lighten.evaluate.runtimes.choose import open_runtime, open_tokenizer
 from lighten.model.checkpoint import INDEX, SINGLE, Checkpoint
 from lighten.model.files import check_links, plain, read_json, without_pickles
 from lighten.model.source import Source, find

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lighten.errors import Failure, LightenError, RequestError
-from lighten.evaluate.runtimes.opening import find_opener
+from lighten.evaluate.runtimes.choose import find_opener
 from lighten.facts import ModelFacts
 from lighten.model import gguf_header, gguf_source
 from lighten.model.formats import recognise

@@ -8,7 +8,7 @@ import pytest
 
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate.loaders import survey as loaders
-from lighten.evaluate.runtimes.opening import open_runtime
+from lighten.evaluate.runtimes.choose import open_runtime
 from lighten.model.onnx_checks import check_genai
 from lighten.model.onnx_source import genai, read_graph
 from lighten.model.source import find

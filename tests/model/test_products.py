@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.distill.settings import Distill
-from lighten.evaluate.runtimes.opening import open_runtime
+from lighten.evaluate.runtimes.choose import open_runtime
 from lighten.model import products, stream
 from lighten.pipeline.steps import open_step
 from lighten.step import Context

@@ -12,7 +12,7 @@ import torch
 
 import lighten
 from lighten.errors import RequestError
-from lighten.evaluate.runtimes.opening import open_runtime
+from lighten.evaluate.runtimes.choose import open_runtime
 from lighten.evaluate.speed.settings import Speed
 from lighten.evaluate.speed.shapes import measure
 from lighten.pipeline import build

@@ -26,7 +26,7 @@ from lighten.pipeline.recipe import parse
 from lighten.pipeline.stage import Stage
 from lighten.pipeline.verbs import one_step
 from lighten.store.artifact import find_damage
-from lighten.store.collection import check, collect
+from lighten.store.gc import check, collect
 from lighten.store.store import Store
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lighten.model.checkpoint import Checkpoint
-from lighten.store.collection import collect
+from lighten.store.gc import collect
 from lighten.store.store import Store
 from tests.cli.test_main import refused
 from tests.command import lighten, process

@@ -21,7 +21,7 @@ from lighten.report.loading import loading
 from lighten.results.file import load
 from lighten.results.results import Results
 from lighten.store.artifact import Artifact, find_damage
-from lighten.store.collection import check
+from lighten.store.gc import check
 from lighten.store.store import Store
 
 from .sample import raw, results

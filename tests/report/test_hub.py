@@ -19,8 +19,8 @@ from lighten.errors import Failure, RequestError
 from lighten.pipeline.run import run
 from lighten.report.hub import check, uploads
 from lighten.results.file import load
-from lighten.store.collection import check as check_store
 from lighten.store.files import MANIFEST
+from lighten.store.gc import check as check_store
 from lighten.store.manifest import fault
 from lighten.store.store import Store
 

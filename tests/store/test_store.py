@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from lighten.errors import Failure, RequestError
 from lighten.store.artifact import find_damage, read_artifact
-from lighten.store.collection import check, collect
 from lighten.store.files import MANIFEST, canonical, stage_key
+from lighten.store.gc import check, collect
 from lighten.store.links import point
 from lighten.store.store import Store, write_json
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from lighten.compress.damping import inverse_factor
 from lighten.compress.prune.amounts import parse_pattern
-from lighten.compress.quantize.gptq import BLOCK, inverse_factor
+from lighten.compress.quantize.gptq import BLOCK
 
 
 def keep_largest(scores: torch.Tensor, sparsity: float, pattern: str | None = None) -> torch.Tensor:

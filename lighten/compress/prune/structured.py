@@ -15,15 +15,10 @@ from collections.abc import Callable
 
 import torch
 
+from lighten.compress.damping import damped
+
 ROUNDS = 16
 """Number of times that the costs of channels are computed anew while a matrix is emptied."""
-
-
-def damped(gram: torch.Tensor, damp_percent: float) -> torch.Tensor:
-    """Returns H with a share of its mean diagonal added, so that it can be inverted."""
-    found = gram.clone()
-    found.diagonal().add_(damp_percent * float(gram.diagonal().mean()) or 1.0)
-    return found
 
 
 def refit(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, damp_percent: float) -> torch.Tensor:

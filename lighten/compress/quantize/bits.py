@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from lighten.compress.damping import inverse_factor
 from lighten.compress.patterns import ignored
-from lighten.compress.quantize.gptq import inverse_factor
 from lighten.compress.quantize.grid import dequantize, quantize, search
-from lighten.compress.quantize.layer import UNTOUCHED, Layers
 from lighten.compress.quantize.methods.gptq import Gptq
+from lighten.compress.quantize.quantized_layers import UNTOUCHED, Layers
 from lighten.errors import RequestError
 from lighten.model.anatomy import HEAD_WEIGHT
 from lighten.model.sensitivity import Sensitivity

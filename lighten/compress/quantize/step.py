@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from lighten.compress.layers import join
-from lighten.compress.quantize.layer import TENSORS_PER_LINEAR, Layers
 from lighten.compress.quantize.linears import Findings
+from lighten.compress.quantize.quantized_layers import TENSORS_PER_LINEAR, Layers
 from lighten.compress.quantize.settings import Quantize
 from lighten.errors import RequestError
 from lighten.facts import ModelFacts

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from lighten.data.choices import Choice, load_choices
 from lighten.errors import Failure
 from lighten.evaluate.accuracy.tasks import Tasks
-from lighten.evaluate.result import AccuracyResult
 from lighten.evaluate.runtimes.runtime import Question, Runtime, Score, Tokenizer
+from lighten.evaluate.stored_result import AccuracyResult
 from lighten.results import measured
 from lighten.step import Report
 

@@ -6,11 +6,11 @@ from safetensors.numpy import save_file
 
 from lighten.evaluate.accuracy import scoring
 from lighten.evaluate.accuracy.settings import Accuracy
-from lighten.evaluate.opened import facts, for_quality, other_vocabulary
 from lighten.evaluate.paired import VALUES
 from lighten.evaluate.request import Request
-from lighten.evaluate.result import AccuracyResult
-from lighten.evaluate.runtimes.opening import open_tokenizer
+from lighten.evaluate.request_model import facts, for_quality, other_vocabulary
+from lighten.evaluate.runtimes.choose import open_tokenizer
+from lighten.evaluate.stored_result import AccuracyResult
 from lighten.step import Report
 
 

@@ -16,13 +16,13 @@ from lighten.data.origin import text_name
 from lighten.data.text import Render, load_text
 from lighten.errors import Failure
 from lighten.evaluate.load.settings import Load
-from lighten.evaluate.opened import for_speed
 from lighten.evaluate.request import Request
-from lighten.evaluate.result import LoadResult
-from lighten.evaluate.runtimes.opening import find_opener
+from lighten.evaluate.request_model import for_speed
+from lighten.evaluate.runtimes.choose import find_opener
 from lighten.evaluate.runtimes.runtime import Runtime, Server, Tokenizer
 from lighten.evaluate.speed.server import Refused
 from lighten.evaluate.speed.shapes import percentiles
+from lighten.evaluate.stored_result import LoadResult
 from lighten.model.template import renderer
 from lighten.results.measured import ServedLoad
 from lighten.step import Report

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lighten.errors import Failure
+from lighten.evaluate.runtimes.choose import added
 from lighten.evaluate.runtimes.opener import Conditions, Opener
-from lighten.evaluate.runtimes.opening import added
 from lighten.model import llama_library
 from lighten.model.formats import FORMATS
 from lighten.model.gguf_header import check_header, is_gguf
@@ -148,8 +148,8 @@ def _other_task(opening: Opening) -> Answer:
     import transformers
 
     from lighten.model.checkpoint import read_config
-    from lighten.model.expected import class_named
     from lighten.model.loading import from_pretrained
+    from lighten.model.weight_checks import class_named
 
     name = read_config(opening.path)["architectures"][0]
     config = transformers.AutoConfig.from_pretrained(opening.path, local_files_only=True)

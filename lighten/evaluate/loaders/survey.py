@@ -9,7 +9,7 @@ from typing import Any
 
 from lighten.errors import Failure, LightenError
 from lighten.evaluate.loaders.programs import Opening, installed, loaders
-from lighten.evaluate.runtimes.opening import added
+from lighten.evaluate.runtimes.choose import added
 from lighten.model.formats import pip_name, recognise
 from lighten.process.isolate import run_isolated
 from lighten.step import Report, silent

@@ -18,7 +18,7 @@ import numpy as np
 from lighten.data.hard import hard_strings
 from lighten.data.text import builtin_text
 from lighten.errors import Failure
-from lighten.evaluate.runtimes.opening import find_opener, open_runtime, open_tokenizer, words_of
+from lighten.evaluate.runtimes.choose import find_opener, open_runtime, open_tokenizer, words_of
 from lighten.evaluate.runtimes.words import Chat, Words
 from lighten.model.tokenizer_files import DEFAULT
 from lighten.process.isolate import Outcome, run_isolated

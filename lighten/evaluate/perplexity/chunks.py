@@ -26,10 +26,10 @@ from lighten.data.text import Render, digest, load_text
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.perplexity import protocols
 from lighten.evaluate.perplexity.settings import Perplexity
-from lighten.evaluate.result import PerplexityResult
 from lighten.evaluate.runtimes import rows
 from lighten.evaluate.runtimes.head import Head
 from lighten.evaluate.runtimes.runtime import Floats, Ids, Runtime, Tokenizer
+from lighten.evaluate.stored_result import PerplexityResult
 from lighten.results import measured
 from lighten.step import Report
 

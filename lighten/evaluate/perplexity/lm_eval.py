@@ -15,8 +15,8 @@ from lighten.evaluate.perplexity import protocols
 from lighten.evaluate.perplexity.chunks import Measured, hash_ids
 from lighten.evaluate.perplexity.rolling import loglikelihoods
 from lighten.evaluate.perplexity.settings import Perplexity
-from lighten.evaluate.result import PerplexityResult
 from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer
+from lighten.evaluate.stored_result import PerplexityResult
 from lighten.results import measured
 from lighten.step import Report
 

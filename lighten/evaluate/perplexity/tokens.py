@@ -15,7 +15,7 @@ from lighten.evaluate.perplexity.chunks import hash_ids
 from lighten.evaluate.perplexity.protocols import chunked
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.runtimes import rows
-from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
+from lighten.evaluate.runtimes.choose import open_runtime, open_tokenizer
 from lighten.evaluate.runtimes.runtime import Floats, Ids, Runtime
 from lighten.model.template import renderer
 from lighten.process.isolate import share_cores

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from safetensors.numpy import save_file
 
-from lighten.evaluate.opened import facts, for_quality, other_vocabulary
 from lighten.evaluate.paired import VALUES
 from lighten.evaluate.perplexity import chunks, lm_eval
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.request import Request
-from lighten.evaluate.result import PerplexityResult
-from lighten.evaluate.runtimes.opening import open_tokenizer
+from lighten.evaluate.request_model import facts, for_quality, other_vocabulary
+from lighten.evaluate.runtimes.choose import open_tokenizer
+from lighten.evaluate.stored_result import PerplexityResult
 from lighten.model.template import renderer
 from lighten.step import Report
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from lighten.errors import RequestError
-from lighten.evaluate.opened import as_served
 from lighten.evaluate.profiling.verdict import Phase, judge
-from lighten.evaluate.runtimes.opening import find_opener
+from lighten.evaluate.request_model import as_served
+from lighten.evaluate.runtimes.choose import find_opener
 from lighten.evaluate.runtimes.runtime import Runtime
 from lighten.plugins import found_at
 from lighten.process.isolate import share_cores

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lighten.evaluate.roofline.peaks import Peaks
-from lighten.evaluate.runtimes.opening import opener
+from lighten.evaluate.runtimes.choose import opener
 from lighten.model.traffic import Traffic
 
 FASTER = 1.25

@@ -1,1 +1,18 @@
-"""What runs a model, and the choice of it by the files on disk."""
+"""What runs a model: each runtime has a file here with its opener, and one row."""
+
+from __future__ import annotations
+
+from lighten.plugins import Table
+
+FALLBACK = "torch"
+"""Name of the runtime that is asked last. It takes any directory, and says what is wrong with other paths."""
+RUNTIMES = Table(
+    "runtime",
+    "lighten.runtimes",
+    {
+        "onnxruntime": f"{__name__}.onnx:OnnxOpener",
+        "llama.cpp": f"{__name__}.llama_cpp:LlamaCppOpener",
+        FALLBACK: f"{__name__}.torch_opener:TorchOpener",
+    },
+)
+"""Opener of each runtime, "module:Class". Installed packages add theirs by the group `lighten.runtimes`."""

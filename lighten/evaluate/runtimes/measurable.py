@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from lighten.evaluate.runtimes.opening import added
+from lighten.evaluate.runtimes.choose import added
 from lighten.model.source import Found, find
 from lighten.store.artifact import read_artifact
 from lighten.store.files import MANIFEST, hash_file

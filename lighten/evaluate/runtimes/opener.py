@@ -1,4 +1,4 @@
-"""What is known of a runtime before it is opened. An added runtime derives from `Opener`."""
+"""The opener of a runtime: what is known before a model is opened. Each runtime derives its own from `Opener`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lighten.evaluate.runtimes.opening import opener
+from lighten.evaluate.runtimes.choose import opener
 from lighten.evaluate.runtimes.runtime import Floats, Ids, Runtime
 from lighten.model.llama_library import load
 from lighten.plugins import found_at

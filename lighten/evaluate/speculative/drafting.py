@@ -15,9 +15,9 @@ import numpy as np
 from lighten.data.origin import text_name
 from lighten.data.text import Render, load_text
 from lighten.errors import Failure
-from lighten.evaluate.result import SpeculativeResult
 from lighten.evaluate.runtimes.runtime import Runtime
 from lighten.evaluate.speculative.settings import Speculative
+from lighten.evaluate.stored_result import SpeculativeResult
 from lighten.results import measured
 from lighten.step import Report
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from lighten.errors import Failure
-from lighten.evaluate.opened import facts, for_speed
 from lighten.evaluate.request import Request
-from lighten.evaluate.result import SpeculativeResult
+from lighten.evaluate.request_model import facts, for_speed
 from lighten.evaluate.speculative import drafting
 from lighten.evaluate.speculative.settings import Speculative
+from lighten.evaluate.stored_result import SpeculativeResult
 from lighten.model import vocabulary
 from lighten.model.template import renderer
 from lighten.step import Report

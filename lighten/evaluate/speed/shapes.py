@@ -9,10 +9,10 @@ from statistics import median
 
 import numpy as np
 
-from lighten.evaluate.result import SpeedResult
 from lighten.evaluate.runtimes.runtime import Ids, Runtime, Timings
 from lighten.evaluate.speed.energy import Counters, GpuCounters, counters
 from lighten.evaluate.speed.settings import Speed
+from lighten.evaluate.stored_result import SpeedResult
 from lighten.numerics import steady
 from lighten.process.isolate import peak_rss_bytes
 from lighten.results import measured

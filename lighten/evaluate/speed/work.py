@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from lighten.evaluate.opened import facts, for_speed
 from lighten.evaluate.request import Request
-from lighten.evaluate.result import SpeedResult
-from lighten.evaluate.runtimes.opening import served_in
+from lighten.evaluate.request_model import facts, for_speed
+from lighten.evaluate.runtimes.choose import served_in
 from lighten.evaluate.runtimes.runtime import Runtime
 from lighten.evaluate.speed import shapes
 from lighten.evaluate.speed.settings import Speed
+from lighten.evaluate.stored_result import SpeedResult
 from lighten.step import Report
 
 

@@ -18,8 +18,8 @@ from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.patterns import ignored
 from lighten.compress.quantize import formats
 from lighten.compress.quantize.grid import rtn
-from lighten.compress.quantize.layer import Layers
 from lighten.compress.quantize.linears import Linears
+from lighten.compress.quantize.quantized_layers import Layers
 from lighten.compress.quantize.settings import Quantize
 from lighten.pipeline.steps import open_step
 from lighten.plugins import found_at

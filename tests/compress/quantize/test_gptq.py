@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lighten.compress.quantize.gptq import gptq, inverse_factor
+from lighten.compress.quantize.gptq import gptq
 from lighten.compress.quantize.grid import dequantize, quantize, search
-from lighten.compress.quantize.layer import relative_error
+from lighten.compress.quantize.quantized_layers import relative_error
 
 
 def problem(out: int = 24, width: int = 64, tokens: int = 200, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,28 +98,3 @@ def test_inputs_that_are_always_zero_get_weight_zero() -> None:
     gram[5], gram[:, 5] = 0, 0
     result = gptq(weight, gram, bits=4, group_size=32, sym=True, desc_act=False, damp_percent=0.01)
     assert torch.equal(result.weight()[:, 5], torch.zeros(24))
-
-
-def test_inverse_factor_is_the_upper_cholesky_factor_of_the_inverse() -> None:
-    _, gram = problem()
-    factor, damping = inverse_factor(gram, 0.01)
-    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(64)
-    assert damping == 0.01
-    assert torch.equal(factor, factor.triu())
-    assert torch.allclose(
-        factor, torch.linalg.cholesky(torch.linalg.inv(damped.double()), upper=True).float(), rtol=1e-3, atol=1e-6
-    )
-
-
-def test_damping_is_raised_until_the_gram_is_positive_definite() -> None:
-    _, gram = problem()
-    indefinite = gram - 0.05 * gram.diagonal().mean() * torch.eye(64)
-    indefinite -= torch.linalg.eigvalsh(indefinite)[0].clamp(min=0) * torch.eye(64)
-    factor, damping = inverse_factor(indefinite, 1e-6)
-    assert damping > 1e-6
-    assert torch.isfinite(factor).all()
-
-
-def test_a_hopeless_gram_is_an_error() -> None:
-    with pytest.raises(ArithmeticError, match="not positive definite"):
-        inverse_factor(torch.full((4, 4), float("nan")), 0.01)

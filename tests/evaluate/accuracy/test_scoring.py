@@ -12,7 +12,7 @@ from lighten.errors import Failure
 from lighten.evaluate.accuracy import scoring
 from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.evaluate.run import measure
-from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
+from lighten.evaluate.runtimes.choose import open_runtime, open_tokenizer
 from lighten.evaluate.runtimes.runtime import Runtime
 from lighten.step import silent
 from tests.evaluate.conftest import Tiny, payload, score_alone

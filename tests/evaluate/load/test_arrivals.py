@@ -177,7 +177,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
 
 
 def test_pieces_are_all_different_while_the_text_lasts(tiny: Tiny) -> None:
-    from lighten.evaluate.runtimes.opening import open_tokenizer
+    from lighten.evaluate.runtimes.choose import open_tokenizer
 
     tokenizer = open_tokenizer(tiny())
     found = arrivals._pieces(tokenizer, Load(requests=30, prompt=50))

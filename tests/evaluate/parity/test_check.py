@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lighten.errors import Failure
 from lighten.evaluate.parity.check import check
-from lighten.evaluate.runtimes.opening import words_of
+from lighten.evaluate.runtimes.choose import words_of
 from lighten.export.gguf import quantize as gguf_quantize
 from lighten.export.gguf import write as gguf
 from lighten.model import gguf_header, gguf_source, vocabulary

@@ -25,8 +25,8 @@ from lighten.errors import Failure, RequestError
 from lighten.evaluate.perplexity import chunks, protocols
 from lighten.evaluate.request import Reference
 from lighten.evaluate.run import measure
+from lighten.evaluate.runtimes.choose import open_runtime, open_tokenizer
 from lighten.evaluate.runtimes.head import Head
-from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
 from lighten.step import silent
 from tests.evaluate.conftest import Tiny, log_softmax, payload
 

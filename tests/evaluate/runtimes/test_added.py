@@ -15,8 +15,8 @@ import pytest
 from lighten.errors import Failure, RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.loaders.survey import survey
-from lighten.evaluate.runtimes import opening
-from lighten.evaluate.runtimes.opening import open_runtime, opener
+from lighten.evaluate.runtimes import choose
+from lighten.evaluate.runtimes.choose import open_runtime, opener
 from lighten.evaluate.runtimes.runtime import Question
 from lighten.model.traffic import traffic
 from lighten.pipeline.verbs import measure
@@ -72,9 +72,9 @@ def model(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
     (told / "entry_points.txt").write_text("[lighten.runtimes]\npairs = lighten_pairs:PairsOpener\n")
     monkeypatch.syspath_prepend(str(packages))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(packages), os.environ["PYTHONPATH"]]))
-    rows = opening.RUNTIMES
-    monkeypatch.setattr(opening, "RUNTIMES", Table(rows.what, rows.group, rows.rows))
-    opening.weight_endings.cache_clear()
+    rows = choose.RUNTIMES
+    monkeypatch.setattr(choose, "RUNTIMES", Table(rows.what, rows.group, rows.rows))
+    choose.weight_endings.cache_clear()
     folder = tmp_path / "model"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -84,7 +84,7 @@ def model(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
     with (folder / "model.pairs").open("wb") as file:
         np.save(file, table)
     yield folder / "model.pairs"
-    opening.weight_endings.cache_clear()
+    choose.weight_endings.cache_clear()
     sys.modules.pop("lighten_pairs", None)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lighten.evaluate.runtimes.choose import open_runtime
 from lighten.evaluate.runtimes.lean import open_lean, stored_short
-from lighten.evaluate.runtimes.opening import open_runtime
 from tests.evaluate.conftest import Tiny
 
 

@@ -13,7 +13,7 @@ from lighten.evaluate.accuracy import scoring
 from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.evaluate.perplexity import chunks
 from lighten.evaluate.perplexity.settings import Perplexity
-from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
+from lighten.evaluate.runtimes.choose import open_runtime, open_tokenizer
 from lighten.evaluate.runtimes.runtime import Runtime
 from lighten.evaluate.speed import shapes
 from lighten.evaluate.speed.settings import Speed

@@ -5,9 +5,9 @@ import numpy as np
 import onnx
 import pytest
 
+from lighten.evaluate.runtimes.choose import open_runtime
 from lighten.evaluate.runtimes.onnx import OnnxRuntime
 from lighten.evaluate.runtimes.onnx_packed import packable
-from lighten.evaluate.runtimes.opening import open_runtime
 from lighten.evaluate.runtimes.runtime import Question
 from lighten.step import silent
 from tests.evaluate.conftest import score_alone

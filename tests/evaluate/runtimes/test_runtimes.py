@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.runtimes import llama_cpp, torch_loading
 from lighten.evaluate.runtimes.batches import Layout, by_length
-from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
+from lighten.evaluate.runtimes.choose import open_runtime, open_tokenizer
 from lighten.evaluate.runtimes.runtime import Question, Runtime, Tokenizer
 from lighten.model import gguf_header
 from lighten.model.packing import pack_gptq

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure
 from lighten.evaluate.run import measure
-from lighten.evaluate.runtimes.opening import open_runtime
+from lighten.evaluate.runtimes.choose import open_runtime
 from lighten.evaluate.runtimes.runtime import Runtime
 from lighten.evaluate.speculative import drafting
 from lighten.evaluate.speculative.drafting import plain, speculate

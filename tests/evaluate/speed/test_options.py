@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from lighten.errors import Failure
 from lighten.evaluate.run import measure
-from lighten.evaluate.runtimes.opening import open_runtime
+from lighten.evaluate.runtimes.choose import open_runtime
 from lighten.evaluate.runtimes.runtime import Ids
 from lighten.evaluate.speed import options
 from lighten.evaluate.speed.options import lacking

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 
 from lighten.evaluate.machine import fingerprint
-from lighten.evaluate.opened import for_speed
+from lighten.evaluate.request_model import for_speed
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.runtime import Ids, Runtime, Timings
 from lighten.evaluate.speed import shapes, work

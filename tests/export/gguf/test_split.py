@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lighten.errors import Failure, RequestError
-from lighten.evaluate.runtimes.opening import find_opener
+from lighten.evaluate.runtimes.choose import find_opener
 from lighten.export.gguf import write as export
 from lighten.export.gguf.settings import Gguf
 from lighten.export.gguf.split import split

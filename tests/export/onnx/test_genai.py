@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure, RequestError
-from lighten.evaluate.runtimes.opening import open_runtime
+from lighten.evaluate.runtimes.choose import open_runtime
 from lighten.export.onnx import weights as onnx_weights
 from lighten.export.onnx.settings import BUILDER, Onnx
 from lighten.facts import ModelFacts

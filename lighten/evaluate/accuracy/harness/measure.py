@@ -15,8 +15,8 @@ from lighten.evaluate.accuracy.harness import tasks
 from lighten.evaluate.accuracy.harness.adapter import RuntimeLM
 from lighten.evaluate.accuracy.scoring import Z95, Measured, wilson
 from lighten.evaluate.accuracy.tasks import Tasks
-from lighten.evaluate.result import AccuracyResult
 from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer
+from lighten.evaluate.stored_result import AccuracyResult
 from lighten.results import measured as results
 from lighten.step import Report
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lighten.errors import Failure
 from lighten.evaluate.accuracy.harness.generation import Sampling, write
-from lighten.evaluate.runtimes.opening import open_runtime, open_tokenizer
+from lighten.evaluate.runtimes.choose import open_runtime, open_tokenizer
 from lighten.step import silent
 from tests.evaluate.conftest import Tiny
 

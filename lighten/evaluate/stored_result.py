@@ -1,4 +1,7 @@
-"""The results of measurements, as in `result.json`: sections of results.json, and how they were measured."""
+"""What a measurement leaves in the store: the contents of its `result.json`.
+
+These are sections of results.json (`lighten.results`), and how they were measured.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice of a runtime for a model: a table of runtimes. Each says what it recognises."""
+"""The choice of the runtime for a model, by what each opener recognises; and the model, opened with that runtime."""
 
 from __future__ import annotations
 
@@ -6,25 +6,13 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lighten.errors import RequestError
+from lighten.evaluate.runtimes import FALLBACK, RUNTIMES
 from lighten.evaluate.runtimes.opener import Conditions, Opener, Target
 from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer
 from lighten.evaluate.speed.settings import Options
-from lighten.plugins import Table
 
 if TYPE_CHECKING:
     from lighten.evaluate.runtimes.words import Words
-
-FALLBACK = "torch"
-"""Name of the runtime that is asked last. It takes any directory, and says what is wrong with other paths."""
-RUNTIMES = Table(
-    "runtime",
-    "lighten.runtimes",
-    {
-        "onnxruntime": "lighten.evaluate.runtimes.onnx:OnnxOpener",
-        "llama.cpp": "lighten.evaluate.runtimes.llama_cpp:LlamaCppOpener",
-        FALLBACK: "lighten.evaluate.runtimes.torch_opener:TorchOpener",
-    },
-)
 
 
 def opener(name: str) -> Opener[Any]:

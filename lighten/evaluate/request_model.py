@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from lighten.evaluate import machine
 from lighten.evaluate.measurement import Measurement
 from lighten.evaluate.request import Request
-from lighten.evaluate.runtimes.opening import open_runtime, served_in
+from lighten.evaluate.runtimes.choose import open_runtime, served_in
 from lighten.evaluate.runtimes.runtime import Runtime
 from lighten.evaluate.speed.settings import Options
 from lighten.model import vocabulary
