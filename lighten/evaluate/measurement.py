@@ -132,4 +132,6 @@ MEASUREMENTS = Table(
         "speculative": "lighten.evaluate.speculative.settings:Speculative",
         "loaders": "lighten.evaluate.loaders.settings:Loaders",
     },
+    base=f"{__name__}:Measurement",
+    key="name",
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from lighten.errors import Failure
 from lighten.plugins import Table
 
 EXPORTS = Table(
@@ -16,6 +15,8 @@ EXPORTS = Table(
         "onnx": "lighten.export.onnx.settings:Onnx",
         "bundle": "lighten.export.bundle.settings:Bundle",
     },
+    base="lighten.export.step:Export",
+    key="format",
 )
 
 
@@ -52,18 +53,15 @@ class ExportFormat(Protocol):
 def extras_of_formats() -> dict[str, tuple[str, ...]]:
     """Returns the modules that each extra brings for the export formats."""
     found: dict[str, tuple[str, ...]] = {}
-    for known in map(export_format, EXPORTS.names):
-        for module, extra in known.needs() if known else []:
+    for known in EXPORTS.usable().values():
+        for module, extra in known.needs():
             found[extra] = (*found.get(extra, ()), module)
     return found
 
 
 def export_format(name: str | None) -> ExportFormat | None:
     """Returns the settings class of an export format; None if it does not exist or cannot be imported."""
-    if name not in EXPORTS.places:
+    if name not in EXPORTS.names or name in EXPORTS.broken:
         return None
-    try:
-        found: ExportFormat = EXPORTS.load(name)
-    except Failure:
-        return None
+    found: ExportFormat = EXPORTS.load(name)
     return found

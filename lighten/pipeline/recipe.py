@@ -176,9 +176,7 @@ def parse(value: dict[str, Any], path: str = "recipe", where: Where | None = Non
             for kind, settings in step.items():
                 at = ("variants", variant, index, kind)
                 if kind not in kinds():
-                    raise RequestError(
-                        f"{_place(path, where, at)}: unknown step {kind!r}{_nearest(kind, list(kinds()))}"
-                    )
+                    raise RequestError(f"{_place(path, where, at)}: unknown step {kind!r}{_nearest(kind, kinds())}")
                 try:
                     checked.append(open_step(kind, settings))
                 except ValidationError as error:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from lighten.compress.quantize.methods import METHODS
-from lighten.errors import Failure, RequestError
+from lighten.errors import RequestError
 from lighten.model.export_formats import EXPORTS
 from lighten.plugins import Table, found_at
 from lighten.process.isolate import share_cores
@@ -44,26 +43,9 @@ class Choice:
         found: type[Step] = self.table.load(given)
         return found
 
-    def all(self) -> dict[str, type[Step]]:
-        """Returns the class for every value, without those of installed packages that cannot be imported."""
-        found = {}
-        for name in self.table.names:
-            try:
-                found[name] = self.table.load(name)
-            except Failure:
-                continue  # whoever asks for it by name is told
-        return found
 
-
-STEPS: dict[str, str | Choice] = {
-    "prune": "lighten.compress.prune.settings:Prune",
-    "distill": "lighten.compress.distill.settings:Distill",
-    "quantize": Choice("method", METHODS, default="gptq"),
-    "export": Choice("format", EXPORTS),
-}
-"""Step kind to "module:Class", or to the choice between several; packages add more through the entry-point group
-`lighten.steps`."""
-
+CHOICES = {"quantize": Choice("method", METHODS, default="gptq"), "export": Choice("format", EXPORTS)}
+"""The steps with several settings classes."""
 INTERNAL = {
     "source": "lighten.model.source:Source",
     "sweep": "lighten.compress.calibrate.sweep:Sweep",
@@ -71,29 +53,30 @@ INTERNAL = {
     "teacher": "lighten.compress.distill.teacher:Teacher",
 }
 """Stages that the pipeline adds by itself."""
+STEPS = Table(
+    "step",
+    "lighten.steps",
+    {"prune": "lighten.compress.prune.settings:Prune", "distill": "lighten.compress.distill.settings:Distill"},
+    base="lighten.step:Step",
+    key="kind",
+    taken=(*CHOICES, *INTERNAL),
+)
+"""The steps with one settings class."""
 
 
-def kinds() -> dict[str, str | Choice]:
-    """Returns every step that a recipe may name."""
-    added = {entry.name: entry.value for entry in entry_points(group="lighten.steps")}
-    return {**added, **STEPS}
-
-
-def _found(kind: str) -> str | Choice:
-    known = {**kinds(), **INTERNAL}
-    if kind not in known:
-        raise RequestError(f"there is no step {kind!r}; there is {', '.join(kinds())}")
-    return known[kind]
+def kinds() -> list[str]:
+    """Returns the names of all steps that a recipe may have."""
+    return [*STEPS.rows, *CHOICES, *STEPS.added]
 
 
 def step_classes(kind: str) -> list[type[Step]]:
-    """Returns all settings classes of a step.
+    """Returns all settings classes of a step, without those of installed packages that cannot be used.
 
     Raises:
         RequestError: the step does not exist.
+        Failure: the package that brings the step cannot be used.
     """
-    found = _found(kind)
-    return list(found.all().values()) if isinstance(found, Choice) else [found_at(found)]
+    return list(CHOICES[kind].table.usable().values()) if kind in CHOICES else [step_class(kind)]
 
 
 def step_class(kind: str, settings: Mapping[str, Any] | None = None) -> type[Step]:
@@ -101,11 +84,13 @@ def step_class(kind: str, settings: Mapping[str, Any] | None = None) -> type[Ste
 
     Raises:
         RequestError: the step does not exist, or has no such format or method.
+        Failure: the package that brings the step, the format or the method cannot be used.
     """
-    found = _found(kind)
-    if isinstance(found, Choice):
-        return found.of(settings or {})
-    one: type[Step] = found_at(found)
+    if kind in CHOICES:
+        return CHOICES[kind].of(settings or {})
+    if kind not in INTERNAL and kind not in kinds():
+        raise RequestError(f"there is no step {kind!r}; there is {', '.join(kinds())}")
+    one: type[Step] = found_at(INTERNAL[kind]) if kind in INTERNAL else STEPS.load(kind)
     return one
 
 

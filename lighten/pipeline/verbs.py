@@ -313,8 +313,8 @@ def describe_source(source: Found) -> dict[str, Any]:
 def _format(source: Found) -> str:
     if source.form != "directory":
         return source.form
-    if (source.path / MANIFEST).is_file() and (told := read_artifact(source.path).format) in EXPORTS.places:
-        return told
+    if (source.path / MANIFEST).is_file() and (form := read_artifact(source.path).format) in EXPORTS.names:
+        return form
     return str((read_config(source.path).get("quantization_config") or {}).get("quant_method", "hf"))
 
 

@@ -59,9 +59,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     (declared / "entry_points.txt").write_text("[lighten.measurements]\nvariety = lighten_variety:Variety\n")
     monkeypatch.syspath_prepend(str(packages))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(packages), os.environ["PYTHONPATH"]]))
-    MEASUREMENTS.__dict__.pop("places", None)
+    MEASUREMENTS.__dict__.pop("declared", None)
     yield
-    MEASUREMENTS.__dict__.pop("places", None)
+    MEASUREMENTS.__dict__.pop("declared", None)
     for name in ("lighten_variety", "lighten_variety_work"):
         sys.modules.pop(name, None)
 

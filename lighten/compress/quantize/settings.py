@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from lighten.compress.quantize.methods import METHODS
-from lighten.errors import Failure, RequestError
+from lighten.errors import RequestError
 from lighten.facts import ModelFacts
 from lighten.model.formats import FORMATS
 from lighten.step import Estimate, Step
@@ -75,10 +75,14 @@ class Quantize(Step):
         for key, value in given.items():
             choices = _choices(cls, key)
             value = number(value) if choices else value
-            if key != "method" and key not in own and any(key in other.model_fields for _, other in _loaded()):
+            if (
+                key != "method"
+                and key not in own
+                and any(key in other.model_fields for other in METHODS.usable().values())
+            ):
                 raise ValueError(f"{name} has no setting {key}; it has {', '.join(own)}")
             if key != "method" and choices and value not in choices:
-                able = [other for other, settings in _loaded() if value in _choices(settings, key)]
+                able = [other for other, settings in METHODS.usable().items() if value in _choices(settings, key)]
                 if able:  # what no method takes is refused by the field itself
                     hint = f"{value} is for {', '.join(able)}"
                     raise ValueError(f"{name} takes {key} {either(choices)}, not {value!r}; {hint}")
@@ -199,15 +203,6 @@ def grouped_bits(bits: int | None, size: int | Literal["tensor"], facts: ModelFa
     """Returns about the bits of a weight whose group has a scale and a zero point of 20 bits."""
     group = 64 if size == "tensor" else facts.hidden if size == -1 else size
     return (bits or 4) + 20 / group
-
-
-def _loaded() -> Iterator[tuple[str, type[Quantize]]]:
-    """Yields the methods whose settings can be imported."""
-    for name in METHODS.names:
-        try:
-            yield name, METHODS.load(name)
-        except Failure:
-            continue  # whoever asks for that method is told
 
 
 def _choices(settings: type[Quantize], key: str) -> tuple[Any, ...]:

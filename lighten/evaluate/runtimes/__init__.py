@@ -14,5 +14,7 @@ RUNTIMES = Table(
         "llama.cpp": f"{__name__}.llama_cpp:LlamaCppOpener",
         FALLBACK: f"{__name__}.torch_opener:TorchOpener",
     },
+    base=f"{__name__}.opener:Opener",
+    key="name",
 )
 """Opener of each runtime, "module:Class". Installed packages add theirs by the group `lighten.runtimes`."""

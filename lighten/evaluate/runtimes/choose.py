@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,20 +23,25 @@ def opener(name: str) -> Opener[Any]:
     return made
 
 
+def openers() -> dict[str, Opener[Any]]:
+    """Returns the openers of all runtimes, without those of installed packages that cannot be used."""
+    return {name: found() for name, found in RUNTIMES.usable().items()}
+
+
 def added() -> list[Opener[Any]]:
     """Returns the openers of added runtimes, whose models can be measured and not compressed."""
-    return [runtime for runtime in map(opener, RUNTIMES.names) if not runtime.compressible]
+    return [runtime for runtime in openers().values() if not runtime.compressible]
 
 
 def extras_of_runtimes() -> dict[str, tuple[str, ...]]:
     """Returns the modules that each extra brings for the runtimes."""
-    return {runtime.extra: runtime.modules for runtime in map(opener, RUNTIMES.names) if runtime.extra}
+    return {runtime.extra: runtime.modules for runtime in openers().values() if runtime.extra}
 
 
 @cache
 def weight_endings() -> tuple[str, ...]:
     """Returns the endings of the names of files with weights, on any runtime."""
-    return tuple(ending for name in RUNTIMES.names for ending in opener(name).weights)
+    return tuple(ending for runtime in openers().values() for ending in runtime.weights)
 
 
 def find_opener(target: Target) -> tuple[Opener[Any], Any]:
@@ -43,11 +50,23 @@ def find_opener(target: Target) -> tuple[Opener[Any], Any]:
     Raises:
         RequestError: there is nothing that can be run.
     """
-    for name in sorted(RUNTIMES.names, key=FALLBACK.__eq__):
-        place = (asked := opener(name)).recognises(target)
-        if place is not None:
-            return asked, place
-    raise RequestError(f"cannot measure {target}: no runtime serves it")
+    known = openers()
+    with naming_broken():
+        for name in sorted(known, key=FALLBACK.__eq__):
+            if (place := known[name].recognises(target)) is not None:
+                return known[name], place
+        raise RequestError(f"cannot measure {target}: no runtime serves it")
+
+
+@contextmanager
+def naming_broken() -> Iterator[None]:
+    """Adds to the message that nothing serves a model the packages that cannot be used: it may be theirs."""
+    try:
+        yield
+    except RequestError as error:
+        if not RUNTIMES.broken:
+            raise
+        raise RequestError("; ".join([str(error), *RUNTIMES.broken.values()])) from error
 
 
 def open_runtime(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from lighten.evaluate.runtimes.choose import added
+from lighten.evaluate.runtimes.choose import added, naming_broken
 from lighten.model.source import Found, find
 from lighten.store.artifact import read_artifact
 from lighten.store.files import MANIFEST, hash_file
@@ -19,7 +19,8 @@ def find_measurable(model: str, *, trust_remote_code: bool = False, merge_adapte
     for runtime in added() if path.exists() else []:
         if (place := runtime.recognises(path)) is not None:
             return Found(model, place, _format(path) or runtime.name, _identity(place), runtime.facts(place))
-    return find(model, trust_remote_code=trust_remote_code, merge_adapter=merge_adapter)
+    with naming_broken():
+        return find(model, trust_remote_code=trust_remote_code, merge_adapter=merge_adapter)
 
 
 def _format(path: Path) -> str | None:

@@ -29,7 +29,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "rtn", "group_size": 100}, "group_size: must be -1, 32, 64, 128 or 'tensor', not 100"),
     ({"group_size": "tensor"}, "gptq takes group_size -1, 32, 64 or 128, not 'tensor'; tensor is for rtn"),
     ({"method": "awq", "group_size": "16"}, "group_size: must be -1, 32, 64 or 128, not 16"),
-    ({"method": "nf4", "group_size": 64}, "nf4 has no setting group_size; it has bits, ignore, block_size, double_quant"),
+    (
+        {"method": "nf4", "group_size": 64},
+        "nf4 has no setting group_size; it has bits, ignore, block_size, double_quant",
+    ),
     ({"method": "rtn", "damp_percent": 0.1}, "rtn has no setting damp_percent"),
     ({"method": "fp8", "alpha": 0.5}, "fp8 has no setting alpha"),
     ({"method": "awq", "budget": "bits=4.2"}, "awq has no setting budget"),

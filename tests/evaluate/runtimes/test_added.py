@@ -73,7 +73,7 @@ def model(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(str(packages))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(packages), os.environ["PYTHONPATH"]]))
     rows = choose.RUNTIMES
-    monkeypatch.setattr(choose, "RUNTIMES", Table(rows.what, rows.group, rows.rows))
+    monkeypatch.setattr(choose, "RUNTIMES", Table(rows.what, rows.group, rows.rows, base=rows.base, key=rows.key))
     choose.weight_endings.cache_clear()
     folder = tmp_path / "model"
     folder.mkdir()

@@ -18,5 +18,7 @@ METHODS = Table(
         "w8a8": f"{__name__}.w8a8:W8a8",
         "fp8": f"{__name__}.fp8:Fp8",
     },
+    base="lighten.compress.quantize.settings:Quantize",
+    key="method",
 )
 """Settings class of each method, "module:Class". Installed packages add theirs by the group `lighten.methods`."""
