@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, RootModel, model_validator
 from pydantic_core import CoreSchema, core_schema
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -35,34 +35,71 @@ def rebuilt(model: type[Model], dumped: Mapping[str, Any]) -> Model:
     """Returns the settings that `model_dump(mode="json")` was called on, without another check.
 
     For what this program has checked and written itself, and for nothing else.
+
+    Raises:
+        TypeError: JSON does not tell what a setting was, such as a date, a set, or one of two models.
     """
-    fields = model.model_fields
-    return model.model_construct(**{name: _rebuilt(fields[name].annotation, value) for name, value in dumped.items()})
+    if issubclass(model, RootModel) or model.model_config.get("extra") == "allow":
+        raise TypeError(f"{model.__name__} holds more than its fields, which JSON does not tell apart")
+    if strange := dumped.keys() - model.model_fields.keys():
+        raise TypeError(f"{model.__name__} has no setting {min(strange)}")
+    found = {}
+    for name, value in dumped.items():
+        try:
+            found[name] = _read(_readers(model.model_fields[name].annotation), value)
+        except TypeError as error:
+            raise TypeError(f"{model.__name__}.{name}: {error}") from error
+    return model.model_construct(**found)
 
 
-def _rebuilt(annotation: Any, value: Any) -> Any:
-    """Returns a value of an annotation from what JSON has in its place."""
-    arms = [each for each in get_args(annotation) if each is not type(None)]
-    if get_origin(annotation) in (Annotated, Union, UnionType):
-        fitting = (each for each in arms if isinstance(value, _json_type(each)))
-        return value if value is None else _rebuilt(next(fitting, None), value)
-    if isinstance(value, list):
-        inner = arms[0] if arms else None
-        return (tuple if get_origin(annotation) is tuple else list)(_rebuilt(inner, each) for each in value)
-    if isinstance(value, dict) and get_origin(annotation) is dict:
-        return {key: _rebuilt(arms[1], each) for key, each in value.items()}
-    if isinstance(annotation, type) and isinstance(value, dict) and issubclass(annotation, BaseModel):
-        return rebuilt(annotation, value)
-    return Path(value) if annotation is Path else value
+Readers = dict[type, Callable[[Any], Any]]
+"""What makes a value from JSON, by the type that JSON has in its place."""
 
 
-def _json_type(annotation: Any) -> type | tuple[type, ...]:
-    """Returns what JSON has in the place of a value of an annotation."""
-    if get_origin(annotation) in (tuple, list):
-        return list
-    if get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-        return dict
-    return (str, int, float, bool)
+def _read(readers: Readers, value: Any) -> Any:
+    """Returns the value that JSON stands for."""
+    if type(value) not in readers:
+        raise TypeError(f"{value!r} is no value of it")
+    return readers[type(value)](value)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _readers(annotation: Any) -> Readers:
+    """Returns what makes a value of an annotation from JSON.
+
+    Raises:
+        TypeError: JSON does not tell what the value was.
+    """
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation in (None, NoneType, str, bool, int, float):
+        return dict.fromkeys((int, float) if annotation is float else (annotation or NoneType,), _same)
+    if annotation is Path:
+        return {str: Path}
+    if origin is Annotated:
+        return _readers(arguments[0])
+    if origin is Literal and all(type(each) in (str, bool, int, NoneType) for each in arguments):
+        return {type(each): _same for each in arguments}
+    if origin in (Union, UnionType):
+        found: Readers = {}
+        for kind, reader in (pair for each in arguments for pair in _readers(each).items()):
+            if found.setdefault(kind, reader) is not reader:
+                raise TypeError(f"JSON does not tell which of {annotation} it was")
+        return found
+    if origin is list or (origin is tuple and arguments[1:] == (...,)):
+        inner = _readers(arguments[0])
+        return {list: lambda values: origin(_read(inner, each) for each in values)}
+    if origin is tuple:
+        each_inner = [_readers(each) for each in arguments]
+        return {list: lambda values: tuple(map(_read, each_inner, values))}
+    if origin is dict and arguments[0] is str:
+        inner = _readers(arguments[1])
+        return {dict: lambda values: {name: _read(inner, each) for name, each in values.items()}}
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {dict: partial(rebuilt, annotation)}
+    raise TypeError(f"JSON does not tell what a value of {annotation} was")
 
 
 def _choices(annotation: Any) -> Iterator[Any]:

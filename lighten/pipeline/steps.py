@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.compress.quantize.methods import METHODS
-from lighten.errors import RequestError
+from lighten.errors import Failure, RequestError
 from lighten.model.export_formats import EXPORTS
 from lighten.plugins import Table, found_at
 from lighten.process.isolate import share_cores
@@ -100,13 +100,29 @@ def open_step(kind: str, settings: Mapping[str, Any]) -> Step:
     Raises:
         RequestError: the step does not exist, or has no such format or method.
         ValidationError: a setting is wrong.
+        Failure: the package that brings the step cannot be used, or has settings that `checked` refuses.
     """
-    return step_class(kind, settings).model_validate(dict(settings))
+    step = step_class(kind, settings).model_validate(dict(settings))
+    checked(step)
+    return step
 
 
 def checked(step: Step) -> dict[str, Any]:
-    """Returns checked settings as JSON, which `run_step` takes without another check."""
-    return {"kind": step.kind, "settings": step.model_dump(mode="json")}
+    """Returns checked settings as JSON, which `run_step` takes without another check.
+
+    Raises:
+        Failure: the settings would be others there. That is a mistake in the class of the step.
+    """
+    settings = step.model_dump(mode="json")
+    try:
+        arrived = rebuilt(type(step), settings)
+    except TypeError as error:
+        raise Failure(f"the settings of the step {step.kind} cannot be written as JSON: {error}") from error
+    if arrived != step:
+        raise Failure(
+            f"the settings of the step {step.kind} cannot be written as JSON: {arrived!r} instead of {step!r}"
+        )
+    return {"kind": step.kind, "settings": settings}
 
 
 def run_step(payload: dict[str, Any], report: Report) -> dict[str, Any]:
