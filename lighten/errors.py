@@ -6,12 +6,16 @@ correct request (exit code 1). The message says what was wrong, where, and what 
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+LIKENESS = 0.5
+"""Likeness from which one name is offered for another: 0 is nothing in common, 1 is the same name."""
 
 
 class LightenError(Exception):
@@ -54,6 +58,11 @@ def disk_full(error: BaseException | None) -> DiskFull | None:
             )
         error = error.__cause__ or error.__context__
     return None
+
+
+def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """Returns the known names that are most like a wrong one, for "did you mean": at most `most`, or none."""
+    return difflib.get_close_matches(name, list(known), most, cutoff=LIKENESS)
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lighten.errors import RequestError
+from lighten.errors import RequestError, nearest
 from lighten.results.file import FILE, load
 from lighten.results.results import Results, Variant
 from lighten.store.store import Store
@@ -113,7 +112,7 @@ def _version(text: str, artifacts: Path) -> Version | None:
     if ":" in number:
         return None  # a variant of that version
     if at and versions and number not in versions:
-        raise RequestError(f"{name} has no version {number!r}{_near(number, list(versions))}")
+        raise RequestError(f"{name} has no version {number!r}; there is {', '.join(versions)}")
     folder = versions.get(number) if at else store.latest(name)
     return Version(text, load(folder), folder) if folder else None
 
@@ -125,5 +124,5 @@ def _unknown(text: str, artifacts: Path) -> RequestError:
 
 
 def _near(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1)
+    close = nearest(name, known)
     return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(known)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from importlib.resources import files
@@ -14,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from lighten.compress.calibrate.sweep import Sweep
-from lighten.errors import RequestError
+from lighten.errors import RequestError, nearest
 from lighten.evaluate.measurement import MEASUREMENTS
 from lighten.evaluate.settings import Evaluate
 from lighten.pipeline import recipe_yaml
@@ -135,7 +134,7 @@ def find(name: str) -> Path:
     ready = {entry.stem: entry for folder in _ready_folders() for entry in sorted(folder.glob("*.yaml"))}
     if name in ready:
         return ready[name]
-    near = difflib.get_close_matches(name, ready, 1)
+    near = nearest(name, ready)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise RequestError(f"there is no recipe {name!r}: {hint}Give a YAML file, or a ready recipe: {', '.join(ready)}")
 
@@ -176,7 +175,9 @@ def parse(value: dict[str, Any], path: str = "recipe", where: Where | None = Non
             for kind, settings in step.items():
                 at = ("variants", variant, index, kind)
                 if kind not in kinds():
-                    raise RequestError(f"{_place(path, where, at)}: unknown step {kind!r}{_nearest(kind, kinds())}")
+                    raise RequestError(
+                        f"{_place(path, where, at)}: unknown step {kind!r}{_did_you_mean(kind, kinds())}"
+                    )
                 try:
                     checked.append(open_step(kind, settings))
                 except ValidationError as error:
@@ -195,14 +196,14 @@ def _check_names(recipe: Recipe, path: str, where: Where) -> None:
         name = getattr(recipe.evaluate.speculative, role, BASELINE)
         if name not in names:
             place = _place(path, where, ("evaluate", "speculative", role))
-            raise RequestError(f"{place}: there is no variant {name!r}{_nearest(name, names)}")
+            raise RequestError(f"{place}: there is no variant {name!r}{_did_you_mean(name, names)}")
     if not recipe.evaluate.speed:
         return
     at = ("evaluate", "speed", "options")
     for pattern in recipe.evaluate.speed.options:
         if not any(fnmatchcase(name, pattern) for name in names):
             place = _place(path, where, (*at, pattern))
-            raise RequestError(f"{place}: there is no such variant{_nearest(pattern, names)}")
+            raise RequestError(f"{place}: there is no such variant{_did_you_mean(pattern, names)}")
     for name in names:
         try:
             recipe.evaluate.speed.of(name)
@@ -225,8 +226,8 @@ def _place(path: str, where: Where, at: Sequence[str | int]) -> str:
     return ": ".join([path, *([".".join(map(str, at))] if at else [])])
 
 
-def _nearest(key: str, valid: list[str]) -> str:
-    near = difflib.get_close_matches(key, valid, 1, cutoff=0.5)
+def _did_you_mean(key: str, valid: list[str]) -> str:
+    near = nearest(key, valid)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(valid)}"
 
 
@@ -240,7 +241,7 @@ def _explain(
     at = (*prefix, *first["loc"])
     place = _place(path, where, at)
     if first["type"] == "extra_forbidden":
-        return RequestError(f"{place}: unknown key{_nearest(str(at[-1]), _fields(model, first['loc'][:-1]))}")
+        return RequestError(f"{place}: unknown key{_did_you_mean(str(at[-1]), _fields(model, first['loc'][:-1]))}")
     if first["type"] == "missing":
         return RequestError(f"{place}: this key is required")
     given = first.get("input")

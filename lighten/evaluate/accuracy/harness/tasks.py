@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -13,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lighten.errors import RequestError
+from lighten.errors import RequestError, nearest
 from lighten.evaluate.accuracy.tasks import OWN_TASKS, Tasks
 from lighten.step import Report
 
@@ -87,7 +86,7 @@ def _file_of(name: str) -> Path | None:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, {*OWN_TASKS, *known}, 3, cutoff=0.6)
+    near = nearest(name, {*OWN_TASKS, *known}, 3)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return (
         f"there is no task {name!r}: {hint}Give builtin, hellaswag, a .jsonl file in HellaSwag's format, one of "
