@@ -117,7 +117,7 @@ def choices(program: list[str], model: Path, ids: list[int], said: list[int]) ->
 
 def here(runtime: LlamaCppRuntime, ids: list[int], steps: int) -> dict[str, Any]:
     """Returns the same of llama-cpp-python in this process."""
-    from lighten.evaluate.runtimes.llama_binding import _Batch
+    from lighten.evaluate.runtimes.llama_binding import Batch
 
     context = runtime._open_context(len(ids) + steps, 1, False)
     given, start = list(ids), 0
@@ -125,7 +125,7 @@ def here(runtime: LlamaCppRuntime, ids: list[int], steps: int) -> dict[str, Any]
     for _ in range(steps):
         places = np.arange(start, start + len(given))
         last = places == places[-1]
-        batch = _Batch(runtime._library, np.array(given), places, [[0]] * len(given), last)
+        batch = Batch(runtime._library, np.array(given), places, [[0]] * len(given), last)
         logits = runtime._decode(context, batch)[0]
         best = np.argsort(-logits, kind="stable")[:2]
         tokens.append(int(best[0]))
