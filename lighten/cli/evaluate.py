@@ -61,13 +61,17 @@ Scorer = Annotated[
     str | None, typer.Option(help="lm-eval: also for what lighten scores itself (hellaswag, .jsonl files).")
 ]
 Attention = Annotated[
-    str | None, typer.Option(help="Of what transformers runs, when its speed is measured: eager, sdpa or flash.")
+    str | None, typer.Option(help="Attention in transformers when speed is measured: eager, sdpa or flash.")
 ]
 Compile = Annotated[
     str | None,
-    typer.Option("--compile", help="torch.compile's mode, likewise: off, default, reduce-overhead or max-autotune."),
+    typer.Option(
+        "--compile", help="torch.compile's mode when speed is measured: off, default, reduce-overhead or max-autotune."
+    ),
 ]
-Cache = Annotated[str | None, typer.Option(help="What keeps keys and values, likewise: dynamic, static or quantized.")]
+Cache = Annotated[
+    str | None, typer.Option(help="Cache of keys and values when speed is measured: dynamic, static or quantized.")
+]
 Skip = Annotated[list[str] | None, typer.Option(help="Leave out perplexity, accuracy or speed; may be repeated.")]
 Roofline = Annotated[
     bool, typer.Option("--roofline", help="Say how near each speed is to what memory and arithmetic allow.")

@@ -19,7 +19,7 @@ from lighten.errors import Failure, RequestError, missing_extra
 
 @dataclass(frozen=True)
 class Choice:
-    """One task: a context and endings, of which `label` is the right one.
+    """One task: a context and endings. `label` is the position of the right ending.
 
     A model scores `context + " " + ending`; `acc_norm` divides by the ending's length in characters.
     """

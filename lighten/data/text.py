@@ -159,7 +159,7 @@ def _read_hub(origin: Origin, part: Part) -> Iterator[Row]:
     try:
         rows = load_dataset(name, config or None, split=split)
         if "text" in rows.column_names and not origin.field:
-            rows = rows.select_columns(["text"])  # the others are not decoded
+            rows = rows.select_columns(["text"])  # other columns are not decoded
     except Exception as error:  # the library raises many kinds; all mean that the request cannot be served
         raise RequestError(
             f"cannot load the hub data set {origin.name!r}: {error}. Give a file (.txt, .jsonl, .json, .csv, "

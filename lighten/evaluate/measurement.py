@@ -36,7 +36,7 @@ class Measurement(AnyCase, BaseModel):
     """Name of the function that measures, "module:function". It takes a `Request` and a `Report`, and returns a
     `Result`, or further contents of `result.json` as a dict."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Capabilities of a runtime, of which it must have one."""
+    """Capabilities of a runtime: it must have at least one of them."""
     younger: ClassVar[dict[str, Any]] = {}
     """Settings that were added after results had been kept, and their values for the old behaviour."""
     timed: ClassVar[bool] = False
@@ -52,7 +52,7 @@ class Measurement(AnyCase, BaseModel):
 
     @property
     def needed(self) -> frozenset[str]:
-        """Capabilities of which a runtime must have one, for these settings."""
+        """Capabilities for these settings: a runtime must have at least one of them."""
         return self.needs
 
     @property

@@ -47,7 +47,7 @@ class Unavailable(Exception):
     """The error that the runtime of a model cannot do a measurement. Its text says why."""
 
     def __init__(self, runtime: Runtime, needed: frozenset[str]) -> None:
-        """Takes the opened runtime, and the capabilities of which it needs one."""
+        """Takes the opened runtime, and the capabilities: it has none of them."""
         super().__init__(f"{runtime.name} {' and '.join(LACKS.get(each, each) for each in sorted(needed))}")
         self.facts = facts(runtime)
 

@@ -251,7 +251,7 @@ class _Measuring:
         name = "baseline" if is_baseline else as_name(source.path.name)
         row = {"name": name, "status": "ok", **describe_source(source)}
         measured: list[tuple[Measurement, Path, Path | None]] = []
-        for note in row["notes"][len(source.notes) :]:  # the others were said before
+        for note in row["notes"][len(source.notes) :]:  # earlier notes were said before
             self.watcher.say(f"{source.name}: {note}")
         try:
             for position, settings in enumerate(self.asked):

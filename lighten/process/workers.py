@@ -24,7 +24,7 @@ MEMORY_SHARE = 0.5
 
 
 def crew(count: int, bytes_each: int, device: str) -> int:
-    """Returns the number of workers for `count` pieces of work, each of which takes `bytes_each` of memory."""
+    """Returns the number of workers for `count` pieces of work; each piece takes `bytes_each` of memory."""
     if device != "cpu" or not CAN_FORK:
         return 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -95,7 +95,7 @@ def _worst_rise(question: Question) -> float | None:
 
 
 def _claims(question: Question) -> list[tuple[str, Callable[[Candidate], str | None]]]:
-    """Returns the filters for variants of which nothing can be claimed."""
+    """Returns the filters that remove variants whose numbers support no claim."""
     found: list[tuple[str, Callable[[Candidate], str | None]]] = [
         (
             "is not better than its source by more than the interval: something was measured wrongly there",
@@ -103,7 +103,7 @@ def _claims(question: Question) -> list[tuple[str, Callable[[Candidate], str | N
         )
     ]
     if question.prefer == "speed":
-        text = f"has a speed whose repeats differ by at most {100 * UNSTEADY:g} %: measure the others again"
+        text = f"has a speed whose repeats differ by at most {100 * UNSTEADY:g} %: measure the noisy variants again"
         found.append((text, lambda each: _unless(not each.noisy, "its repeats differ by more")))
     return found
 

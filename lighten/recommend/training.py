@@ -25,7 +25,7 @@ SOURCES = {
     "lora": "2 bytes × weights, frozen, and 16 bytes × weights of the adapters "
     "(Hu et al. 2021, LoRA, arXiv:2106.09685, section 4.2: no optimizer states for what is frozen; "
     "the 16 bytes as for full training)",
-    "qlora": "4.127 bits × weights of linear layers (NF4, scales quantized too), 2 bytes × the others, "
+    "qlora": "4.127 bits × weights of linear layers (NF4, scales quantized too), 2 bytes × the other weights, "
     "and 16 bytes × weights of the adapters (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3)",
 }
 """Publication of each formula."""

@@ -42,7 +42,7 @@ class Teacher(Step):
     temperature: float = Field(1.0, gt=0)
     validation: float = Field(0.0, ge=0, le=0.5, description="share of the text that is held out: no prompt is of it")
     seed: int = 0
-    rows: int | None = Field(None, ge=1, description="of its head that are tokens; the others pad it; none: all")
+    rows: int | None = Field(None, ge=1, description="of its head that are tokens; the other rows pad it; none: all")
 
     def key_config(self) -> dict[str, Any]:
         """Returns the part of the stage's key: the text itself instead of its name."""

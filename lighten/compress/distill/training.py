@@ -180,7 +180,7 @@ class Trainer:
         return torch.autocast(accelerator.device_type(self.context.device), self.dtype)
 
     def _derive(self, sequences: list[int], of: int) -> Sums:
-        """Adds the derivatives of the loss of some sequences, `of` of which make a step, to every weight's `grad`."""
+        """Adds the derivatives of the loss of some sequences to every weight's `grad`; `of` sequences make a step."""
         step, core = self.step, self.student.core
         ids = self.lessons.ids[sequences].to(self.context.device)
         scale = float(self.scaler.scale(torch.ones((), device=ids.device)))

@@ -148,7 +148,7 @@ class Prune(Step):
         }[str(self.what)]
 
     def multiple_of(self, facts: ModelFacts) -> int:
-        """Returns the number of which the remaining MLP channels are a multiple."""
+        """Returns the number that divides the count of the remaining MLP channels."""
         return self.multiple or next(each for each in MULTIPLES if facts.intermediate % each == 0)
 
     def amount(self, facts: ModelFacts) -> int:

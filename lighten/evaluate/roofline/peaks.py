@@ -146,7 +146,7 @@ def _read(size: int, device: str) -> tuple[float, float]:
     import torch
 
     buffer = torch.ones(size // 4, device=device)
-    # a GPU is asked for many at once; a processor is timed at each, of which one at least nothing else disturbs
+    # a GPU is asked for many sums at once; a processor is timed at each sum, so that at least one is not disturbed
     times, most = (1, 200) if device == "cpu" else (max(1, 2**32 // size), REPEATS)
     return _timed(lambda: [torch.sum(buffer) for _ in range(times)], device, times, most, 0.2)
 

@@ -1,4 +1,4 @@
-"""Many questions in one run of an ONNX graph, whose attention gets a mask of which tokens see which.
+"""Many questions in one run of an ONNX graph, whose attention gets a mask: for each token, the tokens that it sees.
 
 The operator GroupQueryAttention has inputs for a mask and for positions that exported graphs leave free. With these,
 the questions of a batch are one row of tokens, as long as no question sees another. Weights and operators stay the

@@ -39,7 +39,7 @@ MOST_ROWS = 2048
 _SLICE = 1 << 18
 """Number of weights that one thread rounds at a time. It is fixed, so sums do not depend on the number of cores."""
 _ALIGNMENT = 32
-"""Number of bytes to a multiple of which GGUF pads every tensor."""
+"""Number of bytes: GGUF pads every tensor to a multiple of it."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Type:
     needs_imatrix: bool = False
     """Whether llama.cpp refuses to round some tensors to it without an importance matrix."""
     block: int = 1
-    """Number of which rows must be multiples, because llama.cpp has no other type to fall back to."""
+    """Number that must divide the length of a row, because llama.cpp has no other type to fall back to."""
 
 
 TYPES: dict[str, Type] = {

@@ -78,7 +78,7 @@ class _SourceCell(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         hidden = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        # one step of the decoder, of which only what depends on the source is kept
+        # one step of the decoder; only what depends on the source is kept
         step = self.model(
             encoder_outputs=(hidden,),
             attention_mask=attention_mask,
