@@ -1,11 +1,11 @@
-"""A disk that is full, however it is told."""
+"""A disk that is full, however it is told; and the name that a person meant."""
 
 import errno
 import os
 
 import pytest
 
-from lighten.errors import DiskFull, Failure, disk_full
+from lighten.errors import DiskFull, Failure, disk_full, nearest
 from lighten.process.isolate import run_isolated
 
 
@@ -29,3 +29,10 @@ def write_too_much(payload: dict, report: object) -> None:
 def test_a_full_disk_in_another_process_stays_one() -> None:
     with pytest.raises(DiskFull, match="free some space"):
         run_isolated("tests.test_errors:write_too_much", {})
+
+
+def test_the_nearest_name_is_offered_only_if_it_is_near() -> None:
+    assert nearest("tokns", ["tokens", "seed"]) == ["tokens"]
+    assert nearest("q9", ["baseline", "q8"]) == ["q8"]
+    assert nearest("flsh", ["seed", "length"]) == []
+    assert nearest("mmlu_algebra", ["mmlu", "mmlu_abstract_algebra", "piqa"], 3) == ["mmlu_abstract_algebra", "mmlu"]

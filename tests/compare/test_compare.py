@@ -195,7 +195,7 @@ def test_wrong_requests(home: Path, tmp_path: Path) -> None:
     refuse("mine@v1", "other", words=("not measured alike", "length is 64 in A and 32 in B"))
     refuse("mine:int4", "other:int4", words=("not measured alike", "length is 64 in A and 32 in B"))
     refuse("mien", "mine", words=("no version and no model 'mien'", "did you mean 'mine'?"))
-    refuse("mine@v9", "mine", words=("mine has no version 'v9'",))
+    refuse("mine@v9", "mine", words=("mine has no version 'v9'; there is v1",))
     refuse("mine:int5", "mine:int4", words=("no variant 'int5'", "did you mean"))
     refuse("mine", "mine:int4", words=("mine is a version and mine:int4 is not", "name a variant"))
     refuse("mine", "mine", "--tokens", 3, words=("--tokens is for two variants",))
