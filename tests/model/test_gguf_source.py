@@ -435,7 +435,7 @@ def test_a_file_is_recognised_by_its_content(make: Make, tmp_path: Path) -> None
     (tmp_path / "text").write_text("GGU")
     assert gguf_header.is_gguf(file) and not gguf_header.is_gguf(tmp_path / "text")
     assert not gguf_header.is_gguf(tmp_path)
-    assert find(str(file)).kind == "gguf"
+    assert find(str(file)).form == "gguf"
     assert find_opener(file)[1] == file
     assert recognise(file) == (file, "gguf", None)
 

@@ -137,6 +137,7 @@ def variant(
         "memory": {"peak_rss_bytes": rss, "peak_vram_bytes": None, "dtype": dtype},
         "energy": {"joules_per_token": None, "note": "this machine has no energy counter that can be read"},
         "roofline": None,
+        "unavailable": [],
         "cost": None,
         "delta": None,
         "loads": loads(form),
