@@ -46,6 +46,11 @@ class Format:
         """Modules that must be installed to write it, and the extra that brings each."""
         return [] if self.written_here else [(module, self.extra) for module in self.loaded_with]
 
+    @property
+    def pip_names(self) -> tuple[str, ...]:
+        """Packages that pip installs so that transformers opens it."""
+        return ("transformers", *(module.replace("_", "-") for module in self.loaded_with))
+
     def unpacked(self, settings: Mapping[str, Any]) -> Packed:
         """Returns what unpacks the linears of a checkpoint with this `quantization_config`."""
         found: Packed = found_at(self.packed)(dict(settings))

@@ -89,16 +89,6 @@ def gptq_zeros(words: torch.Tensor, bits: int, outputs: int, *, less_one: bool =
     return (zeros + 1) & 7 if less_one and bits == 3 else zeros
 
 
-def unpack_gptq(tensors: dict[str, torch.Tensor], *, less_one: bool = True) -> torch.Tensor:
-    """Returns the weight `[out, in]` in float32 that a linear in the `gptq` format stands for."""
-    g_idx = tensors["g_idx"].long()
-    bits = len(tensors["qweight"]) * 32 // g_idx.numel()
-    scales = tensors["scales"].float()
-    codes = unpack(tensors["qweight"], bits, g_idx.numel())
-    zeros = gptq_zeros(tensors["qzeros"], bits, scales.shape[1], less_one=less_one)
-    return ((codes - zeros[g_idx]).float() * scales[g_idx]).t().contiguous()
-
-
 def _awq_words(codes: torch.Tensor) -> torch.Tensor:
     """Packs `[n, out]` along the outputs, `[n, out / 8]`."""
     ordered = codes.reshape(len(codes), -1, 8)[..., list(AWQ_ORDER)].flatten(1)
@@ -114,14 +104,6 @@ def awq_codes(words: torch.Tensor) -> torch.Tensor:
 def pack_awq(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> dict[str, torch.Tensor]:
     """Returns the tensors of one 4-bit linear in the `awq` GEMM format; arguments as for `pack_gptq`, zeros from 0."""
     return {"qweight": _awq_words(codes), "qzeros": _awq_words(zeros), "scales": scales.to(torch.float16)}
-
-
-def unpack_awq(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Returns the weight `[out, in]` in float32 that a linear in the `awq` GEMM format stands for."""
-    codes, zeros, scales = awq_codes(tensors["qweight"]), awq_codes(tensors["qzeros"]), tensors["scales"].float()
-    group = len(codes) // len(scales)
-    spread = zeros.repeat_interleave(group, 0), scales.repeat_interleave(group, 0)
-    return ((codes - spread[0]).float() * spread[1]).t().contiguous()
 
 
 def pack_compressed(

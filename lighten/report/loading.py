@@ -6,16 +6,9 @@ import re
 from collections.abc import Sequence
 
 from lighten.model.export_formats import PROMPT, export_format
+from lighten.model.formats import FORMATS
 
 _PLAIN = re.compile(r"[\w.-]+(/[\w.-]+)*")
-NEEDS = {
-    "gptq": "transformers gptqmodel optimum",
-    "awq": "transformers gptqmodel optimum",
-    "bitsandbytes": "transformers accelerate bitsandbytes",
-    "compressed-tensors": "transformers accelerate compressed-tensors",
-}
-"""Packages that pip installs for a format that transformers reads; transformers and torch for all other formats."""
-
 TRANSFORMERS = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,7 +26,8 @@ def loading(form: str, files: Sequence[str], where: str) -> str:
     found = known.usage(files) if known else None
     if isinstance(found, str):
         return found
-    packages, code = found or (NEEDS.get(form, "transformers torch"), TRANSFORMERS)
+    packages = " ".join(FORMATS[form].pip_names) if form in FORMATS else "transformers torch"
+    packages, code = found or (packages, TRANSFORMERS)
     imported, _, rest = code.partition("\n\n")
     remote = where.startswith("snapshot_download")
     fetched = "from huggingface_hub import snapshot_download\n" if remote else ""

@@ -17,9 +17,9 @@ from lighten.model.packing import (
     pack_compressed,
     pack_gptq,
     unpack,
-    unpack_awq,
-    unpack_gptq,
 )
+from lighten.model.quantized.awq import Awq
+from lighten.model.quantized.gptq import Gptq
 from lighten.process.isolate import run_isolated
 
 
@@ -56,7 +56,7 @@ def test_a_linear_comes_back(bits: int) -> None:
     scales = torch.rand(2, 32, generator=generator).half().float()
     zeros = torch.randint(1, 2**bits, (2, 32), generator=generator)
     g_idx = torch.arange(64) // 32
-    weight = unpack_gptq(pack_gptq(codes, scales, zeros, g_idx, bits))
+    weight = Gptq({"bits": bits}).weight(pack_gptq(codes, scales, zeros, g_idx, bits))
     expected = ((codes - zeros[g_idx]).float() * scales[g_idx]).t()
     assert torch.equal(weight, expected)
 
@@ -87,7 +87,7 @@ def test_an_awq_linear_comes_back(groups: int, size: int, words: int, seed: int)
     assert packed["qweight"].shape == (groups * size, words)
     assert packed["qzeros"].shape == (groups, words)
     assert {each.dtype for each in packed.values()} == {torch.int32, torch.float16}
-    assert torch.equal(unpack_awq(packed), meant(codes, scales, zeros))
+    assert torch.equal(Awq({}).weight(packed), meant(codes, scales, zeros))
 
 
 AWQ_SIZES = [(1, 8, 8), (2, 16, 64), (4, 32, 24)]

@@ -146,6 +146,9 @@ def test_text_of_others_stays_text() -> None:
 
 def test_formats_ask_for_their_packages() -> None:
     assert "pip install transformers gptqmodel optimum" in loading("gptq", ["model.safetensors"], '"x"')
+    assert "pip install transformers compressed-tensors\n" in loading(
+        "compressed-tensors", ["model.safetensors"], '"x"'
+    )
     assert "pip install onnxruntime\n" in loading("onnx", ["model.onnx"], '"x"')
     assert "archive" in loading("bundle", ["a.tar.zst"], '"x"')
     assert json.dumps("x") in loading("hf", [], '"x"')

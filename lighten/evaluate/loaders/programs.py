@@ -245,6 +245,10 @@ def _onnxruntime_genai(opening: Opening) -> Answer:
     return Answer(logits)
 
 
+def _stored(form: str) -> dict[str, tuple[str, ...]]:
+    return {form: FORMATS[form].loaded_with}
+
+
 LOADERS = (
     Loader(
         "transformers",
@@ -272,11 +276,11 @@ LOADERS = (
         _onnxruntime_genai,
         file=GENAI,
     ),
-    Loader("bitsandbytes", ("bitsandbytes",), {"bitsandbytes": ("bitsandbytes", "accelerate")}, _bitsandbytes),
+    Loader("bitsandbytes", ("bitsandbytes",), _stored("bitsandbytes"), _bitsandbytes),
     Loader(
         "compressed-tensors",
         ("compressed-tensors",),
-        {"compressed-tensors": ("compressed_tensors",)},
+        _stored("compressed-tensors"),
         _compressed_tensors,
     ),
 )

@@ -18,7 +18,7 @@ from lighten.model import accelerator, llama_library
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.formats import FORMATS
 from lighten.model.loading import from_pretrained
-from lighten.model.packing import unpack_awq
+from lighten.model.quantized.awq import Awq
 from lighten.plugins import found_at
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
@@ -120,7 +120,7 @@ def describe_quantizer(method: str | None, kernels: list[str], unpacked: bool) -
     """Returns the package that opens a quantized checkpoint, its version and what computes; nothing for a plain one."""
     if (stored_as := FORMATS.get(method or "")) is None:
         return []
-    package = stored_as.loaded_with[0].replace("_", "-")
+    package = stored_as.pip_names[1]
     how = "weights unpacked to float32" if unpacked else f"{', '.join(kernels) or 'its own'} kernel"
     return [f"{package} {version(package)} ({how})"]
 
@@ -159,7 +159,7 @@ def _weight(module: Any) -> Tensor | None:
         weight: Tensor = type(module).dequantize_weight(module).T.contiguous()
         return weight
     if kind == "awq":
-        return unpack_awq({name: getattr(module, name) for name in ("qweight", "qzeros", "scales")})
+        return Awq({}).weight({name: getattr(module, name) for name in ("qweight", "qzeros", "scales")})
     if kind == "bnb" and module.weight.quant_state.quant_type in ("nf4", "fp4"):
         from bitsandbytes.functional import dequantize_4bit
 

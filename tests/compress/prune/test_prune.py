@@ -19,9 +19,9 @@ from lighten.errors import RequestError
 from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
 from lighten.export.gguf.write import write
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.formats import FORMATS
 from lighten.model.gguf_source import inspect
 from lighten.model.grams import read_ids, read_index
-from lighten.model.packing import unpack_awq, unpack_gptq
 from lighten.pipeline.steps import open_step
 from lighten.step import Context
 from lighten.store.artifact import Artifact
@@ -339,9 +339,9 @@ def _zeros(stored: dict[str, torch.Tensor], settings: dict[str, Any]) -> torch.T
     """Returns which weights `[out, in]` are zero, from what a format stores."""
     match settings["method"]:
         case "gptq" | "rtn":
-            return unpack_gptq(stored) == 0
+            return FORMATS["gptq"].unpacked({"bits": settings.get("bits", 4)}).weight(stored) == 0
         case "awq":
-            return unpack_awq(stored) == 0
+            return FORMATS["awq"].unpacked({}).weight(stored) == 0
         case "nf4" | "fp4":
             from bitsandbytes.functional import get_4bit_type
 

@@ -13,7 +13,7 @@ from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.quantize.grid import rtn
 from lighten.errors import RequestError
-from lighten.model.packing import unpack_gptq
+from lighten.model.quantized.gptq import Gptq
 from lighten.pipeline.steps import open_step
 from lighten.step import Context
 from lighten.store.artifact import Artifact
@@ -56,7 +56,7 @@ def test_gptq_rounds_that_layer_to_nearest(
     tensors = load_file(out / "model.safetensors")
     parts = {name: tensors[f"{DOWN}.{name}"] for name in ("qweight", "qzeros", "scales", "g_idx")}
     weight = load_file(swept[0].path / "model.safetensors")[f"{DOWN}.weight"]
-    assert torch.equal(unpack_gptq(parts), rtn(weight, 4, 32, True).weight())
+    assert torch.equal(Gptq({"bits": 4}).weight(parts), rtn(weight, 4, 32, True).weight())
     # every other layer is as it would have been
     (tmp_path / "sound").mkdir()
     sound = open_step("quantize", {"group_size": 32, "desc_act": desc_act}).run(

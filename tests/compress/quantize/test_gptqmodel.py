@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lighten.compress.calibrate.sweep import Sweep
-from lighten.model.packing import unpack_gptq
+from lighten.model.quantized.gptq import Gptq
 from lighten.pipeline.steps import open_step
 from lighten.process.isolate import run_isolated
 from lighten.step import Context
@@ -35,7 +35,7 @@ def largest_difference(payload: dict[str, Any], report: Callable[..., None]) -> 
         assert len(quantized) == 14, sorted(quantized)
         for name, module in quantized.items():
             parts = {key: tensors[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
-            ours = unpack_gptq(parts)
+            ours = Gptq({"bits": bits}).weight(parts)
             theirs = type(module).dequantize_weight(module).T.float()
             worst = max(worst, float(((ours - theirs).abs() / ours.abs().max()).max()))
         found[folder.name] = worst
