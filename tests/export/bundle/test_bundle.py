@@ -48,7 +48,8 @@ def unpacked(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
     with (made[0] / "bundle-rpi5-8gb.tar.zst").open("rb") as file:
         plain = zstandard.ZstdDecompressor().stream_reader(file)
         with tarfile.open(fileobj=plain, mode="r|") as tar:
-            tar.extractall(tmp_path, filter="data")
+            # Python 3.11 has filters from 3.11.4 on; the archive is ours
+            tar.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return tmp_path / "bundle-rpi5-8gb"
 
 
