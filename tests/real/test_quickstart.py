@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lighten.evaluate.parity.check import check
 from lighten.evaluate.runtimes.gguf_tokenizer import GgufTokenizer
 from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
 from lighten.evaluate.speed.server import LlamaServer
+from lighten.process.isolate import run_isolated
 from lighten.step import silent
 from lighten.store.artifact import find_damage
 from lighten.store.store import Store
@@ -209,9 +211,21 @@ def test_every_file_is_served(home: Path) -> None:
             assert server.stream("The capital of France", 4, []), name
 
 
+def libraries(payload: dict[str, Any], report: Callable[..., None]) -> dict[str, Any]:
+    """Imports what parity imports, and computes one product, as it does."""
+    import onnxruntime  # noqa: F401
+    import torch
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    torch.ones(600, 600) @ torch.ones(600, 600)
+    return {}
+
+
 def test_parity_takes_little_memory(home: Path, tmp_path: Path) -> None:
     """Less than the source in float32 and what it runs on: one model at a time, and of the source a layer."""
     source = artifact(home, "baseline")
+    # what importing takes is not parity's: 150 MB more with torch's build for GPUs
+    libraries = run_isolated("tests.real.test_quickstart:libraries", {}).peak_rss_bytes
     assert (
         lighten(
             "export", source, "--format", "onnx", "--parity", "tokens=0", "-o", tmp_path / "onnx", cwd=home
@@ -226,7 +240,7 @@ def test_parity_takes_little_memory(home: Path, tmp_path: Path) -> None:
             made.symlink_to(next(folder.glob("*.gguf")))
         found = check({"source": str(source), "made": str(made), "limits": {}, "tokens": 1024}, silent)
         assert found.value["parity"]["tokens"] == 1024
-        assert found.peak_rss_bytes < 650e6, name
+        assert found.peak_rss_bytes - libraries < 250e6, name
 
 
 def test_again_makes_no_new_objects_and_a_change_runs_one_variant(home: Path) -> None:
