@@ -92,6 +92,11 @@ class Step(AnyCase):
         """True if `run` reads Gram matrices of its source."""
         return False
 
+    @property
+    def any_family(self) -> bool:
+        """Whether a step that reads Grams takes every family; else those with Llama's layers."""
+        return True
+
     def needs_sensitivity(self) -> bool:
         """True if `run` reads how much the loss depends on each linear; only if `needs_sweep` is true too."""
         return False

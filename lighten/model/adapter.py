@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +144,6 @@ class Merged(Checkpoint):
         merged: torch.Tensor = base.float() + self.scale(module) * change
         return merged.to(weight.dtype)
 
-    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Returns every tensor whose name starts with `prefix`, merged, by the rest of its name."""
-        return {name.removeprefix(prefix): self.tensor(name) for name in self.weight_map if name.startswith(prefix)}
+    def some(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Returns tensors by their names, merged."""
+        return {name: self.tensor(name) for name in names}

@@ -22,8 +22,6 @@ GATE, UP, DOWN = (f"{MLP}.{name}" for name in ("gate_proj", "up_proj", "down_pro
 LINEARS = (QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN)
 """Linears of a layer, by their names in it."""
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
-BEFORE = {QUERY: ATTENTION_NORM, OUTPUT: VALUE, GATE: MLP_NORM, DOWN: UP}
-"""Module that makes the inputs of a linear (the first with those inputs), and can take a scale per channel."""
 HEADS = (HEAD, "embed_out")
 """Names of heads, in these models and in others that are only measured."""
 EMBEDDINGS = tuple(f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings"))

@@ -1,16 +1,17 @@
-"""The architectures that can be run layer by layer; kept apart so that a plan can ask without loading torch."""
+"""The architectures whose layers steps know by name; kept apart so that a plan can ask without loading torch."""
 
 from __future__ import annotations
 
 from lighten.errors import RequestError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-"""Architectures that can be swept: decoder layers at `model.layers`, embedding at `model.embed_tokens`."""
+"""Architectures whose layers have the names in `anatomy`. The others are found by `discovery`."""
 
 
 def check_architecture(architecture: str) -> None:
     """Raises RequestError, naming those that are supported, if `architecture` is not."""
     if architecture not in ARCHITECTURES:
         raise RequestError(
-            f"the architecture {architecture} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"this step knows the layers of {', '.join(ARCHITECTURES)}, and not those of {architecture}. Quantization "
+            "without a budget, and pruning by magnitude, wanda or sparsegpt, take every family"
         )

@@ -89,5 +89,17 @@ def forward(
     return found[0], None
 
 
+def suited(model: Any) -> str:
+    """Returns the kernel of attention that computes what a model's own eager code computes.
+
+    The kernels here and in torch know no soft caps and no sinks. A class that needs either says that it takes no sdpa,
+    or has a cap in its config.
+    """
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if capped or not getattr(model, "_supports_sdpa", False):
+        return "eager"
+    return NAME if getattr(model, "_supports_attention_backend", False) else "sdpa"
+
+
 AttentionInterface.register(NAME, forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -163,11 +164,15 @@ class Checkpoint:
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """Returns every tensor whose name starts with `prefix`, by the rest of its name."""
         names = [name for name in self.weight_map if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensor for name, tensor in self.some(names).items()}
+
+    def some(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Returns tensors by their names. Each shard is opened once."""
         found: dict[str, torch.Tensor] = {}
         for file in dict.fromkeys(self.weight_map[name] for name in names):
             with self._open(file) as shard:
                 here = [name for name in names if self.weight_map[name] == file]
-                found |= {name.removeprefix(prefix): shard.get_tensor(self.stored[name]).clone() for name in here}
+                found |= {name: shard.get_tensor(self.stored[name]).clone() for name in here}
         return found
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -200,13 +205,46 @@ class Checkpoint:
 
 
 _SIZES: dict[str, tuple[str, ...]] = {
-    "num_attention_heads": ("num_attention_heads", "num_heads", "encoder_attention_heads", "n_heads"),
-    "hidden_size": ("hidden_size", "d_model", "dim"),
-    "num_hidden_layers": ("num_hidden_layers", "num_layers", "encoder_layers", "n_layers"),
-    "intermediate_size": ("intermediate_size", "d_ff", "encoder_ffn_dim", "hidden_dim"),
+    "num_attention_heads": ("num_attention_heads", "num_heads", "encoder_attention_heads", "n_heads", "n_head"),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
+    "hidden_size": ("hidden_size", "d_model", "dim", "n_embd"),
+    "num_hidden_layers": ("num_hidden_layers", "num_layers", "encoder_layers", "n_layers", "n_layer"),
+    "intermediate_size": (
+        *("intermediate_size", "d_ff", "encoder_ffn_dim", "hidden_dim", "ffn_dim", "n_inner", "ffn_hidden_size"),
+        "moe_intermediate_size",
+    ),
     "vocab_size": ("vocab_size",),
 }
-"""Names of the sizes of encoders and sequence-to-sequence models, in addition to the usual names."""
+"""Names of the sizes in the configs of one family or another; the usual name is the first."""
+
+
+def _usual(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config whose sizes have the usual names.
+
+    A width that differs from layer to layer becomes the largest. A list of the types of the layers gives their number.
+    A model without attention has one head. Without a word on it, the inner width is four times the outer.
+    """
+    found = dict(config)
+    for name, names in _SIZES.items():
+        value = next((config[each] for each in names if config.get(each) is not None), None)
+        if value is not None:
+            found[name] = max(value) if isinstance(value, list) and value and _are_sizes(value) else value
+    for name in ("layer_types", "layers_block_type"):
+        if "num_hidden_layers" not in found and isinstance(config.get(name), list):
+            found["num_hidden_layers"] = len(config[name])
+    if isinstance(found.get("hidden_size"), int):
+        if "state_size" in found or config.get("model_type") in _WITHOUT_ATTENTION:
+            found.setdefault("num_attention_heads", 1)
+        if found.get("num_attention_heads") is not None:
+            found.setdefault("intermediate_size", 4 * found["hidden_size"])
+    return found
+
+
+_WITHOUT_ATTENTION = ("rwkv", "xlstm", "recurrent_gemma")
+
+
+def _are_sizes(values: list[Any]) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
 
 
 def _family(config: dict[str, Any]) -> Literal["causal", "encoder", "seq2seq"]:
@@ -225,11 +263,7 @@ def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
         RequestError: a size is missing, so it is no language model that lighten knows.
     """
     family = _family(config)
-    if family != "causal":
-        config = {
-            **config,
-            **{name: config[each] for name, names in _SIZES.items() for each in reversed(names) if each in config},
-        }
+    config = _usual(config)
     try:
         heads = size(config, "num_attention_heads", where)
         hidden = size(config, "hidden_size", where)

@@ -7,7 +7,7 @@ rows of H = XᵀX in float32, and the largest |x| of every channel. `grams.json`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,19 +76,22 @@ def _file(folder: Path, layer: int) -> Path:
 class GramWriter:
     """Writes one layer's Grams after the other, then the index."""
 
-    def __init__(self, folder: Path, prefix: str, facts: dict[str, Any]) -> None:
-        """Opens a writer; `prefix` is the name of the list of layers, such as "model.layers."."""
-        self.folder = folder
+    def __init__(self, folder: Path, prefixes: Sequence[str], facts: dict[str, Any]) -> None:
+        """Opens a writer. `prefixes` are the beginnings of the names of every layer's weights: "model.layers.0."."""
+        self.folder, self._prefixes = folder, prefixes
         self._writer = ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
-        self.index: dict[str, Any] = {"prefix": prefix, "layers": [], **facts}
+        self.index: dict[str, Any] = {"layers": [], **facts}
+
+    def __len__(self) -> int:
+        return len(self.index["layers"])
 
     def add(self, grams: dict[str, Gram], inputs: dict[str, str]) -> None:
         """Writes the next layer: Grams by the name of their input, and the input that each linear reads.
 
         A layer from a GPU is written while the next layer is computed. Only one layer is being written at a time.
         """
-        layer = len(self.index["layers"])
+        layer = len(self)
         tensors = {}
         for name, gram in grams.items():
             tensors[f"{name}.gram"] = gram.blocks.cpu()
@@ -100,7 +103,7 @@ class GramWriter:
         else:
             save_file(tensors, _file(self.folder, layer))
         tokens = {name: gram.tokens for name, gram in grams.items()}
-        self.index["layers"].append({"inputs": inputs, "tokens": tokens})
+        self.index["layers"].append({"prefix": self._prefixes[layer], "inputs": inputs, "tokens": tokens})
 
     def _wait(self) -> None:
         """Waits for the layer that is being written. Raises the error of its writing."""
@@ -129,6 +132,11 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise Failure(f"{folder} does not hold the Grams of a sweep: {error}") from error
 
 
+def prefix_of(index: dict[str, Any], layer: int) -> str:
+    """Returns the beginning of the names of a layer's weights. Older sweeps tell that of the list of layers."""
+    return str(index["layers"][layer].get("prefix") or f"{index['prefix']}{layer}.")
+
+
 def read_ids(folder: Path) -> torch.Tensor:
     """Returns the token ids of a sweep, `[samples, length]`."""
     ids: torch.Tensor = load_file(folder / IDS)["ids"]
@@ -154,5 +162,5 @@ def read_diagonals(folder: Path) -> Iterator[tuple[str, Any, int]]:
     for layer in range(len(index["layers"])):
         grams, inputs = read_layer(folder, layer)
         for linear, name in inputs.items():
-            weight = f"{index['prefix']}{layer}.{linear}.weight"
+            weight = f"{prefix_of(index, layer)}{linear}.weight"
             yield weight, grams[name].diagonal().numpy(), grams[name].tokens

@@ -228,7 +228,7 @@ class _Builder:
             if find_spec(module) is None:
                 raise missing_extra(extra, module, f"the step {step.kind}")
         self._check_files(step, stage, stage.facts)
-        if step.needs_sweep() and not self.recipe.trust_remote_code:
+        if step.needs_sweep() and not step.any_family and not self.recipe.trust_remote_code:
             check_architecture(stage.facts.architecture)
         inputs = {"source": stage}
         if step.needs_sweep():

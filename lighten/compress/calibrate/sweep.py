@@ -10,6 +10,7 @@ from pydantic import Field
 
 from lighten.data.origin import Data
 from lighten.data.text import identity, wanted_letters
+from lighten.errors import RequestError
 from lighten.facts import ModelFacts
 from lighten.step import Context, Estimate, Step
 from lighten.store.artifact import Artifact
@@ -64,9 +65,8 @@ class Sweep(Step):
 
         from lighten.compress.calibrate.gram import LayerInputs
         from lighten.compress.prune.structured import angular_distances
-        from lighten.model.anatomy import LAYERS
+        from lighten.model.blockwise import BlockwiseModel
         from lighten.model.grams import GramWriter
-        from lighten.model.stream import StreamedModel, batch_of
         from lighten.model.tokens import calibration_ids
 
         ids = torch.from_numpy(calibration_ids(source.path, self.data, self.samples, self.length, context.warnings))
@@ -74,33 +74,36 @@ class Sweep(Step):
             context.warnings.append(
                 f"the text holds {len(ids)} samples of {self.length} tokens, not {self.samples}; all were used"
             )
-        model = StreamedModel(source.path, context.device, trust_remote_code=context.trust_remote_code)
-        hidden, arguments = model.embed(ids)
-        writer = GramWriter(out, LAYERS, {"samples": len(ids), "length": self.length, "tokens": ids.numel()})
-        states = [_some(hidden)]
+        model = BlockwiseModel(source.path, context.device, trust_remote_code=context.trust_remote_code)
+        layers = model.anatomy.layers
+        told = {"samples": len(ids), "length": self.length, "tokens": ids.numel()}
+        writer = GramWriter(out, [layer.prefix for layer in layers], told)
+        states: list[list[torch.Tensor]] = []
         start = time.monotonic()
-        for index, layer in model.stream():
+        for number, (index, block, turn) in enumerate(model.turns(ids)):
+            if index < len(writer):
+                raise RequestError(f"{source.path} runs a layer twice ({turn.name}): it cannot be swept")
             inputs = LayerInputs(context.device)
             hooks = [
-                module.register_forward_pre_hook(inputs.hook(name))
-                for name, module in layer.named_modules()
-                if isinstance(module, torch.nn.Linear)
+                block.get_submodule(linear.module).register_forward_pre_hook(inputs.hook(linear.name))
+                for linear in layers[index].linears
             ]
-            batch = batch_of(context.device, self.length)
-            with torch.inference_mode():
-                for first in range(0, len(ids), batch):
-                    part = hidden[first : first + batch].to(context.device)
-                    hidden[first : first + batch] = layer(part, **arguments[index])
-                    inputs.end_batch()
-                    done = index + min(1.0, (first + batch) / len(ids))
-                    rate = done * ids.numel() / (time.monotonic() - start) / len(model.layers)
-                    note = f"layer {index + 1}/{len(model.layers)}, {rate:,.0f} tok/s"
-                    context.report(int(done * 1000), len(model.layers) * 1000, note)
+            if not states:
+                states.append(_some([_states(call.args or tuple(call.kwargs.values())) for call in turn.calls]))
+            for done, call in enumerate(turn.calls, 1):
+                turn.answer(call)
+                inputs.end_batch()
+                part = number + done / len(turn.calls)
+                rate = part * ids.numel() / (time.monotonic() - start) / len(layers)
+                note = f"layer {number + 1}/{len(layers)}, {rate:,.0f} tok/s"
+                context.report(int(part * 1000), len(layers) * 1000, note)
             for hook in hooks:
                 hook.remove()
+            layers[index].leave_unread(inputs.read_by)
             writer.add(inputs.grams, inputs.read_by)
-            states.append(_some(hidden))
-        writer.close(ids, angular_distances(states))
+            states.append(_some([_states((call.answer,)) for call in turn.calls]))
+        writer.index["anatomy"] = model.anatomy.as_json()
+        writer.close(ids, angular_distances([torch.cat(each) for each in states]))
         return {
             "format": "grams",
             "samples": len(ids),
@@ -109,7 +112,24 @@ class Sweep(Step):
         }
 
 
-def _some(hidden: torch.Tensor) -> torch.Tensor:
+def _states(values: tuple[Any, ...]) -> torch.Tensor:
+    """Returns the hidden states among the arguments or answers of a block: the first tensor."""
+    import torch
+
+    for value in values:
+        found = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(found, torch.Tensor) and found.is_floating_point():
+            return found
+    raise TypeError("a block without states")
+
+
+def _some(hidden: list[torch.Tensor]) -> list[torch.Tensor]:
     """Returns a copy of the states of some tokens, evenly spread, which are enough for the angles between layers."""
-    states = hidden.flatten(0, 1)
-    return states[:: -(-len(states) // ANGLES)].clone()
+    tokens = sum(each.shape[:-1].numel() for each in hidden)
+    step, start = -(-tokens // ANGLES), 0
+    found = []
+    for each in hidden:
+        states = each.reshape(-1, each.shape[-1])
+        found.append(states[-start % step :: step].clone())
+        start += len(states)
+    return found

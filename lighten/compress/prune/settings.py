@@ -110,6 +110,11 @@ class Prune(Step):
         """Whether it reads Grams, or the angles between layers."""
         return self.method != "magnitude"
 
+    @property
+    def any_family(self) -> bool:
+        """Whether every family is taken: where weights become zero, and no channel goes."""
+        return self.method is not None
+
     def needs_sensitivity(self) -> bool:
         """Whether it reads gradients."""
         return self.score == "taylor"

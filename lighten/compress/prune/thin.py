@@ -103,6 +103,14 @@ class Thinned(Checkpoint):
         place = placed(name)
         return self.tensors(anatomy.layer(place[0]))[place[1]] if place else self.whole.tensor(name)
 
+    def some(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Returns tensors by their names. Each layer is cut once."""
+        layers = {place[0] for name in names if (place := placed(name))}
+        cut = {
+            anatomy.layer(at) + rest: each for at in layers for rest, each in self.tensors(anatomy.layer(at)).items()
+        }
+        return {name: cut[name] if name in cut else self.whole.tensor(name) for name in names}
+
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """Returns every tensor whose name starts with `prefix`, by the rest of its name."""
         if not prefix.startswith(LAYERS):

@@ -12,8 +12,9 @@ from lighten.compress.layers import join, writing_part
 from lighten.compress.patterns import ignored
 from lighten.compress.prune import sparse
 from lighten.compress.prune.settings import Prune
-from lighten.model import anatomy
+from lighten.model.blockwise import check_known, known_anatomy
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.discovery import Anatomy
 from lighten.model.grams import read_layer
 from lighten.model.shards import ShardWriter
 from lighten.process.workers import crew, ordered
@@ -28,21 +29,24 @@ HONEST = (
 def write(step: Prune, checkpoint: Checkpoint, out: Path, context: Context) -> dict[str, Any]:
     """Writes the model with zeros in the linears of its layers; returns the facts."""
     facts = checkpoint.facts
-    workers = crew(facts.layers, step.bytes_of_a_layer(facts), context.device)
-    threshold = _threshold(step, checkpoint) if step.scope == "global" else None
+    anatomy = known_anatomy(checkpoint, context.grams, trust_remote_code=context.trust_remote_code)
+    check_known(checkpoint, anatomy)
+    count = len(anatomy.layers)
+    workers = crew(count, step.bytes_of_a_layer(facts), context.device)
+    threshold = _threshold(step, checkpoint, anatomy) if step.scope == "global" else None
     total = gone = 0
     fallbacks: list[str] = []
     kept: list[str] = []
 
     def report(done: int) -> None:
-        context.report(done, facts.layers, f"layer {done}/{facts.layers}")
+        context.report(done, count, f"layer {done}/{count}")
 
     with ShardWriter(out, len(checkpoint.weight_map)) as writer:
         for name in checkpoint.weight_map:
             if anatomy.placed(name) is None:
                 writer.add(name, checkpoint.tensor(name))
-        layers = _Layers(step, checkpoint, context, out, threshold)
-        for index, found in enumerate(ordered(layers.write, facts.layers, workers, report)):
+        layers = _Layers(step, checkpoint, context, out, anatomy, threshold)
+        for index, found in enumerate(ordered(layers.write, count, workers, report)):
             join(writer, out, index, found["names"])
             total, gone = total + found["weights"], gone + found["zeros"]
             fallbacks += found["fallbacks"]
@@ -66,13 +70,13 @@ def write(step: Prune, checkpoint: Checkpoint, out: Path, context: Context) -> d
     }
 
 
-def _threshold(step: Prune, checkpoint: Checkpoint) -> float:
+def _threshold(step: Prune, checkpoint: Checkpoint, anatomy: Anatomy) -> float:
     assert step.sparsity
     counted = sparse.Magnitudes()
-    for layer in range(checkpoint.facts.layers):
-        for name, tensor in checkpoint.tensors(anatomy.layer(layer)).items():
-            if tensor.dim() == 2 and not ignored(anatomy.layer(layer) + name.removesuffix(".weight"), step.ignore):
-                counted.add(tensor)
+    for layer in anatomy.layers:
+        for linear in layer.linears:
+            if not ignored(layer.prefix + linear.name, step.ignore):
+                counted.add(checkpoint.tensor(f"{layer.prefix}{linear.name}.weight"))
     return counted.threshold(step.sparsity)
 
 
@@ -80,9 +84,16 @@ class _Layers:
     """The layers of a checkpoint in which weights become zero."""
 
     def __init__(
-        self, step: Prune, checkpoint: Checkpoint, context: Context, out: Path, threshold: float | None
+        self,
+        step: Prune,
+        checkpoint: Checkpoint,
+        context: Context,
+        out: Path,
+        anatomy: Anatomy,
+        threshold: float | None,
     ) -> None:
-        self.step, self.checkpoint, self.context, self.out, self.threshold = step, checkpoint, context, out, threshold
+        self.step, self.checkpoint, self.context, self.out = step, checkpoint, context, out
+        self.anatomy, self.threshold = anatomy, threshold
 
     def write(self, index: int) -> dict[str, Any]:
         """Writes the part of a layer. Returns the names of its tensors, counts, and notes."""
@@ -91,16 +102,18 @@ class _Layers:
 
     def _prune(self, index: int, add: Callable[[str, torch.Tensor], None]) -> dict[str, Any]:
         """Writes the tensors of a layer. Returns counts and notes."""
-        step, prefix = self.step, anatomy.layer(index)
+        step, layer = self.step, self.anatomy.layers[index]
+        prefix, linears = layer.prefix, {each.name for each in layer.linears}
         device = self.context.device
         grams, read_by = read_layer(self.context.grams, index, device) if self.context.grams else ({}, {})
         told: dict[str, Any] = {"weights": 0, "zeros": 0, "fallbacks": [], "kept": []}
         ready: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, tensor in self.checkpoint.tensors(prefix).items():
             linear = name.removesuffix(".weight")
-            if tensor.dim() == 2 and ignored(prefix + linear, step.ignore):
+            found_linear = name.endswith(".weight") and linear in linears
+            if found_linear and ignored(prefix + linear, step.ignore):
                 told["kept"].append(prefix + linear)
-            elif tensor.dim() == 2:
+            elif found_linear:
                 weight = tensor.to(device)
                 gram = grams[read_by[linear]] if grams else None
                 sparsity = step.sparsity or 0.0

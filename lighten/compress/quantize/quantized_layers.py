@@ -17,8 +17,10 @@ from lighten.compress.quantize import fold
 from lighten.compress.quantize.formats import Stored
 from lighten.compress.quantize.linears import Findings, Linears
 from lighten.compress.quantize.settings import Quantize
-from lighten.model import anatomy
+from lighten.model.anatomy import HEAD, HEAD_WEIGHT, NORM_WEIGHT
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.discovery import Anatomy, Layer
+from lighten.model.folds import Fold
 from lighten.model.formats import FORMATS
 from lighten.model.grams import Gram, read_layer
 from lighten.model.products import exact_products
@@ -57,11 +59,24 @@ class Layers:
     grams: Path | None
     device: str
     out: Path
+    anatomy: Anatomy
+    folds: dict[int, list[Fold]]
+    """What can take over scales, by the kind of the layer, for methods that scale inputs."""
     allocation: dict[str, int] | None = None
     """Bits of every linear, if a budget chose them."""
 
+    @cached_property
+    def left(self) -> dict[str, str]:
+        """Why each linear is left alone that the format cannot hold, by its full name."""
+        found = {}
+        for layer in self.anatomy.layers:
+            for linear in layer.linears:
+                if why := self.step.why_left(linear.shape):
+                    found[layer.prefix + linear.name] = why
+        return found
+
     def __len__(self) -> int:
-        return self.checkpoint.facts.layers
+        return len(self.anatomy.layers)
 
     @cached_property
     def rounds(self) -> Callable[[Quantize, Linears], list[Stored]]:
@@ -77,18 +92,21 @@ class Layers:
     @property
     def tensors_of_a_layer(self) -> int:
         """Maximum number of tensors of a stored layer."""
-        return TENSORS_PER_LINEAR * len(self.checkpoint.tensors(anatomy.layer(0)))
+        return TENSORS_PER_LINEAR * max(map(self._tensors_of, self.anatomy.layers))
+
+    def _tensors_of(self, layer: Layer) -> int:
+        return sum(name.startswith(layer.prefix) for name in self.checkpoint.weight_map)
 
     def read(self, index: int) -> tuple[str, dict[str, torch.Tensor], list[Inputs]]:
         """Returns the prefix, the tensors and the inputs of the linears of a layer, all of them on the device."""
-        prefix = anatomy.layer(index)
+        layer = self.anatomy.layers[index]
+        prefix = layer.prefix
         tensors = {name: tensor.to(self.device) for name, tensor in self.checkpoint.tensors(prefix).items()}
         if self.grams:
             grams, read_by = read_layer(self.grams, index, self.device)
             inputs = [Inputs(first, [k for k, v in read_by.items() if v == first], g) for first, g in grams.items()]
         else:
-            matrices = [name for name, tensor in tensors.items() if tensor.dim() == 2]
-            inputs = [Inputs(name, [name]) for name in (name.removesuffix(".weight") for name in matrices)]
+            inputs = [Inputs(linear.name, [linear.name]) for linear in layer.linears]
         return prefix, tensors, inputs
 
     def write(self, index: int) -> dict[str, Any]:
@@ -96,7 +114,7 @@ class Layers:
         findings = Findings()
         with writing_part(self.out, index, self.tensors_of_a_layer) as part:
             prefix, tensors, inputs = self.read(index)
-            folded = self._fold(prefix, tensors, inputs)
+            folded = self.scale_inputs(index, prefix, tensors, inputs)
             for group in inputs:
                 moments = group.swept.matrix() if group.swept else None
                 scale = folded.get(group.first)
@@ -120,23 +138,28 @@ class Layers:
 
     def head(self) -> dict[str, torch.Tensor]:
         """Returns the stored output head, rounded to 8 bits. There is no Gram of its inputs."""
-        name = anatomy.HEAD
+        name = HEAD
         with torch.inference_mode():
-            weight = self.checkpoint.tensor(anatomy.HEAD_WEIGHT).to(self.device)
+            weight = self.checkpoint.tensor(HEAD_WEIGHT).to(self.device)
             linears = Linears([name], [weight], 8, self.scale_type(), Findings())
             (stored,) = found_at(self.step.rounds_head)(self.step, linears)
         return {f"{name}.{kind}": tensor for kind, tensor in stored.tensors.items()}
 
     def chosen(self, name: str) -> int:
         """Returns the bits of a linear, by its full name; UNTOUCHED if it is left alone."""
-        if ignored(name, self.step.ignore):
+        if name in self.left or ignored(name, self.step.ignore):
             return UNTOUCHED
         return self.allocation[name] if self.allocation is not None else self.step.bits or UNTOUCHED
 
     def scale_type(self) -> torch.dtype:
         """Returns the type of stored scales."""
         like_model = FORMATS[self.step.format].scales_like_model
-        return self.checkpoint.tensor(anatomy.NORM_WEIGHT).dtype if like_model else torch.float16
+        if not like_model:
+            return torch.float16
+        layer = next(layer for layer in self.anatomy.layers if layer.linears)
+        known = NORM_WEIGHT in self.checkpoint.weight_map
+        name = NORM_WEIGHT if known else f"{layer.prefix}{layer.linears[0].name}.weight"
+        return self.checkpoint.tensor(name).dtype
 
     def _by_bits(self, prefix: str, linears: list[str], findings: Findings) -> dict[int, list[str]]:
         """Returns linears that read the same input by their bits. Notes those that are left alone."""
@@ -144,28 +167,31 @@ class Layers:
         for name in linears:
             found.setdefault(self.chosen(prefix + name), []).append(name)
         for name in found.pop(UNTOUCHED, []):
-            why = "ignore" if ignored(prefix + name, self.step.ignore) else "budget"
-            findings.kept.append({"what": prefix + name, "why": f"left alone ({why})"})
+            why = self.left.get(prefix + name)
+            why = why or f"left alone ({'ignore' if ignored(prefix + name, self.step.ignore) else 'budget'})"
+            findings.kept.append({"what": prefix + name, "why": why})
         return found
 
-    def _fold(self, prefix: str, tensors: fold.Tensors, inputs: list[Inputs]) -> dict[str, torch.Tensor]:
-        """Scales the inputs of the layer's linears for a method that does so. Returns the scales by first linear."""
+    def scale_inputs(
+        self, index: int, prefix: str, tensors: fold.Tensors, inputs: list[Inputs]
+    ) -> dict[str, torch.Tensor]:
+        """Scales the inputs of the layer's linears for a method that does so. Returns the scales by linear."""
         if self.scales is None:
             return {}
         head_dim = self.checkpoint.facts.head_dim
-        found: dict[str, torch.Tensor] = {}
+        kind = self.anatomy.layers[index].kind
+        places = {frozenset(place.linears): place for place in self.folds.get(kind, ())}
+        found: list[tuple[Fold, torch.Tensor]] = []
         for group in inputs:
-            repeats = fold.copies(tensors, group.first)
-            touched = [*group.linears, anatomy.BEFORE.get(group.first, "")]
-            if not repeats or any(self.chosen(prefix + name) == UNTOUCHED for name in touched):
+            place = places.get(frozenset(group.linears))
+            if place is None or any(self.chosen(prefix + name) == UNTOUCHED for name in (*group.linears, place.before)):
                 continue  # a scale that one of them cannot take would change the model
             weight = torch.cat([tensors[f"{linear}.weight"] for linear in group.linears])
-            scale = self.scales(self.step, weight, group.gram, repeats, head_dim)
-            found[group.first] = fold.exact(scale, tensors, group.first)
-        for group in inputs:
-            if group.first in found:
-                fold.fold(tensors, group.first, group.linears, found[group.first], head_dim)
-        return found
+            scale = self.scales(self.step, weight, group.gram, place.repeats, head_dim)
+            found.append((place, fold.exact(scale, tensors, place)))
+        for place, scale in found:
+            fold.fold(tensors, place, scale, head_dim)
+        return {linear: scale for place, scale in found for linear in place.linears}
 
 
 def _note_error(linears: Linears, found: list[Stored]) -> None:

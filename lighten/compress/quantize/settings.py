@@ -126,6 +126,15 @@ class Quantize(Step):
         """Whether the output head is rounded too, by `rounds_head`."""
         return False
 
+    def why_left(self, shape: tuple[int, int]) -> str | None:
+        """Returns why a linear `[out, in]` cannot be stored in this format; None if it can be."""
+        return None
+
+    @property
+    def any_family(self) -> bool:
+        """Whether every family is taken whose layers are found; else those with Llama's layers."""
+        return not self.needs_sensitivity()
+
     def key_config(self) -> dict[str, Any]:
         """Returns the settings of this method that are given."""
         return {name: value for name, value in self.model_dump(mode="json").items() if value not in (None, [], "keep")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from lighten.compress.layers import join
 from lighten.compress.quantize.linears import Findings
 from lighten.compress.quantize.quantized_layers import TENSORS_PER_LINEAR, Layers
 from lighten.compress.quantize.settings import Quantize
-from lighten.errors import RequestError
+from lighten.errors import Failure, RequestError
 from lighten.facts import ModelFacts
-from lighten.model import anatomy
+from lighten.model.anatomy import HEAD, HEAD_WEIGHT
+from lighten.model.blockwise import check_known, known_anatomy, known_folds
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.discovery import Anatomy
 from lighten.model.shards import ShardWriter
 from lighten.plugins import found_at
 from lighten.process.workers import crew, ordered
@@ -35,7 +38,13 @@ def run(step: Quantize, source: Artifact, out: Path, context: Context) -> dict[s
         raise RequestError(f"this model is {source.format} already: quantize the one that it was made from")
     for module, _ in step.requires():
         importlib.import_module(module)  # once, not in every worker
-    layers = Layers(step, checkpoint, context.grams, context.device, out)
+    anatomy = known_anatomy(checkpoint, context.grams, trust_remote_code=context.trust_remote_code)
+    if step.quantizes_head and HEAD_WEIGHT not in checkpoint.weight_map:
+        raise RequestError(f"this model stores no {HEAD_WEIGHT}: leave out head")
+    check_known(checkpoint, anatomy)
+    trusted = context.trust_remote_code
+    folds = known_folds(checkpoint, anatomy, trust_remote_code=trusted) if step.scales else {}
+    layers = Layers(step, checkpoint, context.grams, context.device, out, anatomy, folds)
     count, findings = len(layers), Findings()
     workers = crew(count, step.bytes_of_a_layer(checkpoint.facts), layers.device)
     allocated: dict[str, Any] = {}
@@ -48,26 +57,37 @@ def run(step: Quantize, source: Artifact, out: Path, context: Context) -> dict[s
             layers.allocation, allocated = found_at(step.allocates)(step, layers, workers, context)
         with ShardWriter(out, TENSORS_PER_LINEAR * len(checkpoint.weight_map)) as writer:
             for name in checkpoint.weight_map:
-                if name == anatomy.HEAD_WEIGHT and step.quantizes_head:
+                if name == HEAD_WEIGHT and step.quantizes_head:
                     for stored_name, tensor in layers.head().items():
                         writer.add(stored_name, tensor)
-                    findings.bits[anatomy.HEAD] = 8
+                    findings.bits[HEAD] = 8
                 elif anatomy.placed(name) is None:
                     writer.add(name, checkpoint.tensor(name))
             for index, answer in enumerate(ordered(layers.write, count, workers, report)):
                 join(writer, out, index, answer["names"])
                 findings.add(Findings(**answer["findings"]))
+    _check_covered(anatomy, findings)
+    for layer in anatomy.layers:
+        findings.kept += [{"what": name.removesuffix(".weight"), "why": why} for name, why in layer.kept.items()]
     context.warnings += findings.warnings
-    _write_config(step, checkpoint, findings, out)
-    return {**_facts(step, checkpoint.facts, findings), **allocated}
+    _write_config(step, checkpoint, anatomy, findings, out)
+    return {**_facts(step, checkpoint.facts, anatomy, findings), **allocated}
 
 
-def _facts(step: Quantize, facts: ModelFacts, findings: Findings) -> dict[str, Any]:
+def _check_covered(anatomy: Anatomy, findings: Findings) -> None:
+    """Raises Failure if a linear was neither quantized nor left alone for a reason."""
+    settled = {*findings.bits, *(each["what"] for each in findings.kept)}
+    names = (layer.prefix + linear.name for layer in anatomy.layers for linear in layer.linears)
+    if left := [name for name in names if name not in settled]:
+        raise Failure(f"{len(left)} linears were not quantized, {left[0]} for one: the calibration never ran them")
+
+
+def _facts(step: Quantize, facts: ModelFacts, anatomy: Anatomy, findings: Findings) -> dict[str, Any]:
     """Returns the facts of the manifest: settings, what was left alone and why, and what was lost."""
     tied = "tied to the embedding" if facts.tied else "formats of linears keep the head, where errors cost most"
     kept = [
         {"what": "embedding", "why": "a lookup, not a product; no loader expects it quantized"},
-        *([] if step.quantizes_head else [{"what": anatomy.HEAD, "why": tied}]),
+        *([] if step.quantizes_head else [{"what": HEAD, "why": tied}]),
         {"what": "norms", "why": "too small to matter"},
         *findings.kept,
     ]
@@ -78,16 +98,43 @@ def _facts(step: Quantize, facts: ModelFacts, findings: Findings) -> dict[str, A
         "format": step.format,
         **settings,
         "quantized_linears": len(findings.bits),
+        "coverage": round(anatomy.weights_of(findings.bits) / anatomy.weights, 4),
         "kept": kept,
         **({"rounded_to_nearest": findings.fallbacks} if findings.fallbacks else {}),
         **({"output_error": {"mean": mean, "worst": worst}} if findings.errors else {}),
     }
 
 
-def _write_config(step: Quantize, checkpoint: Checkpoint, findings: Findings, out: Path) -> None:
+def _write_config(step: Quantize, checkpoint: Checkpoint, anatomy: Anatomy, findings: Findings, out: Path) -> None:
     """Copies everything except the weights, and writes the configuration for loaders."""
-    left = [*([] if step.quantizes_head else [anatomy.HEAD]), *(entry["what"] for entry in findings.kept)]
-    quantization = step.config(findings.bits, left)
+    left = [*([] if step.quantizes_head else [HEAD]), *(entry["what"] for entry in findings.kept)]
+    quantization = {**step.config(findings.bits, left), **_where(step, anatomy, findings)}
     checkpoint.write_others(out, {**checkpoint.config, "quantization_config": quantization})
     if step.config_file:
         (out / step.config_file).write_text(json.dumps(quantization, indent=2) + "\n")
+
+
+def _where(step: Quantize, anatomy: Anatomy, findings: Findings) -> dict[str, Any]:
+    """Returns what a `gptq` config says of the places of linears, if loaders cannot guess it.
+
+    Loaders take every linear of the layers for quantized, and know a few names of the list of layers. `dynamic` is read
+    by GPTQModel and vLLM, the other two by optimum, which transformers loads with.
+    """
+    if step.format != "gptq":
+        return {}
+    lists = {layer.module.rpartition(".")[0] for layer in anatomy.layers}
+    kept = {re.sub(r"\.\d+\.", r".N.", each["what"]) for each in findings.kept if anatomy.placed(each["what"] + ".")}
+    if lists == {"model.layers"} and not kept:
+        return {}
+    names = {
+        linear.module
+        for layer in anatomy.layers
+        for linear in layer.linears
+        if layer.prefix + linear.name in findings.bits
+    }
+    dynamic: dict[str, Any] = {"-:" + re.escape(name).replace(r"\.N\.", r"\.\d+\.") + "$": {} for name in sorted(kept)}
+    return {
+        "block_name_to_quantize": min(lists),
+        "modules_in_block_to_quantize": [sorted(names)],
+        **({"dynamic": dynamic} if dynamic else {}),
+    }

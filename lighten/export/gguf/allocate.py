@@ -105,7 +105,7 @@ def _metrics(draft: Draft, prices: Prices) -> Iterator[tuple[str, torch.Tensor |
     """
     import torch
 
-    from lighten.model.grams import read_index, read_layer
+    from lighten.model.grams import prefix_of, read_index, read_layer
 
     known = prices.sensitivity
     head = known.head_gram / known.tokens * known.outputs[anatomy.HEAD]
@@ -120,7 +120,7 @@ def _metrics(draft: Draft, prices: Prices) -> Iterator[tuple[str, torch.Tensor |
         found, inputs = read_layer(prices.grams, layer)
         means = {name: without_leading(gram.matrix() / max(gram.tokens, 1)) for name, gram in found.items()}
         for linear, name in inputs.items():
-            module = f"{index['prefix']}{layer}.{linear}"
+            module = prefix_of(index, layer) + linear
             yield f"{module}.weight", means[name] * known.outputs[module]
 
 

@@ -53,7 +53,7 @@ def test_linears_that_read_the_same_tensor_share_a_gram(tmp_path) -> None:
     assert inputs.read_by == {"q": "q", "k": "q", "o": "o"}
     assert {name: gram.tokens for name, gram in inputs.grams.items()} == {"q": 6, "o": 6}
 
-    writer = GramWriter(tmp_path, "model.layers.", {"samples": 2})
+    writer = GramWriter(tmp_path, [f"model.layers.{n}." for n in range(8)], {"samples": 2})
     writer.add(inputs.grams, inputs.read_by)
     writer.close(torch.zeros(1, 8), [])
     grams, read_by = read_layer(tmp_path, 0)

@@ -27,7 +27,7 @@ Tiny = Callable[..., Path]
 def swept(source: Path, folder: Path) -> Path:
     """Returns a sweep over a tiny model whose linears of the same width read the same input."""
     folder.mkdir()
-    writer, shapes = GramWriter(folder, "model.layers.", {}), Draft(source).shapes
+    writer, shapes = GramWriter(folder, [f"model.layers.{n}." for n in range(8)], {}), Draft(source).shapes
     generator = torch.Generator().manual_seed(0)
     for layer in range(2):
         prefix = f"model.layers.{layer}."

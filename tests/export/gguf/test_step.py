@@ -33,7 +33,7 @@ def artifact(path: Path, format: str = "hf", source: dict[str, Any] | None = Non
 
 def sweep(folder: Path, layers: int) -> Path:
     folder.mkdir()
-    writer = GramWriter(folder, "model.layers.", {})
+    writer = GramWriter(folder, [f"model.layers.{n}." for n in range(8)], {})
     for _ in range(layers):
         gram = Gram.empty(256, "cpu")
         gram.blocks, gram.tokens = 1.0 + gram.blocks.clone().random_(0, 100), 10

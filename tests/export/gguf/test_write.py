@@ -197,7 +197,7 @@ def test_importance_is_the_mean_square(tiny: Tiny, tmp_path: Path) -> None:
 
     facts = Checkpoint(tiny()).facts
     rows = torch.randn(40, 256) * torch.linspace(0, 3, 256)
-    writer = GramWriter(tmp_path, "model.layers.", {})
+    writer = GramWriter(tmp_path, [f"model.layers.{n}." for n in range(8)], {})
     for _ in range(facts.layers):
         gram = Gram.empty(256, "cpu")
         gram.blocks = torch.cat([(rows.T @ rows).reshape(-1)])

@@ -56,6 +56,16 @@ class Coded(Quantize):
             if width * (self.bits or 0) % 32:
                 raise RequestError(f"{self.bits}-bit codes of the {name} {width} do not fill 32-bit words; use 8 bits")
 
+    def why_left(self, shape: tuple[int, int]) -> str | None:
+        """Returns why a linear `[out, in]` cannot be stored in groups, or in whole words."""
+        rows, columns = shape
+        if isinstance(self.group_size, int) and self.group_size != -1 and columns % self.group_size:
+            return f"its {columns} inputs are no multiple of the group size {self.group_size}"
+        bits = self.bits or 4
+        if not self.linears_differ and (rows * bits % 32 or columns * bits % 32):
+            return f"{bits}-bit codes of {rows} x {columns} do not fill 32-bit words"
+        return None
+
     def stored_bits(self, facts: ModelFacts) -> float:
         """Returns about the bits of a weight with its share of scales and zero points."""
         return grouped_bits(self.bits, self.group_size, facts)

@@ -1,0 +1,183 @@
+"""A model of any family, run with the weights of one of its blocks in memory.
+
+The forward is the model's own. The model is built without storage, and every block is filled from the shards when its
+turn comes, and emptied afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lighten.errors import Failure, RequestError
+from lighten.model import accelerator
+from lighten.model.checkpoint import Checkpoint
+from lighten.model.discovery import Anatomy, anatomy_of, blocks_of
+from lighten.model.empty import Filler, compute_buffers, quiet
+from lighten.model.folds import Fold, folds_of
+from lighten.model.grams import read_index
+from lighten.model.stream import batch_of, fast_dtype
+from lighten.model.suspension import Place, Turn, turns
+
+
+class BlockwiseModel:
+    """A causal language model whose blocks are loaded one at a time."""
+
+    def __init__(self, source: Path | Checkpoint, device: str = "cpu", *, trust_remote_code: bool = False) -> None:
+        """Builds the modules without storage. `source` is a model directory, or an object that reads one.
+
+        Raises:
+            RequestError: the checkpoint is already quantized, or no layers are found in its model.
+            Failure: stored tensors do not fill the layers.
+        """
+        self.checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
+        if self.checkpoint.quantization:
+            raise RequestError(
+                f"{self.checkpoint.path} is already quantized: sweep over the model that it was made from"
+            )
+        self.device = device
+        self.dtype = fast_dtype(device)
+        self.model = empty_model(self.checkpoint, self.dtype, trust_remote_code=trust_remote_code)
+        compute_buffers(self.model, device)
+        self.blocks = blocks_of(self.model)
+        self._filler = Filler(self.model, self.checkpoint.weight_map)
+        self.anatomy: Anatomy = anatomy_of(self.model, self._filler, self.checkpoint.shapes())
+        self._number = {layer.module: index for index, layer in enumerate(self.anatomy.layers)}
+        self._inside = {name for block in self.blocks for name in self._filler.names(block)}
+
+    def turns(self, ids: torch.Tensor) -> Iterator[tuple[int, nn.Module, Turn]]:
+        """Yields the layer's number, the filled block and its turn, for every block in the order of the forward.
+
+        Args:
+            ids: `[samples, length]`, split into batches that fill the device.
+
+        Raises:
+            Failure: weights are missing, misshapen or not finite.
+        """
+        batches = torch.split(ids, batch_of(self.device, ids.shape[1]))
+        width = self.model.config.get_text_config().hidden_size
+        size = ids.numel() * width * self.dtype.itemsize
+        place = Place(self.device, self.device if accelerator.fits(size, self.device, share=0.25) else "cpu")
+        head = self.model.get_output_embeddings()
+        outside = [name for name in self._filler.places if name not in self._inside]
+        embeddings = {
+            name: each
+            for name, each in self.model.named_modules()
+            if isinstance(each, nn.Embedding) and not any(name.startswith(f"{block}.") for block in self.blocks)
+        }
+        looked_up = {name for each in embeddings for name in self._filler.names(each)}
+        heads = {name for name in outside if self._filler.places[name] in _weights_of(self.model, head)}
+        self._fill([name for name in outside if name not in looked_up and name not in heads])
+        hooks = [
+            each.register_forward_pre_hook(lambda module, _, name=name: self._look_up(name, module))
+            for name, each in embeddings.items()
+        ]
+
+        def forward(batch: int) -> None:
+            self.model(input_ids=batches[batch].to(self.device), use_cache=False)
+
+        try:
+            for turn in turns(forward, len(batches), self.blocks, ends=head, place=place):
+                for each in embeddings.values():
+                    self._filler.empty(each)
+                block = self.blocks[turn.name]
+                self._fill(self._filler.names(turn.name))
+                self._check_full(block, turn.name)
+                with torch.inference_mode():
+                    yield self._number[turn.name], block, turn
+                self._filler.empty(block)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _look_up(self, name: str, module: nn.Module) -> None:
+        """Fills an embedding that is called."""
+        if any(parameter.is_meta for parameter in module.parameters()):
+            self._fill(self._filler.names(name))
+            self._check_full(module, name)
+
+    def _fill(self, stored: list[str]) -> None:
+        tensors = {name: tensor.to(self.device) for name, tensor in self.checkpoint.some(stored).items()}
+        floats = [(name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point()]
+        if floats:
+            finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in floats]).tolist()
+            if not all(finite):
+                name = next(name for (name, _), sound in zip(floats, finite, strict=True) if not sound)
+                raise Failure(f"{name} has NaN or infinite weights: the checkpoint is damaged; fetch it again")
+        try:
+            self._filler.fill(tensors, self.device)
+        except ValueError as error:
+            raise Failure(f"{self.checkpoint.path}: {error}; is it complete, and of this architecture?") from error
+
+    def _check_full(self, module: nn.Module, name: str) -> None:
+        self._filler.tie(module, name, self._fill)
+        if lacking := self._filler.lacks(module):
+            raise Failure(
+                f"{self.checkpoint.path}: {name} lacks {', '.join(lacking[:3])}; is it complete, and of this "
+                "architecture?"
+            )
+
+
+def _weights_of(model: Any, module: nn.Module | None) -> set[str]:
+    """Returns the names in the model of a module's own weights."""
+    if module is None:
+        return set()
+    name = next(name for name, each in model.named_modules() if each is module)
+    return {f"{name}.{short}" for short, _ in module.named_parameters()}
+
+
+def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """Returns the causal language model that transformers would load a directory into, without storage."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lighten.model import attention
+
+    if checkpoint.changes and not trust_remote_code:
+        config = AutoConfig.for_model(**checkpoint.config)
+    else:
+        config = AutoConfig.from_pretrained(
+            checkpoint.path, trust_remote_code=trust_remote_code, local_files_only=True, **checkpoint.changes
+        )
+    with quiet(), torch.device("meta"):
+        try:
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        except (ValueError, KeyError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RequestError(
+                f"transformers opens no causal language model of the type {config.model_type} ({first})"
+            ) from error
+    model.config._attn_implementation = attention.suited(model)
+    return model.eval()
+
+
+def known_anatomy(checkpoint: Checkpoint, grams: Path | None, *, trust_remote_code: bool = False) -> Anatomy:
+    """Returns the anatomy of a model: from the sweep over it if that tells it, else from its modules."""
+    told = read_index(grams).get("anatomy") if grams else None
+    if told:
+        return Anatomy.of_json(told)
+    model = empty_model(checkpoint, torch.bfloat16, trust_remote_code=trust_remote_code)
+    return anatomy_of(model, Filler(model, checkpoint.weight_map), checkpoint.shapes())
+
+
+def known_folds(checkpoint: Checkpoint, anatomy: Anatomy, *, trust_remote_code: bool = False) -> dict[int, list[Fold]]:
+    """Returns what can take over scales in the layers of a model, by the kind of the layer."""
+    model = empty_model(checkpoint, torch.float32, trust_remote_code=trust_remote_code)
+    filler = Filler(model, checkpoint.weight_map)
+    return folds_of(model, anatomy, filler, checkpoint.facts.head_dim)
+
+
+def check_known(checkpoint: Checkpoint, anatomy: Anatomy) -> None:
+    """Raises RequestError if no linear is found that a method can take, or only those beside the experts."""
+    if experts := anatomy.experts:
+        outside = anatomy.covered / anatomy.weights
+        raise RequestError(
+            f"{checkpoint.facts.architecture} has experts ({experts[0]}, …), which no method takes yet; {outside:.0%} "
+            "of its weights are outside of them. Export the model to GGUF, if that knows it"
+        )
+    if not any(layer.linears for layer in anatomy.layers):
+        why = next((why for layer in anatomy.layers for why in layer.kept.values()), "its layers have no weights")
+        raise RequestError(f"no linear was found in the layers of {checkpoint.facts.architecture} ({why})")

@@ -1,0 +1,141 @@
+"""A model of transformers without storage, and the stored tensors that each of its modules is filled from.
+
+Names, merges, splits and ties are those of transformers' own loader.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers from drawing bars and from warnings."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def compute_buffers(model: Any, device: str) -> None:
+    """Gives a model without storage the buffers that are computed and not stored, such as frequencies of RoPE.
+
+    transformers computes them where it initialises weights; weights are marked, so that it leaves them alone.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, short = name.rpartition(".")
+        model.get_submodule(path).register_buffer(short, torch.empty_like(buffer, device=device), persistent=False)
+    for buffer in model.buffers():
+        if buffer.is_meta:
+            buffer._is_hf_initialized = True
+    with torch.no_grad():
+        model.initialize_weights()
+
+
+class Filler:
+    """Fills modules of a model without storage from stored tensors, and empties them."""
+
+    def __init__(self, model: Any, stored: Iterable[str]) -> None:
+        """Finds the stored tensors of every module. `stored` are their names."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self.model = model
+        self._mapping = get_model_conversion_mapping(model)
+        wanted = model.state_dict()
+        renamings = [each for each in self._mapping if isinstance(each, WeightRenaming)]
+        converters = [each for each in self._mapping if isinstance(each, WeightConverter)]
+        self.places: dict[str, str] = {}
+        """Name in the model of every stored tensor; the first of its names if it is split."""
+        self.converted: set[str] = set()
+        """Stored tensors that are merged, split or turned on their way into the model."""
+        self.surplus: list[str] = []
+        """Stored tensors that the model has no place for."""
+        for name in stored:
+            place, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+            if place not in wanted and name in wanted:
+                place, pattern = name, None
+            if place not in wanted:
+                self.surplus.append(name)
+                continue
+            self.places[name] = place
+            if pattern is not None:
+                self.converted.add(name)
+
+    def names(self, module: str) -> list[str]:
+        """Returns the stored names of the tensors of a module."""
+        return [name for name, place in self.places.items() if place.startswith(f"{module}.")]
+
+    def fill(self, tensors: dict[str, torch.Tensor], device: str) -> None:
+        """Loads stored tensors, by their stored names, into the model.
+
+        Raises:
+            ValueError: a tensor has another shape than its place, or could not be converted.
+        """
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        dtype = self.model.dtype
+        how = LoadStateDictConfig(
+            device_map={"": device},
+            dtype=dtype,
+            dtype_plan=self.model._get_dtype_plan(dtype),
+            weight_mapping=self._mapping,
+        )
+        with quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, how)
+        if info.mismatched_keys:
+            name, stored, wanted = sorted(info.mismatched_keys)[0]
+            raise ValueError(f"{name} is {list(stored)}, and the model asks for {list(wanted)}")
+        if info.conversion_errors:
+            raise ValueError(next(iter(info.conversion_errors.values())))
+
+    def tie(self, module: nn.Module, name: str, load: Callable[[list[str]], None]) -> None:
+        """Gives a module the weights that it shares with another, from which they are stored.
+
+        Args:
+            module: filled but for those weights.
+            name: its name in the model.
+            load: loads tensors by their stored names.
+        """
+        for place in self.lacks(module):
+            source = self.model.all_tied_weights_keys.get(f"{name}.{place}")
+            stored = [each for each, at in self.places.items() if at == source]
+            if source is None or not stored:
+                continue
+            load(stored)
+            weight = self.model.get_parameter(source)
+            path, _, short = place.rpartition(".")
+            setattr(module.get_submodule(path), short, nn.Parameter(weight.detach(), requires_grad=False))
+            if not source.startswith(f"{name}."):
+                path, _, short = source.rpartition(".")
+                gone = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
+                setattr(self.model.get_submodule(path), short, gone)
+
+    @staticmethod
+    def lacks(module: nn.Module) -> list[str]:
+        """Returns the names of a module's weights and buffers that nothing was loaded into."""
+        named = [*module.named_parameters(), *module.named_buffers()]
+        return [name for name, tensor in named if tensor.is_meta]
+
+    @staticmethod
+    def empty(module: nn.Module) -> None:
+        """Drops the storage of a module's weights. Its buffers stay."""
+        for each in module.modules():
+            for name, parameter in list(each.named_parameters(recurse=False)):
+                setattr(each, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad))

@@ -1,0 +1,210 @@
+"""Running a model's own forward for many batches, and halting all of them before each of its blocks.
+
+Every batch runs in a thread of its own, one thread at a time. A block's call waits until each batch has come as far.
+The caller then runs the block for all of them, and they go on. Nothing is assumed about a block's arguments, about
+the code between blocks, or about states that pass by them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+
+class _Stopped(BaseException):
+    """Ends the thread of a batch whose forward is not needed any further. `except Exception` lets it pass."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where states wait: on the device, or on the CPU if they do not fit beside a block."""
+
+    device: str
+    waits: str
+
+    def stow(self, value: Any) -> Any:
+        """Returns arguments or answers as they wait."""
+        return _moved(value, self.waits) if self.waits != self.device else value
+
+    def fetch(self, value: Any) -> Any:
+        """Returns arguments or answers on the device."""
+        return _moved(value, self.device) if self.waits != self.device else value
+
+
+def _moved(value: Any, device: str) -> Any:
+    return tree_map(lambda each: each.to(device) if isinstance(each, torch.Tensor) else each, value)
+
+
+@dataclass
+class Call:
+    """A call of a block by one batch."""
+
+    batch: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    answer: Any = None
+    """What the block gives back. The caller sets it."""
+
+
+@dataclass
+class Turn:
+    """Calls of one block, by every batch that waits before it."""
+
+    name: str
+    """Name of the block in the model."""
+    number: int
+    """Number of turns before this one. A block that the model runs twice has two."""
+    run: Callable[..., Any] = field(repr=False)
+    """The block's own forward. It takes a call's arguments."""
+    calls: list[Call] = field(repr=False)
+    place: Place = field(repr=False)
+
+    def answer(self, call: Call) -> None:
+        """Runs the block for a call, and keeps what it gives back."""
+        args, kwargs = self.place.fetch((call.args, call.kwargs))
+        call.answer = self.place.stow(self.run(*args, **kwargs))
+
+
+class _Batch:
+    """The thread of one batch."""
+
+    def __init__(self, number: int, forward: Callable[[int], Any], inference: bool, place: Place) -> None:
+        self.number, self.place = number, place
+        self.waits: tuple[str, Call] | None = None
+        self.error: BaseException | None = None
+        self.done = False
+        self.stopped = False
+        self._forward, self._inference = forward, inference
+        self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._main, name=f"batch-{number}", daemon=True)
+
+    def _main(self) -> None:
+        self._go.acquire()
+        try:
+            # the grad mode is the thread's own
+            with torch.inference_mode(self._inference), torch.set_grad_enabled(not self._inference):
+                if not self.stopped:
+                    self._forward(self.number)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self.error = error
+        self.done = True
+        self._halted.release()
+
+    def advance(self) -> None:
+        """Lets the thread run to the next block, or to its end. Raises the error of its forward."""
+        if not self._thread.ident:
+            self._thread.start()
+        self.waits = None
+        self._go.release()
+        self._halted.acquire()
+        if self.error is not None:
+            raise self.error
+
+    def halt(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Waits before a block, in the thread; returns the block's answer."""
+        call = Call(self.number, *self.place.stow((args, kwargs)))
+        self.waits = (name, call)
+        del args, kwargs
+        self._halted.release()
+        self._go.acquire()
+        if self.stopped:
+            raise _Stopped
+        answer, call.answer = call.answer, None
+        return self.place.fetch(answer)
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        if self._thread.ident and not self.done:
+            self.stopped = True
+            self._go.release()
+            self._halted.acquire()
+
+
+def turns(
+    forward: Callable[[int], Any],
+    batches: int,
+    blocks: Mapping[str, nn.Module],
+    *,
+    ends: nn.Module | None = None,
+    inference: bool = True,
+    place: Place = Place("cpu", "cpu"),
+) -> Iterator[Turn]:
+    """Yields the turn of each block, in the order in which the model runs them.
+
+    The caller answers every call of a turn before it asks for the next. Arguments of a call are dropped as soon as the
+    batch goes on.
+
+    Args:
+        forward: runs the model for the batch of a number.
+        batches: number of batches.
+        blocks: modules to halt before, by name.
+        ends: module whose call ends the forward; the head, if nobody needs logits.
+        inference: whether the threads run in inference mode; without it, they record gradients.
+        place: where states wait.
+
+    Raises:
+        BaseException: whatever the forward of a batch raised.
+    """
+    each = [_Batch(number, forward, inference, place) for number in range(batches)]
+    with _halting(each, blocks, ends) as own:
+        try:
+            for batch in each:
+                batch.advance()
+            number = 0
+            while waiting := [batch for batch in each if batch.waits]:
+                name = _first(waiting)
+                here = [(batch, batch.waits[1]) for batch in waiting if batch.waits and batch.waits[0] == name]
+                yield Turn(name, number, own[name], [call for _, call in here], place)
+                number += 1
+                for batch, call in here:
+                    call.args, call.kwargs = (), {}
+                    batch.advance()
+        finally:
+            for batch in each:
+                batch.stop()
+
+
+def _first(waiting: list[_Batch]) -> str:
+    """Returns the name of the block that the batches furthest behind wait for."""
+    assert waiting[0].waits
+    return waiting[0].waits[0]
+
+
+@contextmanager
+def _halting(
+    each: list[_Batch], blocks: Mapping[str, nn.Module], ends: nn.Module | None
+) -> Iterator[dict[str, Callable[..., Any]]]:
+    """Puts a halt in the place of the blocks' forwards; yields those forwards by name."""
+    threads = {batch._thread: batch for batch in each}
+    own: dict[str, Callable[..., Any]] = {}
+
+    def halt(name: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            batch = threads.get(threading.current_thread())
+            return batch.halt(name, args, kwargs) if batch else own[name](*args, **kwargs)
+
+        return forward
+
+    def end(*_: Any, **__: Any) -> Any:
+        raise _Stopped
+
+    places = [*blocks.values(), *([ends] if ends is not None else [])]
+    try:
+        for name, block in blocks.items():
+            own[name] = block.forward
+            block.forward = halt(name)
+        if ends is not None:
+            ends.forward = end
+        yield own
+    finally:
+        for module in places:
+            module.__dict__.pop("forward", None)

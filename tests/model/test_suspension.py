@@ -1,0 +1,150 @@
+"""Batches that halt before blocks compute what the plain forward computes."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lighten.model.suspension import Place, turns
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, states: torch.Tensor, *, scale: float = 1.0) -> tuple[torch.Tensor, str]:
+        return states + scale * self.linear(states), "beside"
+
+
+class Stack(nn.Module):
+    """Blocks with code between them, a state that passes by them, and one block that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        first = states
+        for number, block in enumerate([*self.blocks, self.blocks[0]]):
+            states = torch.tanh(block(states, scale=number / 2)[0]) + 0.1 * first
+        return self.head(states)
+
+
+@pytest.fixture
+def stack() -> Stack:
+    torch.manual_seed(0)
+    return Stack().eval()
+
+
+def test_every_block_waits_for_every_batch(stack: Stack) -> None:
+    batches = [torch.randn(2, 3, 4) for _ in range(5)]
+    with torch.inference_mode():
+        expected = [stack(batch) for batch in batches]
+    found: dict[int, torch.Tensor] = {}
+    order = []
+
+    def forward(batch: int) -> None:
+        found[batch] = stack(batches[batch])
+
+    blocks = {f"blocks.{number}": block for number, block in enumerate(stack.blocks)}
+    for turn in turns(forward, 5, blocks):
+        order.append(turn.name)
+        assert [call.batch for call in turn.calls] == [0, 1, 2, 3, 4]
+        assert turn.number == len(order) - 1
+        with torch.inference_mode():
+            for call in turn.calls:
+                turn.answer(call)
+    assert order == ["blocks.0", "blocks.1", "blocks.2", "blocks.0"]
+    assert all(torch.equal(found[batch], expected[batch]) for batch in range(5))
+    assert all("forward" not in block.__dict__ for block in stack.blocks)
+
+
+def test_a_block_that_changes_during_its_turn_answers_as_changed(stack: Stack) -> None:
+    batch, changed = torch.randn(1, 3, 4), Stack().eval()
+    changed.load_state_dict(stack.state_dict())
+    with torch.no_grad():
+        for block in changed.blocks:
+            block.linear.weight.mul_(0.5)
+        expected = changed(batch)
+    found = []
+    seen = set()
+    for turn in turns(lambda _: found.append(stack(batch)), 1, {str(n): b for n, b in enumerate(stack.blocks)}):
+        with torch.no_grad():
+            if turn.name not in seen:
+                stack.blocks[int(turn.name)].linear.weight.mul_(0.5)
+            seen.add(turn.name)
+        turn.answer(turn.calls[0])
+    assert torch.allclose(found[0], expected)
+
+
+def test_the_call_of_a_module_ends_the_forward(stack: Stack) -> None:
+    ended = []
+
+    def forward(batch: int) -> None:
+        stack(torch.ones(1, 1, 4))
+        ended.append(batch)
+
+    for turn in turns(forward, 2, {"0": stack.blocks[0]}, ends=stack.head):
+        for call in turn.calls:
+            turn.answer(call)
+    assert ended == [] and "forward" not in stack.head.__dict__
+
+
+def test_the_error_of_a_forward_is_raised_and_nothing_is_left_behind(stack: Stack) -> None:
+    before = threading.active_count()
+
+    def forward(batch: int) -> None:
+        stack(torch.ones(1, 1, 4))
+        if batch == 1:
+            raise ArithmeticError("batch 1")
+
+    with pytest.raises(ArithmeticError, match="batch 1"):
+        for turn in turns(forward, 3, {"0": stack.blocks[0]}):
+            for call in turn.calls:
+                turn.answer(call)
+    assert threading.active_count() == before
+    assert "forward" not in stack.blocks[0].__dict__
+
+
+def test_a_caller_that_stops_ends_the_threads(stack: Stack) -> None:
+    before = threading.active_count()
+    running = turns(lambda _: stack(torch.ones(1, 1, 4)), 3, {"0": stack.blocks[0]})
+    next(running)
+    assert threading.active_count() == before + 3
+    running.close()
+    assert threading.active_count() == before
+
+
+def test_gradients_flow_through_a_turn_without_inference(stack: Stack) -> None:
+    batch = torch.randn(1, 3, 4)
+    stack(batch).sum().backward()
+    expected = stack.blocks[1].linear.weight.grad
+    assert expected is not None
+    expected = expected.clone()
+    stack.zero_grad()
+    made: list[Any] = []
+    for turn in turns(lambda _: made.append(stack(batch)), 1, {"1": stack.blocks[1]}, inference=False):
+        turn.answer(turn.calls[0])
+    made[0].sum().backward()
+    assert torch.equal(stack.blocks[1].linear.weight.grad, expected)
+
+
+def test_states_wait_where_they_are_told_to(stack: Stack) -> None:
+    moved = []
+
+    class Counted(Place):
+        def stow(self, value: Any) -> Any:
+            moved.append("stowed")
+            return value
+
+        def fetch(self, value: Any) -> Any:
+            moved.append("fetched")
+            return value
+
+    for turn in turns(lambda _: stack(torch.ones(1, 1, 4)), 1, {"1": stack.blocks[1]}, place=Counted("cpu", "cpu")):
+        turn.answer(turn.calls[0])
+    assert moved == ["stowed", "fetched", "stowed", "fetched"]
