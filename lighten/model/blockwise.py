@@ -14,13 +14,12 @@ import torch
 from torch import nn
 
 from lighten.errors import Failure, RequestError
-from lighten.model import accelerator
+from lighten.model import accelerator, stream
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy, anatomy_of, blocks_of
 from lighten.model.empty import Filler, compute_buffers, quiet
 from lighten.model.folds import Fold, folds_of
 from lighten.model.grams import read_index
-from lighten.model.stream import batch_of, fast_dtype
 from lighten.model.suspension import Place, Turn, turns
 
 
@@ -40,7 +39,7 @@ class BlockwiseModel:
                 f"{self.checkpoint.path} is already quantized: sweep over the model that it was made from"
             )
         self.device = device
-        self.dtype = fast_dtype(device)
+        self.dtype = stream.fast_dtype(device)
         self.model = empty_model(self.checkpoint, self.dtype, trust_remote_code=trust_remote_code)
         compute_buffers(self.model, device)
         self.blocks = blocks_of(self.model)
@@ -58,7 +57,7 @@ class BlockwiseModel:
         Raises:
             Failure: weights are missing, misshapen or not finite.
         """
-        batches = torch.split(ids, batch_of(self.device, ids.shape[1]))
+        batches = torch.split(ids, stream.batch_of(self.device, ids.shape[1]))
         width = self.model.config.get_text_config().hidden_size
         size = ids.numel() * width * self.dtype.itemsize
         place = Place(self.device, self.device if accelerator.fits(size, self.device, share=0.25) else "cpu")

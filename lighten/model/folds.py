@@ -59,6 +59,15 @@ def folds_of(model: Any, anatomy: Anatomy, filler: Filler, head_dim: int) -> dic
         head_dim: channels of a head, for values that several heads read.
     """
     compute_buffers(model, "cpu")
+    try:
+        return _tried(model, anatomy, filler, head_dim, every=False)
+    except (KeyError, IndexError, AttributeError, TypeError, RuntimeError):
+        # some layers read what an earlier one left beside the states: then each has to run
+        return _tried(model, anatomy, filler, head_dim, every=True)
+
+
+def _tried(model: Any, anatomy: Anatomy, filler: Filler, head_dim: int, *, every: bool) -> dict[int, list[Fold]]:
+    """Runs the model with random numbers, and every block or one of each kind; returns the folds by kind."""
     blocks = blocks_of(model)
     layers = {layer.module: layer for layer in anatomy.layers}
     stored = {place: name for name, place in filler.places.items()}
@@ -76,14 +85,16 @@ def folds_of(model: Any, anatomy: Anatomy, filler: Filler, head_dim: int) -> dic
         torch.manual_seed(0)
         for turn in turns(forward, 1, blocks, ends=model.get_output_embeddings()):
             layer, block, (call,) = layers[turn.name], blocks[turn.name], turn.calls
-            if layer.kind in found:
+            if layer.kind in found and not every:
                 call.answer = _passed_on(call, answers[layer.kind])
                 continue
             with torch.inference_mode():
                 _randomise(block)
                 turn.answer(call)
                 answers[layer.kind] = call.answer
-                found[layer.kind] = list(_Trials(layer, block, turn, call, head_dim, stored).all())
+                found[layer.kind] = found.get(layer.kind) or list(
+                    _Trials(layer, block, turn, call, head_dim, stored).all()
+                )
             Filler.empty(block)
     return found
 
@@ -103,7 +114,7 @@ def _random_embeddings(model: Any) -> Iterator[None]:
     """Lets embeddings without storage answer with random numbers."""
 
     def random(module: nn.Embedding) -> Any:
-        return lambda ids: torch.randn(*ids.shape, module.embedding_dim)
+        return lambda ids, *_, **__: torch.randn(*ids.shape, module.embedding_dim)
 
     embeddings = [each for each in model.modules() if isinstance(each, nn.Embedding)]
     try:
@@ -126,6 +137,9 @@ def _randomise(module: nn.Module, *, recurse: bool = True) -> None:
             else:
                 filled = (0.0 if "bias" in name else 1.0) + 0.1 * filled
             each.register_parameter(name, nn.Parameter(filled, requires_grad=False))
+        for name, buffer in list(each.named_buffers(recurse=False)):
+            if buffer.is_meta:  # stored with the weights
+                each.register_buffer(name, torch.full_like(buffer, 0.5, device="cpu"))
 
 
 class _Trials:

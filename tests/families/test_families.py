@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.quantize.quantized_layers import Layers
 from lighten.errors import RequestError
-from lighten.model import blockwise
+from lighten.model import blockwise, stream
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.empty import Filler
 from lighten.model.grams import read_index, read_layer
@@ -23,32 +23,32 @@ from lighten.store.artifact import Artifact
 from tests.families.models import make
 
 FAMILIES = (
-    *("llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen3_5_text", "gemma2", "gemma3_text", "gemma3n_text"),
-    *("gemma4_text", "phi", "phi3", "smollm3", "granite", "olmo2", "olmo3", "lfm2", "glm4", "cohere2", "exaone4"),
-    *("seed_oss", "ernie4_5", "hunyuan_v1_dense", "nemotron", "starcoder2", "stablelm", "gpt_neox", "falcon", "opt"),
-    *("bloom", "apertus", "mamba", "mamba2", "falcon_h1", "bamba"),
+    *("qwen3", "qwen3_5_text", "gemma3_text", "gemma3n_text", "phi3", "olmo2", "lfm2", "cohere2", "gpt_neox", "falcon"),
+    *("opt", "apertus", "mamba2", "falcon_h1"),
 )
+SCALED_FAMILIES = ("qwen3", "gemma3_text", "gemma3n_text", "phi3", "olmo2", "opt", "apertus", "lfm2")
 EXPERTS = ("qwen3_moe", "mixtral", "gpt_oss", "llama4_text", "granitemoe")
 
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Float32, so that the sweep's numbers are those of the plain forward."""
-    monkeypatch.setattr(blockwise, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(stream, "fast_dtype", lambda device: torch.float32)
     yield
 
 
-@pytest.fixture(params=FAMILIES)
-def source(request: pytest.FixtureRequest, tmp_path: Path) -> Artifact:
+def artifact(family: str, tmp_path: Path) -> Artifact:
     (folder := tmp_path / "model").mkdir()
-    return Artifact(make(request.param, folder), {"key": "x", "format": "hf"})
+    return Artifact(make(family, folder), {"key": "x", "format": "hf"})
 
 
 def loaded(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def test_a_family_is_swept_quantized_and_opened(source: Artifact, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_swept_quantized_and_opened(family: str, tmp_path: Path) -> None:
+    source = artifact(family, tmp_path)
     (grams := tmp_path / "grams").mkdir()
     Sweep(samples=3, length=32).run(source, grams, Context())
     plain = loaded(source.path)
@@ -93,8 +93,10 @@ SCALED = ({"method": "awq", "group_size": 32}, {"method": "w8a8"})
 
 
 @pytest.mark.parametrize("settings", SCALED, ids=["awq", "w8a8"])
-def test_scaled_inputs_leave_the_model_as_it_was(source: Artifact, tmp_path: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("family", SCALED_FAMILIES)
+def test_scaled_inputs_leave_the_model_as_it_was(family: str, tmp_path: Path, settings: dict[str, Any]) -> None:
     """Nothing is rounded: what is left is the folding of scales, which changes no output."""
+    source = artifact(family, tmp_path)
     (grams := tmp_path / "grams").mkdir()
     Sweep(samples=2, length=32).run(source, grams, Context())
     step = open_step("quantize", settings)
@@ -109,6 +111,7 @@ def test_scaled_inputs_leave_the_model_as_it_was(source: Artifact, tmp_path: Pat
             prefix, tensors, inputs = layers.read(index)
             moved += len(layers.scale_inputs(index, prefix, tensors, inputs))
         made |= {prefix + name: tensor for name, tensor in tensors.items()}
+    made = {name: tensor.clone() for name, tensor in made.items()}  # outside of inference
     plain, scaled = loaded(source.path), loaded(source.path)
     Filler(scaled, made).fill(made, "cpu")
     ids = torch.arange(5, 37)[None]
@@ -120,8 +123,7 @@ def test_scaled_inputs_leave_the_model_as_it_was(source: Artifact, tmp_path: Pat
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_are_refused_by_name(family: str, tmp_path: Path) -> None:
-    (folder := tmp_path / "model").mkdir()
-    source = Artifact(make(family, folder), {"key": "x", "format": "hf"})
+    source = artifact(family, tmp_path)
     (out := tmp_path / "out").mkdir()
     with pytest.raises(RequestError, match=r"has experts .*which no method takes yet"):
         open_step("quantize", {"method": "rtn", "bits": 4, "group_size": 32}).run(source, out, Context())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lighten.model.suspension import Place, turns
+from lighten.model.suspension import Place, Turn, turns
 
 
 class Block(nn.Module):
@@ -17,6 +17,12 @@ class Block(nn.Module):
 
     def forward(self, states: torch.Tensor, *, scale: float = 1.0) -> tuple[torch.Tensor, str]:
         return states + scale * self.linear(states), "beside"
+
+
+def answer(turn: Turn) -> None:
+    with torch.inference_mode():
+        for call in turn.calls:
+            turn.answer(call)
 
 
 class Stack(nn.Module):
@@ -55,9 +61,7 @@ def test_every_block_waits_for_every_batch(stack: Stack) -> None:
         order.append(turn.name)
         assert [call.batch for call in turn.calls] == [0, 1, 2, 3, 4]
         assert turn.number == len(order) - 1
-        with torch.inference_mode():
-            for call in turn.calls:
-                turn.answer(call)
+        answer(turn)
     assert order == ["blocks.0", "blocks.1", "blocks.2", "blocks.0"]
     assert all(torch.equal(found[batch], expected[batch]) for batch in range(5))
     assert all("forward" not in block.__dict__ for block in stack.blocks)
@@ -77,7 +81,7 @@ def test_a_block_that_changes_during_its_turn_answers_as_changed(stack: Stack) -
             if turn.name not in seen:
                 stack.blocks[int(turn.name)].linear.weight.mul_(0.5)
             seen.add(turn.name)
-        turn.answer(turn.calls[0])
+        answer(turn)
     assert torch.allclose(found[0], expected)
 
 
@@ -89,8 +93,7 @@ def test_the_call_of_a_module_ends_the_forward(stack: Stack) -> None:
         ended.append(batch)
 
     for turn in turns(forward, 2, {"0": stack.blocks[0]}, ends=stack.head):
-        for call in turn.calls:
-            turn.answer(call)
+        answer(turn)
     assert ended == [] and "forward" not in stack.head.__dict__
 
 
@@ -104,8 +107,7 @@ def test_the_error_of_a_forward_is_raised_and_nothing_is_left_behind(stack: Stac
 
     with pytest.raises(ArithmeticError, match="batch 1"):
         for turn in turns(forward, 3, {"0": stack.blocks[0]}):
-            for call in turn.calls:
-                turn.answer(call)
+            answer(turn)
     assert threading.active_count() == before
     assert "forward" not in stack.blocks[0].__dict__
 
@@ -146,5 +148,5 @@ def test_states_wait_where_they_are_told_to(stack: Stack) -> None:
             return value
 
     for turn in turns(lambda _: stack(torch.ones(1, 1, 4)), 1, {"1": stack.blocks[1]}, place=Counted("cpu", "cpu")):
-        turn.answer(turn.calls[0])
+        answer(turn)
     assert moved == ["stowed", "fetched", "stowed", "fetched"]

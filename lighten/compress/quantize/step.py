@@ -16,7 +16,7 @@ from lighten.compress.quantize.quantized_layers import TENSORS_PER_LINEAR, Layer
 from lighten.compress.quantize.settings import Quantize
 from lighten.errors import Failure, RequestError
 from lighten.facts import ModelFacts
-from lighten.model.anatomy import HEAD, HEAD_WEIGHT
+from lighten.model.anatomy import HEAD, HEAD_WEIGHT, LAYERS
 from lighten.model.blockwise import check_known, known_anatomy, known_folds
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy
@@ -124,7 +124,7 @@ def _where(step: Quantize, anatomy: Anatomy, findings: Findings) -> dict[str, An
         return {}
     lists = {layer.module.rpartition(".")[0] for layer in anatomy.layers}
     kept = {re.sub(r"\.\d+\.", r".N.", each["what"]) for each in findings.kept if anatomy.placed(each["what"] + ".")}
-    if lists == {"model.layers"} and not kept:
+    if lists == {LAYERS[:-1]} and not kept:
         return {}
     names = {
         linear.module
