@@ -58,10 +58,14 @@ def blob(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_an_architecture_that_cannot_be_swept_is_refused(qwen3: Path) -> None:
+def test_a_step_that_knows_llamas_layers_only_refuses_others(qwen3: Path) -> None:
     plan(qwen3, GGUF)
-    with pytest.raises(RequestError, match="Qwen3ForCausalLM is not supported"):
-        plan(qwen3, GPTQ)
+    plan(qwen3, GPTQ)
+    plan(qwen3, {"prune": {"method": "wanda", "pattern": "2:4"}})
+    budget = {"quantize": {"method": "gptq", "budget": "bits=4.5", "group_size": 32}}
+    for step in (budget, {"prune": {"what": "mlp", "ratio": 0.25}}):
+        with pytest.raises(RequestError, match="and not those of Qwen3ForCausalLM"):
+            plan(qwen3, step)
 
 
 def test_a_gguf_file_that_cannot_be_changed_is_refused_but_measured(blob: Path, qwen3: Path, tmp_path: Path) -> None:
