@@ -224,8 +224,6 @@ def libraries(payload: dict[str, Any], report: Callable[..., None]) -> dict[str,
 def test_parity_takes_little_memory(home: Path, tmp_path: Path) -> None:
     """Less than the source in float32 and what it runs on: one model at a time, and of the source a layer."""
     source = artifact(home, "baseline")
-    # what importing takes is not parity's: 150 MB more with torch's build for GPUs
-    libraries = run_isolated("tests.real.test_quickstart:libraries", {}).peak_rss_bytes
     assert (
         lighten(
             "export", source, "--format", "onnx", "--parity", "tokens=0", "-o", tmp_path / "onnx", cwd=home
@@ -233,6 +231,7 @@ def test_parity_takes_little_memory(home: Path, tmp_path: Path) -> None:
         == 0
     )
     files = {name: artifact(home, name) for name in VARIANTS[2:]} | {"onnx": tmp_path / "onnx"}
+    peaks = {}
     for name, folder in files.items():
         made = tmp_path / name
         if not made.exists():  # beside it, parity needs room for the logits, and a store is not to be written to
@@ -240,7 +239,11 @@ def test_parity_takes_little_memory(home: Path, tmp_path: Path) -> None:
             made.symlink_to(next(folder.glob("*.gguf")))
         found = check({"source": str(source), "made": str(made), "limits": {}, "tokens": 1024}, silent)
         assert found.value["parity"]["tokens"] == 1024
-        assert found.peak_rss_bytes - libraries < 250e6, name
+        peaks[name] = found.peak_rss_bytes
+    # What importing takes is not parity's: 150 MB more with torch's build for GPUs. A process that was forked before the
+    # libraries were there counts fewer of their pages, so it is measured last, and twice.
+    imported = max(run_isolated("tests.real.test_quickstart:libraries", {}).peak_rss_bytes for _ in range(2))
+    assert max(peaks.values()) - imported < 250e6, (peaks, imported)
 
 
 def test_again_makes_no_new_objects_and_a_change_runs_one_variant(home: Path) -> None:
