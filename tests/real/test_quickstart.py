@@ -240,8 +240,8 @@ def test_parity_takes_little_memory(home: Path, tmp_path: Path) -> None:
         found = check({"source": str(source), "made": str(made), "limits": {}, "tokens": 1024}, silent)
         assert found.value["parity"]["tokens"] == 1024
         peaks[name] = found.peak_rss_bytes
-    # What importing takes is not parity's: 150 MB more with torch's build for GPUs. A process that was forked before the
-    # libraries were there counts fewer of their pages, so it is measured last, and twice.
+    # What importing takes is not parity's: 150 MB more with torch's build for GPUs. A process that was forked before
+    # the libraries were there counts fewer of their pages, so it is measured last, and twice.
     imported = max(run_isolated("tests.real.test_quickstart:libraries", {}).peak_rss_bytes for _ in range(2))
     assert max(peaks.values()) - imported < 250e6, (peaks, imported)
 
