@@ -6,15 +6,15 @@ renames, merges, splits and ties them as it does when it loads, and says what it
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, RequestError
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.empty import quiet
 from lighten.model.files import read_json
 from lighten.model.unpacked import open_checkpoint
 from lighten.step import Report
@@ -94,7 +94,7 @@ def _empty(checkpoint: Checkpoint) -> Any:
     if model_class is None:
         raise _Unknown(f"transformers has no {checkpoint.facts.architecture} of the kind {config.model_type}")
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             return model_class(config).eval()
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         raise RequestError(
@@ -111,23 +111,6 @@ def class_named(name: str, config: Any) -> Any | None:
     model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     # the name is the file's: nothing else is called
     return found if model and isinstance(config, found.config_class or ()) else None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps transformers from drawing bars, and from warning of what the messages here say."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def compare(
@@ -154,7 +137,7 @@ def compare(
     how = LoadStateDictConfig(
         device_map={"": "meta"}, dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model)
     )
-    with _quiet():
+    with quiet():
         info, _ = convert_and_load_state_dict_in_model(model, given, how)
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         surplus = set(info.unexpected_keys)
