@@ -12,6 +12,7 @@ from lighten.cli.compare import compare
 from lighten.cli.doctor import doctor
 from lighten.cli.evaluate import evaluate
 from lighten.cli.fit import fit
+from lighten.cli.inspect import inspect
 from lighten.cli.objects import gc, list_versions, verify
 from lighten.cli.recommend import recommend
 from lighten.cli.report import report
@@ -85,6 +86,7 @@ app.command("report")(report)
 app.command("compare")(compare)
 app.command("recommend")(recommend)
 app.command("fit")(fit)
+app.command("inspect")(inspect)
 app.command("ls")(list_versions)
 app.command("verify")(verify)
 app.command("gc")(gc)
