@@ -15,10 +15,6 @@ from typing import Any
 
 from lighten.errors import Failure, RequestError, missing_extra
 
-READS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-"""GGUF architectures that can be read (Mistral models are stored as "llama"), and the architectures they become."""
-
-
 MOST_VALUES, MOST_TEXT, MOST_AXES = 1 << 24, 1 << 26, 4
 """Values in all arrays of a header together, bytes of a text, and axes of a tensor (ggml's own limit): no model has
 more, and what a header asks for is made in memory."""
@@ -77,6 +73,18 @@ class Header:
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise Failure(f"{self.path}: {self.arch}.{key} is {str(value)[:40]!r}, no number: damaged; fetch it again")
         return float(value)
+
+    def decimal(self, key: str, default: float | None = None) -> float:
+        """Returns the shortest decimal that rounds to the same float32: 1e-05, not 9.999999747378752e-06."""
+        import numpy as np
+
+        return float(str(np.float32(self.number(key, default))))
+
+    def largest(self, key: str) -> int:
+        """Returns a whole number of the architecture: the largest if it differs by layer, 0 if there is none."""
+        value = self.fields.get(f"{self.arch}.{key}", 0)
+        numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, (int, float))]
+        return int(max(numbers, default=0))
 
     def integer(self, key: str, default: int | None = None) -> int:
         """Returns a whole number of the architecture."""
@@ -365,26 +373,3 @@ def open_any(path: Path) -> Header:
 
 _BASES = ("general.base_model.0.repo_url", "general.base_model.0.name", "general.basename")
 """Keys in which a file names the model that it was made for."""
-
-
-def open_model(path: Path) -> Header:
-    """Returns the header of a file whose architecture can be read and compressed; else raises RequestError."""
-    header = open_any(path)
-    if header.arch not in READS:
-        raise RequestError(
-            f"{path} has architecture {header.arch!r}, which can be measured but not changed: lighten turns only "
-            f"{' and '.join(READS)} files back into a model (Mistral models are called llama there); give the "
-            "model that it was made from"
-        )
-    if header.integer("expert_count", 0):
-        raise RequestError(f"{path} is a mixture of experts, which lighten does not read")
-    if (layers := header.size("block_count")) > len(header.tensors):
-        raise Failure(f"{path} tells of {layers:,} layers, but has {len(header.tensors)} tensors: fetch it again")
-    if header.integer("rope.dimension_count", head_dim_of(header)) != head_dim_of(header):
-        raise RequestError(f"{path} rotates only a part of each head, which lighten does not read")
-    return header
-
-
-def head_dim_of(header: Header) -> int:
-    """Returns the width of an attention head."""
-    return header.size("attention.key_length", header.size("embedding_length") // header.size("attention.head_count"))

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lighten.errors import Failure, RequestError, reading
 from lighten.facts import ModelFacts
 from lighten.model import anatomy, tokenizer_table
-from lighten.model.gguf_header import READS, Header, Tensor, head_dim_of, open_any, open_model, read_header
+from lighten.model.gguf.config import ROPE_TENSORS, config_of
+from lighten.model.gguf.family import Family, Place, missing, places
+from lighten.model.gguf.table import BY_ARCH
+from lighten.model.gguf.turns import Model
+from lighten.model.gguf_header import Header, Tensor, open_any, read_header
 from lighten.model.tokenizer_files import DEFAULT
 from lighten.step import Report, silent
 
@@ -24,9 +30,6 @@ if TYPE_CHECKING:
 
 
 SHARD_BYTES = 2_000_000_000
-ROPE_FREQS = "rope_freqs.weight"
-
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def check(path: Path) -> ModelFacts:
@@ -35,17 +38,17 @@ def check(path: Path) -> ModelFacts:
     Raises:
         RequestError, Failure: as `convert`, for everything but weights.
     """
-    header = open_model(path)
-    facts = _facts(header)
+    header, family = open_model(path)
+    facts = _facts(header, family)
     tokenizer_table.tokenizer_json(header.fields)
-    _config(header, facts)
-    _names(header, facts)
+    _config(header, family, facts)
+    _places(header, family, facts)
     return facts
 
 
 def inspect(path: Path) -> ModelFacts:
     """Returns the sizes of the model in a GGUF file that can be a source, from its header alone."""
-    return _facts(open_model(path))
+    return _facts(*open_model(path))
 
 
 def measurable(path: Path) -> ModelFacts:
@@ -56,25 +59,24 @@ def measurable(path: Path) -> ModelFacts:
         Failure: the file is cut short or damaged.
     """
     header = open_any(path)
-    counted = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
-    if not counted:
+    if not header.tensors:
         raise RequestError(f"{path} has no weights, only a vocabulary: give a model")
-    heads = max(1, _largest(header, "attention.head_count"))
-    hidden = _largest(header, "embedding_length")
+    heads = max(1, header.largest("attention.head_count"))
+    hidden = header.largest("embedding_length")
     embedding = header.tensors.get("token_embd.weight")
     return ModelFacts(
-        architecture=READS.get(header.arch, header.arch),
-        layers=_largest(header, "block_count"),
+        architecture=known.architecture if (known := BY_ARCH.get(header.arch)) else header.arch,
+        layers=header.largest("block_count"),
         hidden=hidden,
-        intermediate=_largest(header, "feed_forward_length"),
+        intermediate=header.largest("feed_forward_length"),
         heads=heads,
-        kv_heads=_largest(header, "attention.head_count_kv") or heads,
-        head_dim=_largest(header, "attention.key_length") or hidden // heads,
+        kv_heads=header.largest("attention.head_count_kv") or heads,
+        head_dim=header.largest("attention.key_length") or hidden // heads,
         vocab=embedding.shape[0] if embedding else len(header.fields.get("tokenizer.ggml.tokens") or []),
         tied="output.weight" not in header.tensors,
         family=_family(header),
-        counted=counted - (math.prod(header.tensors[ROPE_FREQS].shape) if ROPE_FREQS in header.tensors else 0),
-        context=_largest(header, "context_length") or None,
+        counted=_count(header),
+        context=header.largest("context_length") or None,
     )
 
 
@@ -89,75 +91,78 @@ def doubts(path: Path) -> list[str]:
     return []
 
 
-def _largest(header: Header, key: str) -> int:
-    """Returns a whole number of the architecture: the largest if it differs by layer, 0 if the file has none."""
-    value = header.fields.get(f"{header.arch}.{key}", 0)
-    numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, (int, float))]
-    return int(max(numbers, default=0))
-
-
 def _family(header: Header) -> Literal["causal", "encoder", "seq2seq"]:
     if header.arch == "t5":
         return "seq2seq"
     return "encoder" if header.fields.get(f"{header.arch}.attention.causal") is False else "causal"
 
 
-def _facts(header: Header) -> ModelFacts:
+def open_model(path: Path) -> tuple[Header, Family]:
+    """Returns the header of a file whose architecture can be read and compressed, and its row.
+
+    Raises:
+        RequestError: lighten does not read such a file.
+        Failure: the file is cut short or damaged.
+    """
+    header = open_any(path)
+    family = BY_ARCH.get(header.arch)
+    if family is None:
+        raise RequestError(
+            f"{path} has architecture {header.arch!r}, which can be measured but not changed: lighten turns only "
+            f"{', '.join(BY_ARCH)} files back into a model (Mistral models are called llama there); give the "
+            "model that it was made from"
+        )
+    if header.largest("expert_count") and not family.experts:
+        raise RequestError(f"{path} is a mixture of experts, which lighten does not read of the kind {header.arch}")
+    if (layers := header.size("block_count")) > len(header.tensors):
+        raise Failure(f"{path} tells of {layers:,} layers, but has {len(header.tensors)} tensors: fetch it again")
+    if not family.partial:
+        head_dim = header.size("attention.key_length", header.size("embedding_length") // _heads(header, family))
+        if header.integer("rope.dimension_count", head_dim) != head_dim:
+            raise RequestError(f"{path} rotates only a part of each head, which lighten does not read")
+    return header, family
+
+
+def _heads(header: Header, family: Family) -> int:
+    return header.largest("attention.head_count") if family.varied else header.size("attention.head_count")
+
+
+def _facts(header: Header, family: Family) -> ModelFacts:
     if "token_embd.weight" not in header.tensors:
         raise Failure(f"{header.path} has no tensor token_embd.weight: a damaged file; fetch it again")
-    heads = header.size("attention.head_count")
+    heads = _heads(header, family)
+    hidden = header.size("embedding_length")
+    inner = header.largest("feed_forward_length") or header.largest("expert_feed_forward_length")
+    usual = family.layer == BY_ARCH["llama"].layer or family.arch == "qwen2"
     return ModelFacts(
-        architecture=READS[header.arch],
+        architecture=family.architecture,
         layers=header.size("block_count"),
-        hidden=header.size("embedding_length"),
-        intermediate=header.size("feed_forward_length"),
+        hidden=hidden,
+        intermediate=inner if family.varied else header.size("feed_forward_length", inner or None),
         heads=heads,
-        kv_heads=header.size("attention.head_count_kv", heads),
-        head_dim=head_dim_of(header),
+        kv_heads=header.largest("attention.head_count_kv") or heads
+        if family.varied
+        else header.size("attention.head_count_kv", heads),
+        head_dim=header.size("attention.key_length", hidden // heads),
         vocab=header.tensors["token_embd.weight"].shape[0],
         tied="output.weight" not in header.tensors,
+        counted=None if usual else _count(header),
         context=header.integer("context_length", 0) or None,
     )
 
 
-def tensor_names(arch: str, layers: int) -> dict[str, str]:
-    """Returns the GGUF name of every tensor a model of this kind may have, by its Hugging Face name, in file order."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    table = get_tensor_name_map(next(key for key, name in MODEL_ARCH_NAMES.items() if name == arch), layers)
-    kinds = ("weight", "bias")
-    return {
-        f"{module}.{kind}": f"{table.get_name(module)}.{kind}" for module in anatomy.modules(layers) for kind in kinds
-    }
+def _count(header: Header) -> int:
+    """Returns the number of weights."""
+    return sum(math.prod(tensor.shape) for name, tensor in header.tensors.items() if name not in ROPE_TENSORS)
 
 
-def _shape(name: str, facts: ModelFacts) -> tuple[int, ...]:
-    """Returns the shape of a tensor by its Hugging Face name: `[out, in]`, or `[out]` of a bias or norm."""
+def _shape(name: str, facts: ModelFacts) -> tuple[int, ...] | None:
+    """Returns the shape of a tensor by its Hugging Face name, where its sizes give it."""
     module, _, kind = name.rpartition(".")
-    found = anatomy.shape(module, facts)
-    if found is None:
+    if module.endswith((anatomy.ATTENTION_NORM, anatomy.MLP_NORM, anatomy.NORM)):
         return (facts.hidden,)
-    return found if kind == "weight" else found[:1]
-
-
-def rope_heads(name: str, arch: str, facts: ModelFacts) -> int | None:
-    """Returns the number of heads whose rows llama.cpp stores interleaved, or None for a tensor stored as it is.
-
-    llama.cpp rotates neighbouring rows of a head in "llama" models, Hugging Face rotates rows half a head apart.
-    """
-    if arch != "llama":
-        return None
-    return anatomy.rotated_heads(name.rpartition(".")[0], facts)
-
-
-def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Returns q or k rows `[heads * head_dim, ...]` in llama.cpp's order, from Hugging Face's."""
-    return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
-
-
-def deinterleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Returns q or k rows in Hugging Face's order, from llama.cpp's: the inverse of `interleave`."""
-    return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+    found = anatomy.shape(module, facts)
+    return found and (found if kind == "weight" else found[:1])
 
 
 def convert(path: Path, out: Path, report: Report = silent) -> dict[str, Any]:
@@ -176,13 +181,13 @@ def convert(path: Path, out: Path, report: Report = silent) -> dict[str, Any]:
             that cannot be expressed in the directory.
         Failure: cut short, damaged, or weights that are NaN or infinite.
     """
-    header = open_model(path)
-    facts = _facts(header)
+    header, family = open_model(path)
+    facts = _facts(header, family)
     with reading(path, "fetch it again"):
         tokenizer = tokenizer_table.tokenizer_json(header.fields)
-        config = _config(header, facts)
+        config = _config(header, family, facts)
         settings = _tokenizer_config(header, facts)
-    _write_weights(header, facts, config, out, report)
+    _write_weights(header, family, facts, config, out, report)
     _write_json(out / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     if (several := _ends(header)) and len(several) > 1:
@@ -198,82 +203,8 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _config(header: Header, facts: ModelFacts) -> dict[str, Any]:
-    attention_bias = "blk.0.attn_q.bias" in header.tensors
-    ids = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        if (value := header.fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
-            ids[f"{name}_token_id"] = value
-    config = {
-        "architectures": [facts.architecture],
-        "model_type": header.arch,
-        "dtype": "bfloat16",
-        "hidden_act": "silu",
-        "hidden_size": facts.hidden,
-        "intermediate_size": facts.intermediate,
-        "num_hidden_layers": facts.layers,
-        "num_attention_heads": facts.heads,
-        "num_key_value_heads": facts.kv_heads,
-        "head_dim": facts.head_dim,
-        "vocab_size": facts.vocab,
-        "max_position_embeddings": header.integer("context_length"),
-        "rms_norm_eps": _decimal(header.number("attention.layer_norm_rms_epsilon")),
-        "rope_parameters": _rope(header, facts),
-        "tie_word_embeddings": facts.tied,
-        **ids,
-    }
-    if header.arch == "llama":
-        config |= {"attention_bias": attention_bias, "mlp_bias": "blk.0.ffn_up.bias" in header.tensors}
-    return config
-
-
-def _decimal(value: float) -> float:
-    """Returns the shortest decimal that rounds to the same float32: 1e-05, not 9.999999747378752e-06."""
-    import numpy as np
-
-    return float(str(np.float32(value)))
-
-
-def _rope(header: Header, facts: ModelFacts) -> dict[str, Any]:
-    theta = _decimal(header.number("rope.freq_base", 10000.0))
-    kind = header.fields.get(f"{header.arch}.rope.scaling.type", "none")
-    factor = _decimal(header.number("rope.scaling.factor", 0.0))
-    if ROPE_FREQS in header.tensors:
-        return {"rope_theta": theta, **_llama3(header, facts, theta)}
-    if kind == "none" or not factor:
-        return {"rope_theta": theta, "rope_type": "default"}
-    if kind == "linear":
-        return {"rope_theta": theta, "rope_type": "linear", "factor": factor}
-    if kind == "yarn":
-        original = header.integer("rope.scaling.original_context_length", header.integer("context_length"))
-        yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-        return {"rope_theta": theta, **yarn}
-    raise RequestError(f"{header.path} scales its positions by {kind!r}; lighten reads none, linear, yarn and llama3")
-
-
-def _llama3(header: Header, facts: ModelFacts, theta: float) -> dict[str, Any]:
-    """Finds the llama3 settings whose frequency divisors are the ones the file holds."""
-    import torch
-
-    divisors = _read(header, header.tensors[ROPE_FREQS])
-    settings = {"rope_type": "llama3", "factor": _decimal(float(divisors.max())), **_LLAMA3_ROPE}
-    if not torch.allclose(divisors, llama3_divisors(theta, facts.head_dim, settings), rtol=1e-3):
-        raise RequestError(f"{header.path}: {ROPE_FREQS} is not the llama3 scaling, the only such table lighten reads")
-    return settings
-
-
-def llama3_divisors(theta: float, head_dim: int, settings: dict[str, Any]) -> torch.Tensor:
-    """Returns what each rotation frequency is divided by under "llama3" scaling, float32 `[head_dim / 2]`.
-
-    Follows `_compute_llama3_parameters` of transformers, which follows Meta's reference code.
-    """
-    import torch
-
-    wavelengths = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    factor, low, high = (float(settings[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    turns = float(settings["original_max_position_embeddings"]) / wavelengths
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).float()
+def _config(header: Header, family: Family, facts: ModelFacts) -> dict[str, Any]:
+    return config_of(header, family, facts, lambda name: _read(header, header.tensors[name]))
 
 
 def _tokenizer_config(header: Header, facts: ModelFacts) -> dict[str, Any]:
@@ -327,28 +258,67 @@ def _read(header: Header, tensor: Tensor) -> torch.Tensor:
     return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(tensor.shape)
 
 
-def _names(header: Header, facts: ModelFacts) -> dict[str, str]:
-    """Returns the GGUF names of a file's tensors, by Hugging Face name."""
-    names = {hf: gguf for hf, gguf in tensor_names(header.arch, facts.layers).items() if gguf in header.tensors}
-    if unknown := sorted(set(header.tensors) - set(names.values()) - {ROPE_FREQS}):
+def _places(header: Header, family: Family, facts: ModelFacts) -> list[Place]:
+    """Returns the places whose tensors a file has.
+
+    Raises:
+        RequestError: the file has a tensor without a place.
+        Failure: a tensor is missing.
+    """
+    known = list(places(family, facts.layers))
+    found: list[Place] = []
+    taken: set[str] = set()
+    for place in known:
+        if not taken.intersection(place.names) and header.tensors.keys() >= set(place.names):
+            found.append(place)
+            taken.update(place.names)
+    if unknown := sorted(set(header.tensors) - taken - {*ROPE_TENSORS}):
         raise RequestError(f"{header.path}: a {header.arch} model that lighten reads has no tensor {unknown[0]}")
-    return names
+    if lacking := missing(known, found):
+        raise Failure(f"{header.path} has no tensor {lacking.names[0]}: a damaged file; fetch it again")
+    return found
 
 
-def _write_weights(header: Header, facts: ModelFacts, config: dict[str, Any], out: Path, report: Report) -> None:
+def _stored(header: Header, place: Place, model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors of a checkpoint that come from one place in a file, float32."""
+    tensors = [header.tensors[name] for name in place.names]
+    if not place.of_experts:
+        yield place.stored, place.rule.turn.back([_read(header, tensor) for tensor in tensors], model)
+        return
+    for number, name in enumerate(place.parts(tensors[0].shape[0])):
+        yield name, place.rule.turn.back([_read(header, _slice(tensor, number)) for tensor in tensors], model)
+
+
+def _slice(tensor: Tensor, number: int) -> Tensor:
+    """Returns the place of one part of a tensor along its first axis."""
+    size = tensor.size // tensor.shape[0]
+    return replace(tensor, shape=tensor.shape[1:], start=tensor.start + number * size, size=size)
+
+
+def _write_weights(
+    header: Header, family: Family, facts: ModelFacts, config: dict[str, Any], out: Path, report: Report
+) -> None:
     import torch
 
     from lighten.model.shards import ShardWriter
 
-    names = _names(header, facts)
-    with ShardWriter(out, len(names), SHARD_BYTES) as writer:
-        for done, (hf, name) in enumerate(names.items(), 1):
-            if (found := header.tensors[name].shape) != (right := _shape(hf, facts)):
-                raise Failure(f"{header.path}: tensor {name} is {list(found)}, its sizes say {list(right)}: damaged")
-            weight = _read(header, header.tensors[name])
-            if heads := rope_heads(hf, header.arch, facts):
-                weight = deinterleave(weight, heads)
-            if not weight.abs().amax() <= torch.finfo(torch.bfloat16).max:  # false for NaN too
-                raise Failure(f"{header.path}: tensor {name} holds NaN or infinity: damaged; fetch it again")
-            writer.add(hf, weight.to(torch.bfloat16))
-            report(done, len(names), hf)
+    found, model = _places(header, family, facts), Model(config, facts)
+    count = sum(header.tensors[place.names[0]].shape[0] if place.of_experts else 1 for place in found)
+    done = 0
+    with ShardWriter(out, count, SHARD_BYTES) as writer:
+        for place in found:
+            name = place.names[0]
+            right = _shape(place.stored, facts) if family.plain else None
+            if right and (shape := header.tensors[name].shape) != right:
+                raise Failure(f"{header.path}: tensor {name} is {list(shape)}, its sizes say {list(right)}: damaged")
+            try:
+                for stored, weight in _stored(header, place, model):
+                    if not weight.abs().amax() <= torch.finfo(torch.bfloat16).max:  # false for NaN too
+                        raise Failure(f"{header.path}: tensor {name} holds NaN or infinity: damaged; fetch it again")
+                    writer.add(stored, weight.to(torch.bfloat16).contiguous())
+                    done += 1
+                    report(done, count, stored)
+            except (RuntimeError, IndexError) as error:
+                raise Failure(
+                    f"{header.path}: tensor {name} has a shape that does not fit the sizes ({error}): damaged"
+                ) from error

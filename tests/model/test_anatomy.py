@@ -17,7 +17,8 @@ NAMED = re.compile(
     r"|[qkvo]_proj|(gate|up|down)_proj|input_layernorm|post_attention_layernorm)\.?$"
 )
 OTHERS = {
-    "export/gguf/families.py": "linears that only other families have",
+    "model/gguf/dense.py": "linears that only other families have",
+    "model/gguf/gemma.py": "linears that only other families have",
     "export/onnx/graph.py": "names in the builder's graphs",
     "evaluate/profiling/onnx.py": "names in the builder's graphs",
     "evaluate/runtimes/trace.py": "modules of layers of any family",

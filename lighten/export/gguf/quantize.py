@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten.errors import Failure
-from lighten.export.gguf.families import family_of, tensor_names
 from lighten.export.gguf.types import TYPES
-from lighten.facts import ModelFacts
+from lighten.model.gguf.family import expert_count, place_of, places
+from lighten.model.gguf.table import family_of
+from lighten.model.gguf.turns import Model
 from lighten.model.llama_library import Library, load
 from lighten.step import Report, silent
 
@@ -28,20 +29,41 @@ _PROGRESS = re.compile(r"\[ *(\d+)/ *(\d+)\] +(\S+)")
 Importance = Mapping[str, "np.ndarray[Any, np.dtype[np.float32]]"]
 
 
-def importance(grams: Path, facts: ModelFacts) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+def importance(grams: Path, model: Model) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     """Returns llama.cpp's importance matrix, mean x² per input channel `[in]`, by GGUF tensor name.
 
     A channel that the calibration data left at zero gets a millionth of the mean, because llama.cpp divides by sums of
-    these.
+    these. A tensor of all experts has the channels of each of them, one expert after the other. An expert that no token
+    reached gets the mean of the others.
     """
     import numpy as np
+    import torch
 
     from lighten.model.grams import read_diagonals
 
-    names = tensor_names(family_of(facts), facts.layers)
-    found = {}
+    known = {place.stored: place for place in places(family_of(model.facts), model.facts.layers)}
+    found: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
+    of_experts: dict[str, dict[int, np.ndarray[Any, np.dtype[np.float32]]]] = {}
     for linear, diagonal, tokens in read_diagonals(grams):
-        found[names[linear]] = channel_importance(np.asarray(diagonal), tokens)
+        if (at := place_of(known, linear)) is None:
+            raise Failure(
+                f"{grams} has the Gram of {linear}, which a GGUF file has no place for: sweep the model again"
+            )
+        place, expert = at
+        channels = channel_importance(np.asarray(diagonal), tokens)
+        turned = place.rule.turn.channels(torch.from_numpy(channels), model) or [torch.from_numpy(channels)] * len(
+            place.names
+        )
+        for name, values in zip(place.names, turned, strict=True):
+            if values is None:
+                continue
+            if expert is None:
+                found[name] = values.numpy()
+            elif tokens:
+                of_experts.setdefault(name, {})[expert] = values.numpy()
+    for name, each in of_experts.items():
+        mean = np.mean(list(each.values()), axis=0, dtype=np.float64).astype(np.float32)
+        found[name] = np.concatenate([each.get(number, mean) for number in range(expert_count(model.config))])
     if not found:
         raise Failure(f"{grams} holds no Grams: sweep the model again")
     return found

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lighten.errors import RequestError
-from lighten.export.gguf.families import Family
 from lighten.facts import ModelFacts
+from lighten.model.gguf.config import LONG, ROPE_FREQS, SHORT, llama3_divisors
+from lighten.model.gguf.family import Family
 
 if TYPE_CHECKING:
     import torch
@@ -53,9 +54,7 @@ def rotation(config: dict[str, Any], facts: ModelFacts, family: Family) -> Rotat
     original = settings.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
     settings["original_max_position_embeddings"] = int(original or longest)
     if kind == "llama3":
-        from lighten.model.gguf_source import llama3_divisors
-
-        found.tensors["rope_freqs.weight"] = llama3_divisors(theta, facts.head_dim, settings)
+        found.tensors[ROPE_FREQS] = llama3_divisors(theta, facts.head_dim, settings)
     if kind in ("linear", "yarn"):
         found.keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(settings["factor"])}
     if kind == "yarn":
@@ -82,13 +81,13 @@ def _add_longrope(found: Rotation, settings: dict[str, Any], longest: int) -> No
     import torch
 
     original = settings["original_max_position_embeddings"]
-    for name in ("long", "short"):
+    for name, tensor in (("long", LONG), ("short", SHORT)):
         divisors = settings.get(f"{name}_factor") or []
         if len(divisors) != found.dimensions // 2:
             raise RequestError(
                 f"config.json has {len(divisors)} numbers as {name}_factor, and {found.dimensions // 2} are needed"
             )
-        found.tensors[f"rope_factors_{name}.weight"] = torch.tensor(divisors, dtype=torch.float32)
+        found.tensors[tensor] = torch.tensor(divisors, dtype=torch.float32)
     found.warnings.append(
         f"llama.cpp takes the long rotation whenever it is opened with room for more than {original} tokens, "
         "transformers only for a text that is longer"

@@ -108,7 +108,7 @@ class Gguf(Export):
 
     def check(self, facts: ModelFacts) -> None:
         """Refuses architectures that cannot be written, and widths that the type's blocks do not fit."""
-        from lighten.export.gguf.families import family_of
+        from lighten.model.gguf.table import family_of
 
         family_of(facts)
         widths = (facts.hidden, facts.heads * facts.head_dim, facts.intermediate)

@@ -15,6 +15,7 @@ from lighten.export.gguf.settings import Gguf
 from lighten.export.gguf.split import split
 from lighten.export.step import about
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.gguf.turns import model_of
 from lighten.model.sensitivity import Sensitivity
 from lighten.step import Context
 from lighten.store.artifact import Artifact
@@ -38,7 +39,7 @@ def run(step: Gguf, source: Artifact, out: Path, context: Context) -> dict[str, 
         if context.grams is None or (step.budget and context.sensitivity is None):
             asked = "a budget" if step.budget else "imatrix: true"
             raise RequestError(f"{asked} needs a calibration set: name one under calibration")
-        weights = gguf_quantize.importance(context.grams, Checkpoint(source.path).facts)
+        weights = gguf_quantize.importance(context.grams, model_of(source.path))
     chosen = _write(step, source.path, file, origin, weights, context)
     facts = {**gguf_quantize.describe(file, step.type), "imatrix": weights is not None, **chosen}
     if step.split:

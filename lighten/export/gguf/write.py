@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten.errors import Failure, RequestError, missing_extra, reading
-from lighten.export.gguf.families import Family, family_of, tensor_names
+from lighten.export.gguf.pieces import Piece, pieces_of
 from lighten.export.gguf.rope import Rotation, rotation
 from lighten.export.gguf.types import PLAIN, TYPES
 from lighten.facts import ModelFacts
-from lighten.model.anatomy import EMBEDDING_WEIGHT, HEAD_WEIGHT, rotated_heads
+from lighten.model.gguf.family import FLOATS, Family
+from lighten.model.gguf.table import family_of
+from lighten.model.gguf.turns import Model
 from lighten.model.tokenizer_files import DEFAULT
 from lighten.step import Report, silent
 
@@ -81,15 +83,25 @@ class Draft:
         _check(self.family, self.config, self.facts)
         with reading(source / "config.json", "fetch the model again"):
             self.rotation = rotation(self.config, self.facts, self.family)
-        self.shapes = self.checkpoint.shapes()
-        self.names = _names(self.family, self.facts, self.shapes, source)
-        """GGUF names of the tensors to write, by Hugging Face name, in the order of the file."""
+        self.model = Model(self.config, self.facts)
+        self.pieces: dict[str, Piece] = pieces_of(self.family, self.model, self.checkpoint.shapes(), source)
+        """Tensors to write, by name, in the order of the file. The name is the stored one, where there is one."""
         with reading(source / "tokenizer.json", "fetch the model again"):
             self.vocabulary = read_vocabulary(source, self.facts.vocab, self.config)
         packed = self.checkpoint.quantization is not None
-        self.stored_type = "F32" if packed else _plain_type(self.checkpoint.tensor(EMBEDDING_WEIGHT).dtype)
+        embedding = self.checkpoint.tensor(self.family.embedding)
+        self.stored_type = "F32" if packed else _plain_type(embedding.dtype)
         """Smallest plain type that holds the matrices without rounding."""
-        self.factors = self.family.factors(self.config, self.facts)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Names in the file of the tensors to write, by name, in the order of the file."""
+        return {label: piece.name for label, piece in self.pieces.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors to write, by name."""
+        return {label: piece.shape for label, piece in self.pieces.items()}
 
     @property
     def warnings(self) -> list[str]:
@@ -98,22 +110,21 @@ class Draft:
         return [*self.vocabulary.warnings, *window, *self.rotation.warnings]
 
     def types(self, matrices: str) -> dict[str, str]:
-        """Returns the type of every tensor, by Hugging Face name, if all matrices have the same type."""
-        return {hf: matrices if len(self.shapes[hf]) > 1 else "F32" for hf in self.names}
+        """Returns the type of every tensor, by name, if all matrices have the same type."""
+        return {label: matrices if piece.is_matrix else "F32" for label, piece in self.pieces.items()}
 
-    def weight(self, hf: str) -> torch.Tensor:
+    def weight(self, label: str) -> torch.Tensor:
         """Returns one tensor as llama.cpp wants it, in its stored type unless it had to be computed."""
-        from lighten.model.gguf_source import interleave
+        return self.pieces[label].tensor(self.checkpoint.tensor, self.model)
 
-        weight = self.checkpoint.tensor(EMBEDDING_WEIGHT if hf == HEAD_WEIGHT and self.facts.tied else hf)
-        module, _, kind = hf.rpartition(".")
-        if self.family.norms_less_one and module.endswith("norm"):
-            weight = weight.float() + 1.0
-        factor = next((factor for name, factor in self.factors.items() if module.endswith(f".{name}")), None)
-        if factor is not None and kind in ("weight", "bias"):
-            weight = weight.float() * factor
-        heads = rotated_heads(module, self.facts)
-        return interleave(weight, heads) if heads and self.family.interleaved else weight
+    def keys(self) -> dict[str, Any]:
+        """Returns the metadata of the architecture, by key without its name."""
+        found = {**_sizes(self.config, self.facts, self.rotation), **self.rotation.keys}
+        for key, name in (self.family.pairs or {}).items():
+            if (value := self.config.get(name)) is not None:
+                found[key] = float(value) if key in FLOATS else value
+        found |= self.family.keys(self.config, self.facts)
+        return {key: value for key, value in found.items() if value is not None}
 
     def begin(self, file: Path, types: Mapping[str, str], file_type: int | None) -> Any:
         """Writes everything except the weights into a file, and returns gguf's open writer."""
@@ -121,9 +132,7 @@ class Draft:
 
         writer = gguf.GGUFWriter(file, self.family.arch)
         _add_about(writer, self.about, _name(self.about, self.facts, self.vocabulary))
-        _add_sizes(writer, self.config, self.facts, self.rotation)
-        _add_keys(writer, self.family.arch, self.rotation.keys)
-        _add_keys(writer, self.family.arch, self.family.keys(self.config, self.facts))
+        _add_keys(writer, self.family.arch, self.keys())
         _add_vocabulary(writer, self.vocabulary)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         if file_type is not None:
@@ -151,7 +160,7 @@ class Draft:
 
         Args:
             out_file: the file to write.
-            types: type of every tensor, by Hugging Face name.
+            types: type of every tensor, by name.
             report: called for every written tensor.
             encode: turns a tensor's Hugging Face name, its weight and its type into the bytes to write; None knows
                 the types of PLAIN.
@@ -197,31 +206,6 @@ def _check(family: Family, config: dict[str, Any], facts: ModelFacts) -> None:
         raise RequestError(f"the head is not the embedding, and llama.cpp's {family.arch} has no place for another")
     if objection := family.objection(config, facts):
         raise RequestError(objection)
-
-
-def _names(family: Family, facts: ModelFacts, shapes: dict[str, tuple[int, ...]], source: Path) -> dict[str, str]:
-    """Returns the GGUF names of the tensors to write, by Hugging Face name; gives a head that is written twice shape.
-
-    Raises:
-        RequestError: llama.cpp has no place for a tensor.
-        Failure: a tensor is missing.
-    """
-    names = tensor_names(family, facts.layers)
-    known = {*names, HEAD_WEIGHT}
-    unknown = sorted(name for name in shapes if name not in known and not name.endswith("rotary_emb.inv_freq"))
-    if unknown:
-        raise RequestError(f"{source}: llama.cpp's {family.arch} has no place for the tensor {unknown[0]}")
-    if facts.tied and EMBEDDING_WEIGHT in shapes:
-        shapes.pop(HEAD_WEIGHT, None)
-        if family.head == "own":
-            shapes[HEAD_WEIGHT] = shapes[EMBEDDING_WEIGHT]
-    needed = {name for name in names if name.endswith(".weight") and (name != HEAD_WEIGHT or not facts.tied)}
-    if missing := [name for name in names if name in needed - set(shapes)]:
-        raise Failure(f"{source}: tensor {missing[0]} is missing; fetch the model again")
-    rows = shapes[EMBEDDING_WEIGHT][0]
-    if rows != facts.vocab:
-        raise Failure(f"{source}: config.json says {facts.vocab} tokens, the embedding has {rows} rows")
-    return {hf: name for hf, name in names.items() if hf in shapes}
 
 
 def _announce(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
@@ -278,18 +262,21 @@ def _add_about(writer: Any, about: Mapping[str, str], name: str) -> None:
             writer.add_string(key, value)
 
 
-def _add_sizes(writer: Any, config: dict[str, Any], facts: ModelFacts, rotation: Rotation) -> None:
-    writer.add_block_count(facts.layers)
-    writer.add_context_length(int(config["max_position_embeddings"]))
-    writer.add_embedding_length(facts.hidden)
-    writer.add_feed_forward_length(facts.intermediate)
-    writer.add_head_count(facts.heads)
-    writer.add_head_count_kv(facts.kv_heads)
-    writer.add_key_length(facts.head_dim)
-    writer.add_value_length(facts.head_dim)
-    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
-    writer.add_vocab_size(facts.vocab)
-    writer.add_rope_dimension_count(rotation.dimensions)
+def _sizes(config: dict[str, Any], facts: ModelFacts, rotation: Rotation) -> dict[str, Any]:
+    """Returns the metadata that files of every architecture have."""
+    return {
+        "block_count": facts.layers,
+        "context_length": int(config["max_position_embeddings"]),
+        "embedding_length": facts.hidden,
+        "feed_forward_length": facts.intermediate,
+        "attention.head_count": facts.heads,
+        "attention.head_count_kv": facts.kv_heads,
+        "attention.key_length": facts.head_dim,
+        "attention.value_length": facts.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+        "vocab_size": facts.vocab,
+        "rope.dimension_count": rotation.dimensions,
+    }
 
 
 def _add_keys(writer: Any, arch: str, keys: Mapping[str, Any]) -> None:

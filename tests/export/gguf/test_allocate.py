@@ -200,7 +200,7 @@ def test_rounding_is_that_of_the_gguf_package(type: str) -> None:
 
 def test_costs_are_those_of_the_outputs(tiny: Tiny, tmp_path: Path) -> None:
     draft, asked = Draft(tiny()), prices(tiny(), tmp_path / "grams")
-    weights = importance(asked.grams, draft.facts)
+    weights = importance(asked.grams, draft.model)
     hf, type = "model.layers.1.mlp.up_proj.weight", "Q3_K"
     found = budget.try_types(draft, asked, weights)[hf]
     weight = draft.weight(hf).float()

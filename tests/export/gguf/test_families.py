@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure, RequestError
 from lighten.export.gguf import write as export
-from lighten.export.gguf.families import FAMILIES, tensor_names
+from lighten.model.gguf.family import places
+from lighten.model.gguf.table import FAMILIES
 from tests.conftest import byte_level, write_tokenizer
 from tests.export.gguf.test_write import logits_of
 
@@ -178,8 +179,9 @@ def test_names_are_those_of_the_architecture(architecture: str) -> None:
     family = FAMILIES[architecture]
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
     known = {gguf.TENSOR_NAMES[tensor].format(bid=1) for tensor in gguf.MODEL_TENSORS[arch]}
-    assert {name.rpartition(".")[0].replace("blk.0", "blk.1") for name in tensor_names(family, 2).values()} <= known
-    assert family.head != "tied" or "output.weight" not in tensor_names(family, 2).values()
+    names = {name for place in places(family, 2) for name in place.names}
+    assert {name.removesuffix(".weight").removesuffix(".bias").replace("blk.0", "blk.1") for name in names} <= known
+    assert family.head != "tied" or "output.weight" not in names
 
 
 def changed(folder: Path, case: str, to: Path, **config: Any) -> Path:

@@ -17,7 +17,7 @@ from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
 from lighten.export.gguf import quantize as gguf_quantize
 from lighten.export.gguf import write as export
 from lighten.export.gguf.types import PLAIN, TYPES
-from lighten.model.checkpoint import Checkpoint
+from lighten.model.gguf.turns import model_of
 
 Tiny = Callable[..., Path]
 
@@ -195,16 +195,16 @@ def test_importance_changes_the_rounding(tiny: Tiny, tmp_path: Path) -> None:
 def test_importance_is_the_mean_square(tiny: Tiny, tmp_path: Path) -> None:
     from lighten.model.grams import Gram, GramWriter
 
-    facts = Checkpoint(tiny()).facts
+    model = model_of(tiny())
     rows = torch.randn(40, 256) * torch.linspace(0, 3, 256)
     writer = GramWriter(tmp_path, [f"model.layers.{n}." for n in range(8)], {})
-    for _ in range(facts.layers):
+    for _ in range(model.facts.layers):
         gram = Gram.empty(256, "cpu")
         gram.blocks = torch.cat([(rows.T @ rows).reshape(-1)])
         gram.tokens = 40
         writer.add({"in": gram}, {"self_attn.q_proj": "in", "mlp.down_proj": "in"})
     writer.close(torch.zeros(1, 8), [])
-    found = gguf_quantize.importance(tmp_path, facts)
+    found = gguf_quantize.importance(tmp_path, model)
     assert sorted(found) == [f"blk.{layer}.{name}.weight" for layer in (0, 1) for name in ("attn_q", "ffn_down")]
     mean = rows.square().mean(0).numpy()
     assert np.allclose(found["blk.1.ffn_down.weight"][1:], mean[1:], rtol=1e-4)

@@ -1,0 +1,1 @@
+"""What llama.cpp's files say of each family of models: one row for a family, read in both directions."""
