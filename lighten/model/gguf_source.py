@@ -19,7 +19,7 @@ from lighten.facts import ModelFacts
 from lighten.model import anatomy, tokenizer_table
 from lighten.model.gguf.config import ROPE_TENSORS, config_of
 from lighten.model.gguf.family import Family, Place, missing, places
-from lighten.model.gguf.table import BY_ARCH
+from lighten.model.gguf.table import ARCHITECTURES, family_in
 from lighten.model.gguf.turns import Model
 from lighten.model.gguf_header import Header, Tensor, open_any, read_header
 from lighten.model.tokenizer_files import DEFAULT
@@ -65,7 +65,7 @@ def measurable(path: Path) -> ModelFacts:
     hidden = header.largest("embedding_length")
     embedding = header.tensors.get("token_embd.weight")
     return ModelFacts(
-        architecture=known.architecture if (known := BY_ARCH.get(header.arch)) else header.arch,
+        architecture=known.architecture if (known := family_in(header)) else header.arch,
         layers=header.largest("block_count"),
         hidden=hidden,
         intermediate=header.largest("feed_forward_length"),
@@ -105,11 +105,11 @@ def open_model(path: Path) -> tuple[Header, Family]:
         Failure: the file is cut short or damaged.
     """
     header = open_any(path)
-    family = BY_ARCH.get(header.arch)
+    family = family_in(header)
     if family is None:
         raise RequestError(
             f"{path} has architecture {header.arch!r}, which can be measured but not changed: lighten turns only "
-            f"{', '.join(BY_ARCH)} files back into a model (Mistral models are called llama there); give the "
+            f"{', '.join(ARCHITECTURES)} files back into a model (Mistral models are called llama there); give the "
             "model that it was made from"
         )
     if header.largest("expert_count") and not family.experts:
@@ -133,7 +133,7 @@ def _facts(header: Header, family: Family) -> ModelFacts:
     heads = _heads(header, family)
     hidden = header.size("embedding_length")
     inner = header.largest("feed_forward_length") or header.largest("expert_feed_forward_length")
-    usual = family.layer == BY_ARCH["llama"].layer or family.arch == "qwen2"
+    usual = family.arch in ("llama", "qwen2")
     return ModelFacts(
         architecture=family.architecture,
         layers=header.size("block_count"),

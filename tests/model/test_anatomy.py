@@ -18,6 +18,8 @@ NAMED = re.compile(
 )
 OTHERS = {
     "model/gguf/dense.py": "linears that only other families have",
+    "model/gguf/experts.py": "linears that only other families have",
+    "model/gguf/hybrids.py": "linears that only other families have",
     "model/gguf/gemma.py": "linears that only other families have",
     "export/onnx/graph.py": "names in the builder's graphs",
     "evaluate/profiling/onnx.py": "names in the builder's graphs",

@@ -34,7 +34,7 @@ class Piece:
     @property
     def is_matrix(self) -> bool:
         """Whether it gets a type of its own. Vectors and small kernels are F32 always."""
-        return len(self.shape) > 1 and self.place.rule.rounded
+        return len(self.shape) > 1 and self.place.rule.rounded and self.name.endswith(".weight")
 
     def tensor(self, read: Callable[[str], torch.Tensor], model: Model) -> torch.Tensor:
         """Returns the tensor. `read` returns a stored one."""

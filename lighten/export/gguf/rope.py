@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -58,19 +59,26 @@ def rotation(config: dict[str, Any], facts: ModelFacts, family: Family) -> Rotat
     if kind in ("linear", "yarn"):
         found.keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(settings["factor"])}
     if kind == "yarn":
-        found.keys |= _yarn(settings)
+        found.keys |= _yarn(settings, family.yarn or {})
+        if settings.get("truncate") is False:
+            found.warnings.append(
+                "llama.cpp rounds the borders of YaRN's ramp, which this model does not (truncate: false)"
+            )
     if kind == "longrope":
         _add_longrope(found, settings, longest)
     return found
 
 
-def _yarn(settings: dict[str, Any]) -> dict[str, Any]:
+def _yarn(settings: dict[str, Any], known: Mapping[str, str]) -> dict[str, Any]:
     """Returns the keys of YaRN. llama.cpp itself multiplies the attention factor by the paper's 0.1 ln(s) + 1."""
     unread = {"beta_fast": (None, 32), "beta_slow": (None, 1), "mscale": (None, 0), "mscale_all_dim": (None, 0)}
     odd = [key for key, usual in {**unread, "truncate": (None, True)}.items() if settings.get(key) not in usual]
-    if odd:
-        raise RequestError(f"config.json sets {odd[0]} for YaRN, which llama.cpp does not read for this architecture")
+    if strange := [key for key in odd if key not in known]:
+        raise RequestError(
+            f"config.json sets {strange[0]} for YaRN, which llama.cpp does not read for this architecture"
+        )
     keys: dict[str, Any] = {"rope.scaling.original_context_length": settings["original_max_position_embeddings"]}
+    keys |= {name: float(settings[key]) for key, name in known.items() if name and settings.get(key) is not None}
     if attention := settings.get("attention_factor"):
         keys["rope.scaling.attn_factor"] = float(attention) / (0.1 * math.log(float(settings["factor"])) + 1.0)
     return keys

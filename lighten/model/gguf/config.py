@@ -92,9 +92,14 @@ def _rope(header: Header, family: Family, facts: ModelFacts, read: Read) -> dict
     if kind == "linear":
         return {**rope, "rope_type": "linear", "factor": factor}
     if kind == "yarn":
-        yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        yarn: dict[str, Any] = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
         if attention := header.decimal("rope.scaling.attn_factor", 0.0):
             yarn["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
+        for name, key in (family.yarn or {}).items():
+            if key and f"{header.arch}.{key}" in header.fields:
+                yarn[name] = header.decimal(key)
+        if "mscale_all_dim" in yarn:
+            yarn.setdefault("mscale", 1.0)
         return {**rope, **yarn}
     raise RequestError(f"{header.path} scales its positions by {kind!r}; lighten reads none, linear, yarn and llama3")
 

@@ -105,6 +105,11 @@ def no_objection(config: Config, facts: ModelFacts) -> str | None:
     return None
 
 
+def any_file(header: Header) -> bool:
+    """Returns True: all files of the architecture are of this family."""
+    return True
+
+
 @dataclass(frozen=True)
 class Family:
     """The facts of one architecture for llama.cpp."""
@@ -128,6 +133,8 @@ class Family:
     """Form of the head: "any" may be the embedding, "tied" must be, "own" is a tensor even if it is the embedding."""
     scalings: tuple[str, ...] = ("linear", "yarn")
     """Scalings of positions that are allowed."""
+    yarn: Mapping[str, str] | None = None
+    """Settings of YaRN that may differ from the usual, and their keys. Without a key llama.cpp does not read them."""
     partial: bool = False
     """Whether a part of each head may be rotated."""
     windows: bool = False
@@ -146,6 +153,8 @@ class Family:
     """Settings that `keys` turned into metadata, from a file."""
     objection: Callable[[Config, ModelFacts], str | None] = no_objection
     """Reason why llama.cpp cannot run this config, or None."""
+    reads: Callable[[Header], bool] = any_file
+    """Whether a file of `arch` is of this family, where several have that name."""
 
     @property
     def plain(self) -> bool:

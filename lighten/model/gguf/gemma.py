@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lighten.facts import ModelFacts
 from lighten.model import anatomy
-from lighten.model.gguf.dense import LLAMA, QK_NORMS
+from lighten.model.gguf.dense import LLAMA, QK_NORMS, layer_types, window_keys
 from lighten.model.gguf.family import AROUND, Config, Family, less_one, part
 from lighten.model.gguf.turns import Model, Turn, times
 
@@ -23,31 +22,6 @@ GEMMA = {
 }
 _LOCAL_BASE = 10_000.0
 """Base of the rotation in layers with a window, if a file does not say."""
-
-
-def window_keys(period: int) -> Callable[[Config, ModelFacts], dict[str, Any]]:
-    """Returns the keys of sliding windows. `period` is llama.cpp's own pattern: every `period`-th layer has none."""
-
-    def keys(config: Config, facts: ModelFacts) -> dict[str, Any]:
-        usual = [bool((layer + 1) % period) for layer in range(facts.layers)]
-        own = int(config.get("sliding_window_pattern") or period)
-        kinds = config.get("layer_types") or ["sliding_attention" if (n + 1) % own else "" for n in range(facts.layers)]
-        pattern = [kind == "sliding_attention" for kind in kinds]
-        window = int(config["sliding_window"] or config["max_position_embeddings"])
-        found: dict[str, Any] = {"attention.sliding_window": window}
-        return found if pattern == usual else found | {"attention.sliding_window_pattern": pattern}
-
-    return keys
-
-
-def layer_types(header: Header, period: int) -> list[str]:
-    """Returns the kinds of attention of all layers of a file; see `window_keys`."""
-    layers = header.size("block_count")
-    said = header.fields.get(f"{header.arch}.attention.sliding_window_pattern")
-    if isinstance(said, int) and not isinstance(said, bool) and said > 0:
-        period = said
-    pattern = said if isinstance(said, list) else [(layer + 1) % period for layer in range(layers)]
-    return ["sliding_attention" if each else "full_attention" for each in pattern]
 
 
 def _windows(header: Header, period: int) -> Config:

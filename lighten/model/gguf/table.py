@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lighten.errors import RequestError
 from lighten.facts import ModelFacts
-from lighten.model.gguf import dense, gemma
+from lighten.model.gguf import dense, experts, gemma, hybrids
 from lighten.model.gguf.family import Family
 
-FAMILIES: dict[str, Family] = {**dense.FAMILIES, **gemma.FAMILIES}
+if TYPE_CHECKING:
+    from lighten.model.gguf_header import Header
+
+FAMILIES: dict[str, Family] = {
+    **dense.FAMILIES,
+    **gemma.FAMILIES,
+    **experts.FAMILIES,
+    **hybrids.FAMILIES,
+}
 """Families by the name in config.json's `architectures`."""
-BY_ARCH: dict[str, Family] = {}
-"""Families by llama.cpp's name: what a file of that name becomes. Mistral models are stored as "llama"."""
-for _family in FAMILIES.values():
-    BY_ARCH.setdefault(_family.arch, _family)
+ARCHITECTURES = tuple(dict.fromkeys(family.arch for family in FAMILIES.values()))
+"""llama.cpp's names of them. Mistral models are stored as "llama"."""
+
+
+def family_in(header: Header) -> Family | None:
+    """Returns the row by which a file is read; None if there is none."""
+    return next((each for each in FAMILIES.values() if each.arch == header.arch and each.reads(header)), None)
 
 
 def family_of(facts: ModelFacts) -> Family:
