@@ -6,7 +6,9 @@ turn comes, and emptied afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +44,39 @@ class BlockwiseModel:
         self.dtype = stream.fast_dtype(device)
         self.model = empty_model(self.checkpoint, self.dtype, trust_remote_code=trust_remote_code)
         compute_buffers(self.model, device)
+        self.model.requires_grad_(False)
         self.blocks = blocks_of(self.model)
         self._filler = Filler(self.model, self.checkpoint.weight_map)
         self.anatomy: Anatomy = anatomy_of(self.model, self._filler, self.checkpoint.shapes())
         self._number = {layer.module: index for index, layer in enumerate(self.anatomy.layers)}
         self._inside = {name for block in self.blocks for name in self._filler.names(block)}
 
-    def turns(self, ids: torch.Tensor) -> Iterator[tuple[int, nn.Module, Turn]]:
+    def batches(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns `ids` `[samples, length]` in batches that fill the device."""
+        return torch.split(ids, stream.batch_of(self.device, ids.shape[1]))
+
+    def turns(
+        self,
+        ids: torch.Tensor,
+        *,
+        batches: Sequence[torch.Tensor] = (),
+        inference: bool = True,
+        at_head: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> Iterator[tuple[int, nn.Module, Turn]]:
         """Yields the layer's number, the filled block and its turn, for every block in the order of the forward.
 
         Args:
-            ids: `[samples, length]`, split into batches that fill the device.
+            ids: `[samples, length]`.
+            batches: parts of `ids` that run together; the default fills the device.
+            inference: without it, the code between blocks records gradients.
+            at_head: gets a batch's number and what its forward gives to the head.
 
         Raises:
             Failure: weights are missing, misshapen or not finite.
         """
-        batches = torch.split(ids, stream.batch_of(self.device, ids.shape[1]))
+        batches = batches or self.batches(ids)
         width = self.model.config.get_text_config().hidden_size
-        size = ids.numel() * width * self.dtype.itemsize
+        size = ids.numel() * width * self.dtype.itemsize * (1 if inference else len(self.blocks))
         place = Place(self.device, self.device if accelerator.fits(size, self.device, share=0.25) else "cpu")
         head = self.model.get_output_embeddings()
         outside = [name for name in self._filler.places if name not in self._inside]
@@ -75,29 +92,49 @@ class BlockwiseModel:
             each.register_forward_pre_hook(lambda module, _, name=name: self._look_up(name, module))
             for name, each in embeddings.items()
         ]
+        running: dict[int, int] = {}
+        if at_head and head is not None:
+            hooks.append(
+                head.register_forward_pre_hook(lambda _, args: at_head(running[threading.get_ident()], args[0]))
+            )
 
         def forward(batch: int) -> None:
+            running[threading.get_ident()] = batch
+            for name, each in embeddings.items():
+                if each is self.model.get_input_embeddings():  # some models send the ids to where its weights are
+                    self._look_up(name, each)
             self.model(input_ids=batches[batch].to(self.device), use_cache=False)
 
         try:
-            for turn in turns(forward, len(batches), self.blocks, ends=head, place=place):
+            for turn in turns(forward, len(batches), self.blocks, ends=head, inference=inference, place=place):
                 for each in embeddings.values():
                     self._filler.empty(each)
-                block = self.blocks[turn.name]
-                self._fill(self._filler.names(turn.name))
-                self._check_full(block, turn.name)
-                with torch.inference_mode():
+                with self.filled(turn.name) as block, torch.inference_mode(inference), torch.set_grad_enabled(False):
                     yield self._number[turn.name], block, turn
-                self._filler.empty(block)
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @contextmanager
+    def filled(self, name: str) -> Iterator[nn.Module]:
+        """Fills a module of the model, and empties it afterwards.
+
+        Raises:
+            Failure: weights are missing, misshapen or not finite.
+        """
+        module = self.model.get_submodule(name)
+        self._fill(self._filler.names(name))
+        self._check_full(module, name)
+        module.requires_grad_(False)
+        yield module
+        self._filler.empty(module)
 
     def _look_up(self, name: str, module: nn.Module) -> None:
         """Fills an embedding that is called."""
         if any(parameter.is_meta for parameter in module.parameters()):
             self._fill(self._filler.names(name))
             self._check_full(module, name)
+            module.requires_grad_(False)
 
     def _fill(self, stored: list[str]) -> None:
         tensors = {name: tensor.to(self.device) for name, tensor in self.checkpoint.some(stored).items()}

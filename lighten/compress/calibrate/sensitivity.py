@@ -19,6 +19,9 @@ from lighten.facts import ModelFacts
 from lighten.step import Context, Estimate
 from lighten.store.artifact import Artifact
 
+HEAD_ROWS = 128
+"""Number of positions whose logits are in memory at a time."""
+
 
 class Sensitivities(Sweep):
     """The calibration set of a sweep. A few of its sequences are enough here."""
@@ -46,67 +49,48 @@ class Sensitivities(Sweep):
         import torch
 
         from lighten.model import anatomy
+        from lighten.model.backward import Gradients
+        from lighten.model.blockwise import BlockwiseModel
         from lighten.model.sensitivity import Sensitivity
-        from lighten.model.stream import StreamedModel
         from lighten.model.tokens import calibration_ids
 
         ids = torch.from_numpy(calibration_ids(source.path, self.data, self.samples, self.length))
         ids = ids[:: -(-len(ids) // self.sequences)]
-        model = StreamedModel(source.path, context.device, trust_remote_code=context.trust_remote_code)
-        hidden, arguments = model.embed(ids)
-        steps = 2 * len(model.layers)
-        states = []
-        for index, layer in model.stream():
-            states.append(hidden.clone())
-            with torch.inference_mode():
-                for row in range(len(ids)):
-                    part = hidden[row : row + 1].to(context.device)
-                    hidden[row : row + 1] = layer(part, **arguments[index])
-            context.report(index + 1, steps, f"forward, layer {index + 1}/{len(model.layers)}")
+        model = BlockwiseModel(source.path, context.device, trust_remote_code=context.trust_remote_code)
+        layers, facts = model.anatomy.layers, model.checkpoint.facts
+        gradients = Gradients(model, ids)
+        for done in gradients.forward():
+            context.report(done + 1, 2 * len(layers), f"forward, layer {done + 1}/{len(layers)}")
         outputs: dict[str, float] = {}
-        outputs[anatomy.HEAD], head_gram, gradient = model.head_gradient(hidden, ids)
-        facts, heads = model.checkpoint.facts, {}
-        for done, (index, layer) in enumerate(model.stream(reverse=True), len(model.layers) + 1):
-            squares: dict[str, float] = {}
-            hooks = [
-                module.register_forward_hook(_collector(anatomy.layer(index) + name, squares, ids.numel()))
-                for name, module in layer.named_modules()
-                if isinstance(module, torch.nn.Linear)
-            ]
-            heads[str(index)] = importance = [0.0] * facts.heads
-            output = layer.get_submodule(anatomy.OUTPUT)
-            hooks.append(output.register_forward_hook(_of_heads(importance, ids.numel())))
-            plain = {name: _usable(value) for name, value in arguments[index].items()}
-            state = states.pop()
-            for row in range(len(ids)):
-                part = state[row : row + 1].to(context.device).requires_grad_()
-                with torch.enable_grad():
-                    result = layer(part, **plain)
-                (back,) = torch.autograd.grad(result, part, gradient[row : row + 1].to(context.device))
-                gradient[row : row + 1] = back
-            for hook in hooks:
-                hook.remove()
-            outputs |= squares
-            context.report(done, steps, f"back, layer {index + 1}/{len(model.layers)}")
-        outputs[anatomy.EMBEDDING] = float(gradient.float().square().mean())
+        outputs[anatomy.HEAD], head_gram = gradients.from_head(HEAD_ROWS)
+        heads: dict[str, list[float]] = {}
+        for done, (index, block, run) in enumerate(gradients.back(), len(layers) + 1):
+            hooks = []
+            for linear in layers[index].linears:
+                module = block.get_submodule(linear.module)
+                hook = _collector(layers[index].prefix + linear.name, outputs, ids.numel())
+                hooks.append(module.register_forward_hook(hook))
+                if linear.name == anatomy.OUTPUT and linear.shape[1] % facts.heads == 0:
+                    heads[str(index)] = importance = [0.0] * facts.heads
+                    hooks.append(module.register_forward_hook(_of_heads(importance, ids.numel())))
+            run()
+            for each in hooks:
+                each.remove()
+            context.report(done, 2 * len(layers), f"back, layer {index + 1}/{len(layers)}")
+        width = model.model.get_input_embeddings().weight.shape[-1]
+        outputs[anatomy.EMBEDDING] = gradients.embedding_squares / (ids.numel() * width)
         counts = torch.bincount(ids.flatten(), minlength=facts.vocab).to(torch.int32)
         Sensitivity(outputs, head_gram, counts, ids.numel(), heads).write(out)
         return {"format": "sensitivity", "sequences": len(ids), "tokens": ids.numel()}
-
-
-def _usable(value: Any) -> Any:
-    """Returns arguments that autograd may keep: copies of tensors that were made for inference only."""
-    import torch
-
-    if isinstance(value, tuple):
-        return tuple(_usable(each) for each in value)
-    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _collector(name: str, squares: dict[str, float], tokens: int) -> Callable[[Any, Any, Any], None]:
     """Returns a forward hook that adds up the mean squares of the derivatives by a linear's output."""
 
     def hook(_module: Any, _inputs: Any, output: Any) -> None:
+        if not output.requires_grad:  # nothing that it reads depends on the text
+            return
+
         def add(gradient: Any) -> None:
             found = float(gradient.float().square().sum()) / (tokens * gradient.shape[-1])
             squares[name] = squares.get(name, 0.0) + found
@@ -125,6 +109,8 @@ def _of_heads(importance: list[float], tokens: int) -> Callable[[Any, Any, Any],
 
     def hook(_module: Any, inputs: Any, _output: Any) -> None:
         (states,) = inputs
+        if not states.requires_grad:
+            return
 
         def add(gradient: Any) -> None:
             each = (states.detach().float() * gradient.float()).unflatten(-1, (len(importance), -1))

@@ -11,16 +11,19 @@ from lighten.compress.prune.amounts import Target
 from lighten.compress.prune.settings import Prune
 from lighten.compress.prune.thin import Cut, Thinned
 from lighten.errors import RequestError
+from lighten.model import ending
 from lighten.model.anatomy import DOWN, LAYERS, OUTPUT
+from lighten.model.blockwise import BlockwiseModel
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_ids, read_index, read_layer
 from lighten.model.sensitivity import Sensitivity
-from lighten.model.stream import StreamedModel
 from lighten.process.workers import crew, ordered
 from lighten.step import Context
 
 SEQUENCES = 8
 """Number of samples that damage is measured on."""
+HEAD_ROWS = 128
+"""Number of positions whose logits are in memory at a time."""
 SHARES = (0.125, 0.25, 0.375, 0.5)
 """Shares of channels, and of layers, whose damage is measured. In between it is interpolated."""
 HEADS = 3
@@ -180,14 +183,10 @@ class Choices:
         return mean_loss(thin, ids[:: -(-len(ids) // SEQUENCES)], context)
 
 
-def mean_loss(model: Checkpoint, ids: torch.Tensor, context: Context) -> float:
+def mean_loss(checkpoint: Checkpoint, ids: torch.Tensor, context: Context) -> float:
     """Returns the mean loss of a model on `ids` `[samples, length]`, one layer in memory at a time."""
-    streamed = StreamedModel(model, context.device, trust_remote_code=context.trust_remote_code)
-    hidden, arguments = streamed.embed(ids)
-    for index, layer in streamed.stream():
-        with torch.inference_mode():
-            hidden = layer(hidden.to(context.device), **arguments[index]).to(hidden.device)
-    return streamed.loss(hidden, ids)
+    model = BlockwiseModel(checkpoint, context.device, trust_remote_code=context.trust_remote_code)
+    return ending.mean_loss(model, ids, HEAD_ROWS)
 
 
 def _between(points: list[tuple[int, float]], count: int) -> float:

@@ -130,11 +130,6 @@ class Quantize(Step):
         """Returns why a linear `[out, in]` cannot be stored in this format; None if it can be."""
         return None
 
-    @property
-    def any_family(self) -> bool:
-        """Whether every family is taken whose layers are found; else those with Llama's layers."""
-        return not self.needs_sensitivity()
-
     def key_config(self) -> dict[str, Any]:
         """Returns the settings of this method that are given."""
         return {name: value for name, value in self.model_dump(mode="json").items() if value not in (None, [], "keep")}
