@@ -88,6 +88,8 @@ class BlockwiseModel:
         looked_up = {name for each in embeddings for name in self._filler.names(each)}
         heads = {name for name in outside if self._filler.places[name] in _weights_of(self.model, head)}
         self._fill([name for name in outside if name not in looked_up and name not in heads])
+        for name, each in embeddings.items():  # some models put the ids where the weights are
+            self._look_up(name, each)
         hooks = [
             each.register_forward_pre_hook(lambda module, _, name=name: self._look_up(name, module))
             for name, each in embeddings.items()

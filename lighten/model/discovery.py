@@ -7,6 +7,7 @@ of one block of each kind, with random weights of the model's own shapes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,8 +16,9 @@ from torch import nn
 
 from lighten.errors import RequestError
 from lighten.model.empty import Filler
+from lighten.model.experts import Slice, layout_of, shapes_of
 
-EXPERTS = "the matrices of all experts in one tensor"
+EXPERTS = "matrices of experts, stored in a form that lighten does not take apart"
 """Reason for leaving weights alone that no method takes."""
 ROUTERS = ("router", "gate", "shared_expert_gate")
 """Last parts of the names of small linears that choose experts. A linear with fewer outputs than `FEW` is one too."""
@@ -25,14 +27,28 @@ FEW = 32
 
 @dataclass
 class Linear:
-    """A linear of a layer whose weight is stored as one matrix."""
+    """A linear of a layer: a module of its own, or a matrix of an expert."""
 
     name: str
-    """Stored name of the module, without the layer's prefix."""
+    """Name of its weight in quantized files, without the layer's prefix and ".weight"."""
     module: str
-    """Name of the module in its block."""
+    """Name of the module in its block; of all experts, if it is a matrix of one of them."""
     shape: tuple[int, int]
     """`[out, in]`."""
+    stored: Slice | None = None
+    """Where it lies in a stored tensor, if that is not `name`.weight as it is. Its name is without the prefix."""
+    inside: Slice | None = None
+    """Where a matrix of an expert lies among the parameters of the module."""
+
+    def matrix(self, tensors: dict[str, Any]) -> Any:
+        """Returns a view of its weight, `[out, in]`, in the stored tensors of its layer, by name without the prefix."""
+        return tensors[f"{self.name}.weight"] if self.stored is None else self.stored.of(tensors[self.stored.tensor])
+
+    @staticmethod
+    def of_json(value: dict[str, Any]) -> Linear:
+        """Returns a linear from plain data."""
+        parts = {name: Slice(**value[name]) for name in ("stored", "inside") if value.get(name)}
+        return Linear(value["name"], value["module"], tuple(value["shape"]), **parts)
 
 
 @dataclass
@@ -48,6 +64,25 @@ class Layer:
     linears: list[Linear] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     """Weights of two and more dimensions that no method touches, by their stored names, and why."""
+
+    def split(self, tensors: dict[str, Any]) -> None:
+        """Replaces stored tensors that hold several matrices by these, in a dict by name without the prefix."""
+        gone = set()
+        for linear in self.linears:
+            if linear.stored is not None:
+                gone.add(linear.stored.tensor)
+                tensors[f"{linear.name}.weight"] = linear.matrix(tensors)
+        for name in gone - {f"{linear.name}.weight" for linear in self.linears}:
+            del tensors[name]
+
+    def as_stored(self, name: str, weight: Any) -> Any:
+        """Returns a weight that `split` gave, as a model directory holds it by that name."""
+        turned = any(
+            linear.stored.transposed
+            for linear in self.linears
+            if linear.stored is not None and linear.stored.expert is None and name == linear.stored.tensor
+        )
+        return weight.t() if turned else weight
 
     def leave_unread(self, read: Container[str]) -> None:
         """Leaves alone the linears that were never called. The model reads their weights in another way."""
@@ -74,13 +109,7 @@ class Anatomy:
     def of_json(value: dict[str, Any]) -> Anatomy:
         """Returns what `as_json` gave."""
         layers = [
-            Layer(
-                **{
-                    **each,
-                    "linears": [Linear(one["name"], one["module"], tuple(one["shape"])) for one in each["linears"]],
-                }
-            )
-            for each in value["layers"]
+            Layer(**{**each, "linears": [Linear.of_json(one) for one in each["linears"]]}) for each in value["layers"]
         ]
         return Anatomy(layers, value["weights"], value["covered"])
 
@@ -154,13 +183,15 @@ def anatomy_of(model: Any, filler: Filler, shapes: dict[str, tuple[int, ...]]) -
                 continue
             place = filler.places[each].removeprefix(f"{name}.")
             module = modules.get(place.rpartition(".")[0])
-            why = _why_kept(place, module, each in filler.converted)
-            if why:
+            if layout_of(module) is not None and not place.endswith("_bias"):
+                found = _of_experts(each, layer.prefix, place, module, filler, shapes[each])
+                layer.linears += found
+                if not found:
+                    layer.kept[each] = EXPERTS
+            elif why := _why_kept(place, module, each in filler.converted):
                 layer.kept[each] = why
             else:
-                rows, columns = shapes[each]
-                linear = each.removeprefix(layer.prefix).removesuffix(".weight")
-                layer.linears.append(Linear(linear, place.removesuffix(".weight"), (rows, columns)))
+                layer.linears.append(_linear(each.removeprefix(layer.prefix), place, module, shapes[each]))
         layers.append(layer)
     prefixes = [layer.prefix for layer in layers]
     if "" in prefixes or len(set(prefixes)) < len(prefixes):
@@ -171,6 +202,56 @@ def anatomy_of(model: Any, filler: Filler, shapes: dict[str, tuple[int, ...]]) -
     covered = sum(linear.shape[0] * linear.shape[1] for layer in layers for linear in layer.linears)
     total = sum(_size(shape) for shape in shapes.values())
     return Anatomy(layers, total, covered)
+
+
+def _linear(stored: str, place: str, module: Any, shape: tuple[int, ...]) -> Linear:
+    """Returns a linear that is a module of its own. transformers' Conv1D has its inputs before its outputs."""
+    name, own = stored.removesuffix(".weight"), place.removesuffix(".weight")
+    if isinstance(module, nn.Linear):
+        return Linear(name, own, (shape[0], shape[1]))
+    turned = Slice(stored, transposed=True)
+    return Linear(name, own, turned.shape(shape), turned)
+
+
+def _of_experts(
+    stored: str, prefix: str, place: str, module: Any, filler: Filler, shape: tuple[int, ...]
+) -> list[Linear]:
+    """Returns the matrices of experts in a stored tensor: one, or all; [] if its form is not known."""
+    layout, shapes = layout_of(module), shapes_of(module)
+    assert layout is not None
+    path, _, parameter = place.rpartition(".")
+    converter = filler.converters.get(stored)
+    operations = [type(each).__name__ for each in converter.operations] if converter else []
+    parts = [part for part in layout.parts if (spot := layout.place(part, 0, shapes)) and spot.tensor == parameter]
+    if converter and "Concatenate" in operations:
+        if len(converter.sources) != len(parts):
+            return []
+        parts = [parts[converter.source]]
+    if len(shape) == 2 and operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+        number = re.search(r"\.(\d+)\.", stored[len(prefix) - 1 :])
+        if number is None or not stored.endswith(".weight") or layout.transposed:
+            return []
+        name, expert = stored.removeprefix(prefix).removesuffix(".weight"), int(number[1])
+        spot = layout.place(parts[0], expert, shapes) if len(parts) == 1 else Slice(parameter, expert)
+        return [Linear(name, path, (shape[0], shape[1]), None, spot)] if spot else []
+    if len(shape) != 3 or not set(operations) <= {"Transpose", "Concatenate"}:
+        return []
+    turned = layout.transposed != ("Transpose" in operations and shape != shapes[parameter])
+    found = []
+    for expert in range(shape[0]):
+        for part in parts:
+            spot = layout.place(part, expert, shapes)
+            if spot is None:
+                continue  # an expert without a last matrix does nothing
+            alone = "Concatenate" in operations
+            own = Slice(
+                stored.removeprefix(prefix),
+                expert,
+                turned,
+                *((0, 1, None) if alone else (spot.start, spot.step, spot.outputs)),
+            )
+            found.append(Linear(f"{path}.{expert}.{part}", path, own.shape(shape), own, spot))
+    return found
 
 
 def _size(shape: Iterable[int]) -> int:
@@ -198,17 +279,27 @@ def _prefix(stored: list[str], module: str) -> str:
 
 def _why_kept(place: str, module: Any, converted: bool) -> str | None:
     """Returns why no method touches a weight; None if it is a linear's."""
-    if hasattr(module, "_is_expert_parallel") or (module is not None and _has_stacked(module)):
+    if place.endswith("_bias"):
+        return "biases"
+    if module is not None and _has_stacked(module):
         return EXPERTS
-    if not place.endswith(".weight") or not isinstance(module, nn.Linear):
+    if not place.endswith(".weight") or not (isinstance(module, nn.Linear) or _is_turned(module)):
         kind = type(module).__name__ if module is not None else "a parameter"
         return f"{kind}: not a linear"
     if converted:
         return "stored in another form than the model computes with"
     name = place.removesuffix(".weight").rpartition(".")[2]
-    if module.out_features < FEW or name in ROUTERS:
+    outputs = module.nf if _is_turned(module) else module.out_features
+    if outputs < FEW or name in ROUTERS:
         return "chooses experts or scales: small, and errors in it cost most"
     return None
+
+
+def _is_turned(module: Any) -> bool:
+    """Returns whether a module is a linear with its inputs before its outputs."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
 
 
 def _has_stacked(module: nn.Module) -> bool:

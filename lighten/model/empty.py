@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from lighten.model.experts import ONE, Slice, layout_of, shapes_of
 
 
 @contextlib.contextmanager
@@ -47,6 +50,17 @@ def compute_buffers(model: Any, device: str) -> None:
         model.initialize_weights()
 
 
+@dataclass(frozen=True)
+class _Converter:
+    """How a stored tensor is converted."""
+
+    operations: list[Any]
+    sources: list[str]
+    """Patterns of the names of the tensors that are converted together."""
+    source: int
+    """Number of this tensor's own pattern."""
+
+
 class Filler:
     """Fills modules of a model without storage from stored tensors, and empties them."""
 
@@ -56,6 +70,7 @@ class Filler:
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         self.model = model
+        self._modules = dict(model.named_modules())
         self._mapping = get_model_conversion_mapping(model)
         wanted = model.state_dict()
         renamings = [each for each in self._mapping if isinstance(each, WeightRenaming)]
@@ -64,18 +79,39 @@ class Filler:
         """Name in the model of every stored tensor; the first of its names if it is split."""
         self.converted: set[str] = set()
         """Stored tensors that are merged, split or turned on their way into the model."""
+        self.converters: dict[str, _Converter] = {}
+        """How each of these is converted."""
+        self.parts: dict[str, Slice] = {}
+        """Where the matrix of one expert lies in the tensor of all, for names that only lighten writes."""
         self.surplus: list[str] = []
         """Stored tensors that the model has no place for."""
         for name in stored:
             place, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
             if place not in wanted and name in wanted:
                 place, pattern = name, None
-            if place not in wanted:
+            if place not in wanted and (part := self._part(name)):
+                place, self.parts[name] = part
+                self.converted.add(name)
+            elif place not in wanted:
                 self.surplus.append(name)
                 continue
             self.places[name] = place
             if pattern is not None:
                 self.converted.add(name)
+                converter = next((each for each in converters if pattern in each.source_patterns), None)
+                if converter:
+                    sources = list(converter.source_patterns)
+                    self.converters[name] = _Converter(converter.operations, sources, sources.index(pattern))
+
+    def _part(self, name: str) -> tuple[str, Slice] | None:
+        """Returns the parameter that the matrix of one expert belongs to, and where in it."""
+        found = ONE.fullmatch(name)
+        module = self._modules.get(found["module"]) if found else None
+        layout = layout_of(module)
+        if not found or module is None or layout is None:
+            return None
+        spot = layout.place(found["part"], int(found["expert"]), shapes_of(module))
+        return (f"{found['module']}.{spot.tensor}", spot) if spot else None
 
     def names(self, module: str) -> list[str]:
         """Returns the stored names of the tensors of a module."""
@@ -91,6 +127,7 @@ class Filler:
         from transformers.modeling_utils import LoadStateDictConfig
 
         dtype = self.model.dtype
+        tensors = self._joined(tensors, dtype)
         how = LoadStateDictConfig(
             device_map={"": device},
             dtype=dtype,
@@ -104,6 +141,16 @@ class Filler:
             raise ValueError(f"{name} is {list(stored)}, and the model asks for {list(wanted)}")
         if info.conversion_errors:
             raise ValueError(next(iter(info.conversion_errors.values())))
+
+    def _joined(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Returns tensors by name, in which matrices of single experts are joined into the parameter of all."""
+        found = {name: tensor for name, tensor in tensors.items() if name not in self.parts}
+        for name in tensors.keys() & self.parts.keys():
+            place = self.places[name]
+            if place not in found:
+                found[place] = torch.zeros(self.model.get_parameter(place).shape, dtype=dtype, device=tensors[name].device)
+            self.parts[name].of(found[place]).copy_(tensors[name])
+        return found
 
     def tie(self, module: nn.Module, name: str, load: Callable[[list[str]], None]) -> None:
         """Gives a module the weights that it shares with another, from which they are stored.

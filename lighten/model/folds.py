@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lighten.model.discovery import Anatomy, Layer, blocks_of
+from lighten.model.discovery import Anatomy, Layer, Linear, blocks_of
 from lighten.model.empty import Filler, compute_buffers
 from lighten.model.suspension import Call, Turn, turns
 
@@ -150,7 +150,9 @@ class _Trials:
     ) -> None:
         self.layer, self.block, self.turn, self.call, self.head_dim = layer, block, turn, call, head_dim
         self.stored = stored
-        self.names = {linear.module: linear.name for linear in layer.linears}
+        own = [linear for linear in layer.linears if linear.inside is None]
+        self.names = {linear.module: linear.name for linear in own}
+        self.turned = {linear.module for linear in own if linear.stored is not None and linear.stored.transposed}
         self.base = self._run()
         self.largest = max(float(each.abs().max()) for each in self.base)
 
@@ -173,6 +175,7 @@ class _Trials:
             fold = fold or self._of_linear(readers)
             if fold:
                 yield fold
+        yield from self._of_experts()
 
     def _watch(self) -> tuple[list[list[str]], list[str | None]]:
         """Returns linears that read the same input, and the module that made it if that is a norm."""
@@ -213,7 +216,7 @@ class _Trials:
                 if getattr(module, "bias", None) is not None:
                     module.get_parameter("bias").div_(scale)
                 for reader in readers:
-                    self.block.get_submodule(reader).get_parameter("weight").mul_(scale)
+                    self._matrix(reader).mul_(scale)
                 same = self._same()
             name = self.stored.get(f"{self.layer.module}.{norm}.weight", "")
             if same and name.startswith(self.layer.prefix):
@@ -228,12 +231,41 @@ class _Trials:
             if repeats > 1 and count % self.head_dim:
                 continue
             for before in (name for name in self.names if name not in readers):
-                outputs = self.block.get_submodule(before).get_parameter("weight").shape[0]
+                outputs = self._matrix(before).shape[0]
                 for start in dict.fromkeys((0, outputs - count, outputs - 2 * count)):
                     if 0 <= start <= outputs - count and self._takes(readers, before, start, count, repeats):
                         names = tuple(self.names[each] for each in readers)
                         return Fold(names, self.names[before], 0.0, start, repeats)
         return None
+
+    def _of_experts(self) -> Iterator[Fold]:
+        """Yields folds between the matrices of an expert. What holds for the first ones holds for all of a module."""
+        for module in dict.fromkeys(linear.module for linear in self.layer.linears if linear.inside is not None):
+            experts: dict[int, dict[str, Linear]] = {}
+            for linear in self.layer.linears:
+                if linear.module == module and linear.inside is not None and linear.inside.expert is not None:
+                    part = "down" if linear.inside.tensor == "down_proj" else linear.name
+                    experts.setdefault(linear.inside.expert, {})[part] = linear
+            if self._expert_takes(module, experts):
+                for parts in experts.values():
+                    down, before = parts["down"], _last_before(parts)
+                    yield Fold((down.name,), before.name, 0.0, before.shape[0] - down.shape[1])
+
+    def _expert_takes(self, module: str, experts: dict[int, dict[str, Linear]]) -> bool:
+        """Returns whether the matrix before the last of every expert takes over the scale of the last one's inputs."""
+        owner = self.block.get_submodule(module)
+        with self._changed([owner]):
+            for parts in experts.values():
+                before, down = _last_before(parts), parts.get("down")
+                if down is None or before.inside is None or down.inside is None:
+                    return False
+                start = before.shape[0] - down.shape[1]
+                if start < 0:
+                    return False
+                scale = torch.exp(SPREAD * torch.randn(down.shape[1]))
+                before.inside.of(owner.get_parameter(before.inside.tensor))[start:].div_(scale[:, None])
+                down.inside.of(owner.get_parameter(down.inside.tensor)).mul_(scale)
+            return self._same()
 
     def _takes(self, readers: list[str], before: str, start: int, count: int, repeats: int) -> bool:
         """Returns whether a slice of a linear's outputs takes over the scale of the readers' inputs."""
@@ -241,15 +273,20 @@ class _Trials:
         scale = torch.exp(SPREAD * torch.randn(count))
         spread = scale if repeats == 1 else scale.view(-1, self.head_dim).repeat_interleave(repeats, 0).flatten()
         with self._changed([module, *map(self.block.get_submodule, readers)]):
-            module.get_parameter("weight")[start : start + count].div_(scale[:, None])
+            self._matrix(before)[start : start + count].div_(scale[:, None])
             if getattr(module, "bias", None) is not None:
                 module.get_parameter("bias")[start : start + count].div_(scale)
             for reader in readers:
-                self.block.get_submodule(reader).get_parameter("weight").mul_(spread)
+                self._matrix(reader).mul_(spread)
             return self._same()
 
     def _columns(self, linear: str) -> int:
-        return int(self.block.get_submodule(linear).get_parameter("weight").shape[1])
+        return int(self._matrix(linear).shape[1])
+
+    def _matrix(self, linear: str) -> torch.Tensor:
+        """Returns the weight of a linear as `[out, in]`."""
+        weight = self.block.get_submodule(linear).get_parameter("weight")
+        return weight.t() if linear in self.turned else weight
 
     @contextmanager
     def _changed(self, modules: list[nn.Module]) -> Iterator[None]:
@@ -260,6 +297,11 @@ class _Trials:
         finally:
             for parameter, value in kept:
                 parameter.copy_(value)
+
+
+def _last_before(parts: dict[str, Linear]) -> Linear:
+    """Returns the last of an expert's matrices that read its input."""
+    return [linear for name, linear in parts.items() if name != "down"][-1]
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -7,13 +7,14 @@ rows of H = XᵀX in float32, and the largest |x| of every channel. `grams.json`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lighten.errors import Failure
@@ -105,6 +106,25 @@ class GramWriter:
         tokens = {name: gram.tokens for name, gram in grams.items()}
         self.index["layers"].append({"prefix": self._prefixes[layer], "inputs": inputs, "tokens": tokens})
 
+    def add_expert(self, expert: int, tokens: int, grams: dict[str, Gram], inputs: dict[str, str]) -> None:
+        """Writes an expert of the layer that was added last, into a file of its own.
+
+        Args:
+            expert: its number.
+            tokens: number of tokens that the router sent to it. Its Grams may count others too.
+            grams: as for `add`.
+            inputs: as for `add`.
+        """
+        entry = self.index["layers"][-1]
+        number = len(entry.setdefault("experts", {}))
+        file = f"layer-{len(self) - 1:05d}-expert-{number:05d}.safetensors"
+        tensors = {f"{name}.gram": gram.blocks.cpu() for name, gram in grams.items()}
+        save_file(tensors | {f"{name}.absmax": gram.absmax.cpu() for name, gram in grams.items()}, self.folder / file)
+        entry["inputs"] |= inputs
+        entry["tokens"] |= {name: gram.tokens for name, gram in grams.items()}
+        entry.setdefault("files", {}).update(dict.fromkeys(grams, file))
+        entry["experts"][next(iter(grams))] = tokens
+
     def _wait(self) -> None:
         """Waits for the layer that is being written. Raises the error of its writing."""
         if self._written:
@@ -143,17 +163,41 @@ def read_ids(folder: Path) -> torch.Tensor:
     return ids.long()
 
 
-def read_layer(folder: Path, layer: int, device: str = "cpu") -> tuple[dict[str, Gram], dict[str, str]]:
+class LayerGrams(Mapping[str, Gram]):
+    """The Grams of one layer by the name of their input. Each is read when it is asked for."""
+
+    def __init__(self, folder: Path, layer: int, entry: dict[str, Any], device: str) -> None:
+        self._folder, self._layer, self._entry, self._device = folder, layer, entry, device
+        self._last: tuple[str, Gram] | None = None
+
+    def __getitem__(self, name: str) -> Gram:
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            self._last = (name, self._read(name))
+        return self._last[1]
+
+    def _read(self, name: str) -> Gram:
+        file = self._entry.get("files", {}).get(name)
+        path = self._folder / file if file else _file(self._folder, self._layer)
+        tokens = self._entry["tokens"][name]
+        try:
+            with safe_open(path, framework="pt") as stored:
+                absmax, blocks = stored.get_tensor(f"{name}.absmax"), stored.get_tensor(f"{name}.gram")
+        except (OSError, SafetensorError) as error:
+            raise Failure(f"{path} cannot be read ({error}): the sweep is damaged") from error
+        return Gram(absmax.numel(), blocks, absmax, tokens).to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entry["tokens"])
+
+    def __len__(self) -> int:
+        return len(self._entry["tokens"])
+
+
+def read_layer(folder: Path, layer: int, device: str = "cpu") -> tuple[LayerGrams, dict[str, str]]:
     """Returns the Grams of one layer, on a device, by the name of their input, and the input that each linear reads."""
     entry = read_index(folder)["layers"][layer]
-    tensors = load_file(_file(folder, layer))
-    grams = {
-        name: Gram(tensors[f"{name}.absmax"].numel(), tensors[f"{name}.gram"], tensors[f"{name}.absmax"], tokens).to(
-            device
-        )
-        for name, tokens in entry["tokens"].items()
-    }
-    return grams, entry["inputs"]
+    return LayerGrams(folder, layer, entry, device), entry["inputs"]
 
 
 def read_diagonals(folder: Path) -> Iterator[tuple[str, Any, int]]:

@@ -60,6 +60,7 @@ OWN: dict[str, dict[str, Any]] = {
         "use_mamba_kernels": False,
         "mamba_d_state": 8,
     },
+    "longcat_flash": {"head_dim": 8, "num_key_value_heads": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "llama4_text": {"moe_layers": [1, 3], "no_rope_layers": [1, 1, 1, 0], "attention_chunk_size": 8},

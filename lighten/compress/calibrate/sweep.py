@@ -63,6 +63,7 @@ class Sweep(Step):
         """
         import torch
 
+        from lighten.compress.calibrate.experts import experts_of
         from lighten.compress.calibrate.gram import LayerInputs
         from lighten.compress.prune.structured import angular_distances
         from lighten.model.blockwise import BlockwiseModel
@@ -87,7 +88,10 @@ class Sweep(Step):
             hooks = [
                 block.get_submodule(linear.module).register_forward_pre_hook(inputs.hook(linear.name))
                 for linear in layers[index].linears
+                if linear.inside is None
             ]
+            stacks = experts_of(layers[index], block, context.device)
+            hooks += [stack.module.register_forward_pre_hook(stack.hook(), with_kwargs=True) for stack in stacks]
             if not states:
                 states.append(_some([_states(call.args or tuple(call.kwargs.values())) for call in turn.calls]))
             for done, call in enumerate(turn.calls, 1):
@@ -99,8 +103,13 @@ class Sweep(Step):
                 context.report(int(part * 1000), len(layers) * 1000, note)
             for hook in hooks:
                 hook.remove()
-            layers[index].leave_unread(inputs.read_by)
             writer.add(inputs.grams, inputs.read_by)
+            for stack in stacks:
+                for expert, tokens, grams in stack.grams():
+                    readers = {each.name: expert.first[0].name for each in expert.first}
+                    readers |= {each.name: expert.last[0].name for each in expert.last}
+                    writer.add_expert(expert.number, tokens, grams, readers)
+            layers[index].leave_unread(writer.index["layers"][index]["inputs"])
             states.append(_some([_states((call.answer,)) for call in turn.calls]))
         writer.index["anatomy"] = model.anatomy.as_json()
         writer.close(ids, angular_distances([torch.cat(each) for each in states]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lighten.compress.prune.settings import Prune
 from lighten.model.blockwise import check_known, known_anatomy
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy
-from lighten.model.grams import read_layer
+from lighten.model.grams import Gram, read_layer
 from lighten.model.shards import ShardWriter
 from lighten.process.workers import crew, ordered
 from lighten.step import Context
@@ -74,9 +74,10 @@ def _threshold(step: Prune, checkpoint: Checkpoint, anatomy: Anatomy) -> float:
     assert step.sparsity
     counted = sparse.Magnitudes()
     for layer in anatomy.layers:
+        whole = checkpoint.tensors(layer.prefix)
         for linear in layer.linears:
             if not ignored(layer.prefix + linear.name, step.ignore):
-                counted.add(checkpoint.tensor(f"{layer.prefix}{linear.name}.weight"))
+                counted.add(linear.matrix(whole))
     return counted.threshold(step.sparsity)
 
 
@@ -94,6 +95,7 @@ class _Layers:
     ) -> None:
         self.step, self.checkpoint, self.context, self.out = step, checkpoint, context, out
         self.anatomy, self.threshold = anatomy, threshold
+        self._ready: tuple[str, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def write(self, index: int) -> dict[str, Any]:
         """Writes the part of a layer. Returns the names of its tensors, counts, and notes."""
@@ -103,39 +105,47 @@ class _Layers:
     def _prune(self, index: int, add: Callable[[str, torch.Tensor], None]) -> dict[str, Any]:
         """Writes the tensors of a layer. Returns counts and notes."""
         step, layer = self.step, self.anatomy.layers[index]
-        prefix, linears = layer.prefix, {each.name for each in layer.linears}
-        device = self.context.device
-        grams, read_by = read_layer(self.context.grams, index, device) if self.context.grams else ({}, {})
+        prefix, device = layer.prefix, self.context.device
+        grams, read_by = read_layer(self.context.grams, index, device) if self.context.grams else (None, {})
         told: dict[str, Any] = {"weights": 0, "zeros": 0, "fallbacks": [], "kept": []}
-        ready: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for name, tensor in self.checkpoint.tensors(prefix).items():
-            linear = name.removesuffix(".weight")
-            found_linear = name.endswith(".weight") and linear in linears
-            if found_linear and ignored(prefix + linear, step.ignore):
-                told["kept"].append(prefix + linear)
-            elif found_linear:
-                weight = tensor.to(device)
-                gram = grams[read_by[linear]] if grams else None
-                sparsity = step.sparsity or 0.0
-                if gram is None:
-                    found = (
-                        sparse.magnitude(weight, sparsity, step.pattern)
-                        if self.threshold is None
-                        else sparse.above(weight, self.threshold)
+        whole = self.checkpoint.tensors(prefix)
+        for linear in layer.linears:
+            name = prefix + linear.name
+            if ignored(name, step.ignore):
+                told["kept"].append(name)
+                continue
+            weight = linear.matrix(whole)
+            first = read_by.get(linear.name, "")
+            if grams is None:
+                found = self._smallest(weight.to(device))
+            elif step.method == "wanda":
+                found = self._wanda(weight.to(device), grams[first])
+            else:
+                try:
+                    found = sparse.sparsegpt(
+                        weight.to(device), self._prepared(first, grams), step.sparsity or 0.0, step.pattern
                     )
-                elif step.method == "wanda":
-                    found = sparse.wanda(weight, gram.diagonal(), sparsity, step.pattern)
-                else:
-                    try:
-                        first = read_by[linear]
-                        if first not in ready:  # q, k and v read the same, and so do gate and up
-                            ready = {first: sparse.prepare(gram.matrix(), step.damp_percent or 0.01)}
-                        found = sparse.sparsegpt(weight, ready[first], sparsity, step.pattern)
-                    except ArithmeticError:
-                        told["fallbacks"].append(prefix + linear)
-                        found = sparse.wanda(weight, gram.diagonal(), sparsity, step.pattern)
-                tensor = found.to(tensor.dtype).cpu()
-                told["weights"] += tensor.numel()
-                told["zeros"] += int((tensor == 0).sum())
+                except ArithmeticError:
+                    told["fallbacks"].append(name)
+                    found = self._wanda(weight.to(device), grams[first])
+            weight.copy_(found)
+            told["weights"] += weight.numel()
+            told["zeros"] += int((weight == 0).sum())
+        self._ready = None
+        for name, tensor in whole.items():
             add(prefix + name, tensor)
         return told
+
+    def _smallest(self, weight: torch.Tensor) -> torch.Tensor:
+        if self.threshold is None:
+            return sparse.magnitude(weight, self.step.sparsity or 0.0, self.step.pattern)
+        return sparse.above(weight, self.threshold)
+
+    def _wanda(self, weight: torch.Tensor, gram: Gram) -> torch.Tensor:
+        return sparse.wanda(weight, gram.diagonal(), self.step.sparsity or 0.0, self.step.pattern)
+
+    def _prepared(self, first: str, grams: Mapping[str, Gram]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what SparseGPT needs of an input; q, k and v read the same, and so do gate and up."""
+        if self._ready is None or self._ready[0] != first:
+            self._ready = (first, sparse.prepare(grams[first].matrix(), self.step.damp_percent or 0.01))
+        return self._ready[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from lighten.compress.quantize.linears import Findings, Linears
 from lighten.compress.quantize.settings import Quantize
 from lighten.model.anatomy import HEAD, HEAD_WEIGHT, NORM_WEIGHT
 from lighten.model.checkpoint import Checkpoint
-from lighten.model.discovery import Anatomy, Layer
+from lighten.model.discovery import Anatomy
 from lighten.model.folds import Fold
 from lighten.model.formats import FORMATS
 from lighten.model.grams import Gram, read_layer
@@ -40,14 +40,15 @@ class Inputs:
 
     first: str
     linears: list[str]
-    swept: Gram | None = None
+    swept: Mapping[str, Gram] | None = None
+    """Second moments by the name of the input."""
 
     @property
     def gram(self) -> Gram:
         """The second moments of the input."""
         if self.swept is None:
             raise TypeError("this method reads Grams: its settings have to say so (swept = True)")
-        return self.swept
+        return self.swept[self.first]
 
 
 @dataclass
@@ -92,19 +93,24 @@ class Layers:
     @property
     def tensors_of_a_layer(self) -> int:
         """Maximum number of tensors of a stored layer."""
-        return TENSORS_PER_LINEAR * max(map(self._tensors_of, self.anatomy.layers))
-
-    def _tensors_of(self, layer: Layer) -> int:
-        return sum(name.startswith(layer.prefix) for name in self.checkpoint.weight_map)
+        counts = [len(layer.linears) for layer in self.anatomy.layers]
+        for name in self.checkpoint.weight_map:
+            if placed := self.anatomy.placed(name):
+                counts[placed[0]] += 1
+        return TENSORS_PER_LINEAR * max(counts)
 
     def read(self, index: int) -> tuple[str, dict[str, torch.Tensor], list[Inputs]]:
         """Returns the prefix, the tensors and the inputs of the linears of a layer, all of them on the device."""
         layer = self.anatomy.layers[index]
         prefix = layer.prefix
         tensors = {name: tensor.to(self.device) for name, tensor in self.checkpoint.tensors(prefix).items()}
+        layer.split(tensors)
         if self.grams:
             grams, read_by = read_layer(self.grams, index, self.device)
-            inputs = [Inputs(first, [k for k, v in read_by.items() if v == first], g) for first, g in grams.items()]
+            readers: dict[str, list[str]] = {}
+            for linear, first in read_by.items():
+                readers.setdefault(first, []).append(linear)
+            inputs = [Inputs(first, readers[first], grams) for first in grams]
         else:
             inputs = [Inputs(linear.name, [linear.name]) for linear in layer.linears]
         return prefix, tensors, inputs
@@ -113,10 +119,11 @@ class Layers:
         """Writes the part of a layer. Returns the names of its tensors, and the findings."""
         findings = Findings()
         with writing_part(self.out, index, self.tensors_of_a_layer) as part:
+            layer = self.anatomy.layers[index]
             prefix, tensors, inputs = self.read(index)
             folded = self.scale_inputs(index, prefix, tensors, inputs)
             for group in inputs:
-                moments = group.swept.matrix() if group.swept else None
+                moments = group.gram.matrix() if group.swept is not None else None
                 scale = folded.get(group.first)
                 if moments is not None and scale is not None:
                     moments.div_(scale).div_(scale[:, None])
@@ -133,7 +140,7 @@ class Layers:
                             part.add(f"{name}.{kind}", tensor)
                     _note_error(linears, found)
             for name, tensor in tensors.items():
-                part.add(prefix + name, tensor)
+                part.add(prefix + name, layer.as_stored(name, tensor))
         return {"names": part.names, "findings": asdict(findings)}
 
     def head(self) -> dict[str, torch.Tensor]:

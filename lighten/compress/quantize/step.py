@@ -55,7 +55,8 @@ def run(step: Quantize, source: Artifact, out: Path, context: Context) -> dict[s
     with torch.inference_mode():
         if step.needs_sensitivity():
             layers.allocation, allocated = found_at(step.allocates)(step, layers, workers, context)
-        with ShardWriter(out, TENSORS_PER_LINEAR * len(checkpoint.weight_map)) as writer:
+        linears = sum(len(layer.linears) for layer in anatomy.layers)
+        with ShardWriter(out, TENSORS_PER_LINEAR * (len(checkpoint.weight_map) + linears)) as writer:
             for name in checkpoint.weight_map:
                 if name == HEAD_WEIGHT and step.quantizes_head:
                     for stored_name, tensor in layers.head().items():
@@ -126,13 +127,15 @@ def _where(step: Quantize, anatomy: Anatomy, findings: Findings) -> dict[str, An
     kept = {re.sub(r"\.\d+\.", r".N.", each["what"]) for each in findings.kept if anatomy.placed(each["what"] + ".")}
     if lists == {LAYERS[:-1]} and not kept:
         return {}
+    dynamic: dict[str, Any] = {"-:" + re.escape(name).replace(r"\.N\.", r"\.\d+\.") + "$": {} for name in sorted(kept)}
+    if any(linear.inside for layer in anatomy.layers for linear in layer.linears):
+        return {"dynamic": dynamic} if dynamic else {}  # optimum takes no experts; the others ask for no list
     names = {
         linear.module
         for layer in anatomy.layers
         for linear in layer.linears
         if layer.prefix + linear.name in findings.bits
     }
-    dynamic: dict[str, Any] = {"-:" + re.escape(name).replace(r"\.N\.", r"\.\d+\.") + "$": {} for name in sorted(kept)}
     return {
         "block_name_to_quantize": min(lists),
         "modules_in_block_to_quantize": [sorted(names)],

@@ -40,6 +40,13 @@ class Awq(Quantize):
             if width % 8:
                 raise RequestError(f"the awq format packs 8 outputs to a word; the {name} {width} is no multiple of 8")
 
+    def why_left(self, shape: tuple[int, int]) -> str | None:
+        """Returns why a linear `[out, in]` cannot be stored in groups, or in whole words."""
+        rows, columns = shape
+        if self.group_size != -1 and columns % self.group_size:
+            return f"its {columns} inputs are no multiple of the group size {self.group_size}"
+        return f"its {rows} outputs do not fill words of 8" if rows % 8 else None
+
     def cost(self, facts: ModelFacts) -> tuple[float, float]:
         """Returns the float32 operations, and the seconds of passes over the weights, on such a model."""
         product = facts.layer_linear_params * facts.hidden * (1 + facts.intermediate / facts.hidden / 3)
