@@ -79,11 +79,18 @@ class BlockwiseModel:
         size = ids.numel() * width * self.dtype.itemsize * (1 if inference else len(self.blocks))
         place = Place(self.device, self.device if accelerator.fits(size, self.device, share=0.25) else "cpu")
         head = self.model.get_output_embeddings()
-        outside = [name for name in self._filler.places if name not in self._inside]
+        within = [f"{name}." if name else "" for name in _language_model(self.model)]
+        outside = [
+            name
+            for name, place in self._filler.places.items()
+            if name not in self._inside and (place.startswith(tuple(within)) or place in _weights_of(self.model, head))
+        ]
         embeddings = {
             name: each
             for name, each in self.model.named_modules()
-            if isinstance(each, nn.Embedding) and not any(name.startswith(f"{block}.") for block in self.blocks)
+            if isinstance(each, nn.Embedding)
+            and not any(name.startswith(f"{block}.") for block in self.blocks)
+            and f"{name}.".startswith(tuple(within))
         }
         looked_up = {name for each in embeddings for name in self._filler.names(each)}
         heads = {name for name in outside if self._filler.places[name] in _weights_of(self.model, head)}
@@ -160,6 +167,12 @@ class BlockwiseModel:
             )
 
 
+def _language_model(model: Any) -> list[str]:
+    """Returns the names of the modules that make states of text: the decoder, and the encoder if there is one."""
+    parts = [model.get_decoder(), *([model.get_encoder()] if model.config.is_encoder_decoder else [])]
+    return [name for name, each in model.named_modules() if any(each is part for part in parts)]
+
+
 def _weights_of(model: Any, module: nn.Module | None) -> set[str]:
     """Returns the names in the model of a module's own weights."""
     if module is None:
@@ -170,9 +183,10 @@ def _weights_of(model: Any, module: nn.Module | None) -> set[str]:
 
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """Returns the causal language model that transformers would load a directory into, without storage."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from lighten.model import attention
+    from lighten.model.loading import class_for
 
     if checkpoint.changes and not trust_remote_code:
         config = AutoConfig.for_model(**checkpoint.config)
@@ -182,7 +196,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
         )
     with quiet(), torch.device("meta"):
         try:
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model: Any = class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         except (ValueError, KeyError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RequestError(

@@ -240,6 +240,18 @@ def _usual(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+_TEXT = ("text_config", "llm_config", "language_config")
+
+
+def _of_text(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of the language model in the config of a model that also sees or hears."""
+    inner = next((config[name] for name in _TEXT if isinstance(config.get(name), dict)), None)
+    if inner is None:
+        return config
+    own = {name: config[name] for name in ("architectures", "model_type") if name in config}
+    return {**{name: config[name] for name in ("tie_word_embeddings",) if name in config}, **inner, **own}
+
+
 _WITHOUT_ATTENTION = ("rwkv", "xlstm", "recurrent_gemma")
 
 
@@ -263,7 +275,7 @@ def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
         RequestError: a size is missing, so it is no language model that lighten knows.
     """
     family = _family(config)
-    config = _usual(config)
+    config = _usual(_of_text(config))
     try:
         heads = size(config, "num_attention_heads", where)
         hidden = size(config, "hidden_size", where)
@@ -281,9 +293,4 @@ def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
             context=config.get("max_position_embeddings") or config.get("n_positions"),
         )
     except KeyError as error:
-        if isinstance(config.get("text_config"), dict):
-            raise RequestError(
-                f"{where}: the sizes are under text_config in config.json: a model of text and something else. lighten "
-                "reads models of text alone: save the language model by itself, in a directory of its own"
-            ) from error
         raise RequestError(f"{where}: config.json has no {error}: not a language model that lighten reads") from error

@@ -98,12 +98,19 @@ class Anatomy:
     layers: list[Layer]
     weights: int
     """All weights."""
-    covered: int
-    """Weights in linears of layers."""
+    others: dict[str, int] = field(default_factory=dict)
+    """Weights of parts that are carried over as they are, by the beginning of their names: towers and projectors."""
+    linears_of_others: list[str] = field(default_factory=list)
+    """Names in the model of the linears in these parts, which loaders must be told of."""
 
     def as_json(self) -> dict[str, Any]:
         """Returns it as plain data."""
-        return asdict(self)
+        return {**asdict(self), "covered": self.covered}
+
+    @property
+    def covered(self) -> int:
+        """Number of weights in linears of layers."""
+        return sum(linear.shape[0] * linear.shape[1] for layer in self.layers for linear in layer.linears)
 
     @staticmethod
     def of_json(value: dict[str, Any]) -> Anatomy:
@@ -111,7 +118,7 @@ class Anatomy:
         layers = [
             Layer(**{**each, "linears": [Linear.of_json(one) for one in each["linears"]]}) for each in value["layers"]
         ]
-        return Anatomy(layers, value["weights"], value["covered"])
+        return Anatomy(layers, value["weights"], value.get("others", {}), value.get("linears_of_others", []))
 
     @property
     def experts(self) -> list[str]:
@@ -199,9 +206,33 @@ def anatomy_of(model: Any, filler: Filler, shapes: dict[str, tuple[int, ...]]) -
             f"the weights of {type(model).__name__} are not stored layer by layer ({layers[0].module}): calibrated "
             "methods cannot run on it"
         )
-    covered = sum(linear.shape[0] * linear.shape[1] for layer in layers for linear in layer.linears)
-    total = sum(_size(shape) for shape in shapes.values())
-    return Anatomy(layers, total, covered)
+    anatomy = Anatomy(layers, sum(_size(shape) for shape in shapes.values()))
+    _note_others(anatomy, model, filler, shapes)
+    return anatomy
+
+
+def _note_others(anatomy: Anatomy, model: Any, filler: Filler, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Notes the parts of a model beside its language model and its head."""
+    names = {id(module): name for name, module in model.named_modules()}
+    parts = [model.get_decoder(), *([model.get_encoder()] if model.config.is_encoder_decoder else [])]
+    inside = [names[id(part)] for part in parts]
+    if "" in inside:
+        return
+    head = model.get_output_embeddings()
+    inside += [names[id(head)]] if head is not None else []
+    around = {part.rpartition(".")[0] for part in inside}
+    for name, place in filler.places.items():
+        if any(place.startswith(f"{part}.") for part in inside):
+            continue
+        parent = max((each for each in around if place.startswith(f"{each}.") or not each), key=len)
+        rest = place.removeprefix(f"{parent}.") if parent else place
+        part = f"{parent}.{rest.split('.')[0]}" if parent else rest.split(".")[0]
+        anatomy.others[part] = anatomy.others.get(part, 0) + _size(shapes[name])
+    anatomy.linears_of_others = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(f"{name}.".startswith(f"{part}.") for part in anatomy.others)
+    ]
 
 
 def _linear(stored: str, place: str, module: Any, shape: tuple[int, ...]) -> Linear:

@@ -113,6 +113,10 @@ class Filler:
         spot = layout.place(found["part"], int(found["expert"]), shapes_of(module))
         return (f"{found['module']}.{spot.tensor}", spot) if spot else None
 
+    def is_turned(self, name: str) -> bool:
+        """Returns whether a stored tensor is the weight of a linear that has its inputs before its outputs."""
+        return type(self._modules.get(self.places[name].rpartition(".")[0])).__name__ == "Conv1D"
+
     def names(self, module: str) -> list[str]:
         """Returns the stored names of the tensors of a module."""
         return [name for name, place in self.places.items() if place.startswith(f"{module}.")]
@@ -157,11 +161,11 @@ class Filler:
 
         Args:
             module: filled but for those weights.
-            name: its name in the model.
+            name: its name in the model; "" for all of it.
             load: loads tensors by their stored names.
         """
         for place in self.lacks(module):
-            source = self.model.all_tied_weights_keys.get(f"{name}.{place}")
+            source = self.model.all_tied_weights_keys.get(f"{name}.{place}" if name else place)
             stored = [each for each, at in self.places.items() if at == source]
             if source is None or not stored:
                 continue
@@ -169,7 +173,7 @@ class Filler:
             weight = self.model.get_parameter(source)
             path, _, short = place.rpartition(".")
             setattr(module.get_submodule(path), short, nn.Parameter(weight.detach(), requires_grad=False))
-            if not source.startswith(f"{name}."):
+            if name and not source.startswith(f"{name}."):
                 path, _, short = source.rpartition(".")
                 gone = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
                 setattr(self.model.get_submodule(path), short, gone)

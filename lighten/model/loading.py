@@ -35,6 +35,18 @@ def from_pretrained(auto_class: Any, path: Path, **options: Any) -> Any:
     return model
 
 
+def class_for(config: Any) -> Any:
+    """Returns the class of transformers that opens a language model, or one with other inputs beside text.
+
+    `config` is an object of transformers.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    plain = type(config) in AutoModelForCausalLM._model_mapping
+    other = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if other and not plain else AutoModelForCausalLM
+
+
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[Path]:
     """Yields a directory that any loader reads: the given one, or links to its files with corrections.

@@ -79,35 +79,88 @@ OWN: dict[str, dict[str, Any]] = {
 """Settings of families that need others; None leaves a setting out."""
 
 
-def config_of(family: str, vocab: int) -> Any:
+VARIANTS: tuple[dict[str, Any], ...] = ({}, LATENT, {"head_dim": 8, "num_key_value_heads": 4}, {"num_key_value_heads": 4})
+"""Settings that are tried, one after the other, until a model runs."""
+PICTURES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "embed_dim", "d_model", "vision_output_dim"), 32),
+    **dict.fromkeys(("num_hidden_layers", "depth", "num_layers", "encoder_layers"), 1),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "num_key_value_heads", "encoder_attention_heads"), 2),
+    **{"image_size": 28, "patch_size": 14, "out_hidden_size": 64, "head_dim": 16, "projection_dim": 32},
+    **{"num_global_layers": 1, "projector_input_dim": 32, "projector_output_dim": 32, "fullatt_block_indexes": [0]},
+    **{"deepstack_visual_indexes": [0], "num_position_embeddings": 16, "vision_output_dim": 64},
+}
+"""Sizes of what sees or hears, by the names of settings."""
+
+
+def config_of(family: str, vocab: int, variant: dict[str, Any] | None = None) -> Any:
     """Returns the config of a small model of a type of transformers."""
     from transformers import CONFIG_MAPPING
 
-    kind = CONFIG_MAPPING[family]
-    known = {*kind().to_dict(), *getattr(kind, "attribute_map", {})}
-    sizes = {name: value for name, value in {**SIZES, "vocab_size": vocab}.items() if name in known}
-    sizes = {name: value for name, value in {**sizes, **OWN.get(family, {})}.items() if value is not None}
-    config = kind(**sizes)
+    config = _small(CONFIG_MAPPING[family], vocab, variant or {})
     if hasattr(config, "vocab_size_per_layer_input"):
         config.vocab_size_per_layer_input = vocab
     return config
 
 
+def _small(kind: Any, vocab: int, variant: dict[str, Any]) -> Any:
+    """Returns a small config of a class, and of the configs within it."""
+    default = kind()
+    parts = {name: getattr(default, name, None) for name in getattr(kind, "sub_configs", {})}
+    known = {*default.to_dict(), *getattr(kind, "attribute_map", {})}
+    sees = not parts and "vocab_size" not in known
+    sizes = {name: value for name, value in {**SIZES, "vocab_size": vocab}.items() if name in known}
+    if sees:
+        sizes = {name: value for name, value in PICTURES.items() if name in known}
+    sizes |= {
+        name: 2
+        for name, value in default.to_dict().items()
+        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= vocab
+    }
+    if not sees:
+        sizes |= {**variant, **OWN.get(kind.model_type, {})}
+    rope = getattr(default, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        sizes["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    for name, part in parts.items():
+        if hasattr(part, "to_dict"):
+            small = _small(type(part), vocab, variant).to_dict()
+            sizes[name] = {**small, "model_type": part.model_type} if getattr(part, "model_type", "") else small
+    return kind(**sizes)
+
+
 def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Writes a small random model of a family, and its tokenizer, into a directory."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     vocab = write_tokenizer(folder, byte_level("gpt-2")) + 3
-    torch.manual_seed(1)
-    model: Any = AutoModelForCausalLM.from_config(config_of(family, vocab))
-    numbers = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                spread = 0.6 / max(parameter.shape[-1], 1) ** 0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=numbers) * spread)
-            elif not name.endswith(("A_log", "dt_bias")):
-                middle = 1.0 if float(parameter.float().mean()) > 0.5 else 0.0
-                parameter.copy_(middle + 0.1 * torch.randn(parameter.shape, generator=numbers))
+    kind = AutoModelForCausalLM if family in CAUSAL else AutoModelForImageTextToText
+    first: Exception | None = None
+    for variant in VARIANTS:
+        torch.manual_seed(1)
+        try:
+            model: Any = kind.from_config(config_of(family, vocab, variant)).float().eval()
+            _randomise(model)
+            with torch.no_grad():
+                model(input_ids=torch.arange(5, 37)[None], use_cache=False)
+            break
+        except Exception as error:  # whatever a class says of sizes that do not fit
+            first = first or error
+    else:
+        assert first
+        raise first
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def _randomise(model: Any) -> None:
+    numbers = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            spread = 0.6 / max(parameter.shape[-1], 1) ** 0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=numbers) * spread)
+        elif not name.endswith(("A_log", "dt_bias")):
+            middle = 1.0 if float(parameter.float().mean()) > 0.5 else 0.0
+            parameter.copy_(middle + 0.1 * torch.randn(parameter.shape, generator=numbers))

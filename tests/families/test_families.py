@@ -26,8 +26,10 @@ FAMILIES = (
     *("qwen3", "qwen3_5_text", "gemma3_text", "gemma3n_text", "phi3", "olmo2", "lfm2", "cohere2", "gpt_neox", "falcon"),
     *("opt", "apertus", "mamba2", "falcon_h1"),
 )
-SCALED_FAMILIES = ("qwen3", "gemma3_text", "gemma3n_text", "phi3", "olmo2", "opt", "apertus", "lfm2")
-EXPERTS = ("qwen3_moe", "mixtral", "gpt_oss", "llama4_text", "granitemoe")
+SCALED_FAMILIES = (
+    *("qwen3", "gemma3_text", "gemma3n_text", "phi3", "olmo2", "opt", "apertus", "lfm2", "gpt2"),
+    *("qwen3_moe", "qwen3_5_moe_text", "mixtral", "gpt_oss", "nemotron_h", "llama4_text"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +112,10 @@ def test_scaled_inputs_leave_the_model_as_it_was(family: str, tmp_path: Path, se
         with torch.inference_mode():
             prefix, tensors, inputs = layers.read(index)
             moved += len(layers.scale_inputs(index, prefix, tensors, inputs))
-        made |= {prefix + name: tensor for name, tensor in tensors.items()}
+        for name in [name for name in made if name.startswith(prefix)]:
+            del made[name]
+        as_stored = anatomy.layers[index].as_stored
+        made |= {prefix + name: as_stored(name, tensor) for name, tensor in tensors.items()}
     made = {name: tensor.clone() for name, tensor in made.items()}  # outside of inference
     plain, scaled = loaded(source.path), loaded(source.path)
     Filler(scaled, made).fill(made, "cpu")

@@ -90,6 +90,7 @@ def _facts(step: Quantize, facts: ModelFacts, anatomy: Anatomy, findings: Findin
         {"what": "embedding", "why": "a lookup, not a product; no loader expects it quantized"},
         *([] if step.quantizes_head else [{"what": HEAD, "why": tied}]),
         {"what": "norms", "why": "too small to matter"},
+        *({"what": name, "why": "no part of the language model: carried over as it is"} for name in anatomy.others),
         *findings.kept,
     ]
     settings = {name: value for name, value in step.key_config().items() if name not in ("budget", "ignore")}
@@ -109,6 +110,7 @@ def _facts(step: Quantize, facts: ModelFacts, anatomy: Anatomy, findings: Findin
 def _write_config(step: Quantize, checkpoint: Checkpoint, anatomy: Anatomy, findings: Findings, out: Path) -> None:
     """Copies everything except the weights, and writes the configuration for loaders."""
     left = [*([] if step.quantizes_head else [HEAD]), *(entry["what"] for entry in findings.kept)]
+    left += anatomy.linears_of_others
     quantization = {**step.config(findings.bits, left), **_where(step, anatomy, findings)}
     checkpoint.write_others(out, {**checkpoint.config, "quantization_config": quantization})
     if step.config_file:
@@ -125,9 +127,10 @@ def _where(step: Quantize, anatomy: Anatomy, findings: Findings) -> dict[str, An
         return {}
     lists = {layer.module.rpartition(".")[0] for layer in anatomy.layers}
     kept = {re.sub(r"\.\d+\.", r".N.", each["what"]) for each in findings.kept if anatomy.placed(each["what"] + ".")}
-    if lists == {LAYERS[:-1]} and not kept:
+    if lists == {LAYERS[:-1]} and not kept and not anatomy.others:
         return {}
     dynamic: dict[str, Any] = {"-:" + re.escape(name).replace(r"\.N\.", r"\.\d+\.") + "$": {} for name in sorted(kept)}
+    dynamic |= {"-:" + re.escape(name) + r"\.": {} for name in sorted(anatomy.others)}
     if any(linear.inside for layer in anatomy.layers for linear in layer.linears):
         return {"dynamic": dynamic} if dynamic else {}  # optimum takes no experts; the others ask for no list
     names = {

@@ -22,6 +22,7 @@ from lighten.evaluate.runtimes.torch_loading import (
     BATCH_TOKENS,
     arithmetic_for_quality,
     describe_quantizer,
+    is_assembled,
     kernels_of,
     load_model,
     repack,
@@ -73,13 +74,14 @@ class TorchRuntime(Defaults):
         self.model = load_model(path, device, DTYPES[self.dtype], method, unpack, trust_remote_code, options.attention)
         kernels = kernels_of(self.model)
         unpacked = unpack and unpack_linears(self.model)
+        assembled = is_assembled(path, method)
         if unpack and device == "cpu":
             repack(self.model)
         elif unpack:
             nn.Module.to(self.model, device)
         accelerator.reset_peak(device)
         self.detail = " + ".join(
-            [f"transformers {version('transformers')}", *describe_quantizer(method, kernels, unpacked)]
+            [f"transformers {version('transformers')}", *describe_quantizer(method, kernels, unpacked, assembled)]
         )
         settings = self.model.config.get_text_config()
         self.vocab = int(settings.vocab_size)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lighten.errors import Failure, RequestError, missing_extra
 from lighten.evaluate.speed.options import ATTENTION
-from lighten.model import accelerator, llama_library
+from lighten.model import accelerator, llama_library, whole
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.formats import FORMATS
-from lighten.model.loading import from_pretrained
+from lighten.model.loading import class_for, from_pretrained, readable
 from lighten.model.quantized.awq import Awq
 from lighten.plugins import found_at
 
@@ -51,6 +51,8 @@ def load_model(
     """
     if accelerator.device_type(device) == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"the device {device} is not there: torch sees no GPU. Use --device cpu")
+    if is_assembled(path, method):
+        return whole.load(path, dtype, trust_remote_code=trusted).to(device)
     options: dict[str, Any] = {"trust_remote_code": trusted}
     if attention:
         options["attn_implementation"] = ATTENTION[attention]
@@ -67,13 +69,15 @@ def load_model(
         options["quantization_config"] = found_at(f"transformers:{settings}")(bits=bits, backend=backend)
     if placed := _is_placed(method, device, unpack):
         options["device_map"] = {"": device}  # the kernels of a GPU are chosen where the weights arrive on it
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = from_pretrained(AutoModelForCausalLM, path, dtype=dtype, **options)
+        with readable(path) as folder:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
+        model = from_pretrained(class_for(config), path, dtype=dtype, **options)
     except SafetensorError as error:
         raise Failure(
             f"the weights in {path} cannot be read ({error}): cut short or damaged; fetch them again"
@@ -81,6 +85,11 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise RequestError(f"transformers cannot load {path}: {error}") from error
     return model.eval() if placed or unpack else model.eval().to(device)
+
+
+def is_assembled(path: Path, method: str | None) -> bool:
+    """Returns whether the weights of a checkpoint are unpacked and put together by lighten, and not by its loader."""
+    return method is not None and method != "bitsandbytes" and whole.has_packed_experts(path)
 
 
 def _is_placed(method: str | None, device: str, unpack: bool) -> bool:
@@ -116,8 +125,10 @@ def stored(module: nn.Module) -> str | None:
     return "compressed" if scheme is not None and isinstance(module, nn.Linear) else None
 
 
-def describe_quantizer(method: str | None, kernels: list[str], unpacked: bool) -> list[str]:
+def describe_quantizer(method: str | None, kernels: list[str], unpacked: bool, assembled: bool) -> list[str]:
     """Returns the package that opens a quantized checkpoint, its version and what computes; nothing for a plain one."""
+    if assembled:
+        return ["experts put together and weights unpacked by lighten, for transformers opens no quantized experts"]
     if (stored_as := FORMATS.get(method or "")) is None:
         return []
     package = stored_as.pip_names[1]

@@ -1,0 +1,60 @@
+"""A whole model of a quantized checkpoint, its weights unpacked here: for what no other loader opens.
+
+transformers keeps experts in one tensor, and its loaders of quantized formats fill modules of single linears only. The
+files have one matrix per expert, as vLLM reads them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lighten.errors import Failure
+from lighten.model.blockwise import empty_model
+from lighten.model.empty import Filler, compute_buffers
+from lighten.model.unpacked import Unpacked, open_checkpoint
+
+_EXPERT = re.compile(r"\.\d+\..*\.\d+\.[^.]+\.(qweight|weight_packed|weight_scale)$")
+
+
+def has_packed_experts(path: Path) -> bool:
+    """Returns whether a quantized checkpoint has a quantized matrix per expert."""
+    checkpoint = open_checkpoint(path)
+    return isinstance(checkpoint, Unpacked) and any(_EXPERT.search(name) for name in checkpoint.weight_map)
+
+
+def load(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """Returns the model on the CPU, every weight of it in one type.
+
+    Raises:
+        RequestError: its format cannot be unpacked here.
+        Failure: tensors are missing, or have no place in the model.
+    """
+    checkpoint = open_checkpoint(path)
+    model = empty_model(checkpoint, dtype, trust_remote_code=trust_remote_code)
+    compute_buffers(model, "cpu")
+    names = list(checkpoint.shapes())
+    filler = Filler(model, names)
+    if filler.surplus:
+        raise Failure(f"{path} has {filler.surplus[0]}, for which its model has no place: is it damaged?")
+    packed = checkpoint.packed if isinstance(checkpoint, Unpacked) else {}
+    turned = {name for name in packed if filler.is_turned(f"{name}.weight")}
+
+    def load_some(wanted: list[str]) -> None:
+        tensors = {name: checkpoint.tensor(name) for name in wanted}
+        for name in turned & {name.removesuffix(".weight") for name in wanted}:
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].t().contiguous()
+        filler.fill(tensors, "cpu")
+
+    groups: dict[str, list[str]] = {}
+    for name in names:  # what is converted together comes together
+        groups.setdefault(filler.places[name].rpartition(".")[0], []).append(name)
+    for group in groups.values():
+        load_some(group)
+    filler.tie(model, "", load_some)
+    if lacking := filler.lacks(model):
+        raise Failure(f"{path} lacks {', '.join(lacking[:3])}: is it complete?")
+    return model
