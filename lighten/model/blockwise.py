@@ -223,12 +223,12 @@ def known_folds(checkpoint: Checkpoint, anatomy: Anatomy, *, trust_remote_code: 
 
 
 def check_known(checkpoint: Checkpoint, anatomy: Anatomy) -> None:
-    """Raises RequestError if no linear is found that a method can take, or only those beside the experts."""
+    """Raises RequestError if no linear is found that a method can take, or experts are not taken apart."""
     if experts := anatomy.experts:
         outside = anatomy.covered / anatomy.weights
         raise RequestError(
-            f"{checkpoint.facts.architecture} has experts ({experts[0]}, …), which no method takes yet; {outside:.0%} "
-            "of its weights are outside of them. Export the model to GGUF, if that knows it"
+            f"{checkpoint.facts.architecture} has experts ({experts[0]}, …) in a form that lighten does not take apart; "
+            f"{outside:.0%} of its weights are outside of them. Export the model to GGUF, if that knows it"
         )
     if not any(layer.linears for layer in anatomy.layers):
         why = next((why for layer in anatomy.layers for why in layer.kept.values()), "its layers have no weights")

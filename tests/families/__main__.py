@@ -49,8 +49,8 @@ def judged(row: dict[str, Any]) -> str:
     for name, found in row["methods"].items():
         if found.get("opened", 0.0) > EXACT:
             wrong.append(f"{name}: opened, it differs by {found['opened']:.1e}")
-        if found["coverage"] < 0.99 * row["promised"]:
-            wrong.append(f"{name} covers {found['coverage']:.0%} of {row['promised']:.0%}")
+        if found["coverage"] < 0.99 * row["fits"]:
+            wrong.append(f"{name} covers {found['coverage']:.0%} of {row['fits']:.0%}")
         if not found["perplexity"] < 1.5 * row["perplexity"]:
             wrong.append(f"{name}: perplexity {found['perplexity']:.3g} against {row['perplexity']:.3g}")
     return "; ".join(wrong) or "ok"

@@ -52,6 +52,7 @@ def trial(folder: Path, methods: dict[str, dict[str, Any]] = METHODS) -> dict[st
     row: dict[str, Any] = {
         "weights": anatomy.weights,
         "promised": round(anatomy.covered / anatomy.weights, 4),
+        "fits": round(_fits(anatomy) / anatomy.weights, 4),
         "layers": len(anatomy.layers),
         "kinds": len({layer.kind for layer in anatomy.layers}),
         "experts": len([1 for layer in read_index(grams)["layers"] for _ in layer.get("experts", ())]),
@@ -74,6 +75,12 @@ def trial(folder: Path, methods: dict[str, dict[str, Any]] = METHODS) -> dict[st
             replace(plain, checkpoint, anatomy, out)
             row["methods"][name]["opened"] = _difference(_logits(opened, ids), _logits(plain, ids))
     return row
+
+
+def _fits(anatomy: Anatomy) -> int:
+    """Returns the number of weights in linears that groups of 32 and words of 8 codes divide."""
+    shapes = [linear.shape for layer in anatomy.layers for linear in layer.linears]
+    return sum(rows * columns for rows, columns in shapes if columns % 32 == 0 and rows % 8 == 0)
 
 
 def replace(model: Any, checkpoint: Checkpoint, anatomy: Anatomy, quantized: Path) -> None:
