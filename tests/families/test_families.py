@@ -27,7 +27,17 @@ FAMILIES = (
     *("qwen3", "qwen3_5_text", "gemma3_text", "gemma3n_text", "gemma4_text", "phi3", "olmo2", "lfm2", "cohere2", "opt"),
     *("gpt_neox", "falcon", "apertus", "mamba2", "falcon_h1", "gpt2", "bloom", "starcoder2", "granite", "smollm3"),
     *("qwen3_moe", "qwen3_5_moe_text", "mixtral", "gpt_oss", "granitemoehybrid", "deepseek_v3", "glm4_moe", "olmoe"),
-    *("llama4_text", "minimax_m2", "lfm2_moe", "nemotron_h", "phimoe", "jamba", "ministral3", "exaone4", "hunyuan_v1_dense"),
+    *(
+        "llama4_text",
+        "minimax_m2",
+        "lfm2_moe",
+        "nemotron_h",
+        "phimoe",
+        "jamba",
+        "ministral3",
+        "exaone4",
+        "hunyuan_v1_dense",
+    ),
     *("gemma3", "qwen3_vl", "mistral3", "llama4", "llava"),
 )
 """Families of every sort: dense, hybrids, experts, and models that also see."""
@@ -157,7 +167,9 @@ def test_a_tower_is_carried_over_and_still_sees(tmp_path: Path) -> None:
     model = whole.load(out, torch.float32)
     assert type(model).__name__ == "LlavaForConditionalGeneration"
     picture = torch.randn(1, 3, 28, 28)
-    token = model.config.image_token_index if hasattr(model.config, "image_token_index") else model.config.image_token_id
+    token = (
+        model.config.image_token_index if hasattr(model.config, "image_token_index") else model.config.image_token_id
+    )
     ids = torch.tensor([[5, *([token] * 4), 6, 7]])
     with torch.no_grad():
         seen = model(input_ids=ids, pixel_values=picture).logits

@@ -21,6 +21,7 @@ OTHERS = {
     "model/gguf/experts.py": "linears that only other families have",
     "model/gguf/hybrids.py": "linears that only other families have",
     "model/gguf/gemma.py": "linears that only other families have",
+    "model/experts.py": "matrices of experts",
     "export/onnx/graph.py": "names in the builder's graphs",
     "evaluate/profiling/onnx.py": "names in the builder's graphs",
     "evaluate/runtimes/trace.py": "modules of layers of any family",

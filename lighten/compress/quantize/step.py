@@ -55,7 +55,7 @@ def run(step: Quantize, source: Artifact, out: Path, context: Context) -> dict[s
     with torch.inference_mode():
         if step.needs_sensitivity():
             layers.allocation, allocated = found_at(step.allocates)(step, layers, workers, context)
-        linears = sum(len(layer.linears) for layer in anatomy.layers)
+        linears = sum(linear.stored is not None for layer in anatomy.layers for linear in layer.linears)
         with ShardWriter(out, TENSORS_PER_LINEAR * (len(checkpoint.weight_map) + linears)) as writer:
             for name in checkpoint.weight_map:
                 if name == HEAD_WEIGHT and step.quantizes_head:
