@@ -17,6 +17,10 @@ ONE = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|d
 """Name of one expert's matrix, as lighten writes it and vLLM reads it."""
 
 
+LAST = "down_proj"
+"""Name of the parameter with the last matrix of every expert."""
+
+
 @dataclass(frozen=True)
 class Slice:
     """A matrix `[out, in]` in a larger tensor."""
@@ -69,7 +73,7 @@ class Layout:
         Returns:
             None if the module has no such matrix.
         """
-        if part == "down_proj" or not self.gated:
+        if part == LAST or not self.gated:
             known = part in shapes and expert < shapes[part][0]
             return Slice(part, expert, self.transposed) if known else None
         if "gate_up_proj" not in shapes or expert >= shapes["gate_up_proj"][0]:
@@ -82,7 +86,7 @@ class Layout:
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of an expert's matrices."""
-        return ("gate_proj", "up_proj", "down_proj") if self.gated else ("up_proj", "down_proj")
+        return ("gate_proj", "up_proj", LAST) if self.gated else ("up_proj", LAST)
 
 
 UNMARKED = {"Llama4TextExperts": Layout(transposed=True), "LongcatFlashExperts": Layout()}

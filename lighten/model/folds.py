@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lighten.model.discovery import Anatomy, Layer, Linear, blocks_of
 from lighten.model.empty import Filler, compute_buffers
+from lighten.model.experts import LAST
 from lighten.model.suspension import Call, Turn, turns
 
 LENGTH = 12
@@ -244,7 +245,7 @@ class _Trials:
             experts: dict[int, dict[str, Linear]] = {}
             for linear in self.layer.linears:
                 if linear.module == module and linear.inside is not None and linear.inside.expert is not None:
-                    part = "down" if linear.inside.tensor == "down_proj" else linear.name
+                    part = "down" if linear.inside.tensor == LAST else linear.name
                     experts.setdefault(linear.inside.expert, {})[part] = linear
             if self._expert_takes(module, experts):
                 for parts in experts.values():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from lighten.errors import Failure, RequestError
-from lighten.model.checkpoint import Checkpoint
+from lighten.model.checkpoint import Checkpoint, facts_of
 from lighten.model.forms import read_config
 from lighten.model.loading import from_pretrained, readable
 from lighten.model.source import Source, find
@@ -225,10 +225,13 @@ def test_several_files_under_other_names_are_listed(edited: Callable[..., Path])
         find(str(folder))
 
 
-def test_sizes_under_text_config_are_said(edited: Callable[..., Path]) -> None:
+def test_sizes_under_text_config_are_read(edited: Callable[..., Path]) -> None:
     folder = edited(hidden_size=..., text_config={"hidden_size": 256})
-    with pytest.raises(RequestError, match="under text_config"):
+    with pytest.raises(RequestError, match=r"config\.json has no 'num_attention_heads'"):
         find(str(folder))
+    sizes = {"num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 300}
+    facts = facts_of({"architectures": ["X"], "text_config": {"hidden_size": 256, **sizes}}, "here")
+    assert (facts.hidden, facts.head_dim, facts.architecture) == (256, 64, "X")
 
 
 def test_positions_described_twice_are_refused_where_they_differ(edited: Callable[..., Path]) -> None:

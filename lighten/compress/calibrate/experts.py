@@ -16,7 +16,7 @@ from torch import nn
 
 from lighten.compress.calibrate.gram import accumulate
 from lighten.model.discovery import Layer, Linear
-from lighten.model.experts import given_to, inner, routed
+from lighten.model.experts import LAST, given_to, inner, routed
 from lighten.model.grams import Gram
 
 FORCED = 2
@@ -104,7 +104,7 @@ def experts_of(layer: Layer, block: nn.Module, device: str) -> list[ExpertInputs
         if linear.inside is not None and linear.inside.expert is not None:
             experts = by_module.setdefault(linear.module, {})
             expert = experts.setdefault(linear.inside.expert, Expert(linear.inside.expert))
-            (expert.last if linear.inside.tensor == "down_proj" else expert.first).append(linear)
+            (expert.last if linear.inside.tensor == LAST else expert.first).append(linear)
     return [
         ExpertInputs(block.get_submodule(name), [experts[number] for number in sorted(experts)], device)
         for name, experts in by_module.items()

@@ -67,6 +67,8 @@ class Sensitivities(Sweep):
         for done, (index, block, run) in enumerate(gradients.back(), len(layers) + 1):
             hooks = []
             for linear in layers[index].linears:
+                if linear.inside is not None:
+                    continue  # a matrix of an expert is no module
                 module = block.get_submodule(linear.module)
                 hook = _collector(layers[index].prefix + linear.name, outputs, ids.numel())
                 hooks.append(module.register_forward_hook(hook))

@@ -57,7 +57,11 @@ def price(
     prefix, tensors, inputs = layers.read(index)
     found = []
     for group in inputs:
-        members = [name for name in group.linears if not ignored(prefix + name, step.ignore)]
+        members = [
+            name
+            for name in group.linears
+            if not ignored(prefix + name, step.ignore) and prefix + name not in layers.left
+        ]
         if not members:
             continue
         parts = [tensors[f"{name}.weight"] for name in members]
@@ -71,7 +75,12 @@ def price(
         start = 0
         for name, part in zip(members, parts, strict=True):
             rows = slice(start, start := start + len(part))
-            worth = sensitivity.outputs[prefix + name]
+            worth = sensitivity.outputs.get(prefix + name)
+            if worth is None:
+                raise RequestError(
+                    f"a budget needs to know how the loss depends on {prefix}{name}, a matrix of an expert: give "
+                    "bits instead, or ignore the experts"
+                )
             sizes = [*(stored_bytes(part.shape, bits, step, kind) for bits in WIDTHS), part.nbytes]
             costs = [*(float(lost[bits][rows].sum()) * worth for bits in WIDTHS), 0.0]
             found.append((prefix + name, part.numel(), sizes, costs))

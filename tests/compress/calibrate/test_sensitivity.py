@@ -109,7 +109,10 @@ def test_of_every_family(family: str, tmp_path: Path, monkeypatch: pytest.Monkey
     found = Sensitivity.read(out)
     anatomy = BlockwiseModel(source).anatomy
     names = {
-        f"{layer.module}.{each.module}": layer.prefix + each.name for layer in anatomy.layers for each in layer.linears
+        f"{layer.module}.{each.module}": layer.prefix + each.name
+        for layer in anatomy.layers
+        for each in layer.linears
+        if each.inside is None
     }
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
     model.requires_grad_(False)
