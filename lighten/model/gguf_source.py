@@ -41,8 +41,7 @@ def check(path: Path) -> ModelFacts:
     header, family = open_model(path)
     facts = _facts(header, family)
     tokenizer_table.tokenizer_json(header.fields)
-    _config(header, family, facts)
-    _places(header, family, facts)
+    _places(header, family, Model(_config(header, family, facts), facts))
     return facts
 
 
@@ -258,14 +257,14 @@ def _read(header: Header, tensor: Tensor) -> torch.Tensor:
     return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(tensor.shape)
 
 
-def _places(header: Header, family: Family, facts: ModelFacts) -> list[Place]:
+def _places(header: Header, family: Family, model: Model) -> list[Place]:
     """Returns the places whose tensors a file has.
 
     Raises:
         RequestError: the file has a tensor without a place.
         Failure: a tensor is missing.
     """
-    known = list(places(family, facts.layers))
+    known = list(places(family, model))
     found: list[Place] = []
     taken: set[str] = set()
     for place in known:
@@ -302,7 +301,8 @@ def _write_weights(
 
     from lighten.model.shards import ShardWriter
 
-    found, model = _places(header, family, facts), Model(config, facts)
+    model = Model(config, facts)
+    found = _places(header, family, model)
     count = sum(header.tensors[place.names[0]].shape[0] if place.of_experts else 1 for place in found)
     done = 0
     with ShardWriter(out, count, SHARD_BYTES) as writer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,17 +51,17 @@ def pieces_of(family: Family, model: Model, stored: Shapes, source: Path) -> dic
         RequestError: llama.cpp has no place for a tensor.
         Failure: a tensor is missing.
     """
-    shapes = _used(family, model, stored, source)
-    known = list(places(family, model.facts.layers))
+    shapes = _used(family, model, stored)
+    known = list(places(family, model))
     found: list[Place] = []
     pieces: dict[str, Piece] = {}
     taken: set[str] = set()
     for place in known:
         parts = _parts(place, shapes)
-        if not parts or taken.intersection(place.names):
+        if not parts or taken.intersection((*place.names, *parts)):
             continue
         found.append(place)
-        taken.update(place.names)
+        taken.update((*place.names, *parts))
         for index, (name, shape) in enumerate(zip(place.names, _shapes(place, parts, shapes, model), strict=True)):
             pieces[place.label(index)] = Piece(name, place, index, tuple(parts), shape)
     if model.facts.tied and family.head == "own":
@@ -81,10 +81,18 @@ def pieces_of(family: Family, model: Model, stored: Shapes, source: Path) -> dic
     return pieces
 
 
-def _used(family: Family, model: Model, stored: Shapes, source: Path) -> dict[str, tuple[int, ...]]:
+def left_out(family: Family, model: Model, stored: Iterable[str]) -> list[str]:
+    """Returns the stored tensors that a file has no use for: parts that predict further tokens, after the layers."""
+    pattern = re.compile(family.left_out or "(?!)")
+    beyond = re.compile(rf"{re.escape(family.layers)}(\d+)\..*")
+    found = {name: beyond.fullmatch(name) for name in stored}
+    return [name for name, at in found.items() if pattern.fullmatch(name) or (at and int(at[1]) >= model.facts.layers)]
+
+
+def _used(family: Family, model: Model, stored: Shapes) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the stored tensors that a file is made of. A tied head is the embedding."""
-    left_out = re.compile(rf".*rotary_emb\.inv_freq|{family.left_out or '(?!)'}")
-    shapes = {name: shape for name, shape in stored.items() if not left_out.fullmatch(name)}
+    useless = {*left_out(family, model, stored), *(name for name in stored if name.endswith("rotary_emb.inv_freq"))}
+    shapes = {name: shape for name, shape in stored.items() if name not in useless}
     if model.facts.tied and family.embedding in shapes:
         shapes.pop(family.head_weight, None)
     return shapes

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.errors import Failure
 from lighten.export.gguf.types import TYPES
-from lighten.model.gguf.family import expert_count, place_of, places
+from lighten.model.gguf.family import Place, expert_count, place_of, places
 from lighten.model.gguf.table import family_of
 from lighten.model.gguf.turns import Model
 from lighten.model.llama_library import Library, load
@@ -41,7 +41,9 @@ def importance(grams: Path, model: Model) -> dict[str, np.ndarray[Any, np.dtype[
 
     from lighten.model.grams import read_diagonals
 
-    known = {place.stored: place for place in places(family_of(model.facts), model.facts.layers)}
+    known: dict[str, Place] = {}
+    for place in places(family_of(model.facts, model.config), model):
+        known.setdefault(place.stored, place)
     found: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
     of_experts: dict[str, dict[int, np.ndarray[Any, np.dtype[np.float32]]]] = {}
     for linear, diagonal, tokens in read_diagonals(grams):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.errors import RequestError
 from lighten.facts import ModelFacts
-from lighten.model.gguf.config import LONG, ROPE_FREQS, SHORT, llama3_divisors
+from lighten.model.gguf.config import LONG, ROPE_FREQS, SHORT, UNROTATED, llama3_divisors
 from lighten.model.gguf.family import Family
 
 if TYPE_CHECKING:
@@ -46,16 +46,19 @@ def rotation(config: dict[str, Any], facts: ModelFacts, family: Family) -> Rotat
             f"config.json scales positions by {kind!r}; known are {', '.join(known[:-1])} and {known[-1]}"
         )
     part = float(settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+    width = family.rotates(config, facts)
+    if kind == "proportional":
+        return _proportional(width, part, theta)
     if part != 1.0 and not family.partial:
         raise RequestError(
             "config.json rotates a part of each head (partial_rotary_factor), which llama.cpp lacks here"
         )
-    found = Rotation(int(facts.head_dim * part), {"rope.freq_base": theta})
+    found = Rotation(int(width * part), {"rope.freq_base": theta})
     longest = int(config["max_position_embeddings"])
     original = settings.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
     settings["original_max_position_embeddings"] = int(original or longest)
     if kind == "llama3":
-        found.tensors[ROPE_FREQS] = llama3_divisors(theta, facts.head_dim, settings)
+        found.tensors[ROPE_FREQS] = llama3_divisors(theta, width, settings)
     if kind in ("linear", "yarn"):
         found.keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(settings["factor"])}
     if kind == "yarn":
@@ -67,6 +70,15 @@ def rotation(config: dict[str, Any], facts: ModelFacts, family: Family) -> Rotat
     if kind == "longrope":
         _add_longrope(found, settings, longest)
     return found
+
+
+def _proportional(width: int, part: float, theta: float) -> Rotation:
+    """Rotates the first pairs of a head of all its width. The other pairs turn by nothing: their divisors are huge."""
+    import torch
+
+    rotated = int(width * part) // 2
+    divisors = torch.tensor([1.0] * rotated + [UNROTATED] * (width // 2 - rotated), dtype=torch.float32)
+    return Rotation(width, {"rope.freq_base": theta}, {ROPE_FREQS: divisors})
 
 
 def _yarn(settings: dict[str, Any], known: Mapping[str, str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten.errors import Failure, RequestError, missing_extra, reading
-from lighten.export.gguf.pieces import Piece, pieces_of
+from lighten.export.gguf.pieces import Piece, left_out, pieces_of
 from lighten.export.gguf.rope import Rotation, rotation
 from lighten.export.gguf.types import PLAIN, TYPES
 from lighten.facts import ModelFacts
@@ -77,14 +77,17 @@ class Draft:
         self.source = source
         self.about = about or {}
         self.checkpoint = open_checkpoint(source)
-        self.family = family_of(self.checkpoint.facts)
+        self.family = family_of(self.checkpoint.facts, self.checkpoint.config)
         self.config = {**(self.family.defaults or {}), **self.checkpoint.config}
         self.facts = facts_of(self.config, str(source))
         _check(self.family, self.config, self.facts)
         with reading(source / "config.json", "fetch the model again"):
             self.rotation = rotation(self.config, self.facts, self.family)
         self.model = Model(self.config, self.facts)
-        self.pieces: dict[str, Piece] = pieces_of(self.family, self.model, self.checkpoint.shapes(), source)
+        shapes = self.checkpoint.shapes()
+        self.left_out = left_out(self.family, self.model, shapes)
+        """Stored tensors that a file has no use for."""
+        self.pieces: dict[str, Piece] = pieces_of(self.family, self.model, shapes, source)
         """Tensors to write, by name, in the order of the file. The name is the stored one, where there is one."""
         with reading(source / "tokenizer.json", "fetch the model again"):
             self.vocabulary = read_vocabulary(source, self.facts.vocab, self.config)
@@ -107,7 +110,11 @@ class Draft:
     def warnings(self) -> list[str]:
         """Remarks for the person on where llama.cpp will differ from transformers."""
         window = [] if self.family.windows else _window_warning(self.config)
-        return [*self.vocabulary.warnings, *window, *self.rotation.warnings]
+        further = []
+        if self.left_out:
+            named = ", ".join(self.left_out[:3])
+            further = [f"{len(self.left_out)} tensors that llama.cpp has no use for here are left out: {named}"]
+        return [*self.vocabulary.warnings, *window, *self.rotation.warnings, *further]
 
     def types(self, matrices: str) -> dict[str, str]:
         """Returns the type of every tensor, by name, if all matrices have the same type."""

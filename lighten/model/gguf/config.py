@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 ROPE_FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = (ROPE_FREQS, LONG, SHORT)
 """Tensors that say how positions rotate. They are settings, not weights."""
+UNROTATED = 1e30
+"""Divisor of a frequency that is not used."""
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -66,8 +68,14 @@ def config_of(header: Header, family: Family, facts: ModelFacts, read: Read) -> 
     config["rope_parameters"] = {"full_attention": rope, **kinds} if kinds else rope
     if "original_max_position_embeddings" in rope and rope["rope_type"] == "longrope":
         config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    config["rope_parameters"] = _without_none(config["rope_parameters"])
     config |= own
     return {name: value for name, value in config.items() if value is not None}
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    found = {name: _without_none(value) if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _rope(header: Header, family: Family, facts: ModelFacts, read: Read) -> dict[str, Any]:
@@ -78,7 +86,7 @@ def _rope(header: Header, family: Family, facts: ModelFacts, read: Read) -> dict
     factor = header.decimal("rope.scaling.factor", 0.0)
     original = header.integer("rope.scaling.original_context_length", header.integer("context_length"))
     if ROPE_FREQS in header.tensors:
-        return {**rope, **_llama3(header, facts, rope["rope_theta"], read)}
+        return {**rope, **_divided(header, facts, rope["rope_theta"], read)}
     if LONG in header.tensors:
         return {
             **rope,
@@ -104,11 +112,14 @@ def _rope(header: Header, family: Family, facts: ModelFacts, read: Read) -> dict
     raise RequestError(f"{header.path} scales its positions by {kind!r}; lighten reads none, linear, yarn and llama3")
 
 
-def _llama3(header: Header, facts: ModelFacts, theta: float, read: Read) -> dict[str, Any]:
-    """Finds the llama3 settings whose frequency divisors are the ones the file holds."""
+def _divided(header: Header, facts: ModelFacts, theta: float, read: Read) -> dict[str, Any]:
+    """Finds the settings of scaled positions whose frequency divisors are the ones the file holds."""
     import torch
 
     divisors = read(ROPE_FREQS)
+    if float(divisors.max()) >= UNROTATED / 10:
+        rotated = int((divisors < UNROTATED / 10).sum())
+        return {"rope_type": "proportional", "partial_rotary_factor": rotated / len(divisors)}
     factor = float(str(divisors.max().numpy()))
     originals = (_LLAMA3_ROPE["original_max_position_embeddings"], *(1 << power for power in range(4, 18)))
     for original in originals:

@@ -8,7 +8,7 @@ from lighten.facts import ModelFacts
 from lighten.model import anatomy
 from lighten.model.gguf.dense import ATTENTION, MLP, QK_NORMS, QKV, layer_types, window_keys
 from lighten.model.gguf.family import EXPERT, Config, Family, Rule, Rules, part
-from lighten.model.gguf.turns import ALTERNATE, TRANSPOSED, TRANSPOSED_ALTERNATE
+from lighten.model.gguf.turns import ALTERNATE, TRANSPOSED, TRANSPOSED_ALTERNATE, TRANSPOSED_HALVES
 
 if TYPE_CHECKING:
     from lighten.model.gguf_header import Header
@@ -184,7 +184,73 @@ MINIMAX_M2 = Family(
     keys=lambda config, facts: {"expert_gating_func": SIGMOID, "expert_feed_forward_length": facts.intermediate},
 )
 
+
+def _llama4_step(config: Config, facts: ModelFacts) -> int:
+    """Returns after how many layers one has experts; 0 if there is no such number."""
+    step = int(config.get("interleave_moe_layer_step") or 1)
+    found = list(config.get("moe_layers") or range(step - 1, facts.layers, step))
+    steps = (step for step in range(1, facts.layers + 1) if list(range(step - 1, facts.layers, step)) == found)
+    return next(steps, 0)
+
+
+def _llama4_objection(config: Config, facts: ModelFacts) -> str | None:
+    turned = list(config.get("no_rope_layers") or [int((n + 1) % 4 != 0) for n in range(facts.layers)])
+    if turned != [int((n + 1) % 4 != 0) for n in range(facts.layers)]:
+        return "config.json has other no_rope_layers than every fourth, which llama.cpp's llama4 takes for granted"
+    if not _llama4_step(config, facts):
+        return "layers with experts are not evenly spaced (moe_layers), which llama.cpp's llama4 wants"
+    built_in = {"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1, "attn_temperature_tuning": True}
+    odd = [key for key, value in built_in.items() if config.get(key, value) != value]
+    if odd:
+        return f"config.json has another {odd[0]} than {built_in[odd[0]]}, which llama.cpp takes for granted"
+    if bool(config.get("use_qk_norm", True)) == (int(config["num_local_experts"]) == 128):
+        return "llama.cpp's llama4 norms queries and keys unless there are 128 experts; config.json has it otherwise"
+    return None
+
+
+def _llama4_config(header: Header) -> Config:
+    layers, step = header.size("block_count"), header.size("interleave_moe_layer_step")
+    return {
+        "intermediate_size": header.size("expert_feed_forward_length"),
+        "intermediate_size_mlp": header.size("feed_forward_length"),
+        "moe_layers": list(range(step - 1, layers, step)),
+        "no_rope_layers": [int((n + 1) % 4 != 0) for n in range(layers)],
+        "use_qk_norm": header.integer("expert_count") != 128,
+    }
+
+
+LLAMA4 = Family(
+    "llama4",
+    "Llama4ForCausalLM",
+    "llama4_text",
+    (
+        *part({**ATTENTION, anatomy.MLP_NORM: "ffn_norm"}),
+        *part({f"feed_forward.{kind}_proj": f"ffn_{kind}" for kind in ("gate", "up", "down")}, group=DENSE),
+        *router("feed_forward.router"),
+        Rule(
+            "feed_forward.experts.gate_up_proj",
+            ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+            TRANSPOSED_HALVES,
+            group=SPARSE,
+        ),
+        Rule("feed_forward.experts.down_proj", ("ffn_down_exps.weight",), TRANSPOSED, group=SPARSE),
+        *routed("feed_forward.experts"),
+        *shared("feed_forward.shared_expert"),
+    ),
+    experts=True,
+    windows=True,
+    scalings=("llama3",),
+    pairs={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    keys=lambda config, facts: {
+        "interleave_moe_layer_step": _llama4_step(config, facts),
+        "expert_feed_forward_length": facts.intermediate,
+        "feed_forward_length": int(config["intermediate_size_mlp"]),
+    },
+    config=_llama4_config,
+    objection=_llama4_objection,
+)
 FAMILIES = {
+    "Llama4ForCausalLM": LLAMA4,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "GptOssForCausalLM": GPT_OSS,
     "Glm4MoeForCausalLM": GLM4_MOE,

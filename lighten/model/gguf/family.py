@@ -14,10 +14,12 @@ from lighten.model.gguf.turns import PLUS_ONE, SAME, Model, Turn, after
 if TYPE_CHECKING:
     from lighten.model.gguf_header import Header
 
-Config = dict[str, Any]
 EXPERT = "{e}"
 """Stands for the number of an expert in the name of a stored tensor. The file has all experts in one tensor."""
 _NUMBER = re.compile(r"\.(\d+)\.")
+
+
+Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Rule:
     """A rule is needed in a layer that has another tensor of its group. Without a group it is always needed."""
     rounded: bool = True
     """Whether a matrix gets the type of the file. Otherwise it is F32, as llama.cpp wants it."""
+    when: Callable[[Config], bool] | None = None
+    """Whether the rule holds for a config. None holds always."""
 
 
 Rules = tuple[Rule, ...]
@@ -105,6 +109,11 @@ def no_objection(config: Config, facts: ModelFacts) -> str | None:
     return None
 
 
+def head_dim(config: Config, facts: ModelFacts) -> int:
+    """Returns the width of a head."""
+    return facts.head_dim
+
+
 def any_file(header: Header) -> bool:
     """Returns True: all files of the architecture are of this family."""
     return True
@@ -137,6 +146,8 @@ class Family:
     """Settings of YaRN that may differ from the usual, and their keys. Without a key llama.cpp does not read them."""
     partial: bool = False
     """Whether a part of each head may be rotated."""
+    rotates: Callable[[Config, ModelFacts], int] = head_dim
+    """Width of the heads that `rope_parameters` rotate."""
     windows: bool = False
     """Whether `keys` says which layers have a sliding window. Otherwise llama.cpp has none."""
     varied: bool = False
@@ -153,6 +164,10 @@ class Family:
     """Settings that `keys` turned into metadata, from a file."""
     objection: Callable[[Config, ModelFacts], str | None] = no_objection
     """Reason why llama.cpp cannot run this config, or None."""
+    when: Callable[[Config], bool] | None = None
+    """Whether the row holds for a config; if it does not, `other` does. None holds always."""
+    other: Family | None = None
+    """Row of the other models of the same class."""
     reads: Callable[[Header], bool] = any_file
     """Whether a file of `arch` is of this family, where several have that name."""
 
@@ -200,26 +215,27 @@ class Place:
         return stored if len(self.names) == 1 else f"{stored}[{self.names[index].split('.')[-2]}]"
 
 
-def places(family: Family, layers: int) -> Iterator[Place]:
-    """Yields all places that a model of so many layers may have, in the order of the file."""
+def places(family: Family, model: Model) -> Iterator[Place]:
+    """Yields all places that a model may have, in the order of the file."""
+    rules = [rule for rule in family.layer if rule.when is None or rule.when(model.config)]
     around = [rule for rule in family.around if family.head != "tied" or rule.names != ("output.weight",)]
     first = [rule for rule in around if rule.names[0] not in ("output_norm.weight", "output.weight")]
     yield from (Place(rule, rule.stored, rule.names) for rule in first)
-    for layer in range(layers):
-        for rule in family.layer:
+    for layer in range(model.facts.layers):
+        for rule in rules:
             names = tuple(f"blk.{layer}.{name}" for name in rule.names)
             yield Place(rule, f"{family.layers}{layer}.{rule.stored}", names, layer)
     yield from (Place(rule, rule.stored, rule.names) for rule in around if rule not in first)
 
 
 def missing(known: Iterable[Place], found: Iterable[Place]) -> Place | None:
-    """Returns a place that should be among those that were found; None if all are there."""
+    """Returns a place that should be among those that were found; None if all are there, in one form or another."""
     there = list(found)
-    taken = {name for place in there for name in place.names}
+    taken = {name for place in there for name in place.names} | {place.stored for place in there}
     groups = {(place.layer, place.rule.group) for place in there if place.rule.group}
     for place in known:
         wanted = not place.rule.group or (place.layer, place.rule.group) in groups
-        if place.rule.needed and wanted and not taken.intersection(place.names):
+        if place.rule.needed and wanted and not taken.intersection((*place.names, place.stored)):
             return place
     return None
 

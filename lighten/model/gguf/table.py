@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from lighten.errors import RequestError
 from lighten.facts import ModelFacts
-from lighten.model.gguf import dense, experts, gemma, hybrids
-from lighten.model.gguf.family import Family
+from lighten.model.gguf import dense, experts, gemma, gemma4, hybrids, latent, nemotron, states
+from lighten.model.gguf.family import Config, Family
 
 if TYPE_CHECKING:
     from lighten.model.gguf_header import Header
@@ -15,21 +15,27 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, Family] = {
     **dense.FAMILIES,
     **gemma.FAMILIES,
+    **gemma4.FAMILIES,
     **experts.FAMILIES,
     **hybrids.FAMILIES,
+    **latent.FAMILIES,
+    **states.FAMILIES,
+    **nemotron.FAMILIES,
 }
 """Families by the name in config.json's `architectures`."""
-ARCHITECTURES = tuple(dict.fromkeys(family.arch for family in FAMILIES.values()))
+ROWS = (*FAMILIES.values(), *(family.other for family in FAMILIES.values() if family.other))
+"""All rows. Some classes have two."""
+ARCHITECTURES = tuple(dict.fromkeys(family.arch for family in ROWS))
 """llama.cpp's names of them. Mistral models are stored as "llama"."""
 
 
 def family_in(header: Header) -> Family | None:
     """Returns the row by which a file is read; None if there is none."""
-    return next((each for each in FAMILIES.values() if each.arch == header.arch and each.reads(header)), None)
+    return next((each for each in ROWS if each.arch == header.arch and each.reads(header)), None)
 
 
-def family_of(facts: ModelFacts) -> Family:
-    """Returns the row of a model.
+def family_of(facts: ModelFacts, config: Config | None = None) -> Family:
+    """Returns the row of a model. `config` is its config.json, where the class alone does not say which row it is.
 
     In llama.cpp's qwen2, all heads together must be as wide as the hidden states. With pruned heads they are not.
     llama.cpp's llama has optional biases and only rotates other pairs of rows, so it computes the same.
@@ -43,5 +49,7 @@ def family_of(facts: ModelFacts) -> Family:
             "instead (`lighten quantize --method gptq` or awq): transformers, vLLM and SGLang open the result"
         )
     family = FAMILIES[facts.architecture]
+    if family.other and family.when and config is not None and not family.when(config):
+        return family.other
     narrow = family.arch == "qwen2" and facts.heads * facts.head_dim != facts.hidden
     return dense.LLAMA_ROW if narrow else family
