@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,39 @@ def read_index(folder: Path) -> dict[str, Any]:
         return index
     except (OSError, ValueError) as error:
         raise Failure(f"{folder} does not hold the Grams of a sweep: {error}") from error
+
+
+@dataclass(frozen=True)
+class ExpertTokens:
+    """Numbers of tokens that the experts of a model saw in a sweep."""
+
+    experts: int
+    fewest: int
+    median: int
+    starved: int
+    """Number of experts that saw fewer tokens than their inputs are wide. Tokens of others count in their Grams."""
+    unseen: int
+    """Number of experts among these that saw none."""
+
+    def as_json(self) -> dict[str, int]:
+        """Returns it as plain data."""
+        return asdict(self)
+
+
+def expert_tokens(folder: Path) -> ExpertTokens | None:
+    """Returns the numbers of tokens that experts saw in a sweep; None if the model has no experts."""
+    index = read_index(folder)
+    counts, starved = [], 0
+    for number, layer in enumerate(index["layers"]):
+        experts = layer.get("experts", {})
+        counts += experts.values()
+        if experts:
+            width = LayerGrams(folder, number, layer, "cpu")[next(iter(experts))].width
+            starved += sum(tokens < width for tokens in experts.values())
+    if not counts:
+        return None
+    counts.sort()
+    return ExpertTokens(len(counts), counts[0], counts[len(counts) // 2], starved, counts.count(0))
 
 
 def prefix_of(index: dict[str, Any], layer: int) -> str:

@@ -67,7 +67,7 @@ class Sweep(Step):
         from lighten.compress.calibrate.gram import LayerInputs
         from lighten.compress.prune.structured import angular_distances
         from lighten.model.blockwise import BlockwiseModel
-        from lighten.model.grams import GramWriter
+        from lighten.model.grams import GramWriter, expert_tokens
         from lighten.model.tokens import calibration_ids
 
         ids = torch.from_numpy(calibration_ids(source.path, self.data, self.samples, self.length, context.warnings))
@@ -118,6 +118,7 @@ class Sweep(Step):
             "samples": len(ids),
             "tokens": ids.numel(),
             "arithmetic": str(model.dtype).removeprefix("torch."),
+            **({"experts": seen.as_json()} if (seen := expert_tokens(out)) else {}),
         }
 
 

@@ -20,6 +20,7 @@ from lighten.model.anatomy import HEAD, HEAD_WEIGHT, LAYERS
 from lighten.model.blockwise import check_known, known_anatomy, known_folds
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy
+from lighten.model.grams import expert_tokens
 from lighten.model.shards import ShardWriter
 from lighten.plugins import found_at
 from lighten.process.workers import crew, ordered
@@ -72,7 +73,20 @@ def run(step: Quantize, source: Artifact, out: Path, context: Context) -> dict[s
         findings.kept += [{"what": name.removesuffix(".weight"), "why": why} for name, why in layer.kept.items()]
     context.warnings += findings.warnings
     _write_config(step, checkpoint, anatomy, findings, out)
-    return {**_facts(step, checkpoint.facts, anatomy, findings), **allocated}
+    return {**_facts(step, checkpoint.facts, anatomy, findings), **_of_experts(context), **allocated}
+
+
+def _of_experts(context: Context) -> dict[str, Any]:
+    """Returns the facts about the tokens that experts saw, and warns of those that saw too few."""
+    seen = expert_tokens(context.grams) if context.grams else None
+    if seen is None:
+        return {}
+    if seen.starved:
+        context.warnings.append(
+            f"{seen.starved} of {seen.experts} experts saw fewer tokens than their inputs are wide (the fewest: "
+            f"{seen.fewest}): their Grams are drawn towards that of all tokens; give it more text"
+        )
+    return {"experts": seen.as_json()}
 
 
 def _check_covered(anatomy: Anatomy, findings: Findings) -> None:

@@ -89,6 +89,7 @@ class TorchRuntime(Defaults):
         self._tokenizer_path = path
         self._tokenizer: HfTokenizer | None = None
         self._rows: Tensor | None = None
+        self._packing: bool | None = None
         self._hidden: Tensor | None = None
         hook = self.model.get_output_embeddings().register_forward_pre_hook(self._before_head)
         self._caches = Caches(self.model.config, options.cache)
@@ -129,18 +130,62 @@ class TorchRuntime(Defaults):
 
     @torch.inference_mode()
     def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
-        """See `Runtime`. A question is one sequence, in which an ending sees only the context and itself."""
+        """See `Runtime`. Where the model can, a question is one sequence; an ending sees the context and itself."""
         scores: list[list[Score]] = [[] for _ in questions]
         start, done, tokens = time.monotonic(), 0, 0
         report(0, len(questions), "")
         for batch in by_length(questions, BATCH_TOKENS[accelerator.device_type(self.device)], padded=True):
-            layouts = [Layout(questions[index]) for index in batch]
-            for index, score in zip(batch, self._score(layouts), strict=True):
+            asked = [questions[index] for index in batch]
+            found = self._score(list(map(Layout, asked))) if self._packs(asked) else self._score_apart(asked)
+            for index, score in zip(batch, found, strict=True):
                 scores[index] = score
             done += len(batch)
-            tokens += sum(len(layout.ids) for layout in layouts)
+            tokens += sum(question.packed for question in asked)
             report(done, len(questions), f"{tokens / (time.monotonic() - start):.0f} tok/s")
         return scores
+
+    def _packs(self, questions: Sequence[Question]) -> bool:
+        """Returns whether a question can be one sequence, in which an ending does not see the others.
+
+        Models that carry a state from token to token know no such masks, and a mask of one's own takes the place of a
+        sliding window.
+        """
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if window and max(question.packed for question in questions) > window:
+            return False
+        if self._packing is None:
+            ids = [int(each) for each in np.linspace(3, self.vocab - 1, 14)]
+            probe = [Question(ids[:6], [ids[6:10], ids[10:]])]
+            try:
+                packed = self._score(list(map(Layout, probe)))[0]
+            except (TypeError, ValueError, RuntimeError):
+                packed = []
+            apart = self._score_apart(probe)[0]
+            allowed = 1e-3 if self.dtype == "float32" else 0.3
+            self._packing = bool(packed) and all(
+                abs(one.logprob - other.logprob) < allowed * max(1.0, abs(other.logprob))
+                for one, other in zip(packed, apart, strict=True)
+            )
+        return self._packing
+
+    def _score_apart(self, questions: Sequence[Question]) -> list[list[Score]]:
+        """Returns the scores of endings, each in a sequence of its own."""
+        layouts = [Layout(Question(each.context, [ending])) for each in questions for ending in each.endings]
+        found: list[Score] = []
+        size = max(1, BATCH_TOKENS[accelerator.device_type(self.device)] // max(len(each.ids) for each in layouts))
+        for start in range(0, len(layouts), size):
+            part = layouts[start : start + size]
+            width = max(len(each.ids) for each in part)
+            ids = np.stack([np.pad(each.ids, (0, width - len(each.ids))) for each in part])
+            wanted = [number * width + each.wanted for number, each in enumerate(part)]
+            self._rows = torch.from_numpy(np.concatenate(wanted)).to(self.device)
+            try:
+                output = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False)
+            finally:
+                self._rows = None
+            found += [score for (score,) in read_scores(_to_numpy(output.logits[0]), part)]
+        scores = iter(found)
+        return [[next(scores) for _ in question.endings] for question in questions]
 
     def _score(self, layouts: list[Layout]) -> list[list[Score]]:
         width = max(len(layout.ids) for layout in layouts)

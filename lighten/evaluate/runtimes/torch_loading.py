@@ -207,9 +207,20 @@ class _PackedLinear(nn.Module):
         super().__init__()
         self.bias = None if linear.bias is None else linear.bias.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), BATCH_TOKENS["cpu"])
+        self.packed: Tensor | None = torch.ops.mkldnn._reorder_linear_weight(
+            linear.weight.detach(), BATCH_TOKENS["cpu"]
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """Gives the weight back to a model that looks at it: from then on the layer is an ordinary one."""
+        if name == "weight" and self.packed is not None:
+            packed, self.packed = self.packed, None
+            self.register_parameter("weight", nn.Parameter(packed.to_dense(), requires_grad=False))
+        return super().__getattr__(name)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Returns inputs `[..., in]` times the transposed weight, plus the bias."""
+        if self.packed is None:
+            return nn.functional.linear(inputs, self.weight, self.bias)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
         return product
