@@ -28,6 +28,7 @@ _SETTING = re.compile(r"[0-9.]{1,20}|true|false|disabled", re.ASCII)
 _TEXTS = {
     "type": _WORD,
     "log_id": _WORD,
+    "layer_types": _WORD,
     "graph_optimization_level": _WORD,
     "optimization.disable_specified_optimizers": re.compile(r"[\w,]{1,200}", re.ASCII),
     "ep.cuda.fpa_intb_gemm": _SETTING,

@@ -69,6 +69,7 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "llama4_text": {"moe_layers": [1, 3], "no_rope_layers": [1, 1, 1, 0], "attention_chunk_size": 8},
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe"], "hybrid_override_pattern": None},
+    "phi3": {"original_max_position_embeddings": 128},
     "zamba2": {
         "layers_block_type": ["mamba", "hybrid"] * 2,
         "num_mem_blocks": 1,

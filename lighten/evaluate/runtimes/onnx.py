@@ -26,7 +26,8 @@ from lighten.model.files import read_json
 from lighten.model.onnx_source import GENAI, KEY, find_onnx, genai, read_graph
 from lighten.step import Report
 
-PAST, PRESENT = KEY, "present."
+STATE, PRESENT = "past.", "present."
+"""Beginnings of the names of states of one size, and of what a graph gives to take in the next step."""
 BATCH_TOKENS = 384
 TYPES = {1: np.float32, 10: np.float16, 7: np.int64, 6: np.int32}
 Cache = dict[str, NDArray[Any]]
@@ -86,8 +87,8 @@ class OnnxRuntime(Defaults):
             raise RequestError(
                 f"{path}: its input {strange[0]} is of a type that numpy lacks (bf16): measure an export as fp16"
             )
-        self._past = [name for name in self.graph.inputs if name.startswith(PAST)]
-        self._present = [PRESENT + name.removeprefix(PAST) for name in self._past]
+        self._past = [name for name in self.graph.inputs if name.startswith((KEY, STATE))]
+        self._present = [PRESENT + name.removeprefix(KEY).removeprefix(STATE) for name in self._past]
         on_gpu = device != "cpu" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         self.device = device if on_gpu else "cpu"
         self.dtype = self.graph.precision
@@ -139,7 +140,7 @@ class OnnxRuntime(Defaults):
         """Runs the graph on `ids [batch, n]` after a cache."""
         batch, length = ids.shape
         past = self._empty(batch) if past is None else past
-        before = next(iter(past.values())).shape[2] if past else 0
+        before = next((each.shape[2] for name, each in past.items() if name.startswith(KEY)), 0)
         feed: dict[str, Any] = {
             "input_ids": ids.astype(TYPES[self.graph.inputs["input_ids"].kind]),
             "attention_mask": np.ones((batch, before + length), TYPES[self.graph.inputs["attention_mask"].kind]),
@@ -156,8 +157,9 @@ class OnnxRuntime(Defaults):
     def _empty(self, batch: int, length: int = 0) -> Cache:
         empty: Cache = {}
         for name in self._past:
-            heads, size = self.graph.inputs[name].shape[1], self.graph.inputs[name].shape[3] or self._head_size
-            empty[name] = np.zeros((batch, heads, length, size), TYPES[self.graph.inputs[name].kind])
+            shape = self.graph.inputs[name].shape
+            inner = shape[1:] if name.startswith(STATE) else [shape[1], length, shape[3] or self._head_size]
+            empty[name] = np.zeros((batch, *inner), TYPES[self.graph.inputs[name].kind])
         return empty
 
     def _cached(self, ids: Ids, past: Cache | None) -> tuple[NDArray[Any], Cache]:
@@ -191,7 +193,8 @@ class OnnxRuntime(Defaults):
     @cached_property
     def _packed(self) -> Packed | None:
         """Graph with a mask, if it gives the same scores as without."""
-        found = packable(self.path) if self.device == "cpu" else None
+        states = any(name.startswith(STATE) for name in self._past)  # a state runs through a row of questions
+        found = packable(self.path) if self.device == "cpu" and not states else None
         if found is None:
             return None
         graph, window = found

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten.errors import Failure, RequestError, missing_extra
+from lighten.export.onnx.builder import expected
 from lighten.facts import ModelFacts
 from lighten.model import anatomy
 from lighten.step import Context, Report
@@ -91,6 +92,7 @@ def build(source: Path, out: Path, precision: str, provider: str, options: dict[
     with _quiet(report, _layers(source)):
         try:
             builder.check_extra_options(None, str(source), str(out), precision, provider, str(cache), options)
+            expected(options["hf_details"]["hf_config"])
             builder.create_model(None, str(source), str(out), precision, provider, str(cache), **options)
         except (ValueError, NotImplementedError) as error:
             raise RequestError(f"onnxruntime-genai's builder refuses {source.name}: {error}") from error
@@ -104,7 +106,8 @@ def _options(
     step: Onnx, facts: ModelFacts, precision: str, quantized: Quantized | None, trusted: bool
 ) -> dict[str, Any]:
     """Returns the builder's options."""
-    options: dict[str, Any] = {"hf_token": "false", "hf_remote": trusted}
+    # caches of the length of a window would need a runtime that knows when to wrap them around
+    options: dict[str, Any] = {"hf_token": "false", "hf_remote": trusted, "windowed_kv_cache": False}
     if quantized is not None:
         return {**options, "fuse_qkv": _alike(quantized, facts.layers)}
     if precision in ("int4", "int8"):

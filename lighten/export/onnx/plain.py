@@ -17,7 +17,7 @@ from torch import Tensor
 from lighten.errors import Failure, RequestError, missing_extra
 from lighten.export.onnx.eight_bits import round_weights
 from lighten.export.onnx.quiet import quiet
-from lighten.export.onnx.traced import Traced, traced
+from lighten.export.onnx.traced import Traced, traced, untraced
 from lighten.facts import ModelFacts
 from lighten.model.files import without_pickles
 from lighten.step import Context
@@ -79,9 +79,12 @@ def _open(source: Path, facts: ModelFacts, dtype: torch.dtype, trusted: bool) ->
         found = transformers.AutoModelForCausalLM
     if found is None:
         raise RequestError(f"transformers has no class {name}: name one of its own under architectures in config.json")
-    options = {"trust_remote_code": trusted} if found is transformers.AutoModelForCausalLM else {}
+    # experts as one product for all tokens: ONNX has no grouped product, and no loop over those that were chosen
+    options: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "batched_mm"}
+    if found is transformers.AutoModelForCausalLM:
+        options["trust_remote_code"] = trusted
     with quiet():
-        model = from_pretrained(found, source, dtype=dtype, attn_implementation="eager", **options)
+        model = from_pretrained(found, source, dtype=dtype, **options)
     return model.eval()
 
 
@@ -103,10 +106,7 @@ def _export(part: Traced, path: Path) -> None:
                 verbose=False,
             )
     except Exception as error:  # torch's own errors share no base class
-        reason = " ".join(str(error).split())[:400]
-        raise Failure(
-            f"torch cannot trace {type(part.module.model).__name__} ({reason}); a plain graph needs that"
-        ) from error
+        raise Failure(untraced(part.module.model, _reason(error))) from error
     assert program is not None
     model = program.model
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
@@ -118,6 +118,13 @@ def _export(part: Traced, path: Path) -> None:
     model.graph.metadata_props.clear()
     model.graph.name = "model"
     ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=256)
+
+
+def _reason(error: BaseException) -> str:
+    """Returns what stopped torch. The exporter puts advice for those who write models around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _feed(part: Traced) -> dict[str, np.ndarray[Any, Any]]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from lighten.errors import RequestError
+from lighten.export.onnx import builder
 from lighten.export.onnx.usage import usage
 from lighten.export.step import Export
 from lighten.facts import ModelFacts
@@ -15,24 +16,6 @@ from lighten.model.export_formats import Usage
 from lighten.model.formats import FORMATS
 from lighten.step import Estimate
 
-BUILDER = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "GemmaForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "PhiForCausalLM",
-    "Phi3ForCausalLM",
-    "SmolLM3ForCausalLM",
-    "OlmoForCausalLM",
-    "GraniteForCausalLM",
-    "NemotronForCausalLM",
-    "Ernie4_5ForCausalLM",
-    "HunYuanDenseV1ForCausalLM",
-)
-"""Dense text models that the builder of onnxruntime-genai knows."""
 KEPT = tuple(name for name, each in FORMATS.items() if each.read_by_onnx)
 """Formats whose weights go into the graph unchanged."""
 _BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8": 9.0, "int4": 5.0}
@@ -58,7 +41,7 @@ class Onnx(Export):
     graph: Literal["genai", "plain"] | None = Field(
         None,
         description="genai: the operators of onnxruntime and onnxruntime-genai; plain: standard ONNX operators only "
-        "(genai for causal language models, plain for all others)",
+        "(genai for causal language models that onnxruntime-genai knows, plain for all others)",
     )
     provider: Literal["cpu", "cuda"] = Field("cpu", description="where a genai graph is to run")
     block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="weights that share a scale, for int4 and int8")
@@ -83,7 +66,11 @@ class Onnx(Export):
 
     def resolved_graph(self, facts: ModelFacts) -> Literal["genai", "plain"]:
         """Returns the type of graph for a model."""
-        return self.graph or ("genai" if facts.family == "causal" else "plain")
+        return self.graph or ("genai" if self._genai_holds(facts) else "plain")
+
+    @staticmethod
+    def _genai_holds(facts: ModelFacts) -> bool:
+        return facts.family == "causal" and builder.knows(facts.architecture)
 
     def resolved_precision(self, facts: ModelFacts) -> str:
         """Returns the precision of the weights for a model."""
@@ -116,16 +103,16 @@ class Onnx(Export):
             allowed = ("fp32", "fp16", "int8") if facts.family == "causal" else ("fp32", "int8")
             if precision not in allowed:
                 raise RequestError(
-                    f"a plain graph of {facts.architecture} has no {precision}: use one of {', '.join(allowed)}, "
-                    "or graph: genai for a causal language model"
+                    f"a plain graph of {facts.architecture} has no {precision}: use one of {', '.join(allowed)}"
+                    + (", or graph: genai" if self._genai_holds(facts) else "")
                 )
             if self.provider != "cpu":
                 raise RequestError("a plain graph runs on any provider: leave out `provider`")
             return
-        if facts.architecture not in BUILDER:
+        if not builder.knows(facts.architecture):
             raise RequestError(
-                f"the builder of onnxruntime-genai does not know {facts.architecture}; it knows {', '.join(BUILDER)}. "
-                "graph: plain exports any model that torch.export can trace"
+                f"the builder of onnxruntime-genai does not know {facts.architecture}; it knows "
+                f"{', '.join(sorted(builder.architectures()))}. graph: plain takes what torch.export can trace"
             )
         if precision == "bf16" and self.provider == "cpu":
             raise RequestError("onnxruntime has no bf16 arithmetic on CPUs: use fp32, or provider: cuda")

@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from lighten.errors import Failure
+from lighten.export.onnx import builder
 
 BATCH, LENGTH, PAST, SOURCE = 2, 3, 5, 4
 """Sizes of the inputs that the graphs are traced with: none is 0 or 1, which torch.export takes for constants."""
@@ -34,6 +38,13 @@ class Traced:
 def traced(model: Any, family: str) -> list[Traced]:
     """Returns the modules that a model of a family is traced as, one for each file."""
     return {"causal": _causal, "encoder": _encoder, "seq2seq": _seq2seq}[family](model)
+
+
+def untraced(model: Any, reason: str) -> str:
+    """Returns the message about a model that has no plain graph: why, and what can be done instead."""
+    name = type(model).__name__
+    other = "graph: genai may hold it" if builder.knows(name) else "write it as GGUF, or serve it with transformers"
+    return f"torch cannot trace {name} as a plain graph ({reason}): {other}"
 
 
 class _CausalCell(nn.Module):
@@ -121,7 +132,12 @@ def _filled(cache: Any, pairs: Pairs) -> Any:
 
 
 def _pairs(cache: Any) -> Pairs:
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return [(layer.keys, layer.values) for layer in _own(cache).layers]
+
+
+def _own(cache: Any) -> Any:
+    """Returns the cache of the decoder's own attention, without that of the attention to an encoder."""
+    return getattr(cache, "self_attention_cache", cache)
 
 
 def _names(prefix: str, layers: int) -> list[str]:
@@ -145,10 +161,28 @@ def _random(pairs: Pairs, length: int) -> Pairs:
     return [(made(key), made(value)) for key, value in pairs]
 
 
+def _probe(model: Any) -> Any:
+    """Returns the cache of a model, which has keys and values and nothing else.
+
+    Raises:
+        Failure: there is none, or layers keep states of another form.
+    """
+    try:
+        cache = model(input_ids=_ids(model, 1, 2), use_cache=True).past_key_values
+    except Exception as error:  # a model's own code may raise anything
+        raise Failure(untraced(model, f"{type(error).__name__}: {error}")) from error
+    layers = getattr(_own(cache), "layers", None) or []
+    forms = {type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
+    empty = any(getattr(layer, "keys", None) is None for layer in layers)
+    if not layers or forms or empty:
+        what = ", ".join(sorted(forms)) or "no keys and values for each layer"
+        raise Failure(untraced(model, f"its cache has {what}, and a graph takes keys and values"))
+    return cache
+
+
 @torch.no_grad()
 def _causal(model: Any) -> list[Traced]:
-    probe = model(input_ids=_ids(model, 1, 2), use_cache=True).past_key_values
-    past = _random(_pairs(probe), PAST)
+    past = _random(_pairs(_probe(model)), PAST)
     positions = torch.arange(PAST, PAST + LENGTH)[None].repeat(BATCH, 1)
     mask = torch.ones(BATCH, PAST + LENGTH, dtype=torch.int64)
     step, whole = {0: "batch_size", 1: "sequence_length"}, {0: "batch_size", 1: "total_sequence_length"}

@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.runtimes.choose import open_runtime
 from lighten.export.onnx import weights as onnx_weights
-from lighten.export.onnx.settings import BUILDER, Onnx
+from lighten.export.onnx.settings import Onnx
 from lighten.facts import ModelFacts
 from lighten.model.packing import pack_awq, pack_gptq
 from lighten.step import Context
@@ -107,6 +108,8 @@ def test_settings() -> None:
     assert (step.resolved_graph(FACTS), step.resolved_precision(FACTS)) == ("genai", "int4")
     bert = ModelFacts("BertModel", 2, 256, 256, 4, 4, 64, 1006, True, "encoder")
     assert (step.resolved_graph(bert), step.resolved_precision(bert)) == ("plain", "fp32")
+    opt = replace(FACTS, architecture="OPTForCausalLM")
+    assert (step.resolved_graph(opt), step.resolved_precision(opt)) == ("plain", "fp32")
     step.check(FACTS)
     step.check(bert)
     for wrong in ({"format": "gguf"}, {"format": "onnx", "precision": "int5"}, {"format": "onnx", "block_size": 48}):
@@ -117,21 +120,20 @@ def test_settings() -> None:
 @pytest.mark.parametrize(
     ("settings", "architecture", "message"),
     [
-        ({}, "OPTForCausalLM", "does not know OPTForCausalLM; it knows LlamaForCausalLM, .*graph: plain"),
+        (
+            {"graph": "genai"},
+            "OPTForCausalLM",
+            "does not know OPTForCausalLM; it knows .*Llama.*graph: plain",
+        ),
+        ({"precision": "int4"}, "OPTForCausalLM", "a plain graph of OPTForCausalLM has no int4: use .*, int8$"),
         ({"precision": "bf16"}, "LlamaForCausalLM", "no bf16 arithmetic on CPUs"),
-        ({"graph": "plain", "precision": "int4"}, "LlamaForCausalLM", "no int4: use one of fp32, fp16, int8"),
+        ({"graph": "plain", "precision": "int4"}, "LlamaForCausalLM", "one of fp32, fp16, int8, or graph: genai"),
         ({"graph": "plain", "provider": "cuda"}, "LlamaForCausalLM", "leave out `provider`"),
     ],
 )
 def test_refuses_what_no_graph_holds(settings: dict[str, Any], architecture: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         Onnx(format="onnx", **settings).check(ModelFacts(architecture, 2, 256, 256, 4, 2, 64, 1006, False))
-
-
-def test_every_known_architecture_is_one_of_the_builders() -> None:
-    builder = pytest.importorskip("onnxruntime_genai.models.builder")
-    text = Path(builder.__file__).read_text()
-    assert [name for name in BUILDER if f'"{name}"' not in text] == []
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2"])
