@@ -3,7 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+Task = Literal["causal", "seq2seq", "masked", "embedding", "other"]
+"""What a model is for, found in its config (`lighten.model.auto_classes`):
+
+- causal: it predicts the next token of a text.
+- seq2seq: it reads a text, and writes another.
+- masked: it fills gaps in a text.
+- embedding: it turns a text into vectors.
+- other: an encoder with another head.
+"""
+TASKS: tuple[Task, ...] = get_args(Task)
+TITLES: dict[Task, str] = {
+    "causal": "a causal language model",
+    "seq2seq": "a sequence-to-sequence model",
+    "masked": "an encoder that fills gaps",
+    "embedding": "an encoder that gives embeddings",
+    "other": "an encoder with a head of its own",
+}
+"""Task of a model in words."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +38,17 @@ class ModelFacts:
     head_dim: int
     vocab: int
     tied: bool
-    family: Literal["causal", "encoder", "seq2seq"] = "causal"
-    """Type of model: it predicts the next token, encodes a text, or does both with a text for each."""
+    task: Task = "causal"
+    """What the model is for."""
     counted: int | None = None
     """Number of all weights, if they were counted because the sizes do not give it."""
     context: int | None = None
     """Number of positions that the model takes; None if nothing says it."""
+
+    @property
+    def family(self) -> Literal["causal", "encoder", "seq2seq"]:
+        """Type of model: it predicts the next token, encodes a text, or does both with a text for each."""
+        return "causal" if self.task == "causal" else "seq2seq" if self.task == "seq2seq" else "encoder"
 
     @property
     def layer_linear_params(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict
 
-from lighten.facts import ModelFacts
+from lighten.facts import ModelFacts, Task
 from lighten.plugins import found_at
 from lighten.settings import AnyCase
 from lighten.store.artifact import Artifact
@@ -77,8 +77,8 @@ class Step(AnyCase):
     """Whether it computes on the chosen device. Then its output and its key depend on the device."""
     runtime: ClassVar[str] = "torch"
     """Name of the runtime that serves what it writes."""
-    causal_only: ClassVar[bool] = True
-    """Whether it reads decoder-only language models only."""
+    tasks: ClassVar[tuple[Task, ...]] = ("causal",)
+    """Tasks of the models that it reads."""
 
     def dump(self) -> dict[str, Any]:
         """Returns every setting that has a value, as JSON."""

@@ -104,6 +104,8 @@ SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parqu
 
 def is_file(name: str) -> bool:
     """Returns whether a name means a file on this machine (which may not exist) and not a data set."""
+    if name.startswith("pairs:"):
+        return False
     path = Path(name).expanduser()
     if path.suffix.lower() in SUFFIXES or path.is_file():
         return True

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from lighten.data import files as files_
+from lighten.data import pairs
 from lighten.data.documents import Document, Message, Row, Turns, documents
 from lighten.data.origin import Origin, is_file, parts, text_name
 from lighten.errors import RequestError, check_names, missing_extra
@@ -61,6 +62,9 @@ def read(data: str | Origin, part: Part, letters: int | None = None) -> list[Doc
         Failure: a file that is damaged.
     """
     (origin,) = parts(data)
+    if pairs.is_pairs(origin.id):
+        each = pairs.load(str(origin.id), "train" if part == "calibration" else "test")
+        return ["\n".join(pair) for pair in each]
     if origin.id == "builtin":
         return list(_builtin_documents(part))
     if origin.path is not None or (origin.id and is_file(origin.id)):

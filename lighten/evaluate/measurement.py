@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from lighten.evaluate.machine import measuring_packages
-from lighten.facts import ModelFacts
+from lighten.facts import ModelFacts, Task
 from lighten.plugins import Table
 from lighten.settings import AnyCase
 from lighten.step import Estimate
@@ -43,8 +43,8 @@ class Measurement(AnyCase, BaseModel):
     """Whether it depends on the machine and its other work. Then it runs alone, and the key names the machine."""
     isolated: ClassVar[bool] = True
     """Whether it runs in a process of its own. A measurement that starts several returns an `Outcome` instead."""
-    causal_only: ClassVar[bool] = True
-    """Whether it measures decoder-only language models only."""
+    tasks: ClassVar[tuple[Task, ...]] = ("causal",)
+    """Tasks of the models that it measures."""
     of_quality: ClassVar[bool] = False
     """Whether it shows what compression cost: on the baseline's tokens, in one arithmetic for all models."""
     refers: ClassVar[bool] = False
@@ -130,6 +130,8 @@ MEASUREMENTS = Table(
         "speed": "lighten.evaluate.speed.settings:Speed",
         "load": "lighten.evaluate.load.settings:Load",
         "speculative": "lighten.evaluate.speculative.settings:Speculative",
+        "translation": "lighten.evaluate.translation.settings:Translation",
+        "sentences": "lighten.evaluate.sentences.settings:Sentences",
         "loaders": "lighten.evaluate.loaders.settings:Loaders",
     },
     base=f"{__name__}:Measurement",

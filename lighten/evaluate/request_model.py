@@ -39,6 +39,9 @@ LACKS = {
     "scores": "does not score texts",
     "decodes": "does not write token after token",
     "rewinds": "does not take tokens back",
+    "translates": "does not write a text for a text",
+    "encodes": "does not show the states of a text",
+    "fills": "does not fill the gaps of a text",
 }
 """What a runtime without a capability does not do, in words."""
 

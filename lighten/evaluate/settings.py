@@ -23,8 +23,10 @@ from lighten.evaluate.load.settings import Load
 from lighten.evaluate.loaders.settings import Loaders
 from lighten.evaluate.measurement import MEASUREMENTS, Measurement
 from lighten.evaluate.perplexity.settings import Perplexity
+from lighten.evaluate.sentences.settings import Sentences
 from lighten.evaluate.speculative.settings import Speculative
 from lighten.evaluate.speed.settings import Speed
+from lighten.evaluate.translation.settings import Translation
 from lighten.settings import AnyCase
 
 
@@ -38,6 +40,8 @@ class Evaluate(AnyCase, BaseModel):
     speed: Speed | None = None
     load: Load | None = None
     speculative: Speculative | None = None
+    translation: Translation | None = None
+    sentences: Sentences | None = None
     loaders: bool = False
     roofline: bool = False
     price_per_hour: float | None = Field(default=None, gt=0)
@@ -87,8 +91,9 @@ class Evaluate(AnyCase, BaseModel):
     @property
     def asked(self) -> list[Measurement]:
         """Every measurement that is asked for, those of quality first."""
-        found = [*self.perplexity, *self.accuracy, self.speed, self.load, Loaders() if self.loaders else None]
-        return [each for each in (*found, self.speculative, *self._added.values()) if each is not None]
+        found = [*self.perplexity, *self.accuracy, self.translation]
+        timed = [self.speed, self.load, self.sentences, Loaders() if self.loaders else None, self.speculative]
+        return [each for each in (*found, *timed, *self._added.values()) if each is not None]
 
 
 def _checked(name: str, value: Any) -> Measurement:

@@ -16,9 +16,11 @@ from lighten.results.measured import (
     Memory,
     Perplexity,
     Section,
+    SentenceSpeed,
     ServedLoad,
     Speculative,
     Speed,
+    Translation,
 )
 
 
@@ -67,6 +69,19 @@ class SpeedResult(Result):
     speed: list[Speed]
     memory: Memory
     energy: Energy
+
+
+class TranslationResult(Result):
+    """How near translations come to references."""
+
+    translation: Translation
+
+
+class SentencesResult(Result):
+    """A row for each size of a batch; memory of the whole process."""
+
+    sentences: list[SentenceSpeed]
+    memory: Memory
 
 
 class LoadResult(Result):

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -16,9 +16,10 @@ from lighten.errors import Failure, RequestError
 from lighten.facts import ModelFacts
 from lighten.model import forms, tokenizer_files
 from lighten.model.anatomy import EMBEDDING_WEIGHT, HEAD, HEAD_WEIGHT
+from lighten.model.auto_classes import task_of
 from lighten.model.config_checks import size
 from lighten.model.files import refuse_pointer, without_pickles
-from lighten.model.forms import ENCODERS, INDEX, SINGLE, read_config, refuse_pickle
+from lighten.model.forms import INDEX, SINGLE, read_config, refuse_pickle
 from lighten.store.files import MANIFEST
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Checkpoint:
     @cached_property
     def stored(self) -> dict[str, str]:
         """Stored name of every tensor, by its name in a language model that was saved whole."""
-        if _family(self.config) != "causal":
+        if task_of(self.config) != "causal":
             return {name: name for name in self._files}
         return forms.canonical(self._files, self.config)
 
@@ -81,7 +82,7 @@ class Checkpoint:
     def _settle_tie(self) -> None:
         """Unties a head that differs from the embedding, whatever config.json says."""
         says = self.config.get("tie_word_embeddings")
-        if says is False or _family(self.config) != "causal" or not any(self.path.glob("*.safetensors")):
+        if says is False or task_of(self.config) != "causal" or not any(self.path.glob("*.safetensors")):
             return
         if {EMBEDDING_WEIGHT, HEAD_WEIGHT} <= self.weight_map.keys():
             if not self._alike(EMBEDDING_WEIGHT, HEAD_WEIGHT):
@@ -259,22 +260,13 @@ def _are_sizes(values: list[Any]) -> bool:
     return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
 
 
-def _family(config: dict[str, Any]) -> Literal["causal", "encoder", "seq2seq"]:
-    """Returns the family of the model that a config.json describes."""
-    if config.get("is_encoder_decoder"):
-        return "seq2seq"
-    architecture = str((config.get("architectures") or [""])[0])
-    decodes = config.get("is_decoder") or architecture.endswith(("ForCausalLM", "LMHeadModel"))
-    return "encoder" if config.get("model_type") in ENCODERS and not decodes else "causal"
-
-
 def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
     """Returns the sizes in a config.json.
 
     Raises:
         RequestError: a size is missing, so it is no language model that lighten knows.
     """
-    family = _family(config)
+    task = task_of(config)
     config = _usual(_of_text(config))
     try:
         heads = size(config, "num_attention_heads", where)
@@ -289,7 +281,7 @@ def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
             head_dim=size(config, "head_dim", where) if config.get("head_dim") else hidden // heads,
             vocab=size(config, "vocab_size", where),
             tied=bool(config.get("tie_word_embeddings", False)),
-            family=family,
+            task=task,
             context=config.get("max_position_embeddings") or config.get("n_positions"),
         )
     except KeyError as error:

@@ -8,26 +8,13 @@ from typing import Any
 
 from lighten.errors import Failure, RequestError
 from lighten.model import anatomy
+from lighten.model.auto_classes import is_encoder
 from lighten.model.config_checks import check_config
 from lighten.model.files import PICKLES, check_links, plain, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
-ENCODERS = (
-    "albert",
-    "bert",
-    "camembert",
-    "deberta",
-    "deberta-v2",
-    "distilbert",
-    "electra",
-    "modernbert",
-    "mpnet",
-    "roberta",
-    "xlm-roberta",
-)
-"""Values of `model_type` that are encoders."""
 
 
 def weight_files(path: Path) -> tuple[list[str], dict[str, str] | None, list[str]]:
@@ -160,7 +147,7 @@ def _architecture(config: dict[str, Any]) -> str | None:
     """Returns the class of a language model whose config names none, or its body without a head; else None."""
     named = (config.get("architectures") or [None])[0]
     model_type = str(config.get("model_type"))
-    if config.get("is_encoder_decoder") or model_type in ENCODERS or (named and not str(named).endswith("Model")):
+    if config.get("is_encoder_decoder") or is_encoder(model_type) or (named and not str(named).endswith("Model")):
         return None
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 

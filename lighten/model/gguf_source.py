@@ -12,10 +12,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lighten.errors import Failure, RequestError, reading
-from lighten.facts import ModelFacts
+from lighten.facts import ModelFacts, Task
 from lighten.model import anatomy, tokenizer_table
 from lighten.model.gguf.config import ROPE_TENSORS, config_of
 from lighten.model.gguf.family import Family, Place, missing, places
@@ -73,7 +73,7 @@ def measurable(path: Path) -> ModelFacts:
         head_dim=header.largest("attention.key_length") or hidden // heads,
         vocab=embedding.shape[0] if embedding else len(header.fields.get("tokenizer.ggml.tokens") or []),
         tied="output.weight" not in header.tensors,
-        family=_family(header),
+        task=_task(header),
         counted=_count(header),
         context=header.largest("context_length") or None,
     )
@@ -90,10 +90,10 @@ def doubts(path: Path) -> list[str]:
     return []
 
 
-def _family(header: Header) -> Literal["causal", "encoder", "seq2seq"]:
+def _task(header: Header) -> Task:
     if header.arch == "t5":
         return "seq2seq"
-    return "encoder" if header.fields.get(f"{header.arch}.attention.causal") is False else "causal"
+    return "other" if header.fields.get(f"{header.arch}.attention.causal") is False else "causal"
 
 
 def open_model(path: Path) -> tuple[Header, Family]:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, missing_extra, reading
-from lighten.facts import ModelFacts
+from lighten.facts import ModelFacts, Task
+from lighten.model.auto_classes import task_of as of_config
 from lighten.model.files import read_json
 from lighten.model.onnx_checks import check_genai, check_graph
 
 GRAPH = "model.onnx"
 GENAI = "genai_config.json"
+ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
+"""The two graphs of a sequence-to-sequence model."""
 LARGEST = 1 << 31
 """Maximum number of bytes of a protobuf file, by its own format."""
 KEY = "past_key_values."
@@ -53,6 +56,8 @@ def find_onnx(path: Path) -> Path | None:
         return None
     if (path / GRAPH).is_file():
         return path / GRAPH
+    if (path / DECODER).is_file():
+        return path / DECODER
     return next(iter(sorted(path.glob("*.onnx"))), None)
 
 
@@ -116,6 +121,13 @@ def facts(path: Path) -> ModelFacts:
         raise Failure(f"{graph.parent} has no config.json and no {GENAI} beside {graph.name}: add either")
     with reading(graph.parent / GENAI, "export the model again"):
         return _facts(settings, settings["decoder"], graph)
+
+
+def task_of(graph: Path) -> Task:
+    """Returns what the model of a graph is for, by the config.json beside it; a graph without one is causal."""
+    if not (graph.parent / "config.json").is_file():
+        return "causal"
+    return of_config(read_json(graph.parent / "config.json", "export the model again"))
 
 
 def genai(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from lighten.errors import Failure, RequestError, check_names
 from lighten.facts import ModelFacts
-from lighten.model import tokenizer_files
+from lighten.model import tokenizer_files, translator
 from lighten.model.anatomy import HEAD_WEIGHT
 from lighten.model.checkpoint import Checkpoint, read_config
 from lighten.model.config_checks import refuse_code
@@ -49,7 +49,7 @@ class Found:
     """Name that the person gave."""
     path: Path
     form: str
-    """"directory", "gguf" or "onnx"; else the format of what can be measured only."""
+    """"directory", "gguf", "onnx", or "made": trained here; else the format of what can be measured only."""
     identity: str
     """Commit of the hub, or SHA-256 of the files."""
     facts: ModelFacts
@@ -89,6 +89,8 @@ def find(
     check_names([model])
     path = Path(model).expanduser()
     path = follow(path) if path.parent.name == "variants" and path.is_file() else path
+    if model == f"demo:{translator.NAME}":
+        return Found(model, translator.FOLDER, "made", translator.identity(), Checkpoint(translator.FOLDER).facts)
     if model.startswith("demo:"):
         path = _demo(model.removeprefix("demo:"))
     if path.is_dir():
@@ -169,7 +171,8 @@ def _plain_type(types: set[str]) -> str | None:
 
 def _demo(name: str) -> Path:
     if name not in DEMOS:
-        raise RequestError(f"there is no demo model {name!r}; there is {', '.join('demo:' + demo for demo in DEMOS)}")
+        known = ", ".join(f"demo:{demo}" for demo in (*DEMOS, translator.NAME))
+        raise RequestError(f"there is no demo model {name!r}; there is {known}")
     module, package, file = DEMOS[name]
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
@@ -203,7 +206,7 @@ class Source(Step):
 
     model: str
     path: str
-    format: Literal["directory", "gguf"]
+    format: Literal["directory", "gguf", "made"]
     identity: str
     trust_remote_code: bool = Field(False, description="whether the person asked for this model's own code")
     dtype: str | None = Field(None, description="type that a causal language model keeps, instead of bfloat16")
@@ -246,6 +249,8 @@ class Source(Step):
         """Returns the cost of reading and writing every weight once."""
         held = 4 * facts.params if self.format == "gguf" else 8 * facts.hidden * facts.vocab
         written = (4 if self.dtype == "float32" else 2) * facts.params
+        if self.format == "made":
+            return Estimate(seconds=translator.SECONDS, peak_bytes=1_500_000_000, disk_bytes=2 * written)
         return Estimate(seconds=6 + written / 3e8, peak_bytes=500_000_000 + held + written, disk_bytes=written)
 
     def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
@@ -260,6 +265,11 @@ class Source(Step):
             from lighten.model import gguf_source
 
             found = gguf_source.convert(path, out, context.report)
+        elif self.format == "made":
+            from lighten.model.translator.making import train
+
+            train(out, context.report)
+            found = {"dtype": "float32", "licence": "apache-2.0"}
         else:
             found = self._copy(path, out, context)
         facts = Checkpoint(out).facts

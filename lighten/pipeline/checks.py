@@ -5,20 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from lighten.errors import RequestError
+from lighten.evaluate.measurement import MEASUREMENTS
 from lighten.evaluate.runtimes.choose import opener
 from lighten.evaluate.settings import Evaluate
-from lighten.facts import ModelFacts
+from lighten.facts import TITLES, ModelFacts
 from lighten.model.accelerator import Device
 from lighten.pipeline.stage import Plan, Stage
 
 
 def check_measurable(facts: ModelFacts, evaluate: Evaluate, name: str) -> None:
     """Raises RequestError if a measurement needs something that the model lacks, or more positions than it takes."""
-    wanted = dict.fromkeys(each.name for each in evaluate.asked if each.causal_only)
-    if facts.family != "causal" and wanted:
+    unfit = [each for each in evaluate.asked if facts.task not in each.tasks]
+    if unfit:
+        wanted = dict.fromkeys(each.name for each in unfit)
+        of_causal = all(each.tasks == ("causal",) for each in unfit)
+        what = "no causal language model" if of_causal else TITLES[facts.task]
+        able = [name for name, each in MEASUREMENTS.usable().items() if facts.task in each.tasks]
         raise RequestError(
-            f"{facts.architecture} is no causal language model: {', '.join(wanted)} cannot be measured on it, "
-            "only its size (evaluate: {}, or --skip each of them)"
+            f"{facts.architecture} is {what}: {', '.join(wanted)} cannot be measured on it, only its size and "
+            f"{', '.join(able)} (evaluate: {{}}, or --skip each of the others)"
         )
     for each in evaluate.asked:
         each.check(facts, name)

@@ -187,7 +187,7 @@ class _Builder:
         step = Source(
             model=found.name,
             path=str(found.path),
-            format="gguf" if found.form == "gguf" else "directory",
+            format="gguf" if found.form == "gguf" else "made" if found.form == "made" else "directory",
             identity=found.identity,
             trust_remote_code=found.name in self.recipe.trusted,
             dtype=found.dtype if exact and found.facts.family == "causal" and not quantized else None,
@@ -206,7 +206,7 @@ class _Builder:
         if isinstance(student := getattr(step, "student", None), str):
             stage = self.open(find(student, trust_remote_code=student in self.recipe.trusted))
         assert stage.facts
-        if step.causal_only and stage.facts.family != "causal":
+        if stage.facts.task not in step.tasks:
             raise RequestError(
                 f"the step {step.kind} reads causal language models, {stage.facts.architecture} is none: "
                 "export it to ONNX instead (format: onnx)"
@@ -269,8 +269,8 @@ class _Builder:
             )
         if isinstance(lessons, Teacher):
             check_text(_tokenizer_of(teacher), lessons.data, "calibration", lessons.length, lessons.samples)
-        if teacher.facts.vocab > student.vocab:  # rows that only pad the teacher's
-            lessons = lessons.model_copy(update={"rows": student.vocab})
+            if teacher.facts.vocab > student.vocab:  # rows that only pad the teacher's
+                lessons = lessons.model_copy(update={"rows": student.vocab})
         return {"teacher": teacher, "lessons": self._build(lessons, teacher.facts, source=teacher)}
 
     def measure(self, settings: Measurement, stage: Stage, root: Stage) -> Stage:

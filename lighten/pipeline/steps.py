@@ -51,6 +51,7 @@ INTERNAL = {
     "sweep": "lighten.compress.calibrate.sweep:Sweep",
     "sensitivity": "lighten.compress.calibrate.sensitivity:Sensitivities",
     "teacher": "lighten.compress.distill.teacher:Teacher",
+    "pairs": "lighten.compress.distill.pair_teacher:PairTeacher",
 }
 """Stages that the pipeline adds by itself."""
 STEPS = Table(

@@ -9,6 +9,7 @@ from lighten.report import claims
 from lighten.report.accuracy import accuracy_columns
 from lighten.report.cell import Cell, Column, plain
 from lighten.report.numbers import byte_unit, change, decimals_of, fixed, ratio, share, significant
+from lighten.report.texts import text_columns
 from lighten.results.measured import Speed
 from lighten.results.results import Results, Variant
 
@@ -21,6 +22,7 @@ def columns(results: Results) -> list[Column]:
         *_perplexity_columns(results),
         *_DIVERGENCE_COLUMNS,
         *accuracy_columns(results),
+        *text_columns(results),
         *_speed_columns(results),
         _memory_column(results),
     ]

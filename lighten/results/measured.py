@@ -108,6 +108,22 @@ class Accuracy(Section):
     truncated: int | None = None
 
 
+class Translation(Section):
+    """How near translations come to references: BLEU and chrF of `n` texts, from 0 to 100, by sacrebleu.
+
+    `ci95` is the interval of BLEU, from texts that are drawn again and again. `exact` is the share of translations that
+    are the reference. The signatures say how sacrebleu counted.
+    """
+
+    bleu: float
+    chrf: float
+    n: int
+    ci95: Interval | None = None
+    exact: float | None = None
+    data: str | None = None
+    signatures: list[str] = []
+
+
 class Percentiles(Section):
     """Percentiles of a latency in milliseconds."""
 
@@ -152,6 +168,20 @@ class Speed(Section):
     def how(self) -> tuple[str | None, str | None, str | None]:
         """Options of transformers."""
         return self.attention, self.compile, self.cache
+
+
+class SentenceSpeed(Section):
+    """Speed of whole sentences, from text to text or vector, `batch` at once.
+
+    `latency_ms` is the time of a batch, and `sentences_s` the number of sentences in a second.
+    """
+
+    batch: int
+    n: int
+    latency_ms: Percentiles
+    sentences_s: float
+    repeats: int | None = None
+    dtype: str | None = None
 
 
 class ServedLoad(Section):

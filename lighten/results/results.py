@@ -23,10 +23,12 @@ from lighten.results.measured import (
     Price,
     Roofline,
     Section,
+    SentenceSpeed,
     ServedLoad,
     Speculative,
     Speed,
     Training,
+    Translation,
     Unavailable,
 )
 from lighten.screen import deep
@@ -66,6 +68,8 @@ class Variant(Section):
     """Difference between its vocabulary and the baseline's, if there is one; its tokens are its own then. Else null."""
     divergence: Divergence | None = None
     accuracy: list[Accuracy] = Field([])
+    translation: Translation | None = None
+    sentences: list[SentenceSpeed] = Field([])
     speed: list[Speed] = Field([])
     load: list[ServedLoad] = Field([])
     speculative: Speculative | None = None

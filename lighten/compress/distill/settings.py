@@ -7,12 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from lighten.compress.distill.pair_teacher import PairTeacher
 from lighten.compress.distill.teacher import Teacher
 from lighten.compress.prune.amounts import parse_pattern
-from lighten.data import text
+from lighten.data import pairs, text
 from lighten.data.origin import Data
 from lighten.errors import RequestError
-from lighten.facts import ModelFacts
+from lighten.facts import TITLES, ModelFacts, Task
 from lighten.settings import Settings
 from lighten.step import Estimate, Step
 
@@ -64,13 +65,16 @@ class Distill(Step):
     work: ClassVar[str] = "lighten.compress.distill.step:run"
     version: ClassVar[int] = 1
     calibrated: ClassVar[bool] = False
+    tasks: ClassVar[tuple[Task, ...]] = ("causal", "seq2seq")
 
     teacher: str = Field("source", description="the source of the recipe, or another model of the same vocabulary")
     student: Annotated[Shape | str | None, BeforeValidator(_student)] = Field(
         None, description="instead of the model that the step is given: another one, or a shape to make anew"
     )
     data: Data = Field(
-        "builtin", description="text to train on: builtin, a file (.txt, .md, .jsonl, .json, .csv, .parquet), a hub set"
+        "builtin",
+        description="text to train on: builtin, a file (.txt, .md, .jsonl, .json, .csv, .parquet), a hub set; for a "
+        "model that translates: phrases, or pairs:FILE with the fields source and target",
     )
     samples: int | None = Field(None, ge=2, description="sequences of that text at most")
     length: int = Field(256, ge=8, description="tokens of a sequence")
@@ -125,8 +129,15 @@ class Distill(Step):
             "data": text.identity(self.data, "calibration", text.wanted_letters(self.samples, self.length)),
         }
 
-    def lessons(self) -> Teacher:
+    def lessons(self) -> Step:
         """Returns the stage that runs the teacher."""
+        if pairs.is_pairs(self.data):
+            written = self.level == "sequence"
+            count = self.written if written and self.written else self.samples
+            return PairTeacher(data=str(self.data), samples=count, most=self.length, writes_targets=written)
+        return self._teacher()
+
+    def _teacher(self) -> Teacher:
         live = self.beta > 0 or self.level == "sequence" or self.alpha == 0
         return Teacher.model_validate(
             {
@@ -164,7 +175,8 @@ class Distill(Step):
         return changes
 
     def check(self, facts: ModelFacts) -> None:
-        """Raises RequestError if a group or a pattern does not divide a width, or a shape is impossible."""
+        """Raises RequestError if a group or a pattern does not divide a width, or a shape or a text is impossible."""
+        self._check_task(facts)
         after = self.result(facts)
         if after.hidden % after.heads or after.heads % after.kv_heads:
             raise RequestError(
@@ -177,6 +189,19 @@ class Distill(Step):
                 raise RequestError(f"group_size {self.quantize.group_size} does not divide the {name} width {width}")
             if self.movement and self.movement.pattern and width % parse_pattern(self.movement.pattern)[1]:
                 raise RequestError(f"the pattern {self.movement.pattern} does not divide the {name} width {width}")
+
+    def _check_task(self, facts: ModelFacts) -> None:
+        """Raises RequestError if the data or a setting is not for models of such a task."""
+        if (facts.task == "seq2seq") != pairs.is_pairs(self.data):
+            needs = "pairs of texts: data: phrases, or pairs:FILE" if facts.task == "seq2seq" else "a text, not pairs"
+            raise RequestError(f"{facts.architecture} is {TITLES[facts.task]}, which learns from {needs}")
+        if facts.task == "causal":
+            return
+        given = [name for name in ("lora", "quantize", "movement") if getattr(self, name)]
+        if isinstance(self.student, Shape):
+            given += [f"student {name}" for name in self.student.model_dump(exclude_none=True) if name != "layers"]
+        if given:
+            raise RequestError(f"{given[0]} is for causal language models, {facts.architecture} is none: leave it out")
 
     def result(self, facts: ModelFacts) -> ModelFacts:
         """Returns the sizes of the student."""
@@ -197,12 +222,14 @@ class Distill(Step):
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns forward and backward passes over every token of every step."""
+        if pairs.is_pairs(self.data):
+            return self._predict_pairs(facts)
         there = (
             text.count_letters(self.data, "calibration", text.wanted_letters(self.samples, self.length))
             // 4
             // self.length
         )
-        sequences = min(self.samples or there, there) + self.lessons().written
+        sequences = min(self.samples or there, there) + self._teacher().written
         steps = self.steps or max(1, round(self.epochs * sequences / self.batch))
         tokens = steps * self.batch * self.length
         after = self.result(facts)
@@ -215,4 +242,16 @@ class Distill(Step):
             seconds=steps * 30.0 * after.params / 10e9,
             peak_bytes=int(700_000_000 + 16 * after.params + 2 * states + 12 * 512 * after.vocab),
             disk_bytes=2 * after.params,
+        )
+
+    def _predict_pairs(self, facts: ModelFacts) -> Estimate:
+        """Returns the cost of steps on pairs, of about 20 tokens each."""
+        count = self.samples or pairs.MOST["train"]
+        steps = self.steps or max(1, round(self.epochs * count / self.batch))
+        flops = 2.0 * facts.params * steps * self.batch * 20
+        return Estimate(
+            float32_flops=flops * (BACKWARD + 1),
+            seconds=0.2 * steps,
+            peak_bytes=1_000_000_000 + 20 * facts.params,
+            disk_bytes=4 * facts.params,
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from lighten.compress.distill import pair_step
 from lighten.compress.distill.settings import Distill
 from lighten.compress.distill.student import Student, check_vocabularies
 from lighten.compress.distill.teacher import Lessons, open_teacher
@@ -27,8 +28,10 @@ def run(step: Distill, source: Artifact, out: Path, context: Context) -> dict[st
         RequestError: the vocabularies differ, or the text is shorter than a batch.
         Failure: the loss is no number.
     """
-    accelerator.deterministic(context.device)
     checkpoint = Checkpoint(source.path)
+    if checkpoint.facts.task == "seq2seq":
+        return pair_step.run(step, source, out, context)
+    accelerator.deterministic(context.device)
     if checkpoint.quantization:
         raise RequestError(f"this model is {source.format}: distil the one that it was made from")
     assert context.teacher and context.lessons and context.scratch

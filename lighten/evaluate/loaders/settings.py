@@ -6,7 +6,7 @@ from typing import Any
 
 from lighten.evaluate.loaders import survey
 from lighten.evaluate.measurement import FIXED_BYTES, Measurement
-from lighten.facts import ModelFacts
+from lighten.facts import TASKS, ModelFacts
 from lighten.step import Estimate
 
 
@@ -16,7 +16,7 @@ class Loaders(Measurement):
     name = "loaders"
     work = "lighten.evaluate.loaders.work:measure"
     isolated = False
-    causal_only = False
+    tasks = TASKS
 
     def packages(self, of_runtime: tuple[str, ...] = ()) -> dict[str, str]:
         """Returns the versions of all packages that may decide whether something loads."""

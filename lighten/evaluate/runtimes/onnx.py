@@ -18,12 +18,13 @@ from lighten.evaluate import machine
 from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
 from lighten.evaluate.runtimes.defaults import Defaults
 from lighten.evaluate.runtimes.onnx_packed import Packed, packable
+from lighten.evaluate.runtimes.onnx_texts import OnnxTexts
 from lighten.evaluate.runtimes.opener import Conditions, Opener, Target
-from lighten.evaluate.runtimes.runtime import Capability, Decoding, Floats, Ids, Question, Score, Timings
+from lighten.evaluate.runtimes.runtime import Capability, Decoding, Floats, Ids, Question, Runtime, Score, Timings
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.model import accelerator
 from lighten.model.files import read_json
-from lighten.model.onnx_source import GENAI, KEY, find_onnx, genai, read_graph
+from lighten.model.onnx_source import GENAI, KEY, find_onnx, genai, read_graph, task_of
 from lighten.step import Report
 
 STATE, PRESENT = "past.", "present."
@@ -49,9 +50,14 @@ class OnnxOpener(Opener[Path]):
         """See `Opener`."""
         return None if isinstance(target, str) else find_onnx(target)
 
-    def open(self, place: Path, conditions: Conditions) -> OnnxRuntime:
+    def open(self, place: Path, conditions: Conditions) -> Runtime:
         """See `Opener`."""
-        return OnnxRuntime(place, conditions.device)
+        task = task_of(place)
+        return OnnxRuntime(place, conditions.device) if task == "causal" else OnnxTexts(place, task)
+
+    def predicts_tokens(self, place: Path) -> bool:
+        """See `Opener`."""
+        return task_of(place) == "causal"
 
 
 class OnnxRuntime(Defaults):

@@ -14,13 +14,14 @@ from lighten.step import Report
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
-Capability = Literal["logits", "scores", "decodes", "rewinds"]
+Capability = Literal["logits", "scores", "decodes", "rewinds", "translates", "encodes", "fills"]
 """Name of something that a runtime can do:
 
 - logits: gives the logits at every position of a text (`logits`). Perplexity and divergence are made of them.
 - scores: gives the log-probability of an ending after its context (`choose`, `choose_many`). Accuracy is made of them.
 - decodes: writes token after token behind a prompt, with a cache (`generate`, `decode`). Speed is measured on that.
 - rewinds: takes back the last tokens of a text (`text`). Speculative decoding needs that.
+- translates, encodes, fills: writes a text for a text, gives its states, or fills its gaps (`texts.TextRuntime`).
 """
 
 

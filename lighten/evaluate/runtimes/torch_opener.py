@@ -40,6 +40,10 @@ class TorchOpener(Opener[Path]):
 
     def open(self, place: Path, conditions: Conditions) -> Runtime:
         """See `Opener`."""
+        if not self.predicts_tokens(place):
+            from lighten.evaluate.runtimes.torch_texts import TorchTexts
+
+            return TorchTexts(place, conditions)
         from lighten.evaluate.runtimes.torch import TorchRuntime
 
         return TorchRuntime(
@@ -83,4 +87,4 @@ class TorchOpener(Opener[Path]):
         """See `Opener`."""
         from lighten.model.checkpoint import Checkpoint
 
-        return Checkpoint(place).facts.family == "causal"
+        return Checkpoint(place).facts.task == "causal"

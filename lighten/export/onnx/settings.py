@@ -11,7 +11,7 @@ from lighten.errors import RequestError
 from lighten.export.onnx import builder
 from lighten.export.onnx.usage import usage
 from lighten.export.step import Export
-from lighten.facts import ModelFacts
+from lighten.facts import TASKS, ModelFacts, Task
 from lighten.model.export_formats import Usage
 from lighten.model.formats import FORMATS
 from lighten.step import Estimate
@@ -32,7 +32,7 @@ class Onnx(Export):
     runtime: ClassVar[str] = "onnxruntime"
     library: ClassVar[str] = "onnx"
     calibrated: ClassVar[bool] = False
-    causal_only: ClassVar[bool] = False
+    tasks: ClassVar[tuple[Task, ...]] = TASKS
 
     format: Literal["onnx"] = Field(description="what to write")
     precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] | None = Field(

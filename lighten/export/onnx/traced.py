@@ -18,6 +18,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from lighten.errors import Failure
 from lighten.export.onnx import builder
 
+from lighten.model.onnx_source import DECODER, ENCODER
+
 BATCH, LENGTH, PAST, SOURCE = 2, 3, 5, 4
 """Sizes of the inputs that the graphs are traced with: none is 0 or 1, which torch.export takes for constants."""
 Pairs = list[tuple[Tensor, Tensor]]
@@ -222,7 +224,7 @@ def _seq2seq(model: Any) -> list[Traced]:
     count = len(past)
     return [
         Traced(
-            "encoder_model.onnx",
+            ENCODER,
             _SourceCell(model),
             (ids, mask),
             (source, source),
@@ -230,7 +232,7 @@ def _seq2seq(model: Any) -> list[Traced]:
             ["last_hidden_state", *_names("cross", count)],
         ),
         Traced(
-            "decoder_model.onnx",
+            DECODER,
             _TargetCell(model),
             (_ids(model, BATCH, LENGTH), mask, cross, past),
             (target, source, [(attended, attended)] * count, [(cached, cached)] * count),

@@ -1,7 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -21,6 +21,8 @@ from transformers import (
 
 import lighten
 from lighten.errors import Failure, RequestError
+from lighten.evaluate.runtimes.choose import find_opener, open_runtime
+from lighten.evaluate.runtimes.texts import TextRuntime, Texts
 from lighten.export.onnx import plain as onnx_plain
 from lighten.pipeline.verbs import measure
 from tests.conftest import byte_level, write_tokenizer
@@ -197,6 +199,23 @@ def test_sequence_to_sequence_decodes_the_same(saved: Callable[[str], Path], to_
         past = dict(zip(past, present, strict=True))
         found.append(logits)
     assert np.abs(np.concatenate(found, 1) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", ["t5", "mbart"])
+def test_the_graphs_answer_like_torch(saved: Callable[[str], Path], to_onnx: ToOnnx, name: str) -> None:
+    ids = np.random.default_rng(0).integers(3, 900, (3, 7))
+    mask = np.ones_like(ids)
+    mask[1, 5:] = 0
+    answers = {}
+    for place in (saved(name), to_onnx(saved(name))):
+        runtime = cast(TextRuntime, open_runtime(place))
+        assert runtime.capabilities == {"translates"}
+        answers[runtime.name] = runtime.translate(Texts(ids, mask), 9)
+        assert runtime.translate(Texts(ids[1:2, :5], mask[1:2, :5]), 9) == answers[runtime.name][1:2]
+        runtime.close()
+    assert answers["torch"] == answers["onnxruntime"]
+    opener, place = find_opener(to_onnx(saved(name)))
+    assert (place.name, opener.predicts_tokens(place)) == ("decoder_model.onnx", False)
 
 
 def test_the_same_model_gives_the_same_bytes(saved: Callable[[str], Path], to_onnx: ToOnnx, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Speed of models that read whole sentences."""

@@ -1,0 +1,84 @@
+"""The columns of models that read whole texts: translations, and the speed of sentences."""
+
+from __future__ import annotations
+
+from lighten.report.cell import Cell, Column
+from lighten.report.numbers import fixed, significant
+from lighten.results.results import Results, Variant
+
+
+def text_columns(results: Results) -> list[Column]:
+    """Returns the columns of what was measured on whole texts."""
+    found = []
+    if any(v.translation for v in results.measured):
+        found += [
+            Column(
+                "bleu",
+                "BLEU",
+                "",
+                "higher",
+                3,
+                "Runs of one to four words that translations share with their references, from 0 to 100, with the 95 % "
+                "interval.",
+                _bleu,
+            ),
+            Column(
+                "chrf",
+                "chrF",
+                "",
+                "higher",
+                6,
+                "Runs of one to six letters that translations share with their references, from 0 to 100.",
+                lambda v: _number(v.translation.chrf if v.translation else None),
+            ),
+        ]
+    sizes = dict.fromkeys(each.batch for v in results.measured for each in v.sentences)
+    for size in sizes:
+        named = "" if size == 1 else f" × {size}"
+        found += [
+            Column(
+                f"latency-{size}",
+                f"Sentence{named}",
+                "ms",
+                "lower",
+                6 if size == 1 else 11,
+                f"Time of {'a sentence' if size == 1 else f'{size} sentences at once'}, from text to text or vector: "
+                "the median, and the 95th and 99th percentile.",
+                lambda v, size=size: _latency(v, size),  # type: ignore[misc]
+            ),
+            Column(
+                f"sentences-{size}",
+                f"Sentences/s{named}",
+                "",
+                "higher",
+                8,
+                f"Sentences in a second, {size} at once.",
+                lambda v, size=size: _rate(v, size),  # type: ignore[misc]
+            ),
+        ]
+    return found
+
+
+def _number(value: float | None) -> Cell:
+    return Cell() if value is None else Cell(fixed(value, 1), (), value)
+
+
+def _bleu(v: Variant) -> Cell:
+    if not v.translation:
+        return Cell()
+    low, high = v.translation.ci95 or (None, None)
+    details = () if low is None or high is None else (f"{fixed(low, 1)} to {fixed(high, 1)}",)
+    margin = 0.0 if low is None or high is None else (high - low) / 2
+    return Cell(fixed(v.translation.bleu, 1), details, v.translation.bleu, margin)
+
+
+def _latency(v: Variant, size: int) -> Cell:
+    found = next((each.latency_ms for each in v.sentences if each.batch == size), None)
+    if not found:
+        return Cell()
+    return Cell(significant(found.p50, 3), (f"{significant(found.p95, 3)}, {significant(found.p99, 3)}",), found.p50)
+
+
+def _rate(v: Variant, size: int) -> Cell:
+    found = next((each.sentences_s for each in v.sentences if each.batch == size), None)
+    return Cell() if found is None else Cell(significant(found, 3), (), found)
