@@ -67,7 +67,9 @@ def test_what_is_no_file_of_pairs_is_refused(tmp_path: Path) -> None:
 
 def test_the_demo_model_is_trained_in_stages(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    train(tmp_path, lambda done, total, note: seen.append((done, total)), stages=((1, 3, 1e-3), (2, 2, 1e-3)), count=300)
+    train(
+        tmp_path, lambda done, total, note: seen.append((done, total)), stages=((1, 3, 1e-3), (2, 2, 1e-3)), count=300
+    )
     assert seen == [(step, 5) for step in range(1, 6)]
     checkpoint = Checkpoint(tmp_path)
     assert (checkpoint.facts.task, checkpoint.facts.layers) == ("seq2seq", 2)

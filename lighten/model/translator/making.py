@@ -37,9 +37,7 @@ def make_tokenizer() -> Any:
     return made
 
 
-def train(
-    out: Path, report: Report, *, stages: Sequence[tuple[int, int, float]] = STAGES, count: int = PAIRS
-) -> None:
+def train(out: Path, report: Report, *, stages: Sequence[tuple[int, int, float]] = STAGES, count: int = PAIRS) -> None:
     """Writes the model with trained weights into the existing directory `out`. Takes minutes.
 
     A model of few layers is trained first. Each of its layers is then repeated, as in Gong et al., "Efficient Training
