@@ -205,7 +205,6 @@ class _PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight = None  # some families ask whether it is a tensor
         self.bias = None if linear.bias is None else linear.bias.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.packed: Tensor | None = torch.ops.mkldnn._reorder_linear_weight(

@@ -67,7 +67,10 @@ class TorchTexts(Defaults):
         elif unpack:
             nn.Module.to(self.model, self.device)
         accelerator.reset_peak(self.device)
-        told = [f"transformers {version('transformers')}", *describe_quantizer(method, kernels, unpacked, assembled=False)]
+        told = [
+            f"transformers {version('transformers')}",
+            *describe_quantizer(method, kernels, unpacked, assembled=False),
+        ]
         self.detail = " + ".join(told)
         settings = self.model.config.get_text_config()
         self.vocab = int(settings.vocab_size)

@@ -17,7 +17,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lighten.errors import Failure
 from lighten.export.onnx import builder
-
 from lighten.model.onnx_source import DECODER, ENCODER
 
 BATCH, LENGTH, PAST, SOURCE = 2, 3, 5, 4
