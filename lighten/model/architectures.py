@@ -12,6 +12,7 @@ def check_architecture(architecture: str) -> None:
     """Raises RequestError, naming those that are supported, if `architecture` is not."""
     if architecture not in ARCHITECTURES:
         raise RequestError(
-            f"this step knows the layers of {', '.join(ARCHITECTURES)}, and not those of {architecture}. Quantization "
-            "without a budget, and pruning by magnitude, wanda or sparsegpt, take every family"
+            f"this step knows the layers of {', '.join(ARCHITECTURES)}, and not those of {architecture}. Quantization, "
+            "and pruning without a target (what: mlp, heads or layers; method: magnitude, wanda or sparsegpt), take "
+            "every family"
         )

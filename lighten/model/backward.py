@@ -62,7 +62,7 @@ class _Kept:
     """What the block gave, cut from what made it. The gradients of all its uses add up here."""
 
 
-def _floats(result: Any, before: Any, after: Any) -> list[torch.Tensor]:
+def floats(result: Any, before: Any, after: Any) -> list[torch.Tensor]:
     """Returns what a block gives: its answer, and what it left in the dictionaries among its arguments."""
     known = {path: id(tensor) for path, tensor in tensors_in(before)}
     left = [tensor for path, tensor in tensors_in(after) if known.get(path) != id(tensor)]
@@ -115,7 +115,7 @@ class Gradients:
         before = exchanged(call.kwargs, lambda tensor: tensor)
         turn.answer(call)
         call.answer = exchanged(call.answer, torch.Tensor.detach)
-        given = _floats(call.answer, before, call.kwargs)
+        given = floats(call.answer, before, call.kwargs)
         for tensor in given:
             tensor.requires_grad_()
         return _Kept(call.batch, call.args, before, given)
@@ -177,7 +177,7 @@ class Gradients:
         try:
             with torch.enable_grad():
                 result = block(*args, **kwargs)
-            made = _floats(result, before, kwargs)
+            made = floats(result, before, kwargs)
             ways = [
                 (tensor, given.grad.to(tensor.device))
                 for tensor, given in zip(made, call.given, strict=True)

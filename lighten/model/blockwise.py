@@ -189,7 +189,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
     from lighten.model.loading import class_for
 
     if checkpoint.changes and not trust_remote_code:
-        config = AutoConfig.for_model(**checkpoint.config)
+        config = AutoConfig.for_model(**_floats(checkpoint.config))
     else:
         config = AutoConfig.from_pretrained(
             checkpoint.path, trust_remote_code=trust_remote_code, local_files_only=True, **checkpoint.changes
@@ -204,6 +204,15 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
             ) from error
     model.config._attn_implementation = attention.suited(model)
     return model.eval()
+
+
+def _floats(value: Any) -> Any:
+    """Returns settings with the numbers that JSON cannot write, as transformers reads them."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _floats(each) for name, each in value.items()}
+    return [_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def known_anatomy(checkpoint: Checkpoint, grams: Path | None, *, trust_remote_code: bool = False) -> Anatomy:

@@ -8,10 +8,10 @@ stays the same, so nothing is believed of names or of the order in which modules
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ SPREAD = 0.3
 """Standard deviation of the logarithm of the scales that are tried."""
 
 
+T = TypeVar("T")
 MOST_REPEATS = 64
 """Largest number of query heads of a key head that is tried."""
 
@@ -59,24 +60,41 @@ def folds_of(model: Any, anatomy: Anatomy, filler: Filler, head_dim: int) -> dic
         filler: knows the stored names of its modules.
         head_dim: channels of a head, for values that several heads read.
     """
+    stored = {place: name for name, place in filler.places.items()}
+
+    def trials(layer: Layer, block: nn.Module, turn: Turn, call: Call) -> list[Fold]:
+        return list(_Trials(layer, block, turn, call, head_dim, stored).all())
+
+    return of_kinds(model, anatomy, trials)
+
+
+def of_kinds(model: Any, anatomy: Anatomy, visit: Callable[[Layer, nn.Module, Turn, Call], T]) -> dict[int, T]:
+    """Returns what `visit` finds in a layer of every kind.
+
+    Args:
+        model: without storage, float32, on no device. It is filled with random numbers, a block at a time.
+        anatomy: of the model.
+        visit: gets a layer, its filled block, its turn, and the answered call of a short text.
+    """
     compute_buffers(model, "cpu")
     try:
-        return _tried(model, anatomy, filler, head_dim, every=False)
+        return _visited(model, anatomy, visit, every=False)
     except (KeyError, IndexError, AttributeError, TypeError, RuntimeError):
         # some layers read what an earlier one left beside the states: then each has to run
-        return _tried(model, anatomy, filler, head_dim, every=True)
+        return _visited(model, anatomy, visit, every=True)
 
 
-def _tried(model: Any, anatomy: Anatomy, filler: Filler, head_dim: int, *, every: bool) -> dict[int, list[Fold]]:
-    """Runs the model with random numbers, and every block or one of each kind; returns the folds by kind."""
+def _visited(
+    model: Any, anatomy: Anatomy, visit: Callable[[Layer, nn.Module, Turn, Call], T], *, every: bool
+) -> dict[int, T]:
+    """Runs the model with random numbers, and every block or one of each kind; returns the findings by kind."""
     blocks = blocks_of(model)
     layers = {layer.module: layer for layer in anatomy.layers}
-    stored = {place: name for name, place in filler.places.items()}
     for name, module in model.named_modules():
         inside = any(name == block or name.startswith(f"{block}.") for block in blocks)
         if not inside and not isinstance(module, nn.Embedding) and module is not model.get_output_embeddings():
             _randomise(module, recurse=False)
-    found: dict[int, list[Fold]] = {}
+    found: dict[int, T] = {}
     answers: dict[int, Any] = {}
 
     def forward(_: int) -> None:
@@ -93,9 +111,8 @@ def _tried(model: Any, anatomy: Anatomy, filler: Filler, head_dim: int, *, every
                 _randomise(block)
                 turn.answer(call)
                 answers[layer.kind] = call.answer
-                found[layer.kind] = found.get(layer.kind) or list(
-                    _Trials(layer, block, turn, call, head_dim, stored).all()
-                )
+                if not found.get(layer.kind):
+                    found[layer.kind] = visit(layer, block, turn, call)
             Filler.empty(block)
     return found
 

@@ -8,11 +8,11 @@ import torch
 
 from lighten.compress.prune import structured
 from lighten.compress.prune.amounts import Target
+from lighten.compress.prune.parts import Cut, Parts
 from lighten.compress.prune.settings import Prune
-from lighten.compress.prune.thin import Cut, Thinned
+from lighten.compress.prune.thin import Thinned
 from lighten.errors import RequestError
 from lighten.model import ending
-from lighten.model.anatomy import DOWN, LAYERS, OUTPUT
 from lighten.model.blockwise import BlockwiseModel
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_ids, read_index, read_layer
@@ -37,13 +37,15 @@ class Choices:
         self.step, self.checkpoint, self.context = step, checkpoint, context
         self.facts = checkpoint.facts
         self.warnings: list[str] = []
-        self._orders: dict[str, list[list[int]]] = {}
+        self.parts = Parts(checkpoint, context.grams, trust_remote_code=context.trust_remote_code)
+        self.kept: dict[str, str] = {}
+        """Why MLPs stay as they are, by name."""
+        self._orders: dict[str, dict[int, list[int]]] = {}
         self._scores = Sensitivity.read(context.sensitivity).heads if context.sensitivity else {}
 
     def cut(self, mlp: int = 0, heads: int = 0, layers: int = 0) -> Cut:
         """Returns which channels of every layer, key/value heads of every layer, and layers go."""
-        channels = {index: order[:mlp] for index, order in enumerate(self._order("mlp", mlp))} if mlp else {}
-        groups = {index: order[:heads] for index, order in enumerate(self._order("heads", heads))} if heads else {}
+        channels, groups = self._first("mlp", mlp), self._first("heads", heads)
         gone: list[int] = []
         if layers:
             assert self.context.grams
@@ -51,35 +53,63 @@ class Choices:
             gone = structured.layers_to_remove(angles, layers, bool(self.step.contiguous))
         return Cut(channels, groups, tuple(gone))
 
-    def _order(self, what: str, count: int) -> list[list[int]]:
-        """Returns for every layer what to remove, in order: at least `count`."""
+    def _first(self, what: str, count: int) -> dict[int, list[int]]:
+        """Returns the channels or heads that go first from every layer that has any: `count`, or as many as asked."""
+        if not count:
+            return {}
+        counts = self.counts(what, count)
+        return {index: order[: counts[index]] for index, order in self._order(what, counts).items()}
+
+    def counts(self, what: str, count: int) -> dict[int, int]:
+        """Returns how many channels or heads go from each layer, if `count` go from one of the model's usual width."""
+        usual = self.facts.intermediate if what == "mlp" else self.facts.kv_heads
+
+        def amount(total: int) -> int:
+            return count if total == usual or self.step.target else self.step.gone(total)
+
+        if what == "heads":
+            return self.parts.attentions(amount)
+        found, self.kept = self.parts.mlps(amount)
+        return found
+
+    def _order(self, what: str, counts: dict[int, int]) -> dict[int, list[int]]:
+        """Returns for every layer what to remove, in order: at least as many as asked."""
         known = self._orders.get(what)
-        if known is None or len(known[0]) < count:
-            workers = crew(self.facts.layers, self.step.bytes_of_a_layer(self.facts), self.context.device)
+        if known is None or any(len(known[index]) < count for index, count in counts.items()):
+            places = sorted(counts)
+            workers = crew(len(places), self.step.bytes_of_a_layer(self.facts), self.context.device)
 
             def report(done: int) -> None:
-                self.context.report(done, self.facts.layers, f"choosing {what}, layer {done}/{self.facts.layers}")
+                self.context.report(done, len(places), f"choosing {what}, layer {done}/{len(places)}")
 
-            answers = list(ordered(lambda i: self._one_order(what, i, count), self.facts.layers, workers, report))
-            self._orders[what] = known = [order for order, _ in answers]
+            def one(number: int) -> tuple[list[int], str | None]:
+                return self._one_order(what, places[number], counts[places[number]])
+
+            answers = list(ordered(one, len(places), workers, report))
+            self._orders[what] = known = {place: order for place, (order, _) in zip(places, answers, strict=True)}
             self.warnings += [warning for _, warning in answers if warning]
         return known
 
     def _one_order(self, what: str, index: int, count: int) -> tuple[list[int], str | None]:
-        facts, step = self.facts, self.step
-        linear, size = (DOWN, 1) if what == "mlp" else (OUTPUT, facts.head_dim * (facts.heads // facts.kv_heads))
+        step, prunable, prefix = self.step, self.parts.prunable[index], self.parts.prefixes[index]
+        channels = prunable.mlp if what == "mlp" else prunable.heads
+        assert channels
         with torch.inference_mode():
             if step.score == "taylor":
-                scores = torch.tensor(self._scores[str(index)]).view(facts.kv_heads, -1).sum(1)
+                if str(index) not in self._scores:
+                    raise RequestError(f"there are no gradients of the heads of {prefix[:-1]}: leave out score: taylor")
+                scores = torch.tensor(self._scores[str(index)]).view(channels.groups, -1).sum(1)
                 return torch.argsort(scores, stable=True).tolist()[:count], None
-            weight = self.checkpoint.tensor(f"{LAYERS}{index}.{linear}.weight").to(self.context.device)
+            name, size = f"{prefix}{channels.reader}", channels.size
+            weight = self.checkpoint.tensor(f"{name}.weight").to(self.context.device)
             assert self.context.grams
-            gram = read_layer(self.context.grams, index, self.context.device)[0][linear].matrix()
+            grams, read_by = read_layer(self.context.grams, index, self.context.device)
+            gram = grams[read_by[channels.reader]].matrix()
             if step.score != "energy":
                 try:
                     return structured.removal_order(weight, gram, size, count, step.damp_percent or 0.0), None
                 except ArithmeticError as error:
-                    told = f"{LAYERS}{index}.{linear}: chosen by energy, for its Gram is {error}; give it more text"
+                    told = f"{name}: chosen by energy, for its Gram is {error}; give it more text"
                     return structured.energy_order(weight, gram.diagonal(), size)[:count], told
             return structured.energy_order(weight, gram.diagonal(), size)[:count], None
 
@@ -96,7 +126,7 @@ class Choices:
             RequestError: no allowed removal makes the model so small.
         """
         facts = self.facts
-        multiple = self.step.multiple_of(facts)
+        multiple = self.step.multiple_of(facts.intermediate)
         steps = {
             "mlp": [n for n in range(facts.intermediate // 2 + 1) if (facts.intermediate - n) % multiple == 0],
             "heads": list(range(min(HEADS, facts.kv_heads - 1) + 1)),
@@ -177,7 +207,9 @@ class Choices:
         assert context.grams
         grams = context.grams if step.repair else None
         thin = (
-            Thinned(self.checkpoint, cut, grams, step.damp_percent or 0.0, context.device) if cut else self.checkpoint
+            Thinned(self.checkpoint, cut, grams, step.damp_percent or 0.0, context.device, self.parts)
+            if cut
+            else self.checkpoint
         )
         ids = read_ids(context.grams)
         return mean_loss(thin, ids[:: -(-len(ids) // SEQUENCES)], context)

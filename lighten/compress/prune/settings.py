@@ -112,8 +112,8 @@ class Prune(Step):
 
     @property
     def any_family(self) -> bool:
-        """Whether every family is taken: where weights become zero, and no channel goes."""
-        return self.method is not None
+        """Whether every family is taken. A target counts weights by the sizes of Llama's layers."""
+        return self.target is None
 
     def needs_sensitivity(self) -> bool:
         """Whether it reads gradients."""
@@ -152,18 +152,21 @@ class Prune(Step):
             "layers": (facts.layers, "layers"),
         }[str(self.what)]
 
-    def multiple_of(self, facts: ModelFacts) -> int:
-        """Returns the number that divides the count of the remaining MLP channels."""
-        return self.multiple or next(each for each in MULTIPLES if facts.intermediate % each == 0)
+    def multiple_of(self, width: int) -> int:
+        """Returns the number that divides the count of the remaining channels of an MLP."""
+        return self.multiple or next(each for each in MULTIPLES if width % each == 0)
 
     def amount(self, facts: ModelFacts) -> int:
         """Returns the number of channels, heads or layers that go."""
-        total, _ = self._total(facts)
+        return self.gone(self._total(facts)[0])
+
+    def gone(self, total: int) -> int:
+        """Returns how many of that many channels, heads or layers go."""
         if self.count:
             return self.count
         assert self.ratio
         if self.what == "mlp":
-            multiple = self.multiple_of(facts)
+            multiple = self.multiple_of(total)
             return total - round(total * (1 - self.ratio) / multiple) * multiple
         return round(self.ratio * total)
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from lighten.compress.prune.choice import Choices
+from lighten.compress.prune.parts import Cut
 from lighten.compress.prune.settings import Prune
-from lighten.compress.prune.thin import Cut, Thinned
+from lighten.compress.prune.thin import Thinned
 from lighten.compress.prune.zeros import write
 from lighten.errors import RequestError
-from lighten.model import anatomy
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.shards import ShardWriter
 from lighten.step import Context
@@ -43,20 +43,20 @@ def _shrink(step: Prune, checkpoint: Checkpoint, out: Any, context: Context) -> 
         else:
             cut = choices.cut(**{str(step.what): step.amount(facts)})
         grams = context.grams if step.repair else None
-        thin = Thinned(checkpoint, cut, grams, step.damp_percent or 0.0, context.device)
+        thin = Thinned(checkpoint, cut, grams, step.damp_percent or 0.0, context.device, choices.parts)
         names = list(thin.weight_map)
         params = done = 0
         with ShardWriter(out, len(names)) as writer:
             for name in names:
-                if anatomy.placed(name) is None:
+                if choices.parts.placed(name) is None:
                     tensor = thin.tensor(name)
                     params += tensor.numel()
                     writer.add(name, tensor)
-            for layer in range(thin.facts.layers):
-                for rest, tensor in thin.tensors(anatomy.layer(layer)).items():
+            for prefix in choices.parts.prefixes[: len(thin.left)]:
+                for rest, tensor in thin.tensors(prefix).items():
                     params += tensor.numel()
-                    writer.add(anatomy.layer(layer) + rest, tensor)
-                context.report(done := done + 1, thin.facts.layers, f"layer {done}/{thin.facts.layers}")
+                    writer.add(prefix + rest, tensor)
+                context.report(done := done + 1, len(thin.left), f"layer {done}/{len(thin.left)}")
     checkpoint.write_others(out, thin.config)
     context.warnings += choices.warnings
     if thin.facts.architecture != facts.architecture:
@@ -69,6 +69,9 @@ def _shrink(step: Prune, checkpoint: Checkpoint, out: Any, context: Context) -> 
             f"{len(thin.unrepaired)} linears were not repaired, for their Gram could not be factorised "
             f"({thin.unrepaired[0]}): give it more text"
         )
+    if choices.kept:
+        name, why = next(iter(choices.kept.items()))
+        context.warnings.append(f"{len(choices.kept)} layers keep their MLP as it is ({name}: {why})")
     left = thin.facts
     return {
         "format": "hf",
@@ -81,6 +84,7 @@ def _shrink(step: Prune, checkpoint: Checkpoint, out: Any, context: Context) -> 
             "heads": left.heads,
             "kv_heads": left.kv_heads,
         },
+        **({"kept": [{"what": name, "why": why} for name, why in choices.kept.items()]} if choices.kept else {}),
         **told,
     }
 
@@ -89,7 +93,9 @@ def removed(cut: Cut) -> dict[str, Any]:
     """Returns what went, for the facts."""
     found: dict[str, Any] = {}
     if cut.channels:
-        found["mlp_channels"] = len(next(iter(cut.channels.values())))
+        counts = {layer: len(gone) for layer, gone in cut.channels.items()}
+        one = next(iter(counts.values()))
+        found["mlp_channels"] = one if {*counts.values()} == {one} else {str(layer): n for layer, n in counts.items()}
     if cut.groups:
         found["kv_heads"] = {str(layer): sorted(gone) for layer, gone in cut.groups.items()}
     if cut.layers:

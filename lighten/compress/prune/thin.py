@@ -2,81 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lighten.compress.prune.parts import Cut, Parts
 from lighten.compress.prune.structured import refit
-from lighten.errors import RequestError
-from lighten.facts import ModelFacts
-from lighten.model import anatomy
-from lighten.model.anatomy import DOWN, GATE, KEY, LAYERS, OUTPUT, QUERY, UP, VALUE, placed
+from lighten.model.channels import Rows
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_layer
-
-Removed = Mapping[int, Sequence[int]]
-"""Removed parts by layer: the same number from every layer, so that the model keeps one shape."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What is removed. Layers have their old numbers."""
-
-    channels: Removed = field(default_factory=dict)
-    groups: Removed = field(default_factory=dict)
-    """Key/value heads with the query heads that read them."""
-    layers: tuple[int, ...] = ()
-
-    def shape(self, config: dict[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """Returns the keys of config.json that change.
-
-        Raises:
-            RequestError: transformers has no architecture for such a number of heads.
-        """
-        changes: dict[str, Any] = {}
-        if self.channels:
-            changes["intermediate_size"] = facts.intermediate - len(next(iter(self.channels.values())))
-        if self.groups:
-            shared = facts.kv_heads - len(next(iter(self.groups.values())))
-            changes["num_key_value_heads"] = shared
-            changes["num_attention_heads"] = shared * (facts.heads // facts.kv_heads)
-            changes["head_dim"] = facts.head_dim
-            if facts.architecture == "LlamaForCausalLM" and facts.hidden % changes["num_attention_heads"]:
-                changes |= _as_mistral(config, facts, changes["num_attention_heads"])
-        if self.layers:
-            left = [layer for layer in range(facts.layers) if layer not in self.layers]
-            changes["num_hidden_layers"] = len(left)
-            if config.get("layer_types"):
-                changes["layer_types"] = [config["layer_types"][layer] for layer in left]
-        return changes
-
-
-def _as_mistral(config: dict[str, Any], facts: ModelFacts, heads: int) -> dict[str, Any]:
-    """Returns the changes that make a Llama a Mistral, which computes the same and may have any number of heads."""
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        raise RequestError(
-            f"transformers' Llama needs a hidden size ({facts.hidden}) that is a multiple of its heads, and {heads} "
-            "would be left: let another number of key/value heads go"
-        )
-    return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
 
 
 class Thinned(Checkpoint):
     """The checkpoint that is left. With Grams, the linears that lose inputs are repaired."""
 
     def __init__(
-        self, whole: Checkpoint, cut: Cut, grams: Path | None, damp_percent: float, device: str = "cpu"
+        self,
+        whole: Checkpoint,
+        cut: Cut,
+        grams: Path | None,
+        damp_percent: float,
+        device: str = "cpu",
+        parts: Parts | None = None,
     ) -> None:
         """Makes the cut. Without `grams` nothing is repaired. The repair is computed on `device`."""
-        self._changes = cut.shape(whole.config, whole.facts)
-        super().__init__(whole.path, {**whole.config, **self._changes})
         self.whole, self.cut, self.grams, self.damp_percent = whole, cut, grams, damp_percent
+        self.parts = parts or Parts(whole)
+        self._changes = self.parts.settings(cut)
+        super().__init__(whole.path, {**whole.config, **self._changes})
         self.device = device
-        self.left = [layer for layer in range(whole.facts.layers) if layer not in cut.layers]
+        self.left = [layer for layer in range(len(self.parts.prefixes)) if layer not in cut.layers]
         self.unrepaired: list[str] = []
         """Linears whose Gram could not be factorised."""
 
@@ -86,51 +44,56 @@ class Thinned(Checkpoint):
         return self._changes
 
     @cached_property
-    def weight_map(self) -> dict[str, str]:
-        """File name of the shard of every tensor that is left, layers numbered anew."""
+    def _names(self) -> dict[str, str]:
+        """Name in the whole checkpoint of every tensor that is left, layers numbered anew."""
         numbers = {old: new for new, old in enumerate(self.left)}
         found = {}
-        for name, file in self.whole.weight_map.items():
-            place = placed(name)
+        for name in self.whole.weight_map:
+            place = self.parts.placed(name)
             if place is None:
-                found[name] = file
+                found[name] = name
             elif place[0] in numbers:
-                found[anatomy.layer(numbers[place[0]]) + place[1]] = file
+                found[self.parts.prefixes[numbers[place[0]]] + place[1]] = name
         return found
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """File name of the shard of every tensor that is left."""
+        return {new: self.whole.weight_map[old] for new, old in self._names.items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of every tensor that is left."""
+        whole = self.whole.shapes()
+        changed = self.parts.shapes(self.cut)
+        return {new: changed.get(old, whole[old]) for new, old in self._names.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         """Returns one tensor."""
-        place = placed(name)
-        return self.tensors(anatomy.layer(place[0]))[place[1]] if place else self.whole.tensor(name)
+        return self.some([name])[name]
 
     def some(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Returns tensors by their names. Each layer is cut once."""
-        layers = {place[0] for name in names if (place := placed(name))}
-        cut = {
-            anatomy.layer(at) + rest: each for at in layers for rest, each in self.tensors(anatomy.layer(at)).items()
-        }
+        layers = {place[0] for name in names if (place := self.parts.placed(name))}
+        cut: dict[str, torch.Tensor] = {}
+        for at in layers:
+            prefix = self.parts.prefixes[at]
+            cut |= {prefix + rest: each for rest, each in self.tensors(prefix).items()}
         return {name: cut[name] if name in cut else self.whole.tensor(name) for name in names}
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """Returns every tensor whose name starts with `prefix`, by the rest of its name."""
-        if not prefix.startswith(LAYERS):
-            return self.whole.tensors(prefix)
-        layer = self.left[int(prefix.removeprefix(LAYERS).partition(".")[0])]
-        tensors = self.whole.tensors(anatomy.layer(layer))
-        if self.cut.channels:
-            kept = _others(self.whole.facts.intermediate, self.cut.channels[layer])
-            for name in (GATE, UP):
-                _take_outputs(tensors, name, kept)
-            self._take_inputs(tensors, layer, DOWN, kept)
-        if self.cut.groups:
-            facts = self.whole.facts
-            groups = _others(facts.kv_heads, self.cut.groups[layer])
-            shared = _spread(groups, facts.head_dim)
-            own = _spread(groups, facts.head_dim * (facts.heads // facts.kv_heads))
-            _take_outputs(tensors, QUERY, own)
-            for name in (KEY, VALUE):
-                _take_outputs(tensors, name, shared)
-            self._take_inputs(tensors, layer, OUTPUT, own)
+        if prefix not in self.parts.prefixes:
+            return super().tensors(prefix)
+        layer = self.left[self.parts.prefixes.index(prefix)]
+        tensors = self.whole.tensors(self.parts.prefixes[layer])
+        for channels, gone in self.parts.cuts(self.cut, layer):
+            groups = _others(channels.groups, gone)
+            by_linear: dict[str, list[Rows]] = {}
+            for rows in channels.rows:
+                by_linear.setdefault(rows.linear, []).append(rows)
+            for linear, runs in by_linear.items():
+                _take_outputs(tensors, linear, runs, gone)
+            self._take_inputs(tensors, layer, channels.reader, _spread(groups, channels.size))
         return tensors
 
     def _take_inputs(self, tensors: dict[str, torch.Tensor], layer: int, linear: str, kept: torch.Tensor) -> None:
@@ -138,12 +101,13 @@ class Thinned(Checkpoint):
         weight = tensors[name]
         tensors[name] = weight[:, kept].contiguous()
         if self.grams:
-            gram = read_layer(self.grams, layer)[0][linear].to(self.device).matrix()
+            grams, read_by = read_layer(self.grams, layer)
+            gram = grams[read_by[linear]].to(self.device).matrix()
             try:
                 found = refit(weight.to(self.device), gram, kept.to(self.device), self.damp_percent)
                 tensors[name] = found.to(weight.dtype).cpu()
             except ArithmeticError:
-                self.unrepaired.append(anatomy.layer(layer) + linear)
+                self.unrepaired.append(self.parts.prefixes[layer] + linear)
 
 
 def _others(count: int, gone: Sequence[int]) -> torch.Tensor:
@@ -157,7 +121,10 @@ def _spread(groups: torch.Tensor, size: int) -> torch.Tensor:
     return (groups[:, None] * size + torch.arange(size)).flatten()
 
 
-def _take_outputs(tensors: dict[str, torch.Tensor], linear: str, kept: torch.Tensor) -> None:
+def _take_outputs(tensors: dict[str, torch.Tensor], linear: str, runs: list[Rows], gone: Sequence[int]) -> None:
+    stays = torch.ones(len(tensors[f"{linear}.weight"]), dtype=torch.bool)
+    for rows in runs:
+        stays[rows.start + _spread(torch.tensor(list(gone)), rows.size)] = False
     for name in (f"{linear}.weight", f"{linear}.bias"):
         if name in tensors:
-            tensors[name] = tensors[name][kept].contiguous()
+            tensors[name] = tensors[name][stays].contiguous()

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.prune.choice import mean_loss
+from lighten.compress.prune.parts import Cut
 from lighten.compress.prune.settings import Prune
-from lighten.compress.prune.thin import Cut, Thinned
+from lighten.compress.prune.thin import Thinned
 from lighten.errors import RequestError
 from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
 from lighten.export.gguf.write import write
