@@ -17,7 +17,7 @@ from lighten.facts import ModelFacts
 
 if TYPE_CHECKING:
     from lighten.model.checkpoint import Checkpoint
-    from lighten.model.discovery import Anatomy
+    from lighten.model.discovery import Anatomy, Layer, Linear
 
 GROUPS = (128, 64, 32, -1)
 """Group sizes that are tried. The first that the model allows is shown."""
@@ -96,22 +96,39 @@ def _kinds(anatomy: Anatomy, classes: dict[str, str], shapes: dict[str, tuple[in
 
 def _parts(anatomy: Anatomy, filler: Any, model: Any, shapes: dict[str, tuple[int, ...]]) -> list[dict[str, Any]]:
     """Returns the weights by what becomes of them: the linears first, then what stays, grouped by the reason."""
-    linears = {f"{layer.prefix}{each.name}.weight" for layer in anatomy.layers for each in layer.linears}
+    linears = {name: None for layer in anatomy.layers for name in _stored(layer, experts=False)}
+    experts = {name: None for layer in anatomy.layers for name in _stored(layer, experts=True)}
     kept = {name: why for layer in anatomy.layers for name, why in layer.kept.items()}
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = {("linears", ""): [], ("experts", ""): []}
     for name, shape in shapes.items():
-        why = None if name in linears else kept.get(name) or _outside(name, shape, filler, model)
-        groups.setdefault(why or "", []).append(name)
+        what = "linears" if name in linears else "experts" if name in experts else "stays"
+        why = "" if what != "stays" else kept.get(name) or _outside(name, shape, filler, model)
+        groups.setdefault((what, why), []).append(name)
     return [
         {
+            "what": what,
             "why": why or None,
             "tensors": len(names),
             "params": (size := sum(math.prod(shapes[name]) for name in names)),
             "share": size / anatomy.weights,
             "examples": list(Counter(map(pattern, names)))[:3],
         }
-        for why, names in sorted(groups.items(), key=lambda each: each[0] != "")
+        for (what, why), names in groups.items()
+        if names
     ]
+
+
+def _stored(layer: Layer, *, experts: bool) -> list[str]:
+    """Returns the stored tensors of a layer's linears, or of the matrices of its experts."""
+    return [
+        layer.prefix + (linear.stored.tensor if linear.stored else f"{linear.name}.weight")
+        for linear in layer.linears
+        if _of_expert(linear) == experts
+    ]
+
+
+def _of_expert(linear: Linear) -> bool:
+    return linear.inside is not None and linear.inside.expert is not None
 
 
 def _outside(name: str, shape: tuple[int, ...], filler: Any, model: Any) -> str:
@@ -136,14 +153,16 @@ def pattern(name: str) -> str:
 
 def _experts(anatomy: Anatomy, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any] | None:
     """Returns the number of experts of a layer and the share of the weights in them; None if there are none."""
-    if not (names := anatomy.experts):
+    taken = {name: None for layer in anatomy.layers for name in _stored(layer, experts=True)}
+    if not (names := [*taken, *anatomy.experts]):
         return None
     size = sum(math.prod(shapes[name]) for name in names)
-    stacked = [shapes[name][0] for name in names if len(shapes[name]) > 2]
-    numbered = [int(found[1]) + 1 for name in names if (found := re.search(r"experts\.(\d+)\.", name))]
+    known = [each.inside.expert for layer in anatomy.layers for each in layer.linears if each.inside]
+    numbers = [number + 1 for number in known if number is not None]
+    stacked = [shapes[name][0] for name in anatomy.experts if len(shapes[name]) > 2]
     layers = {placed[0] for name in names if (placed := anatomy.placed(name))}
     return {
-        "count": max(stacked + numbered, default=None),
+        "count": max(numbers + stacked, default=None),
         "layers": sorted(layers),
         "params": size,
         "share": size / anatomy.weights,

@@ -77,7 +77,8 @@ def _kinds(found: dict[str, Any]) -> Table:
 def _parts(found: dict[str, Any]) -> Table:
     table = _table("Weights", "Tensors", "Share", "For example", right=("Tensors", "Share"))
     for part in found["parts"]:
-        why = f"stay: {part['why']}" if part["why"] else "linears of layers"
+        what = {"linears": "linears of layers", "experts": "matrices of experts"}.get(part["what"])
+        why = what or f"stay: {part['why']}"
         table.add_row(why, f"{part['tensors']:,}", percent(part["share"]), part["examples"][0])
     return table
 

@@ -109,9 +109,6 @@ class BlockwiseModel:
 
         def forward(batch: int) -> None:
             running[threading.get_ident()] = batch
-            for name, each in embeddings.items():
-                if each is self.model.get_input_embeddings():  # some models send the ids to where its weights are
-                    self._look_up(name, each)
             self.model(input_ids=batches[batch].to(self.device), use_cache=False)
 
         try:

@@ -19,7 +19,7 @@ from lighten.model import anatomy as llama
 from lighten.model.backward import exchanged, floats
 from lighten.model.blockwise import empty_model
 from lighten.model.checkpoint import Checkpoint
-from lighten.model.discovery import Anatomy, Layer
+from lighten.model.discovery import Anatomy, Layer, Linear
 from lighten.model.empty import Filler
 from lighten.model.folds import of_kinds
 from lighten.model.suspension import Call, Turn
@@ -191,9 +191,9 @@ class _Trials:
         return None
 
 
-def _own(linear: Any) -> bool:
+def _own(linear: Linear) -> bool:
     """Returns whether a linear is a module of its own, and its weight is stored as it is."""
-    return getattr(linear, "inside", None) is None and getattr(linear, "stored", None) is None
+    return linear.inside is None and linear.stored is None
 
 
 def _runs(mask: torch.Tensor) -> list[tuple[int, int]]:

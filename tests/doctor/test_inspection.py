@@ -39,8 +39,8 @@ def test_every_weight_is_told_of_once(family: Path) -> None:
     assert {kind["class"] for kind in found["kinds"]} == {type(layer).__name__ for layer in _layers(model)}
     first = found["parts"][0]
     linears = {f"{name}.weight" for name, each in model.named_modules() if type(each).__name__.endswith("Linear")}
-    assert first["why"] is None and first["tensors"] <= len(linears)
-    assert all(part["why"] for part in found["parts"][1:])
+    assert first["what"] == "linears" and first["tensors"] <= len(linears)
+    assert all((part["what"] == "stays") == (part["why"] is not None) for part in found["parts"])
     assert (found["experts"] is not None) == any("experts" in name or "block_sparse_moe" in name for name in stored)
 
 

@@ -66,7 +66,7 @@ class Sensitivities(Sweep):
         heads: dict[str, list[float]] = {}
         for done, (index, block, run) in enumerate(gradients.back(), len(layers) + 1):
             hooks = []
-            for linear in layers[index].linears:
+            for linear in (each for each in layers[index].linears if each.inside is None):
                 if linear.inside is not None:
                     continue  # a matrix of an expert is no module
                 module = block.get_submodule(linear.module)
