@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lighten.errors import Failure, RequestError
 from lighten.export.gguf import ggml
 from lighten.export.gguf.quantize import Importance
+from lighten.export.gguf.types import NO_PRICES
 from lighten.export.gguf.write import Draft, tensor_bytes
 from lighten.model import anatomy
 from lighten.numerics.knapsack import Choice, Option, choose
@@ -61,7 +62,18 @@ def candidates(width: int) -> tuple[str, ...]:
 
 def matrices(draft: Draft) -> list[str]:
     """Returns the Hugging Face names of the matrices that get a type, in the order of the file."""
-    return [hf for hf in draft.names if len(draft.shapes[hf]) == 2]
+    return [hf for hf, piece in draft.pieces.items() if piece.is_matrix]
+
+
+def refuse_experts(draft: Draft) -> None:
+    """Raises RequestError for a model with experts: nothing says yet what errors of each of them cost."""
+    if any("_exps." in piece.name for piece in draft.pieces.values()):
+        raise RequestError(NO_PRICES.format(draft.facts.architecture))
+
+
+def fixed_type(shape: tuple[int, ...]) -> str:
+    """Returns the type of a matrix whose errors have no price: one that loses next to nothing."""
+    return "Q8_0" if shape[-1] % 32 == 0 else "F16"
 
 
 def try_types(draft: Draft, prices: Prices, weights: Importance, report: Report = silent) -> Costs:
@@ -71,15 +83,27 @@ def try_types(draft: Draft, prices: Prices, weights: Importance, report: Report 
     with _workers() as pool:
         for hf, metric in _metrics(draft, prices):
             report(len(costs), len(names), hf)
+            if not isinstance(metric, float):
+                metric = _in_order(draft, hf, metric)
             costs[hf] = _try_matrix(draft.weight(hf), metric, importance_of(draft, hf, weights), pool)
-    return {hf: costs[hf] for hf in names}
+    return {hf: costs.get(hf) or {fixed_type(draft.shapes[hf]): 0.0} for hf in names}
+
+
+def _in_order(draft: Draft, hf: str, metric: torch.Tensor) -> torch.Tensor:
+    """Returns M in the order of the channels in the file."""
+    import torch
+
+    piece = draft.pieces[hf]
+    moved = piece.place.rule.turn.channels(torch.arange(len(metric)), draft.model)
+    order = moved[piece.index] if moved else None
+    return metric if order is None else metric[order][:, order]
 
 
 def importance_of(draft: Draft, hf: str, weights: Importance) -> Any:
     """Returns the importance of a matrix's input channels `[in]`; all equal if it was not measured."""
     import numpy as np
 
-    return weights.get(draft.names[hf], np.ones(draft.shapes[hf][1], dtype=np.float32))
+    return weights.get(draft.names[hf], np.ones(draft.shapes[hf][-1], dtype=np.float32))
 
 
 @contextmanager
@@ -110,18 +134,23 @@ def _metrics(draft: Draft, prices: Prices) -> Iterator[tuple[str, torch.Tensor |
     known = prices.sensitivity
     head = known.head_gram / known.tokens * known.outputs[anatomy.HEAD]
     rows = known.outputs[anatomy.EMBEDDING] / len(known.counts)
-    if anatomy.HEAD_WEIGHT in draft.names:
-        yield anatomy.HEAD_WEIGHT, head
-        yield anatomy.EMBEDDING_WEIGHT, rows
+    if draft.family.head_weight in draft.names:
+        yield draft.family.head_weight, head
+        yield draft.family.embedding, rows
     else:
-        yield anatomy.EMBEDDING_WEIGHT, head + rows * torch.eye(len(head))
+        yield draft.family.embedding, head + rows * torch.eye(len(head))
+    labels: dict[str, list[str]] = {}
+    for label in matrices(draft):
+        labels.setdefault(draft.pieces[label].stored[0], []).append(label)
     index = read_index(prices.grams)
     for layer in range(len(index["layers"])):
         found, inputs = read_layer(prices.grams, layer)
         means = {name: without_leading(gram.matrix() / max(gram.tokens, 1)) for name, gram in found.items()}
         for linear, name in inputs.items():
             module = prefix_of(index, layer) + linear
-            yield f"{module}.weight", means[name] * known.outputs[module]
+            for label in labels.get(f"{module}.weight", ()) if module in known.outputs else ():
+                if len(draft.shapes[label]) == 2:  # rows of heads apart are in another form
+                    yield label, means[name] * known.outputs[module]
 
 
 def without_leading(gram: torch.Tensor) -> torch.Tensor:
@@ -203,9 +232,11 @@ def save(draft: Draft, file: Path, types: dict[str, str], weights: Importance, r
         def encode(hf: str, weight: torch.Tensor, type: str) -> Any:
             import numpy as np
 
-            channels = importance_of(draft, hf, weights)
-            step = max(1, _SLICE // weight.shape[1])
-            parts = [weight[start : start + step] for start in range(0, len(weight), step)]
+            width = weight.shape[-1]
+            channels = importance_of(draft, hf, weights)[:width]
+            flat = weight.reshape(-1, width)
+            step = max(1, _SLICE // width)
+            parts = [flat[start : start + step] for start in range(0, len(flat), step)]
             packed = pool.map(lambda part: ggml.quantize(part.float().numpy(), type, channels), parts)
             return np.concatenate(list(packed))
 
@@ -239,9 +270,10 @@ def fit(
     Raises:
         RequestError: no choice of types is small enough.
     """
+    refuse_experts(draft)
     fixed = fixed_bytes(draft, file.with_name(f".{file.name}.scratch"))
     capacity = size if size is not None else _capacity(draft, fixed, bits or 0.0)
-    vectors = sum(padded_bytes(draft.shapes[hf], "F32") for hf in draft.names if len(draft.shapes[hf]) != 2)
+    vectors = sum(padded_bytes(draft.shapes[hf], "F32") for hf, piece in draft.pieces.items() if not piece.is_matrix)
     _check_reachable(draft, capacity, fixed + vectors, fixed)
     names = matrices(draft)
     steps = len(names) + len(draft.names)
@@ -268,7 +300,7 @@ def _capacity(draft: Draft, fixed: int, bits: float) -> int:
 def _check_reachable(draft: Draft, capacity: int, fixed: int, metadata: int) -> None:
     """Raises RequestError for a budget below the smallest types of all matrices, before any is tried."""
     shapes = [draft.shapes[hf] for hf in matrices(draft)]
-    smallest = fixed + sum(min(padded_bytes(shape, type) for type in candidates(shape[1])) for shape in shapes)
+    smallest = fixed + sum(min(padded_bytes(shape, type) for type in candidates(shape[-1])) for shape in shapes)
     if smallest > capacity:
         weights = sum(math.prod(draft.shapes[hf]) for hf in draft.names)
         bits = math.ceil(800 * (smallest - metadata) / weights) / 100

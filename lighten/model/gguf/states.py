@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lighten.facts import ModelFacts
@@ -74,7 +75,7 @@ GRANITE_LAYER = (
         when=_has_experts,
     ),
     Rule("block_sparse_moe.output_linear.weight", ("ffn_down_exps.weight",), when=_has_experts),
-    *routed("block_sparse_moe.experts"),
+    *(replace(rule, when=_has_experts) for rule in routed("block_sparse_moe.experts")),
     Rule(
         "shared_mlp.input_linear.weight", ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"), halves(), when=_has_experts
     ),

@@ -1,0 +1,126 @@
+"""What is measured on the inputs of a model's linears reaches the right channels of the right tensors of a file."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lighten.compress.calibrate.sensitivity import Sensitivities
+from lighten.compress.calibrate.sweep import Sweep
+from lighten.errors import RequestError
+from lighten.export.gguf import allocate
+from lighten.export.gguf import quantize as gguf_quantize
+from lighten.export.gguf.settings import Gguf
+from lighten.export.gguf.write import Draft
+from lighten.model import stream
+from lighten.model.gguf.family import place_of, places
+from lighten.model.gguf.turns import model_of
+from lighten.model.grams import read_diagonals
+from lighten.model.sensitivity import Sensitivity
+from lighten.step import Context
+from lighten.store.artifact import Artifact
+from tests.export.gguf.test_every_family import made
+from tests.export.gguf.test_write import logits_of
+
+__all__ = ["made"]
+Make = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(stream, "fast_dtype", lambda device: torch.float32)
+    yield
+
+
+def swept(source: Path, folder: Path) -> Path:
+    (grams := folder / "grams").mkdir()
+    Sweep(samples=2, length=32).run(Artifact(source, {"key": "x", "format": "hf"}), grams, Context())
+    return grams
+
+
+@pytest.mark.parametrize("case", ["gpt-oss", "deepseek-v3", "qwen3.5-moe"])
+def test_every_channel_of_every_expert_has_an_importance(made: Make, tmp_path: Path, case: str) -> None:
+    source = made(case)
+    grams = swept(source, tmp_path)
+    model, draft = model_of(source), Draft(source)
+    found = gguf_quantize.importance(grams, model)
+    shapes = {piece.name: piece.shape for piece in draft.pieces.values()}
+    assert {name: len(values) for name, values in found.items()} == {
+        name: shapes[name][-1] * (shapes[name][0] if len(shapes[name]) == 3 else 1) for name in found
+    }
+    known = {place.stored: place for place in places(draft.family, model)}
+    experts = 0
+    for linear, diagonal, tokens in read_diagonals(grams):
+        place, expert = place_of(known, linear) or (None, None)
+        assert place
+        values = found.get(place.names[0])
+        if expert is not None and values is not None:
+            width = len(diagonal)
+            assert np.allclose(
+                values[expert * width : (expert + 1) * width], gguf_quantize.channel_importance(diagonal, tokens)
+            )
+            experts += 1
+    assert experts == 3 * 4 * sum("ffn_up_exps" in name for name in shapes if name.endswith("weight"))
+    # llama.cpp takes them
+    (plain := tmp_path / "p.gguf").unlink(missing_ok=True)
+    draft.save(plain, draft.types("F32"), file_type=0)
+    gguf_quantize.quantize(plain, tmp_path / "q.gguf", "Q4_0", found)
+    assert logits_of(tmp_path / "q.gguf", [5, 6, 7]).std() > 0
+
+
+@pytest.mark.parametrize(("case", "linear"), [("qwen3.5-moe", "linear_attn.out_proj"), ("deepseek-v3", "kv_b_proj")])
+def test_channels_move_with_the_columns(made: Make, case: str, linear: str) -> None:
+    """A matrix of a file times inputs in the file's order gives what the stored matrix gives of the stored inputs."""
+    draft = Draft(made(case))
+    pieces: list[Any] = [piece for piece in draft.pieces.values() if linear in piece.stored[0]]
+    assert pieces
+    for piece in pieces:
+        weight = draft.checkpoint.tensor(piece.stored[0])
+        inputs = torch.randn(weight.shape[1])
+        moved = piece.place.rule.turn.channels(inputs, draft.model)[piece.index]
+        if moved is None:
+            continue
+        matrix = piece.tensor(draft.checkpoint.tensor, draft.model)
+        parts = moved.reshape(-1, matrix.shape[-1])
+        outputs = torch.einsum("...oi,...i->...o", matrix, parts if matrix.dim() == 3 else parts[0])
+        wanted = (weight @ inputs).tolist()
+        assert all(min(abs(each - other) for other in wanted) < 1e-5 for each in outputs.flatten().tolist())
+        if matrix.dim() == 2:
+            assert torch.allclose(outputs, weight @ inputs, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["qwen3.5", "granite-hybrid-dense"])
+def test_a_budget_for_a_hybrid(made: Make, tmp_path: Path, case: str) -> None:
+    source = made(case)
+    grams = swept(source, tmp_path)
+    (folder := tmp_path / "s").mkdir()
+    Sensitivities(samples=2, length=32).run(Artifact(source, {"key": "x", "format": "hf"}), folder, Context())
+    prices = allocate.Prices(grams, Sensitivity.read(folder))
+    draft, weights = Draft(source), gguf_quantize.importance(grams, model_of(source))
+    found = allocate.fit(draft, tmp_path / "m.gguf", None, 7.0, prices, weights)
+    assert (tmp_path / "m.gguf").stat().st_size <= found["budget_bytes"]
+    assert {each["type"] for each in found["allocation"].values()} > {"Q8_0"}
+    draft.save(tmp_path / "p.gguf", draft.types("F32"), file_type=0)
+    exact, rounded = (
+        torch.from_numpy(logits_of(tmp_path / name, list(range(5, 60)))).log_softmax(-1)
+        for name in ("p.gguf", "m.gguf")
+    )
+    divergence = float((exact.exp() * (exact - rounded)).sum(-1).mean())
+    assert found["predicted_error"] / 4 < divergence < found["predicted_error"] * 4
+    # M moves with the columns: an error costs the same in the order of the file
+    label = next(label for label in draft.pieces if label.endswith(("out_proj.weight", "o_proj.weight")))
+    metric = torch.randn(draft.shapes[label][1], draft.shapes[label][1])
+    stored, moved = draft.checkpoint.tensor(draft.pieces[label].stored[0]), draft.weight(label)
+    there = torch.trace(moved @ allocate._in_order(draft, label, metric) @ moved.T)
+    assert torch.allclose(there, torch.trace(stored @ metric @ stored.T), rtol=1e-4)
+
+
+def test_a_budget_with_experts_is_refused_before_any_work(made: Make) -> None:
+    source = made("gpt-oss")
+    with pytest.raises(RequestError, match="no prices of experts yet, which GptOssForCausalLM has: choose a type"):
+        Gguf(format="gguf", budget={"bits": 6}).check(model_of(source).facts)
+    with pytest.raises(RequestError, match="no prices of experts"):
+        allocate.refuse_experts(Draft(source))
