@@ -53,6 +53,26 @@ class Choices:
             gone = structured.layers_to_remove(angles, layers, bool(self.step.contiguous))
         return Cut(channels, groups, tuple(gone))
 
+    def fewer_experts(self) -> Cut:
+        """Returns which experts of every layer go.
+
+        Raises:
+            RequestError: there are none, or none or all would go.
+        """
+        experts, parts = self.parts.experts, self.parts
+        gone: dict[int, list[int]] = {}
+        for done, (layer, total) in enumerate(experts.of_layers.items(), 1):
+            count = self.step.gone(total)
+            if not 0 < count < total:
+                raise RequestError(f"{count} of {total} experts cannot go: at least one goes, and one stays")
+            assert self.context.grams
+            with torch.inference_mode():
+                prefix = parts.prefixes[layer]
+                order = experts.order(layer, self.checkpoint, prefix, self.context.grams, self.context.device)
+            gone[layer] = sorted(order[:count])
+            self.context.report(done, len(experts.of_layers), f"choosing experts, layer {layer + 1}")
+        return Cut(experts=gone)
+
     def _first(self, what: str, count: int) -> dict[int, list[int]]:
         """Returns the channels or heads that go first from every layer that has any: `count`, or as many as asked."""
         if not count:

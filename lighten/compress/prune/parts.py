@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lighten.compress.prune.experts import Experts, Thinner
 from lighten.compress.prune.fitting import Fitting
 from lighten.errors import RequestError
 from lighten.facts import ModelFacts
@@ -32,6 +33,7 @@ class Cut:
     groups: Removed = field(default_factory=dict)
     """Key/value heads with the query heads that read them."""
     layers: tuple[int, ...] = ()
+    experts: Removed = field(default_factory=dict)
 
 
 class Parts:
@@ -44,6 +46,7 @@ class Parts:
         self._anatomy = None if self.known else known_anatomy(whole, grams, trust_remote_code=trust_remote_code)
         layers = self._anatomy.layers if self._anatomy else []
         self.prefixes = [layer.prefix for layer in layers] or [llama.layer(i) for i in range(whole.facts.layers)]
+        self._thinners: dict[int, Thinner] = {}
         self._settings: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
 
     @cached_property
@@ -57,6 +60,25 @@ class Parts:
     def fitting(self) -> Fitting:
         """The shapes of the model with other settings."""
         return Fitting(self.whole, trust_remote_code=self.trusted)
+
+    @cached_property
+    def experts(self) -> Experts:
+        """The experts of the layers.
+
+        Raises:
+            RequestError: there are none that methods take.
+        """
+        found = Experts.of(self._anatomy) if self._anatomy else None
+        if found is None or not found.of_layers:
+            raise RequestError(f"{self.whole.facts.architecture} has no experts that lighten takes apart: none can go")
+        return found
+
+    def thinner(self, cut: Cut) -> Thinner:
+        """Returns what a cut of experts does to the tensors, and the settings that it needs."""
+        count = len(next(iter(cut.experts.values())))
+        if count not in self._thinners:
+            self._thinners[count] = Thinner.of(self.fitting, self.whole, self.experts, count)
+        return self._thinners[count]
 
     def placed(self, name: str) -> tuple[int, str] | None:
         """Returns the layer of a tensor and its name in the layer; None outside of layers."""
@@ -160,6 +182,11 @@ class Parts:
                 rows, *columns = found.get(name, self._whole_shapes[name])
                 found[name] = (rows - outputs, *(column - inputs for column in columns))
 
+        for layer, gone in cut.experts.items():
+            for name in self.thinner(cut).stacked:
+                if name.startswith(self.prefixes[layer]):
+                    total, *others = self._whole_shapes[name]
+                    found[name] = (total - len(gone), *others)
         for layer in {*cut.channels, *cut.groups} - {*cut.layers}:
             prefix = self.prefixes[layer]
             for channels, gone in self.cuts(cut, layer):
@@ -175,6 +202,8 @@ class Parts:
         Raises:
             RequestError: no setting gives the model such shapes.
         """
+        if cut.experts:
+            return self.thinner(cut).settings
         if self.known:
             return _of_llama(cut, self.whole.config, self.whole.facts)
         key = str([sorted((i, len(gone)) for i, gone in each.items()) for each in (cut.channels, cut.groups)])

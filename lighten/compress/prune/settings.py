@@ -16,6 +16,7 @@ STRUCTURED: dict[str, dict[str, Any]] = {
     "mlp": {"score": "cost", "repair": True, "multiple": None},
     "heads": {"score": "cost", "repair": True},
     "layers": {"contiguous": True},
+    "experts": {},
 }
 SPARSE: dict[str, dict[str, Any]] = {
     "magnitude": {"scope": "layer"},
@@ -33,10 +34,13 @@ class Prune(Step):
     work: ClassVar[str] = "lighten.compress.prune.step:run"
     version: ClassVar[int] = 1
 
-    what: Literal["mlp", "heads", "layers"] | None = Field(
-        None, description="make the model smaller: MLP channels, key/value heads with their query heads, whole layers"
+    what: Literal["mlp", "heads", "layers", "experts"] | None = Field(
+        None,
+        description="make the model smaller: MLP channels, key/value heads with their query heads, layers, or experts",
     )
-    ratio: float | None = Field(None, gt=0, lt=1, description="share of the channels, heads or layers that goes")
+    ratio: float | None = Field(
+        None, gt=0, lt=1, description="share of the channels, heads, layers or experts that goes"
+    )
     count: int | None = Field(None, ge=1, description="instead of a ratio: how many go from every layer, or layers")
     target: Target | None = Field(
         None, description="ratio=0.2 or params=100M: choose among channels, heads and layers by what each costs"
@@ -70,7 +74,7 @@ class Prune(Step):
         ways = [name for name in ("what", "target", "method") if name in given]
         if len(ways) != 1:
             raise ValueError(
-                "say one of the three: what (mlp, heads, layers), target (ratio or params), "
+                "say one of the three: what (mlp, heads, layers, experts), target (ratio or params), "
                 "method (magnitude, wanda, sparsegpt)"
             )
         name = ways[0] if ways[0] == "target" else str(given[ways[0]])
@@ -130,7 +134,7 @@ class Prune(Step):
                         f"the pattern {self.pattern} does not divide the {name} width {width} of this model: "
                         f"use one whose second number does, or a sparsity"
                     )
-        if self.what:
+        if self.what and self.what != "experts":  # whose number only the model's modules tell
             total, names = self._total(facts)
             gone = self.amount(facts)
             if gone >= total:

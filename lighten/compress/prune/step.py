@@ -40,6 +40,8 @@ def _shrink(step: Prune, checkpoint: Checkpoint, out: Any, context: Context) -> 
         told: dict[str, Any] = {}
         if step.target:
             cut, told = choices.reach(step.target)
+        elif step.what == "experts":
+            cut = choices.fewer_experts()
         else:
             cut = choices.cut(**{str(step.what): step.amount(facts)})
         grams = context.grams if step.repair else None
@@ -98,6 +100,8 @@ def removed(cut: Cut) -> dict[str, Any]:
         found["mlp_channels"] = one if {*counts.values()} == {one} else {str(layer): n for layer, n in counts.items()}
     if cut.groups:
         found["kv_heads"] = {str(layer): sorted(gone) for layer, gone in cut.groups.items()}
+    if cut.experts:
+        found["experts"] = {str(layer): list(gone) for layer, gone in cut.experts.items()}
     if cut.layers:
         found["layers"] = list(cut.layers)
     return found

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lighten.compress.prune.experts import without
 from lighten.compress.prune.parts import Cut, Parts
 from lighten.compress.prune.structured import refit
 from lighten.model.channels import Rows
@@ -53,7 +54,11 @@ class Thinned(Checkpoint):
             if place is None:
                 found[name] = name
             elif place[0] in numbers:
-                found[self.parts.prefixes[numbers[place[0]]] + place[1]] = name
+                prefix = self.parts.prefixes[place[0]]
+                gone = self.cut.experts.get(place[0])
+                new = self.parts.thinner(self.cut).renamed(name, gone, len(prefix)) if gone else name
+                if new is not None:
+                    found[self.parts.prefixes[numbers[place[0]]] + new.removeprefix(prefix)] = name
         return found
 
     @cached_property
@@ -86,15 +91,30 @@ class Thinned(Checkpoint):
             return super().tensors(prefix)
         layer = self.left[self.parts.prefixes.index(prefix)]
         tensors = self.whole.tensors(self.parts.prefixes[layer])
-        for channels, gone in self.parts.cuts(self.cut, layer):
-            groups = _others(channels.groups, gone)
+        if gone := self.cut.experts.get(layer):
+            tensors = self._without_experts(tensors, self.parts.prefixes[layer], gone)
+        for channels, removed in self.parts.cuts(self.cut, layer):
+            groups = _others(channels.groups, removed)
             by_linear: dict[str, list[Rows]] = {}
             for rows in channels.rows:
                 by_linear.setdefault(rows.linear, []).append(rows)
             for linear, runs in by_linear.items():
-                _take_outputs(tensors, linear, runs, gone)
+                _take_outputs(tensors, linear, runs, removed)
             self._take_inputs(tensors, layer, channels.reader, _spread(groups, channels.size))
         return tensors
+
+    def _without_experts(
+        self, tensors: dict[str, torch.Tensor], prefix: str, gone: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        """Returns the tensors of a layer without those of some experts, by their new names."""
+        thinner = self.parts.thinner(self.cut)
+        found = {}
+        for rest, tensor in tensors.items():
+            new = thinner.renamed(prefix + rest, gone, len(prefix))
+            if new is not None:
+                cut = without(tensor, gone) if prefix + rest in thinner.stacked else tensor
+                found[new.removeprefix(prefix)] = cut
+        return found
 
     def _take_inputs(self, tensors: dict[str, torch.Tensor], layer: int, linear: str, kept: torch.Tensor) -> None:
         name = f"{linear}.weight"
