@@ -88,6 +88,8 @@ FORMATS = {
     ),
 }
 """Formats of quantized checkpoints, by the `quant_method` in config.json."""
+MXFP4 = "mxfp4"
+"""`quant_method` of gpt-oss as it is published. It can only be unpacked, for GGUF export: nothing here writes it."""
 EXTRAS = {
     **{module: each.extra for each in FORMATS.values() for module in each.loaded_with},
     "gguf": "gguf",

@@ -72,11 +72,31 @@ TABLE: dict[str, Pre] = {
         add_bos=True,
         aliases=("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
     ),
-    "smaug-bpe": Pre((_split(_WORDS % "{1,3}"), _byte_level(False)), aliases=("dbrx",)),
+    "smaug-bpe": Pre((_split(_WORDS % "{1,3}"), _byte_level(False)), aliases=("dbrx", "chatglm-bpe", "glm4")),
     "qwen2": Pre(
         (_split(_WORDS % ""), _byte_level(False)),
         nfc=True,
         aliases=("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open"),
+    ),
+    "qwen35": Pre(
+        (
+            _split(_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _TAIL),
+            _byte_level(False),
+        ),
+        nfc=True,
+    ),
+    "deepseek-v3": Pre(
+        (
+            _split(r"\p{N}{1,3}"),
+            _split("[一-龥぀-ゟ゠-ヿ]+"),
+            _split(
+                r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+                + r"| ?[\p{P}\p{S}]+[\r\n]*"
+                + _TAIL
+            ),
+            _byte_level(False),
+        ),
+        aliases=("hunyuan-dense", "joyai-llm"),
     ),
     "tekken": Pre(
         (_split(_CASED % ("", "", "")), _byte_level(False)), ignore_merges=True, add_bos=True, differs=_MARKS
@@ -156,6 +176,7 @@ def _step_shape(step: Json) -> tuple[Any, ...]:
     match step["type"]:
         case "Split":
             regex = next(iter(step["pattern"].values())).replace(_CONTRACTIONS_SPELLED, _CONTRACTIONS)
+            regex = regex.replace("\r", r"\r").replace("\n", r"\n")  # some files have the characters themselves
             # Every regex of the table matches all of a text, so dropping what lies between matches drops nothing.
             isolated = (step["behavior"], step["invert"]) in (("Isolated", False), ("Removed", True))
             return ("Split", regex, "Isolated" if isolated else (step["behavior"], step["invert"]))
@@ -186,12 +207,12 @@ def tokenizer_json(fields: Json) -> Json:
 
     Raises:
         RequestError: no tokenizer in the file, or another model than byte-level BPE ("gpt2") and
-            SentencePiece BPE ("llama").
+            SentencePiece BPE ("llama"; with merges instead of scores it is "gemma4").
     """
     model = fields.get("tokenizer.ggml.model")
-    if model not in ("gpt2", "llama"):
-        raise RequestError(f"the GGUF file has a tokenizer model {model!r}; lighten reads gpt2 and llama")
-    needed = ("tokens", "merges" if model == "gpt2" else "scores")
+    if model not in ("gpt2", "llama", "gemma4"):
+        raise RequestError(f"the GGUF file has a tokenizer model {model!r}; lighten reads gpt2, llama and gemma4")
+    needed = ("tokens", "scores" if model == "llama" else "merges")
     if missing := [name for name in needed if f"tokenizer.ggml.{name}" not in fields]:
         raise RequestError(f"the GGUF file has a {model} tokenizer without tokenizer.ggml.{missing[0]}")
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
@@ -248,7 +269,7 @@ def _byte_level_parts(fields: Json, vocab: dict[str, int], types: list[int]) -> 
 
 
 def _sentencepiece_parts(fields: Json, vocab: dict[str, int], types: list[int]) -> _Parts:
-    prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = fields.get("tokenizer.ggml.add_space_prefix", fields["tokenizer.ggml.model"] == "llama")
     escape = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     unescape = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
@@ -258,11 +279,19 @@ def _sentencepiece_parts(fields: Json, vocab: dict[str, int], types: list[int]) 
         "fuse_unk": True,
         "byte_fallback": True,
         "ignore_merges": False,
-        "merges": _merges_of_scores(vocab, types, fields["tokenizer.ggml.scores"]),
+        "merges": _merges_of_scores(vocab, types, fields["tokenizer.ggml.scores"])
+        if fields["tokenizer.ggml.model"] == "llama"
+        else [_pair(merge) for merge in fields["tokenizer.ggml.merges"]],
     }
     prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, escape]}
     decoder = {"type": "Sequence", "decoders": [unescape, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]}
     return prepend if prefix else escape, None, decoder, model
+
+
+def _pair(merge: str) -> list[str]:
+    """Returns the two tokens of a merge. The space between them is the first after a character."""
+    cut = merge.index(" ", 1)
+    return [merge[:cut], merge[cut + 1 :]]
 
 
 def _merges_of_scores(vocab: dict[str, int], types: list[int], scores: list[float]) -> list[list[str]]:
@@ -279,7 +308,7 @@ def _merges_of_scores(vocab: dict[str, int], types: list[int], scores: list[floa
 
 def adds(fields: Json) -> tuple[bool, bool]:
     """Returns whether the tokenizer of a GGUF file puts BOS first and EOS last, by llama.cpp's defaults."""
-    bos = fields["tokenizer.ggml.model"] == "llama" or by_name(fields.get("tokenizer.ggml.pre") or "").add_bos
+    bos = fields["tokenizer.ggml.model"] != "gpt2" or by_name(fields.get("tokenizer.ggml.pre") or "").add_bos
     return (
         bool(fields.get("tokenizer.ggml.add_bos_token", bos)),
         bool(fields.get("tokenizer.ggml.add_eos_token", False)),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.errors import Failure, RequestError
 from lighten.model.checkpoint import Checkpoint
-from lighten.model.formats import FORMATS
+from lighten.model.formats import FORMATS, MXFP4
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         RequestError: its quantized format cannot be unpacked here.
     """
     checkpoint = Checkpoint(path)
-    return Unpacked(path, checkpoint.config) if checkpoint.quantization else checkpoint
+    if not checkpoint.quantization:
+        return checkpoint
+    if checkpoint.quantization.get("quant_method") == MXFP4:
+        from lighten.model.quantized.mxfp4 import Mxfp4Checkpoint
+
+        return Mxfp4Checkpoint(path)
+    return Unpacked(path, checkpoint.config)
 
 
 class Unpacked(Checkpoint):

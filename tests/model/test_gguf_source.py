@@ -272,6 +272,36 @@ def test_sentencepiece_merges_follow_the_scores(tmp_path: Path) -> None:
     assert bare.encode("ab").tokens == ["<s>", "ab"]
 
 
+def test_merges_of_gemma_4_are_in_the_file() -> None:
+    from lighten.model.tokenizer_table import tokenizer_json
+
+    pieces = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "a",
+        "b",
+        "\n",
+        "\n\n",
+        "▁a",
+        "▁ab",
+    ]
+    fields = {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": [3, 3, 3, *[6] * 256, *[1] * 7],
+        "tokenizer.ggml.merges": ["▁ a", "▁a b", "\n \n"],
+        "tokenizer.ggml.bos_token_id": 2,
+    }
+    made = tokenizer_json(fields)
+    assert made["model"]["merges"] == [["▁", "a"], ["▁a", "b"], ["\n", "\n"]]
+    tokenizer = Tokenizer.from_str(json.dumps(made))
+    assert tokenizer.encode("b ab\n\nz").tokens == ["<bos>", "b", "▁ab", "\n\n", "<0x7A>"]
+    assert tokenizer.decode(tokenizer.encode("b ab\n\nz").ids) == "b ab\n\nz"
+
+
 def test_every_truncation_is_named(make: Make) -> None:
     path = make()
     whole = path.read_bytes()
@@ -374,7 +404,7 @@ def renamed(path: Path, arch: str) -> Path:
 def test_unknown_tokenizers(make: Make) -> None:
     with pytest.raises(RequestError, match="'mystery', which lighten does not know; known: gpt-2, smollm"):
         converted(make(pre="mystery"))
-    with pytest.raises(RequestError, match="model 'bert'; lighten reads gpt2 and llama"):
+    with pytest.raises(RequestError, match="model 'bert'; lighten reads gpt2, llama and gemma4"):
         converted(make(name="b.gguf", keys={"tokenizer_model": "bert"}), "bert")
 
 

@@ -16,16 +16,16 @@ from lighten.export.step import Export
 from lighten.facts import ModelFacts
 from lighten.model import llama_library
 from lighten.model.export_formats import Usage
-from lighten.model.formats import FORMATS
+from lighten.model.formats import FORMATS, MXFP4
 from lighten.settings import Budget, parse_size
 from lighten.step import Estimate
 
-_READABLE = ("hf", *FORMATS)
+_READABLE = ("hf", *FORMATS, MXFP4)
 """Formats of directories whose weights can be read, or unpacked."""
 
 _WRITE_SECONDS = 2e-8
 """Seconds per weight to write the plain file: 2.5 s for SmolLM2-135M on two cores."""
-_QUANTIZE_SECONDS = {"Q8": 5e-9, "Q4_": 5e-9, "Q5_": 5e-9, "Q": 1.5e-8, "TQ": 5e-9, "IQ4": 6e-8, "IQ": 3e-7}
+_QUANTIZE_SECONDS = {"Q8": 5e-9, "Q4_": 5e-9, "Q5_": 5e-9, "Q": 1.5e-8, "TQ": 5e-9, "MX": 5e-9, "IQ4": 6e-8, "IQ": 3e-7}
 """Seconds per weight, by the beginning of the type's name. SmolLM2-135M on two cores: 0.6 s for Q8_0, 2 s for Q4_K_M.
 """
 

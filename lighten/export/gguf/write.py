@@ -72,7 +72,7 @@ class Draft:
             raise missing_extra("gguf", "gguf", "GGUF export") from error
         from lighten.export.gguf.tokenizer import read_vocabulary
         from lighten.model.checkpoint import facts_of
-        from lighten.model.unpacked import open_checkpoint
+        from lighten.model.unpacked import Unpacked, open_checkpoint
 
         self.source = source
         self.about = about or {}
@@ -91,7 +91,7 @@ class Draft:
         """Tensors to write, by name, in the order of the file. The name is the stored one, where there is one."""
         with reading(source / "tokenizer.json", "fetch the model again"):
             self.vocabulary = read_vocabulary(source, self.facts.vocab, self.config)
-        packed = self.checkpoint.quantization is not None
+        packed = isinstance(self.checkpoint, Unpacked)  # to float32
         embedding = self.checkpoint.tensor(self.family.embedding)
         self.stored_type = "F32" if packed else _plain_type(embedding.dtype)
         """Smallest plain type that holds the matrices without rounding."""
