@@ -45,7 +45,6 @@ def make_random(folder: Path, shape: Shape, device: str = "cpu") -> None:
     A GPU draws the numbers of a large model in a moment.
     """
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig
 
     from lighten.model.shards import ShardWriter
@@ -80,6 +79,13 @@ def make_random(folder: Path, shape: Shape, device: str = "cpu") -> None:
         for name, size in shapes.items():
             tensor = torch.ones(size) if len(size) == 1 else torch.randn(size, device=device) * 0.02
             writer.add(f"{name}.weight", tensor.to(torch.bfloat16))
+    write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer that knows bytes, and one pair of letters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     alphabet["th"] = len(alphabet)
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[("t", "h")]))  # llama.cpp loads none without a merge

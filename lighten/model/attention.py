@@ -7,6 +7,9 @@ are float32. Only the products take bfloat16 inputs.
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from lighten.model.products import exact_products
 
 NAME = "lighten_causal"
+_ASKS = re.compile(r"""_attn_implementation (in \(|== "sdpa")""")
 BLOCK = 128
 """Number of queries whose scores are in memory at a time, for every head of one sequence."""
 
@@ -93,12 +97,17 @@ def suited(model: Any) -> str:
     """Returns the kernel of attention that computes what a model's own eager code computes.
 
     The kernels here and in torch know no soft caps and no sinks. A class that needs either says that it takes no sdpa,
-    or has a cap in its config.
+    or has a cap in its config. A class whose code asks whether the kernel is torch's gets that one.
     """
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if capped or not getattr(model, "_supports_sdpa", False):
         return "eager"
-    return NAME if getattr(model, "_supports_attention_backend", False) else "sdpa"
+    code = sys.modules.get(type(model).__module__)
+    try:
+        asks = code is not None and _ASKS.search(inspect.getsource(code)) is not None
+    except (OSError, TypeError):
+        asks = True
+    return NAME if getattr(model, "_supports_attention_backend", False) and not asks else "sdpa"
 
 
 AttentionInterface.register(NAME, forward)

@@ -87,10 +87,8 @@ class BlockwiseModel:
         ]
         embeddings = {
             name: each
-            for name, each in self.model.named_modules()
-            if isinstance(each, nn.Embedding)
-            and not any(name.startswith(f"{block}.") for block in self.blocks)
-            and f"{name}.".startswith(tuple(within))
+            for name, each in self._modules_outside().items()
+            if isinstance(each, nn.Embedding) and f"{name}.".startswith(tuple(within))
         }
         looked_up = {name for each in embeddings for name in self._filler.names(each)}
         heads = {name for name in outside if self._filler.places[name] in _weights_of(self.model, head)}
@@ -99,7 +97,8 @@ class BlockwiseModel:
             self._look_up(name, each)
         hooks = [
             each.register_forward_pre_hook(lambda module, _, name=name: self._look_up(name, module))
-            for name, each in embeddings.items()
+            for name, each in self._modules_outside().items()
+            if list(each.parameters(recurse=False)) and each is not head
         ]
         running: dict[int, int] = {}
         if at_head and head is not None:
@@ -135,8 +134,16 @@ class BlockwiseModel:
         yield module
         self._filler.empty(module)
 
+    def _modules_outside(self) -> dict[str, nn.Module]:
+        """Returns the modules that are in no block, by name."""
+        return {
+            name: each
+            for name, each in self.model.named_modules()
+            if not any(name == block or name.startswith(f"{block}.") for block in self.blocks)
+        }
+
     def _look_up(self, name: str, module: nn.Module) -> None:
-        """Fills an embedding that is called."""
+        """Fills a module that is called: an embedding, or what lies between the layers and the head."""
         if any(parameter.is_meta for parameter in module.parameters()):
             self._fill(self._filler.names(name))
             self._check_full(module, name)

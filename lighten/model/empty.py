@@ -89,7 +89,7 @@ class Filler:
             place, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
             if place not in wanted and name in wanted:
                 place, pattern = name, None
-            if place not in wanted and (part := self._part(name)):
+            if place not in wanted and (part := self._part(place) or self._part(name)):
                 place, self.parts[name] = part
                 self.converted.add(name)
             elif place not in wanted:

@@ -132,16 +132,26 @@ def _random_embeddings(model: Any) -> Iterator[None]:
     """Lets embeddings without storage answer with random numbers."""
 
     def random(module: nn.Embedding) -> Any:
-        return lambda ids, *_, **__: torch.randn(*ids.shape, module.embedding_dim)
+        def forward(ids: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(ids, torch.Tensor) and not ids.is_floating_point():
+                return torch.randn(*ids.shape, module.embedding_dim)
+            return type(module).forward(module, ids, *args, **kwargs)
+
+        return forward
 
     embeddings = [each for each in model.modules() if isinstance(each, nn.Embedding)]
+    kept = [each.weight for each in embeddings]
     try:
         for each in embeddings:
+            # some models read the weights themselves: one row in the place of all takes no room
+            row = torch.randn(1, each.weight.shape[1]).expand(each.weight.shape)
+            each.weight = nn.Parameter(row, requires_grad=False)
             each.__dict__["forward"] = random(each)
         yield
     finally:
-        for each in embeddings:
+        for each, weight in zip(embeddings, kept, strict=True):
             each.__dict__.pop("forward", None)
+            each.weight = weight
 
 
 @torch.no_grad()

@@ -84,6 +84,8 @@ OWN: dict[str, dict[str, Any]] = {
 """Settings of families that need others; None leaves a setting out."""
 
 
+LARGEST = 60_000_000
+"""Number of weights of a model that is still tried."""
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     LATENT,
@@ -155,7 +157,12 @@ def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     for variant in VARIANTS:
         torch.manual_seed(1)
         try:
-            model: Any = kind.from_config(config_of(family, vocab, variant)).float().eval()
+            config = config_of(family, vocab, variant)
+            with torch.device("meta"):
+                size = sum(each.numel() for each in kind.from_config(config).parameters())
+            if size > LARGEST:
+                raise ValueError(f"{size / 1e6:.0f} million weights: the class takes no notice of small sizes")
+            model: Any = kind.from_config(config).float().eval()
             _randomise(model)
             with torch.no_grad():
                 model(input_ids=torch.arange(5, 37)[None], use_cache=False)
