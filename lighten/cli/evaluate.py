@@ -32,6 +32,11 @@ NOT_ON_DEVICE = (
     *("trust_remote_code", "trust_tasks", "attention", "compile_", "cache", "roofline", "price_per_hour", "currency"),
 )
 """Names of the flags that bench.py on a device does not know."""
+OF_CAUSAL = (
+    *("protocol", "length", "task", "limit", "shots", "scorer", "attention", "compile_", "cache", "roofline"),
+    *("price_per_hour", "currency"),
+)
+"""Names of the flags about measurements of causal language models."""
 
 Paths = Annotated[
     list[str],
@@ -129,6 +134,10 @@ def evaluate(
     if profile:
         _profile(paths, profile, device, as_json, trust_remote_code)
         return
+    usual = None
+    if not (left_out or typed_flags(context, OF_CAUSAL)):
+        typed = typed_flags(context, ("data", "samples"))
+        usual = {name: value for name, value in (("data", data), ("samples", samples)) if f"--{name}" in typed}
     perplexity = _perplexity({"data": data, "length": length, "samples": samples}, protocol or ["lighten"])
     accuracy = _accuracy({"limit": limit, "scorer": scorer, "shots": shots}, task or ["builtin"])
     speed = _speed({"attention": attention, "compile": compile_, "cache": cache})
@@ -150,6 +159,7 @@ def evaluate(
                 device=device,
                 merge_adapter=merge_adapter,
                 watcher=watcher,
+                usual=usual,
             )
     _show(value, out, as_json)
 

@@ -131,6 +131,8 @@ MEASUREMENTS = Table(
         "load": "lighten.evaluate.load.settings:Load",
         "speculative": "lighten.evaluate.speculative.settings:Speculative",
         "translation": "lighten.evaluate.translation.settings:Translation",
+        "similarity": "lighten.evaluate.similarity.settings:Similarity",
+        "masked": "lighten.evaluate.masked.settings:Masked",
         "sentences": "lighten.evaluate.sentences.settings:Sentences",
         "loaders": "lighten.evaluate.loaders.settings:Loaders",
     },

@@ -21,12 +21,15 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.evaluate.load.settings import Load
 from lighten.evaluate.loaders.settings import Loaders
+from lighten.evaluate.masked.settings import Masked
 from lighten.evaluate.measurement import MEASUREMENTS, Measurement
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.sentences.settings import Sentences
+from lighten.evaluate.similarity.settings import Similarity
 from lighten.evaluate.speculative.settings import Speculative
 from lighten.evaluate.speed.settings import Speed
 from lighten.evaluate.translation.settings import Translation
+from lighten.facts import Task
 from lighten.settings import AnyCase
 
 
@@ -41,6 +44,8 @@ class Evaluate(AnyCase, BaseModel):
     load: Load | None = None
     speculative: Speculative | None = None
     translation: Translation | None = None
+    similarity: Similarity | None = None
+    masked: Masked | None = None
     sentences: Sentences | None = None
     loaders: bool = False
     roofline: bool = False
@@ -91,9 +96,23 @@ class Evaluate(AnyCase, BaseModel):
     @property
     def asked(self) -> list[Measurement]:
         """Every measurement that is asked for, those of quality first."""
-        found = [*self.perplexity, *self.accuracy, self.translation]
+        found = [*self.perplexity, *self.accuracy, self.translation, self.similarity, self.masked]
         timed = [self.speed, self.load, self.sentences, Loaders() if self.loaders else None, self.speculative]
         return [each for each in (*found, *timed, *self._added.values()) if each is not None]
+
+
+def usual(task: Task, given: dict[str, Any]) -> Evaluate:
+    """Returns what is measured on models of a task that is not causal, if nothing was asked for by name.
+
+    Args:
+        task: what the models are for.
+        given: settings that the measurements share, such as `data`.
+
+    Raises:
+        ValidationError: a setting is wrong.
+    """
+    names = {"seq2seq": ("translation", "sentences"), "masked": ("masked", "similarity", "sentences")}
+    return Evaluate.model_validate(dict.fromkeys(names.get(task, ("similarity", "sentences")), given))
 
 
 def _checked(name: str, value: Any) -> Measurement:

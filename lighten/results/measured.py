@@ -124,6 +124,24 @@ class Translation(Section):
     signatures: list[str] = []
 
 
+class Similarity(Section):
+    """Cosine of the embeddings of `n` sentences with the baseline's: mean, 5th percentile and least."""
+
+    mean: float
+    p05: float
+    least: float
+    n: int
+
+
+class Masked(Section):
+    """Share of `n` hidden tokens that are found, with its 95 % interval; `loss` is in nats per hidden token."""
+
+    acc: float
+    n: int
+    ci95: Interval | None = None
+    loss: float | None = None
+
+
 class Percentiles(Section):
     """Percentiles of a latency in milliseconds."""
 

@@ -17,6 +17,7 @@ from lighten.results.measured import (
     Energy,
     Free,
     Load,
+    Masked,
     Memory,
     Perplexity,
     PerplexityDelta,
@@ -25,6 +26,7 @@ from lighten.results.measured import (
     Section,
     SentenceSpeed,
     ServedLoad,
+    Similarity,
     Speculative,
     Speed,
     Training,
@@ -69,6 +71,8 @@ class Variant(Section):
     divergence: Divergence | None = None
     accuracy: list[Accuracy] = Field([])
     translation: Translation | None = None
+    similarity: Similarity | None = None
+    masked: Masked | None = None
     sentences: list[SentenceSpeed] = Field([])
     speed: list[Speed] = Field([])
     load: list[ServedLoad] = Field([])

@@ -1,0 +1,1 @@
+"""Gaps in texts, filled by an encoder."""

@@ -1,0 +1,1 @@
+"""Likeness of embeddings to those of the source."""
