@@ -11,76 +11,39 @@ def text_columns(results: Results) -> list[Column]:
     """Returns the columns of what was measured on whole texts."""
     found = []
     if any(v.translation for v in results.measured):
-        found += [
-            Column(
-                "bleu",
-                "BLEU",
-                "",
-                "higher",
-                3,
-                "Runs of one to four words that translations share with their references, from 0 to 100, with the 95 % "
-                "interval.",
-                _bleu,
-            ),
-            Column(
-                "chrf",
-                "chrF",
-                "",
-                "higher",
-                6,
-                "Runs of one to six letters that translations share with their references, from 0 to 100.",
-                lambda v: _number(v.translation.chrf if v.translation else None),
-            ),
-        ]
+        found += _TRANSLATION
     if any(v.similarity for v in results.measured):
-        found.append(
-            Column(
-                "similarity",
-                "Cosine",
-                "",
-                "higher",
-                3,
-                "Likeness of embeddings to the baseline's: the mean cosine, and the least.",
-                _similarity,
-            )
-        )
+        found.append(_SIMILARITY)
     if any(v.masked for v in results.measured):
-        found.append(
-            Column(
-                "masked",
-                "Gaps filled",
-                "%",
-                "higher",
-                3,
-                "Hidden tokens that it finds, ± half the 95 % interval.",
-                _masked,
-            )
-        )
+        found.append(_MASKED)
     sizes = dict.fromkeys(each.batch for v in results.measured for each in v.sentences)
-    for size in sizes:
-        named = "" if size == 1 else f" × {size}"
-        found += [
-            Column(
-                f"latency-{size}",
-                f"Sentence{named}",
-                "ms",
-                "lower",
-                6 if size == 1 else 11,
-                f"Time of {'a sentence' if size == 1 else f'{size} sentences at once'}, from text to text or vector: "
-                "the median, and the 95th and 99th percentile.",
-                lambda v, size=size: _latency(v, size),  # type: ignore[misc]
-            ),
-            Column(
-                f"sentences-{size}",
-                f"Sentences/s{named}",
-                "",
-                "higher",
-                8,
-                f"Sentences in a second, {size} at once.",
-                lambda v, size=size: _rate(v, size),  # type: ignore[misc]
-            ),
-        ]
-    return found
+    return [*found, *(column for size in sizes for column in _speeds(size))]
+
+
+def _speeds(size: int) -> list[Column]:
+    """Returns the columns of a size of a batch."""
+    named = "" if size == 1 else f" × {size}"
+    return [
+        Column(
+            f"latency-{size}",
+            f"Sentence{named}",
+            "ms",
+            "lower",
+            6 if size == 1 else 11,
+            f"Time of {'a sentence' if size == 1 else f'{size} sentences at once'}, from text to text or vector: "
+            "the median, and the 95th and 99th percentile.",
+            lambda v: _latency(v, size),
+        ),
+        Column(
+            f"sentences-{size}",
+            f"Sentences/s{named}",
+            "",
+            "higher",
+            8,
+            f"Sentences in a second, {size} at once.",
+            lambda v: _rate(v, size),
+        ),
+    ]
 
 
 def _number(value: float | None) -> Cell:
@@ -118,3 +81,37 @@ def _latency(v: Variant, size: int) -> Cell:
 def _rate(v: Variant, size: int) -> Cell:
     found = next((each.sentences_s for each in v.sentences if each.batch == size), None)
     return Cell() if found is None else Cell(significant(found, 3), (), found)
+
+
+_TRANSLATION = [
+    Column(
+        "bleu",
+        "BLEU",
+        "",
+        "higher",
+        3,
+        "Runs of one to four words that translations share with references, from 0 to 100, with the 95 % interval.",
+        _bleu,
+    ),
+    Column(
+        "chrf",
+        "chrF",
+        "",
+        "higher",
+        6,
+        "Runs of one to six letters that translations share with their references, from 0 to 100.",
+        lambda v: _number(v.translation.chrf if v.translation else None),
+    ),
+]
+_SIMILARITY = Column(
+    "similarity",
+    "Cosine",
+    "",
+    "higher",
+    3,
+    "Likeness of embeddings to the baseline's: the mean cosine, and the least.",
+    _similarity,
+)
+_MASKED = Column(
+    "masked", "Gaps filled", "%", "higher", 3, "Hidden tokens that it finds, ± half the 95 % interval.", _masked
+)

@@ -89,7 +89,7 @@ def test_a_measurement_that_was_added_is_asked_for_in_a_recipe(tiny: Callable[..
     [
         ({"variety": {"tokens": 0}}, "recipe: evaluate.variety.tokens: must be greater than or equal to 1, not 0"),
         ({"variety": {"tokns": 3}}, "recipe: evaluate.variety.tokns: unknown key; did you mean 'tokens'?"),
-        ({"vriety": {}}, "recipe: evaluate.vriety: unknown key; known are perplexity, accuracy, speed,"),
+        ({"vrtxy": {}}, "recipe: evaluate.vrtxy: unknown key; known are perplexity, accuracy, speed,"),
     ],
 )
 def test_its_settings_are_checked_like_ours(tiny: Callable[..., Path], evaluate: dict[str, object], words: str) -> None:
