@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lighten.compress.distill.ends import Behind
+
 ROWS = 512
 """Number of positions whose logits are in memory at a time."""
 SMALLEST_REST = 1e-6
@@ -91,6 +93,7 @@ def head_loss(
     temperature: float,
     scale: float,
     dtype: torch.dtype = torch.float32,
+    behind: Behind | None = None,
 ) -> tuple[torch.Tensor, Sums]:
     """Returns the derivative of the loss by the last hidden states, and the parts of the loss.
 
@@ -99,13 +102,14 @@ def head_loss(
 
     Args:
         hidden: `[positions, hidden]`, for the derivative.
-        head: the output head, without a bias.
+        head: the output head.
         labels: `[positions]`, the tokens to predict.
         teacher: its distributions, or None.
         alpha: share of the divergence in the loss.
         temperature: T.
         scale: factor of the loss before its derivative: 1 / positions of the step, and a gradient scale.
         dtype: type that the products are computed in.
+        behind: what the model's own code makes of the head's outputs; None if nothing.
     """
     sums = Sums(positions=len(labels))
     weight = head.weight.detach().to(dtype)
@@ -114,6 +118,14 @@ def head_loss(
         rows = slice(start, start + ROWS)
         states = hidden.detach()[rows].to(dtype)
         logits = (states @ weight.t()).float()
+        if head.bias is not None:
+            logits += head.bias.detach().float()
+        given = logits.requires_grad_() if behind else logits
+        made = given
+        if behind:
+            with torch.enable_grad():
+                made = behind(given)
+            logits = made.detach().float().clone()
         share = alpha if teacher is not None else 0.0
         change = torch.zeros((), device=hidden.device)
         if teacher is not None:
@@ -124,15 +136,25 @@ def head_loss(
         likely = plain.gather(-1, labels[rows, None])
         sums.ce -= float(likely.clamp(min=TINY).log().sum())
         plain.scatter_add_(-1, labels[rows, None], -torch.ones_like(likely))
-        change = plain.mul_((1 - share) * scale).add_(change, alpha=share * temperature * scale).to(dtype)
+        change = plain.mul_((1 - share) * scale).add_(change, alpha=share * temperature * scale)
+        if behind:
+            (change,) = torch.autograd.grad(made, given, change.to(made.dtype))
+        _add_to(head.bias, change.sum(0) if head.bias is not None else change)
+        change = change.to(dtype)
         derived[rows] = change @ weight
         if head.weight.requires_grad:
-            found = change.t() @ states
-            if head.weight.grad is None:
-                head.weight.grad = found.to(head.weight.dtype)
-            else:
-                head.weight.grad += found
+            _add_to(head.weight, change.t() @ states)
     return derived, sums
+
+
+def _add_to(parameter: torch.Tensor | None, found: torch.Tensor) -> None:
+    """Adds a derivative to a parameter's `grad`, if there is such a parameter and it is trained."""
+    if parameter is None or not parameter.requires_grad:
+        return
+    if parameter.grad is None:
+        parameter.grad = found.to(parameter.dtype)
+    else:
+        parameter.grad += found
 
 
 def _divergence_gradient(student: torch.Tensor, part: Targets | torch.Tensor) -> tuple[float, torch.Tensor]:

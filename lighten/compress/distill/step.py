@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lighten.compress.distill import pair_step
+from lighten.compress.distill.ends import changes_of
 from lighten.compress.distill.settings import Distill
 from lighten.compress.distill.student import Student, check_vocabularies
 from lighten.compress.distill.teacher import Lessons, open_teacher
@@ -52,7 +53,7 @@ def run(step: Distill, source: Artifact, out: Path, context: Context) -> dict[st
             if not torch.isfinite(tensor).all():
                 raise Failure(f"{name} is not finite after training: lower lr, or take precision: fp32")
             writer.add(name, tensor)
-    checkpoint.write_others(out, {**checkpoint.config, **step.changes(checkpoint.facts)})
+    checkpoint.write_others(out, {**checkpoint.config, **changes_of(step, checkpoint)})
     zeros = {name: student.show(name, module.weight.data) == 0 for name, module in student.linears.items()}
     gone = sum(int(mask.sum()) for mask in zeros.values()) if student.kept else 0
     total = sum(mask.numel() for mask in zeros.values())

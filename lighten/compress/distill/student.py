@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lighten.compress.distill.ends import changes_of
 from lighten.compress.patterns import zeros_of
 from lighten.compress.prune import sparse
 from lighten.compress.quantize import grid
 from lighten.errors import Failure, RequestError, missing_extra
-from lighten.model import anatomy
+from lighten.model import anatomy, attention
+from lighten.model.architectures import ARCHITECTURES
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.discovery import FEW, ROUTERS, blocks_of
 from lighten.model.loading import from_pretrained
 from lighten.step import Context
 
@@ -44,7 +47,7 @@ class Student:
 
         self.step, self.device = step, context.device
         trusted = context.trust_remote_code
-        changes = step.changes(Checkpoint(path).facts)
+        changes = changes_of(step, Checkpoint(path))
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted, **changes)
         torch.manual_seed(step.seed)
         made: Any = (
@@ -53,14 +56,13 @@ class Student:
             else from_pretrained(AutoModelForCausalLM, path, dtype=torch.float32, trust_remote_code=trusted)
         )
         self.model: Any = made.to(context.device).train()
+        if attention.suited(made) == "eager":  # soft caps and sinks, which other kernels do not know
+            made.set_attn_implementation("eager")
+        self.known = type(made).__name__ in ARCHITECTURES
         if step.gradient_checkpointing:
             new = getattr(self.model, "activation_checkpointing_enable", None)  # older releases have the older name
             (new or self.model.gradient_checkpointing_enable)()
-        self.linears = {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in LINEARS
-        }
+        self.linears = self._linears()
         self.kept = self._masks()
         self.scores: dict[str, torch.Tensor] = {}
         """Movement of every weight towards or away from zero, where that decides what is kept."""
@@ -69,6 +71,22 @@ class Student:
         if step.lora:
             self._add_lora(step.lora)
         self.trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+    def _linears(self) -> dict[str, nn.Linear]:
+        """Returns the linears of the layers, without those that choose experts."""
+        inside = tuple(f"{name}." for name in blocks_of(self.model))
+
+        def meant(name: str, module: nn.Linear) -> bool:
+            short = name.rpartition(".")[2]
+            if self.known:
+                return short in LINEARS
+            return name.startswith(inside) and module.out_features >= FEW and short not in ROUTERS
+
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and meant(name, module)
+        }
 
     def _masks(self) -> dict[str, torch.Tensor]:
         """Returns which weights of a pruned model stay; empty for a model that was not pruned."""
@@ -84,7 +102,8 @@ class Student:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
             raise missing_extra("lora", "peft", "distill with lora") from error
-        wanted = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(LINEARS))
+        targets = list(LINEARS) if self.known else list(self.linears)
+        wanted = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
         self.model = get_peft_model(self.model, wanted)
 
     @property
@@ -169,20 +188,34 @@ class Student:
     @torch.no_grad()
     def finished(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
         """Returns the weights that the model has now, by their names in a checkpoint."""
-        if self.step.lora:
-            return self._merged(dtype)
-        tied = self.core.config.tie_word_embeddings
+        found = self._merged(dtype) if self.step.lora else self._plain(dtype)
+        if self.known:
+            return found
+        from transformers.core_model_loading import revert_weight_conversion
+
+        for name, buffer in self.core.named_buffers():  # those that are stored with the weights
+            if name in self.core.state_dict():
+                found[name] = buffer.detach().cpu()
+        reverted: dict[str, torch.Tensor] = revert_weight_conversion(self.core, found)
+        return reverted
+
+    def _tied(self, name: str) -> bool:
+        """Returns whether a weight is stored under another name."""
+        if self.known:
+            return bool(self.core.config.tie_word_embeddings) and name == anatomy.HEAD_WEIGHT
+        return name in self.core.all_tied_weights_keys
+
+    def _plain(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         found = {}
         for name, weight in self.core.named_parameters():
             linear = name.removesuffix(".weight")
             value = self.show(linear, weight.detach()) if linear in self.linears else weight.detach()
-            if not (tied and name == anatomy.HEAD_WEIGHT):
+            if not self._tied(name):
                 found[name] = value.to(dtype).cpu()
         return found
 
     def _merged(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Returns the weights with the matrices of LoRA merged."""
-        tied = self.core.config.tie_word_embeddings
         found = {}
         for name, module in self.core.named_modules():
             if hasattr(module, "get_delta_weight"):
@@ -191,7 +224,7 @@ class Student:
                 if module.base_layer.bias is not None:
                     found[f"{name}.bias"] = module.base_layer.bias.to(dtype).cpu()
         for name, weight in self.core.named_parameters():
-            if ".base_layer." not in name and ".lora_" not in name and not (tied and name == anatomy.HEAD_WEIGHT):
+            if ".base_layer." not in name and ".lora_" not in name and not self._tied(name):
                 found[name] = weight.detach().to(dtype).cpu()
         return found
 

@@ -118,6 +118,7 @@ def open_teacher(path: Path, context: Context, rows: int | None = None) -> Any:
     """Returns a whole model in the fastest type of the machine. Its head keeps `rows` rows."""
     from transformers import AutoModelForCausalLM
 
+    from lighten.compress.distill.ends import head_of
     from lighten.model import attention
     from lighten.model.loading import from_pretrained
     from lighten.model.stream import fast_dtype
@@ -127,15 +128,15 @@ def open_teacher(path: Path, context: Context, rows: int | None = None) -> Any:
             AutoModelForCausalLM,
             path,
             dtype=fast_dtype(context.device),
-            attn_implementation=attention.NAME,
             trust_remote_code=context.trust_remote_code,
         )
         .to(context.device)
         .eval()
     )
-    head = model.lm_head
+    model.set_attn_implementation(attention.suited(model))
+    head = head_of(model)
     if rows is not None and rows < head.out_features:
-        model.lm_head = _cut(head, rows)
+        model.set_output_embeddings(_cut(head, rows))
     return model
 
 
@@ -153,15 +154,19 @@ def _cut(head: Any, rows: int) -> Any:
 
 def last_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Returns the inputs of the head, `[samples, length, hidden]`."""
-    states: torch.Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    from lighten.compress.distill.ends import run_body
+
+    states: torch.Tensor = run_body(model, ids).last_hidden_state
     return states
 
 
 def _describe(model: Any, ids: torch.Tensor, step: Teacher, out: Path, context: Context) -> None:
     import torch
 
+    from lighten.compress.distill.ends import behind_of, head_of
     from lighten.compress.distill.losses import ROWS, top
 
+    head, behind = head_of(model), behind_of(model)
     for first in range(0, len(ids), PER_FILE):
         part = ids[first : first + PER_FILE]
         tokens = torch.empty(*part.shape, step.top_k, dtype=torch.int32)
@@ -171,7 +176,8 @@ def _describe(model: Any, ids: torch.Tensor, step: Teacher, out: Path, context: 
             states = last_states(model, sequence[None].to(context.device))[0]
             for start in range(0, len(states), ROWS):
                 rows = slice(start, start + ROWS)
-                found = top(model.lm_head(states[rows]), step.top_k, step.temperature)
+                logits = head(states[rows])
+                found = top(behind(logits.float()) if behind else logits, step.top_k, step.temperature)
                 tokens[row, rows] = found.tokens.int().cpu()
                 log_probs[row, rows] = found.log_probs.half().cpu()
                 rest[row, rows] = found.rest.half().cpu()

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lighten.compress.distill import losses
+from lighten.compress.distill.ends import Behind, behind_of, head_of, run_body
 from lighten.compress.distill.losses import Said, Sums, Targets
 from lighten.compress.distill.student import Student, finite
 from lighten.compress.distill.teacher import Lessons, batches, last_states
@@ -61,6 +62,8 @@ class Trainer:
         self.steps = step.steps or max(1, round(step.epochs * (len(self.training) // step.batch)))
         self.every = step.validate_every or max(1, self.steps // 10)
         self.dtype = PRECISIONS.get(step.precision) or fast_dtype(context.device)
+        self._behind = behind_of(student.core)
+        self._teachers_behind = behind_of(teacher) if teacher is not None else None
         self.projections = self._projections()
         weights = [*student.trained.values(), *self.projections.parameters()]
         self.optimizer = torch.optim.AdamW(
@@ -80,7 +83,7 @@ class Trainer:
         if not self.step.beta:
             return nn.ModuleList()
         assert self.teacher
-        ours, theirs = self.student.core.config.hidden_size, self.teacher.config.hidden_size
+        ours, theirs = (each.config.get_text_config().hidden_size for each in (self.student.core, self.teacher))
         found = nn.ModuleList(nn.Linear(ours, theirs, bias=False) for _ in range(PARTS))
         if ours == theirs:
             for module in found:
@@ -185,18 +188,19 @@ class Trainer:
         ids = self.lessons.ids[sequences].to(self.context.device)
         scale = float(self.scaler.scale(torch.ones((), device=ids.device)))
         with self._autocast():
-            output = core.model(input_ids=ids, use_cache=False, output_hidden_states=bool(step.beta))
+            output = run_body(core, ids, states=bool(step.beta))
             states = output.last_hidden_state[:, :-1].flatten(0, 1)
             teacher, extra = self._teacher(sequences, ids, output)
         gradient, sums = losses.head_loss(
             states,
-            core.lm_head,
+            head_of(core),
             ids[:, 1:].flatten(),
             teacher,
             alpha=step.alpha,
             temperature=step.temperature,
             scale=scale / (of * (ids.shape[1] - 1)),
             dtype=self.dtype,
+            behind=self._behind,
         )
         roots, gradients = [states], [gradient]
         if extra is not None:
@@ -212,7 +216,7 @@ class Trainer:
             found = [each for each in known if each is not None]
             return (_join(found, self.context.device) if found else None), None
         with torch.no_grad():
-            said = self.teacher.model(input_ids=ids, use_cache=False, output_hidden_states=bool(self.step.beta))
+            said = run_body(self.teacher, ids, states=bool(self.step.beta))
         extra = None
         if self.step.beta:
             pairs = zip(_spread(output.hidden_states), _spread(said.hidden_states), self.projections, strict=True)
@@ -221,8 +225,8 @@ class Trainer:
         states = said.last_hidden_state[:, :-1].flatten(0, 1)
         if not self._taught:
             return None, extra
-        rows = self.student.core.config.vocab_size
-        return _Live(self.teacher.lm_head, states, self.step.temperature, rows), extra
+        rows = head_of(self.student.core).out_features
+        return _Live(self.teacher, self._teachers_behind, states, self.step.temperature, rows), extra
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -235,7 +239,8 @@ class Trainer:
                 states = last_states(self.student.core, ids)[0, :-1]
                 for start in range(0, len(states), losses.ROWS):
                     rows = slice(start, start + losses.ROWS)
-                    logits = self.student.core.lm_head(states[rows]).float()
+                    logits = head_of(self.student.core)(states[rows]).float()
+                    logits = self._behind(logits) if self._behind else logits
                     total += float(nn.functional.cross_entropy(logits, ids[0, 1:][rows], reduction="sum"))
                 positions += ids.shape[1] - 1
         self.student.model.train()
@@ -337,12 +342,17 @@ class Trainer:
 class _Live:
     """A teacher's distributions, computed for the given positions, over the rows of the student's head."""
 
-    def __init__(self, head: nn.Module, states: torch.Tensor, temperature: float, rows: int) -> None:
-        self.head, self.states, self.temperature, self.rows = head, states, temperature, rows
+    def __init__(
+        self, teacher: Any, behind: Behind | None, states: torch.Tensor, temperature: float, rows: int
+    ) -> None:
+        self.head, self.behind = head_of(teacher), behind
+        self.states, self.temperature, self.rows = states, temperature, rows
 
     @torch.no_grad()
     def __getitem__(self, rows: slice) -> torch.Tensor:
-        found = nn.functional.log_softmax(self.head(self.states[rows]).float() / self.temperature, -1)
+        logits = self.head(self.states[rows]).float()
+        logits = self.behind(logits) if self.behind else logits
+        found = nn.functional.log_softmax(logits / self.temperature, -1)
         return nn.functional.pad(found, (0, self.rows - found.shape[-1]), value=NEVER)
 
 
