@@ -36,6 +36,10 @@ families: $(VENV)/.dev
 gguf-families: $(VENV)/.dev
 	OMP_NUM_THREADS=1 GGUF_FAMILIES=all $(BIN)/python -m pytest -q tests/export/gguf/test_every_family.py
 
+# One recipe for twelve families: GPTQ, AWQ, Q4_K_M with an importance matrix, pruned channels. Twenty minutes.
+recipe-families: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families.recipe $(FAMILIES)
+
 # The picture in docs/architecture.md: rooms of the code, and which of them import which.
 map: $(BIN)/python
 	$(BIN)/python docs/house.py
