@@ -22,6 +22,7 @@ DOCS = HERE.parent / "docs" / "benchmarks.md"
 EDGE = HERE.parent / "docs" / "edge.md"
 ROBUST = HERE.parent / "docs" / "robustness.md"
 METHOD = HERE.parent / "docs" / "how-it-works.md"
+FAMILIES = HERE.parent / "docs" / "families.md"
 README = HERE / "README.md"
 FRONT = HERE.parent / "README.md"
 TOOLS = {
@@ -41,6 +42,7 @@ METHODS = {
 PACKAGES = {"gptqmodel": "gptqmodel", "llmcompressor": "llmcompressor", "autoround": "auto-round"}
 WHOLE = {
     "campaign": "kills",
+    "families": "families",
     "zeros": "perplexity",
     "shrunk": "perplexity",
     "quicker": "speed",
@@ -255,6 +257,7 @@ def main() -> None:
     import cards
     import evaluations
     import exports
+    import family_table
     import firsts
     import serving
     import smaller
@@ -278,6 +281,7 @@ def main() -> None:
         (DOCS, "ladder", "ladder.json", serving.ladder),
         (DOCS, "repeat", "repeat.json", serving.repeat),
         (DOCS, "served", "serving.json", serving.served),
+        (FAMILIES, "families", "families.json", family_table.families),
         (ROBUST, "campaign", "campaign.json", campaign.campaign),
         (DOCS, "from-nothing", "from_nothing.json", firsts.from_nothing),
         (METHOD, "parity", "parity.json", firsts.parity),
