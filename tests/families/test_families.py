@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.quantize.quantized_layers import Layers
 from lighten.errors import RequestError
+from lighten.evaluate.runtimes.torch import TorchRuntime
 from lighten.model import blockwise, stream, whole
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.empty import Filler
@@ -153,6 +155,27 @@ def test_experts_in_an_unknown_form_are_refused_by_name(tmp_path: Path) -> None:
     (out := tmp_path / "out").mkdir()
     with pytest.raises(RequestError, match=r"has experts .*that lighten does not take apart"):
         open_step("quantize", {"method": "rtn", "bits": 4, "group_size": 32}).run(source, out, Context())
+
+
+def test_formats_that_nobody_opens_with_experts_are_refused(tmp_path: Path) -> None:
+    source = artifact("qwen3_moe", tmp_path)
+    (out := tmp_path / "out").mkdir()
+    with pytest.raises(RequestError, match="bitsandbytes opens none that are quantized: use gptq, awq or rtn"):
+        open_step("quantize", {"method": "nf4"}).run(source, out, Context())
+
+
+def test_a_runtime_puts_experts_together_and_says_so(tmp_path: Path) -> None:
+    source = artifact("qwen3_moe", tmp_path)
+    for method in ({"method": "rtn", "bits": 4, "group_size": 32}, {"method": "fp8"}):
+        (out := tmp_path / method["method"]).mkdir()
+        open_step("quantize", method).run(source, out, Context())
+        runtime = TorchRuntime(out, "cpu", None)
+        assert "transformers opens no quantized experts" in runtime.detail
+        assert ("are not rounded here" in runtime.detail) == (method["method"] == "fp8")
+        ids = np.arange(5, 37)
+        with torch.no_grad():
+            wanted = whole.load(out, torch.float32)(torch.from_numpy(ids)[None], use_cache=False).logits[0]
+        assert np.abs(runtime.logits(ids) - wanted.numpy()).max() < 1e-3
 
 
 def test_a_tower_is_carried_over_and_still_sees(tmp_path: Path) -> None:

@@ -43,6 +43,11 @@ def run(step: Quantize, source: Artifact, out: Path, context: Context) -> dict[s
     if step.quantizes_head and HEAD_WEIGHT not in checkpoint.weight_map:
         raise RequestError(f"this model stores no {HEAD_WEIGHT}: leave out head")
     check_known(checkpoint, anatomy)
+    if step.format == "bitsandbytes" and any(linear.inside for layer in anatomy.layers for linear in layer.linears):
+        raise RequestError(
+            f"{checkpoint.facts.architecture} has experts, and bitsandbytes opens none that are quantized: use gptq, "
+            "awq or rtn"
+        )
     trusted = context.trust_remote_code
     folds = known_folds(checkpoint, anatomy, trust_remote_code=trusted) if step.scales else {}
     layers = Layers(step, checkpoint, context.grams, context.device, out, anatomy, folds)

@@ -125,10 +125,18 @@ def stored(module: nn.Module) -> str | None:
     return "compressed" if scheme is not None and isinstance(module, nn.Linear) else None
 
 
-def describe_quantizer(method: str | None, kernels: list[str], unpacked: bool, assembled: bool) -> list[str]:
-    """Returns the package that opens a quantized checkpoint, its version and what computes; nothing for a plain one."""
-    if assembled:
-        return ["experts put together and weights unpacked by lighten, for transformers opens no quantized experts"]
+def describe_quantizer(
+    method: str | None, kernels: list[str], unpacked: bool, assembled: Checkpoint | None
+) -> list[str]:
+    """Returns the package that opens a quantized checkpoint, its version and what computes; nothing for a plain one.
+
+    `assembled` is the checkpoint, if lighten put its weights together.
+    """
+    if assembled is not None:
+        groups = (assembled.quantization or {}).get("config_groups", {}).values()
+        rounded = any(each.get("input_activations") for each in groups)
+        inputs = "; its inputs, which kernels round, are not rounded here" if rounded else ""
+        return [f"weights unpacked by lighten, for transformers opens no quantized experts{inputs}"]
     if (stored_as := FORMATS.get(method or "")) is None:
         return []
     package = stored_as.pip_names[1]

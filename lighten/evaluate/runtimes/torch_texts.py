@@ -69,7 +69,7 @@ class TorchTexts(Defaults):
         accelerator.reset_peak(self.device)
         told = [
             f"transformers {version('transformers')}",
-            *describe_quantizer(method, kernels, unpacked, assembled=False),
+            *describe_quantizer(method, kernels, unpacked, assembled=None),
         ]
         self.detail = " + ".join(told)
         settings = self.model.config.get_text_config()
