@@ -24,6 +24,7 @@ OTHERS = {
     "model/gguf/latent.py": "linears that only other families have",
     "model/gguf/nemotron.py": "linears that only other families have",
     "model/gguf/states.py": "linears that only other families have",
+    "model/gguf/towers.py": "heads of models that also see",
     "model/gguf/gemma.py": "linears that only other families have",
     "model/experts.py": "matrices of experts",
     "export/onnx/graph.py": "names in the builder's graphs",

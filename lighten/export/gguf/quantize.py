@@ -16,6 +16,7 @@ from lighten.errors import Failure
 from lighten.export.gguf.types import TYPES
 from lighten.model.gguf.family import Place, expert_count, place_of, places
 from lighten.model.gguf.table import family_of
+from lighten.model.gguf.towers import name_in
 from lighten.model.gguf.turns import Model
 from lighten.model.llama_library import Library, load
 from lighten.step import Report, silent
@@ -47,7 +48,8 @@ def importance(grams: Path, model: Model) -> dict[str, np.ndarray[Any, np.dtype[
     found: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
     of_experts: dict[str, dict[int, np.ndarray[Any, np.dtype[np.float32]]]] = {}
     for linear, diagonal, tokens in read_diagonals(grams):
-        if (at := place_of(known, linear)) is None:
+        name = name_in(model.whole or model.config, linear)
+        if name is None or (at := place_of(known, name)) is None:
             raise Failure(
                 f"{grams} has the Gram of {linear}, which a GGUF file has no place for: sweep the model again"
             )

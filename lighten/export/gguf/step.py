@@ -15,7 +15,7 @@ from lighten.export.gguf.settings import Gguf
 from lighten.export.gguf.split import split
 from lighten.export.step import about
 from lighten.model.checkpoint import Checkpoint
-from lighten.model.gguf.turns import model_of
+from lighten.model.gguf.towers import model_of
 from lighten.model.sensitivity import Sensitivity
 from lighten.step import Context
 from lighten.store.artifact import Artifact

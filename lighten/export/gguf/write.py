@@ -16,6 +16,7 @@ from lighten.export.gguf.types import PLAIN, TYPES
 from lighten.facts import ModelFacts
 from lighten.model.gguf.family import FLOATS, Family
 from lighten.model.gguf.table import family_of
+from lighten.model.gguf.towers import Tower
 from lighten.model.gguf.turns import Model
 from lighten.model.tokenizer_files import DEFAULT
 from lighten.step import Report, silent
@@ -76,7 +77,7 @@ class Draft:
 
         self.source = source
         self.about = about or {}
-        self.checkpoint = open_checkpoint(source)
+        self.checkpoint = Tower(open_checkpoint(source))
         self.family = family_of(self.checkpoint.facts, self.checkpoint.config)
         self.config = {**(self.family.defaults or {}), **self.checkpoint.config}
         self.facts = facts_of(self.config, str(source))
@@ -91,7 +92,7 @@ class Draft:
         """Tensors to write, by name, in the order of the file. The name is the stored one, where there is one."""
         with reading(source / "tokenizer.json", "fetch the model again"):
             self.vocabulary = read_vocabulary(source, self.facts.vocab, self.config)
-        packed = isinstance(self.checkpoint, Unpacked)  # to float32
+        packed = isinstance(self.checkpoint.checkpoint, Unpacked)  # to float32
         embedding = self.checkpoint.tensor(self.family.embedding)
         self.stored_type = "F32" if packed else _plain_type(embedding.dtype)
         """Smallest plain type that holds the matrices without rounding."""
@@ -111,9 +112,12 @@ class Draft:
         """Remarks for the person on where llama.cpp will differ from transformers."""
         window = [] if self.family.windows else _window_warning(self.config)
         further = []
+        if others := self.checkpoint.others:
+            parts = ", ".join(dict.fromkeys(name.split(".")[name.startswith("model.")] for name in others))
+            further = [f"only the language model goes into the file: {len(others)} tensors of {parts} are left out"]
         if self.left_out:
             named = ", ".join(self.left_out[:3])
-            further = [f"{len(self.left_out)} tensors that llama.cpp has no use for here are left out: {named}"]
+            further += [f"{len(self.left_out)} tensors that llama.cpp has no use for here are left out: {named}"]
         return [*self.vocabulary.warnings, *window, *self.rotation.warnings, *further]
 
     def types(self, matrices: str) -> dict[str, str]:

@@ -155,6 +155,8 @@ def _objection(config: Config, facts: ModelFacts) -> str | None:
         return "config.json has use_bidirectional_attention: not a causal language model"
     if config.get("attention_bias"):
         return "config.json has attention_bias, which llama.cpp's gemma4 lacks"
+    if _has_inputs(config) and config.get("vocab_size_per_layer_input", facts.vocab) != facts.vocab:
+        return "config.json has another vocab_size_per_layer_input than vocab_size, which llama.cpp takes for the same"
     return None
 
 

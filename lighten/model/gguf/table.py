@@ -8,6 +8,7 @@ from lighten.errors import RequestError
 from lighten.facts import ModelFacts
 from lighten.model.gguf import dense, experts, gemma, gemma4, hybrids, latent, nemotron, states
 from lighten.model.gguf.family import Config, Family
+from lighten.model.gguf.towers import WRAPPERS
 
 if TYPE_CHECKING:
     from lighten.model.gguf_header import Header
@@ -43,12 +44,13 @@ def family_of(facts: ModelFacts, config: Config | None = None) -> Family:
     Raises:
         RequestError: there is no row.
     """
-    if facts.architecture not in FAMILIES:
+    architecture = WRAPPERS.get(facts.architecture, facts.architecture)
+    if architecture not in FAMILIES:
         raise RequestError(
             f"GGUF export does not know {facts.architecture}; it knows {', '.join(FAMILIES)}. Quantize the model "
             "instead (`lighten quantize --method gptq` or awq): transformers, vLLM and SGLang open the result"
         )
-    family = FAMILIES[facts.architecture]
+    family = FAMILIES[architecture]
     if family.other and family.when and config is not None and not family.when(config):
         return family.other
     narrow = family.arch == "qwen2" and facts.heads * facts.head_dim != facts.hidden

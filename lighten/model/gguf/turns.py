@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten.facts import ModelFacts
@@ -21,18 +20,12 @@ class Model:
 
     config: dict[str, Any]
     facts: ModelFacts
+    whole: dict[str, Any] | None = None
+    """config.json of the model that it is a part of, if it is the language model of one that also sees."""
 
     def size(self, key: str) -> int:
         """Returns a whole number of config.json."""
         return int(self.config[key])
-
-
-def model_of(path: Path) -> Model:
-    """Returns what turns depend on, of a model directory."""
-    from lighten.model.checkpoint import Checkpoint
-
-    checkpoint = Checkpoint(path)
-    return Model(checkpoint.config, checkpoint.facts)
 
 
 def _same(tensor: torch.Tensor, model: Model) -> Tensors:

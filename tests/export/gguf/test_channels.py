@@ -17,7 +17,7 @@ from lighten.export.gguf.settings import Gguf
 from lighten.export.gguf.write import Draft
 from lighten.model import stream
 from lighten.model.gguf.family import place_of, places
-from lighten.model.gguf.turns import model_of
+from lighten.model.gguf.towers import model_of
 from lighten.model.grams import read_diagonals
 from lighten.model.sensitivity import Sensitivity
 from lighten.step import Context

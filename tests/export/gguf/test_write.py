@@ -17,7 +17,7 @@ from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
 from lighten.export.gguf import quantize as gguf_quantize
 from lighten.export.gguf import write as export
 from lighten.export.gguf.types import PLAIN, TYPES
-from lighten.model.gguf.turns import model_of
+from lighten.model.gguf.towers import model_of
 
 Tiny = Callable[..., Path]
 
