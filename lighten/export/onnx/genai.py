@@ -62,7 +62,7 @@ def write(source: Path, out: Path, step: Onnx, context: Context) -> dict[str, An
         options = _options(step, facts, precision, quantized, context.trust_remote_code)
         target = precision if quantized is None else ("fp32" if step.provider == "cpu" else "fp16")
         build(start, scratch / "graph", target, step.provider, options, context.report)
-        told = finish(scratch / "graph", out, step, precision, quantized)
+        told = finish(scratch / "graph", out, step, precision, quantized, facts.hidden)
         for file in sorted((scratch / "graph").iterdir()):
             if file.is_file() and file.name not in (GRAPH, DATA):
                 shutil.copyfile(file, out / file.name)
@@ -178,7 +178,9 @@ def _without_codes(quantized: Quantized, out: Path) -> None:
     checkpoint.write_others(out, _plain(checkpoint.config))
 
 
-def finish(folder: Path, out: Path, step: Onnx, precision: str, quantized: Quantized | None) -> dict[str, Any]:
+def finish(
+    folder: Path, out: Path, step: Onnx, precision: str, quantized: Quantized | None, hidden: int
+) -> dict[str, Any]:
     """Puts kept weights, embedding and head into the builder's graph, and writes it; returns facts."""
     import onnx_ir as ir
 
@@ -187,6 +189,7 @@ def finish(folder: Path, out: Path, step: Onnx, precision: str, quantized: Quant
     model = ir.load(folder / GRAPH)
     surgery = Surgery(model, step.accuracy_level)
     told: dict[str, Any] = {}
+    surgery.scale_embedding(hidden**0.5)
     if quantized is not None:
         _place(surgery, quantized)
     if precision in ("int4", "int8") or quantized is not None:

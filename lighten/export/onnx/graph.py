@@ -52,6 +52,19 @@ class Surgery:
         if not old.uses():
             del self.graph.initializers[str(old.name)]
 
+    def scale_embedding(self, exact: float) -> None:
+        """Gives the factor of the embedding all its digits, if the builder wrote it with two.
+
+        For Gemma it writes 25.3 instead of the root of 640: Gemma 3 270M had another perplexity by 0.12 %.
+        """
+        node = self._nodes.get("/model/embed_tokens/Mul")
+        old = node.inputs[1] if node is not None else None
+        found = ir.convenience.get_const_tensor(old) if old is not None else None
+        if node is None or old is None or found is None or abs(float(found.numpy()) - exact) > 0.0051:
+            return
+        value = np.array(exact, dtype=found.dtype.numpy())
+        node.replace_input_with(1, self._constant("embedding.scale", value))
+
     def embed(self, kind: str, block_size: int) -> dict[str, Any]:
         """Gives embedding and head a precision. Returns facts about their bytes.
 

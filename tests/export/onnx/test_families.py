@@ -51,6 +51,17 @@ def test_a_genai_graph_is_the_model(family: str, to_onnx: ToOnnx, tmp_path: Path
     runtime.close()
 
 
+def test_gemmas_embedding_is_scaled_by_the_root_itself(
+    to_onnx: ToOnnx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder rounds it to two digits, which are right for a width of 64 only."""
+    monkeypatch.setitem(models.OWN, "gemma3_text", {"num_hidden_layers": 1, "hidden_size": 96})
+    source = make("gemma3_text", tmp_path)
+    runtime = open_runtime(to_onnx(source, precision="fp32"))
+    assert off(runtime.logits(IDS), expected(source)) < 1e-5
+    runtime.close()
+
+
 def test_what_the_builder_knows_is_read_from_the_builder(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (Path(onnxruntime_genai.__file__).parent / "models/builder.py").read_text()
     assert builder.architectures() == set(re.findall(r'architectures\[0\] == "(\w+)"', text))
