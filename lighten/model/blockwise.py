@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lighten.errors import Failure, RequestError
 from lighten.model import accelerator, stream
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy, anatomy_of, blocks_of
 from lighten.model.empty import Filler, compute_buffers, quiet
+from lighten.model.experts import layout_of
 from lighten.model.folds import Fold, folds_of
 from lighten.model.grams import read_index
 from lighten.model.suspension import Place, Turn, turns
@@ -225,7 +227,51 @@ def known_anatomy(checkpoint: Checkpoint, grams: Path | None, *, trust_remote_co
     if told:
         return Anatomy.of_json(told)
     model = empty_model(checkpoint, torch.bfloat16, trust_remote_code=trust_remote_code)
-    return anatomy_of(model, Filler(model, checkpoint.weight_map), checkpoint.shapes())
+    anatomy = anatomy_of(model, Filler(model, checkpoint.weight_map), checkpoint.shapes())
+    leave_uncalled(model, anatomy)
+    return anatomy
+
+
+class _Ones(TorchFunctionMode):
+    """Answers questions about numbers of tensors that have none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls a function of torch, or answers for it."""
+        if func in (torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__):
+            return 1 if func is not torch.Tensor.__bool__ else True
+        return func(*args, **(kwargs or {}))
+
+
+def leave_uncalled(model: Any, anatomy: Anatomy) -> None:
+    """Leaves alone the linears whose weights the model reads without calling them.
+
+    They are seen in a forward without storage, which computes nothing. A question about a number gets the answer 1. If
+    the code of a model does not come to its end, linears of layers that did not run count as called.
+    """
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name, module in model.named_modules()
+    ]
+    stacks = [module for module in model.modules() if layout_of(module) is not None]
+    for module in stacks:
+        module.forward = lambda states, *_, **__: states
+    try:
+        with torch.no_grad(), torch.device("meta"), _Ones():
+            model(input_ids=torch.ones(1, 16, dtype=torch.long, device="meta"), use_cache=False)
+    except Exception:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in stacks:
+            del module.forward
+    ran = [layer.module for layer in anatomy.layers if layer.module in called]
+    for layer in anatomy.layers:
+        if layer.module in ran[: len(ran) - 1 if len(ran) < len(anatomy.layers) else None]:
+            own = [each for each in layer.linears if each.inside is None]
+            missed = {each.name for each in own if f"{layer.module}.{each.module}" not in called}
+            layer.leave_unread({each.name for each in layer.linears} - missed)
 
 
 def known_folds(checkpoint: Checkpoint, anatomy: Anatomy, *, trust_remote_code: bool = False) -> dict[int, list[Fold]]:

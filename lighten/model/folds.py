@@ -92,7 +92,9 @@ def _visited(
     layers = {layer.module: layer for layer in anatomy.layers}
     for name, module in model.named_modules():
         inside = any(name == block or name.startswith(f"{block}.") for block in blocks)
-        if not inside and not isinstance(module, nn.Embedding) and module is not model.get_output_embeddings():
+        beside = any(f"{name}.".startswith(f"{part}.") for part in anatomy.others)
+        plain = not isinstance(module, nn.Embedding) and module is not model.get_output_embeddings()
+        if plain and not inside and not beside:
             _randomise(module, recurse=False)
     found: dict[int, T] = {}
     answers: dict[int, Any] = {}

@@ -157,6 +157,19 @@ def test_experts_in_an_unknown_form_are_refused_by_name(tmp_path: Path) -> None:
         open_step("quantize", {"method": "rtn", "bits": 4, "group_size": 32}).run(source, out, Context())
 
 
+@pytest.mark.parametrize("family", ["mamba", "jamba", "qwen3_moe", "falcon_h1", "gemma3n_text", "bart"])
+def test_linears_that_are_read_without_a_call_are_left_alone(family: str, tmp_path: Path) -> None:
+    """What a forward without storage shows is what a sweep sees."""
+    source = artifact(family, tmp_path)
+    (grams := tmp_path / "grams").mkdir()
+    Sweep(samples=1, length=32).run(source, grams, Context())
+    checkpoint = Checkpoint(source.path)
+    found, swept = (blockwise.known_anatomy(checkpoint, each) for each in (None, grams))
+    assert [layer.linears for layer in found.layers] == [layer.linears for layer in swept.layers]
+    left = {name for layer in found.layers for name, why in layer.kept.items() if "without calling" in why}
+    assert bool(left) == (family in ("mamba", "jamba", "bart"))
+
+
 def test_formats_that_nobody_opens_with_experts_are_refused(tmp_path: Path) -> None:
     source = artifact("qwen3_moe", tmp_path)
     (out := tmp_path / "out").mkdir()
