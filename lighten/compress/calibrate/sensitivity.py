@@ -48,6 +48,7 @@ class Sensitivities(Sweep):
         """Writes the sensitivities of `source`."""
         import torch
 
+        from lighten.compress.calibrate.expert_outputs import ExpertOutputs
         from lighten.model import anatomy
         from lighten.model.backward import Gradients
         from lighten.model.blockwise import BlockwiseModel
@@ -58,6 +59,8 @@ class Sensitivities(Sweep):
         ids = ids[:: -(-len(ids) // self.sequences)]
         model = BlockwiseModel(source.path, context.device, trust_remote_code=context.trust_remote_code)
         layers, facts = model.anatomy.layers, model.checkpoint.facts
+        if any(linear.inside for layer in layers for linear in layer.linears):
+            model.model.set_experts_implementation("eager")  # one product for each expert, which can be watched
         gradients = Gradients(model, ids)
         for done in gradients.forward():
             context.report(done + 1, 2 * len(layers), f"forward, layer {done + 1}/{len(layers)}")
@@ -75,7 +78,9 @@ class Sensitivities(Sweep):
                 if linear.name == anatomy.OUTPUT and linear.shape[1] % facts.heads == 0:
                     heads[str(index)] = importance = [0.0] * facts.heads
                     hooks.append(module.register_forward_hook(_of_heads(importance, ids.numel())))
-            run()
+            with ExpertOutputs(layers[index], block) as experts:
+                run()
+            outputs |= {layers[index].prefix + name: mean for name, mean in experts.means().items()}
             for each in hooks:
                 each.remove()
             context.report(done, 2 * len(layers), f"back, layer {index + 1}/{len(layers)}")

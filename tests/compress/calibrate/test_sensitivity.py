@@ -137,7 +137,9 @@ def test_of_every_family(family: str, tmp_path: Path, monkeypatch: pytest.Monkey
     logits = model(ids, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
     loss.backward()
-    assert found.outputs.keys() == squares.keys()
+    assert {
+        name for name in found.outputs if ".experts." not in name
+    } == squares.keys()  # those: test_expert_outputs.py
     for name, square in squares.items():
         assert found.outputs[name] == pytest.approx(square, rel=1e-3), name
     ours = mean_loss(Checkpoint(source), ids, Context())
