@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from lighten.errors import RequestError
 from lighten.model.blockwise import BlockwiseModel
@@ -72,7 +73,11 @@ class Ending:
         """Runs the model's own code behind the head on what the head gave."""
         if self._plain:
             return given
-        model, answers = self.model.model, iter(self._answers)
+        model, device = self.model.model, self.model.device
+        answers = (
+            tree_map(lambda each: each.to(device) if isinstance(each, torch.Tensor) else each, answer)
+            for answer in self._answers  # which wait on the CPU if states do
+        )
         embeddings = [each for each in model.modules() if isinstance(each, nn.Embedding)]
         places: list[Any] = [*self.model.blocks.values(), *embeddings, self._head]
 

@@ -59,7 +59,7 @@ class ExpertOutputs(TorchFunctionMode):
     def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs a function of torch, and watches what products with experts give."""
         found: Any = function(*args, **(kwargs or {}))
-        if function not in PRODUCTS or len(args) < 2 or not found.requires_grad:
+        if not self._stacks or function not in PRODUCTS or len(args) < 2 or not found.requires_grad:
             return found
         states, weight = args[0], args[1]
         stack = self._stacks.get(weight.untyped_storage().data_ptr()) if isinstance(weight, torch.Tensor) else None
