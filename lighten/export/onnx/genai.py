@@ -59,9 +59,13 @@ def write(source: Path, out: Path, step: Onnx, context: Context) -> dict[str, An
 
             start, quantized = scratch / "plain", Quantized(checkpoint)
             _without_codes(quantized, start)
+        elif facts.architecture.startswith("Gemma"):
+            start = scratch / "wide"
+            _widened(source, checkpoint.config, start)
         options = _options(step, facts, precision, quantized, context.trust_remote_code)
         target = precision if quantized is None else ("fp32" if step.provider == "cpu" else "fp16")
-        build(start, scratch / "graph", target, step.provider, options, context.report)
+        with _quiet(context.report, facts.layers):
+            build(start, scratch / "graph", target, step.provider, options)
         told = finish(scratch / "graph", out, step, precision, quantized, facts.hidden)
         for file in sorted((scratch / "graph").iterdir()):
             if file.is_file() and file.name not in (GRAPH, DATA):
@@ -78,8 +82,8 @@ def write(source: Path, out: Path, step: Onnx, context: Context) -> dict[str, An
     }
 
 
-def build(source: Path, out: Path, precision: str, provider: str, options: dict[str, Any], report: Report) -> None:
-    """Calls the builder on a model directory. Nothing is fetched, and what it prints becomes progress.
+def build(source: Path, out: Path, precision: str, provider: str, options: dict[str, Any]) -> None:
+    """Calls the builder on a model directory. Nothing is fetched.
 
     Raises:
         RequestError: the builder refuses the model or a setting.
@@ -89,17 +93,16 @@ def build(source: Path, out: Path, precision: str, provider: str, options: dict[
     except ImportError as error:
         raise missing_extra("onnx", str(error.name or "onnxruntime-genai"), "ONNX export") from error
     cache = out.with_name("cache")
-    with _quiet(report, _layers(source)):
-        try:
-            builder.check_extra_options(None, str(source), str(out), precision, provider, str(cache), options)
-            expected(options["hf_details"]["hf_config"])
-            builder.create_model(None, str(source), str(out), precision, provider, str(cache), **options)
-        except (ValueError, NotImplementedError) as error:
-            raise RequestError(f"onnxruntime-genai's builder refuses {source.name}: {error}") from error
-        except (KeyError, AttributeError, TypeError, IndexError, RuntimeError) as error:
-            raise Failure(
-                f"onnxruntime-genai's builder failed ({type(error).__name__}: {error}); graph: plain may do instead"
-            ) from error
+    try:
+        builder.check_extra_options(None, str(source), str(out), precision, provider, str(cache), options)
+        expected(options["hf_details"]["hf_config"])
+        builder.create_model(None, str(source), str(out), precision, provider, str(cache), **options)
+    except (ValueError, NotImplementedError) as error:
+        raise RequestError(f"onnxruntime-genai's builder refuses {source.name}: {error}") from error
+    except (KeyError, AttributeError, TypeError, IndexError, RuntimeError) as error:
+        raise Failure(
+            f"onnxruntime-genai's builder failed ({type(error).__name__}: {error}); graph: plain may do instead"
+        ) from error
 
 
 def _options(
@@ -178,6 +181,19 @@ def _without_codes(quantized: Quantized, out: Path) -> None:
     checkpoint.write_others(out, _plain(checkpoint.config))
 
 
+def _widened(source: Path, config: dict[str, Any], out: Path) -> None:
+    """Writes links to the files of a model that the builder is to load in float32.
+
+    It adds 1 to the weights of Gemma's norms in the type that they are loaded in, and bfloat16 has 8 bits for the sum.
+    """
+    out.mkdir()
+    for file in source.iterdir():
+        if file.is_file() and file.name != "config.json":
+            (out / file.name).symlink_to(file.resolve())
+    wide = {key: value for key, value in config.items() if key != "torch_dtype"}
+    (out / "config.json").write_text(json.dumps({**wide, "dtype": "float32"}))
+
+
 def finish(
     folder: Path, out: Path, step: Onnx, precision: str, quantized: Quantized | None, hidden: int
 ) -> dict[str, Any]:
@@ -253,12 +269,6 @@ def _write_config(config: dict[str, Any], out: Path) -> None:
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config"}
-
-
-def _layers(source: Path) -> int:
-    from lighten.model.checkpoint import facts_of, read_config
-
-    return facts_of(read_config(source), str(source)).layers
 
 
 class _Listener(io.TextIOBase):

@@ -51,12 +51,13 @@ def test_a_genai_graph_is_the_model(family: str, to_onnx: ToOnnx, tmp_path: Path
     runtime.close()
 
 
-def test_gemmas_embedding_is_scaled_by_the_root_itself(
-    to_onnx: ToOnnx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("width", "dtype"), [(96, torch.float32), (64, torch.bfloat16)])
+def test_gemmas_numbers_have_all_their_digits(
+    width: int, dtype: torch.dtype, to_onnx: ToOnnx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The builder rounds it to two digits, which are right for a width of 64 only."""
-    monkeypatch.setitem(models.OWN, "gemma3_text", {"num_hidden_layers": 1, "hidden_size": 96})
-    source = make("gemma3_text", tmp_path)
+    """The builder rounds the embedding's factor to two digits, and adds 1 to the norms' weights in their own type."""
+    monkeypatch.setitem(models.OWN, "gemma3_text", {"num_hidden_layers": 1, "hidden_size": width})
+    source = make("gemma3_text", tmp_path, dtype)
     runtime = open_runtime(to_onnx(source, precision="fp32"))
     assert off(runtime.logits(IDS), expected(source)) < 1e-5
     runtime.close()
