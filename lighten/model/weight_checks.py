@@ -89,8 +89,10 @@ def _empty(checkpoint: Checkpoint) -> Any:
         raise _Unknown(f"transformers cannot read its config.json ({error})") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model_class = CAUSAL.get(type(config), None) if checkpoint.facts.family == "causal" else None
-    model_class = model_class or class_named(checkpoint.facts.architecture, config)
+    named = checkpoint.facts.architecture
+    seeing = class_named(named, config) if named.endswith("ForConditionalGeneration") else None
+    causal = CAUSAL.get(type(config), None) if checkpoint.facts.family == "causal" else None
+    model_class = seeing or causal or class_named(named, config)
     if model_class is None:
         raise _Unknown(f"transformers has no {checkpoint.facts.architecture} of the kind {config.model_type}")
     try:

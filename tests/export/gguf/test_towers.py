@@ -17,6 +17,7 @@ from lighten.export.gguf.write import Draft
 from lighten.model import stream
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.gguf.towers import model_of, name_in
+from lighten.model.weight_checks import check
 from lighten.step import Context
 from lighten.store.artifact import Artifact
 from tests.conftest import byte_level, write_tokenizer
@@ -47,6 +48,7 @@ def whole(tmp_path: Path) -> Make:
 @pytest.mark.parametrize(("kind", "seeing"), [("Gemma3", "vision_tower"), ("Qwen3_5Moe", "visual")])
 def test_the_file_has_the_language_model(whole: Make, tmp_path: Path, kind: str, seeing: str) -> None:
     source = whole(kind)
+    assert check({"path": source, "name": "x"}, lambda *_: None)["unchecked"] is None
     Gguf(format="gguf", type="F16").check(Checkpoint(source).facts)
     draft = Draft(source)
     (warning,) = draft.warnings
