@@ -79,8 +79,16 @@ class Teacher(Step):
         import torch
 
         from lighten.model import accelerator
+        from lighten.model.architectures import ARCHITECTURES
+        from lighten.model.checkpoint import Checkpoint
 
         accelerator.deterministic(context.device)
+        architecture = Checkpoint(source.path).facts.architecture
+        if self.written and architecture not in ARCHITECTURES:
+            raise RequestError(
+                f"{architecture} cannot write text here: sequences are written by {', '.join(ARCHITECTURES)}. "
+                "Leave out level: sequence and written, and learn from its distributions"
+            )
         ids = _sequences(source.path, self.data, self.samples, self.length, context.warnings)
         with torch.inference_mode():
             model = open_teacher(source.path, context, self.rows) if self.top_k or self.written else None

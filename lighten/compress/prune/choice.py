@@ -13,6 +13,7 @@ from lighten.compress.prune.settings import Prune
 from lighten.compress.prune.thin import Thinned
 from lighten.errors import RequestError
 from lighten.model import ending
+from lighten.model.architectures import check_architecture
 from lighten.model.blockwise import BlockwiseModel
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_ids, read_index, read_layer
@@ -146,6 +147,7 @@ class Choices:
             RequestError: no allowed removal makes the model so small.
         """
         facts = self.facts
+        check_architecture(facts.architecture)
         multiple = self.step.multiple_of(facts.intermediate)
         steps = {
             "mlp": [n for n in range(facts.intermediate // 2 + 1) if (facts.intermediate - n) % multiple == 0],
