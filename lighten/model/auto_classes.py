@@ -58,15 +58,29 @@ def is_encoder(model_type: str) -> bool:
     return model_type in table("masked") and model_type not in table("seq2seq")
 
 
+def inputs_of(model: Any, ids: Any, targets: Any = None) -> dict[str, Any]:
+    """Returns what a model of transformers takes to read tokens `[samples, length]`, without a cache.
+
+    A sequence-to-sequence model writes `targets`, by default the same tokens.
+    """
+    names = ("model_type", "architectures", "is_encoder_decoder", "is_decoder")
+    task = task_of({name: getattr(model.config, name, None) for name in names})
+    if task == "seq2seq":
+        return {"input_ids": ids, "decoder_input_ids": ids if targets is None else targets, "use_cache": False}
+    return {"input_ids": ids, "use_cache": False} if task == "causal" else {"input_ids": ids}
+
+
 def task_of(config: dict[str, Any]) -> Task:
     """Returns what the model that a config.json describes is for.
 
     The class that it names decides. A class without a head is what its type is for: an encoder gives embeddings.
     """
-    if config.get("is_encoder_decoder"):
-        return "seq2seq"
     model_type = str(config.get("model_type"))
     named = str((config.get("architectures") or [""])[0])
+    if config.get("is_encoder_decoder") or (
+        named in table("seq2seq").get(model_type, ()) and named not in table("causal").get(model_type, ())
+    ):
+        return "seq2seq"
     if config.get("is_decoder") or named.endswith(("ForCausalLM", "LMHeadModel")) or not is_encoder(model_type):
         return "causal"
     if named in table("masked")[model_type]:

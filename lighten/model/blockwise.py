@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from lighten.errors import Failure, RequestError
 from lighten.model import accelerator, stream
+from lighten.model.auto_classes import inputs_of
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy, anatomy_of, blocks_of
 from lighten.model.empty import Filler, compute_buffers, quiet
@@ -62,6 +63,7 @@ class BlockwiseModel:
         ids: torch.Tensor,
         *,
         batches: Sequence[torch.Tensor] = (),
+        targets: torch.Tensor | None = None,
         inference: bool = True,
         at_head: Callable[[int, torch.Tensor], None] | None = None,
     ) -> Iterator[tuple[int, nn.Module, Turn]]:
@@ -70,6 +72,7 @@ class BlockwiseModel:
         Args:
             ids: `[samples, length]`.
             batches: parts of `ids` that run together; the default fills the device.
+            targets: what the decoder of a sequence-to-sequence model reads, `[samples, length]`; None for `ids`.
             inference: without it, the code between blocks records gradients.
             at_head: gets a batch's number and what its forward gives to the head.
 
@@ -77,6 +80,7 @@ class BlockwiseModel:
             Failure: weights are missing, misshapen or not finite.
         """
         batches = batches or self.batches(ids)
+        read = torch.split(ids if targets is None else targets, [len(batch) for batch in batches])
         width = self.model.config.get_text_config().hidden_size
         size = ids.numel() * width * self.dtype.itemsize * (1 if inference else len(self.blocks))
         place = Place(self.device, self.device if accelerator.fits(size, self.device, share=0.25) else "cpu")
@@ -91,6 +95,7 @@ class BlockwiseModel:
             name: each
             for name, each in self._modules_outside().items()
             if isinstance(each, nn.Embedding) and f"{name}.".startswith(tuple(within))
+            if any(parameter.is_meta for parameter in each.parameters())  # others are computed, and never stored
         }
         looked_up = {name for each in embeddings for name in self._filler.names(each)}
         heads = {name for name in outside if self._filler.places[name] in _weights_of(self.model, head)}
@@ -110,7 +115,8 @@ class BlockwiseModel:
 
         def forward(batch: int) -> None:
             running[threading.get_ident()] = batch
-            self.model(input_ids=batches[batch].to(self.device), use_cache=False)
+            own = batches[batch].to(self.device)
+            self.model(**inputs_of(self.model, own, read[batch].to(self.device)))
 
         try:
             for turn in turns(forward, len(batches), self.blocks, ends=head, inference=inference, place=place):

@@ -6,6 +6,7 @@ Names, merges, splits and ties are those of transformers' own loader.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,10 @@ def compute_buffers(model: Any, device: str) -> None:
     for buffer in model.buffers():
         if buffer.is_meta:
             buffer._is_hf_initialized = True
+    for name in _never_stored(model):
+        path, _, short = name.rpartition(".")
+        module = model.get_submodule(path)
+        setattr(module, short, nn.Parameter(torch.empty_like(getattr(module, short), device=device), False))
     with torch.no_grad():
         model.initialize_weights()
 
@@ -59,6 +64,17 @@ class _Converter:
     """Patterns of the names of the tensors that are converted together."""
     source: int
     """Number of this tensor's own pattern."""
+
+
+def _never_stored(model: Any) -> list[str]:
+    """Returns the names of parameters that are computed and not stored, such as Marian's positions."""
+    patterns = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    tied = model.all_tied_weights_keys
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if name not in tied and any(re.search(pattern, name) for pattern in patterns)
+    ]
 
 
 class Filler:
@@ -183,7 +199,7 @@ class Filler:
     @staticmethod
     def lacks(module: nn.Module) -> list[str]:
         """Returns the names of a module's weights and buffers that nothing was loaded into."""
-        named = [*module.named_parameters(), *module.named_buffers()]
+        named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         return [name for name, tensor in named if tensor.is_meta]
 
     @staticmethod

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lighten.model.auto_classes import inputs_of
 from lighten.model.discovery import Anatomy, Layer, Linear, blocks_of
 from lighten.model.empty import Filler, compute_buffers
 from lighten.model.experts import LAST
@@ -100,7 +101,7 @@ def _visited(
     answers: dict[int, Any] = {}
 
     def forward(_: int) -> None:
-        model(input_ids=torch.arange(3, 3 + LENGTH)[None], use_cache=False)
+        model(**inputs_of(model, torch.arange(3, 3 + LENGTH)[None]))
 
     with torch.random.fork_rng(devices=[]), _random_embeddings(model):
         torch.manual_seed(0)

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from lighten.data.origin import Origin, parts
+from lighten.data.pairs import load as load_pairs
 from lighten.data.text import Part, Render, load_text, wanted_letters
 from lighten.errors import RequestError
 from lighten.model import tokenizer_files
 from lighten.model.template import renderer
 
+SHORTEST = 4
+"""Tokens of a pair at least, roughly: with so many pairs there are surely enough."""
 SURE = 16
 """Letters for each token with which a text is surely long enough, so that the tokenizer need not read it."""
 
@@ -123,6 +126,33 @@ def calibration_ids(
     turns = np.concatenate([(np.arange(len(each)) + 0.5) / max(1, len(each)) for each in found])
     spread: np.ndarray[Any, np.dtype[np.int64]] = np.concatenate(found)[np.argsort(turns, kind="stable")]
     return spread
+
+
+def paired_ids(
+    model: Path, data: str, samples: int, length: int
+) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]]:
+    """Returns token ids of texts and of their translations, `[at most samples, length]` each.
+
+    A sample is several pairs, one after the other. Its shorter side begins again from its start, so that no token is
+    padding.
+    """
+    tokenizer = load_tokenizer(model)
+    found = load_pairs(data, "train", max(1, samples * length // SHORTEST))
+    sides = [[each.ids for each in tokenizer.encode_batch([pair[side] for pair in found])] for side in (0, 1)]
+    whole: list[list[list[int]]] = []
+    parts: list[list[int]] = [[], []]
+    for ids in zip(*sides, strict=True):
+        for part, more in zip(parts, ids, strict=True):
+            part += more
+        if max(map(len, parts)) >= length:
+            whole.append([(part * length)[:length] for part in parts])
+            parts = [[], []]
+        if len(whole) == samples:
+            break
+    if not whole:
+        raise RequestError(f"{data} has fewer tokens than one sample of {length}: give more pairs or a smaller length")
+    stacked = np.asarray(whole, dtype=np.int64)
+    return stacked[:, 0], stacked[:, 1]
 
 
 def divided(count: int, shares: Sequence[float]) -> list[int]:

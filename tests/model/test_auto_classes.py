@@ -27,6 +27,7 @@ def test_the_tables_are_those_of_transformers(task: Task) -> None:
         ({"model_type": "bert", "architectures": ["BertModel"]}, "embedding"),
         ({"model_type": "roberta", "architectures": ["RobertaForSequenceClassification"]}, "other"),
         ({"model_type": "marian", "is_encoder_decoder": True, "architectures": ["MarianMTModel"]}, "seq2seq"),
+        ({"model_type": "m2m_100", "architectures": ["M2M100ForConditionalGeneration"]}, "seq2seq"),
         ({"model_type": "bart", "architectures": ["BartForCausalLM"], "is_encoder_decoder": False}, "causal"),
         ({"model_type": "of-its-own"}, "causal"),
     ],

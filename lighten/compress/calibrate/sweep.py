@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from lighten.data import pairs
 from lighten.data.origin import Data
 from lighten.data.text import identity, wanted_letters
 from lighten.errors import RequestError
@@ -67,21 +68,28 @@ class Sweep(Step):
         from lighten.compress.calibrate.gram import LayerInputs
         from lighten.compress.prune.structured import angular_distances
         from lighten.model.blockwise import BlockwiseModel
+        from lighten.model.checkpoint import Checkpoint
         from lighten.model.grams import GramWriter, expert_tokens
-        from lighten.model.tokens import calibration_ids
+        from lighten.model.tokens import calibration_ids, paired_ids
 
-        ids = torch.from_numpy(calibration_ids(source.path, self.data, self.samples, self.length, context.warnings))
+        facts, targets = Checkpoint(source.path).facts, None
+        length = self.length if facts.task == "causal" else min(self.length, facts.context or self.length)
+        if pairs.is_pairs(self.data) and facts.task == "seq2seq":
+            both = paired_ids(source.path, str(self.data), self.samples, length)
+            ids, targets = (torch.from_numpy(each) for each in both)
+        else:
+            ids = torch.from_numpy(calibration_ids(source.path, self.data, self.samples, length, context.warnings))
         if len(ids) < self.samples:
             context.warnings.append(
-                f"the text holds {len(ids)} samples of {self.length} tokens, not {self.samples}; all were used"
+                f"the text holds {len(ids)} samples of {length} tokens, not {self.samples}; all were used"
             )
         model = BlockwiseModel(source.path, context.device, trust_remote_code=context.trust_remote_code)
         layers = model.anatomy.layers
-        told = {"samples": len(ids), "length": self.length, "tokens": ids.numel()}
+        told = {"samples": len(ids), "length": length, "tokens": ids.numel()}
         writer = GramWriter(out, [layer.prefix for layer in layers], told)
         states: list[list[torch.Tensor]] = []
         start = time.monotonic()
-        for number, (index, block, turn) in enumerate(model.turns(ids)):
+        for number, (index, block, turn) in enumerate(model.turns(ids, targets=targets)):
             if index < len(writer):
                 raise RequestError(f"{source.path} runs a layer twice ({turn.name}): it cannot be swept")
             inputs = LayerInputs(context.device)

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from lighten.compress.quantize.methods import METHODS
 from lighten.errors import RequestError
-from lighten.facts import ModelFacts
+from lighten.facts import TASKS, ModelFacts, Task
 from lighten.model.formats import FORMATS
 from lighten.step import Estimate, Step
 
@@ -41,6 +41,7 @@ class Quantize(Step):
     kind: ClassVar[str] = "quantize"
     work: ClassVar[str] = "lighten.compress.quantize.step:run"
     version: ClassVar[int] = 2
+    tasks: ClassVar[tuple[Task, ...]] = TASKS
 
     rounds: ClassVar[str]
     """The function that rounds, "module:function": called with the settings and the `Linears` that read one input; it

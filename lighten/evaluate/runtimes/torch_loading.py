@@ -89,7 +89,11 @@ def load_model(
 
 def is_assembled(path: Path, method: str | None) -> bool:
     """Returns whether the weights of a checkpoint are unpacked and put together by lighten, and not by its loader."""
-    return method is not None and method != "bitsandbytes" and whole.has_packed_experts(path)
+    if method is None or method == "bitsandbytes":
+        return False
+    # loaders of these formats look for the layers of decoders
+    decoder = Checkpoint(path).facts.task == "causal" or method not in ("gptq", "awq")
+    return not decoder or whole.has_packed_experts(path)
 
 
 def _is_placed(method: str | None, device: str, unpack: bool) -> bool:
