@@ -80,7 +80,7 @@ class BlockwiseModel:
             Failure: weights are missing, misshapen or not finite.
         """
         batches = batches or self.batches(ids)
-        read = torch.split(ids if targets is None else targets, [len(batch) for batch in batches])
+        read = batches if targets is None else torch.split(targets, [len(batch) for batch in batches])
         width = self.model.config.get_text_config().hidden_size
         size = ids.numel() * width * self.dtype.itemsize * (1 if inference else len(self.blocks))
         place = Place(self.device, self.device if accelerator.fits(size, self.device, share=0.25) else "cpu")
