@@ -68,17 +68,10 @@ class Sweep(Step):
         from lighten.compress.calibrate.gram import LayerInputs
         from lighten.compress.prune.structured import angular_distances
         from lighten.model.blockwise import BlockwiseModel
-        from lighten.model.checkpoint import Checkpoint
         from lighten.model.grams import GramWriter, expert_tokens
-        from lighten.model.tokens import calibration_ids, paired_ids
 
-        facts, targets = Checkpoint(source.path).facts, None
-        length = self.length if facts.task == "causal" else min(self.length, facts.context or self.length)
-        if pairs.is_pairs(self.data) and facts.task == "seq2seq":
-            both = paired_ids(source.path, str(self.data), self.samples, length)
-            ids, targets = (torch.from_numpy(each) for each in both)
-        else:
-            ids = torch.from_numpy(calibration_ids(source.path, self.data, self.samples, length, context.warnings))
+        ids, targets = self._ids(source.path, context)
+        length = ids.shape[1]
         if len(ids) < self.samples:
             context.warnings.append(
                 f"the text holds {len(ids)} samples of {length} tokens, not {self.samples}; all were used"
@@ -128,6 +121,23 @@ class Sweep(Step):
             "arithmetic": str(model.dtype).removeprefix("torch."),
             **({"experts": seen.as_json()} if (seen := expert_tokens(out)) else {}),
         }
+
+    def _ids(self, model: Path, context: Context) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the ids that a model reads, `[samples, length]`, and those that its decoder reads, if it has pairs.
+
+        Models that are not causal take no more tokens than they have positions.
+        """
+        import torch
+
+        from lighten.model.checkpoint import Checkpoint
+        from lighten.model.tokens import calibration_ids, paired_ids
+
+        facts = Checkpoint(model).facts
+        length = self.length if facts.task == "causal" else min(self.length, facts.context or self.length)
+        if pairs.is_pairs(self.data) and facts.task == "seq2seq":
+            sources, targets = paired_ids(model, str(self.data), self.samples, length)
+            return torch.from_numpy(sources), torch.from_numpy(targets)
+        return torch.from_numpy(calibration_ids(model, self.data, self.samples, length, context.warnings)), None
 
 
 def _states(values: tuple[Any, ...]) -> torch.Tensor:
