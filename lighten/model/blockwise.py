@@ -181,6 +181,8 @@ class BlockwiseModel:
 
 def _language_model(model: Any) -> list[str]:
     """Returns the names of the modules that make states of text: the decoder, and the encoder if there is one."""
+    if len(inputs_of(model, None)) == 1:  # an encoder: what follows its layers reads their states too
+        return [""]
     parts = [model.get_decoder(), *([model.get_encoder()] if model.config.is_encoder_decoder else [])]
     return [name for name, each in model.named_modules() if any(each is part for part in parts)]
 
