@@ -91,9 +91,10 @@ def _visited(
     """Runs the model with random numbers, and every block or one of each kind; returns the findings by kind."""
     blocks = blocks_of(model)
     layers = {layer.module: layer for layer in anatomy.layers}
+    decodes = len(inputs_of(model, None)) > 1  # what follows the layers of an encoder runs with them
     for name, module in model.named_modules():
         inside = any(name == block or name.startswith(f"{block}.") for block in blocks)
-        beside = any(f"{name}.".startswith(f"{part}.") for part in anatomy.others)
+        beside = decodes and any(f"{name}.".startswith(f"{part}.") for part in anatomy.others)
         plain = not isinstance(module, nn.Embedding) and module is not model.get_output_embeddings()
         if plain and not inside and not beside:
             _randomise(module, recurse=False)
