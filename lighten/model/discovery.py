@@ -134,6 +134,14 @@ class Anatomy:
             if layer.prefix + linear.name in linears
         )
 
+    def names(self, stored: str) -> list[str]:
+        """Returns the stored name of a module, and its name in the model if that is another: loaders go by either."""
+        found = self.placed(f"{stored}.")
+        if found is None:
+            return [stored]
+        own = f"{self.layers[found[0]].module}.{found[1].removesuffix('.')}"
+        return list(dict.fromkeys((stored, own)))
+
     def placed(self, name: str) -> tuple[int, str] | None:
         """Returns the number of the layer of a stored tensor, and its name in it; None outside of layers."""
         for index, layer in enumerate(self.layers):

@@ -12,18 +12,31 @@ from typing import Any
 
 import torch
 
-from lighten.errors import Failure
+from lighten.errors import Failure, RequestError
 from lighten.model.blockwise import empty_model
 from lighten.model.empty import Filler, compute_buffers
 from lighten.model.unpacked import Unpacked, open_checkpoint
 
-_EXPERT = re.compile(r"\.\d+\..*\.\d+\.[^.]+\.(qweight|weight_packed|weight_scale)$")
+_TWO_NUMBERS = re.compile(r"\.\d+\..*\.\d+\.")
 
 
-def has_packed_experts(path: Path) -> bool:
-    """Returns whether a quantized checkpoint has a quantized matrix per expert."""
-    checkpoint = open_checkpoint(path)
-    return isinstance(checkpoint, Unpacked) and any(_EXPERT.search(name) for name in checkpoint.weight_map)
+def is_needed(path: Path, *, trust_remote_code: bool = False) -> bool:
+    """Returns whether a quantized checkpoint has a quantized matrix that is no linear of its own in the model.
+
+    It is one of an expert, or has its inputs before its outputs in the model (GPT-2).
+    """
+    try:
+        checkpoint = open_checkpoint(path)
+    except RequestError:  # only its own loader opens it
+        return False
+    if not isinstance(checkpoint, Unpacked):
+        return False
+    model = empty_model(checkpoint, torch.bfloat16, trust_remote_code=trust_remote_code)
+    plain = {type(module).__name__ for module in model.modules()}
+    if "Conv1D" not in plain and not any(_TWO_NUMBERS.search(name) for name in checkpoint.packed):
+        return False
+    filler = Filler(model, [f"{name}.weight" for name in checkpoint.packed])
+    return any(name in filler.converted or filler.is_turned(name) for name in filler.places)
 
 
 def load(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:

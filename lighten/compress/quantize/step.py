@@ -129,8 +129,9 @@ def _facts(step: Quantize, facts: ModelFacts, anatomy: Anatomy, findings: Findin
 def _write_config(step: Quantize, checkpoint: Checkpoint, anatomy: Anatomy, findings: Findings, out: Path) -> None:
     """Copies everything except the weights, and writes the configuration for loaders."""
     left = [*([] if step.quantizes_head else [HEAD]), *(entry["what"] for entry in findings.kept)]
-    left += anatomy.linears_of_others
-    quantization = {**step.config(findings.bits, left), **_where(step, anatomy, findings)}
+    left = [name for stored in left for name in anatomy.names(stored)] + anatomy.linears_of_others
+    bits = {name: bits for stored, bits in findings.bits.items() for name in anatomy.names(stored)}
+    quantization = {**step.config(bits, left), **_where(step, anatomy, findings)}
     checkpoint.write_others(out, {**checkpoint.config, "quantization_config": quantization})
     if step.config_file:
         (out / step.config_file).write_text(json.dumps(quantization, indent=2) + "\n")
@@ -145,7 +146,8 @@ def _where(step: Quantize, anatomy: Anatomy, findings: Findings) -> dict[str, An
     if step.format != "gptq":
         return {}
     lists = {layer.module.rpartition(".")[0] for layer in anatomy.layers}
-    kept = {re.sub(r"\.\d+\.", r".N.", each["what"]) for each in findings.kept if anatomy.placed(each["what"] + ".")}
+    placed = [each["what"] for each in findings.kept if anatomy.placed(each["what"] + ".")]
+    kept = {re.sub(r"\.\d+\.", r".N.", name) for stored in placed for name in anatomy.names(stored)}
     if lists == {LAYERS[:-1]} and not kept and not anatomy.others:
         return {}
     dynamic: dict[str, Any] = {"-:" + re.escape(name).replace(r"\.N\.", r"\.\d+\.") + "$": {} for name in sorted(kept)}

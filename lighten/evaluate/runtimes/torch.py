@@ -74,7 +74,7 @@ class TorchRuntime(Defaults):
         self.model = load_model(path, device, DTYPES[self.dtype], method, unpack, trust_remote_code, options.attention)
         kernels = kernels_of(self.model)
         unpacked = unpack and unpack_linears(self.model)
-        assembled = checkpoint if is_assembled(path, method) else None
+        assembled = checkpoint if is_assembled(path, method, trust_remote_code) else None
         if unpack and device == "cpu":
             repack(self.model)
         elif unpack:

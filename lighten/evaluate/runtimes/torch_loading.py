@@ -51,7 +51,7 @@ def load_model(
     """
     if accelerator.device_type(device) == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"the device {device} is not there: torch sees no GPU. Use --device cpu")
-    if is_assembled(path, method):
+    if is_assembled(path, method, trusted):
         return whole.load(path, dtype, trust_remote_code=trusted).to(device)
     options: dict[str, Any] = {"trust_remote_code": trusted}
     if attention:
@@ -87,13 +87,13 @@ def load_model(
     return model.eval() if placed or unpack else model.eval().to(device)
 
 
-def is_assembled(path: Path, method: str | None) -> bool:
+def is_assembled(path: Path, method: str | None, trusted: bool) -> bool:
     """Returns whether the weights of a checkpoint are unpacked and put together by lighten, and not by its loader."""
     if method is None or method == "bitsandbytes":
         return False
     # loaders of these formats look for the layers of decoders
     decoder = Checkpoint(path).facts.task == "causal" or method not in ("gptq", "awq")
-    return not decoder or whole.has_packed_experts(path)
+    return not decoder or whole.is_needed(path, trust_remote_code=trusted)
 
 
 def _is_placed(method: str | None, device: str, unpack: bool) -> bool:
@@ -140,7 +140,7 @@ def describe_quantizer(
         groups = (assembled.quantization or {}).get("config_groups", {}).values()
         rounded = any(each.get("input_activations") for each in groups)
         inputs = "; its inputs, which kernels round, are not rounded here" if rounded else ""
-        return [f"weights unpacked by lighten, for transformers opens no quantized experts{inputs}"]
+        return [f"weights unpacked by lighten, for transformers opens no quantized experts or turned linears{inputs}"]
     if (stored_as := FORMATS.get(method or "")) is None:
         return []
     package = stored_as.pip_names[1]
