@@ -21,7 +21,7 @@ from lighten.model import accelerator, stream
 from lighten.model.auto_classes import inputs_of
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy, anatomy_of, blocks_of
-from lighten.model.empty import Filler, compute_buffers, quiet
+from lighten.model.empty import Filler, compute_buffers, place_stand_ins, quiet
 from lighten.model.experts import layout_of
 from lighten.model.folds import Fold, folds_of
 from lighten.model.grams import read_index
@@ -102,6 +102,7 @@ class BlockwiseModel:
         self._fill([name for name in outside if name not in looked_up and name not in heads])
         for name, each in embeddings.items():  # some models put the ids where the weights are
             self._look_up(name, each)
+        place_stand_ins(self.model, self.anatomy.others, self.device)
         hooks = [
             each.register_forward_pre_hook(lambda module, _, name=name: self._look_up(name, module))
             for name, each in self._modules_outside().items()
@@ -152,7 +153,7 @@ class BlockwiseModel:
 
     def _look_up(self, name: str, module: nn.Module) -> None:
         """Fills a module that is called: an embedding, or what lies between the layers and the head."""
-        if any(parameter.is_meta for parameter in module.parameters()):
+        if any(parameter.is_meta or hasattr(parameter, "stands_in") for parameter in module.parameters()):
             self._fill(self._filler.names(name))
             self._check_full(module, name)
             module.requires_grad_(False)

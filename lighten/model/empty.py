@@ -55,6 +55,17 @@ def compute_buffers(model: Any, device: str) -> None:
         model.initialize_weights()
 
 
+def place_stand_ins(model: Any, parts: Iterable[str], device: str) -> None:
+    """Gives the weights of parts of a model a device, and no room. Models ask a weight of a tower for theirs."""
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta and any(name.startswith(f"{part}.") for part in parts):
+            path, _, short = name.rpartition(".")
+            zero = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+            stand_in: Any = nn.Parameter(zero, requires_grad=False)
+            stand_in.stands_in = True
+            setattr(model.get_submodule(path), short, stand_in)
+
+
 @dataclass(frozen=True)
 class _Converter:
     """How a stored tensor is converted."""

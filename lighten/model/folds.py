@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lighten.model.auto_classes import inputs_of
 from lighten.model.discovery import Anatomy, Layer, Linear, blocks_of
-from lighten.model.empty import Filler, compute_buffers
+from lighten.model.empty import Filler, compute_buffers, place_stand_ins
 from lighten.model.experts import LAST
 from lighten.model.suspension import Call, Turn, turns
 
@@ -63,8 +63,16 @@ def folds_of(model: Any, anatomy: Anatomy, filler: Filler, head_dim: int) -> dic
     """
     stored = {place: name for name, place in filler.places.items()}
 
+    shared = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+
+    def alone(layer: Layer, fold: Fold) -> bool:
+        """Returns whether nothing that a fold changes is also a part of another layer."""
+        names = (f"{layer.prefix}{name}.weight" for name in (*fold.linears, fold.before))
+        return not any(filler.places.get(name, name) in shared for name in names)
+
     def trials(layer: Layer, block: nn.Module, turn: Turn, call: Call) -> list[Fold]:
-        return list(_Trials(layer, block, turn, call, head_dim, stored).all())
+        found = _Trials(layer, block, turn, call, head_dim, stored).all()
+        return [fold for fold in found if alone(layer, fold)]
 
     return of_kinds(model, anatomy, trials)
 
@@ -98,6 +106,7 @@ def _visited(
         plain = not isinstance(module, nn.Embedding) and module is not model.get_output_embeddings()
         if plain and not inside and not beside:
             _randomise(module, recurse=False)
+    place_stand_ins(model, anatomy.others, "cpu")
     found: dict[int, T] = {}
     answers: dict[int, Any] = {}
 

@@ -31,9 +31,7 @@ SAMPLES, LENGTH = 3, 32
 
 def loaded(path: Path) -> Any:
     """Returns the model that transformers' own class makes of a directory."""
-    return class_for(AutoConfig.from_pretrained(path)).from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
-    )
+    return class_for(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=torch.float32)
 
 
 def trial(folder: Path, methods: dict[str, dict[str, Any]] = METHODS) -> dict[str, Any]:
@@ -120,7 +118,7 @@ def _through_the_sweep(path: Path, plain: Any, ids: torch.Tensor) -> float:
 
 
 def _first(value: Any) -> torch.Tensor:
-    found: torch.Tensor = value[0] if isinstance(value, tuple) else value
+    found: torch.Tensor = value[0] if isinstance(value, (tuple, list)) else value
     return found
 
 

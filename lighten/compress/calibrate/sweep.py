@@ -145,7 +145,7 @@ def _states(values: tuple[Any, ...]) -> torch.Tensor:
     import torch
 
     for value in values:
-        found = value[0] if isinstance(value, tuple) and value else value
+        found = value[0] if isinstance(value, (tuple, list)) and value else value
         if isinstance(found, torch.Tensor) and found.is_floating_point():
             return found
     raise TypeError("a block without states")

@@ -16,6 +16,7 @@ from lighten.evaluate.runtimes.texts import Reader, Texts
 from lighten.evaluate.runtimes.torch_loading import (
     arithmetic_for_quality,
     describe_quantizer,
+    is_assembled,
     kernels_of,
     load_model,
     repack,
@@ -67,9 +68,10 @@ class TorchTexts(Defaults):
         elif unpack:
             nn.Module.to(self.model, self.device)
         accelerator.reset_peak(self.device)
+        assembled = checkpoint if is_assembled(path, method, conditions.trust_remote_code) else None
         told = [
             f"transformers {version('transformers')}",
-            *describe_quantizer(method, kernels, unpacked, assembled=None),
+            *describe_quantizer(method, kernels, unpacked, assembled),
         ]
         self.detail = " + ".join(told)
         settings = self.model.config.get_text_config()
