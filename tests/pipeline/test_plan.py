@@ -20,6 +20,7 @@ from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.settings import Evaluate
 from lighten.export.gguf import write as gguf
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.gguf import table
 from lighten.pipeline.plan import make_plan
 from lighten.pipeline.recipe import parse
 from lighten.pipeline.rows import add_measurements
@@ -68,8 +69,11 @@ def test_a_step_that_knows_llamas_layers_only_refuses_others(qwen3: Path) -> Non
         plan(qwen3, {"prune": {"target": "ratio=0.05"}})
 
 
-def test_a_gguf_file_that_cannot_be_changed_is_refused_but_measured(blob: Path, qwen3: Path, tmp_path: Path) -> None:
-    """Also beside a baseline that fails, which has a reason of its own."""
+def test_a_gguf_file_that_cannot_be_changed_is_refused_but_measured(
+    blob: Path, qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family without a row, also beside a baseline that fails, which has a reason of its own."""
+    monkeypatch.setattr(table, "ROWS", tuple(row for row in table.ROWS if row.arch != "qwen3"))
     with pytest.raises(RequestError, match="'qwen3', which can be measured but not changed"):
         plan(blob, GGUF)
     broken = Path(shutil.copytree(qwen3, tmp_path / "broken"))
