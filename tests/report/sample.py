@@ -138,6 +138,8 @@ def variant(
         "energy": {"joules_per_token": None, "note": "this machine has no energy counter that can be read"},
         "roofline": None,
         "unavailable": [],
+        **dict.fromkeys(("translation", "similarity", "masked")),
+        "sentences": [],
         "cost": None,
         "delta": None,
         "loads": loads(form),

@@ -183,7 +183,7 @@ class TorchRuntime(Defaults):
                 output = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False)
             finally:
                 self._rows = None
-            found += [score for (score,) in read_scores(_to_numpy(output.logits[0]), part)]
+            found += [score for (score,) in self._read(output.logits[0], part)]
         scores = iter(found)
         return [[next(scores) for _ in question.endings] for question in questions]
 
@@ -210,9 +210,13 @@ class TorchRuntime(Defaults):
             )
         finally:
             self._rows = None
+        return self._read(output.logits[0], layouts)
+
+    def _read(self, logits: Tensor, layouts: Sequence[Layout]) -> list[list[Score]]:
+        """Returns the scores from the logits of the wanted places, which stay on their device."""
         if self.device == "cpu":
-            return read_scores(_to_numpy(output.logits[0]), layouts)
-        return read_scores(output.logits[0], layouts, device_rows.token_logprobs)
+            return read_scores(_to_numpy(logits), layouts)
+        return read_scores(logits, layouts, device_rows.token_logprobs)
 
     @torch.inference_mode()
     def generate(self, prompt: Ids, steps: int) -> Timings:

@@ -11,8 +11,8 @@ from pathlib import Path
 NAME = "phrases"
 FOLDER = Path(__file__).parent
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-BATCH, PAIRS, SEED = 64, 40_000, 0
-STAGES = ((2, 1000, 3e-3), (6, 300, 1e-3))
+BATCH, PAIRS, SEED = 64, 60_000, 0
+STAGES = ((2, 1200, 3e-3), (6, 300, 1e-3))
 """Layers, steps and learning rate of each stage of the training. A few layers learn in a fifth of the time."""
 VERSION = 1
 """Raised whenever other weights come out of the training."""
