@@ -101,7 +101,7 @@ class Anatomy:
     others: dict[str, int] = field(default_factory=dict)
     """Weights of parts that are carried over as they are, by the beginning of their names: towers and projectors."""
     linears_of_others: list[str] = field(default_factory=list)
-    """Names in the model of the linears in these parts, which loaders must be told of."""
+    """Names in the model of the linears that are in no layer and not the head. Loaders must be told of them."""
 
     def as_json(self) -> dict[str, Any]:
         """Returns it as plain data."""
@@ -223,10 +223,11 @@ def _note_others(anatomy: Anatomy, model: Any, filler: Filler, shapes: dict[str,
     """Notes the parts of a model beside its language model and its head."""
     names = {id(module): name for name, module in model.named_modules()}
     parts = [model.get_decoder(), *([model.get_encoder()] if model.config.is_encoder_decoder else [])]
+    head = model.get_output_embeddings()
+    _note_linears_outside(anatomy, model, head)
     inside = [names[id(part)] for part in parts]
     if "" in inside:
         return
-    head = model.get_output_embeddings()
     inside += [names[id(head)]] if head is not None else []
     around = {part.rpartition(".")[0] for part in inside}
     for name, place in filler.places.items():
@@ -236,10 +237,14 @@ def _note_others(anatomy: Anatomy, model: Any, filler: Filler, shapes: dict[str,
         rest = place.removeprefix(f"{parent}.") if parent else place
         part = f"{parent}.{rest.split('.')[0]}" if parent else rest.split(".")[0]
         anatomy.others[part] = anatomy.others.get(part, 0) + _size(shapes[name])
+
+
+def _note_linears_outside(anatomy: Anatomy, model: Any, head: Any) -> None:
+    blocks = tuple(f"{layer.module}." for layer in anatomy.layers)
     anatomy.linears_of_others = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(f"{name}.".startswith(f"{part}.") for part in anatomy.others)
+        if isinstance(module, nn.Linear) and module is not head and not name.startswith(blocks)
     ]
 
 

@@ -26,11 +26,15 @@ WIDE = {
     **dict.fromkeys(("hidden_size", "moe_intermediate_size", "shared_intermediate_size"), 256),
     **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "shared_expert_intermediate_size"), 512),
     **dict.fromkeys(("head_dim", "global_head_dim", "v_head_dim", "kv_lora_rank"), 64),
+    **dict.fromkeys(("mamba_d_head", "linear_key_head_dim", "linear_value_head_dim"), 64),
+    "norm_topk_prob": True,
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), 32),
     "q_lora_rank": 256,
     "max_position_embeddings": 512,
     "sliding_window": 64,
 }
+ONLY_EXPERTS = ("qwen3_moe", "gpt_oss")
+"""Families without channels that a config can say less of: whole experts go instead."""
 RECIPE: dict[str, Any] = {
     "name": "family",
     "calibration": {"data": "builtin", "samples": 8, "length": 128},
@@ -49,11 +53,14 @@ def tried(family: str, folder: Path) -> dict[str, str]:
     (model := folder / "model").mkdir()
     sizes = dict(models.SIZES)
     models.SIZES.update(WIDE)
+    models.OWN["llama4_text"]["attention_chunk_size"] = 8192  # llama.cpp takes it for granted
     try:
         models.make(family, model, torch.bfloat16)
     finally:
         models.SIZES.update(sizes)
-    recipe = {**RECIPE, "model": str(model)}
+    recipe: dict[str, Any] = {**RECIPE, "model": str(model)}
+    if family in ONLY_EXPERTS:
+        recipe["variants"] = {**RECIPE["variants"], "pruned": [{"prune": {"what": "experts", "ratio": 0.25}}]}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     done = process("run", folder / "recipe.yaml", "--json", cwd=folder)
     try:
