@@ -17,6 +17,7 @@ from memory import measure, write_tokenizer
 
 from lighten.evaluate import machine
 from lighten.model.checkpoint import Checkpoint
+from lighten.store.files import MANIFEST
 from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results" / "experts.json"
@@ -71,6 +72,11 @@ def make_random(folder: Path, layers: int) -> None:
     write_tokenizer(folder)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
 def main() -> None:
     """Makes the model, quantizes it, and writes what each stage took."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -83,7 +89,8 @@ def main() -> None:
         make_random(model, asked.layers)
         weights = Checkpoint(model).count()
         stages = measure(str(model), asked.samples, asked.length, Path(folder))
-        manifest = json.loads((Path(folder) / "out" / "manifest.json").read_text())
+        objects = (Path(folder) / "artifacts" / "objects").glob(f"*/{MANIFEST}")
+        manifest = next(each["facts"] for each in map(_read, objects) if each.get("format") == "gptq")
     command = f"python benchmarks/experts.py --samples {asked.samples} --length {asked.length} --layers {asked.layers}"
     found: dict[str, Any] = {"weights": weights, "experts": manifest["experts"], "coverage": manifest["coverage"]}
     write_json(RESULTS, {"command": command, "machine": machine.fingerprint(), **found, "stages": stages})

@@ -181,6 +181,7 @@ def to_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 LONGEST = (
     "tests/real/test_quickstart.py",
+    "tests/real/test_translate.py",
     "tests/cli/test_main.py",
     "tests/pipeline/test_run.py",
     "tests/compare/test_compare.py",
