@@ -255,7 +255,7 @@ def leave_uncalled(model: Any, anatomy: Anatomy) -> None:
     """Leaves alone the linears whose weights the model reads without calling them.
 
     They are seen in a forward without storage, which computes nothing. A question about a number gets the answer 1. If
-    the code of a model does not come to its end, linears of layers that did not run count as called.
+    the code of a model does not come to its end, linears of layers that did not run count as called; `unseen` says so.
     """
     called: set[str] = set()
     hooks = [
@@ -268,8 +268,8 @@ def leave_uncalled(model: Any, anatomy: Anatomy) -> None:
     try:
         with torch.no_grad(), torch.device("meta"), _Ones():
             model(input_ids=torch.ones(1, 16, dtype=torch.long, device="meta"), use_cache=False)
-    except Exception:
-        pass
+    except Exception as error:  # whatever a class says of numbers that are not there
+        anatomy.unseen = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     finally:
         for hook in hooks:
             hook.remove()
@@ -288,6 +288,16 @@ def known_folds(checkpoint: Checkpoint, anatomy: Anatomy, *, trust_remote_code: 
     model = empty_model(checkpoint, torch.float32, trust_remote_code=trust_remote_code)
     filler = Filler(model, checkpoint.weight_map)
     return folds_of(model, anatomy, filler, checkpoint.facts.head_dim)
+
+
+def doubts(anatomy: Anatomy) -> list[str]:
+    """Returns a warning if it is not known of every linear whether the model calls it."""
+    if not anatomy.unseen:
+        return []
+    return [
+        f"a forward without weights stopped ({anatomy.unseen}): linears whose weights the model reads otherwise "
+        "than by calling them may be among those that were changed; a method with a sweep (gptq) sees them"
+    ]
 
 
 def check_known(checkpoint: Checkpoint, anatomy: Anatomy) -> None:

@@ -102,6 +102,8 @@ class Anatomy:
     """Weights of parts that are carried over as they are, by the beginning of their names: towers and projectors."""
     linears_of_others: list[str] = field(default_factory=list)
     """Names in the model of the linears that are in no layer and not the head. Loaders must be told of them."""
+    unseen: str = ""
+    """Why it is not known which linears the model calls; "" if it is known."""
 
     def as_json(self) -> dict[str, Any]:
         """Returns it as plain data."""
@@ -118,7 +120,13 @@ class Anatomy:
         layers = [
             Layer(**{**each, "linears": [Linear.of_json(one) for one in each["linears"]]}) for each in value["layers"]
         ]
-        return Anatomy(layers, value["weights"], value.get("others", {}), value.get("linears_of_others", []))
+        return Anatomy(
+            layers,
+            value["weights"],
+            value.get("others", {}),
+            value.get("linears_of_others", []),
+            value.get("unseen", ""),
+        )
 
     @property
     def experts(self) -> list[str]:

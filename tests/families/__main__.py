@@ -22,6 +22,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
+from lighten.evaluate import machine
 from lighten.model import stream
 from tests.families.models import make
 from tests.families.trial import trial
@@ -68,7 +69,8 @@ def one(family: str, kind: str, answer: Path) -> None:
         row = trial(folder)
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        first = (str(error).strip().splitlines() or [""])[0]
+        told = str(error).replace(str(folder / "model"), "the model").replace(str(folder), "the directory")
+        first = (told.strip().splitlines() or [""])[0]
         row = {"error": f"{type(error).__name__}: {first[:200]}", "stage": stage, "where": f"{where.name}"}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -116,7 +118,8 @@ def main() -> None:
     rows.sort(key=lambda row: row["family"])
     if not options.families:
         versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-        options.out.write_text(json.dumps({"versions": versions, "families": rows}, indent=1) + "\n")
+        told = {"command": "make families", "machine": machine.fingerprint(), "versions": versions, "families": rows}
+        options.out.write_text(json.dumps(told, indent=1) + "\n")
     for kind in ("causal", "image-text"):
         of = [row for row in rows if row["kind"] == kind]
         print(f"{kind}: {sum(row['verdict'] == 'ok' for row in of)} of {len(of)}")

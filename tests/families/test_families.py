@@ -166,8 +166,23 @@ def test_linears_that_are_read_without_a_call_are_left_alone(family: str, tmp_pa
     checkpoint = Checkpoint(source.path)
     found, swept = (blockwise.known_anatomy(checkpoint, each) for each in (None, grams))
     assert [layer.linears for layer in found.layers] == [layer.linears for layer in swept.layers]
+    assert not blockwise.doubts(found)
     left = {name for layer in found.layers for name, why in layer.kept.items() if "without calling" in why}
     assert bool(left) == (family in ("mamba", "jamba", "bart"))
+
+
+def test_a_forward_that_stops_is_a_doubt_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = artifact("qwen3", tmp_path)
+    (out := tmp_path / "out").mkdir()
+
+    def stops(*_: object, **__: object) -> None:
+        raise RuntimeError("no numbers here")
+
+    monkeypatch.setattr("transformers.models.qwen3.modeling_qwen3.Qwen3MLP.forward", stops)
+    context = Context()
+    facts = open_step("quantize", {"method": "rtn", "bits": 4, "group_size": 32}).run(source, out, context)
+    assert any("no numbers here" in each for each in context.warnings)
+    assert facts["quantized_linears"] == 28  # none is left alone for a forward that did not reach it
 
 
 def test_formats_that_nobody_opens_with_experts_are_refused(tmp_path: Path) -> None:

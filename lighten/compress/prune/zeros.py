@@ -12,7 +12,7 @@ from lighten.compress.layers import join, writing_part
 from lighten.compress.patterns import ignored
 from lighten.compress.prune import sparse
 from lighten.compress.prune.settings import Prune
-from lighten.model.blockwise import check_known, known_anatomy
+from lighten.model.blockwise import check_known, doubts, known_anatomy
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy
 from lighten.model.grams import Gram, read_layer
@@ -31,6 +31,7 @@ def write(step: Prune, checkpoint: Checkpoint, out: Path, context: Context) -> d
     facts = checkpoint.facts
     anatomy = known_anatomy(checkpoint, context.grams, trust_remote_code=context.trust_remote_code)
     check_known(checkpoint, anatomy)
+    context.warnings += doubts(anatomy)
     count = len(anatomy.layers)
     workers = crew(count, step.bytes_of_a_layer(facts), context.device)
     threshold = _threshold(step, checkpoint, anatomy) if step.scope == "global" else None

@@ -17,7 +17,7 @@ from lighten.compress.quantize.settings import Quantize
 from lighten.errors import Failure, RequestError
 from lighten.facts import ModelFacts
 from lighten.model.anatomy import HEAD, HEAD_WEIGHT, LAYERS
-from lighten.model.blockwise import check_known, known_anatomy, known_folds
+from lighten.model.blockwise import check_known, doubts, known_anatomy, known_folds
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy
 from lighten.model.grams import expert_tokens
@@ -43,6 +43,7 @@ def run(step: Quantize, source: Artifact, out: Path, context: Context) -> dict[s
     if step.quantizes_head and HEAD_WEIGHT not in checkpoint.weight_map:
         raise RequestError(f"this model stores no {HEAD_WEIGHT}: leave out head")
     check_known(checkpoint, anatomy)
+    context.warnings += doubts(anatomy)
     if step.format == "bitsandbytes" and any(linear.inside for layer in anatomy.layers for linear in layer.linears):
         raise RequestError(
             f"{checkpoint.facts.architecture} has experts, and bitsandbytes opens none that are quantized: use gptq, "

@@ -6,15 +6,13 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from lighten.data import text
-from lighten.data.origin import Text
-from lighten.evaluate.measurement import BYTES_PER_TOKEN, FIXED_BYTES, Measurement, linear_flops
-from lighten.evaluate.sentences.settings import sentences_of
+from lighten.evaluate.measurement import BYTES_PER_TOKEN, FIXED_BYTES, linear_flops
+from lighten.evaluate.sentences.settings import OfSentences
 from lighten.facts import ModelFacts, Task
 from lighten.step import Estimate
 
 
-class Masked(Measurement):
+class Masked(OfSentences):
     """Share of hidden tokens that an encoder finds: the share `hidden` of the tokens of `samples` sentences.
 
     Which tokens are hidden depends on `seed` and the tokenizer alone (Devlin et al., "BERT", 2018, hide 15 %).
@@ -26,23 +24,9 @@ class Masked(Measurement):
     tasks: ClassVar[tuple[Task, ...]] = ("masked",)
     of_quality = True
 
-    data: Text = "builtin"
-    samples: int = Field(200, ge=1)
     hidden: float = Field(0.15, gt=0, lt=1)
     batch: int = Field(16, ge=1)
     seed: int = Field(0, ge=0)
-
-    def sentences(self) -> list[str]:
-        """Returns the sentences.
-
-        Raises:
-            RequestError: the data cannot be read, or has no sentences.
-        """
-        return sentences_of(text.load_text(self.data, "perplexity"), self.samples)
-
-    def data_digest(self) -> str:
-        """Returns the SHA-256 of the sentences."""
-        return text.digest("\n".join(self.sentences()))
 
     def predict(self, facts: ModelFacts) -> Estimate:
         """Returns the cost of a pass over every sentence."""

@@ -15,7 +15,28 @@ from lighten.facts import ModelFacts, Task
 from lighten.step import Estimate
 
 
-class Sentences(Measurement):
+class OfSentences(Measurement):
+    """A measurement on `samples` sentences of `data`."""
+
+    data: Text = "builtin"
+    samples: int = Field(200, ge=1)
+
+    def sentences(self) -> list[str]:
+        """Returns the sentences.
+
+        Raises:
+            RequestError: the data cannot be read, or has no sentences.
+        """
+        if pairs.is_pairs(self.data):
+            return [pair.source for pair in pairs.load(str(self.data), "test", self.samples)]
+        return sentences_of(text.load_text(self.data, "perplexity"), self.samples)
+
+    def data_digest(self) -> str:
+        """Returns the SHA-256 of the sentences."""
+        return text.digest("\n".join(self.sentences()))
+
+
+class Sentences(OfSentences):
     """Time from a text to its translation or its vector: at p50, p95 and p99, and in sentences a second.
 
     `samples` sentences of `data` run in batches of each size in `batch`, `repeats` times. Translations have at most
@@ -33,20 +54,6 @@ class Sentences(Measurement):
     batch: Counts = Field([1, 16])
     repeats: int = Field(2, ge=1)
     most: int = Field(128, ge=1)
-
-    def sentences(self) -> list[str]:
-        """Returns the sentences.
-
-        Raises:
-            RequestError: the data cannot be read, or has no sentences.
-        """
-        if pairs.is_pairs(self.data):
-            return [pair.source for pair in pairs.load(str(self.data), "test", self.samples)]
-        return sentences_of(text.load_text(self.data, "perplexity"), self.samples)
-
-    def data_digest(self) -> str:
-        """Returns the SHA-256 of the sentences."""
-        return text.digest("\n".join(self.sentences()))
 
     def predict(self, facts: ModelFacts) -> Estimate:
         """Returns the cost of reading the weights for every sentence, and for every token of a translation."""

@@ -8,12 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from lighten.data import text
-from lighten.data.origin import Text
 from lighten.errors import Failure
 from lighten.evaluate import paired
-from lighten.evaluate.measurement import BYTES_PER_TOKEN, FIXED_BYTES, Measurement, linear_flops
-from lighten.evaluate.sentences.settings import sentences_of
+from lighten.evaluate.measurement import BYTES_PER_TOKEN, FIXED_BYTES, linear_flops
+from lighten.evaluate.sentences.settings import OfSentences
 from lighten.facts import ModelFacts, Task
 from lighten.step import Estimate
 
@@ -21,7 +19,7 @@ EMBEDDINGS = "embeddings"
 """Name of the vectors among the values of a measurement, `[sentences, width]`."""
 
 
-class Similarity(Measurement):
+class Similarity(OfSentences):
     """Cosine between the embeddings of `samples` sentences by a variant and by the baseline.
 
     An embedding is the mean of the last hidden states over the tokens of a sentence, or its first state if the model
@@ -34,21 +32,8 @@ class Similarity(Measurement):
     tasks: ClassVar[tuple[Task, ...]] = ("embedding", "masked", "other")
     of_quality = True
 
-    data: Text = "builtin"
     samples: int = Field(200, ge=2)
     batch: int = Field(32, ge=1)
-
-    def sentences(self) -> list[str]:
-        """Returns the sentences.
-
-        Raises:
-            RequestError: the data cannot be read, or has no sentences.
-        """
-        return sentences_of(text.load_text(self.data, "perplexity"), self.samples)
-
-    def data_digest(self) -> str:
-        """Returns the SHA-256 of the sentences."""
-        return text.digest("\n".join(self.sentences()))
 
     def predict(self, facts: ModelFacts) -> Estimate:
         """Returns the cost of a pass over every sentence."""
