@@ -27,8 +27,12 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}
 """Largest allowed difference from torch, relative to the largest output."""
 
 
-def write(source: Path, out: Path, facts: ModelFacts, precision: str, context: Context) -> dict[str, Any]:
+def write(
+    source: Path, out: Path, facts: ModelFacts, precision: str, context: Context, *, embeddings: bool = True
+) -> dict[str, Any]:
     """Writes the graphs of a model into the existing directory `out`, and returns facts.
+
+    In a graph of int8, `embeddings` are rounded too.
 
     Raises:
         RequestError: a package is missing, or transformers has no class for the model.
@@ -50,7 +54,7 @@ def write(source: Path, out: Path, facts: ModelFacts, precision: str, context: C
             onnx.checker.check_model(path)
             _compare(each, path, TOLERANCE[precision if precision == "fp16" else "fp32"])
             if precision == "int8":
-                round_weights(path)
+                round_weights(path, embeddings=embeddings)
             _only_standard(path)
             for file in sorted(Path(folder).glob(f"{path.name}*")):
                 shutil.move(file, out / file.name)
@@ -62,8 +66,13 @@ def write(source: Path, out: Path, facts: ModelFacts, precision: str, context: C
         "precision": precision,
         "opset": OPSET,
         "files": [each.file for each in parts],
-        **({"weights": "rounded to 8 bits for each output, inputs as they come"} if precision == "int8" else {}),
+        **(_told(embeddings) if precision == "int8" else {}),
     }
+
+
+def _told(embeddings: bool) -> dict[str, str]:
+    told = "rounded to 8 bits for each output, inputs as they come by the largest number of each position"
+    return {"weights": told, "embeddings": "rounded to 8 bits for each row" if embeddings else "float32"}
 
 
 def _open(source: Path, facts: ModelFacts, dtype: torch.dtype, trusted: bool) -> Any:

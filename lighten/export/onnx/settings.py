@@ -28,7 +28,7 @@ class Onnx(Export):
     """Writes `model.onnx` with its weights beside it, and the files of the tokenizer."""
 
     work: ClassVar[str] = "lighten.export.onnx.step:run"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     runtime: ClassVar[str] = "onnxruntime"
     library: ClassVar[str] = "onnx"
     calibrated: ClassVar[bool] = False
@@ -56,7 +56,8 @@ class Onnx(Export):
         (), description="linears that are not to be quantized: patterns such as *.down_proj"
     )
     embedding: Literal["int8", "float", "int4"] = Field(
-        "int8", description="precision of embedding and head where the rest is int4"
+        "int8",
+        description="precision of embedding and head where the rest is int4; float keeps it in a plain int8 graph",
     )
 
     @property

@@ -23,6 +23,7 @@ def run(step: Onnx, source: Artifact, out: Path, context: Context) -> dict[str, 
     step.check(facts)
     step.check_source(source.format, facts)
     if step.resolved_graph(facts) == "plain":
-        return onnx_plain.write(source.path, out, facts, step.resolved_precision(facts), context)
+        rounded = step.embedding != "float"
+        return onnx_plain.write(source.path, out, facts, step.resolved_precision(facts), context, embeddings=rounded)
 
     return onnx.write(source.path, out, step, context)

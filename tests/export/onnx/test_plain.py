@@ -167,7 +167,10 @@ def test_an_encoder_is_the_same(saved: Callable[[str], Path], to_onnx: ToOnnx) -
     eight = to_onnx(saved(name), precision="int8")
     rough = session(eight / "model.onnx").run(None, feed)[0]
     checked(eight / "model.onnx")
-    assert 0 < np.abs(rough - found[0]).max() < 0.2 * np.abs(found[0]).max()
+    assert 0 < np.abs(rough - found[0]).max() < 0.05 * np.abs(found[0]).max()
+    wide = to_onnx(saved(name), precision="int8", embedding="float")
+    sizes = [(folder / "model.onnx.data").stat().st_size for folder in (eight, wide)]
+    assert sizes[1] - sizes[0] > 2 * 1010 * 64  # three of four bytes of the embedding
 
 
 @pytest.mark.parametrize("name", ["t5", "mbart"])
