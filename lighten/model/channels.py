@@ -21,7 +21,8 @@ from lighten.model.blockwise import empty_model
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy, Layer, Linear
 from lighten.model.empty import Filler
-from lighten.model.folds import of_kinds
+from lighten.model.experts import layout_of
+from lighten.model.kinds import common, of_kinds
 from lighten.model.suspension import Call, Turn
 
 
@@ -108,22 +109,26 @@ class _Trials:
         self.linears = {linear.module: linear for linear in layer.linears if _own(linear)}
         self.biases = {f"{name}.bias" for name in self.linears}
         self.named = {name: stored.get(prefix + name, name) for name, _ in block.named_parameters()}
-        self.tensors = {name: each.clone() for name, each in (*block.named_parameters(), *block.named_buffers())}
+        stacks = tuple(f"{name}." for name, module in block.named_modules() if layout_of(module) is not None)
+        self.watched = {name for name, _ in block.named_parameters() if not name.startswith(stacks)}
+        self.tensors = {  # those of experts lie in one another
+            name: each if common(each) is not each else each.clone()
+            for name, each in (*block.named_parameters(), *block.named_buffers())
+        }
         self.args, self.kwargs = exchanged((call.args, call.kwargs), torch.clone)
         self.base = self._alive({})
 
     def _alive(self, changed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns which rows of every parameter the block's result depends on."""
-        parameters = {name for name, _ in self.block.named_parameters()}
+        """Returns which rows of every parameter but those of experts the block's result depends on."""
         tensors = {**self.tensors, **changed}
-        tensors = {name: each.detach().requires_grad_(name in parameters) for name, each in tensors.items()}
+        tensors = {name: each.detach().requires_grad_(name in self.watched) for name, each in tensors.items()}
         args, kwargs = exchanged((self.args, self.kwargs), torch.clone)
         before = exchanged(kwargs, lambda tensor: tensor)
         result = torch.func.functional_call(self.block, tensors, args, kwargs)
         outputs = [each for each in floats(result, before, kwargs) if each.requires_grad]
         numbers = torch.Generator().manual_seed(0)
         loss = torch.stack([(each * torch.randn(each.shape, generator=numbers)).sum() for each in outputs]).sum()
-        names = sorted(parameters)
+        names = sorted(self.watched)
         gradients = torch.autograd.grad(loss, [tensors[name] for name in names], allow_unused=True)
         return {
             name: gradient.flatten(1).abs().amax(1) > 0 if gradient.dim() > 1 else gradient.abs() > 0

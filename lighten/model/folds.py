@@ -8,30 +8,25 @@ stays the same, so nothing is believed of names or of the order in which modules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
-from lighten.model.auto_classes import inputs_of
-from lighten.model.discovery import Anatomy, Layer, Linear, blocks_of
-from lighten.model.empty import Filler, compute_buffers, place_stand_ins
+from lighten.model.discovery import Anatomy, Layer, Linear
+from lighten.model.empty import Filler
 from lighten.model.experts import LAST
-from lighten.model.suspension import Call, Turn, turns
+from lighten.model.kinds import common, narrowed, of_kinds
+from lighten.model.suspension import Call, Turn
 
-LENGTH = 12
-"""Number of tokens of a trial."""
 TOLERANCE = 1e-4
 """Largest change of an output, as a share of the largest output, that counts as the same in float32."""
 SPREAD = 0.3
 """Standard deviation of the logarithm of the scales that are tried."""
-
-
-T = TypeVar("T")
 MOST_REPEATS = 64
 """Largest number of query heads of a key head that is tried."""
 
@@ -77,112 +72,6 @@ def folds_of(model: Any, anatomy: Anatomy, filler: Filler, head_dim: int) -> dic
     return of_kinds(model, anatomy, trials)
 
 
-def of_kinds(model: Any, anatomy: Anatomy, visit: Callable[[Layer, nn.Module, Turn, Call], T]) -> dict[int, T]:
-    """Returns what `visit` finds in a layer of every kind.
-
-    Args:
-        model: without storage, float32, on no device. It is filled with random numbers, a block at a time.
-        anatomy: of the model.
-        visit: gets a layer, its filled block, its turn, and the answered call of a short text.
-    """
-    compute_buffers(model, "cpu")
-    try:
-        return _visited(model, anatomy, visit, every=False)
-    except (KeyError, IndexError, AttributeError, TypeError, RuntimeError):
-        # some layers read what an earlier one left beside the states: then each has to run
-        return _visited(model, anatomy, visit, every=True)
-
-
-def _visited(
-    model: Any, anatomy: Anatomy, visit: Callable[[Layer, nn.Module, Turn, Call], T], *, every: bool
-) -> dict[int, T]:
-    """Runs the model with random numbers, and every block or one of each kind; returns the findings by kind."""
-    blocks = blocks_of(model)
-    layers = {layer.module: layer for layer in anatomy.layers}
-    decodes = len(inputs_of(model, None)) > 1  # what follows the layers of an encoder runs with them
-    for name, module in model.named_modules():
-        inside = any(name == block or name.startswith(f"{block}.") for block in blocks)
-        beside = decodes and any(f"{name}.".startswith(f"{part}.") for part in anatomy.others)
-        plain = not isinstance(module, nn.Embedding) and module is not model.get_output_embeddings()
-        if plain and not inside and not beside:
-            _randomise(module, recurse=False)
-    place_stand_ins(model, anatomy.others, "cpu")
-    found: dict[int, T] = {}
-    answers: dict[int, Any] = {}
-
-    def forward(_: int) -> None:
-        model(**inputs_of(model, torch.arange(3, 3 + LENGTH)[None]))
-
-    with torch.random.fork_rng(devices=[]), _random_embeddings(model):
-        torch.manual_seed(0)
-        for turn in turns(forward, 1, blocks, ends=model.get_output_embeddings()):
-            layer, block, (call,) = layers[turn.name], blocks[turn.name], turn.calls
-            if layer.kind in found and not every:
-                call.answer = _passed_on(call, answers[layer.kind])
-                continue
-            with torch.inference_mode():
-                _randomise(block)
-                turn.answer(call)
-                answers[layer.kind] = call.answer
-                if not found.get(layer.kind):
-                    found[layer.kind] = visit(layer, block, turn, call)
-            Filler.empty(block)
-    return found
-
-
-def _passed_on(call: Call, made: Any) -> Any:
-    """Returns an answer like that of another block of the kind, with the call's own states in the first place."""
-    leaves, spec = tree_flatten(made)
-    given = next(leaf for leaf in tree_flatten((call.args, call.kwargs))[0] if isinstance(leaf, torch.Tensor))
-    first = next(number for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
-    if leaves[first].shape == given.shape:
-        leaves[first] = given.clone()
-    return tree_unflatten(leaves, spec)
-
-
-@contextmanager
-def _random_embeddings(model: Any) -> Iterator[None]:
-    """Lets embeddings without storage answer with random numbers."""
-
-    def random(module: nn.Embedding) -> Any:
-        def forward(ids: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(ids, torch.Tensor) and not ids.is_floating_point():
-                return torch.randn(*ids.shape, module.embedding_dim)
-            return type(module).forward(module, ids, *args, **kwargs)
-
-        return forward
-
-    embeddings = [each for each in model.modules() if isinstance(each, nn.Embedding)]
-    kept = [each.weight for each in embeddings]
-    try:
-        for each in embeddings:
-            # some models read the weights themselves: one row in the place of all takes no room
-            row = torch.randn(1, each.weight.shape[1]).expand(each.weight.shape)
-            each.weight = nn.Parameter(row, requires_grad=False)
-            each.__dict__["forward"] = random(each)
-        yield
-    finally:
-        for each, weight in zip(embeddings, kept, strict=True):
-            each.__dict__.pop("forward", None)
-            each.weight = weight
-
-
-@torch.no_grad()
-def _randomise(module: nn.Module, *, recurse: bool = True) -> None:
-    """Fills weights with numbers of a usual size. Vectors stay near 0 or 1, as their module begins with."""
-    for each in module.modules() if recurse else [module]:
-        for name, parameter in list(each.named_parameters(recurse=False)):
-            filled = torch.randn(parameter.shape)
-            if parameter.dim() > 1:
-                filled *= 0.6 / max(parameter.shape[-1], 1) ** 0.5
-            else:
-                filled = (0.0 if "bias" in name else 1.0) + 0.1 * filled
-            each.register_parameter(name, nn.Parameter(filled, requires_grad=False))
-        for name, buffer in list(each.named_buffers(recurse=False)):
-            if buffer.is_meta:  # stored with the weights
-                each.register_buffer(name, torch.full_like(buffer, 0.5, device="cpu"))
-
-
 class _Trials:
     """The trials on one block."""
 
@@ -194,6 +83,8 @@ class _Trials:
         own = [linear for linear in layer.linears if linear.inside is None]
         self.names = {linear.module: linear.name for linear in own}
         self.turned = {linear.module for linear in own if linear.stored is not None and linear.stored.transposed}
+        self.first: dict[str, int] = {}
+        """Number of the linears that were called before each."""
         self.base = self._run()
         self.largest = max(float(each.abs().max()) for each in self.base)
 
@@ -229,7 +120,13 @@ class _Trials:
             return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
         def reads(name: str) -> Any:
-            return lambda _, args: groups.setdefault(key(args[0]), []).append(name)
+            def hook(_: Any, args: Any) -> None:
+                group = groups.setdefault(key(args[0]), [])
+                # readers of one input have one number, so that none of them counts as the maker of it
+                self.first.setdefault(name, self.first[group[0]] if group else len(self.first))
+                group.append(name)
+
+            return hook
 
         def makes(name: str) -> Any:
             return lambda _, __, out: makers.__setitem__(key(out), name) if isinstance(out, torch.Tensor) else None
@@ -248,16 +145,17 @@ class _Trials:
     def _of_norm(self, readers: list[str], norm: str) -> Fold | None:
         module = self.block.get_submodule(norm)
         weight, width = module.get_parameter("weight"), self._columns(readers[0])
+        matrices = [self._matrix(each) for each in readers]
         if weight.numel() != width:
             return None
         scale = torch.exp(SPREAD * torch.randn(width))
         for offset in (0.0, 1.0):
-            with self._changed([module, *map(self.block.get_submodule, readers)]):
+            with self._changed([*module.parameters(recurse=False), *matrices]):
                 weight.copy_((weight + offset) / scale - offset)
                 if getattr(module, "bias", None) is not None:
                     module.get_parameter("bias").div_(scale)
-                for reader in readers:
-                    self._matrix(reader).mul_(scale)
+                for each in matrices:
+                    each.mul_(scale)
                 same = self._same()
             name = self.stored.get(f"{self.layer.module}.{norm}.weight", "")
             if same and name.startswith(self.layer.prefix):
@@ -271,7 +169,7 @@ class _Trials:
             count = width // repeats
             if repeats > 1 and count % self.head_dim:
                 continue
-            for before in (name for name in self.names if name not in readers):
+            for before in (name for name in self.names if self.first.get(name, -1) < self.first[readers[0]]):
                 outputs = self._matrix(before).shape[0]
                 for start in dict.fromkeys((0, outputs - count, outputs - 2 * count)):
                     if 0 <= start <= outputs - count and self._takes(readers, before, start, count, repeats):
@@ -293,33 +191,49 @@ class _Trials:
                     yield Fold((down.name,), before.name, 0.0, before.shape[0] - down.shape[1])
 
     def _expert_takes(self, module: str, experts: dict[int, dict[str, Linear]]) -> bool:
-        """Returns whether the matrix before the last of every expert takes over the scale of the last one's inputs."""
+        """Returns whether the matrix before the last of an expert takes over the scale of the last one's inputs.
+
+        The memory of a module's experts overlaps, so one scale serves all of them in the trial.
+        """
+        pairs = set()
+        for parts in experts.values():
+            before, down = _last_before(parts), parts.get("down")
+            if down is None or before.inside is None or down.inside is None or before.shape[0] < down.shape[1]:
+                return False
+            pairs.add((replace(before.inside, expert=0), replace(down.inside, expert=0)))
+        if len(pairs) != 1:
+            return False
+        before_spot, down_spot = pairs.pop()
         owner = self.block.get_submodule(module)
-        with self._changed([owner]):
-            for parts in experts.values():
-                before, down = _last_before(parts), parts.get("down")
-                if down is None or before.inside is None or down.inside is None:
-                    return False
-                start = before.shape[0] - down.shape[1]
-                if start < 0:
-                    return False
-                scale = torch.exp(SPREAD * torch.randn(down.shape[1]))
-                before.inside.of(owner.get_parameter(before.inside.tensor))[start:].div_(scale[:, None])
-                down.inside.of(owner.get_parameter(down.inside.tensor)).mul_(scale)
+        last = down_spot.of(common(owner.get_parameter(down_spot.tensor)))
+        width = last.shape[1]
+        first = narrowed(before_spot, width).of(common(owner.get_parameter(before_spot.tensor)))
+        with self._changed([first[-width:], last]):
+            scale = torch.exp(SPREAD * torch.randn(width))
+            first[-width:].div_(scale[:, None])
+            last.mul_(scale)
             return self._same()
 
     def _takes(self, readers: list[str], before: str, start: int, count: int, repeats: int) -> bool:
         """Returns whether a slice of a linear's outputs takes over the scale of the readers' inputs."""
-        module = self.block.get_submodule(before)
-        scale = torch.exp(SPREAD * torch.randn(count))
+        outputs = slice(start, start + count)
+        scale = 2.0 ** torch.randint(-1, 2, (count,))  # taken back without a copy of what was there, and exactly
         spread = scale if repeats == 1 else scale.view(-1, self.head_dim).repeat_interleave(repeats, 0).flatten()
-        with self._changed([module, *map(self.block.get_submodule, readers)]):
-            self._matrix(before)[start : start + count].div_(scale[:, None])
-            if getattr(module, "bias", None) is not None:
-                module.get_parameter("bias")[start : start + count].div_(scale)
-            for reader in readers:
-                self._matrix(reader).mul_(spread)
+        bias = getattr(self.block.get_submodule(before), "bias", None)
+        makers = [self._matrix(before)[outputs], *([] if bias is None else [bias[outputs, None]])]
+        matrices = [self._matrix(reader) for reader in readers]
+
+        def multiply(made: torch.Tensor, read: torch.Tensor) -> None:
+            for each in makers:
+                each.mul_(made[:, None])
+            for each in matrices:
+                each.mul_(read)
+
+        multiply(1 / scale, spread)
+        try:
             return self._same()
+        finally:
+            multiply(scale, 1 / spread)
 
     def _columns(self, linear: str) -> int:
         return int(self._matrix(linear).shape[1])
@@ -330,14 +244,14 @@ class _Trials:
         return weight.t() if linear in self.turned else weight
 
     @contextmanager
-    def _changed(self, modules: list[nn.Module]) -> Iterator[None]:
-        """Gives modules their own weights back after a trial."""
-        kept = [(each, each.clone()) for module in modules for each in module.parameters(recurse=False)]
+    def _changed(self, tensors: list[torch.Tensor]) -> Iterator[None]:
+        """Gives weights, or views of them, their own numbers back after a trial."""
+        kept = [(each, each.clone()) for each in tensors]
         try:
             yield
         finally:
-            for parameter, value in kept:
-                parameter.copy_(value)
+            for each, value in kept:
+                each.copy_(value)
 
 
 def _last_before(parts: dict[str, Linear]) -> Linear:
