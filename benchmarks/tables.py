@@ -23,6 +23,7 @@ EDGE = HERE.parent / "docs" / "edge.md"
 ROBUST = HERE.parent / "docs" / "robustness.md"
 METHOD = HERE.parent / "docs" / "how-it-works.md"
 FAMILIES = HERE.parent / "docs" / "families.md"
+TEXTS = HERE.parent / "docs" / "encoders-and-translation.md"
 README = HERE / "README.md"
 FRONT = HERE.parent / "README.md"
 TOOLS = {
@@ -268,6 +269,7 @@ def main() -> None:
         (DOCS, "card-whole", "gpu.json", cards.whole),
         (DOCS, "card-decode", "gpu.json", cards.decode),
         (DOCS, "onnx", "onnx.json", exports.onnx),
+        (TEXTS, "encoders", "encoders.json", exports.encoders),
         (DOCS, "gguf", "gguf.json", exports.gguf),
         (EDGE, "arm64", "arm64.json", exports.arm64),
         (DOCS, "zeros", "sparsity.json", smaller.zeros),

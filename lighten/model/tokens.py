@@ -35,8 +35,15 @@ def load_tokenizer(model: Path) -> Any:
 
         return Tokenizer.from_str(json.dumps(tokenizer_table.tokenizer_json(gguf_header.read_header(model).fields)))
     if tokenizer_files.is_whole(model):
-        return Tokenizer.from_file(str(model / tokenizer_files.FILE))
-    return Tokenizer.from_str(json.dumps(tokenizer_files.read_tokenizer(model)))
+        return _whole(Tokenizer.from_file(str(model / tokenizer_files.FILE)))
+    return _whole(Tokenizer.from_str(json.dumps(tokenizer_files.read_tokenizer(model))))
+
+
+def _whole(tokenizer: Any) -> Any:
+    """Returns a tokenizer that reads a text to its end. Those of embedding models may say where they stop."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def check_text(

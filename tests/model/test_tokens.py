@@ -98,6 +98,24 @@ def test_a_mixture_takes_turns_by_its_shares(model: Path, tmp_path: Path) -> Non
     assert np.isin(everything, alone[1]).all(axis=1).mean() == pytest.approx(0.75, abs=0.1)
 
 
+def test_a_tokenizer_that_cuts_and_pads_reads_the_whole_text(model: Path, tmp_path: Path) -> None:
+    (text := tmp_path / "text.txt").write_text("one two three four " * 400)
+    wanted = calibration_ids(model, str(text), 8, 32)
+    told = json.loads((model / "tokenizer.json").read_text())
+    told["truncation"] = {"direction": "Right", "max_length": 40, "strategy": "LongestFirst", "stride": 0}
+    told["padding"] = {
+        "strategy": {"Fixed": 5000},
+        "direction": "Right",
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "x",
+    }
+    told["padding"]["pad_to_multiple_of"] = None
+    (model / "tokenizer.json").write_text(json.dumps(told))
+    assert wanted.shape == (8, 32)
+    assert np.array_equal(calibration_ids(model, str(text), 8, 32), wanted)
+
+
 def test_numbers_by_shares_add_up() -> None:
     assert divided(10, [0.3, 0.7]) == [3, 7]
     assert divided(64, [1 / 3] * 3) == [22, 21, 21]

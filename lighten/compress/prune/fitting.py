@@ -59,14 +59,8 @@ class Fitting:
             swaps: old numbers, and the new ones.
             word: what the names of settings have to contain; "" for all that are no heads and no places.
         """
-        target = {**self.own, **{self.places[name]: shape for name, shape in wanted.items()}}
-        options = []
-        for name, value in self.config.items():
-            apt = word in name if word else not any(part in name for part in ("head", "position", "vocab", "token"))
-            changed = _swapped(value, swaps)
-            if apt and changed != value:
-                options.append((name, changed))
-        subsets = list(_subsets(options))
+        target = self._target(wanted)
+        subsets = list(_subsets(self._options(swaps, word)))
         fixed: dict[str, Any] = {}
         if word == "head":  # all that tells heads, and their width, which some models derive from their number
             subsets = subsets[::-1]
@@ -75,6 +69,28 @@ class Fitting:
             if self.shapes(changes := {**dict(chosen), **fixed}) == target:
                 return changes
         return None
+
+    def _target(self, wanted: Shapes) -> dict[str, tuple[int, ...]]:
+        return {**self.own, **{self.places[name]: shape for name, shape in wanted.items()}}
+
+    def _options(self, swaps: Mapping[int, int], word: str) -> list[tuple[str, Any]]:
+        """Returns the settings that hold an old number, with the new one."""
+        found = []
+        for name, value in self.config.items():
+            apt = word in name if word else not any(part in name for part in ("head", "position", "vocab", "token"))
+            changed = _swapped(value, swaps)
+            if apt and changed != value:
+                found.append((name, changed))
+        return found
+
+    def why_no_heads(self, wanted: Shapes, swaps: Mapping[int, int]) -> str:
+        """Returns what stands against fewer heads: found by building the model with them."""
+        target, options = self._target(wanted), dict(self._options(swaps, "head"))
+        if options and self.shapes(dict.fromkeys(options, 1)) == self.own:
+            return "its class divides one width among all heads, so that fewer heads would be wider ones"
+        found = self.shapes(options) if options else None
+        other = next((name for name in target if found and found.get(name) != target[name]), None)
+        return f"{other} would change too" if other else "its class has no such shapes"
 
     def shapes(self, changes: dict[str, Any]) -> Shapes | None:
         """Returns the shapes of all tensors of a model with such settings; None if there is no such model."""

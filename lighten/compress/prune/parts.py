@@ -257,11 +257,12 @@ class Parts:
             for count in {self.whole.facts.heads, self.whole.facts.kv_heads, heads.groups}:
                 if count % heads.groups == 0:
                     swaps[count] = count // heads.groups * (heads.groups - len(gone))
-        found = self.fitting.widths(self.shapes(Cut({}, groups)), swaps, "head")
+        wanted = self.shapes(Cut({}, groups))
+        found = self.fitting.widths(wanted, swaps, "head")
         if found is None:
             raise RequestError(
                 f"no setting of {self.whole.facts.architecture} gives it fewer heads in these layers and leaves the "
-                "rest as it is: let channels or layers go"
+                f"rest as it is ({self.fitting.why_no_heads(wanted, swaps)}): let channels or layers go"
             )
         return found
 

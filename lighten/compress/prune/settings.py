@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from lighten.compress.prune.amounts import Target, parse_pattern
 from lighten.errors import RequestError
-from lighten.facts import ModelFacts
+from lighten.facts import TASKS, ModelFacts, Task
 from lighten.step import Estimate, Step
 
 STRUCTURED: dict[str, dict[str, Any]] = {
@@ -33,6 +33,7 @@ class Prune(Step):
     kind: ClassVar[str] = "prune"
     work: ClassVar[str] = "lighten.compress.prune.step:run"
     version: ClassVar[int] = 1
+    tasks: ClassVar[tuple[Task, ...]] = TASKS
 
     what: Literal["mlp", "heads", "layers", "experts"] | None = Field(
         None,
@@ -125,6 +126,11 @@ class Prune(Step):
 
     def check(self, facts: ModelFacts) -> None:
         """Raises RequestError if nothing would be left, or a pattern does not divide a width."""
+        if self.what == "layers" and facts.task == "seq2seq":
+            raise RequestError(
+                f"no run of layers can go from {facts.architecture}, whose encoder and decoder count theirs apart: "
+                "distil it into a student of fewer layers instead (distill: {student: {layers: N}})"
+            )
         if self.pattern:
             of = parse_pattern(self.pattern)[1]
             attention = facts.heads * facts.head_dim
