@@ -70,8 +70,7 @@ def _visited(
     def forward(_: int) -> None:
         model(**inputs_of(model, torch.arange(3, 3 + LENGTH)[None]))
 
-    with torch.random.fork_rng(devices=[]), _random_embeddings(model):
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]), _seeded(), _random_embeddings(model):
         for turn in turns(forward, 1, blocks, ends=model.get_output_embeddings()):
             layer, block, (call,) = layers[turn.name], blocks[turn.name], turn.calls
             if layer.kind in found and not every:
@@ -98,6 +97,13 @@ def _passed_on(call: Call, made: Any) -> Any:
 
 
 @contextmanager
+def _seeded() -> Iterator[None]:
+    """Begins the random numbers of a trial, before any is drawn."""
+    torch.manual_seed(0)
+    yield
+
+
+@contextmanager
 def _random_embeddings(model: Any) -> Iterator[None]:
     """Lets embeddings without storage answer with random numbers."""
 
@@ -114,7 +120,7 @@ def _random_embeddings(model: Any) -> Iterator[None]:
     try:
         for each in embeddings:
             # some models read the weights themselves: one row in the place of all takes no room
-            row = torch.randn(1, each.weight.shape[1]).expand(each.weight.shape)
+            row = 0.1 * torch.randn(1, each.weight.shape[1]).expand(each.weight.shape)
             each.weight = nn.Parameter(row, requires_grad=False)
             each.__dict__["forward"] = random(each)
         yield

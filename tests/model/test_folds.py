@@ -77,3 +77,13 @@ def test_a_visit_that_fails_tells_why(tmp_path: Path) -> None:
     with pytest.raises(ArithmeticError, match="this block is wrong"):
         of_kinds(model, anatomy, visit)
     assert len(visits) == 2
+
+
+def test_the_trials_of_a_model_find_the_same_each_time(tmp_path: Path) -> None:
+    """OPT reads the weights of its positions itself: what stands for them is drawn from the same numbers too."""
+    checkpoint = saved("opt", tmp_path)
+    anatomy = blockwise.known_anatomy(checkpoint, None)
+    for _ in range(3):
+        for found in prunable_of(checkpoint, anatomy):
+            assert found.mlp and found.mlp.reader == "fc2"
+            assert found.heads and found.heads.reader == "self_attn.out_proj"
