@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from lighten.errors import Failure, RequestError
 from lighten.export.gguf import ggml
 from lighten.export.gguf.quantize import Importance
-from lighten.export.gguf.types import NO_PRICES
 from lighten.export.gguf.write import Draft, tensor_bytes
 from lighten.model import anatomy
+from lighten.model.gguf.family import Place, place_of, places
+from lighten.model.gguf.towers import name_in
 from lighten.numerics.knapsack import Choice, Option, choose
 from lighten.step import Report, silent
 
@@ -37,6 +38,8 @@ NARROW = ("Q4_0", "Q4_1", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "F16")
 
 MOST_ROWS = 2048
 """Maximum number of rows of a matrix that are tried, evenly spread. Only an embedding or a head has many more."""
+LEAST_ROWS = 64
+"""Number of rows of every expert that are tried at least. All experts of a tensor share `MOST_ROWS`."""
 _SLICE = 1 << 18
 """Number of weights that one thread rounds at a time. It is fixed, so sums do not depend on the number of cores."""
 _ALIGNMENT = 32
@@ -65,27 +68,35 @@ def matrices(draft: Draft) -> list[str]:
     return [hf for hf, piece in draft.pieces.items() if piece.is_matrix]
 
 
-def refuse_experts(draft: Draft) -> None:
-    """Raises RequestError for a model with experts: nothing says yet what errors of each of them cost."""
-    if any("_exps." in piece.name for piece in draft.pieces.values()):
-        raise RequestError(NO_PRICES.format(draft.facts.architecture))
-
-
 def fixed_type(shape: tuple[int, ...]) -> str:
     """Returns the type of a matrix whose errors have no price: one that loses next to nothing."""
     return "Q8_0" if shape[-1] % 32 == 0 else "F16"
 
 
 def try_types(draft: Draft, prices: Prices, weights: Importance, report: Report = silent) -> Costs:
-    """Returns the cost of every type of every matrix, in the order of the file."""
+    """Returns the cost of every type of every matrix, in the order of the file.
+
+    The experts of a layer are one tensor of the file, and have one type: its cost is the sum of theirs.
+    """
     names = matrices(draft)
     costs: Costs = {}
+    whole: torch.Tensor | None = None
     with _workers() as pool:
-        for hf, metric in _metrics(draft, prices):
-            report(len(costs), len(names), hf)
+        for hf, expert, metric in _metrics(draft, prices):
+            if hf not in costs:
+                report(len(costs), len(names), hf)
+                whole = None if draft.pieces[hf].place.of_experts or expert is None else draft.weight(hf)
+            weight = draft.weight(hf, expert) if whole is None else whole[expert]
             if not isinstance(metric, float):
                 metric = _in_order(draft, hf, metric)
-            costs[hf] = _try_matrix(draft.weight(hf), metric, importance_of(draft, hf, weights), pool)
+            channels, most = importance_of(draft, hf, weights), MOST_ROWS
+            if expert is not None:
+                experts = draft.shapes[hf][0]
+                channels = of_expert(channels, expert, weight.shape[-1])
+                most = max(MOST_ROWS // experts, LEAST_ROWS)
+            found = _try_matrix(weight, metric, channels, pool, most)
+            known = costs.setdefault(hf, dict.fromkeys(found, 0.0))
+            costs[hf] = {type: known[type] + cost for type, cost in found.items()}
     return {hf: costs.get(hf) or {fixed_type(draft.shapes[hf]): 0.0} for hf in names}
 
 
@@ -100,10 +111,18 @@ def _in_order(draft: Draft, hf: str, metric: torch.Tensor) -> torch.Tensor:
 
 
 def importance_of(draft: Draft, hf: str, weights: Importance) -> Any:
-    """Returns the importance of a matrix's input channels `[in]`; all equal if it was not measured."""
+    """Returns the importance of a matrix's input channels; all equal if it was not measured.
+
+    It is `[in]`. For a tensor of all experts it is `[experts · in]` where it was measured.
+    """
     import numpy as np
 
     return weights.get(draft.names[hf], np.ones(draft.shapes[hf][-1], dtype=np.float32))
+
+
+def of_expert(channels: Any, expert: int, width: int) -> Any:
+    """Returns the importance `[in]` of the channels of one expert."""
+    return channels if len(channels) == width else channels[expert * width : (expert + 1) * width]
 
 
 @contextmanager
@@ -120,12 +139,12 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def _metrics(draft: Draft, prices: Prices) -> Iterator[tuple[str, torch.Tensor | float]]:
-    """Yields every matrix and M such that an error ΔW costs tr(ΔW M ΔWᵀ): `[in, in]`, or a number times one.
+def _metrics(draft: Draft, prices: Prices) -> Iterator[tuple[str, int | None, torch.Tensor | float]]:
+    """Yields every matrix, its expert, and M such that an error ΔW costs tr(ΔW M ΔWᵀ): `[in, in]`, or a number times 1.
 
     For a linear M is the mean of x xᵀ of its inputs times the mean squared derivative of the loss by its outputs. An
     embedding hands its rows on as they are, each as often as its token occurs: on average every one of them once in
-    as many tokens as there are.
+    as many tokens as there are. The inputs of an expert count as often as the router sends a token to it.
     """
     import torch
 
@@ -135,22 +154,42 @@ def _metrics(draft: Draft, prices: Prices) -> Iterator[tuple[str, torch.Tensor |
     head = known.head_gram / known.tokens * known.outputs[anatomy.HEAD]
     rows = known.outputs[anatomy.EMBEDDING] / len(known.counts)
     if draft.family.head_weight in draft.names:
-        yield draft.family.head_weight, head
-        yield draft.family.embedding, rows
+        yield draft.family.head_weight, None, head
+        yield draft.family.embedding, None, rows
     else:
-        yield draft.family.embedding, head + rows * torch.eye(len(head))
-    labels: dict[str, list[str]] = {}
-    for label in matrices(draft):
-        labels.setdefault(draft.pieces[label].stored[0], []).append(label)
+        yield draft.family.embedding, None, head + rows * torch.eye(len(head))
     index = read_index(prices.grams)
+    text = max(tokens for layer in index["layers"] for tokens in layer["tokens"].values())
+    matrix = _matrices_of(draft)
     for layer in range(len(index["layers"])):
         found, inputs = read_layer(prices.grams, layer)
-        means = {name: without_leading(gram.matrix() / max(gram.tokens, 1)) for name, gram in found.items()}
+        readers: dict[str, list[tuple[int | None, str, str]]] = {}
         for linear, name in inputs.items():
             module = prefix_of(index, layer) + linear
-            for label in labels.get(f"{module}.weight", ()) if module in known.outputs else ():
-                if len(draft.shapes[label]) == 2:  # rows of heads apart are in another form
-                    yield label, means[name] * known.outputs[module]
+            for label, expert in matrix(f"{module}.weight") if module in known.outputs else ():
+                readers.setdefault(label, []).append((expert, module, name))
+        for label, each in readers.items():
+            for expert, module, name in each:
+                gram = found[name]
+                mean = without_leading(gram.matrix() / (max(gram.tokens, 1) if expert is None else text))
+                yield label, expert, mean * known.outputs[module]
+
+
+def _matrices_of(draft: Draft) -> Callable[[str], list[tuple[str, int | None]]]:
+    """Returns a function that tells which matrices a stored weight is in, and the number of its expert in them."""
+    labels = {draft.names[label]: label for label in matrices(draft)}
+    known: dict[str, Place] = {}
+    for place in places(draft.family, draft.model):
+        known.setdefault(place.stored, place)
+
+    def found(stored: str) -> list[tuple[str, int | None]]:
+        name = name_in(draft.checkpoint.checkpoint.config, stored)
+        at = place_of(known, name) if name else None
+        own = [labels[each] for each in at[0].names if each in labels] if at else []
+        # rows of heads apart are in another form
+        return [(label, at[1]) for label in own if at and len(draft.shapes[label]) == (2 if at[1] is None else 3)]
+
+    return found
 
 
 def without_leading(gram: torch.Tensor) -> torch.Tensor:
@@ -170,10 +209,10 @@ def without_leading(gram: torch.Tensor) -> torch.Tensor:
 
 
 def _try_matrix(
-    weight: torch.Tensor, metric: torch.Tensor | float, channels: Any, pool: ThreadPoolExecutor
+    weight: torch.Tensor, metric: torch.Tensor | float, channels: Any, pool: ThreadPoolExecutor, most: int
 ) -> dict[str, float]:
     rows, width = weight.shape
-    sample = weight[:: -(-rows // MOST_ROWS) | 1].float()  # odd, for rotated rows lie in pairs
+    sample = weight[:: -(-rows // most) | 1].float()  # odd, for rotated rows lie in pairs
     step = max(1, _SLICE // width)
     slices = [sample[start : start + step] for start in range(0, len(sample), step)]
 
@@ -233,11 +272,14 @@ def save(draft: Draft, file: Path, types: dict[str, str], weights: Importance, r
             import numpy as np
 
             width = weight.shape[-1]
-            channels = importance_of(draft, hf, weights)[:width]
-            flat = weight.reshape(-1, width)
-            step = max(1, _SLICE // width)
-            parts = [flat[start : start + step] for start in range(0, len(flat), step)]
-            packed = pool.map(lambda part: ggml.quantize(part.float().numpy(), type, channels), parts)
+            channels, step = importance_of(draft, hf, weights), max(1, _SLICE // width)
+            stacked = weight.reshape(-1, *weight.shape[-2:])
+            parts = [
+                (rows[start : start + step], of_expert(channels, expert, width))
+                for expert, rows in enumerate(stacked)
+                for start in range(0, len(rows), step)
+            ]
+            packed = pool.map(lambda part: ggml.quantize(part[0].float().numpy(), type, part[1]), parts)
             return np.concatenate(list(packed))
 
         draft.save(file, types, report, encode)
@@ -270,7 +312,6 @@ def fit(
     Raises:
         RequestError: no choice of types is small enough.
     """
-    refuse_experts(draft)
     fixed = fixed_bytes(draft, file.with_name(f".{file.name}.scratch"))
     capacity = size if size is not None else _capacity(draft, fixed, bits or 0.0)
     vectors = sum(padded_bytes(draft.shapes[hf], "F32") for hf, piece in draft.pieces.items() if not piece.is_matrix)

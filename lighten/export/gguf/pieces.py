@@ -36,12 +36,13 @@ class Piece:
         """Whether it gets a type of its own. Vectors and small kernels are F32 always."""
         return len(self.shape) > 1 and self.place.rule.rounded and self.name.endswith(".weight")
 
-    def tensor(self, read: Callable[[str], torch.Tensor], model: Model) -> torch.Tensor:
-        """Returns the tensor. `read` returns a stored one."""
+    def tensor(self, read: Callable[[str], torch.Tensor], model: Model, expert: int | None = None) -> torch.Tensor:
+        """Returns the tensor, or the matrix of one expert, which is stored by itself. `read` returns a stored one."""
         import torch
 
-        parts = [self.place.rule.turn.there(read(name), model)[self.index] for name in self.stored]
-        return torch.stack(parts) if self.place.of_experts else parts[0]
+        stored = self.stored if expert is None else self.stored[expert : expert + 1]
+        parts = [self.place.rule.turn.there(read(name), model)[self.index] for name in stored]
+        return torch.stack(parts) if self.place.of_experts and expert is None else parts[0]
 
 
 def pieces_of(family: Family, model: Model, stored: Shapes, source: Path) -> dict[str, Piece]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from lighten.errors import RequestError, reading
-from lighten.export.gguf.types import NO_PRICES, PLAIN, TYPES, TypeName
+from lighten.export.gguf.types import PLAIN, TYPES, TypeName
 from lighten.export.gguf.usage import usage
 from lighten.export.step import Export
 from lighten.facts import ModelFacts
@@ -110,9 +110,7 @@ class Gguf(Export):
         """Refuses architectures that cannot be written, and widths that the type's blocks do not fit."""
         from lighten.model.gguf.table import family_of
 
-        family = family_of(facts)
-        if self.budget and family.has_experts:
-            raise RequestError(NO_PRICES.format(facts.architecture))
+        family_of(facts)
         widths = (facts.hidden, facts.heads * facts.head_dim, facts.intermediate)
         block = 1 if self.budget else TYPES[self.type].block
         if odd := [width for width in widths if width % block]:

@@ -95,6 +95,3 @@ TYPES: dict[str, Type] = {
     "IQ1_S": Type(24, 1.8, 5.2, needs_imatrix=True),
 }
 PLAIN = ("F32", "F16", "BF16")
-NO_PRICES = (
-    "a budget knows no prices of experts yet, which {} has: choose a type instead, such as Q4_K_M with imatrix: true"
-)

@@ -124,9 +124,12 @@ class Draft:
         """Returns the type of every tensor, by name, if all matrices have the same type."""
         return {label: matrices if piece.is_matrix else "F32" for label, piece in self.pieces.items()}
 
-    def weight(self, label: str) -> torch.Tensor:
-        """Returns one tensor as llama.cpp wants it, in its stored type unless it had to be computed."""
-        return self.pieces[label].tensor(self.checkpoint.tensor, self.model)
+    def weight(self, label: str, expert: int | None = None) -> torch.Tensor:
+        """Returns one tensor as llama.cpp wants it, in its stored type unless it had to be computed.
+
+        With the number of an expert it is the matrix of that one, of a tensor whose experts are stored one by one.
+        """
+        return self.pieces[label].tensor(self.checkpoint.tensor, self.model, expert)
 
     def keys(self) -> dict[str, Any]:
         """Returns the metadata of the architecture, by key without its name."""

@@ -177,11 +177,6 @@ class Family:
         return not (self.varied or self.experts)
 
     @property
-    def has_experts(self) -> bool:
-        """Whether every model of the row has experts."""
-        return self.other is None and any(EXPERT in rule.stored and rule.when is None for rule in self.layer)
-
-    @property
     def embedding(self) -> str:
         """Stored name of the embedding."""
         return next(rule.stored for rule in self.around if rule.names == ("token_embd.weight",))

@@ -4,26 +4,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.calibrate.sweep import Sweep
-from lighten.errors import RequestError
-from lighten.export.gguf import allocate
+from lighten.export.gguf import allocate, ggml
 from lighten.export.gguf import quantize as gguf_quantize
 from lighten.export.gguf.settings import Gguf
 from lighten.export.gguf.write import Draft
 from lighten.model import stream
 from lighten.model.gguf.family import place_of, places
 from lighten.model.gguf.towers import model_of
-from lighten.model.grams import read_diagonals
+from lighten.model.grams import read_diagonals, read_layer
 from lighten.model.sensitivity import Sensitivity
 from lighten.step import Context
 from lighten.store.artifact import Artifact
+from tests.conftest import byte_level, write_tokenizer
 from tests.export.gguf.test_every_family import made
 from tests.export.gguf.test_write import logits_of
+from tests.families.models import config_of
 
 __all__ = ["made"]
 Make = Callable[[str], Path]
@@ -118,9 +121,75 @@ def test_a_budget_for_a_hybrid(made: Make, tmp_path: Path, case: str) -> None:
     assert torch.allclose(there, torch.trace(stored @ metric @ stored.T), rtol=1e-4)
 
 
-def test_a_budget_with_experts_is_refused_before_any_work(made: Make) -> None:
-    source = made("gpt-oss")
-    with pytest.raises(RequestError, match="no prices of experts yet, which GptOssForCausalLM has: choose a type"):
-        Gguf(format="gguf", budget={"bits": 6}).check(model_of(source).facts)
-    with pytest.raises(RequestError, match="no prices of experts"):
-        allocate.refuse_experts(Draft(source))
+BUDGET_SIZES = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 1, "num_experts": 4}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_budget_for_experts(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experts of a layer are one tensor: their errors add up. The more bytes, the closer to the source."""
+    monkeypatch.setattr(allocate, "WIDE", ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0"))  # the others take seconds to try
+    (source := tmp_path / "model").mkdir()
+    vocab = write_tokenizer(source, byte_level("gpt-2")) + 3
+    torch.manual_seed(1)
+    sizes = {**BUDGET_SIZES, "intermediate_size": 256, "num_local_experts": 4, "norm_topk_prob": True}
+    model = AutoModelForCausalLM.from_config(config_of(family, vocab, {**sizes, "layer_types": None}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.7 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(source)
+    grams = swept(source, tmp_path)
+    (folder := tmp_path / "s").mkdir()
+    Sensitivities(samples=4, length=64).run(Artifact(source, {"key": "x", "format": "hf"}), folder, Context())
+    prices = allocate.Prices(grams, Sensitivity.read(folder))
+    draft, weights = Draft(source), gguf_quantize.importance(grams, model_of(source))
+    Gguf(format="gguf", budget={"bits": 5}).check(model_of(source).facts)
+
+    costs = allocate.try_types(draft, prices, weights)
+    name = next(label for label in draft.pieces if draft.names[label] == "blk.0.ffn_down_exps.weight")
+    assert costs[name]["Q4_K"] == pytest.approx(summed(draft, name, prices, weights["blk.0.ffn_down_exps.weight"]))
+
+    draft.save(tmp_path / "p.gguf", draft.types("F32"), file_type=0)
+    ids = list(range(5, 60))
+    exact = torch.from_numpy(logits_of(tmp_path / "p.gguf", ids)).log_softmax(-1)
+    found, divergences = [], []
+    fixed = allocate.fixed_bytes(draft, tmp_path / "x") + sum(
+        allocate.padded_bytes(draft.shapes[label], "F32")
+        for label, piece in draft.pieces.items()
+        if not piece.is_matrix
+    )
+    for bits in (3.6, 5.0, 8.0) if family == "qwen3_moe" else (4.0,):
+        file = tmp_path / f"{bits}.gguf"
+        found.append(allocate.fit(draft, file, None, bits, prices, weights))
+        types = {
+            f"{label}.weight" if f"{label}.weight" in draft.pieces else label: each["type"]
+            for label, each in found[-1]["allocation"].items()
+        }
+        assert any("_exps" in draft.names[label] and type != "Q8_0" for label, type in types.items())
+        predicted = fixed + sum(allocate.padded_bytes(draft.shapes[label], type) for label, type in types.items())
+        assert file.stat().st_size == pytest.approx(predicted, abs=64)
+        assert file.stat().st_size <= found[-1]["budget_bytes"]
+        if types[name] != "F16":
+            written = next(each for each in gguf.GGUFReader(file).tensors if each.name == "blk.0.ffn_down_exps.weight")
+            own = weights[written.name][3 * 256 :]
+            assert np.array_equal(written.data[3], ggml.quantize(draft.weight(name)[3].numpy(), types[name], own))
+        rounded = torch.from_numpy(logits_of(file, ids)).log_softmax(-1)
+        divergences.append(float((exact.exp() * (exact - rounded)).sum(-1).mean()))
+    assert divergences == sorted(divergences, reverse=True)
+    predictions = [each["predicted_error"] for each in found]
+    assert predictions == sorted(predictions, reverse=True)
+    assert predictions[0] / 5 < divergences[0] < predictions[0] * 5
+
+
+def summed(draft: Draft, label: str, prices: allocate.Prices, channels: Any) -> float:
+    """Returns what rounding the last matrices of all experts of layer 0 to Q4_K costs, one expert after the other."""
+    grams, inputs = read_layer(prices.grams, 0)
+    text, total = max(gram.tokens for gram in grams.values()), 0.0
+    for expert, weight in enumerate(draft.weight(label).float()):
+        own = channels[expert * 256 : (expert + 1) * 256]
+        rounded = ggml.dequantize(ggml.quantize(weight.numpy(), "Q4_K", own), "Q4_K", 256)
+        delta = (torch.from_numpy(rounded) - weight).double()
+        linear = next(each for each in inputs if each.endswith(f".{expert}.down_proj"))
+        gram = allocate.without_leading(grams[inputs[linear]].matrix() / text).double()
+        total += prices.sensitivity.outputs[f"model.layers.0.{linear}"] * float(torch.trace(delta @ gram @ delta.T))
+    return total
