@@ -1,6 +1,6 @@
 """Runs a GGUF file on the other processor: llama.cpp for aarch64 under emulation, and llama-cpp-python here.
 
-The llama.cpp is the one inside llama-cpp-python's source package, in the version that is installed here. It is
+The llama.cpp is the one inside llama-cpp-python's source package, in the version that the edge bundle names. It is
 cross-compiled for the Cortex-A76 of a Raspberry Pi 5 and run by user-mode QEMU; both choose the next token
 after the same prompt and the same tokens: up to the first choice that differs, that is greedy decoding on both.
 
@@ -22,13 +22,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llama_tools import VERSION, fetch
 
 from lighten.evaluate import machine
 from lighten.evaluate.runtimes.llama_cpp import LlamaCppRuntime
@@ -60,18 +59,6 @@ def plain() -> dict[str, str]:
     flags = " ".join(["-ffp-contract=off", "-fsigned-char", *(f"-U{name}" for name in VECTORS), *PAUSE])
     given = {"CMAKE_C_FLAGS": flags, "CMAKE_CXX_FLAGS": flags, "CMAKE_SYSTEM_PROCESSOR": "generic"}
     return {**given, "GGML_LLAMAFILE": "OFF", "GGML_CPU_REPACK": "OFF"}
-
-
-def fetch(work: Path, number: str) -> Path:
-    """Returns llama.cpp's source, from the source package of llama-cpp-python."""
-    source = work / f"llama_cpp_python-{number}" / "vendor" / "llama.cpp"
-    if not source.is_dir():
-        package = f"llama-cpp-python=={number}"
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python"]
-        subprocess.run([*command, "-d", str(work), package], check=True)
-        with tarfile.open(work / f"llama_cpp_python-{number}.tar.gz") as tar:
-            tar.extractall(work, filter="data")
-    return source
 
 
 def build(work: Path, source: Path, name: str, special: dict[str, str], jobs: int) -> Path:
@@ -198,8 +185,7 @@ def main() -> None:
         sys.exit(f"missing: {', '.join(missing)}; on Debian: apt install {' '.join(missing)}")
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    number = version("llama-cpp-python")
-    source = fetch(work, number)
+    source = fetch(work)
     own = {**AARCH64, "CMAKE_SYSTEM_PROCESSOR": "aarch64", "GGML_CPU_ARM_ARCH": arguments.arch}
     kinds = {"own": own, "plain": {**AARCH64, **plain()}, "plain-here": plain()}
     made = {name: str(build(work, source, name, special, arguments.jobs)) for name, special in kinds.items()}
@@ -245,7 +231,7 @@ def main() -> None:
         "architecture": arguments.arch,
         "processor": arguments.cpu,
         "features": system,
-        "llama_cpp_python": number,
+        "llama_cpp_python": VERSION,
         "rows": rows,
         "same_choice": sum(row["same_choice"] for row in rows),
         "choices": sum(row["of"] for row in rows),

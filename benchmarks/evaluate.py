@@ -26,6 +26,7 @@ from timed import last_json, timed
 from lighten.evaluate import machine
 from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.evaluate.request import Request
+from lighten.model.llama_library import installed
 from lighten.store.store import write_json
 
 HERE = Path(__file__).resolve().parent
@@ -79,6 +80,8 @@ def main() -> None:
         ("lighten, torch", peer["name"]),
         *((f"lighten, {name}", "lighten, torch") for name in models if name != "torch"),
     ]
+    llama = installed()
+    assert llama  # its runtime was measured
     results = {
         "command": f"python benchmarks/evaluate.py --tasks {tasks.name}"
         + (f" --limit {asked.limit}" if asked.limit else "")
@@ -91,7 +94,7 @@ def main() -> None:
             "dtype": "float32",
             "tie_nats": TIE,
             "lm_eval": next(run["versions"] for run in runs if "versions" in run),
-            "llama_cpp_python": version("llama-cpp-python"),
+            "llama_cpp": f"{llama.package} {llama.version}",
             "onnxruntime": version("onnxruntime"),
         },
         "runs": runs,

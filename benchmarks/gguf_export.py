@@ -2,8 +2,8 @@
 
     python benchmarks/gguf_export.py --test wikitext2_test.txt
 
-Writes benchmarks/results/gguf.json. The converter is the one in llama-cpp-python's source package, in the version that
-is installed here; the quantizer is that package's library. Each round runs both, in turn the one or the other first;
+Writes benchmarks/results/gguf.json. The converter and the quantizer are those in llama-cpp-python's source package, the
+quantizer built with cmake for this processor. Each round runs both, in turn the one or the other first;
 `lighten export` then also compares the file with its source, and is timed once more without that.
 """
 
@@ -15,11 +15,10 @@ import shutil
 import statistics
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from arm64 import fetch
+from llama_tools import build, fetch
 from timed import Timed, timed
 from turns import PROMPT, STEPS, TURNS, decode_in_turn
 
@@ -31,13 +30,6 @@ from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results" / "gguf.json"
 TYPE = "Q4_K_M"
-QUANTIZE = """
-import ctypes, sys
-import llama_cpp
-params = llama_cpp.llama_model_quantize_default_params()
-params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
-sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(params)))
-"""
 
 
 def main() -> None:
@@ -115,7 +107,8 @@ class Converter:
     """llama.cpp's own way: convert_hf_to_gguf.py, then its quantizer."""
 
     def __init__(self, work: Path) -> None:
-        self.source = fetch(work, version("llama-cpp-python"))
+        self.source = fetch(work)
+        (self.quantizer,) = build(work, "llama-quantize")
         self.packages = work / "packages"
         if not self.packages.is_dir():  # what its converter imports and lighten does not
             command = [sys.executable, "-m", "pip", "install", "--target", str(self.packages), "sentencepiece"]
@@ -130,7 +123,7 @@ class Converter:
         command = [sys.executable, script, str(model), "--outtype", "f16", "--outfile", str(self.whole)]
         steps = [
             costs(timed(command, env={"PYTHONPATH": str(self.packages)})),
-            costs(timed([sys.executable, "-P", "-c", QUANTIZE, str(self.whole), str(self.out)])),
+            costs(timed([str(self.quantizer), str(self.whole), str(self.out), TYPE])),
         ]
         return {
             "seconds": sum(step["seconds"] for step in steps),

@@ -115,7 +115,7 @@ def build_alone(source: Path, out: Path, options: dict[str, str]) -> None:
     """Makes int4 of a model directory with the builder and nothing else; what `options` lacks is its default."""
     from lighten.export.onnx.genai import build
 
-    build(source, out, "int4", "cpu", {"hf_token": "false", **options}, lambda done, total, note: None)
+    build(source, out, "int4", "cpu", {"hf_token": "false", **options})
 
 
 if __name__ == "__main__":

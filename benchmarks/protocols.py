@@ -3,7 +3,7 @@
     python benchmarks/protocols.py --test wikitext2_test.txt [--samples 40]
 
 Writes benchmarks/results/protocols.json. The tool is `llama-perplexity` of the llama.cpp inside llama-cpp-python's
-source package, in the version that is installed here, built with cmake for this processor.
+source package, built with cmake for this processor.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import json
 import re
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from arm64 import fetch
 from gguf_export import directory
+from llama_tools import VERSION, build
 
 from lighten.evaluate import machine
 from lighten.evaluate.perplexity.settings import Perplexity
@@ -26,17 +25,6 @@ from lighten.pipeline.verbs import export_model, measure
 from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results" / "protocols.json"
-SETTINGS = {
-    "CMAKE_BUILD_TYPE": "Release",
-    "BUILD_SHARED_LIBS": "OFF",
-    "GGML_CCACHE": "OFF",
-    "LLAMA_BUILD_COMMON": "ON",
-    "LLAMA_BUILD_TOOLS": "ON",
-    "LLAMA_BUILD_EXAMPLES": "OFF",
-    "LLAMA_BUILD_SERVER": "OFF",
-    "LLAMA_BUILD_TESTS": "OFF",
-    "LLAMA_OPENSSL": "OFF",
-}
 TYPES = ("F16", "Q4_K_M")
 
 
@@ -53,7 +41,7 @@ def main() -> None:
     asked = parser.parse_args()
     work = asked.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    tool = build(fetch(work, version("llama-cpp-python")), work / "build", asked.jobs)
+    (tool,) = build(work, "llama-perplexity", jobs=asked.jobs)
     model = directory(asked.model, work)
     files = []
     for kind in TYPES:
@@ -89,7 +77,7 @@ def main() -> None:
             "samples": asked.samples,
             "documents": asked.documents,
         },
-        "llama_cpp_python": version("llama-cpp-python"),
+        "llama_cpp_python": VERSION,
         "rows": rows,
     }
     write_json(asked.out, results)
@@ -101,16 +89,6 @@ def documents(text: Path, out: Path) -> str:
     lines = [json.dumps({"text": each.strip()}) for each in articles if each.strip()]
     out.write_text("\n".join(lines), encoding="utf-8")
     return str(out)
-
-
-def build(source: Path, folder: Path, jobs: int) -> Path:
-    """Returns `llama-perplexity`, built from llama.cpp's source."""
-    given = [f"-D{name}={value}" for name, value in SETTINGS.items()]
-    nice = ["nice", "-n", "10", "cmake"]
-    subprocess.run([*nice, "-S", str(source), "-B", str(folder), *given], check=True, stdout=sys.stderr)
-    command = [*nice, "--build", str(folder), "--target", "llama-perplexity", "-j", str(jobs)]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-    return folder / "bin" / "llama-perplexity"
 
 
 def own(tool: Path, model: Path, text: Path, chunks: int) -> float:

@@ -17,14 +17,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from off_grid import write_off_grid
+
 import lighten
 from lighten.evaluate import machine
-from lighten.store.files import MANIFEST
 from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
-SPREAD = 0.35
-"""Half the width of the scales' logarithms."""
 GROUPS = {"group_size": 64}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "rtn asymmetric": [{"quantize": {"method": "rtn", "sym": False, **GROUPS}}],
@@ -34,44 +33,6 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "q4_k_m": [{"export": {"format": "gguf", "type": "Q4_K_M", "imatrix": True}}],
 }
 """4 bits and groups of 64 where nothing else is said; the GGUF budget is added once the size of Q4_K_M is known."""
-
-
-def off_grid(model: Path, out: Path) -> None:
-    """Writes the same model with random channel scales moved between neighbouring matrices of every layer."""
-    import torch
-
-    from lighten.compress.quantize.fold import copies, fold
-    from lighten.model.anatomy import BEFORE, LAYERS
-    from lighten.model.checkpoint import Checkpoint
-    from lighten.model.shards import ShardWriter
-
-    checkpoint = Checkpoint(model)
-    facts = checkpoint.facts
-    readers = {
-        "self_attn.q_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        "mlp.gate_proj": ["mlp.gate_proj", "mlp.up_proj"],
-    }
-    generator = torch.Generator().manual_seed(1)
-    for file in model.iterdir():
-        if file.suffix != ".safetensors" and file.name != MANIFEST:
-            shutil.copyfile(file, out / file.name)
-    with ShardWriter(out, len(checkpoint.weight_map)) as writer:
-        for name in checkpoint.weight_map:
-            if not name.startswith(LAYERS):
-                writer.add(name, checkpoint.tensor(name))
-        for layer in range(facts.layers):
-            prefix = f"{LAYERS}{layer}."
-            tensors = {name: tensor.float() for name, tensor in checkpoint.tensors(prefix).items()}
-            for first in BEFORE:
-                repeats = copies(tensors, first)
-                width = tensors[f"{first}.weight"].shape[1] // repeats
-                scale = ((torch.rand(width, generator=generator) * 2 - 1) * SPREAD).exp()
-                if repeats > 1:
-                    heads = scale.view(-1, facts.head_dim)
-                    scale = heads.repeat_interleave(repeats, 0).reshape(-1)
-                fold(tensors, first, readers.get(first, [first]), scale, facts.head_dim)
-            for name, tensor in tensors.items():
-                writer.add(prefix + name, tensor.bfloat16())
 
 
 def measure(name: str, model: str, variants: dict[str, Any], asked: argparse.Namespace) -> Path:
@@ -120,7 +81,7 @@ def main() -> None:
         part = asked.artifacts / "off-grid.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        off_grid(source.resolve(), part)
+        write_off_grid(source.resolve(), part)
         part.rename(moved)
     budgets = {name: VARIANTS[name] for name in ("gptq", "gptq budget 4.25", "q4_k_m")}
     rows += table("off-grid", str(moved), budgets, asked)[0]
