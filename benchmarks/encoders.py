@@ -30,7 +30,8 @@ from lighten.evaluate import machine
 from lighten.evaluate.runtimes.choose import open_runtime
 from lighten.evaluate.runtimes.texts import Reader, TextRuntime
 from lighten.evaluate.sentences.settings import sentences_of
-from lighten.evaluate.similarity.work import pooled, takes_first
+from lighten.evaluate.similarity.work import pooled
+from lighten.model.pooling import takes_first
 from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results" / "encoders.json"

@@ -20,6 +20,7 @@ from lighten.model.auto_classes import task_of
 from lighten.model.config_checks import size
 from lighten.model.files import refuse_pointer, without_pickles
 from lighten.model.forms import INDEX, SINGLE, read_config, refuse_pickle
+from lighten.model.pooling import copy_pooling
 from lighten.store.files import MANIFEST
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ class Checkpoint:
             if not weights and file.name not in (MANIFEST, "config.json"):
                 shutil.copyfile(file, out / file.name)
         tokenizer_files.copy_templates(self.path, out)
+        copy_pooling(self.path, out)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def _open(self, name: str, framework: str = "pt") -> Any:

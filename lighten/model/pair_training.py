@@ -106,16 +106,18 @@ def losses_by_step(
     steps: int,
     clip: float = 1.0,
     warmup: float = 0.1,
+    first: int = 0,
 ) -> Iterator[float]:
     """Yields the loss of each step after the step is done.
 
-    The learning rate rises linearly in the share `warmup` of the steps, then falls in half a cosine to a twentieth.
+    `first` steps were done before. The learning rate rises linearly in the share `warmup` of the steps, then falls in
+    half a cosine to a twentieth.
 
     Raises:
         Failure: a loss is no number.
     """
     warm = max(1, round(warmup * steps))
-    for done, batch in enumerate(plan):
+    for done, batch in enumerate(plan, first):
         over = max(0, done - warm) / max(1, steps - warm)
         share = min(1.0, (done + 1) / warm) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * over)))
         for group in optimizer.param_groups:

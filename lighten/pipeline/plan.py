@@ -14,7 +14,7 @@ from lighten.evaluate.machine import this_machine
 from lighten.evaluate.measurement import BYTES_PER_TOKEN, Measurement
 from lighten.evaluate.runtimes.choose import opener
 from lighten.evaluate.settings import Evaluate
-from lighten.facts import ModelFacts
+from lighten.facts import TITLES, ModelFacts
 from lighten.model import gguf_source, tokenizer_files, vocabulary
 from lighten.model.accelerator import CPU, Device
 from lighten.model.architectures import check_architecture
@@ -208,8 +208,8 @@ class _Builder:
         assert stage.facts
         if stage.facts.task not in step.tasks:
             raise RequestError(
-                f"the step {step.kind} reads causal language models, {stage.facts.architecture} is none: "
-                "export it to ONNX instead (format: onnx)"
+                f"the step {step.kind} reads {' or '.join(TITLES[task] for task in step.tasks)}, and "
+                f"{stage.facts.architecture} is {TITLES[stage.facts.task]}: export it to ONNX instead (format: onnx)"
             )
         method = stage.step.quantized if isinstance(stage.step, Source) else None
         if method and (step.kind != "export" or step.needs_sweep()):

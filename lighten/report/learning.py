@@ -27,6 +27,13 @@ class Lessons:
         return f"Training of {', '.join(self.variants)}"
 
     @property
+    def held_out(self) -> tuple[str, list[float]]:
+        """What was measured on the held-out text, and its values."""
+        found = self.training.validation
+        cosines = [each.cosine for each in found if each.cosine is not None]
+        return ("cosine", cosines) if cosines else ("perplexity", [each.perplexity or 0.0 for each in found])
+
+    @property
     def sentence(self) -> str:
         """Result of the training in words."""
         curve, validations = self.training.curve, self.training.validation
@@ -36,11 +43,10 @@ class Lessons:
                 f"{curve[-1].step:,} steps, loss {significant(curve[0].loss, 3)} → {significant(curve[-1].loss, 3)}"
             )
         if validations:
-            best = min(validations, key=lambda each: each.perplexity)
-            parts.append(
-                f"held-out perplexity {significant(validations[0].perplexity, 4)} → "
-                f"{significant(best.perplexity, 4)} (kept: step {best.step:,})"
-            )
+            name, values = self.held_out
+            best = (max if name == "cosine" else min)(values)
+            step = validations[values.index(best)].step
+            parts.append(f"held-out {name} {significant(values[0], 4)} → {significant(best, 4)} (kept: step {step:,})")
         return "; ".join(parts)
 
 
@@ -76,17 +82,18 @@ def draw_lessons(each: Lessons) -> tuple[bytes, bytes]:
         _plain(axes, "Nats per token")
         if validations:
             other = axes.twinx()
+            name, values = each.held_out
             other.plot(
-                [each.step for each in validations],
-                [each.perplexity for each in validations],
+                [point.step for point in validations],
+                values,
                 color=FRONT,
                 lw=1.2,
                 marker="o",
                 ms=3.5,
-                label="held-out perplexity (right)",
+                label=f"held-out {name} (right)",
             )
             other.spines["right"].set_visible(True)
-            _plain(other, "Perplexity")
+            _plain(other, name.capitalize())
         lines = [line for part in drawn.figure.axes for line in part.get_lines()]
         legend(axes, lines)
         axes.set_xlabel("Step")
@@ -96,6 +103,6 @@ def draw_lessons(each: Lessons) -> tuple[bytes, bytes]:
 def _plain(axes: Any, label: str) -> None:
     axes.set_ylabel(label)
     axes.tick_params(length=0, which="both")
-    if label != "Perplexity":
+    if label not in ("Perplexity", "Cosine"):
         axes.grid(True)
         axes.set_axisbelow(True)

@@ -347,10 +347,11 @@ class LossPoint(Section):
 
 
 class Validation(Section):
-    """Perplexity on the held-out text after a step of training."""
+    """Perplexity on the held-out text after a step of training, or the cosine of embeddings to the teacher's."""
 
     step: int
-    perplexity: float
+    perplexity: float | None = None
+    cosine: float | None = None
 
 
 class Training(Section):

@@ -65,7 +65,7 @@ class Distill(Step):
     work: ClassVar[str] = "lighten.compress.distill.step:run"
     version: ClassVar[int] = 1
     calibrated: ClassVar[bool] = False
-    tasks: ClassVar[tuple[Task, ...]] = ("causal", "seq2seq")
+    tasks: ClassVar[tuple[Task, ...]] = ("causal", "seq2seq", "masked", "embedding")
 
     teacher: str = Field("source", description="the source of the recipe, or another model of the same vocabulary")
     student: Annotated[Shape | str | None, BeforeValidator(_student)] = Field(
@@ -198,6 +198,10 @@ class Distill(Step):
         if facts.task == "causal":
             return
         given = [name for name in ("lora", "quantize", "movement") if getattr(self, name)]
+        if facts.task != "seq2seq":
+            given += [name for name, asked in (("level", self.level != "token"), ("written", self.written)) if asked]
+            if facts.task == "embedding" and not (self.alpha or self.beta):
+                raise RequestError("alpha and beta are both 0: there is nothing to learn from the teacher")
         if isinstance(self.student, Shape):
             given += [f"student {name}" for name in self.student.model_dump(exclude_none=True) if name != "layers"]
         if given:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lighten.compress.distill import pair_step
+from lighten.compress.distill import encoder_step, pair_step
 from lighten.compress.distill.ends import changes_of
 from lighten.compress.distill.settings import Distill
 from lighten.compress.distill.student import Student, check_vocabularies
@@ -32,6 +32,8 @@ def run(step: Distill, source: Artifact, out: Path, context: Context) -> dict[st
     checkpoint = Checkpoint(source.path)
     if checkpoint.facts.task == "seq2seq":
         return pair_step.run(step, source, out, context)
+    if checkpoint.facts.task != "causal":
+        return encoder_step.run(step, source, out, context)
     accelerator.deterministic(context.device)
     if checkpoint.quantization:
         raise RequestError(f"this model is {source.format}: distil the one that it was made from")

@@ -83,7 +83,8 @@ class Teacher(Step):
         from lighten.model.checkpoint import Checkpoint
 
         accelerator.deterministic(context.device)
-        architecture = Checkpoint(source.path).facts.architecture
+        facts = Checkpoint(source.path).facts
+        architecture, top_k = facts.architecture, self.top_k if facts.task == "causal" else 0  # encoders run along
         if self.written and architecture not in ARCHITECTURES:
             raise RequestError(
                 f"{architecture} cannot write text here: sequences are written by {', '.join(ARCHITECTURES)}. "
@@ -91,13 +92,13 @@ class Teacher(Step):
             )
         ids = _sequences(source.path, self.data, self.samples, self.length, context.warnings)
         with torch.inference_mode():
-            model = open_teacher(source.path, context, self.rows) if self.top_k or self.written else None
+            model = open_teacher(source.path, context, self.rows) if top_k or self.written else None
             count = len(ids)
             held = max(1, round(self.validation * count)) if self.validation else 0
             if self.written:
                 assert model
                 ids = torch.cat([ids, _write(model, ids[: max(1, count - held)], self, context)])
-            if model and self.top_k:
+            if model and top_k:
                 _describe(model, ids, self, out, context)
             else:
                 _save(out, 0, {"ids": ids.int()})
@@ -106,7 +107,7 @@ class Teacher(Step):
             "of_the_text": count,
             "held_out": held,
             "length": self.length,
-            "top_k": self.top_k,
+            "top_k": top_k,
         }
         (out / FILE).write_text(json.dumps(told) + "\n")
         return {"format": "teacher", **told, "temperature": self.temperature}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -17,6 +14,7 @@ import torch
 from torch import nn
 
 from lighten.compress.distill import losses
+from lighten.compress.distill.checkpoints import Checkpoints, Tensors, Told, into_optimizer, of_optimizer
 from lighten.compress.distill.ends import Behind, behind_of, head_of, run_body
 from lighten.compress.distill.losses import Said, Sums, Targets
 from lighten.compress.distill.student import Student, finite
@@ -25,8 +23,6 @@ from lighten.model import accelerator
 from lighten.model.stream import fast_dtype
 from lighten.process.isolate import keep_freed_memory
 from lighten.step import Context
-from lighten.store.files import flush
-from lighten.store.links import link_or_copy
 
 if TYPE_CHECKING:
     from lighten.compress.distill.settings import Distill
@@ -53,7 +49,7 @@ class Trainer:
         """
         keep_freed_memory()
         self.step, self.student, self.lessons, self.teacher = step, student, lessons, teacher
-        self.context, self.folder = context, folder
+        self.context, self.kept = context, Checkpoints(folder)
         text, held = lessons.facts["of_the_text"], lessons.facts["held_out"]
         self.validation = list(range(text - held, text))
         written = list(range(text, len(lessons)))
@@ -156,7 +152,7 @@ class Trainer:
         with self.student.shown():
             for start in range(0, len(sequences), size):
                 sums.add(self._derive(sequences[start : start + size], len(sequences)))
-        finite(self._loss(sums), self.done + 1, self._last())
+        finite(self._loss(sums), self.done + 1, self.kept.last())
         self.scaler.unscale_(self.optimizer)
         if self.step.movement:
             now = self._sparsity()
@@ -253,21 +249,14 @@ class Trainer:
     # what survives a kill
 
     def _keep_best(self) -> None:
-        _save(self.folder / "best.safetensors", self.student.finished())
+        self.kept.keep_best(self.student.finished())
 
-    def _state(self) -> dict[str, torch.Tensor]:
+    def _state(self) -> Tensors:
         state = self.student.state()
         state |= {f"projection.{name}": tensor for name, tensor in self.projections.state_dict().items()}
-        for number, entry in self.optimizer.state_dict()["state"].items():
-            state |= {f"adam.{number}.{name}": tensor for name, tensor in entry.items()}
-        return state
+        return {**state, **of_optimizer(self.optimizer)}
 
     def _save(self) -> None:
-        """Writes a checkpoint beside the last one, then removes the last one."""
-        part = self.folder / "checkpoint.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        _save(part / "state.safetensors", self._state())
         told = {
             "done": self.done,
             "best": self.best,
@@ -276,67 +265,24 @@ class Trainer:
             "window": vars(self._window),
             "scaler": self.scaler.state_dict(),
         }
-        (part / "state.json").write_text(json.dumps(told))
-        if (self.folder / "best.safetensors").exists():
-            link_or_copy(self.folder / "best.safetensors", part / "best.safetensors")
-        for file in part.iterdir():
-            flush(file)
-        whole = self.folder / f"checkpoint-{self.done:08d}"
-        part.rename(whole)
-        for old in self._checkpoints():
-            if old != whole:
-                shutil.rmtree(old)
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoint-*"))
-
-    def _last(self) -> str:
-        found = self._checkpoints()
-        if not found:
-            return "There is no checkpoint before it."
-        return f"The last good checkpoint is of step {int(found[-1].name.rpartition('-')[2])}, in {found[-1]}."
+        self.kept.save(self.done, told, self._state())
 
     def _resume(self) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        found = self._checkpoints()
-        if not found:
-            return
-        try:
-            told = json.loads((found[-1] / "state.json").read_text())
-            state = load_file(found[-1] / "state.safetensors")
+        def read(told: Told, state: Tensors) -> tuple[Any, ...]:
             window, scaler = Sums(**told["window"]), dict(told["scaler"])
-            curve, checks, done, best = list(told["curve"]), list(told["checks"]), int(told["done"]), told["best"]
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-            for each in found:
-                shutil.rmtree(each)
-            self.context.warnings.append(
-                f"the checkpoint {found[-1].name} could not be read ({type(error).__name__}: {error}), so the training "
-                "began anew"
-            )
+            return int(told["done"]), told["best"], list(told["curve"]), list(told["checks"]), window, scaler, state
+
+        found = self.kept.load(read, self.context.warnings)
+        if found is None:
             return
-        self.done, self.best, self.curve, self.checks, self._window = done, best, curve, checks, window
+        self.done, self.best, self.curve, self.checks, self._window, scaler, state = found
         self.scaler.load_state_dict(scaler)
         self.student.load(state)
+        begin = "projection."
         self.projections.load_state_dict(
-            {
-                name.removeprefix("projection."): tensor
-                for name, tensor in state.items()
-                if name.startswith("projection.")
-            }
+            {name.removeprefix(begin): tensor for name, tensor in state.items() if name.startswith(begin)}
         )
-        adam: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in state.items():
-            if name.startswith("adam."):
-                _, number, key = name.split(".")
-                adam.setdefault(int(number), {})[key] = tensor
-        whole = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({"state": adam, "param_groups": whole["param_groups"]})
-        best = self.folder / "best.safetensors"
-        best.unlink(missing_ok=True)
-        if (found[-1] / best.name).exists():
-            link_or_copy(found[-1] / best.name, best)
+        into_optimizer(self.optimizer, state)
 
 
 class _Live:
@@ -369,14 +315,6 @@ def _spread(states: tuple[torch.Tensor, ...]) -> Iterator[torch.Tensor]:
     layers = len(states) - 1
     for part in range(1, PARTS + 1):
         yield states[-(-part * layers // PARTS)]
-
-
-def _save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    scratch = file.with_name(f".{file.name}")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, scratch)
-    os.replace(scratch, file)
 
 
 def _short(value: float) -> float:

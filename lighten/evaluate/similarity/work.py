@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -16,8 +15,7 @@ from lighten.evaluate.request_model import facts, for_quality
 from lighten.evaluate.runtimes.texts import Reader, TextRuntime, Texts
 from lighten.evaluate.similarity.settings import EMBEDDINGS, Similarity
 from lighten.evaluate.stored_result import Result
-from lighten.model.files import read_json
-from lighten.model.source import POOLING
+from lighten.model.pooling import takes_first
 from lighten.step import Report
 
 
@@ -37,12 +35,6 @@ def measure(request: Request[Similarity], report: Report) -> Result:
         raise Failure("the model gives states that are not finite numbers: it is broken, or its arithmetic overflows")
     save_file({EMBEDDINGS: vectors}, request.out / VALUES)
     return Result(warnings=[]).having(**facts(runtime))
-
-
-def takes_first(model: Path) -> bool:
-    """Returns whether the embeddings of a model are the states of the first token."""
-    file = (model if model.is_dir() else model.parent) / POOLING
-    return file.is_file() and bool(read_json(file).get("pooling_mode_cls_token"))
 
 
 def pooled(states: NDArray[np.float32], texts: Texts, *, first: bool) -> NDArray[np.float32]:

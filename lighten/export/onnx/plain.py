@@ -186,9 +186,11 @@ def _only_standard(path: Path) -> None:
 
 def _copy_others(source: Path, out: Path) -> None:
     """Copies config, tokenizer and chat templates."""
+    from lighten.model.pooling import copy_pooling
     from lighten.model.tokenizer_files import copy_templates
 
     copy_templates(source, out)
+    copy_pooling(source, out)
     for file in without_pickles(source):
         known = file.suffix in (".json", ".model", ".txt", ".jinja") or file.name.startswith("LICENSE")
         if known and not file.name.endswith(".index.json") and file.name != "artifact.json":

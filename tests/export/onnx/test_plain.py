@@ -244,8 +244,10 @@ def test_an_encoder_goes_through_the_command_and_only_its_size_is_measured(
 
     with pytest.raises(RequestError, match="BertModel is no causal language model: perplexity cannot be measured"):
         measure([str(tmp_path / "out")], perplexity=Perplexity())
-    with pytest.raises(RequestError, match="the step prune reads causal language models, BertModel is none"):
-        lighten.prune(str(bert), tmp_path / "no", method="magnitude", sparsity=0.5)
+    with pytest.raises(
+        RequestError, match="the step export reads a causal language model, and BertModel is an encoder"
+    ):
+        lighten.export_model(str(bert), tmp_path / "no", format="gguf", type="F16")
     with pytest.raises(RequestError, match="is an ONNX directory: give the model that it was made from"):
         lighten.export_model(str(tmp_path / "out"), tmp_path / "no", format="onnx")
 
