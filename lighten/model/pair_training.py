@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from lighten.data.phrases import Pair
 from lighten.errors import Failure
 
+B = TypeVar("B")
 IGNORED = -100
 
 
@@ -97,8 +98,8 @@ def batches(pairs: PairSet, size: int, seed: int) -> Iterator[Batch]:
 
 
 def losses_by_step(
-    plan: Iterable[Batch],
-    loss: Callable[[Batch], torch.Tensor],
+    plan: Iterable[B],
+    loss: Callable[[B], torch.Tensor],
     optimizer: torch.optim.Optimizer,
     weights: Sequence[nn.Parameter],
     *,

@@ -147,7 +147,8 @@ class WholeTrainer(ABC, Generic[B]):
     def _read_best(self) -> Tensors:
         from safetensors.torch import load_file
 
-        return load_file(self.kept.best)
+        found: Tensors = load_file(self.kept.best)
+        return found
 
     @torch.no_grad()
     def _fill(self, weights: Tensors) -> None:
