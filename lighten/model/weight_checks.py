@@ -6,6 +6,7 @@ renames, merges, splits and ties them as it does when it loads, and says what it
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -14,7 +15,8 @@ from typing import Any
 
 from lighten.errors import Failure, RequestError
 from lighten.model.checkpoint import Checkpoint
-from lighten.model.empty import quiet
+from lighten.model.empty import Filler, quiet
+from lighten.model.experts import ONE
 from lighten.model.files import read_json
 from lighten.model.unpacked import open_checkpoint
 from lighten.step import Report
@@ -135,6 +137,7 @@ def compare(
 
     order = {name: at for at, name in enumerate(model.state_dict())}
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = with_joined_experts(model, shapes)
     given = {name: torch.empty(shape, dtype=model.dtype, device="meta") for name, shape in shapes.items()}
     how = LoadStateDictConfig(
         device_map={"": "meta"}, dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model)
@@ -153,6 +156,28 @@ def compare(
         sorted(surplus),
         sorted(surplus - set(info.unexpected_keys)),
     )
+
+
+def with_joined_experts(model: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Returns shapes of stored tensors in which matrices of experts that only lighten stores one by one are joined.
+
+    Where all parts of a parameter are there, in their shapes, they are one tensor. Others stay by themselves.
+    """
+    if not any(ONE.fullmatch(name) for name in shapes):
+        return shapes
+    filler = Filler(model, shapes)
+    wanted = model.state_dict()
+    parts: dict[str, list[str]] = {}
+    for name in filler.parts:
+        parts.setdefault(filler.places[name], []).append(name)
+    found = dict(shapes)
+    for place, names in parts.items():
+        whole = tuple(wanted[place].shape)
+        sizes = [filler.parts[name].shape(whole) for name in names]
+        same = all(tuple(shapes[name]) == size for name, size in zip(names, sizes, strict=True))
+        if same and sum(map(math.prod, sizes)) == math.prod(whole):
+            found = {name: shape for name, shape in found.items() if name not in names} | {place: whole}
+    return found
 
 
 def refuse(

@@ -237,7 +237,10 @@ def _place(surgery: Any, quantized: Quantized) -> None:
             surgery.replace(node, _packed(quantized, names))
             left -= set(names)
     if left:
-        raise Failure(f"{min(left)} is quantized, but the builder's graph has no place for it: export its source")
+        raise Failure(
+            f"{min(left)} is quantized, but the builder's graph has no place for it: set graph: plain, which unpacks "
+            "the weights, or export its source"
+        )
 
 
 def _linears(node: str, quantized: set[str]) -> list[str]:

@@ -19,8 +19,10 @@ from lighten.export.onnx.eight_bits import round_weights
 from lighten.export.onnx.quiet import quiet
 from lighten.export.onnx.traced import Traced, traced, untraced
 from lighten.facts import ModelFacts
-from lighten.model.files import without_pickles
+from lighten.model.checkpoint import Checkpoint
+from lighten.model.files import read_json, without_pickles
 from lighten.step import Context
+from lighten.store.store import write_json
 
 OPSET = 20
 TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}
@@ -44,7 +46,11 @@ def write(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise missing_extra("onnx", str(error.name), "ONNX export") from error
-    model = _open(source, facts, torch.float16 if precision == "fp16" else torch.float32, context.trust_remote_code)
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    method = (Checkpoint(source).quantization or {}).get("quant_method")
+    model = _unpacked(source, dtype, context) if method else _open(source, facts, dtype, context.trust_remote_code)
+    if method:
+        context.warnings.append(f"the weights of a {method} checkpoint were unpacked: its rounding is in the graph")
     parts = traced(model, facts.family)
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as folder:
         for number, each in enumerate(parts):
@@ -60,8 +66,14 @@ def write(
                 shutil.move(file, out / file.name)
         context.report(len(parts), len(parts), "")
     _copy_others(source, out)
+    if method:
+        config = read_json(out / "config.json")
+        config.pop("quantization_config", None)
+        write_json(out / "config.json", config)
+        (out / "quantize_config.json").unlink(missing_ok=True)
     return {
         "format": "onnx",
+        **({"unpacked": method} if method else {}),
         "graph": "plain",
         "precision": precision,
         "opset": OPSET,
@@ -95,6 +107,18 @@ def _open(source: Path, facts: ModelFacts, dtype: torch.dtype, trusted: bool) ->
     with quiet():
         model = from_pretrained(found, source, dtype=dtype, **options)
     return model.eval()
+
+
+def _unpacked(source: Path, dtype: torch.dtype, context: Context) -> Any:
+    """Returns the model of a quantized directory with plain weights, experts as one product for all tokens."""
+    from lighten.model import whole
+
+    with quiet():
+        model = whole.load(source, dtype, trust_remote_code=context.trust_remote_code)
+        model.set_attn_implementation("eager")
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation("batched_mm")
+    return model
 
 
 def _export(part: Traced, path: Path) -> None:

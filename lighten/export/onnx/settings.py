@@ -120,15 +120,12 @@ class Onnx(Export):
 
     def check_source(self, form: str, facts: ModelFacts) -> None:
         """Refuses quantized weights for which the type of graph has no operator."""
+        if self.resolved_graph(facts) == "plain" and form in ("hf", *FORMATS):
+            return  # weights of 32 bits hold what unpacked ones are
         if form not in ("hf", *KEPT):
             raise RequestError(
-                f"ONNX export reads unquantized, GPTQ and AWQ models, this one is {form}: export its source, "
-                "and let `precision` choose the bits"
-            )
-        if form in KEPT and self.resolved_graph(facts) == "plain":
-            raise RequestError(
-                f"a plain graph has no operator for the weights of a {form} model: use graph: genai, "
-                "or export its source"
+                f"genai graphs are made of unquantized, GPTQ and AWQ models, this one is {form}: set graph: plain, "
+                "which unpacks it, or export its source, and let `precision` choose the bits"
             )
         if form in KEPT and (self.ignore or self.resolved_precision(facts) not in ("int4", "int8")):
             wrong = "`ignore`" if self.ignore else f"precision {self.precision}"

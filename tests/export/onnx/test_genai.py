@@ -259,10 +259,10 @@ def test_blocks_stand_for_the_weights_of_the_checkpoint() -> None:
 
 def test_refuses_other_sources_and_other_precisions(tiny: Tiny, tmp_path: Path) -> None:
     for format, settings, message in (
-        ("gguf", {}, "reads unquantized, GPTQ and AWQ models, this one is gguf"),
+        ("gguf", {}, "made of unquantized, GPTQ and AWQ models, this one is gguf: set graph: plain"),
         ("gptq", {"precision": "fp32"}, "kept as they are: leave out precision fp32"),
         ("awq", {"ignore": ("*",)}, "leave out `ignore`"),
-        ("gptq", {"graph": "plain", "precision": "fp32"}, "no operator for the weights of a gptq model"),
+        ("bundle", {"graph": "plain"}, "made of unquantized, GPTQ and AWQ models, this one is bundle"),
     ):
         with pytest.raises(RequestError, match=message):
             Onnx(format="onnx", **settings).run(Artifact(tiny(), {"format": format}), tmp_path, Context())
