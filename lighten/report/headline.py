@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lighten.report import claims
+from lighten.report import claims, whole_texts
 from lighten.report.claims import BROKEN, TOLERANCE
 from lighten.report.numbers import byte_count, change, ratio, significant
 from lighten.results.results import Results, Variant
@@ -65,6 +65,8 @@ def _judged(results: Results, sized: list[Variant], broken: tuple[str, ...]) -> 
     rises = {variant.name: rise for variant in sized if (rise := claims.rise(results, variant)) is not None}
     if not rises:
         smallest = sized[0]
+        if told := _by_texts(results, sized, broken):
+            return told
         why = "Perplexity was not measured on it and on something to compare with, so its quality is not known."
         if smallest.vocabulary:
             why = "Its vocabulary is not the baseline's, so their perplexities cannot be compared: see bits per byte."
@@ -96,6 +98,29 @@ def _judged(results: Results, sized: list[Variant], broken: tuple[str, ...]) -> 
     return Headline(f"{verb} {pick.name}", _cost(results, pick), said, others, pick.name)
 
 
+def _by_texts(results: Results, sized: list[Variant], broken: tuple[str, ...]) -> Headline | None:
+    """Returns the headline for models that read whole texts; None if nothing of the kind was measured."""
+    base = results.baseline
+    known = [(each, found) for each in sized if (found := whole_texts.quality(each, base))]
+    if not known:
+        return None
+    fitting = [(each, found) for each, found in known if found.loss <= TOLERANCE]
+    others = tuple(f"Also: {each.name}, {_cost(results, each)}." for each, _ in known)
+    if not fitting:
+        closest = min(known, key=lambda pair: pair[1].loss)[0]
+        rest = tuple(said for said, (each, _) in zip(others, known, strict=True) if each is not closest)
+        why = f"No variant that is smaller keeps all but {WITHIN} of what was measured on whole texts."
+        return Headline(f"Closest is {closest.name}", _cost(results, closest), why, rest + broken, closest.name)
+    pick, found = fitting[0]
+    rest = tuple(said for said, (each, _) in zip(others, known, strict=True) if each is not pick)
+    reason = f"It is the smallest variant that keeps all but {WITHIN} of what was measured on whole texts."
+    sure = found.loss + found.margin <= TOLERANCE
+    reason += "" if sure else " Its 95 % interval reaches beyond that: measure on more text before relying on it."
+    return Headline(
+        f"{'Ship' if sure else 'Perhaps'} {pick.name}", _cost(results, pick), reason, rest + broken, pick.name
+    )
+
+
 def _reaching(interval: tuple[float, float] | None) -> str:
     """Returns why a rise that is small enough is not certain."""
     if interval is None:
@@ -120,6 +145,10 @@ def _cost(results: Results, variant: Variant) -> str:
         if variant.vocabulary and variant.bits_per_byte and base and base.bits_per_byte:
             pair = [significant(each.bits_per_byte or 0.0, 4) for each in (variant, base)]
             parts[-1] = f"{pair[0]} bits per byte instead of {pair[1]}"
+    if not variant.perplexity and (kept := whole_texts.quality(variant, base)):
+        parts.append(kept.words)
+    if sentences := whole_texts.speed(variant, base):
+        parts.append(sentences)
     speed = claims.decode_ratio(results, variant)
     if speed is not None:
         parts.append(f"{ratio(speed)} the decode speed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lighten.report import sections
+from lighten.report import sections, whole_texts
 from lighten.report.allocation import allocations
 from lighten.report.calibration import amount, shared
 from lighten.report.facts import kept, pairs, protocols, sentence
@@ -51,6 +51,7 @@ def markdown(results: Results, earlier: Sequence[Results] = ()) -> str:
         lines = [amount(results.calibration), *map(shared, results.calibration.overlap)]
         parts += ["### Calibration", _bullets(lines)]
     measured = [f"Perplexity by {name}: {sentence(items)}" for name, items in protocols(results)]
+    measured += [said] if not measured and (said := whole_texts.instead(results)) else []
     if measured:
         parts += ["### Protocol", _bullets(measured)]
     if results.machine:

@@ -13,7 +13,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from lighten.errors import Failure, RequestError
-from lighten.report import calibration, facts, numbers
+from lighten.report import calibration, facts, numbers, whole_texts
 from lighten.report.allocation import allocations, draw_allocation
 from lighten.report.card import CARD, cards
 from lighten.report.csv_table import csv_table
@@ -126,6 +126,7 @@ def html(results: Results, svgs: Mapping[str, bytes], obstacle: str = "", earlie
         shared=calibration.shared,
         obstacle=obstacle,
         protocols=facts.protocols(results),
+        instead=whole_texts.instead(results),
         spent=sum(stage.actual.seconds or 0.0 for stage in results.stages if stage.actual),
         changes={variant.name: _changes(variant) for variant in results.variants},
     )
