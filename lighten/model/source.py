@@ -286,6 +286,7 @@ class Source(Step):
         import torch
 
         from lighten.model.adapter import TOKENIZER, Merged
+        from lighten.model.finite import finite
         from lighten.model.shards import ShardWriter
 
         checkpoint = Merged(Path(self.adapter), path) if self.adapter else Checkpoint(path)
@@ -297,7 +298,7 @@ class Source(Step):
         with ShardWriter(out, len(names)) as writer:
             for number, name in enumerate(names, 1):
                 tensor = checkpoint.tensor(name)
-                if not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():
+                if not all(finite([tensor])):
                     raise Failure(
                         f"{path}: {name} has NaN or infinite weights: the checkpoint is damaged; fetch it again"
                     )

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from lighten.process.isolate import share_arena
+
 
 class _Stopped(BaseException):
     """Ends the thread of a batch whose forward is not needed any further. `except Exception` lets it pass."""
@@ -65,6 +67,11 @@ class Turn:
     """The block's own forward. It takes a call's arguments."""
     calls: list[Call] = field(repr=False)
     place: Place = field(repr=False)
+    go_on: Callable[[Call], None] = field(repr=False)
+    """Lets the batch of an answered call run to its next block at once. Its arguments and answer are gone then.
+
+    So they are not held beside what other batches get. Batches that are left go on before the next turn.
+    """
 
     def answer(self, call: Call) -> None:
         """Runs the block for a call, and keeps what it gives back."""
@@ -141,7 +148,7 @@ def turns(
     """Yields the turn of each block, in the order in which the model runs them.
 
     The caller answers every call of a turn before it asks for the next. Arguments of a call are dropped as soon as the
-    batch goes on.
+    batch goes on, see `Turn.go_on`.
 
     Args:
         forward: runs the model for the batch of a number.
@@ -154,7 +161,15 @@ def turns(
     Raises:
         BaseException: whatever the forward of a batch raised.
     """
+    share_arena()
     each = [_Batch(number, forward, inference, place) for number in range(batches)]
+
+    def go_on(call: Call) -> None:
+        batch = each[call.batch]
+        if batch.waits and batch.waits[1] is call:
+            call.args, call.kwargs = (), {}
+            batch.advance()
+
     with _halting(each, blocks, ends) as own:
         try:
             for batch in each:
@@ -162,12 +177,11 @@ def turns(
             number = 0
             while waiting := [batch for batch in each if batch.waits]:
                 name = _first(waiting)
-                here = [(batch, batch.waits[1]) for batch in waiting if batch.waits and batch.waits[0] == name]
-                yield Turn(name, number, own[name], [call for _, call in here], place)
+                calls = [batch.waits[1] for batch in waiting if batch.waits and batch.waits[0] == name]
+                yield Turn(name, number, own[name], calls, place, go_on)
                 number += 1
-                for batch, call in here:
-                    call.args, call.kwargs = (), {}
-                    batch.advance()
+                for call in calls:
+                    go_on(call)
         finally:
             for batch in each:
                 batch.stop()

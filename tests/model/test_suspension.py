@@ -1,6 +1,7 @@
 """Batches that halt before blocks compute what the plain forward computes."""
 
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -65,6 +66,33 @@ def test_every_block_waits_for_every_batch(stack: Stack) -> None:
     assert order == ["blocks.0", "blocks.1", "blocks.2", "blocks.0"]
     assert all(torch.equal(found[batch], expected[batch]) for batch in range(5))
     assert all("forward" not in block.__dict__ for block in stack.blocks)
+
+
+def test_a_batch_that_goes_on_keeps_nothing_beside_what_others_get(stack: Stack) -> None:
+    batches = [torch.randn(2, 3, 4) for _ in range(3)]
+    with torch.inference_mode():
+        expected = [stack.blocks[1](stack.blocks[0](batch)[0])[0] for batch in batches]
+    found: dict[int, torch.Tensor] = {}
+    given: list[weakref.ref[torch.Tensor]] = []
+
+    def forward(batch: int) -> None:
+        states = batches[batch] + 0
+        for block in stack.blocks[:2]:
+            states = block(states)[0]
+        found[batch] = states
+
+    for turn in turns(forward, 3, {f"{number}": stack.blocks[number] for number in (0, 1)}):
+        assert not any(each() is not None for each in given)
+        given = [weakref.ref(call.args[0]) for call in turn.calls]
+        for done, call in enumerate(turn.calls):
+            with torch.inference_mode():
+                turn.answer(call)
+            turn.go_on(call)
+            turn.go_on(call)
+            assert (call.args, call.kwargs, call.answer) == ((), {}, None)
+            assert [each() is None for each in given] == [number <= done for number in range(3)]
+            assert turn.name == "0" or list(found) == list(range(done + 1))
+    assert all(torch.equal(found[batch], expected[batch]) for batch in range(3))
 
 
 def test_a_block_that_changes_during_its_turn_answers_as_changed(stack: Stack) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ def accumulate(gram: Gram, inputs: torch.Tensor) -> None:
         wide = rows.float()
         for start, block in gram.rows():
             block.addmm_(wide[:, start : start + block.shape[0]].t(), wide[:, start:])
-    torch.maximum(gram.absmax, rows.abs().amax(0).float(), out=gram.absmax)
+    for end in (rows.amin(0), rows.amax(0)):  # a copy with all absolute values is not made
+        torch.maximum(gram.absmax, end.abs().float(), out=gram.absmax)
     gram.tokens += rows.shape[0]
 
 
@@ -33,12 +35,14 @@ class LayerInputs:
         self.grams: dict[str, Gram] = {}
         self.read_by: dict[str, str] = {}
         self._device = device
-        self._batch: dict[int, tuple[str, torch.Tensor]] = {}
+        self._batch: dict[int, tuple[str, weakref.ref[torch.Tensor]]] = {}
 
     def collect(self, linear: str, inputs: torch.Tensor) -> None:
         """Takes the inputs of one linear for the current batch."""
-        # the tensor is kept until the batch ends: a freed one's id could come back
-        first, _ = self._batch.setdefault(id(inputs), (linear, inputs))
+        first, seen = self._batch.get(id(inputs), (linear, None))
+        if seen is None or seen() is not inputs:  # a freed one's id could come back
+            first = linear
+            self._batch[id(inputs)] = linear, weakref.ref(inputs)
         self.read_by[linear] = first
         if first == linear:
             gram = self.grams.setdefault(linear, Gram.empty(inputs.shape[-1], self._device))
@@ -49,5 +53,5 @@ class LayerInputs:
         return lambda _, arguments: self.collect(linear, arguments[0])
 
     def end_batch(self) -> None:
-        """Drops the tensors of the batch."""
+        """Forgets the tensors of the batch."""
         self._batch.clear()

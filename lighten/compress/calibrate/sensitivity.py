@@ -119,8 +119,10 @@ def _of_heads(importance: list[float], tokens: int) -> Callable[[Any, Any, Any],
         if not states.requires_grad:
             return
 
+        values = states.detach()  # a hook that held `states` would hold the graph that holds the hook, for ever
+
         def add(gradient: Any) -> None:
-            each = (states.detach().float() * gradient.float()).unflatten(-1, (len(importance), -1))
+            each = (values.float() * gradient.float()).unflatten(-1, (len(importance), -1))
             found = each.sum(-1).abs().flatten(0, -2).sum(0) / tokens
             importance[:] = [old + new for old, new in zip(importance, found.tolist(), strict=True)]
 

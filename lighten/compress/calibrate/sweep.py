@@ -17,7 +17,14 @@ from lighten.step import Context, Estimate, Step
 from lighten.store.artifact import Artifact
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     import torch
+    from torch import nn
+
+    from lighten.model.discovery import Layer
+    from lighten.model.grams import GramWriter
+    from lighten.model.suspension import Call, Turn
 
 
 ANGLES = 1024
@@ -62,10 +69,6 @@ class Sweep(Step):
             RequestError: the text is shorter than one sample.
             Failure: weights are not finite.
         """
-        import torch
-
-        from lighten.compress.calibrate.experts import experts_of
-        from lighten.compress.calibrate.gram import LayerInputs
         from lighten.compress.prune.structured import angular_distances
         from lighten.model.blockwise import BlockwiseModel
         from lighten.model.grams import GramWriter, expert_tokens
@@ -80,40 +83,22 @@ class Sweep(Step):
         layers = model.anatomy.layers
         told = {"samples": len(ids), "length": length, "tokens": ids.numel()}
         writer = GramWriter(out, [layer.prefix for layer in layers], told)
-        states: list[list[torch.Tensor]] = []
+        stream = _Stream([len(batch) for batch in model.batches(ids)])
         start = time.monotonic()
+
+        def report(number: int, part: float) -> None:
+            rate = part * ids.numel() / (time.monotonic() - start) / len(layers)
+            note = f"layer {number + 1}/{len(layers)}, {rate:,.0f} tok/s"
+            context.report(int(part * 1000), len(layers) * 1000, note)
+
         for number, (index, block, turn) in enumerate(model.turns(ids, targets=targets)):
             if index < len(writer):
                 raise RequestError(f"{source.path} runs a layer twice ({turn.name}): it cannot be swept")
-            inputs = LayerInputs(context.device)
-            hooks = [
-                block.get_submodule(linear.module).register_forward_pre_hook(inputs.hook(linear.name))
-                for linear in layers[index].linears
-                if linear.inside is None
-            ]
-            stacks = experts_of(layers[index], block, context.device)
-            hooks += [stack.module.register_forward_pre_hook(stack.hook(), with_kwargs=True) for stack in stacks]
-            if not states:
-                states.append(_some([_states(call.args or tuple(call.kwargs.values())) for call in turn.calls]))
-            for done, call in enumerate(turn.calls, 1):
-                turn.answer(call)
-                inputs.end_batch()
-                part = number + done / len(turn.calls)
-                rate = part * ids.numel() / (time.monotonic() - start) / len(layers)
-                note = f"layer {number + 1}/{len(layers)}, {rate:,.0f} tok/s"
-                context.report(int(part * 1000), len(layers) * 1000, note)
-            for hook in hooks:
-                hook.remove()
-            writer.add(inputs.grams, inputs.read_by)
-            for stack in stacks:
-                for expert, tokens, grams in stack.grams():
-                    readers = {each.name: expert.first[0].name for each in expert.first}
-                    readers |= {each.name: expert.last[0].name for each in expert.last}
-                    writer.add_expert(expert.number, tokens, grams, readers)
+            for done in _add_layer(writer, layers[index], block, _passing(turn, stream), context.device):
+                report(number, number + done / len(turn.calls))
             layers[index].leave_unread(writer.index["layers"][index]["inputs"])
-            states.append(_some([_states((call.answer,)) for call in turn.calls]))
         writer.index["anatomy"] = model.anatomy.as_json()
-        writer.close(ids, angular_distances([torch.cat(each) for each in states]))
+        writer.close(ids, angular_distances(stream.places))
         return {
             "format": "grams",
             "samples": len(ids),
@@ -140,6 +125,45 @@ class Sweep(Step):
         return torch.from_numpy(calibration_ids(model, self.data, self.samples, length, context.warnings)), None
 
 
+def _passing(turn: Turn, stream: _Stream) -> Iterator[int]:
+    """Runs a block for one batch after the other; yields the number of those that are done."""
+    stream.enter(turn.calls)
+    for done, call in enumerate(turn.calls, 1):
+        turn.answer(call)
+        stream.leave(call)
+        turn.go_on(call)
+        yield done
+    stream.close()
+
+
+def _add_layer(
+    writer: GramWriter, layer: Layer, block: nn.Module, passing: Iterator[int], device: str
+) -> Iterator[int]:
+    """Writes the Grams of a layer while batches pass its block; yields the number of those that are done."""
+    from lighten.compress.calibrate.experts import experts_of
+    from lighten.compress.calibrate.gram import LayerInputs
+
+    inputs = LayerInputs(device)
+    hooks = [
+        block.get_submodule(linear.module).register_forward_pre_hook(inputs.hook(linear.name))
+        for linear in layer.linears
+        if linear.inside is None
+    ]
+    stacks = experts_of(layer, block, device)
+    hooks += [stack.module.register_forward_pre_hook(stack.hook(), with_kwargs=True) for stack in stacks]
+    for done in passing:
+        inputs.end_batch()
+        yield done
+    for hook in hooks:
+        hook.remove()
+    writer.add(inputs.grams, inputs.read_by)
+    for stack in stacks:
+        for expert, tokens, grams in stack.grams():
+            readers = {each.name: expert.first[0].name for each in expert.first}
+            readers |= {each.name: expert.last[0].name for each in expert.last}
+            writer.add_expert(expert.number, tokens, grams, readers)
+
+
 def _states(values: tuple[Any, ...]) -> torch.Tensor:
     """Returns the hidden states among the arguments or answers of a block: the first tensor."""
     import torch
@@ -151,13 +175,43 @@ def _states(values: tuple[Any, ...]) -> torch.Tensor:
     raise TypeError("a block without states")
 
 
-def _some(hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Returns a copy of the states of some tokens, evenly spread, which are enough for the angles between layers."""
-    tokens = sum(each.shape[:-1].numel() for each in hidden)
-    step, start = -(-tokens // ANGLES), 0
-    found = []
-    for each in hidden:
-        states = each.reshape(-1, each.shape[-1])
-        found.append(states[-start % step :: step].clone())
-        start += len(states)
-    return found
+class _Stream:
+    """The residual stream before every layer and after the last, at some tokens that are evenly spread.
+
+    They are enough for the angles between layers.
+    """
+
+    def __init__(self, rows: list[int]) -> None:
+        """`rows` are the numbers of samples in each batch."""
+        self._rows = rows
+        self.places: list[torch.Tensor] = []
+        """Of each place, `[tokens, hidden]`."""
+        self._parts: list[torch.Tensor] = []
+        self._seen = 0
+
+    def enter(self, calls: Sequence[Call]) -> None:
+        """Begins the turn of a layer. Before the first, copies from what every batch gives to it."""
+        if not self.places:
+            for call in calls:
+                self._take(call.batch, call.args or tuple(call.kwargs.values()))
+            self.close()
+
+    def leave(self, call: Call) -> None:
+        """Copies from what the layer gave to one batch."""
+        self._take(call.batch, (call.answer,))
+
+    def close(self) -> None:
+        """Ends the turn of a layer."""
+        import torch
+
+        self.places.append(torch.cat(self._parts))
+        self._parts.clear()
+        self._seen = 0
+
+    def _take(self, batch: int, values: tuple[Any, ...]) -> None:
+        hidden = _states(values)
+        states = hidden.reshape(-1, hidden.shape[-1])
+        tokens = len(states) * sum(self._rows) // self._rows[batch]
+        step = -(-tokens // ANGLES)
+        self._parts.append(states[-self._seen % step :: step].clone())
+        self._seen += len(states)

@@ -19,6 +19,8 @@ from lighten.compress.damping import damped
 
 ROUNDS = 16
 """Number of times that the costs of channels are computed anew while a matrix is emptied."""
+AT_ONCE = 128
+"""Number of tokens whose unit vectors, of every layer, are in memory at a time."""
 
 
 def refit(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, damp_percent: float) -> torch.Tensor:
@@ -108,12 +110,16 @@ def angular_distances(states: list[torch.Tensor]) -> list[list[float]]:
     Returns:
         A row for every l, with an entry for each m ≥ l.
     """
-    unit = [torch.nn.functional.normalize(state.float(), dim=-1) for state in states]
-    rows = []
-    for first, here in enumerate(unit):
-        cosines = [(here * there).sum(-1).clamp(-1, 1) for there in unit[first:]]
-        rows.append([float(cosine.acos().mean()) / torch.pi for cosine in cosines])
-    return rows
+    count = len(states)
+    cosines = states[0].new_empty(count, count, len(states[0]), dtype=torch.float32)
+    for start in range(0, len(states[0]), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        unit = [torch.nn.functional.normalize(state[some].float(), dim=-1) for state in states]
+        for first, here in enumerate(unit):
+            for last, there in enumerate(unit[first:], first):
+                cosines[first, last, some] = (here * there).sum(-1)
+    angles = cosines.clamp_(-1, 1).acos_()
+    return [[float(each.mean()) / torch.pi for each in row[first:]] for first, row in enumerate(angles)]
 
 
 def layers_to_remove(distances: list[list[float]], count: int, contiguous: bool) -> list[int]:

@@ -1,5 +1,7 @@
 """Sensitivities, one layer in memory at a time, against autograd through the whole model."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from lighten.compress.calibrate.sensitivity import Sensitivities
+from lighten.compress.calibrate.sensitivity import Sensitivities, _of_heads
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.prune.choice import mean_loss
 from lighten.errors import Failure, RequestError
@@ -25,6 +27,21 @@ from tests.families.models import make
 
 Tiny = Callable[..., Path]
 SETTINGS = {"samples": 6, "length": 160, "sequences": 3}  # longer than the rows of logits taken at a time
+
+
+def test_nothing_of_a_graph_is_left_after_the_way_back() -> None:
+    linear = torch.nn.Linear(6, 4)
+    importance = [0.0] * 3
+    linear.register_forward_hook(_of_heads(importance, 5))
+    entered = torch.randn(5, 6, requires_grad=True)
+    states = entered * 2
+    linear(states).sum().backward()
+    found = states.detach() * linear.weight.detach().sum(0)
+    assert importance == pytest.approx((found.unflatten(-1, (3, 2)).sum(-1).abs().sum(0) / 5).tolist())
+    known = weakref.ref(states), weakref.ref(entered)
+    del states, entered
+    gc.collect()
+    assert [each() for each in known] == [None, None]
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "llama-tied", "qwen2", "mistral"])

@@ -96,6 +96,16 @@ def test_angles_are_those_between_the_states() -> None:
         assert row == pytest.approx(wanted, abs=1e-3)
 
 
+def test_angles_of_many_tokens_are_means_over_all() -> None:
+    states = [torch.randn(structured.AT_ONCE * 2 + 3, 5) for _ in range(3)]
+    found = structured.angular_distances(states)
+    unit = [state / state.norm(dim=-1, keepdim=True) for state in states]
+    for first, row in enumerate(found):
+        for last, angle in enumerate(row, first):
+            cosines = (unit[first] * unit[last]).sum(-1).clamp(-1, 1)
+            assert angle == pytest.approx(float(cosines.acos().mean()) / torch.pi, abs=1e-3)
+
+
 def test_layers_go_where_the_stream_turns_least() -> None:
     step = [0.3, 0.05, 0.2, 0.06, 0.07]
     distances = [[min(1.0, sum(step[first:last])) for last in range(first, 6)] for first in range(6)]
