@@ -13,6 +13,5 @@ def check_architecture(architecture: str) -> None:
     if architecture not in ARCHITECTURES:
         raise RequestError(
             f"this step knows the layers of {', '.join(ARCHITECTURES)}, and not those of {architecture}. Quantization, "
-            "and pruning without a target (what: mlp, heads or layers; method: magnitude, wanda or sparsegpt), take "
-            "every family"
+            "pruning and distillation take every family"
         )

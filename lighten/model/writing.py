@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
+
+from lighten.model.architectures import ARCHITECTURES
 
 CACHE_BYTES = 1_600_000_000
 """Maximum number of bytes of the keys and values of the sequences that are written side by side."""
@@ -44,10 +46,64 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def side_by_side(config: Any, length: int) -> int:
-    """Returns the number of sequences of a length that are written at once."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = 2 * config.num_hidden_layers * config.num_key_value_heads * size * 4 * length
+    """Returns the number of sequences of a length that are written at once.
+
+    Where a config does not tell the heads, a token counts as if it left keys and values as wide as its states.
+    """
+    text = config.get_text_config()
+    heads, hidden = getattr(text, "num_attention_heads", None), int(text.hidden_size)
+    size = getattr(text, "head_dim", None) or (hidden // heads if heads else hidden)
+    shared = getattr(text, "num_key_value_heads", None) or heads or 1
+    each = 2 * text.num_hidden_layers * shared * size * 4 * length
     return int(max(1, min(MOST, CACHE_BYTES // each)))
+
+
+class _Told(StoppingCriteria):  # type: ignore[misc]
+    """Reports every token, and stops nothing."""
+
+    def __init__(self, report: Callable[[int], None]) -> None:
+        self.report = report
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Reports the number of tokens. Returns for every sequence that it goes on."""
+        self.report(input_ids.numel())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _generated(
+    model: Any, prompts: torch.Tensor, length: int, generator: torch.Generator, report: Callable[[int], None]
+) -> torch.Tensor:
+    """Returns what `write` returns, by transformers' own loop, which knows the states of every family."""
+    found = []
+    count = side_by_side(model.config, length)
+    own = model.generation_config
+    try:
+        # what the model's own file says of other ways to sample, and of ends of texts, is for conversations
+        model.generation_config = GenerationConfig()
+        for first in range(0, len(prompts), count):
+            now = prompts[first : first + count].to(model.device)
+            seed = int(torch.randint(0, 2**31 - 1, (1,), generator=generator))
+            how = GenerationConfig(
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                max_new_tokens=length - now.shape[1],
+                pad_token_id=0,
+            )
+            told = _Told(lambda done, first=first: report(first * length + done))  # type: ignore[misc]
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                written = model.generate(
+                    now,
+                    attention_mask=torch.ones_like(now),
+                    generation_config=how,
+                    stopping_criteria=StoppingCriteriaList([told]),
+                )
+            found.append(written.cpu())
+    finally:
+        model.generation_config = own
+    return torch.cat(found)
 
 
 @torch.inference_mode()
@@ -63,6 +119,8 @@ def write(
         generator: generator of the random numbers, on the CPU.
         report: called with the number of tokens.
     """
+    if type(model).__name__ not in ARCHITECTURES:
+        return _generated(model, prompts, length, generator, report)
     found = []
     count = side_by_side(model.config, length)
     for first in range(0, len(prompts), count):

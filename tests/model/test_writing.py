@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lighten.model import attention, writing
+from tests.families.models import make
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
@@ -30,6 +31,30 @@ def test_every_token_was_sampled_from_the_models_own_distribution(
             for position in range(4, 80):
                 said = torch.softmax(model(part[:, :position]).logits[:, -1].float(), -1)
                 assert torch.equal(torch.multinomial(said, 1, generator=generator)[:, 0], part[:, position])
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_moe", "mamba2", "lfm2"])
+def test_every_family_writes_from_its_own_distribution(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows, experts, states without keys, convolutions. Ends of texts and its own settings change nothing."""
+    monkeypatch.setattr(writing, "MOST", 3)
+    model = AutoModelForCausalLM.from_pretrained(make(family, tmp_path), dtype=torch.float32).eval()
+    own = model.generation_config
+    own.top_k, own.temperature, own.eos_token_id = 1, 0.1, list(range(0, 250, 2))
+    prompts = torch.arange(5 * 4).view(5, 4) * 7 % 250
+    counted: list[int] = []
+    found = writing.write(model, prompts, 24, torch.Generator().manual_seed(1), counted.append)
+    assert found.shape == (5, 24) and torch.equal(found[:, :4], prompts)
+    assert counted == sorted(counted) and counted[-1] == 5 * 24
+    assert model.generation_config is own
+    generator = torch.Generator().manual_seed(1)
+    with torch.inference_mode(), torch.random.fork_rng():
+        for part in (found[:3], found[3:]):
+            torch.manual_seed(int(torch.randint(0, 2**31 - 1, (1,), generator=generator)))
+            for position in range(4, 24):
+                said = torch.softmax(model(part[:, :position], use_cache=False).logits[:, -1].float(), -1)
+                assert torch.equal(torch.multinomial(said, 1)[:, 0], part[:, position])
 
 
 def test_one_query_gets_what_torch_gives_it() -> None:

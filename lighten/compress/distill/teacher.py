@@ -79,16 +79,15 @@ class Teacher(Step):
         import torch
 
         from lighten.model import accelerator
-        from lighten.model.architectures import ARCHITECTURES
         from lighten.model.checkpoint import Checkpoint
 
         accelerator.deterministic(context.device)
         facts = Checkpoint(source.path).facts
-        architecture, top_k = facts.architecture, self.top_k if facts.task == "causal" else 0  # encoders run along
-        if self.written and architecture not in ARCHITECTURES:
+        top_k = self.top_k if facts.task == "causal" else 0  # encoders run along
+        if self.written and facts.task != "causal":
             raise RequestError(
-                f"{architecture} cannot write text here: sequences are written by {', '.join(ARCHITECTURES)}. "
-                "Leave out level: sequence and written, and learn from its distributions"
+                f"{facts.architecture} writes no text: leave out level: sequence and written, and learn from what it "
+                "gives for the text"
             )
         ids = _sequences(source.path, self.data, self.samples, self.length, context.warnings)
         with torch.inference_mode():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,9 +13,9 @@ from lighten.compress.prune.amounts import Target
 from lighten.compress.prune.parts import Cut, Parts
 from lighten.compress.prune.settings import Prune
 from lighten.compress.prune.thin import Thinned
+from lighten.compress.prune.ways import HEADS, Sizes, Way, allowed_of
 from lighten.errors import RequestError
 from lighten.model import ending
-from lighten.model.architectures import check_architecture
 from lighten.model.blockwise import BlockwiseModel
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.grams import read_ids, read_index, read_layer
@@ -27,8 +29,6 @@ HEAD_ROWS = 128
 """Number of positions whose logits are in memory at a time."""
 SHARES = (0.125, 0.25, 0.375, 0.5)
 """Shares of channels, and of layers, whose damage is measured. In between it is interpolated."""
-HEADS = 3
-"""Maximum number of key/value heads that a target may remove."""
 
 
 class Choices:
@@ -47,12 +47,7 @@ class Choices:
     def cut(self, mlp: int = 0, heads: int = 0, layers: int = 0) -> Cut:
         """Returns which channels of every layer, key/value heads of every layer, and layers go."""
         channels, groups = self._first("mlp", mlp), self._first("heads", heads)
-        gone: list[int] = []
-        if layers:
-            assert self.context.grams
-            angles = read_index(self.context.grams)["angles"]
-            gone = structured.layers_to_remove(angles, layers, bool(self.step.contiguous))
-        return Cut(channels, groups, tuple(gone))
+        return Cut(channels, groups, self.gone_layers(layers))
 
     def fewer_experts(self) -> Cut:
         """Returns which experts of every layer go.
@@ -79,24 +74,38 @@ class Choices:
         if not count:
             return {}
         counts = self.counts(what, count)
-        return {index: order[: counts[index]] for index, order in self._order(what, counts).items()}
+        order = self._order(what, counts)
+        return {index: order[index][:number] for index, number in counts.items()}
+
+    @cached_property
+    def _mlps(self) -> list[int]:
+        """The layers from whose MLPs a target may take channels."""
+        way = self.allowed["mlp"]
+        found, self.kept = self.parts.mlps(lambda total: way.of(way.counts[-1], total))
+        return list(found)
 
     def counts(self, what: str, count: int) -> dict[int, int]:
         """Returns how many channels or heads go from each layer, if `count` go from one of the model's usual width."""
         usual = self.facts.intermediate if what == "mlp" else self.facts.kv_heads
 
         def amount(total: int) -> int:
+            if self.step.target and not self.parts.known:
+                return self.allowed[what].of(count, total)
             return count if total == usual or self.step.target else self.step.gone(total)
 
         if what == "heads":
             return self.parts.attentions(amount)
+        if self.step.target and not self.parts.known:
+            widths = {layer: each.mlp.groups for layer, each in enumerate(self.parts.prunable) if each.mlp}
+            found = {layer: amount(widths[layer]) for layer in self._mlps}
+            return {layer: gone for layer, gone in found.items() if 0 < gone < widths[layer]}
         found, self.kept = self.parts.mlps(amount)
         return found
 
     def _order(self, what: str, counts: dict[int, int]) -> dict[int, list[int]]:
         """Returns for every layer what to remove, in order: at least as many as asked."""
         known = self._orders.get(what)
-        if known is None or any(len(known[index]) < count for index, count in counts.items()):
+        if known is None or any(len(known.get(index, ())) < count for index, count in counts.items()):
             places = sorted(counts)
             workers = crew(len(places), self.step.bytes_of_a_layer(self.facts), self.context.device)
 
@@ -146,25 +155,25 @@ class Choices:
         Raises:
             RequestError: no allowed removal makes the model so small.
         """
-        facts = self.facts
-        check_architecture(facts.architecture)
-        multiple = self.step.multiple_of(facts.intermediate)
-        steps = {
-            "mlp": [n for n in range(facts.intermediate // 2 + 1) if (facts.intermediate - n) % multiple == 0],
-            "heads": list(range(min(HEADS, facts.kv_heads - 1) + 1)),
-            "layers": list(range(facts.layers // 2 + 1)),
-        }
+        steps = {way: each.counts for way, each in self.allowed.items()}
+        facts, weigh = self.facts, self._params
+        if not self.parts.known:
+            facts = replace(facts, counted=self.parts.params(Cut()))
+            target.check(facts)
+            weigh = Sizes(self.parts, steps, self.counts, self.gone_layers).params
         most = target.most(facts)
 
         def params(choice: tuple[int, ...]) -> int:
             counts = [found[index] for found, index in zip(steps.values(), choice, strict=True)]
-            return self._params(*counts)
+            return weigh(*counts)
 
         smallest = params(tuple(len(found) - 1 for found in steps.values()))
         if smallest > most:
+            stays = "; ".join(f"{way}: {each.why}" for way, each in self.allowed.items() if each.why)
             raise RequestError(
                 f"{most:,} weights cannot be reached: half of the channels and layers, and "
-                f"{steps['heads'][-1]} of {facts.kv_heads} key/value heads, may go, which leaves {smallest:,}"
+                f"{steps['heads'][-1]} of {self.allowed['heads'].total} key/value heads, may go, which leaves "
+                f"{smallest:,}" + (f" ({stays})" if stays else "")
             )
         measured = {way: self._probes(way, counts) for way, counts in steps.items()}
         total = 2 + sum(map(len, measured.values()))
@@ -198,11 +207,32 @@ class Choices:
         }
         return cut, {"target": told}
 
+    @cached_property
+    def allowed(self) -> dict[str, Way]:
+        """The numbers of channels, key/value heads and layers that a target may take."""
+        facts = self.facts
+        if self.parts.known:
+            multiple = self.step.multiple_of(facts.intermediate)
+            return {
+                "mlp": Way.of_channels(facts.intermediate, multiple),
+                "heads": Way(facts.kv_heads, list(range(min(HEADS, facts.kv_heads - 1) + 1))),
+                "layers": Way(facts.layers, list(range(facts.layers // 2 + 1))),
+            }
+        return allowed_of(self.parts, self.step, self.gone_layers)
+
+    def gone_layers(self, count: int) -> tuple[int, ...]:
+        """Returns the layers that go if so many go."""
+        if not count:
+            return ()
+        assert self.context.grams
+        angles = read_index(self.context.grams)["angles"]
+        return tuple(structured.layers_to_remove(angles, count, bool(self.step.contiguous)))
+
     def _probes(self, way: str, counts: list[int]) -> list[int]:
         """Returns the amounts whose damage is measured."""
         if way == "heads":
             return counts[1:]
-        total = self.facts.intermediate if way == "mlp" else self.facts.layers
+        total = self.allowed[way].total
         found = set(counts[1:2] if way == "layers" else [])
         for wanted in (share * total for share in SHARES if counts[1:]):
             near = [(abs(count - wanted), count) for count in counts[1:]]
@@ -211,8 +241,6 @@ class Choices:
 
     def _params(self, channels: int, groups: int, layers: int) -> int:
         """Returns the number of weights that are left after a removal."""
-        from dataclasses import replace
-
         facts = self.facts
         shared = facts.kv_heads - groups
         left = replace(

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from lighten.compress.prune.amounts import Target, parse_pattern
 from lighten.errors import RequestError
 from lighten.facts import TASKS, ModelFacts, Task
+from lighten.model.architectures import ARCHITECTURES
 from lighten.step import Estimate, Step
 
 STRUCTURED: dict[str, dict[str, Any]] = {
@@ -115,11 +116,6 @@ class Prune(Step):
         """Whether it reads Grams, or the angles between layers."""
         return self.method != "magnitude"
 
-    @property
-    def any_family(self) -> bool:
-        """Whether every family is taken. A target counts weights by the sizes of Llama's layers."""
-        return self.target is None
-
     def needs_sensitivity(self) -> bool:
         """Whether it reads gradients."""
         return self.score == "taylor"
@@ -152,7 +148,7 @@ class Prune(Step):
                 )
             if gone == 0:
                 raise RequestError(f"ratio {self.ratio:g} of {total} {names} is none: ask for more, or give a count")
-        if self.target:
+        if self.target and facts.architecture in ARCHITECTURES:  # the weights of others are counted later
             self.target.check(facts)
 
     def _total(self, facts: ModelFacts) -> tuple[int, str]:

@@ -10,9 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lighten.compress.calibrate.sweep import Sweep
+from lighten.compress.prune.amounts import Target
 from lighten.compress.prune.choice import Choices, mean_loss
 from lighten.compress.prune.settings import Prune
 from lighten.compress.prune.thin import Thinned
+from lighten.compress.prune.ways import Sizes
 from lighten.errors import RequestError
 from lighten.model import stream
 from lighten.model.blockwise import known_anatomy
@@ -146,3 +148,36 @@ def test_layers_that_keep_their_mlp_are_named(swept: Swept, tmp_path: Path) -> N
         "3.feed_forward.shared_expert.down_proj",
     ]
     assert any("2 layers keep their MLP as it is" in warning for warning in context.warnings)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma3_text", "qwen3_moe"])
+def test_a_target_counts_the_weights_that_are_left(family: str, swept: Swept, tmp_path: Path) -> None:
+    """Dense layers among layers of experts, sliding and full attention, experts without channels that can go."""
+    source, grams = swept(family)
+    whole = sum(each.numel() for each in AutoModelForCausalLM.from_pretrained(source.path).parameters())
+    most = int(0.85 * whole)
+    step = Prune.model_validate({"target": {"params": most}})
+    facts = step.run(source, tmp_path, Context(grams=grams))
+    small, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    left = sum(each.numel() for each in small.parameters())
+    assert left <= most
+    chosen = facts["target"]["chosen"]
+    assert any(chosen.values())
+    choices = Choices(step, Checkpoint(source.path), Context(grams=grams))
+    steps = {way: each.counts for way, each in choices.allowed.items()}
+    sizes = Sizes(choices.parts, steps, choices.counts, choices.gone_layers)
+    assert sizes.params(*chosen.values()) == facts["params"]
+    reachable = {way: each.counts[-1] for way, each in choices.allowed.items()}
+    smallest = choices.parts.params(choices.cut(**reachable))
+    assert sizes.params(*reachable.values()) == smallest
+    with pytest.raises(RequestError, match=f"leaves {smallest:,}"):
+        Choices(step, Checkpoint(source.path), Context(grams=grams)).reach(Target(params=smallest - 1))
+
+
+def test_a_target_says_which_parts_cannot_go(swept: Swept, tmp_path: Path) -> None:
+    source, grams = swept("gemma4_text")
+    step = Prune.model_validate({"target": "ratio=0.3"})
+    with pytest.raises(RequestError, match=r"cannot be reached.*layers: Gemma4ForCausalLM cannot have \d layers"):
+        step.run(source, tmp_path, Context(grams=grams))
