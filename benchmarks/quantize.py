@@ -21,58 +21,35 @@ them into tables.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import memory
-from timed import Timed, last_json, timed
-
-from lighten.evaluate import machine
-from lighten.store.files import hash_file
-from lighten.store.store import write_json
-
-HERE = Path(__file__).resolve().parent
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-LIGHTEN = (sys.executable, "-m", "lighten")
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One tool with one method."""
-
-    name: str
-    tool: str
-    """"lighten", or the peer whose environment and script do it."""
-    method: str
-    against: str
-    """The run of ours that its cost is divided by."""
-
-
-RUNS = (
-    Run("lighten-gptq", "lighten", "gptq", "lighten-gptq"),
-    Run("gptqmodel-gptq", "gptqmodel", "gptq", "lighten-gptq"),
-    Run("llmcompressor-gptq", "llmcompressor", "gptq", "lighten-gptq"),
-    Run("autoround-light", "autoround", "light", "lighten-gptq"),
-    Run("lighten-awq", "lighten", "awq", "lighten-awq"),
-    Run("gptqmodel-awq", "gptqmodel", "awq", "lighten-awq"),
-    Run("gptqmodel-awq-torch", "gptqmodel", "awq-torch", "lighten-awq"),
-    Run("llmcompressor-awq", "llmcompressor", "awq", "lighten-awq"),
-    Run("lighten-rtn", "lighten", "rtn", "lighten-rtn"),
-    Run("autoround-rtn", "autoround", "rtn", "lighten-rtn"),
-    Run("autoround-opt-rtn", "autoround", "opt-rtn", "lighten-rtn"),
+from quantizers import (
+    HERE,
+    OFFLINE,
+    PEERS,
+    RUNS,
+    Bench,
+    Kept,
+    Row,
+    Run,
+    error_of,
+    prepare,
+    remove,
+    whole_json,
+    with_peer,
 )
-PEERS = tuple(dict.fromkeys(run.tool for run in RUNS if run.tool != "lighten"))
+from timed import last_json, timed
+
+from lighten.store.files import hash_file
 
 VARIANTS: dict[str, list[Row]] = {
     "gptq-int4": [{"quantize": {"method": "gptq", "bits": 4, "group_size": 64}}],
@@ -91,138 +68,6 @@ SIZES: dict[str, memory.Shape | None] = {"0.135B": None, "0.5B": QWEN, "1.1B": m
 """The first one is the model of the other parts; the others are random weights of Qwen2.5's and TinyLlama's shapes."""
 
 
-class Kept:
-    """A file of results, written after every row."""
-
-    def __init__(self, path: Path, asked: argparse.Namespace, settings: Row) -> None:
-        """Opens the file with `--resume`, else starts it anew.
-
-        Raises:
-            SystemExit: the file holds results of other settings.
-        """
-        self.path = path
-        self.rows: list[Row] = []
-        self.facts: Row = {}
-        if asked.resume and path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["settings"] != settings:
-                raise SystemExit(f"{path} was measured with {found['settings']}; leave --resume out to start anew")
-            self.rows, self.facts = found["rows"], found["facts"]
-        self.head = {"command": asked.command, "machine": machine.fingerprint(), "settings": settings}
-
-    def find(self, **what: Any) -> Row | None:
-        """Returns the row with these values, if it is there."""
-        return next((row for row in self.rows if all(row.get(key) == value for key, value in what.items())), None)
-
-    def add(self, row: Row) -> None:
-        """Keeps a row, and says what it holds."""
-        self.rows.append(row)
-        self.save()
-        print(json.dumps({key: value for key, value in row.items() if key != "stages"}), flush=True)
-
-    def save(self, summary: Row | None = None) -> None:
-        """Writes the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {**self.head, "facts": self.facts, "rows": self.rows, "summary": summary})
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every part works on."""
-
-    asked: argparse.Namespace
-    work: Path
-    model: Path
-    """The source as a Hugging Face directory."""
-    settings: Row
-
-    def run(self, name: str, command: list[str]) -> tuple[Timed, Row]:
-        """Runs a command; returns what it took, and a row of it with the error if it failed."""
-        print(f"{name} …", flush=True)
-        took = timed(command, OFFLINE, self.asked.limit, str(self.work))  # some write logs where they are started
-        row: Row = {"seconds": took.seconds, "peak_bytes": took.peak_bytes, "code": took.code, "error": None}
-        if took.code:
-            (self.work / f"{name}.log").write_text(took.output + took.noise, encoding="utf-8")
-            row["error"] = self.portable(_error(took))
-        return took, row
-
-    def portable(self, text: str) -> str:
-        """Returns a text without the places of this machine."""
-        places = {str(self.work): "WORK", str(Path(sys.prefix)): "ENV", str(HERE.parent): ""}
-        places |= {str(Path(python).parent.parent): name for name, python in self.asked.peers.items()}
-        for place, name in places.items():
-            text = text.replace(place + "/", f"{name}/" if name else "").replace(place, name)
-        return text
-
-    def wants(self, name: str) -> bool:
-        """Returns whether --only lets a run or a size through."""
-        return any(fnmatch.fnmatch(name, pattern) for pattern in self.asked.only)
-
-    def fresh(self, name: str) -> Path:
-        """Returns a path under the work directory where nothing lies."""
-        path = self.work / name
-        _remove(path)
-        return path
-
-    def lighten(self, verb: str, *arguments: str | Path) -> list[str]:
-        """Returns a command of lighten's, as a person would type it."""
-        return [*LIGHTEN, verb, *map(str, arguments)]
-
-    def calibration(self) -> list[str]:
-        """Returns the flags of the calibration set."""
-        return [
-            *("--data", self.asked.calibration),
-            *("--samples", str(self.asked.samples), "--length", str(self.asked.length)),
-        ]
-
-
-def _error(took: Timed) -> str:
-    """Returns the first line of what went wrong."""
-    error = last_json(took.output).get("error")
-    lines = [line.strip() for line in took.noise.splitlines() if line.strip()]
-    ours = next((line for line in lines if line.startswith("lighten:")), None)
-    ended = f"ended by signal {-took.code}" if took.code < 0 else f"exit status {took.code}"
-    return str(error or ours or (f"{ended}: {lines[-1]}" if lines else ended))
-
-
-def _remove(path: Path) -> None:
-    """Removes a tree, read-only objects of a store included."""
-    for folder, _, _ in os.walk(path):
-        os.chmod(folder, 0o755)
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def prepare(bench: Bench) -> None:
-    """Writes the model directory and the token ids that every tool gets; in a process of its own."""
-    from lighten.data.text import load_text
-    from lighten.evaluate.perplexity.protocols import cut
-    from lighten.evaluate.runtimes.choose import open_tokenizer
-    from lighten.model.tokens import calibration_ids
-    from lighten.pipeline import run as pipeline
-    from lighten.store.files import MANIFEST
-
-    asked = bench.asked
-    if not bench.model.is_dir():
-        recipe = bench.work / "source.yaml"
-        recipe.write_text(json.dumps({"name": "source", "model": asked.model, "variants": {"baseline": []}}))
-        version = pipeline.run(str(recipe), artifacts=bench.work / "source")
-        scratch = bench.fresh("model.part")
-        shutil.copytree(
-            version / "variants" / "baseline",
-            scratch,
-            ignore=shutil.ignore_patterns(MANIFEST),
-            copy_function=shutil.copyfile,
-        )
-        os.chmod(scratch, 0o755)
-        scratch.rename(bench.model)
-    ids = calibration_ids(bench.model, asked.calibration, asked.samples, asked.length)
-    tokenizer = open_tokenizer(bench.model)
-    text = tokenizer.encode(load_text(asked.test, "perplexity"))
-    chunks = cut(text, asked.test_length, asked.test_samples, tokenizer.bos)
-    (bench.work / "ids.json").write_text(json.dumps(ids.tolist()))
-    (bench.work / "test_ids.json").write_text(json.dumps(chunks.tolist()))
-
-
 def compare(bench: Bench) -> None:
     """Runs every tool in turn, round after round."""
     asked = bench.asked
@@ -233,7 +78,7 @@ def compare(bench: Bench) -> None:
         print(f"not measured, no --peer given: {', '.join(sorted(missing))}", flush=True)
     chosen = [run for run in chosen if run.tool not in missing]
     for peer in dict.fromkeys(run.tool for run in chosen if run.tool != "lighten"):
-        warm = timed(_peer(bench, peer, {"method": None}), OFFLINE, where=str(bench.work))
+        warm = timed(with_peer(bench, peer, {"method": None}), OFFLINE, where=str(bench.work))
         kept.facts.setdefault("versions", {})[peer] = last_json(warm.output).get("versions")
     kept.save()
     for number in range(1, asked.rounds + 1):
@@ -255,11 +100,11 @@ def _quantize(bench: Bench, run: Run, number: int) -> Row:
         command = bench.lighten("quantize", bench.model, *scheme, "-o", out, "--artifacts", store)
     else:
         task = {"model": str(bench.model), "ids": str(bench.work / "ids.json"), "out": str(out), "method": run.method}
-        command = _peer(bench, run.tool, {**task, "bits": asked.bits, "group_size": asked.group_size})
+        command = with_peer(bench, run.tool, {**task, "bits": asked.bits, "group_size": asked.group_size})
     took, row = bench.run(name, command)
     row = {"run": run.name, "tool": run.tool, "method": run.method, "round": number, **row}
     if run.tool == "lighten":
-        _remove(store)
+        remove(store)
     elif "error" not in (answer := last_json(took.output)) and not answer and not took.code:
         row["error"] = "it ended without an answer"
     if not row["error"]:
@@ -268,12 +113,6 @@ def _quantize(bench: Bench, run: Run, number: int) -> Row:
         weights = [hash_file(file) for file in files if file.suffix == ".safetensors"]
         row["weights_sha256"] = weights
     return row
-
-
-def _peer(bench: Bench, peer: str, task: Row, script: str = "") -> list[str]:
-    file = bench.work / "task.json"
-    file.write_text(json.dumps(task))
-    return [bench.asked.peers[peer], str(HERE / "peers" / (script or f"with_{peer}.py")), str(file)]
 
 
 def score(bench: Bench, kept: Kept, number: int) -> None:
@@ -295,19 +134,19 @@ def score(bench: Bench, kept: Kept, number: int) -> None:
         skipped = ["--skip", "accuracy", "--skip", "speed", "--json"]
         outputs = [paths[row["run"]] for row in waiting]
         took, _ = bench.run(f"evaluate-{number}", bench.lighten("evaluate", bench.model, *outputs, *protocol, *skipped))
-        found = {row["path"]: row for row in _whole_json(took.output).get("variants", [])}
+        found = {row["path"]: row for row in whole_json(took.output).get("variants", [])}
         source = found.get(str(bench.model), {})
         if source.get("perplexity"):
             measured = {**source["perplexity"]["protocol"], "data": Path(asked.test).name}
             kept.facts["source"] = {**source["perplexity"], "protocol": measured}
         for row in waiting:
-            _score_one(bench, row, paths[row["run"]], found.get(str(paths[row["run"]]), {"error": _error(took)}))
+            _score_one(bench, row, paths[row["run"]], found.get(str(paths[row["run"]]), {"error": error_of(took)}))
             print(json.dumps({key: row.get(key) for key in ("run", "perplexity", "scored_by", "unopened")}), flush=True)
     kept.save()
     if not asked.keep:
         for row in kept.rows:
             if row["round"] == number:
-                _remove(bench.work / "out" / f"{row['run']}-{number}")
+                remove(bench.work / "out" / f"{row['run']}-{number}")
 
 
 def _score_one(bench: Bench, row: Row, out: Path, found: Row) -> None:
@@ -319,17 +158,9 @@ def _score_one(bench: Bench, row: Row, out: Path, found: Row) -> None:
     if row["tool"] == "lighten":
         return
     task = {"model": str(out), "ids": str(bench.work / "test_ids.json")}
-    took, plain = bench.run(f"perplexity-{row['run']}", _peer(bench, row["tool"], task, "perplexity.py"))
+    took, plain = bench.run(f"perplexity-{row['run']}", with_peer(bench, row["tool"], task, "perplexity.py"))
     value = last_json(took.output).get("perplexity")
     row |= {"perplexity": value, "scored_by": "transformers"} if value else {"unscored": plain["error"]}
-
-
-def _whole_json(text: str) -> Row:
-    try:
-        value: Row = json.loads(text)
-    except ValueError:
-        return {}
-    return value
 
 
 def summary(rows: list[Row]) -> Row:
@@ -398,11 +229,11 @@ def _recipe(bench: Bench, name: str, names: list[str]) -> Row:
     took, row = bench.run(name, bench.lighten("run", recipe, "--artifacts", store, "--json"))
     stages = [
         {"name": stage["name"], "variants": stage["variants"], **stage["actual"]}
-        for stage in _whole_json(took.output).get("stages", [])
+        for stage in whole_json(took.output).get("stages", [])
         if stage["actual"]
     ]
     seconds = [stage["seconds"] for stage in stages]
-    _remove(store)
+    remove(store)
     sums = {"stages_sum": sum(seconds), "stages_longest": max(seconds, default=0.0)}
     return {"variants": names, **row, **sums, "stages": stages}
 
@@ -428,7 +259,7 @@ def growth(bench: Bench) -> None:
         row = {"size": size, "shape": shape and asdict(shape), "params": facts.params, "layers": facts.layers}
         peak = max(stage["peak_bytes"] for stage in stages)
         kept.add({**row, "seconds_per_layer": per_layer, "peak_bytes": peak, "stages": stages})
-        _remove(scratch)
+        remove(scratch)
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {"compare": compare, "variants": variants, "growth": growth}

@@ -1,125 +1,39 @@
+"""Models from GGUF files."""
+
 import hashlib
 import json
-import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lighten.errors import Failure, LightenError, RequestError
-from lighten.evaluate.runtimes.choose import find_opener
+from lighten.errors import RequestError
 from lighten.facts import ModelFacts
-from lighten.model import gguf_header, gguf_source
-from lighten.model.formats import recognise
+from lighten.model import gguf_source
 from lighten.model.gguf.config import llama3_divisors
-from lighten.model.source import find
 from lighten.model.tokenizer_table import TABLE
+from tests.model.gguf_files import (
+    HEADS,
+    HIDDEN,
+    INNER,
+    KV_HEADS,
+    LAYERS,
+    VOCAB,
+    Make,
+    converted,
+    make,
+    tensors,
+)
 
-LAYERS, HIDDEN, HEADS, KV_HEADS, INNER, VOCAB = 2, 64, 4, 2, 96, 400
-Make = Callable[..., Path]
-
-
-@cache
-def learned() -> tuple[list[str], list[str]]:
-    """Returns tokens and merges of a small byte-level BPE; the first three tokens are special."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - 6, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    return sorted(model["vocab"], key=model["vocab"].get), [" ".join(merge) for merge in model["merges"]]
-
-
-def tensors(arch: str, tied: bool, random: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
-    width = HIDDEN // HEADS * KV_HEADS
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, HIDDEN), "output_norm.weight": (HIDDEN,)}
-    if not tied:
-        shapes["output.weight"] = (VOCAB, HIDDEN)
-    for layer in range(LAYERS):
-        block = {"attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,), "attn_q": (HIDDEN, HIDDEN)}
-        block |= {"attn_k": (width, HIDDEN), "attn_v": (width, HIDDEN), "attn_output": (HIDDEN, HIDDEN)}
-        block |= {"ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER)}
-        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
-        if arch == "qwen2":
-            biases = {"attn_q": HIDDEN, "attn_k": width, "attn_v": width}
-            shapes |= {f"blk.{layer}.{name}.bias": (size,) for name, size in biases.items()}
-    return {name: random.normal(size=shape).astype(np.float32) * 0.1 for name, shape in shapes.items()}
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    def write(
-        arch: str = "llama",
-        *,
-        pre: str = "smollm",
-        tied: bool = True,
-        quantized: str = "Q8_0",
-        keys: dict[str, Any] | None = None,
-        change: Callable[[dict[str, np.ndarray[Any, Any]]], None] = lambda _: None,
-        name: str = "m.gguf",
-    ) -> Path:
-        tokens, merges = learned()
-        writer = gguf.GGUFWriter(tmp_path / name, arch)
-        writer.add_name("Tiny")
-        writer.add_license("mit")
-        writer.add_block_count(LAYERS)
-        writer.add_context_length(128)
-        writer.add_embedding_length(HIDDEN)
-        writer.add_feed_forward_length(INNER)
-        writer.add_head_count(HEADS)
-        writer.add_head_count_kv(KV_HEADS)
-        writer.add_layer_norm_rms_eps(1e-5)
-        writer.add_rope_freq_base(5e4)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre)
-        padding = [f"[PAD{index}]" for index in range(len(tokens) + 1, VOCAB)]
-        writer.add_token_list([*tokens, "<think>", *padding])
-        writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3), 4, *[5] * len(padding)])
-        writer.add_token_merges(merges)
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        writer.add_chat_template("{{ messages }}")
-        for key, value in (keys or {}).items():
-            getattr(writer, f"add_{key}")(value)
-        held = tensors(arch, tied, np.random.default_rng(0))
-        change(held)
-        kind = gguf.GGMLQuantizationType[quantized]
-        for tensor, values in held.items():
-            if values.ndim == 2:
-                writer.add_tensor(tensor, gguf.quantize(values, kind), raw_dtype=kind)
-            else:
-                writer.add_tensor(tensor, values)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return tmp_path / name
-
-    return write
-
-
-def converted(path: Path, name: str = "hf") -> Path:
-    out = path.parent / name
-    out.mkdir()
-    gguf_source.convert(path, out)
-    return out
+__all__ = ["make"]
 
 
 def test_facts_without_torch(make: Make) -> None:
@@ -300,189 +214,3 @@ def test_merges_of_gemma_4_are_in_the_file() -> None:
     tokenizer = Tokenizer.from_str(json.dumps(made))
     assert tokenizer.encode("b ab\n\nz").tokens == ["<bos>", "b", "▁ab", "\n\n", "<0x7A>"]
     assert tokenizer.decode(tokenizer.encode("b ab\n\nz").ids) == "b ab\n\nz"
-
-
-def test_every_truncation_is_named(make: Make) -> None:
-    path = make()
-    whole = path.read_bytes()
-    header = gguf_header.read_header(path)
-    last = max(header.tensors.values(), key=lambda tensor: tensor.start)
-    path.write_bytes(whole[: last.start + last.size - 1])
-    expected = (
-        rf"is cut short: tensor {last.name} needs bytes up to {last.start + last.size}, .* {last.start + last.size - 1}"
-    )
-    with pytest.raises(Failure, match=f"{expected}; fetch it again"):
-        gguf_source.check(path)
-    for size in (4, 9, 20, 24, 100, 3000, len(whole) // 4):
-        path.write_bytes(whole[:size])
-        with pytest.raises(Failure, match=f"is cut short: .*the file has {size}; fetch it again"):
-            gguf_source.check(path)
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.data())
-def test_damage_never_shows_a_traceback(data: st.DataObject) -> None:
-    whole = bytearray(damaged_source())
-    for _ in range(data.draw(st.integers(1, 4))):
-        whole[data.draw(st.integers(4, 1500))] = data.draw(st.integers(0, 255))
-    path = damaged_path().with_name("damaged.gguf")
-    path.write_bytes(whole)
-    try:
-        gguf_source.inspect(path)
-    except LightenError as error:
-        assert str(path) in str(error)
-
-
-@cache
-def damaged_path() -> Path:
-    import tempfile
-
-    return Path(tempfile.mkdtemp()) / "m.gguf"
-
-
-@cache
-def damaged_source() -> bytes:
-    writer = gguf.GGUFWriter(damaged_path(), "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(2)
-    writer.add_token_list(["a", "b", "c"])
-    for index in range(20):
-        writer.add_tensor(f"blk.{index}.attn_q.weight", np.zeros((2, 32), np.float32))
-    writer.add_tensor("token_embd.weight", np.zeros((3, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return damaged_path().read_bytes()
-
-
-def test_not_a_gguf_file(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no such file"):
-        gguf_source.check(tmp_path / "none.gguf")
-    with pytest.raises(RequestError, match="no such file"):
-        gguf_source.check(tmp_path)
-    for content in (b"", b"GG", b"PK\x03\x04 not this"):
-        (tmp_path / "x.gguf").write_bytes(content)
-        with pytest.raises(RequestError, match="not a GGUF file"):
-            gguf_source.check(tmp_path / "x.gguf")
-    (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 1, 0, 0))
-    with pytest.raises(RequestError, match="version 1 or big-endian"):
-        gguf_source.check(tmp_path / "x.gguf")
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"expert_count": 8}, "mixture of experts"),
-        ({"rope_dimension_count": 8}, "rotates only a part"),
-        ({"head_count_kv": [2, 1]}, "differs from layer to layer"),
-    ],
-)
-def test_unsupported_models(make: Make, keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        gguf_source.inspect(make(keys=keys))
-
-
-def test_unsupported_architecture(make: Make) -> None:
-    with pytest.raises(
-        RequestError, match=r"'falcon', which can be measured but not changed.*llama, qwen2, qwen3, .*Mistral"
-    ):
-        gguf_source.check(renamed(make(), "falcon"))
-
-
-def renamed(path: Path, arch: str) -> Path:
-    """Writes another architecture's name over "llama" in the key that names it."""
-    key = struct.pack("<Q", 20) + b"general.architecture" + struct.pack("<I", 8)
-    old, new = (struct.pack("<Q", len(name)) + name.encode() for name in ("llama", arch))
-    path.write_bytes(path.read_bytes().replace(key + old, key + new))
-    return path
-
-
-def test_unknown_tokenizers(make: Make) -> None:
-    with pytest.raises(RequestError, match="'mystery', which lighten does not know; known: gpt-2, smollm"):
-        converted(make(pre="mystery"))
-    with pytest.raises(RequestError, match="model 'bert'; lighten reads gpt2, llama and gemma4"):
-        converted(make(name="b.gguf", keys={"tokenizer_model": "bert"}), "bert")
-
-
-def test_unknown_tensors(make: Make) -> None:
-    def add(held: dict[str, np.ndarray[Any, Any]]) -> None:
-        held["blk.0.attn_q_norm.weight"] = np.ones(16, np.float32)
-
-    with pytest.raises(RequestError, match=r"has no tensor blk\.0\.attn_q_norm\.weight"):
-        converted(make(change=add))
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_nan_is_named(make: Make, value: float) -> None:
-    def spoil(held: dict[str, np.ndarray[Any, Any]]) -> None:
-        held["blk.1.ffn_up.weight"][2, 3] = value
-
-    with pytest.raises(Failure, match=r"tensor blk\.1\.ffn_up\.weight holds NaN or infinity"):
-        converted(make(quantized="F32", change=spoil))
-
-
-def test_without_the_gguf_package(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = make()
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(RequestError, match=r"pip install 'lighten\[gguf\]'"):
-        gguf_source.check(path)
-
-
-def no_model(folder: Path, kind: str, **keys: str) -> Path:
-    writer = gguf.GGUFWriter(folder / kind, "llama" if kind != "imatrix" else kind)
-    writer.add_type(kind)
-    for key, value in keys.items():
-        writer.add_string(key.replace("__", "."), value)
-    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((4, 64), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return folder / kind
-
-
-def test_files_that_are_no_models_are_told_by_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"adapter is an adapter of a model of the kind llama: merge it"):
-        gguf_source.measurable(no_model(tmp_path, "adapter"))
-    named = no_model(tmp_path, "adapter", general__base_model__0__repo_url="https://huggingface.co/org/base")
-    with pytest.raises(RequestError, match=r"an adapter of https://huggingface.co/org/base"):
-        find(str(named))
-    with pytest.raises(RequestError, match=r"an importance matrix, and no model"):
-        find(str(no_model(tmp_path, "imatrix")))
-    vocabulary = gguf.GGUFWriter(tmp_path / "words.gguf", "llama")
-    vocabulary.write_header_to_file()
-    vocabulary.write_kv_data_to_file()
-    vocabulary.close()
-    with pytest.raises(RequestError, match="no weights, only a vocabulary"):
-        find(str(tmp_path / "words.gguf"))
-
-
-def test_a_file_is_recognised_by_its_content(make: Make, tmp_path: Path) -> None:
-    file = make(name="sha256-abab")
-    (tmp_path / "text").write_text("GGU")
-    assert gguf_header.is_gguf(file) and not gguf_header.is_gguf(tmp_path / "text")
-    assert not gguf_header.is_gguf(tmp_path)
-    assert find(str(file)).form == "gguf"
-    assert find_opener(file)[1] == file
-    assert recognise(file) == (file, "gguf", None)
-
-
-def test_a_file_without_a_pre_tokenizer_is_measured_with_a_warning_and_not_converted(make: Make) -> None:
-    assert gguf_source.doubts(make()) == []
-    path = make(pre="")
-    assert "does not name its pre-tokenizer" in gguf_source.doubts(path)[0]
-    assert gguf_source.measurable(path).vocab == VOCAB
-    with pytest.raises(RequestError, match="does not name its pre-tokenizer"):
-        gguf_source.check(path)
-
-
-def test_sizes_of_any_architecture_are_told_for_measuring(make: Make) -> None:
-    known = make()
-    assert replace(gguf_source.measurable(known), counted=None) == gguf_source.inspect(known)
-    foreign = gguf_source.measurable(renamed(known, "falcon"))
-    assert foreign.architecture == "falcon"
-    assert foreign.counted == gguf_source.inspect(make(name="again.gguf")).params
