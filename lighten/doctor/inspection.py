@@ -51,9 +51,8 @@ def inspect(model: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
 def _of_directory(path: Path, trusted: bool) -> dict[str, Any]:
     import torch
 
-    from lighten.model.blockwise import empty_model
     from lighten.model.discovery import anatomy_of, blocks_of
-    from lighten.model.empty import Filler
+    from lighten.model.empty import Filler, empty_model
     from lighten.model.unpacked import Unpacked, open_checkpoint
 
     checkpoint = open_checkpoint(path)

@@ -70,6 +70,23 @@ def inputs_of(model: Any, ids: Any, targets: Any = None) -> dict[str, Any]:
     return {"input_ids": ids, "use_cache": False} if task == "causal" else {"input_ids": ids}
 
 
+def class_for(config: Any) -> Any:
+    """Returns the auto class of transformers that opens a model: that of its task, or of other inputs beside text.
+
+    `config` is an object of transformers.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    names = ("model_type", "architectures", "is_encoder_decoder", "is_decoder")
+    task = task_of({name: getattr(config, name, None) for name in names})
+    if task != "causal":
+        return getattr(transformers, AUTO[task])
+    plain = type(config) in AutoModelForCausalLM._model_mapping
+    other = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if other and not plain else AutoModelForCausalLM
+
+
 def task_of(config: dict[str, Any]) -> Task:
     """Returns what the model that a config.json describes is for.
 

@@ -21,7 +21,7 @@ from lighten.model import accelerator, stream
 from lighten.model.auto_classes import inputs_of
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy, anatomy_of, blocks_of
-from lighten.model.empty import Filler, compute_buffers, place_stand_ins, quiet
+from lighten.model.empty import Filler, compute_buffers, empty_model, place_stand_ins
 from lighten.model.experts import layout_of
 from lighten.model.finite import finite
 from lighten.model.folds import Fold, folds_of
@@ -192,40 +192,6 @@ def _weights_of(model: Any, module: nn.Module | None) -> set[str]:
         return set()
     name = next(name for name, each in model.named_modules() if each is module)
     return {f"{name}.{short}" for short, _ in module.named_parameters()}
-
-
-def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-    """Returns the causal language model that transformers would load a directory into, without storage."""
-    from transformers import AutoConfig
-
-    from lighten.model import attention
-    from lighten.model.loading import class_for
-
-    if checkpoint.changes and not trust_remote_code:
-        config = AutoConfig.for_model(**_floats(checkpoint.config))
-    else:
-        config = AutoConfig.from_pretrained(
-            checkpoint.path, trust_remote_code=trust_remote_code, local_files_only=True, **checkpoint.changes
-        )
-    with quiet(), torch.device("meta"):
-        try:
-            model: Any = class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        except (ValueError, KeyError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RequestError(
-                f"transformers opens no causal language model of the type {config.model_type} ({first})"
-            ) from error
-    model.config._attn_implementation = attention.suited(model)
-    return model.eval()
-
-
-def _floats(value: Any) -> Any:
-    """Returns settings with the numbers that JSON cannot write, as transformers reads them."""
-    if isinstance(value, dict):
-        if value.keys() == {"__float__"}:
-            return float(value["__float__"])
-        return {name: _floats(each) for name, each in value.items()}
-    return [_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def known_anatomy(checkpoint: Checkpoint, grams: Path | None, *, trust_remote_code: bool = False) -> Anatomy:

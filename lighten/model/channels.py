@@ -17,10 +17,9 @@ from torch import nn
 from lighten.facts import ModelFacts
 from lighten.model import anatomy as llama
 from lighten.model.backward import exchanged, floats
-from lighten.model.blockwise import empty_model
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy, Layer, Linear
-from lighten.model.empty import Filler
+from lighten.model.empty import Filler, empty_model
 from lighten.model.experts import layout_of
 from lighten.model.kinds import common, of_kinds
 from lighten.model.suspension import Call, Turn

@@ -9,12 +9,17 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from lighten.errors import RequestError
+from lighten.model.auto_classes import class_for
 from lighten.model.experts import ONE, Slice, layout_of, shapes_of
+
+if TYPE_CHECKING:
+    from lighten.model.checkpoint import Checkpoint
 
 
 @contextlib.contextmanager
@@ -32,6 +37,54 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def config_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """Returns the settings of a model, an object of transformers. Changes of a checkpoint that is read count."""
+    from transformers import AutoConfig
+
+    if checkpoint.changes and not trust_remote_code:
+        return AutoConfig.for_model(**_floats(checkpoint.config))
+    return AutoConfig.from_pretrained(
+        checkpoint.path, trust_remote_code=trust_remote_code, local_files_only=True, **checkpoint.changes
+    )
+
+
+def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """Returns the model that transformers would load a directory into, without storage.
+
+    Its class is that of its task: the causal language model, where there is one.
+
+    Raises:
+        RequestError: transformers has no such class for its type.
+    """
+    from lighten.model import attention
+
+    config = config_of(checkpoint, trust_remote_code=trust_remote_code)
+    try:
+        model = without_storage(class_for(config).from_config, config, dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RequestError(
+            f"transformers opens no causal language model of the type {config.model_type} ({first})"
+        ) from error
+    model.config._attn_implementation = attention.suited(model)
+    return model
+
+
+def without_storage(build: Callable[..., Any], config: Any, dtype: torch.dtype, **options: Any) -> Any:
+    """Returns what `build` makes of a config, its weights on the device "meta"."""
+    with quiet(), torch.device("meta"):
+        return build(config, dtype=dtype, **options).eval()
+
+
+def _floats(value: Any) -> Any:
+    """Returns settings with the numbers that JSON cannot write, as transformers reads them."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _floats(each) for name, each in value.items()}
+    return [_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def compute_buffers(model: Any, device: str) -> None:

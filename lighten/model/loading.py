@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lighten.model.auto_classes import AUTO, task_of
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.files import read_json
 from lighten.model.forms import INDEX, SINGLE
@@ -34,23 +33,6 @@ def from_pretrained(auto_class: Any, path: Path, **options: Any) -> Any:
         )
     loaded(path, info)
     return model
-
-
-def class_for(config: Any) -> Any:
-    """Returns the auto class of transformers that opens a model: that of its task, or of other inputs beside text.
-
-    `config` is an object of transformers.
-    """
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    names = ("model_type", "architectures", "is_encoder_decoder", "is_decoder")
-    task = task_of({name: getattr(config, name, None) for name in names})
-    if task != "causal":
-        return getattr(transformers, AUTO[task])
-    plain = type(config) in AutoModelForCausalLM._model_mapping
-    other = type(config) in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if other and not plain else AutoModelForCausalLM
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 
 from lighten.errors import Failure, RequestError
 from lighten.model.checkpoint import Checkpoint
-from lighten.model.empty import Filler, quiet
+from lighten.model.empty import Filler, config_of, quiet, without_storage
 from lighten.model.experts import ONE
 from lighten.model.files import read_json
 from lighten.model.unpacked import open_checkpoint
@@ -78,15 +78,14 @@ class _Unknown(Exception):
 
 
 def _empty(checkpoint: Checkpoint) -> Any:
-    """Returns the model that transformers would load a directory into, without storage."""
+    """Returns the model of the class that a directory names, which `empty_model` leaves for that of its task."""
     import torch
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
 
     if checkpoint.config.get("auto_map"):
         raise _Unknown("its code comes with it")
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+        config = config_of(checkpoint)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise _Unknown(f"transformers cannot read its config.json ({error})") from error
     if hasattr(config, "quantization_config"):
@@ -98,8 +97,7 @@ def _empty(checkpoint: Checkpoint) -> Any:
     if model_class is None:
         raise _Unknown(f"transformers has no {checkpoint.facts.architecture} of the kind {config.model_type}")
     try:
-        with quiet(), torch.device("meta"):
-            return model_class(config).eval()
+        return without_storage(model_class._from_config, config, torch.float32)
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         raise RequestError(
             f"{checkpoint.path / 'config.json'}: transformers cannot build {model_class.__name__} of these sizes "

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from lighten.errors import Failure, RequestError
-from lighten.model.blockwise import empty_model
-from lighten.model.empty import Filler, compute_buffers
+from lighten.model.empty import Filler, compute_buffers, empty_model
 from lighten.model.unpacked import Unpacked, open_checkpoint
 
 _TWO_NUMBERS = re.compile(r"\.\d+\..*\.\d+\.")

@@ -12,10 +12,10 @@ from transformers import AutoConfig
 
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.model import blockwise, whole
+from lighten.model.auto_classes import class_for
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy
 from lighten.model.grams import read_index
-from lighten.model.loading import class_for
 from lighten.model.tokens import calibration_ids
 from lighten.model.unpacked import open_checkpoint
 from lighten.pipeline.steps import open_step

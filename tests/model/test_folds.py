@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from lighten.model import blockwise
 from lighten.model.channels import prunable_of
 from lighten.model.checkpoint import Checkpoint
-from lighten.model.empty import Filler
+from lighten.model.empty import Filler, empty_model
 from lighten.model.folds import Fold
 from lighten.model.kinds import INSIDE, of_kinds
 from tests.families.models import config_of
@@ -39,7 +39,7 @@ def test_a_block_of_many_experts_takes_little_memory(family: str, tmp_path: Path
     anatomy = blockwise.known_anatomy(checkpoint, None)
     experts = max(sum(math.prod(each.shape) for each in layer.linears if each.inside) for layer in anatomy.layers)
     assert experts > 64 * 2 * WIDTH * 64
-    model = blockwise.empty_model(checkpoint, torch.float32)
+    model = empty_model(checkpoint, torch.float32)
     Filler(model, checkpoint.weight_map)
     sizes = of_kinds(model, anatomy, lambda layer, block, turn, call: stored_bytes(block))
     assert max(sizes.values()) < experts  # a quarter of the experts in float32
@@ -66,7 +66,7 @@ def test_experts_whose_gate_is_bounded_take_no_scale(tmp_path: Path) -> None:
 def test_a_visit_that_fails_tells_why(tmp_path: Path) -> None:
     """A first run that leaves layers out may fail; the second, with all of them, says what is wrong."""
     checkpoint = saved("qwen3_moe", tmp_path)
-    model = blockwise.empty_model(checkpoint, torch.float32)
+    model = empty_model(checkpoint, torch.float32)
     anatomy = blockwise.known_anatomy(checkpoint, None)
     visits = []
 

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from lighten.errors import RequestError
-from lighten.model.blockwise import empty_model
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import blocks_of
-from lighten.model.empty import Filler
+from lighten.model.empty import Filler, empty_model
 
 MOST = 4
 """Maximum number of settings that change together."""

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from lighten.errors import Failure, RequestError, missing_extra
 from lighten.evaluate.speed.options import ATTENTION
 from lighten.model import accelerator, llama_library, whole
+from lighten.model.auto_classes import class_for
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.formats import FORMATS
-from lighten.model.loading import class_for, from_pretrained, readable
+from lighten.model.loading import from_pretrained, readable
 from lighten.model.quantized.awq import Awq
 from lighten.plugins import found_at
 
