@@ -43,7 +43,7 @@ from lighten.results.results import Results
 from lighten.store.artifact import Artifact, read_artifact
 from lighten.store.files import MANIFEST
 from lighten.store.locks import scratch_beside
-from lighten.store.names import as_name
+from lighten.store.names import distinct
 from lighten.store.store import Store
 
 
@@ -193,8 +193,9 @@ def measure(
             _merged(source, Path(scratch) / f"merged-{n}", trust_remote_code, watcher) for n, source in enumerate(found)
         ]
         measuring = _Measuring(settings.asked, found[0], Path(scratch), chosen, wanted, trust_remote_code, watcher)
-        for number, source in enumerate(found):
-            rows.append(measuring.row(source, number))
+        names = ["baseline", *distinct([source.path for source in found[1:]], ["baseline"])]
+        for number, (source, name) in enumerate(zip(found, names, strict=True)):
+            rows.append(measuring.row(source, number, name))
             roofline_and_cost.add_to(rows[-1], source.path, source.facts)
     if rows[0]["status"] == "ok":
         for row in rows[1:]:
@@ -252,10 +253,9 @@ class _Measuring:
     trusted: bool
     watcher: Watcher
 
-    def row(self, source: Found, number: int) -> dict[str, Any]:
+    def row(self, source: Found, number: int, name: str) -> dict[str, Any]:
         """Returns the row of a model; number 0 is the baseline."""
         is_baseline = number == 0
-        name = "baseline" if is_baseline else as_name(source.path.name)
         row = {"name": name, "status": "ok", **describe_source(source)}
         measured: list[tuple[Measurement, Path, Path | None]] = []
         for note in row["notes"][len(source.notes) :]:  # earlier notes were said before

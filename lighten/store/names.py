@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 LONGEST = 128
 """Maximum number of letters of a name. It becomes the name of a directory, with a suffix or two."""
@@ -32,3 +34,24 @@ def as_name(text: str) -> str:
     """Returns the nearest name to a text, for example for the name of a file."""
     found = re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip("._-")[:LONGEST]
     return found or "model"
+
+
+def distinct(paths: Sequence[Path], taken: Collection[str] = ()) -> list[str]:
+    """Returns a name for each path: its last part, with the folders that tell apart those of one name.
+
+    A path that is there twice, or whose name is taken, has a number at its end.
+    """
+    parts = [path.absolute().parts[1:] for path in paths]
+    found = [as_name(each[-1]) if each else "model" for each in parts]
+    for depth in range(2, max(map(len, parts), default=0) + 1):
+        clashing = {name for name in found if found.count(name) > 1}
+        found = [
+            as_name("-".join(part[-depth:])) if name in clashing else name
+            for name, part in zip(found, parts, strict=True)
+        ]
+    given = {*taken}
+    for number, name in enumerate(found):
+        tried = (name, *(f"{name}-{count}" for count in range(2, len(found) + len(given) + 2)))
+        found[number] = next(each for each in tried if each not in given)
+        given.add(found[number])
+    return found
