@@ -87,6 +87,38 @@ def gguf(found: Found) -> str:
     return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
 
 
+def gemma(found: Found) -> str:
+    """Returns GPTQ beside GPTQModel and Q4_K_M beside llama.cpp's tools, on Gemma 3 270M."""
+    lines = []
+    for name, model in found["models"].items():
+        where = {"as-it-is": "as it is", "off-grid": "off its grid"}[name]
+        source = model["source"]
+        lines.append([f"source, {where}", "", "", byte_count(source["size_bytes"]), f"{source['perplexity']:.2f}", ""])
+        parts = {
+            "F16 GGUF": model["k_quants"]["F16"],
+            "GPTQ 4 bits by lighten": model["gptq"]["lighten-gptq"],
+            "GPTQ 4 bits by GPTQModel": model["gptq"]["gptqmodel-gptq"],
+            "Q4_K_M without importance matrix": model["k_quants"]["Q4_K_M, no imatrix"],
+            "Q4_K_M by lighten": model["k_quants"]["lighten"],
+            "Q4_K_M by llama.cpp": model["k_quants"]["llama.cpp"],
+        }
+        for title, row in parts.items():
+            cost = [duration(row["seconds"]), byte_count(row["peak_bytes"])] if row.get("seconds") else ["", ""]
+            kl = significant(row["kl"], 2) if row.get("kl") else NOT_MEASURED
+            lines.append([f"{title}, {where}", *cost, byte_count(row["size_bytes"]), f"{row['perplexity']:.2f}", kl])
+    titles = ("", "Time", "Peak memory", "Size", "Perplexity", "KL, nats")
+    settings, first = found["settings"], next(iter(found["models"].values()))
+    caption = (
+        f"Calibrated on {settings['samples']} × {settings['length']} tokens, measured on {settings['test_samples']} × "
+        f"512 tokens of WikiText-2. Groups of {first['gptq']['settings']['group_size']}. The weights come from a "
+        "Q4_K_M file, so as they are they lie on the grid of K-quants: off it, the model is the same function with "
+        "random scales moved between neighbouring matrices. llama.cpp's time is that of `llama-imatrix` and "
+        f"`llama-quantize` of an F16 file that is there, from llama-cpp-python {found['llama_cpp_python']}; lighten's "
+        f"is that of the whole command, from the source. GPTQModel {first['gptq']['versions']['gptqmodel']}."
+    )
+    return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
+
+
 def arm64(found: Found) -> str:
     """Returns where the processors agree."""
     lines = []

@@ -50,6 +50,7 @@ WHOLE = {
     "card-equal": "equal",
     "card-whole": "gptq",
     "card-decode": "equal",
+    "gemma": "models",
 }
 """The part that a result file must have for a section to be written."""
 Found = dict[str, Any]
@@ -271,6 +272,7 @@ def main() -> None:
         (DOCS, "onnx", "onnx.json", exports.onnx),
         (TEXTS, "encoders", "encoders.json", exports.encoders),
         (DOCS, "gguf", "gguf.json", exports.gguf),
+        (DOCS, "gemma", "gemma.json", exports.gemma),
         (EDGE, "arm64", "arm64.json", exports.arm64),
         (DOCS, "zeros", "sparsity.json", smaller.zeros),
         (DOCS, "shrunk", "sparsity.json", smaller.shrunk),
