@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -41,7 +42,7 @@ TURNS = 7
 TOGETHER = 32
 """Sentences that are compared together."""
 MEMORY = """
-import resource, sys
+import sys
 import numpy as np, onnxruntime
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 4
@@ -49,9 +50,13 @@ session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExec
 ids = np.ones((16, 64), np.int64)
 for _ in range(3):
     session.run(None, {each.name: ids for each in session.get_inputs()})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+with open("/proc/self/status", encoding="ascii") as status:
+    print(next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM:")))
 """
-"""Prints the peak memory of a process that has onnxruntime and nothing else, and reads 16 texts of 64 tokens."""
+"""Prints the peak memory of a process that has onnxruntime and nothing else, and reads 16 texts of 64 tokens.
+
+`ru_maxrss` would count what the process that started it held.
+"""
 
 
 def fetch(folder: Path) -> Path:
@@ -140,6 +145,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=500, help="sentences that are compared")
     parser.add_argument("--timed", type=int, default=128, help="sentences that are timed")
     asked = parser.parse_args()
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = asked.model or fetch(folder)
@@ -175,6 +181,7 @@ def main() -> None:
         "samples": asked.samples,
         "timed": asked.timed,
         "turns": TURNS,
+        "load_before": round(load, 1),
     }
     command = f"python benchmarks/encoders.py --text {Path(asked.text).name}"
     write_json(RESULTS, {"command": command, "machine": machine.fingerprint(), "settings": settings, "rows": rows})

@@ -158,10 +158,12 @@ def encoders(found: Found) -> str:
     for speed in found["rows"][0]["speed"]:
         titles += [f"Sentences/s, batch {speed['batch']}", "p50 / p95 / p99, ms"]
     settings = found["settings"]
+    load = settings["load_before"]
+    busy = f" The machine had other work (load {load} on {found['machine']['cores']} cores)." if load > 1 else ""
     caption = (
         f"{settings['model']}. The cosine is that of embeddings to the source's, for {settings['samples']} sentences "
         f"of {settings['text']}. Speed is the median of {settings['turns']} turns over {settings['timed']} sentences, "
         "graph after graph. A latency is that of a batch, tokenizer included. The memory is that of a process with "
-        "onnxruntime alone, on 16 texts of 64 tokens."
+        f"onnxruntime alone, on 16 texts of 64 tokens.{busy}"
     )
     return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
