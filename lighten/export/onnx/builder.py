@@ -8,6 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+WRONG = {
+    "OlmoForCausalLM": "OLMo's norms subtract the mean, and those of its graph do not",
+    "SmolLM3ForCausalLM": "it stops at the layers that do not rotate positions",
+}
+"""Architectures that the builder has a branch for, and why its graph of them is not the model. Seen with 0.18.0."""
+
 
 @cache
 def architectures() -> frozenset[str]:
@@ -42,12 +48,19 @@ def knows(architecture: str) -> bool:
     return not known or architecture in known
 
 
+_EPSILONS = ("layer_norm_eps", "norm_eps", "layer_norm_epsilon")
+
+
 def expected(config: Any) -> None:
     """Gives a config of transformers the settings that the builder reads, where it does not know their newest form.
 
     The builder takes layers for full attention if no `layer_types` say otherwise, also those of a model whose layers
-    all have a window. It knows the two frequencies of Gemma 3 by their older names.
+    all have a window. It knows the two frequencies of Gemma 3 by their older names, and what is added to the variance
+    in norms by one name only.
     """
+    epsilon = next((value for name in _EPSILONS if (value := getattr(config, name, None)) is not None), None)
+    if epsilon is not None and getattr(config, "rms_norm_eps", None) is None:
+        config.rms_norm_eps = epsilon
     if getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None:
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
     rope = getattr(config, "rope_parameters", None)

@@ -71,7 +71,8 @@ class Onnx(Export):
 
     @staticmethod
     def _genai_holds(facts: ModelFacts) -> bool:
-        return facts.family == "causal" and builder.knows(facts.architecture)
+        known = builder.knows(facts.architecture) and facts.architecture not in builder.WRONG
+        return facts.family == "causal" and known
 
     def resolved_precision(self, facts: ModelFacts) -> str:
         """Returns the precision of the weights for a model."""
@@ -114,6 +115,11 @@ class Onnx(Export):
             raise RequestError(
                 f"the builder of onnxruntime-genai does not know {facts.architecture}; it knows "
                 f"{', '.join(sorted(builder.architectures()))}. graph: plain takes what torch.export can trace"
+            )
+        if reason := builder.WRONG.get(facts.architecture):
+            raise RequestError(
+                f"onnxruntime-genai's builder knows {facts.architecture}, but its graph would be another model: "
+                f"{reason}. Use graph: plain"
             )
         if precision == "bf16" and self.provider == "cpu":
             raise RequestError("onnxruntime has no bf16 arithmetic on CPUs: use fp32, or provider: cuda")

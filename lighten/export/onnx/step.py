@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lighten.export.onnx import builder
 from lighten.export.onnx import genai as onnx
 from lighten.export.onnx import plain as onnx_plain
 from lighten.export.onnx.settings import Onnx
@@ -23,6 +24,8 @@ def run(step: Onnx, source: Artifact, out: Path, context: Context) -> dict[str, 
     step.check(facts)
     step.check_source(source.format, facts)
     if step.resolved_graph(facts) == "plain":
+        if step.graph is None and (reason := builder.WRONG.get(facts.architecture)):
+            context.warnings.append(f"a plain graph, because that of onnxruntime-genai is another model: {reason}")
         rounded = step.embedding != "float"
         return onnx_plain.write(source.path, out, facts, step.resolved_precision(facts), context, embeddings=rounded)
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lighten.errors import Failure
+from lighten.errors import Failure, RequestError
 from lighten.evaluate.runtimes.choose import open_runtime
 from lighten.export.onnx import builder
 from lighten.export.onnx.plain import write
 from lighten.export.onnx.settings import Onnx
 from lighten.model.checkpoint import Checkpoint
 from lighten.step import Context
+from lighten.store.artifact import Artifact
 from tests.families import models
 from tests.families.models import make
 
@@ -49,6 +50,33 @@ def test_a_genai_graph_is_the_model(family: str, to_onnx: ToOnnx, tmp_path: Path
     assert off(np.stack(found), wanted[3:]) < 1e-5
     assert len(runtime.generate(IDS[None], 3).token_s) == 2
     runtime.close()
+
+
+@pytest.mark.parametrize(("family", "name"), [("phi", "layer_norm_eps"), ("nemotron", "norm_eps")])
+def test_norms_add_what_the_config_says(
+    family: str, name: str, to_onnx: ToOnnx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder reads it by one name, that of RMS norms, and takes 1e-6 where that is missing."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "head_dim": 64, "num_hidden_layers": 1, name: 0.1}
+    monkeypatch.setitem(models.OWN, family, sizes)
+    source = make(family, tmp_path)
+    assert off(open_runtime(to_onnx(source, precision="fp32")).logits(IDS), expected(source)) < 1e-5
+
+
+def test_a_family_that_the_builder_gets_wrong_has_a_plain_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(models.OWN, "olmo", {"num_hidden_layers": 1})
+    (source := tmp_path / "model").mkdir()
+    (out := tmp_path / "out").mkdir()
+    make("olmo", source)
+    context = Context()
+    facts = Onnx(format="onnx").run(Artifact(source, {"format": "hf"}), out, context)
+    assert (facts["graph"], facts["precision"]) == ("plain", "fp32")
+    assert any("a plain graph, because" in each and "subtract the mean" in each for each in context.warnings)
+    assert off(open_runtime(out).logits(IDS), expected(source)) < 1e-5
+    with pytest.raises(RequestError, match=r"its graph would be another model: OLMo's norms .*Use graph: plain"):
+        Onnx(format="onnx", graph="genai").check(Checkpoint(source).facts)
 
 
 @pytest.mark.parametrize(("width", "dtype"), [(96, torch.float32), (64, torch.bfloat16)])
