@@ -27,6 +27,7 @@ from lighten.pipeline.rows import add_measurements
 from lighten.pipeline.stage import Plan
 from lighten.pipeline.verbs import measure
 from lighten.pipeline.watcher import Silent
+from lighten.step import Step
 from lighten.store.store import Store
 from tests.conftest import SIZES, byte_level, write_tokenizer
 
@@ -59,12 +60,14 @@ def blob(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_a_step_that_knows_llamas_layers_only_refuses_others(qwen3: Path) -> None:
+def test_steps_take_every_family_unless_they_say_otherwise(qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan(qwen3, GGUF)
     plan(qwen3, GPTQ)
     plan(qwen3, {"prune": {"method": "wanda", "pattern": "2:4"}})
     plan(qwen3, {"quantize": {"method": "gptq", "budget": "bits=4.5", "group_size": 32}})
     plan(qwen3, {"prune": {"what": "mlp", "ratio": 0.5, "multiple": 16}})
+    plan(qwen3, {"prune": {"target": "ratio=0.05"}})
+    monkeypatch.setattr(Step, "any_family", False)
     with pytest.raises(RequestError, match="and not those of Qwen3ForCausalLM"):
         plan(qwen3, {"prune": {"target": "ratio=0.05"}})
 
