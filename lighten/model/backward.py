@@ -139,8 +139,8 @@ class Gradients:
                     part = slice(start, min(start + rows, len(inputs) - 1))
                     wanted = ids[part.start + 1 : part.stop + 1].to(inputs.device)
                     difference = self._ending.derivative(inputs[part], wanted)
-                    squares += float(difference.square().sum())
                     back[part] = difference.to(inputs.dtype) @ weight
+                    squares += float(difference.square_().sum())
                 wide = inputs.float()
                 gram = wide.t() @ wide if gram is None else gram.addmm_(wide.t(), wide)
                 torch.autograd.backward(entering, back[None], retain_graph=True)

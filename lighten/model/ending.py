@@ -65,7 +65,7 @@ class Ending:
                 loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
                 found: torch.Tensor = torch.autograd.grad(loss, given)[0]
                 return found
-        difference = torch.softmax(given.detach(), -1)
+        difference = torch.softmax(given.detach(), -1, out=given.detach())  # in place: it is large
         difference[torch.arange(len(difference), device=difference.device), wanted] -= 1
         return difference
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ANGLES = 1024
 """Number of tokens that the angles between layers are measured on."""
+STATES = "states"
+"""Name of a file that is there during the sweep."""
 
 
 class Sweep(Step):
@@ -83,7 +85,7 @@ class Sweep(Step):
         layers = model.anatomy.layers
         told = {"samples": len(ids), "length": length, "tokens": ids.numel()}
         writer = GramWriter(out, [layer.prefix for layer in layers], told)
-        stream = _Stream([len(batch) for batch in model.batches(ids)])
+        stream = _Stream(out / STATES, [len(batch) for batch in model.batches(ids)])
         start = time.monotonic()
 
         def report(number: int, part: float) -> None:
@@ -98,7 +100,8 @@ class Sweep(Step):
                 report(number, number + done / len(turn.calls))
             layers[index].leave_unread(writer.index["layers"][index]["inputs"])
         writer.index["anatomy"] = model.anatomy.as_json()
-        writer.close(ids, angular_distances(stream.places))
+        writer.close(ids, angular_distances(stream.places(), context.device))
+        stream.remove()
         return {
             "format": "grams",
             "samples": len(ids),
@@ -178,20 +181,19 @@ def _states(values: tuple[Any, ...]) -> torch.Tensor:
 class _Stream:
     """The residual stream before every layer and after the last, at some tokens that are evenly spread.
 
-    They are enough for the angles between layers.
+    They are enough for the angles between layers. They lie in a file, for there are many layers.
     """
 
-    def __init__(self, rows: list[int]) -> None:
+    def __init__(self, file: Path, rows: list[int]) -> None:
         """`rows` are the numbers of samples in each batch."""
-        self._rows = rows
-        self.places: list[torch.Tensor] = []
-        """Of each place, `[tokens, hidden]`."""
+        self._file, self._rows = file, rows
+        self._shapes: list[torch.Size] = []
         self._parts: list[torch.Tensor] = []
         self._seen = 0
 
     def enter(self, calls: Sequence[Call]) -> None:
         """Begins the turn of a layer. Before the first, copies from what every batch gives to it."""
-        if not self.places:
+        if not self._shapes:
             for call in calls:
                 self._take(call.batch, call.args or tuple(call.kwargs.values()))
             self.close()
@@ -204,9 +206,25 @@ class _Stream:
         """Ends the turn of a layer."""
         import torch
 
-        self.places.append(torch.cat(self._parts))
+        found = torch.cat(self._parts).cpu()
+        self._shapes.append(found.shape)
+        self._dtype = found.dtype
+        with self._file.open("ab") as file:
+            found.view(torch.uint8).numpy().tofile(file)
         self._parts.clear()
         self._seen = 0
+
+    def places(self) -> list[torch.Tensor]:
+        """Returns them, `[tokens, hidden]` each, mapped."""
+        import torch
+
+        sizes = [shape.numel() for shape in self._shapes]
+        whole = torch.from_file(str(self._file), shared=False, size=sum(sizes), dtype=self._dtype)
+        return [part.view(shape) for part, shape in zip(torch.split(whole, sizes), self._shapes, strict=True)]
+
+    def remove(self) -> None:
+        """Removes the file."""
+        self._file.unlink()
 
     def _take(self, batch: int, values: tuple[Any, ...]) -> None:
         hidden = _states(values)

@@ -101,20 +101,21 @@ def energy_order(weight: torch.Tensor, diagonal: torch.Tensor, size: int) -> lis
     return torch.argsort(energy.view(-1, size).sum(1), stable=True).tolist()
 
 
-def angular_distances(states: list[torch.Tensor]) -> list[list[float]]:
+def angular_distances(states: list[torch.Tensor], device: str = "cpu") -> list[list[float]]:
     """Returns the mean angle, in half turns, between the residual stream before layer l and before layer m.
 
     Args:
         states: `[tokens, hidden]` before every layer and after the last one.
+        device: where to compute.
 
     Returns:
         A row for every l, with an entry for each m ≥ l.
     """
     count = len(states)
-    cosines = states[0].new_empty(count, count, len(states[0]), dtype=torch.float32)
+    cosines = torch.empty(count, count, len(states[0]), device=device)
     for start in range(0, len(states[0]), AT_ONCE):
         some = slice(start, start + AT_ONCE)
-        unit = [torch.nn.functional.normalize(state[some].float(), dim=-1) for state in states]
+        unit = [torch.nn.functional.normalize(state[some].to(device).float(), dim=-1) for state in states]
         for first, here in enumerate(unit):
             for last, there in enumerate(unit[first:], first):
                 cosines[first, last, some] = (here * there).sum(-1)

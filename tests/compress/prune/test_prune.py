@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from lighten.compress.calibrate.sensitivity import Sensitivities
-from lighten.compress.calibrate.sweep import Sweep
+from lighten.compress.calibrate.sweep import STATES, Sweep
 from lighten.compress.prune.choice import mean_loss
 from lighten.compress.prune.parts import Cut
 from lighten.compress.prune.settings import Prune
@@ -259,6 +259,7 @@ def test_taylor_scores_are_the_first_order_change_of_the_loss(
 
 def test_the_sweep_tells_the_angles_between_layers(swept: Callable[[str], tuple[Artifact, Path]]) -> None:
     source, grams = swept("llama")
+    assert not (grams / STATES).exists()
     angles = read_index(grams)["angles"]
     assert [len(row) for row in angles] == [5, 4, 3, 2, 1]
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
