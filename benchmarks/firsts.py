@@ -1,4 +1,4 @@
-"""The tables of the time to the first report and of the memory of parity; `tables.py` puts them there."""
+"""The tables of the time to the first report, the memory of parity, and the engine; `tables.py` puts them there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from tables import made, rows, significant
 
-from lighten.report.numbers import byte_count
+from lighten.report.numbers import NOT_MEASURED, byte_count
 
 Found = dict[str, Any]
 
@@ -36,3 +36,22 @@ def parity(found: Found) -> str:
         for name, row in found["rows"].items()
     ]
     return f"{rows(titles, lines)}\n\n{made(found)}"
+
+
+def engine(found: Found) -> str:
+    """Returns seconds and memory of commands and stages at an older commit and now, and which outputs are equal."""
+    costs = [f"{part}, {when}" for part in ("Wall", "CPU", "Peak") for when in ("before", "now")]
+    titles = ["Command or stage", *costs]
+    before, now = found["rows"]["before"], found["rows"]["now"]
+    lines = []
+    for name in before:
+        cells = [name if name in found["rounds"]["now"][0]["stages"] else f"`lighten quantize`, {name}"]
+        for part, show in (("seconds", "{:.1f} s"), ("cpu_seconds", "{:.1f} s"), ("peak_bytes", None)):
+            for row in (before[name], now[name]):
+                known = part in row
+                cells.append((show.format(row[part]) if show else byte_count(row[part])) if known else NOT_MEASURED)
+        lines.append(cells)
+    equal = ", ".join(name for name, same in found["equal"].items() if same) or "none"
+    differ = ", ".join(name for name, same in found["equal"].items() if not same)
+    told = f"Equal byte by byte: {equal}." + (f" Not: {differ}." if differ else "")
+    return f"{rows(titles, lines)}\n\n{told}\n\n{made(found)}"

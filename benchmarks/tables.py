@@ -289,6 +289,7 @@ def main() -> None:
         (ROBUST, "campaign", "campaign.json", campaign.campaign),
         (DOCS, "from-nothing", "from_nothing.json", firsts.from_nothing),
         (METHOD, "parity", "parity.json", firsts.parity),
+        (DOCS, "engine", "engine.json", firsts.engine),
     )
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
     for page, name, file, section in sections:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from lighten.process.isolate import share_arena
+from lighten.process.isolate import give_back, share_arena
 
 
 class _Stopped(BaseException):
@@ -104,6 +104,7 @@ class _Batch:
         except BaseException as error:
             self.error = error
         self.done = True
+        give_back()  # what follows the last block took room in this thread's arena
         self._halted.release()
 
     def advance(self) -> None:
