@@ -24,6 +24,9 @@ from lighten.model.experts import layout_of
 from lighten.model.kinds import common, of_kinds
 from lighten.model.suspension import Call, Turn
 
+SILENT = 4
+"""Number of groups that are tried before none of them is taken to serve anything."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -143,13 +146,21 @@ class _Trials:
         found = {name: base & ~alive.get(name, torch.zeros_like(base)) for name, base in self.base.items()}
         return {name: dead for name, dead in found.items() if bool(dead.any())}
 
+    def _heard(self, reader: str, groups: range, size: int) -> tuple[int, dict[str, torch.Tensor]]:
+        """Returns the first of some groups that anything serves, and what it is; some units never fire by chance."""
+        for group in groups[:SILENT]:
+            found = self._dead(reader, group * size, size)
+            if any(name not in self.biases for name in found):
+                return group, found
+        return 0, {}
+
     def _rows(self, reader: str, groups: int) -> tuple[Rows, ...] | str | None:
         """Returns the outputs that go with groups of a reader's inputs; why they cannot go; None if there are none."""
         width = self.linears[reader].shape[1]
         if width % groups:
             return None
         size = width // groups
-        first = self._dead(reader, 0, size)
+        place, first = self._heard(reader, range(groups), size)
         makers = [name for name in first if name not in self.biases]
         if not makers:
             return None
@@ -158,10 +169,13 @@ class _Trials:
                 return f"{self.named[name]} has the same channels, and is no linear"
         found = []
         for name in makers:
-            runs = _runs(first[name])
+            runs = [(start - place * length, length) for start, length in _runs(first[name])]
             found += [Rows(self.linears[name.removesuffix(".weight")].name, start, length) for start, length in runs]
-            for group in {1, groups - 1} - {0}:
-                dead = self._dead(reader, group * size, size).get(name)
+            for others in (range(place + 1, groups), range(groups - 1, place, -1)):
+                group, gone = self._heard(reader, others, size)
+                if not others or not gone:
+                    continue
+                dead = gone.get(name)
                 wanted = [(start + group * length, length) for start, length in runs]
                 if dead is None or _runs(dead) != wanted:
                     return f"{self.named[name]} has its channels in another order"
