@@ -335,19 +335,19 @@ def _why_kept(place: str, module: Any, converted: bool) -> str | None:
         return "biases"
     if module is not None and _has_stacked(module):
         return EXPERTS
-    if not place.endswith(".weight") or not (isinstance(module, nn.Linear) or _is_turned(module)):
+    if not place.endswith(".weight") or not (isinstance(module, nn.Linear) or is_turned(module)):
         kind = type(module).__name__ if module is not None else "a parameter"
         return f"{kind}: not a linear"
     if converted:
         return "stored in another form than the model computes with"
     name = place.removesuffix(".weight").rpartition(".")[2]
-    outputs = module.nf if _is_turned(module) else module.out_features
+    outputs = module.nf if is_turned(module) else module.out_features
     if outputs < FEW or name in ROUTERS:
         return "chooses experts or scales: small, and errors in it cost most"
     return None
 
 
-def _is_turned(module: Any) -> bool:
+def is_turned(module: Any) -> bool:
     """Returns whether a module is a linear with its inputs before its outputs."""
     from transformers.pytorch_utils import Conv1D
 

@@ -100,7 +100,7 @@ def gptq(
 
 def codes(step: Gptq, linears: Linears) -> list[Stored]:
     """Quantizes linears against the Gram of their inputs; to nearest if that cannot be factorised."""
-    weight, scale_type = linears.together, linears.scale_type
+    weight, scale_type = linears.target, linears.scale_type
     try:
         found = gptq(
             weight,

@@ -51,6 +51,8 @@ class Linears:
     """XᵀX `[in, in]` of their inputs, float32, for methods that are `swept`."""
     reader: str = ""
     """Name of their input in messages."""
+    targets: list[torch.Tensor] | None = None
+    """Weights to come close to, `[out, in]` each, instead of their own: they also make good what came before."""
 
     @property
     def gram(self) -> torch.Tensor:
@@ -63,6 +65,11 @@ class Linears:
     def together(self) -> torch.Tensor:
         """Weights of all linears on top of each other, `[out of all, in]`."""
         return torch.cat(self.weights)
+
+    @property
+    def target(self) -> torch.Tensor:
+        """Weights to come close to, of all linears on top of each other, `[out of all, in]`."""
+        return torch.cat(self.targets) if self.targets else self.together
 
     def pruned(self) -> torch.Tensor | None:
         """Returns which of all their weights were pruned, and so must stay zero; None if none were."""

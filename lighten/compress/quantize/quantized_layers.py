@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lighten.compress.layers import writing_part
+from lighten.compress.layers import Part, writing_part
 from lighten.compress.patterns import ignored
 from lighten.compress.quantize import fold
 from lighten.compress.quantize.formats import Stored
@@ -117,31 +118,18 @@ class Layers:
 
     def write(self, index: int) -> dict[str, Any]:
         """Writes the part of a layer. Returns the names of its tensors, and the findings."""
-        findings = Findings()
+        with self.started(index) as work:
+            for group in work.inputs:
+                work.round(group)
+            return work.finish()
+
+    @contextmanager
+    def started(self, index: int) -> Iterator[Work]:
+        """Opens the part of a layer, whose linears are then rounded group by group."""
         with writing_part(self.out, index, self.tensors_of_a_layer) as part:
-            layer = self.anatomy.layers[index]
             prefix, tensors, inputs = self.read(index)
             folded = self.scale_inputs(index, prefix, tensors, inputs)
-            for group in inputs:
-                moments = group.gram.matrix() if group.swept is not None else None
-                scale = folded.get(group.first)
-                if moments is not None and scale is not None:
-                    moments.div_(scale).div_(scale[:, None])
-                for bits, members in self._by_bits(prefix, group.linears, findings).items():
-                    names = [prefix + name for name in members]
-                    weights = [tensors.pop(f"{name}.weight") for name in members]
-                    linears = Linears(
-                        names, weights, bits, self.scale_type(), findings, moments, reader=prefix + group.first
-                    )
-                    found = self.rounds(self.step, linears)
-                    for name, stored in zip(names, found, strict=True):
-                        findings.bits[name] = bits
-                        for kind, tensor in stored.tensors.items():
-                            part.add(f"{name}.{kind}", tensor)
-                    _note_error(linears, found)
-            for name, tensor in tensors.items():
-                part.add(prefix + name, layer.as_stored(name, tensor))
-        return {"names": part.names, "findings": asdict(findings)}
+            yield Work(self, index, prefix, tensors, inputs, folded, part)
 
     def head(self) -> dict[str, torch.Tensor]:
         """Returns the stored output head, rounded to 8 bits. There is no Gram of its inputs."""
@@ -168,17 +156,6 @@ class Layers:
         name = NORM_WEIGHT if known else f"{layer.prefix}{layer.linears[0].name}.weight"
         return self.checkpoint.tensor(name).dtype
 
-    def _by_bits(self, prefix: str, linears: list[str], findings: Findings) -> dict[int, list[str]]:
-        """Returns linears that read the same input by their bits. Notes those that are left alone."""
-        found: dict[int, list[str]] = {}
-        for name in linears:
-            found.setdefault(self.chosen(prefix + name), []).append(name)
-        for name in found.pop(UNTOUCHED, []):
-            why = self.left.get(prefix + name)
-            why = why or f"left alone ({'ignore' if ignored(prefix + name, self.step.ignore) else 'budget'})"
-            findings.kept.append({"what": prefix + name, "why": why})
-        return found
-
     def scale_inputs(
         self, index: int, prefix: str, tensors: fold.Tensors, inputs: list[Inputs]
     ) -> dict[str, torch.Tensor]:
@@ -201,11 +178,87 @@ class Layers:
         return {linear: scale for place, scale in found for linear in place.linears}
 
 
+@dataclass
+class Work:
+    """A layer whose linears are being rounded."""
+
+    layers: Layers
+    index: int
+    prefix: str
+    tensors: dict[str, torch.Tensor]
+    """Tensors that were not written yet, by name in the layer."""
+    inputs: list[Inputs]
+    folded: dict[str, torch.Tensor]
+    """Scales of inputs, by linear."""
+    part: Part
+    findings: Findings = field(default_factory=Findings)
+
+    def round(
+        self, group: Inputs, moments: torch.Tensor | None = None, wanted: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Rounds and writes the linears that read one input.
+
+        Args:
+            group: the linears.
+            moments: XᵀX `[in, in]` of the input; None for that of the sweep, if there was one.
+            wanted: weights `[out, in]` to come close to, by linear; None for the layer's own.
+
+        Returns:
+            The weights that were stored, `[out, in]`, by linear; those that are left alone are not among them.
+        """
+        layers, stored_weights = self.layers, {}
+        if moments is None and group.swept is not None:
+            moments = group.gram.matrix()
+        scale = self.folded.get(group.first)
+        if moments is not None and scale is not None:
+            moments.div_(scale).div_(scale[:, None])
+        for bits, members in self._by_bits(group.linears).items():
+            names = [self.prefix + name for name in members]
+            weights = [self.tensors.pop(f"{name}.weight") for name in members]
+            linears = Linears(
+                names,
+                weights,
+                bits,
+                layers.scale_type(),
+                self.findings,
+                moments,
+                reader=self.prefix + group.first,
+                targets=[wanted[name] for name in members] if wanted else None,
+            )
+            found = layers.rounds(layers.step, linears)
+            for name, full, stored in zip(members, names, found, strict=True):
+                self.findings.bits[full] = bits
+                stored_weights[name] = stored.weight
+                for kind, tensor in stored.tensors.items():
+                    self.part.add(f"{full}.{kind}", tensor)
+            _note_error(linears, found)
+        return stored_weights
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the other tensors. Returns the names of all of them, and the findings."""
+        layer = self.layers.anatomy.layers[self.index]
+        for name, tensor in self.tensors.items():
+            self.part.add(self.prefix + name, layer.as_stored(name, tensor))
+        return {"names": self.part.names, "findings": asdict(self.findings)}
+
+    def _by_bits(self, linears: list[str]) -> dict[int, list[str]]:
+        """Returns linears that read the same input by their bits. Notes those that are left alone."""
+        found: dict[int, list[str]] = {}
+        for name in linears:
+            found.setdefault(self.layers.chosen(self.prefix + name), []).append(name)
+        for name in found.pop(UNTOUCHED, []):
+            why = self.layers.left.get(self.prefix + name)
+            pattern = ignored(self.prefix + name, self.layers.step.ignore)
+            why = why or f"left alone ({'ignore' if pattern else 'budget'})"
+            self.findings.kept.append({"what": self.prefix + name, "why": why})
+        return found
+
+
 def _note_error(linears: Linears, found: list[Stored]) -> None:
     """Notes the share of the output that linears lose, if the Gram of their input is known and of use."""
     if linears.moments is None:
         return
-    before, after = linears.together, torch.cat([each.weight for each in found])
+    before, after = linears.target, torch.cat([each.weight for each in found])
     rows = slice(None, None, -(-len(before) // ERROR_ROWS))
     error = relative_error(before[rows], after[rows], linears.moments)
     if math.isfinite(error):  # else there is a warning already

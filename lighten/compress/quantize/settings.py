@@ -127,6 +127,11 @@ class Quantize(Step):
         """Whether the output head is rounded too, by `rounds_head`."""
         return False
 
+    @property
+    def propagates(self) -> bool:
+        """Whether each layer is rounded against what the quantized layers before it give. Only if `swept` is true."""
+        return False
+
     def why_left(self, shape: tuple[int, int]) -> str | None:
         """Returns why a linear `[out, in]` cannot be stored in this format; None if it can be."""
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from lighten.compress.layers import join
 from lighten.compress.quantize.linears import Findings
 from lighten.compress.quantize.quantized_layers import TENSORS_PER_LINEAR, Layers
 from lighten.compress.quantize.settings import Quantize
+from lighten.compress.quantize.streams import Streams
 from lighten.errors import Failure, RequestError
 from lighten.facts import ModelFacts
 from lighten.model.anatomy import HEAD, HEAD_WEIGHT, LAYERS
-from lighten.model.blockwise import check_known, doubts, known_anatomy, known_folds
+from lighten.model.blockwise import BlockwiseModel, check_known, doubts, known_anatomy, known_folds
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy
-from lighten.model.grams import expert_tokens
+from lighten.model.grams import expert_tokens, read_ids
 from lighten.model.shards import ShardWriter
 from lighten.plugins import found_at
 from lighten.process.workers import crew, ordered
@@ -71,7 +73,12 @@ def run(step: Quantize, source: Artifact, out: Path, context: Context) -> dict[s
                     findings.bits[HEAD] = 8
                 elif anatomy.placed(name) is None:
                     writer.add(name, checkpoint.tensor(name))
-            for index, answer in enumerate(ordered(layers.write, count, workers, report)):
+            written: Iterable[tuple[int, Any]] = enumerate(ordered(layers.write, count, workers, report))
+            if step.propagates and context.grams:
+                model = BlockwiseModel(checkpoint, context.device, trust_remote_code=trusted)
+                streams = Streams(layers, model)
+                written = streams.walk(read_ids(context.grams), context)
+            for index, answer in written:
                 join(writer, out, index, answer["names"])
                 findings.add(Findings(**answer["findings"]))
     _check_covered(anatomy, findings)

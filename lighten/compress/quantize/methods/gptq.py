@@ -27,6 +27,9 @@ class Gptq(Coded):
     damp_percent: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.05, description="gptq: share of the mean of diag(H) that is added to it (default: 0.05)"
     )
+    propagate: Literal["auto", "off"] = Field(
+        "off", description="gptq: auto rounds each layer against what the quantized layers before it give"
+    )
     budget: Budget | None = Field(
         None, description="gptq: bits=4.25 on average, or size=90MB of the artifact, spent where they matter"
     )
@@ -50,6 +53,15 @@ class Gptq(Coded):
                 "inputs: leave out desc_act, or set group_size: -1"
             )
         return self
+
+    @property
+    def propagates(self) -> bool:
+        """Whether each layer is rounded against what the quantized layers before it give."""
+        return self.propagate != "off"
+
+    def key_config(self) -> dict[str, Any]:
+        """Returns the settings that are given; without propagation, those of before there was any."""
+        return {name: value for name, value in super().key_config().items() if (name, value) != ("propagate", "off")}
 
     @property
     def linears_differ(self) -> bool:
