@@ -74,13 +74,14 @@ def run(step: Quantize, source: Artifact, out: Path, context: Context) -> dict[s
                 elif anatomy.placed(name) is None:
                     writer.add(name, checkpoint.tensor(name))
             written: Iterable[tuple[int, Any]] = enumerate(ordered(layers.write, count, workers, report))
+            streams = None
             if step.propagates and context.grams:
-                model = BlockwiseModel(checkpoint, context.device, trust_remote_code=trusted)
-                streams = Streams(layers, model)
+                streams = Streams(layers, BlockwiseModel(checkpoint, context.device, trust_remote_code=trusted))
                 written = streams.walk(read_ids(context.grams), context)
             for index, answer in written:
                 join(writer, out, index, answer["names"])
                 findings.add(Findings(**answer["findings"]))
+            allocated |= streams.facts if streams else {}
     _check_covered(anatomy, findings)
     for layer in anatomy.layers:
         findings.kept += [{"what": name.removesuffix(".weight"), "why": why} for name, why in layer.kept.items()]

@@ -59,9 +59,7 @@ class Sums:
             self.moved.add_((change.t() @ quantized).float())
 
 
-def corrected(
-    weight: torch.Tensor, gram: torch.Tensor, known: torch.Tensor, held: Sums
-) -> tuple[torch.Tensor, float]:
+def corrected(weight: torch.Tensor, gram: torch.Tensor, known: torch.Tensor, held: Sums) -> tuple[torch.Tensor, float]:
     """Returns the weight whose outputs on changed inputs come near to those of `weight` on the inputs of the source.
 
     Args:
@@ -92,6 +90,14 @@ class Streams:
     model: BlockwiseModel
     alphas: list[float] = field(default_factory=list)
     """α of every input."""
+    alone: int = 0
+    """Number of linears, such as those of experts, that were rounded against the inputs of the source."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Facts for the manifest."""
+        mean = sum(self.alphas) / max(1, len(self.alphas))
+        return {"propagation": {"inputs": len(self.alphas), "alpha": round(mean, 4), "linears_without": self.alone}}
 
     def walk(self, ids: torch.Tensor, context: Context) -> Iterator[tuple[int, dict[str, Any]]]:
         """Quantizes layer after layer in the order of the forward; yields its number and what was written.
@@ -130,6 +136,7 @@ class Streams:
                 with _weight_of(module, rounded[linear.name] if quantized else None):
                     halted.answer(call)
         for group in {id(each): each for each in waiting.values()}.values():
+            self.alone += len(group.linears)
             work.round(group)  # experts, and what this text never calls
 
     def _round(self, work: Work, group: Inputs, halted: Turn) -> dict[str, torch.Tensor]:

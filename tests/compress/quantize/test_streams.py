@@ -1,0 +1,132 @@
+"""GPTQ in two streams: the correction against the formula, and the quantized stream against the opened model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lighten.compress.calibrate.sweep import Sweep
+from lighten.compress.quantize import streams
+from lighten.compress.quantize.streams import RIDGE, Sums, corrected
+from lighten.model import whole
+from lighten.model.tokens import calibration_ids
+from lighten.pipeline.steps import open_step
+from lighten.step import Context
+from lighten.store.artifact import Artifact
+from tests.families.models import make
+from tests.families.trial import loaded
+
+SAMPLES, LENGTH = 8, 64
+
+
+def sums(plain: torch.Tensor, quantized: torch.Tensor) -> Sums:
+    found = Sums.empty(plain.shape[1], "cpu")
+    found.add(plain, quantized)
+    return found
+
+
+def test_the_correction_is_the_least_squares_solution() -> None:
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(24, 24, generator=generator) / 5
+    plain = torch.randn(600, 24, generator=generator) @ mix
+    quantized = plain + 0.2 * plain.roll(1, 1) + 0.05 * torch.randn(600, 24, generator=generator)
+    weight = torch.randn(16, 24, generator=generator)
+    known, held = sums(plain[:500], quantized[:500]), sums(plain[500:], quantized[500:])
+    found, alpha = corrected(weight, known.read.matrix(), known.moved, held)
+    x, y = plain[:500].double(), quantized[:500].double()
+    gram = y.t() @ y
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(24, dtype=torch.float64)
+    whole_step = weight.double() @ ((x - y).t() @ y) @ torch.linalg.inv(gram + ridge)
+    assert torch.allclose(found.double() - weight, alpha * whole_step, atol=1e-4)
+
+    def lost(share: float) -> float:
+        change = (
+            quantized[500:].double() @ (weight.double() + share * whole_step).t()
+            - plain[500:].double() @ weight.t().double()
+        )
+        return float(change.square().sum())
+
+    assert 0.5 < alpha <= 1
+    assert lost(alpha) <= min(lost(alpha - 0.02), lost(min(1.0, alpha + 0.02))) * (1 + 1e-6)
+    assert lost(alpha) < lost(0) / 2
+
+
+def test_noise_alone_is_not_followed() -> None:
+    generator = torch.Generator().manual_seed(4)
+    plain = torch.randn(80, 24, generator=generator)
+    quantized = plain + 0.1 * torch.randn(80, 24, generator=generator)
+    known, held = sums(plain[:40], quantized[:40]), sums(plain[40:], quantized[40:])
+    _, alpha = corrected(torch.randn(8, 24, generator=generator), known.read.matrix(), known.moved, held)
+    assert alpha < 0.3
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3_text", "qwen3_moe"])
+def swept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "model").mkdir()
+    make(request.param, folder / "model")
+    (folder / "grams").mkdir()
+    Sweep(samples=SAMPLES, length=LENGTH).run(source_of(folder), folder / "grams", Context())
+    return request.param, folder
+
+
+def source_of(folder: Path) -> Artifact:
+    return Artifact(folder / "model", {"key": "x", "format": "hf"})
+
+
+def quantized(folder: Path, name: str, **settings: Any) -> tuple[Path, dict[str, Any]]:
+    (out := folder / name).mkdir()
+    step = open_step("quantize", {"method": "gptq", "bits": 3, "group_size": 32, **settings})
+    return out, step.run(source_of(folder), out, Context(grams=folder / "grams"))
+
+
+def test_the_quantized_stream_is_the_model_that_is_written(
+    swept: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, folder = swept
+    seen: list[torch.Tensor] = []
+    own = Sums.add
+
+    def add(self: Sums, plain: torch.Tensor, quantized: torch.Tensor) -> None:
+        seen.append(quantized.float().clone())
+        own(self, plain, quantized)
+
+    monkeypatch.setattr(streams.Sums, "add", add)
+    out, facts = quantized(folder, "checked", propagate="auto")
+    assert facts["propagation"]["inputs"] > 4
+    assert (facts["propagation"]["linears_without"] > 0) == (family == "qwen3_moe")
+    if family == "qwen3_moe":
+        return  # its experts are not in the quantized stream
+    opened = whole.load(out, torch.float32).eval()
+    ids = torch.from_numpy(calibration_ids(folder / "model", "builtin", SAMPLES, LENGTH)).long()
+    read: list[torch.Tensor] = []
+    named = {"llama": "mlp.down_proj", "gemma3_text": "mlp.down_proj", "gpt2": "mlp.c_proj"}[family]
+    module = [each for name, each in opened.named_modules() if name.endswith(named)][-1]
+    handle = module.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        opened(input_ids=ids, use_cache=False)
+    handle.remove()
+    through = torch.cat(seen[-2:])  # what is summed, and what is held out, of the only batch
+    assert torch.allclose(through, read[0], atol=2e-2 * float(read[0].abs().max()))
+
+
+def test_outputs_come_nearer_to_those_of_the_source(swept: tuple[str, Path]) -> None:
+    _, folder = swept
+    ids = torch.from_numpy(calibration_ids(folder / "model", "builtin", SAMPLES, LENGTH)).long()
+    with torch.no_grad():
+        wanted = loaded(folder / "model").eval()(input_ids=ids, use_cache=False).logits
+        lost = {}
+        for propagate in ("off", "auto"):
+            out, _ = quantized(folder, f"near-{propagate}", propagate=propagate)
+            found = whole.load(out, torch.float32).eval()(input_ids=ids, use_cache=False).logits
+            lost[propagate] = float((found - wanted).square().mean() / wanted.var())
+    assert lost["auto"] < lost["off"]
+
+
+def test_two_runs_write_the_same_bytes(swept: tuple[str, Path]) -> None:
+    _, folder = swept
+    files = [quantized(folder, f"run-{number}", propagate="auto")[0] / "model.safetensors" for number in (1, 2)]
+    assert files[0].read_bytes() == files[1].read_bytes()
