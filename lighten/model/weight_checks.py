@@ -50,7 +50,8 @@ def check(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         which transformers passes over without a word. `unchecked`: why nothing was compared, or None.
 
     Raises:
-        RequestError: weights are missing, or have another shape than its config.json asks for.
+        RequestError: weights are missing, have another shape than its config.json asks for, or transformers does not
+            know the type of the model.
     """
     path = Path(payload["path"])
     try:
@@ -80,6 +81,8 @@ class _Unknown(Exception):
 def _empty(checkpoint: Checkpoint) -> Any:
     """Returns the model of the class that a directory names, which `empty_model` leaves for that of its task."""
     import torch
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
 
     if checkpoint.config.get("auto_map"):
@@ -87,6 +90,11 @@ def _empty(checkpoint: Checkpoint) -> Any:
     try:
         config = config_of(checkpoint)
     except (ValueError, OSError, KeyError, ImportError) as error:
+        if (kind := checkpoint.config.get("model_type")) and kind not in CONFIG_MAPPING:
+            raise RequestError(
+                f"{checkpoint.path / 'config.json'}: transformers {transformers.__version__} knows no model type "
+                f"{kind!r}: install a newer one, or the package that brings the type"
+            ) from error
         raise _Unknown(f"transformers cannot read its config.json ({error})") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
