@@ -82,8 +82,8 @@ class Turn:
 class _Batch:
     """The thread of one batch."""
 
-    def __init__(self, number: int, forward: Callable[[int], Any], inference: bool, place: Place) -> None:
-        self.number, self.place = number, place
+    def __init__(self, number: int, forward: Callable[[int], Any], inference: bool, place: Place, threads: int) -> None:
+        self.number, self.place, self.threads = number, place, threads
         self.waits: tuple[str, Call] | None = None
         self.error: BaseException | None = None
         self.done = False
@@ -94,6 +94,7 @@ class _Batch:
 
     def _main(self) -> None:
         self._go.acquire()
+        torch.set_num_threads(self.threads)  # of this thread
         try:
             # the grad mode is the thread's own
             with torch.inference_mode(self._inference), torch.set_grad_enabled(not self._inference):
@@ -145,6 +146,7 @@ def turns(
     ends: nn.Module | None = None,
     inference: bool = True,
     place: Place = Place("cpu", "cpu"),
+    threads: int = 1,
 ) -> Iterator[Turn]:
     """Yields the turn of each block, in the order in which the model runs them.
 
@@ -158,12 +160,14 @@ def turns(
         ends: module whose call ends the forward; the head, if nobody needs logits.
         inference: whether the threads run in inference mode; without it, they record gradients.
         place: where states wait.
+        threads: number of threads of the code between blocks. With several, each batch has a crew of its own, and
+            OpenMP no longer lets its threads wait awake: the blocks themselves take a tenth longer then.
 
     Raises:
         BaseException: whatever the forward of a batch raised.
     """
     share_arena()
-    each = [_Batch(number, forward, inference, place) for number in range(batches)]
+    each = [_Batch(number, forward, inference, place, threads) for number in range(batches)]
 
     def go_on(call: Call) -> None:
         batch = each[call.batch]
@@ -171,10 +175,12 @@ def turns(
             call.args, call.kwargs = (), {}
             batch.advance()
 
+    own_threads = torch.get_num_threads()
     with _halting(each, blocks, ends) as own:
         try:
             for batch in each:
                 batch.advance()
+            torch.set_num_threads(own_threads)  # for threads that start later
             number = 0
             while waiting := [batch for batch in each if batch.waits]:
                 name = _first(waiting)

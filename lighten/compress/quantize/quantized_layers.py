@@ -120,7 +120,8 @@ class Layers:
         """Writes the part of a layer. Returns the names of its tensors, and the findings."""
         with self.started(index) as work:
             for group in work.inputs:
-                work.round(group)
+                for linears in work.linears_of(group):
+                    work.store(linears, self.rounds(self.step, linears))
             return work.finish()
 
     @contextmanager
@@ -193,20 +194,16 @@ class Work:
     part: Part
     findings: Findings = field(default_factory=Findings)
 
-    def round(
+    def linears_of(
         self, group: Inputs, moments: torch.Tensor | None = None, wanted: Mapping[str, torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Rounds and writes the linears that read one input.
+    ) -> Iterator[Linears]:
+        """Yields the linears that read one input and get the same bits, to be rounded and stored.
 
         Args:
             group: the linears.
             moments: XᵀX `[in, in]` of the input; None for that of the sweep, if there was one.
             wanted: weights `[out, in]` to come close to, by linear; None for the layer's own.
-
-        Returns:
-            The weights that were stored, `[out, in]`, by linear; those that are left alone are not among them.
         """
-        layers, stored_weights = self.layers, {}
         if moments is None and group.swept is not None:
             moments = group.gram.matrix()
         scale = self.folded.get(group.first)
@@ -215,24 +212,19 @@ class Work:
         for bits, members in self._by_bits(group.linears).items():
             names = [self.prefix + name for name in members]
             weights = [self.tensors.pop(f"{name}.weight") for name in members]
-            linears = Linears(
-                names,
-                weights,
-                bits,
-                layers.scale_type(),
-                self.findings,
-                moments,
-                reader=self.prefix + group.first,
-                targets=[wanted[name] for name in members] if wanted else None,
-            )
-            found = layers.rounds(layers.step, linears)
-            for name, full, stored in zip(members, names, found, strict=True):
-                self.findings.bits[full] = bits
-                stored_weights[name] = stored.weight
-                for kind, tensor in stored.tensors.items():
-                    self.part.add(f"{full}.{kind}", tensor)
-            _note_error(linears, found)
-        return stored_weights
+            targets = [wanted[name] for name in members] if wanted else None
+            kind, reader = self.layers.scale_type(), self.prefix + group.first
+            yield Linears(names, weights, bits, kind, self.findings, moments, reader=reader, targets=targets)
+
+    def store(self, linears: Linears, found: list[Stored]) -> dict[str, torch.Tensor]:
+        """Writes rounded linears. Returns the weights that they stand for, `[out, in]`, by name in the layer."""
+        for name, stored in zip(linears.names, found, strict=True):
+            self.findings.bits[name] = linears.bits
+            for kind, tensor in stored.tensors.items():
+                self.part.add(f"{name}.{kind}", tensor)
+        _note_error(linears, found)
+        names = (name.removeprefix(self.prefix) for name in linears.names)
+        return {name: stored.weight for name, stored in zip(names, found, strict=True)}
 
     def finish(self) -> dict[str, Any]:
         """Writes the other tensors. Returns the names of all of them, and the findings."""

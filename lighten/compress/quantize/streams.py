@@ -22,6 +22,7 @@ from torch import nn
 
 from lighten.compress.calibrate.gram import accumulate
 from lighten.compress.damping import damped
+from lighten.compress.quantize.linears import Linears
 from lighten.compress.quantize.quantized_layers import Inputs, Layers, Work
 from lighten.model.blockwise import BlockwiseModel
 from lighten.model.discovery import is_turned
@@ -124,7 +125,14 @@ class Streams:
         waiting = {name: group for group in work.inputs for name in group.linears}
         rounded: dict[str, torch.Tensor] = {}
         modules = {name: block.get_submodule(name) for name in linears}
-        for halted in turns(lambda number: turn.answer(turn.calls[number]), len(turn.calls), modules, place=turn.place):
+        halts = turns(
+            lambda number: turn.answer(turn.calls[number]),
+            len(turn.calls),
+            modules,
+            place=turn.place,
+            threads=torch.get_num_threads(),
+        )
+        for halted in halts:
             linear = linears[halted.name]
             if group := waiting.get(linear.name):
                 weights = self._round(work, group, halted)
@@ -137,7 +145,7 @@ class Streams:
                     halted.answer(call)
         for group in {id(each): each for each in waiting.values()}.values():
             self.alone += len(group.linears)
-            work.round(group)  # experts, and what this text never calls
+            self._stored(work, work.linears_of(group))  # experts, and what this text never calls
 
     def _round(self, work: Work, group: Inputs, halted: Turn) -> dict[str, torch.Tensor]:
         """Rounds the linears that read the input before which both models are halted."""
@@ -157,7 +165,14 @@ class Streams:
         sizes = [len(weight) for weight in weights.values()]
         wanted = dict(zip(weights, torch.split(target, sizes), strict=True))
         del known, held
-        return work.round(group, gram, wanted)
+        return self._stored(work, work.linears_of(group, gram, wanted))
+
+    def _stored(self, work: Work, parts: Iterator[Linears]) -> dict[str, torch.Tensor]:
+        """Rounds and stores linears; returns the weights that they stand for, by name in the layer."""
+        weights: dict[str, torch.Tensor] = {}
+        for linears in parts:
+            weights |= work.store(linears, self.layers.rounds(self.layers.step, linears))
+        return weights
 
 
 def _parted(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
