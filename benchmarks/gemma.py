@@ -109,7 +109,7 @@ class Bench:
         sizes = ["--samples", str(asked.samples), "--test-samples", str(asked.test_samples)]
         tools = ["--peer", f"gptqmodel={asked.gptqmodel}", "--only", "lighten-gptq", "--only", "gptqmodel-gptq"]
         places = ["--results", str(results), "--work", str(self.work / f"work-{name}"), "--rounds", str(asked.rounds)]
-        command = [sys.executable, str(HERE / "quantize.py"), "--model", str(model), *texts, *sizes, *tools, *places]
+        command = [sys.executable, str(HERE / "quantize.py"), "--model", str(model), *texts, *sizes, *tools, *places, "--resume"]
         subprocess.run(command, check=True, stdout=sys.stderr)
         found = json.loads((results / "quantize.json").read_text())
         return {
@@ -183,7 +183,7 @@ def main() -> None:
     results: Row = {
         "command": f"python benchmarks/gemma.py {flags}",
         "machine": machine.fingerprint(),
-        "settings": {"samples": asked.samples, "length": 512, "test_samples": asked.test_samples},
+        "settings": {"samples": asked.samples, "length": 512, "test_samples": asked.test_samples, "rounds": asked.rounds},
         "llama_cpp_python": VERSION,
         "models": {},
     }
@@ -193,7 +193,7 @@ def main() -> None:
         found["f16_change"] = found["k_quants"]["F16"]["perplexity"] / row["perplexity"] - 1
         results["models"][name] = found
         print(json.dumps(found, indent=1), flush=True)
-    write_json(asked.out, results)
+        write_json(asked.out, results)
 
 
 if __name__ == "__main__":
