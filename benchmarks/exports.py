@@ -111,8 +111,8 @@ def gemma(found: Found) -> str:
     caption = (
         f"Calibrated on {settings['samples']} × {settings['length']} tokens, measured on {settings['test_samples']} × "
         f"512 tokens of WikiText-2. Groups of {first['gptq']['settings']['group_size']}. The weights come from a "
-        "Q4_K_M file, so as they are they lie on the grid of K-quants: off it, the model is the same function with "
-        "random scales moved between neighbouring matrices. llama.cpp's time is that of `llama-imatrix` and "
+        "Q4_K_M file, so as they are they lie on the grid of K-quants; off it, the model would be the same function "
+        "with random scales moved between neighbouring matrices. llama.cpp's time is that of `llama-imatrix` and "
         f"`llama-quantize` of an F16 file that is there, from llama-cpp-python {found['llama_cpp_python']}; lighten's "
         f"is that of the whole command, from the source. GPTQModel {first['gptq']['versions']['gptqmodel']}."
     )

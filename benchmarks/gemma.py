@@ -179,7 +179,7 @@ def main() -> None:
         part.mkdir()
         write_off_grid(source, part)
         part.rename(moved)
-    flags = f"--calibration {asked.calibration.name} --test {asked.test.name}"
+    flags = f"--calibration {asked.calibration.name} --test {asked.test.name} --rounds {asked.rounds}"
     results: Row = {
         "command": f"python benchmarks/gemma.py {flags}",
         "machine": machine.fingerprint(),
