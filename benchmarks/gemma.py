@@ -109,7 +109,17 @@ class Bench:
         sizes = ["--samples", str(asked.samples), "--test-samples", str(asked.test_samples)]
         tools = ["--peer", f"gptqmodel={asked.gptqmodel}", "--only", "lighten-gptq", "--only", "gptqmodel-gptq"]
         places = ["--results", str(results), "--work", str(self.work / f"work-{name}"), "--rounds", str(asked.rounds)]
-        command = [sys.executable, str(HERE / "quantize.py"), "--model", str(model), *texts, *sizes, *tools, *places, "--resume"]
+        command = [
+            sys.executable,
+            str(HERE / "quantize.py"),
+            "--model",
+            str(model),
+            *texts,
+            *sizes,
+            *tools,
+            *places,
+            "--resume",
+        ]
         subprocess.run(command, check=True, stdout=sys.stderr)
         found = json.loads((results / "quantize.json").read_text())
         return {
@@ -183,7 +193,12 @@ def main() -> None:
     results: Row = {
         "command": f"python benchmarks/gemma.py {flags}",
         "machine": machine.fingerprint(),
-        "settings": {"samples": asked.samples, "length": 512, "test_samples": asked.test_samples, "rounds": asked.rounds},
+        "settings": {
+            "samples": asked.samples,
+            "length": 512,
+            "test_samples": asked.test_samples,
+            "rounds": asked.rounds,
+        },
         "llama_cpp_python": VERSION,
         "models": {},
     }
