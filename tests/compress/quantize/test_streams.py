@@ -63,6 +63,12 @@ def test_noise_alone_is_not_followed() -> None:
     assert alpha < 0.3
 
 
+def test_a_gram_that_cannot_be_inverted_is_said() -> None:
+    known, held = (sums(torch.randn(8, 4), torch.randn(8, 4)) for _ in range(2))
+    with pytest.raises(ArithmeticError, match="not positive definite"):
+        corrected(torch.randn(2, 4), -known.read.matrix(), known.moved, held)
+
+
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3_text", "qwen3_moe"])
 def swept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
