@@ -92,6 +92,13 @@ class Step(AnyCase):
         """True if `run` reads Gram matrices of its source."""
         return False
 
+    def needs_sums(self) -> bool:
+        """False if `run` makes the Gram matrices itself, and reads of a sweep only its tokens and which linears share.
+
+        The matrices of experts are there all the same. Only if `needs_sweep` is true.
+        """
+        return True
+
     @property
     def any_family(self) -> bool:
         """Whether a step that reads Grams takes every family; else those with Llama's layers."""

@@ -101,7 +101,7 @@ class GramWriter:
         self._wait()
         if beside:
             self._written = self._writer.submit(save_file, tensors, _file(self.folder, layer))
-        else:
+        elif tensors:
             save_file(tensors, _file(self.folder, layer))
         tokens = {name: gram.tokens for name, gram in grams.items()}
         self.index["layers"].append({"prefix": self._prefixes[layer], "inputs": inputs, "tokens": tokens})
@@ -131,14 +131,16 @@ class GramWriter:
             self._written.result()
         self._written = None
 
-    def close(self, ids: torch.Tensor, angles: list[list[float]]) -> None:
+    def close(self, ids: torch.Tensor, angles: list[list[float]], targets: torch.Tensor | None = None) -> None:
         """Writes the index, without which the directory is not complete, and the token ids of the sweep.
 
         `angles` are the angles between the residual streams before any two layers, see `structured.angular_distances`.
+        `targets` are the token ids that a decoder reads, if those are others.
         """
         self._wait()
         self._writer.shutdown()
-        save_file({"ids": ids.int()}, self.folder / IDS)
+        read = {} if targets is None else {"targets": targets.int()}
+        save_file({"ids": ids.int(), **read}, self.folder / IDS)
         self.index["angles"] = angles
         (self.folder / "grams.json").write_text(json.dumps(self.index, indent=1) + "\n")
 
@@ -164,6 +166,15 @@ class ExpertTokens:
     unseen: int
     """Number of experts among these that saw none."""
 
+    @staticmethod
+    def of(seen: Sequence[tuple[int, int]]) -> ExpertTokens | None:
+        """Returns the numbers for experts with so many tokens and so wide inputs; None for no experts."""
+        if not seen:
+            return None
+        counts = sorted(tokens for tokens, _ in seen)
+        starved = sum(tokens < width for tokens, width in seen)
+        return ExpertTokens(len(counts), counts[0], counts[len(counts) // 2], starved, counts.count(0))
+
     def as_json(self) -> dict[str, int]:
         """Returns it as plain data."""
         return asdict(self)
@@ -172,17 +183,13 @@ class ExpertTokens:
 def expert_tokens(folder: Path) -> ExpertTokens | None:
     """Returns the numbers of tokens that experts saw in a sweep; None if the model has no experts."""
     index = read_index(folder)
-    counts, starved = [], 0
+    seen: list[tuple[int, int]] = []
     for number, layer in enumerate(index["layers"]):
         experts = layer.get("experts", {})
-        counts += experts.values()
         if experts:
             width = LayerGrams(folder, number, layer, "cpu")[next(iter(experts))].width
-            starved += sum(tokens < width for tokens in experts.values())
-    if not counts:
-        return None
-    counts.sort()
-    return ExpertTokens(len(counts), counts[0], counts[len(counts) // 2], starved, counts.count(0))
+            seen += [(tokens, width) for tokens in experts.values()]
+    return ExpertTokens.of(seen)
 
 
 def prefix_of(index: dict[str, Any], layer: int) -> str:
@@ -194,6 +201,12 @@ def read_ids(folder: Path) -> torch.Tensor:
     """Returns the token ids of a sweep, `[samples, length]`."""
     ids: torch.Tensor = load_file(folder / IDS)["ids"]
     return ids.long()
+
+
+def read_targets(folder: Path) -> torch.Tensor | None:
+    """Returns the token ids that the decoder reads, `[samples, length]`; None if those are the ids, or older sweeps."""
+    targets = load_file(folder / IDS).get("targets")
+    return None if targets is None else targets.long()
 
 
 class LayerGrams(Mapping[str, Gram]):

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lighten.compress.calibrate.reads import Reads
 from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.distill.teacher import Teacher
 from lighten.data import text
@@ -234,7 +235,9 @@ class _Builder:
         if step.needs_sweep():
             swept = self.recipe.calibration
             check_text(_tokenizer_of(stage), swept.data, "calibration", swept.length, swept.samples)
-            inputs["grams"] = self._build(self.recipe.calibration, stage.facts, source=stage)
+            if not step.needs_sums():
+                swept = Reads(**swept.model_dump())
+            inputs["grams"] = self._build(swept, stage.facts, source=stage)
         if step.needs_sensitivity():
             sensitivities = Sensitivities(**self.recipe.calibration.model_dump())
             inputs["sensitivity"] = self._build(sensitivities, stage.facts, source=stage)

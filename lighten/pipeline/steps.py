@@ -49,6 +49,7 @@ CHOICES = {"quantize": Choice("method", METHODS, default="gptq"), "export": Choi
 INTERNAL = {
     "source": "lighten.model.source:Source",
     "sweep": "lighten.compress.calibrate.sweep:Sweep",
+    "reads": "lighten.compress.calibrate.reads:Reads",
     "sensitivity": "lighten.compress.calibrate.sensitivity:Sensitivities",
     "teacher": "lighten.compress.distill.teacher:Teacher",
     "pairs": "lighten.compress.distill.pair_teacher:PairTeacher",

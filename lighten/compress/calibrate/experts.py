@@ -37,8 +37,8 @@ class Expert:
 class ExpertInputs:
     """The inputs of all experts of one module."""
 
-    def __init__(self, module: nn.Module, experts: list[Expert], device: str) -> None:
-        self.module, self.experts, self.device = module, experts, device
+    def __init__(self, name: str, module: nn.Module, experts: list[Expert], device: str) -> None:
+        self.name, self.module, self.experts, self.device = name, module, experts, device
         self._calls: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def hook(self) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
@@ -47,7 +47,7 @@ class ExpertInputs:
 
     def grams(self) -> Iterator[tuple[Expert, int, dict[str, Gram]]]:
         """Yields each expert, the number of its tokens, and the Grams of its inputs by the name of the first reader."""
-        everything = None
+        spread = Spread(self._calls)
         for expert in self.experts:
             parts = [given_to(expert.number, *call) for call in self._calls]
             tokens = sum(map(len, parts))
@@ -61,21 +61,11 @@ class ExpertInputs:
                     if len(part):
                         accumulate(gram, of(expert, part))
                 if tokens < width:
-                    everything = everything if everything is not None else self._everything()
-                    spread = everything[:: max(1, len(everything) // (FORCED * max(width, everything.shape[-1])))]
                     other = Gram.empty(width, self.device)
-                    accumulate(other, of(expert, spread))
+                    accumulate(other, of(expert, spread.of(width)))
                     draw(gram, other)
                 found[readers[0].name] = gram
             yield expert, tokens, found
-
-    def _everything(self) -> torch.Tensor:
-        """Returns the states of all tokens that any expert got."""
-        parts = []
-        for states, chosen in self._calls:
-            every = states if chosen is not None else states.flatten(0, 1)
-            parts.append(every if chosen is not None else every[every.abs().sum(-1) > 0])
-        return torch.cat(parts)
 
     @staticmethod
     def _same(_: Expert, states: torch.Tensor) -> torch.Tensor:
@@ -83,6 +73,27 @@ class ExpertInputs:
 
     def _made(self, expert: Expert, states: torch.Tensor) -> torch.Tensor:
         return inner(self.module, expert.number, states)
+
+
+class Spread:
+    """States that are evenly spread over the tokens of calls of a module of experts."""
+
+    def __init__(self, calls: list[tuple[torch.Tensor, Any]]) -> None:
+        """`calls` are states, and which of them each expert gets, as `routed` returns them."""
+        self._calls = calls
+        self._found: dict[int, torch.Tensor] = {}
+
+    def of(self, width: int) -> torch.Tensor:
+        """Returns enough of them, `[tokens, in]`, for a Gram of what an expert makes of them, which is so wide."""
+        if width not in self._found:
+            parts = []
+            for states, chosen in self._calls:
+                every = states if chosen is not None else states.flatten(0, 1)
+                parts.append(every if chosen is not None else every[every.abs().sum(-1) > 0])
+            found = torch.cat(parts)
+            step = max(1, len(found) // (FORCED * max(width, found.shape[-1])))
+            self._found[width] = found[::step].clone()
+        return self._found[width]
 
 
 def draw(gram: Gram, other: Gram) -> None:
@@ -106,6 +117,6 @@ def experts_of(layer: Layer, block: nn.Module, device: str) -> list[ExpertInputs
             expert = experts.setdefault(linear.inside.expert, Expert(linear.inside.expert))
             (expert.last if linear.inside.tensor == LAST else expert.first).append(linear)
     return [
-        ExpertInputs(block.get_submodule(name), [experts[number] for number in sorted(experts)], device)
+        ExpertInputs(name, block.get_submodule(name), [experts[number] for number in sorted(experts)], device)
         for name, experts in by_module.items()
     ]

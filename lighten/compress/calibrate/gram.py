@@ -24,34 +24,50 @@ def accumulate(gram: Gram, inputs: torch.Tensor) -> None:
     gram.tokens += rows.shape[0]
 
 
-class LayerInputs:
-    """The Grams of one layer's distinct inputs, and which linear reads which.
+class Readers:
+    """Which linears of a layer read the very same tensor (q, k and v; gate and up), by the first of them."""
 
-    Linears that get the very same tensor (q, k and v; gate and up) share one Gram, which is named after the first of
-    them.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.grams: dict[str, Gram] = {}
+    def __init__(self) -> None:
         self.read_by: dict[str, str] = {}
-        self._device = device
         self._batch: dict[int, tuple[str, weakref.ref[torch.Tensor]]] = {}
 
-    def collect(self, linear: str, inputs: torch.Tensor) -> None:
-        """Takes the inputs of one linear for the current batch."""
+    def collect(self, linear: str, inputs: torch.Tensor) -> bool:
+        """Takes the inputs of one linear for the current batch; returns whether it is the first that reads them."""
         first, seen = self._batch.get(id(inputs), (linear, None))
         if seen is None or seen() is not inputs:  # a freed one's id could come back
             first = linear
             self._batch[id(inputs)] = linear, weakref.ref(inputs)
         self.read_by[linear] = first
-        if first == linear:
-            gram = self.grams.setdefault(linear, Gram.empty(inputs.shape[-1], self._device))
-            accumulate(gram, inputs)
+        return first == linear
 
     def hook(self, linear: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
         """Returns a forward pre-hook that collects the inputs of a linear."""
-        return lambda _, arguments: self.collect(linear, arguments[0])
+
+        def collect(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+            self.collect(linear, arguments[0])
+
+        return collect
 
     def end_batch(self) -> None:
         """Forgets the tensors of the batch."""
         self._batch.clear()
+
+
+class LayerInputs(Readers):
+    """The Grams of one layer's distinct inputs, and which linear reads which.
+
+    Linears that get the very same tensor share one Gram, which is named after the first of them.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.grams: dict[str, Gram] = {}
+        self._device = device
+
+    def collect(self, linear: str, inputs: torch.Tensor) -> bool:
+        """Takes the inputs of one linear for the current batch; returns whether it is the first that reads them."""
+        first = super().collect(linear, inputs)
+        if first:
+            gram = self.grams.setdefault(linear, Gram.empty(inputs.shape[-1], self._device))
+            accumulate(gram, inputs)
+        return first

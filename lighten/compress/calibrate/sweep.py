@@ -75,15 +75,10 @@ class Sweep(Step):
         from lighten.model.blockwise import BlockwiseModel
         from lighten.model.grams import GramWriter, expert_tokens
 
-        ids, targets = self._ids(source.path, context)
-        length = ids.shape[1]
-        if len(ids) < self.samples:
-            context.warnings.append(
-                f"the text holds {len(ids)} samples of {length} tokens, not {self.samples}; all were used"
-            )
+        ids, targets = self.ids(source.path, context)
         model = BlockwiseModel(source.path, context.device, trust_remote_code=context.trust_remote_code)
         layers = model.anatomy.layers
-        told = {"samples": len(ids), "length": length, "tokens": ids.numel()}
+        told = {"samples": len(ids), "length": ids.shape[1], "tokens": ids.numel()}
         writer = GramWriter(out, [layer.prefix for layer in layers], told)
         stream = _Stream(out / STATES, [len(batch) for batch in model.batches(ids)])
         start = time.monotonic()
@@ -100,7 +95,7 @@ class Sweep(Step):
                 report(number, number + done / len(turn.calls))
             layers[index].leave_unread(writer.index["layers"][index]["inputs"])
         writer.index["anatomy"] = model.anatomy.as_json()
-        writer.close(ids, angular_distances(stream.places(), context.device))
+        writer.close(ids, angular_distances(stream.places(), context.device), targets)
         stream.remove()
         return {
             "format": "grams",
@@ -110,7 +105,7 @@ class Sweep(Step):
             **({"experts": seen.as_json()} if (seen := expert_tokens(out)) else {}),
         }
 
-    def _ids(self, model: Path, context: Context) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def ids(self, model: Path, context: Context) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the ids that a model reads, `[samples, length]`, and those that its decoder reads, if it has pairs.
 
         Models that are not causal take no more tokens than they have positions.
@@ -122,10 +117,17 @@ class Sweep(Step):
 
         facts = Checkpoint(model).facts
         length = self.length if facts.task == "causal" else min(self.length, facts.context or self.length)
+        targets = None
         if pairs.is_pairs(self.data) and facts.task == "seq2seq":
-            sources, targets = paired_ids(model, str(self.data), self.samples, length)
-            return torch.from_numpy(sources), torch.from_numpy(targets)
-        return torch.from_numpy(calibration_ids(model, self.data, self.samples, length, context.warnings)), None
+            sources, read = paired_ids(model, str(self.data), self.samples, length)
+            ids, targets = torch.from_numpy(sources), torch.from_numpy(read)
+        else:
+            ids = torch.from_numpy(calibration_ids(model, self.data, self.samples, length, context.warnings))
+        if len(ids) < self.samples:
+            context.warnings.append(
+                f"the text holds {len(ids)} samples of {ids.shape[1]} tokens, not {self.samples}; all were used"
+            )
+        return ids, targets
 
 
 def _passing(turn: Turn, stream: _Stream) -> Iterator[int]:

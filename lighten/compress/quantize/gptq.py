@@ -8,6 +8,7 @@ algorithm 1: with H⁻¹ = UᵀU (U upper triangular), rounding column j by an e
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -17,6 +18,7 @@ from lighten.compress.quantize.formats import Stored
 from lighten.compress.quantize.grid import Quantized, dequantize, quantize, rtn, search
 from lighten.compress.quantize.linears import Linears
 from lighten.compress.quantize.methods.gptq import Gptq
+from lighten.compress.quantize.refine import refined
 
 BLOCK = 128
 
@@ -28,7 +30,7 @@ def gptq(
     bits: int,
     group_size: int,
     sym: bool,
-    desc_act: bool,
+    desc_act: bool | Literal["static"],
     damp_percent: float,
     kind: torch.dtype = torch.float16,
     gone: torch.Tensor | None = None,
@@ -41,7 +43,8 @@ def gptq(
         bits: width of a code.
         group_size: inputs that share a scale, or −1 for all of them.
         sym: symmetric grid.
-        desc_act: round the inputs in order of falling diag(H); groups then follow that order.
+        desc_act: round the inputs in order of falling diag(H). Groups follow that order, or are "static": of
+            neighbours, with scales that are searched before any column is rounded.
         damp_percent: share of mean diag(H) added to diag(H).
         kind: type that the scales are stored in.
         gone: `[out, in]`, which weights are pruned: they stay zero, and later columns make up for that too.
@@ -73,11 +76,21 @@ def gptq(
     scales = torch.empty(groups, w.shape[1], device=w.device)
     zeros = torch.empty_like(scales)
     scale = zero = scales[0]
+    placed: list[int] = []
+    """The group of every row, if groups do not follow the order of the rows."""
+    if order is not None and desc_act == "static":
+        placed = (order // group_size).tolist()
+        for number in range(groups):
+            rows = (order // group_size == number).nonzero()[:, 0]
+            shown = w[rows] if stays is None else w[rows] * stays[rows]
+            scales[number], zeros[number] = search(shown, bits, sym, importance[rows], kind)
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
         errors = torch.empty(stop - start, w.shape[1], device=w.device)
         for j in range(start, stop):
-            if j % group_size == 0:
+            if placed:
+                scale, zero = scales[placed[j]], zeros[placed[j]]
+            elif j % group_size == 0:
                 group = slice(j, j + group_size)
                 shown = w[group] if stays is None else w[group] * stays[group]
                 scale, zero = search(shown, bits, sym, importance[group], kind)
@@ -94,7 +107,8 @@ def gptq(
     g_idx = torch.arange(width, device=w.device) // group_size
     if order is not None:
         back = torch.argsort(order)
-        codes, g_idx = codes[back], g_idx[back]
+        codes = codes[back]
+        g_idx = g_idx if placed else g_idx[back]
     return Quantized(codes, scales, zeros.int(), g_idx, damping)
 
 
@@ -120,6 +134,16 @@ def codes(step: Gptq, linears: Linears) -> list[Stored]:
             f"{linears.reader}: rounded to nearest, for its Gram is {error}; give it more text"
         )
     else:
+        if step.refine:
+            found = refined(
+                weight,
+                linears.gram,
+                found,
+                bits=linears.bits,
+                rounds=step.refine,
+                kind=scale_type,
+                gone=linears.pruned(),
+            )
         if found.damping != step.damp_percent:
             raised = f"damping raised from {step.damp_percent:g} to {found.damping:g}"
             linears.findings.warnings.append(f"{linears.reader}: {raised}")

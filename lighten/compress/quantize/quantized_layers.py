@@ -111,7 +111,7 @@ class Layers:
             readers: dict[str, list[str]] = {}
             for linear, first in read_by.items():
                 readers.setdefault(first, []).append(linear)
-            inputs = [Inputs(first, readers[first], grams) for first in grams]
+            inputs = [Inputs(first, linears, grams) for first, linears in readers.items()]
         else:
             inputs = [Inputs(linear.name, [linear.name]) for linear in layer.linears]
         return prefix, tensors, inputs

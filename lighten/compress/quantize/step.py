@@ -22,7 +22,7 @@ from lighten.model.anatomy import HEAD, HEAD_WEIGHT, LAYERS
 from lighten.model.blockwise import BlockwiseModel, check_known, doubts, known_anatomy, known_folds
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy
-from lighten.model.grams import expert_tokens, read_ids
+from lighten.model.grams import ExpertTokens, expert_tokens, read_ids, read_targets
 from lighten.model.shards import ShardWriter
 from lighten.plugins import found_at
 from lighten.process.workers import crew, ordered
@@ -77,7 +77,7 @@ def run(step: Quantize, source: Artifact, out: Path, context: Context) -> dict[s
             streams = None
             if step.propagates and context.grams:
                 streams = Streams(layers, BlockwiseModel(checkpoint, context.device, trust_remote_code=trusted))
-                written = streams.walk(read_ids(context.grams), context)
+                written = streams.walk(read_ids(context.grams), read_targets(context.grams), context)
             for index, answer in written:
                 join(writer, out, index, answer["names"])
                 findings.add(Findings(**answer["findings"]))
@@ -87,12 +87,12 @@ def run(step: Quantize, source: Artifact, out: Path, context: Context) -> dict[s
         findings.kept += [{"what": name.removesuffix(".weight"), "why": why} for name, why in layer.kept.items()]
     context.warnings += findings.warnings
     _write_config(step, checkpoint, anatomy, findings, out)
-    return {**_facts(step, checkpoint.facts, anatomy, findings), **_of_experts(context), **allocated}
+    seen = streams.experts if streams else expert_tokens(context.grams) if context.grams else None
+    return {**_facts(step, checkpoint.facts, anatomy, findings), **_of_experts(seen, context), **allocated}
 
 
-def _of_experts(context: Context) -> dict[str, Any]:
+def _of_experts(seen: ExpertTokens | None, context: Context) -> dict[str, Any]:
     """Returns the facts about the tokens that experts saw, and warns of those that saw too few."""
-    seen = expert_tokens(context.grams) if context.grams else None
     if seen is None:
         return {}
     if seen.starved:

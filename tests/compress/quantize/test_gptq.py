@@ -71,8 +71,8 @@ def test_blocks_do_not_show(width: int) -> None:
     assert ours == pytest.approx(theirs, rel=0.02)
 
 
-@pytest.mark.parametrize("desc_act", [True, False])
-def test_beats_rounding_to_nearest(desc_act: bool) -> None:
+@pytest.mark.parametrize("desc_act", [True, False, "static"])
+def test_beats_rounding_to_nearest(desc_act: bool | str) -> None:
     weight, gram = problem(out=64, width=128)
     result = gptq(weight, gram, bits=3, group_size=32, sym=True, desc_act=desc_act, damp_percent=0.01)
     nearest = []
@@ -91,6 +91,20 @@ def test_desc_act_permutes_the_problem() -> None:
     sorted_ = gptq(weight[:, order], gram[order][:, order], desc_act=False, **settings)
     assert torch.equal(ours.weight()[:, order], sorted_.weight())
     assert torch.equal(ours.g_idx[order], torch.arange(64) // 32)
+
+
+def test_static_groups_are_of_neighbours() -> None:
+    """One group is searched before any rounding in both orders, and several keep their places."""
+    weight, gram = problem()
+    settings = {"bits": 4, "sym": True, "damp_percent": 0.01}
+    whole = [gptq(weight, gram, group_size=-1, desc_act=order, **settings) for order in (True, "static")]
+    assert torch.equal(whole[0].weight(), whole[1].weight())
+    parts = gptq(weight, gram, group_size=32, desc_act="static", **settings)
+    assert torch.equal(parts.g_idx, torch.arange(64) // 32)
+    falling = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    first = int(falling[0])  # the first that is rounded bears no errors of others
+    scale = parts.scales[first // 32]
+    assert torch.equal(parts.codes[first].float(), quantize(weight[:, first], scale, parts.zeros[first // 32], 4))
 
 
 def test_inputs_that_are_always_zero_get_weight_zero() -> None:

@@ -40,7 +40,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "awq", "sym": True}, "the awq format has a zero point per group: sym is for gptq and rtn"),
     ({"bits": 4, "budget": {"bits": 4.25}}, "a budget chooses the bits: give one of the two"),
     ({"budget": {"bits": 4.25}, "sym": False}, "leave out sym: false"),
-    ({"ignore": ["*.0.*"], "desc_act": True}, "leave out desc_act, or set group_size: -1"),
+    ({"ignore": ["*.0.*"], "desc_act": True}, "leave out desc_act, or set it to static"),
     ({"method": "rtn", "ignore": ["*.0.*"], "sym": False}, "leave out sym: false"),
     ({"budget": {}}, "a budget is one of the two: size, or bits"),
     ({"budget": {"bits": 4, "size": 10**6}}, "a budget is one of the two: size, or bits"),

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from lighten.compress.calibrate.reads import Reads
 from lighten.compress.calibrate.sweep import Sweep
-from lighten.compress.quantize import streams
-from lighten.compress.quantize.streams import RIDGE, Sums, corrected
+from lighten.compress.quantize.propagation import RIDGE, Both, Sums, corrected
+from lighten.compress.quantize.quantized_layers import Inputs, Work
+from lighten.compress.quantize.streams import Streams
 from lighten.model import whole
+from lighten.model.grams import Gram
 from lighten.model.tokens import calibration_ids
 from lighten.pipeline.steps import open_step
 from lighten.step import Context
@@ -92,31 +95,58 @@ def quantized(folder: Path, name: str, **settings: Any) -> tuple[Path, dict[str,
 def test_the_quantized_stream_is_the_model_that_is_written(
     swept: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What the last layer reads in the walk is what it reads in the model that loaders open."""
     family, folder = swept
+    named = {"gpt2": "mlp.c_proj", "qwen3_moe": "self_attn.o_proj"}.get(family, "mlp.down_proj")
     seen: list[torch.Tensor] = []
-    own = Sums.add
+    own = Streams.round
 
-    def add(self: Sums, plain: torch.Tensor, quantized: torch.Tensor) -> None:
-        seen.append(quantized.float().clone())
-        own(self, plain, quantized)
+    def round_(self: Streams, work: Work, group: Inputs, sums: Both, drawn: Gram | None = None) -> Any:
+        if group.first == named:
+            seen.append(sums.known.read.matrix() + sums.held.read.matrix())
+        return own(self, work, group, sums, drawn)
 
-    monkeypatch.setattr(streams.Sums, "add", add)
+    monkeypatch.setattr(Streams, "round", round_)
     out, facts = quantized(folder, "checked", propagate="auto")
     assert facts["propagation"]["inputs"] > 4
-    assert (facts["propagation"]["linears_without"] > 0) == (family == "qwen3_moe")
-    if family == "qwen3_moe":
-        return  # its experts are not in the quantized stream
+    assert "experts" in facts if family == "qwen3_moe" else facts["propagation"]["linears_without"] == 0
     opened = whole.load(out, torch.float32).eval()
     ids = torch.from_numpy(calibration_ids(folder / "model", "builtin", SAMPLES, LENGTH)).long()
     read: list[torch.Tensor] = []
-    named = {"llama": "mlp.down_proj", "gemma3_text": "mlp.down_proj", "gpt2": "mlp.c_proj"}[family]
     module = [each for name, each in opened.named_modules() if name.endswith(named)][-1]
     handle = module.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, -2)))
     with torch.no_grad():
         opened(input_ids=ids, use_cache=False)
     handle.remove()
-    through = torch.cat(seen[-2:])  # what is summed, and what is held out, of the only batch
-    assert torch.allclose(through, read[0], atol=2e-2 * float(read[0].abs().max()))
+    gram = read[0].t() @ read[0]
+    assert float((seen[-1] - gram).norm() / gram.norm()) < 0.01
+
+
+def test_the_tokens_alone_are_enough(swept: tuple[str, Path]) -> None:
+    """A pass of one sample tells which linears share an input; the Grams of a sweep are not read."""
+    family, folder = swept
+    (folder / "reads").mkdir()
+    Reads(samples=SAMPLES, length=LENGTH).run(source_of(folder), folder / "reads", Context())
+    assert not list((folder / "reads").glob("layer-*"))
+    step = open_step("quantize", {"method": "gptq", "bits": 3, "group_size": 32, "propagate": "auto"})
+    assert not step.needs_sums()
+    files = []
+    for grams in ("grams", "reads"):
+        (out := folder / f"from-{grams}").mkdir()
+        facts = step.run(source_of(folder), out, Context(grams=folder / grams))
+        assert ("experts" in facts) == (family == "qwen3_moe")
+        files.append((out / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_experts_with_few_tokens_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    make("qwen3_moe", tmp_path / "model")
+    (tmp_path / "grams").mkdir()
+    Reads(samples=1, length=16).run(source_of(tmp_path), tmp_path / "grams", Context())
+    _, facts = quantized(tmp_path, "few", propagate="auto")
+    assert facts["experts"]["starved"] > 0
+    assert facts["propagation"]["linears_without"] >= 2 * facts["experts"]["starved"]
 
 
 def test_outputs_come_nearer_to_those_of_the_source(swept: tuple[str, Path]) -> None:

@@ -24,12 +24,19 @@ class Gptq(Coded):
     bits: Literal[2, 3, 4, 8] | None = Field(4, description="bits of a weight (gptq, rtn; default: 4)")
     group_size: GroupSize = 128
     sym: bool = Field(True, description="symmetric grid, its zero point in the middle (gptq, rtn; default: yes)")
-    desc_act: bool = Field(False, description="gptq: round the inputs in order of falling activation (default: no)")
+    desc_act: bool | Literal["static"] = Field(
+        False,
+        description="gptq: round the inputs in order of falling activation (default: no); static: with groups of "
+        "neighbours all the same",
+    )
     damp_percent: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.05, description="gptq: share of the mean of diag(H) that is added to it (default: 0.05)"
     )
     propagate: Literal["auto", "off"] = Field(
         "off", description="gptq: auto rounds each layer against what the quantized layers before it give"
+    )
+    refine: Annotated[int, Field(ge=0, le=10)] = Field(
+        0, description="gptq: rounds in which scales and codes are improved in turn afterwards (default: 0)"
     )
     budget: Budget | None = Field(
         None, description="gptq: bits=4.25 on average, or size=90MB of the artifact, spent where they matter"
@@ -48,10 +55,10 @@ class Gptq(Coded):
 
     @model_validator(mode="after")
     def _groups_are_of_neighbours(self) -> Self:
-        if self.linears_differ and self.desc_act and self.group_size != -1:
+        if self.linears_differ and self.desc_act is True and self.group_size != -1:
             raise ValueError(
                 "a budget, ignore and head need the compressed-tensors format, whose groups are of neighbouring "
-                "inputs: leave out desc_act, or set group_size: -1"
+                "inputs: leave out desc_act, or set it to static, or group_size to -1"
             )
         return self
 
@@ -60,9 +67,15 @@ class Gptq(Coded):
         """Whether each layer is rounded against what the quantized layers before it give."""
         return self.propagate != "off"
 
+    def needs_sums(self) -> bool:
+        """Whether the Grams of the sweep are read: by a budget, and if layers are not rounded one after the other."""
+        return not self.propagates or self.budget is not None
+
     def key_config(self) -> dict[str, Any]:
-        """Returns the settings that are given; without propagation, those of before there was any."""
-        return {name: value for name, value in super().key_config().items() if (name, value) != ("propagate", "off")}
+        """Returns the settings that are given; those that came later only if they change something."""
+        later = {"propagate": "off", "refine": 0}
+        given = super().key_config()
+        return {name: value for name, value in given.items() if name not in later or value != later[name]}
 
     @property
     def linears_differ(self) -> bool:
@@ -98,5 +111,5 @@ class Gptq(Coded):
 
     @property
     def order_and_damping(self) -> dict[str, Any]:
-        """Settings of the search in the `gptq` format, besides bits and groups."""
-        return {"desc_act": self.desc_act, "damp_percent": self.damp_percent}
+        """Settings of the search in the `gptq` format, besides bits and groups. Static groups need no order there."""
+        return {"desc_act": self.desc_act is True, "damp_percent": self.damp_percent}
