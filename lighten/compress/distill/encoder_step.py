@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from lighten.compress.distill.settings import Distill, Shape
 from lighten.compress.distill.teacher import Lessons, batches
-from lighten.compress.distill.whole_training import WholeTrainer, distance, perplexity, shorter, write
+from lighten.compress.distill.whole_training import WholeTrainer, distance, perplexity, shorter
 from lighten.errors import RequestError
 from lighten.facts import TITLES, Task
 from lighten.model import accelerator
@@ -53,15 +53,7 @@ def run(step: Distill, source: Artifact, out: Path, context: Context) -> dict[st
     trainer.first = takes_first(source.path)
     count = len(texts.ids) - texts.held
     next(batches(count, step.batch, step.seed))
-    trainer.run(count // step.batch)
-    write(student, source.path, out)
-    return {
-        "format": "hf",
-        "dtype": "float32",
-        "params": student.num_parameters(),
-        "steps": trainer.steps,
-        "training": {"curve": trainer.curve, "validation": trainer.checks},
-    }
+    return trainer.made(count // step.batch, source.path, out)
 
 
 def _open(path: Path, task: Task, context: Context) -> Any:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lighten.compress.distill.pair_teacher import open_model, read_pairs
 from lighten.compress.distill.settings import Distill, Shape
-from lighten.compress.distill.whole_training import WholeTrainer, distance, perplexity, shorter, write
+from lighten.compress.distill.whole_training import WholeTrainer, distance, perplexity, shorter
 from lighten.errors import RequestError
 from lighten.model import accelerator
 from lighten.model.checkpoint import Checkpoint
@@ -46,15 +46,7 @@ def run(step: Distill, source: Artifact, out: Path, context: Context) -> dict[st
     sets = [PairSet.read(tokenizer, part, student.config, most) for part in (pairs[held:], pairs[:held]) if part]
     teacher = open_model(context.teacher, context).eval()
     trainer = _Trainer(step, student, teacher, context, sets[0], sets[1] if held else None)
-    trainer.run(len(sets[0]) // step.batch)
-    write(student, source.path, out)
-    return {
-        "format": "hf",
-        "dtype": "float32",
-        "params": student.num_parameters(),
-        "steps": trainer.steps,
-        "training": {"curve": trainer.curve, "validation": trainer.checks},
-    }
+    return trainer.made(len(sets[0]) // step.batch, source.path, out)
 
 
 class _Trainer(WholeTrainer[Batch]):

@@ -58,6 +58,24 @@ class WholeTrainer(ABC, Generic[B]):
     def look(self) -> dict[str, float] | None:
         """Returns a figure of the held-out text by its name, the lower the better; None if none is held out."""
 
+    def made(self, batches: int, source: Path, out: Path) -> dict[str, Any]:
+        """Trains to the end, writes the student, and returns the facts of its manifest.
+
+        Args:
+            batches: of an epoch.
+            source: model directory that the student came from.
+            out: directory to write to.
+        """
+        self.run(batches)
+        write(self.student, source, out)
+        return {
+            "format": "hf",
+            "dtype": "float32",
+            "params": self.student.num_parameters(),
+            "steps": self.steps,
+            "training": {"curve": self.curve, "validation": self.checks},
+        }
+
     def run(self, batches: int) -> None:
         """Trains to the end; an epoch has that many batches. Then the student has its best weights."""
         step = self.step
