@@ -166,7 +166,8 @@ class _Block:
 
     def _round_experts(self, stack: ExpertInputs, pairs: list[tuple[Call, Call]]) -> dict[str, torch.Tensor]:
         """Rounds the experts before whose module both models are halted; returns the module's parameters."""
-        module, found = stack.module, {}
+        module = stack.module
+        found: dict[str, torch.Tensor] = {}
         for expert in stack.experts:
             for linear in (*expert.first, *expert.last):
                 assert linear.inside is not None
