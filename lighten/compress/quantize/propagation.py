@@ -9,7 +9,7 @@ does not hold. Rounding then counts its errors on Ĥ.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,6 +20,8 @@ from lighten.model.products import exact_products
 
 HELD_OUT = 8
 """One token of so many is left out of the sums that the change of the weights is made from, to choose its size."""
+AT_ONCE = 4096
+"""Number of tokens that are summed at once."""
 RIDGE = 0.01
 """Share of the mean of diag(Ĥ) that is added to it where the change of the weights is solved for."""
 
@@ -53,6 +55,8 @@ class Both:
 
     known: Sums
     held: Sums
+    _waiting: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, repr=False)
+    """Inputs that were not summed yet."""
 
     @staticmethod
     def empty(width: int, device: str) -> Both:
@@ -60,14 +64,26 @@ class Both:
         return Both(Sums.empty(width, device), Sums.empty(width, device))
 
     def add(self, plain: torch.Tensor, quantized: torch.Tensor) -> None:
-        """Adds the inputs of a batch in both models, `[tokens, in]`. Its last tokens are held out."""
-        kept = len(quantized) - len(quantized) // HELD_OUT
-        self.known.add(plain[:kept], quantized[:kept])
-        if kept < len(quantized):
-            self.held.add(plain[kept:], quantized[kept:])
+        """Adds the inputs of a batch in both models, `[tokens, in]`. Its last tokens are held out.
+
+        Many are summed at once: adding to a sum takes as long as the product of a few hundred tokens.
+        """
+        self._waiting.append((plain, quantized))
+        if sum(len(each) for each, _ in self._waiting) >= AT_ONCE:
+            self.close()
+
+    def close(self) -> None:
+        """Sums what waits. Without it, the sums lack the last batches."""
+        kept = [len(each) - len(each) // HELD_OUT for each, _ in self._waiting]
+        for sums, parts in ((self.known, [slice(at) for at in kept]), (self.held, [slice(at, None) for at in kept])):
+            both = [[pair[one][part] for pair, part in zip(self._waiting, parts, strict=True)] for one in (0, 1)]
+            if any(map(len, both[0])):
+                sums.add(*map(torch.cat, both))
+        self._waiting.clear()
 
     def together(self) -> Gram:
         """Returns Ĥ of all tokens. The sums are of no more use then."""
+        self.close()
         whole = self.known.read
         whole.blocks += self.held.read.blocks
         whole.tokens += self.held.read.tokens

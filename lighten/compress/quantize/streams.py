@@ -83,6 +83,7 @@ class Streams:
             sums: over what they read in both models.
             drawn: second moments to round by, if the tokens are too few to make earlier errors good.
         """
+        sums.close()
         weights = {name: work.tensors[f"{name}.weight"] for name in group.linears}
         together = torch.cat(list(weights.values()))
         target, alpha = together.float(), 0.0

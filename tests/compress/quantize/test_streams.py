@@ -103,6 +103,7 @@ def test_the_quantized_stream_is_the_model_that_is_written(
 
     def round_(self: Streams, work: Work, group: Inputs, sums: Both, drawn: Gram | None = None) -> Any:
         if group.first == named:
+            sums.close()
             seen.append(sums.known.read.matrix() + sums.held.read.matrix())
         return own(self, work, group, sums, drawn)
 
