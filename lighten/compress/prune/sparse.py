@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from lighten.compress.damping import inverse_factor
 from lighten.compress.prune.amounts import parse_pattern
 from lighten.compress.quantize.gptq import BLOCK
+from lighten.numerics.damping import inverse_factor
 
 
 def keep_largest(scores: torch.Tensor, sparsity: float, pattern: str | None = None) -> torch.Tensor:

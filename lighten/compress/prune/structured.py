@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from lighten.compress.damping import damped
+from lighten.numerics.damping import damped
 
 ROUNDS = 16
 """Number of times that the costs of channels are computed anew while a matrix is emptied."""

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from lighten.compress.damping import inverse_factor
 from lighten.compress.patterns import ignored
 from lighten.compress.quantize.grid import dequantize, quantize, search
 from lighten.compress.quantize.methods.gptq import Gptq
@@ -14,6 +13,7 @@ from lighten.compress.quantize.quantized_layers import UNTOUCHED, Layers
 from lighten.errors import RequestError
 from lighten.model.anatomy import HEAD_WEIGHT
 from lighten.model.sensitivity import Sensitivity
+from lighten.numerics.damping import inverse_factor
 from lighten.numerics.knapsack import Option, choose
 from lighten.process.workers import ordered
 from lighten.step import Context

@@ -12,13 +12,13 @@ from typing import Literal
 
 import torch
 
-from lighten.compress.damping import inverse_factor
 from lighten.compress.quantize import formats
 from lighten.compress.quantize.formats import Stored
 from lighten.compress.quantize.grid import Quantized, dequantize, quantize, rtn, search
 from lighten.compress.quantize.linears import Linears
 from lighten.compress.quantize.methods.gptq import Gptq
 from lighten.compress.quantize.refine import refined
+from lighten.numerics.damping import inverse_factor
 
 BLOCK = 128
 

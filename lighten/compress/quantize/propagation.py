@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 
 from lighten.compress.calibrate.gram import accumulate
-from lighten.compress.damping import damped
 from lighten.model.grams import Gram
 from lighten.model.products import exact_products
+from lighten.numerics.damping import damped
 
 HELD_OUT = 8
 """One token of so many is left out of the sums that the change of the weights is made from, to choose its size."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.errors import Failure, RequestError
 from lighten.export.gguf import ggml
+from lighten.export.gguf.linears import in_order, matrices, matrices_of
 from lighten.export.gguf.quantize import Importance
 from lighten.export.gguf.write import Draft, tensor_bytes
 from lighten.model import anatomy
-from lighten.model.gguf.family import Place, place_of, places
-from lighten.model.gguf.towers import name_in
 from lighten.numerics.knapsack import Choice, Option, choose
 from lighten.step import Report, silent
 
@@ -63,11 +62,6 @@ def candidates(width: int) -> tuple[str, ...]:
     return WIDE if width % 256 == 0 else NARROW if width % 32 == 0 else ("F16",)
 
 
-def matrices(draft: Draft) -> list[str]:
-    """Returns the Hugging Face names of the matrices that get a type, in the order of the file."""
-    return [hf for hf, piece in draft.pieces.items() if piece.is_matrix]
-
-
 def fixed_type(shape: tuple[int, ...]) -> str:
     """Returns the type of a matrix whose errors have no price: one that loses next to nothing."""
     return "Q8_0" if shape[-1] % 32 == 0 else "F16"
@@ -88,7 +82,7 @@ def try_types(draft: Draft, prices: Prices, weights: Importance, report: Report 
                 whole = None if draft.pieces[hf].place.of_experts or expert is None else draft.weight(hf)
             weight = draft.weight(hf, expert) if whole is None else whole[expert]
             if not isinstance(metric, float):
-                metric = _in_order(draft, hf, metric)
+                metric = in_order(draft, hf, metric)
             channels, most = importance_of(draft, hf, weights), MOST_ROWS
             if expert is not None:
                 experts = draft.shapes[hf][0]
@@ -98,16 +92,6 @@ def try_types(draft: Draft, prices: Prices, weights: Importance, report: Report 
             known = costs.setdefault(hf, dict.fromkeys(found, 0.0))
             costs[hf] = {type: known[type] + cost for type, cost in found.items()}
     return {hf: costs.get(hf) or {fixed_type(draft.shapes[hf]): 0.0} for hf in names}
-
-
-def _in_order(draft: Draft, hf: str, metric: torch.Tensor) -> torch.Tensor:
-    """Returns M in the order of the channels in the file."""
-    import torch
-
-    piece = draft.pieces[hf]
-    moved = piece.place.rule.turn.channels(torch.arange(len(metric)), draft.model)
-    order = moved[piece.index] if moved else None
-    return metric if order is None else metric[order][:, order]
 
 
 def importance_of(draft: Draft, hf: str, weights: Importance) -> Any:
@@ -160,7 +144,7 @@ def _metrics(draft: Draft, prices: Prices) -> Iterator[tuple[str, int | None, to
         yield draft.family.embedding, None, head + rows * torch.eye(len(head))
     index = read_index(prices.grams)
     text = max(tokens for layer in index["layers"] for tokens in layer["tokens"].values())
-    matrix = _matrices_of(draft)
+    matrix = matrices_of(draft)
     for layer in range(len(index["layers"])):
         found, inputs = read_layer(prices.grams, layer)
         readers: dict[str, list[tuple[int | None, str, str]]] = {}
@@ -173,23 +157,6 @@ def _metrics(draft: Draft, prices: Prices) -> Iterator[tuple[str, int | None, to
                 gram = found[name]
                 mean = without_leading(gram.matrix() / (max(gram.tokens, 1) if expert is None else text))
                 yield label, expert, mean * known.outputs[module]
-
-
-def _matrices_of(draft: Draft) -> Callable[[str], list[tuple[str, int | None]]]:
-    """Returns a function that tells which matrices a stored weight is in, and the number of its expert in them."""
-    labels = {draft.names[label]: label for label in matrices(draft)}
-    known: dict[str, Place] = {}
-    for place in places(draft.family, draft.model):
-        known.setdefault(place.stored, place)
-
-    def found(stored: str) -> list[tuple[str, int | None]]:
-        name = name_in(draft.checkpoint.checkpoint.config, stored)
-        at = place_of(known, name) if name else None
-        own = [labels[each] for each in at[0].names if each in labels] if at else []
-        # rows of heads apart are in another form
-        return [(label, at[1]) for label in own if at and len(draft.shapes[label]) == (2 if at[1] is None else 3)]
-
-    return found
 
 
 def without_leading(gram: torch.Tensor) -> torch.Tensor:

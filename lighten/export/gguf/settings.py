@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from lighten.errors import RequestError, reading
-from lighten.export.gguf.types import PLAIN, TYPES, TypeName
+from lighten.export.gguf.types import COMPENSATED, PLAIN, TYPES, TypeName
 from lighten.export.gguf.usage import usage
 from lighten.export.step import Export
 from lighten.facts import ModelFacts
@@ -31,6 +31,10 @@ _QUANTIZE_SECONDS = {"Q8": 5e-9, "Q4_": 5e-9, "Q5_": 5e-9, "Q": 1.5e-8, "TQ": 5e
 
 _TRY_SECONDS = 5e-7
 """Seconds per weight to try all types: 65 s of one core's time for SmolLM2-135M."""
+_ROUNDING_SECONDS = 5e-7
+"""Seconds per weight of one core's time to round again, besides the products with H: 65 s for SmolLM2-135M."""
+_ROUNDING_PRODUCTS = 11
+"""Products of the matrices with the H of their inputs that this takes; a budget takes one for each of ten types."""
 
 
 def _bytes(size: Any) -> Any:
@@ -54,6 +58,9 @@ class Gguf(Export):
     budget: Budget | None = Field(
         None, description="instead of a type: a type for every tensor, so that the file fits (size=90MB or bits=4.5)"
     )
+    rounding: Literal["gptq"] | None = Field(
+        None, description="gptq: let the errors of a matrix make good for each other (default: as llama.cpp rounds)"
+    )
     split: Annotated[int, BeforeValidator(_bytes)] | None = Field(
         None, gt=0, description="cut a larger file into parts of so many bytes (2GB), which llama.cpp opens together"
     )
@@ -69,6 +76,15 @@ class Gguf(Export):
             raise ValueError("a budget needs the importance matrix: leave out `imatrix`")
         return {**value, "type": "budget", "imatrix": True}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rounding_weighs(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("rounding") is None:
+            return value
+        if value.get("imatrix", True) is not True:
+            raise ValueError("rounding gptq begins with the importance matrix: leave out `imatrix`")
+        return {**value, "imatrix": True}
+
     @model_validator(mode="after")
     def _budget_given(self) -> Self:
         if self.type == "budget" and self.budget is None:
@@ -77,7 +93,13 @@ class Gguf(Export):
             raise ValueError(f"llama.cpp rounds to {self.type} with an importance matrix only: set imatrix: true")
         return self
 
-    optional: ClassVar[tuple[str, ...]] = ("parity", "budget", "split")
+    @model_validator(mode="after")
+    def _can_compensate(self) -> Self:
+        if self.rounding and self.type not in COMPENSATED:
+            raise ValueError(f"rounding {self.rounding} knows {', '.join(COMPENSATED)}, and not {self.type}")
+        return self
+
+    optional: ClassVar[tuple[str, ...]] = ("parity", "budget", "split", "rounding")
 
     @property
     def rounded(self) -> bool:
@@ -85,7 +107,7 @@ class Gguf(Export):
         return self.type not in PLAIN
 
     def needs_sweep(self) -> bool:
-        """True with an importance matrix (the diagonal of the Grams) or a budget (the whole Grams)."""
+        """True with an importance matrix (the diagonal of the Grams), a budget or `rounding` (the whole Grams)."""
         return self.imatrix and self.rounded
 
     def needs_sensitivity(self) -> bool:
@@ -151,10 +173,16 @@ class Gguf(Export):
                 bits = TYPES[self.type].fallback_bits or bits
             size = int(facts.params * bits / 8)
             seconds = _WRITE_SECONDS + (_quantize_seconds(self.type) if self.rounded else 0.0)
+        products, bytes_of_layers = 10 if self.budget else 0, 0
+        if self.rounding:
+            products += _ROUNDING_PRODUCTS
+            seconds += _ROUNDING_SECONDS / (os.cpu_count() or 1)
+            inner = max(facts.hidden, facts.intermediate)
+            bytes_of_layers = 4 * (8 * facts.hidden * facts.intermediate + 5 * inner**2) * (os.cpu_count() or 1)
         return Estimate(
             seconds=seconds * facts.params,
-            float32_flops=_trial_flops(facts) if self.budget else 0.0,
-            peak_bytes=500_000_000 + 12 * largest,
+            float32_flops=products * _product_flops(facts),
+            peak_bytes=500_000_000 + 12 * largest + bytes_of_layers,
             disk_bytes=size,
         )
 
@@ -165,9 +193,9 @@ def _quantize_seconds(type: str) -> float:
     return _QUANTIZE_SECONDS[max((start for start in _QUANTIZE_SECONDS if name.startswith(start)), key=len)]
 
 
-def _trial_flops(facts: ModelFacts) -> float:
-    """Returns the operations for the output errors of ten types of every matrix: products of rounding errors with H."""
+def _product_flops(facts: ModelFacts) -> float:
+    """Returns the operations for the products of all matrices with the H of their inputs."""
     hidden, queries = facts.hidden, facts.heads * facts.head_dim
     weighed = hidden * hidden * (queries + 2 * facts.kv_heads * facts.head_dim) + queries * queries * hidden
     weighed += hidden * hidden * 2 * facts.intermediate + facts.intermediate**2 * hidden
-    return 10.0 * 2 * weighed * facts.layers
+    return 2.0 * weighed * facts.layers

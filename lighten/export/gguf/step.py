@@ -8,11 +8,11 @@ from typing import Any
 
 from lighten.errors import RequestError
 from lighten.export.gguf import quantize as gguf_quantize
-from lighten.export.gguf import write as gguf
 from lighten.export.gguf.allocate import Prices, fit
 from lighten.export.gguf.quantize import Importance
 from lighten.export.gguf.settings import Gguf
 from lighten.export.gguf.split import split
+from lighten.export.gguf.write import Draft
 from lighten.export.step import about
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.gguf.towers import model_of
@@ -37,34 +37,36 @@ def run(step: Gguf, source: Artifact, out: Path, context: Context) -> dict[str, 
     weights = None
     if step.needs_sweep():
         if context.grams is None or (step.budget and context.sensitivity is None):
-            asked = "a budget" if step.budget else "imatrix: true"
+            asked = "a budget" if step.budget else f"rounding: {step.rounding}" if step.rounding else "imatrix: true"
             raise RequestError(f"{asked} needs a calibration set: name one under calibration")
         weights = gguf_quantize.importance(context.grams, model_of(source.path))
-    chosen = _write(step, source.path, file, origin, weights, context)
+    draft = Draft(source.path, origin)
+    context.warnings += draft.warnings
+    chosen = _write(step, draft, file, weights, context)
+    if step.rounding and context.grams:
+        from lighten.export.gguf.rounding import compensate
+
+        chosen["rounding"] = compensate(file, draft, context.grams, context.report)
     facts = {**gguf_quantize.describe(file, step.type), "imatrix": weights is not None, **chosen}
     if step.split:
         facts["files"] = [part.name for part in split(file, step.split, context.report)]
     return facts
 
 
-def _write(
-    step: Gguf, source: Path, file: Path, origin: dict[str, str], weights: Importance | None, context: Context
-) -> dict[str, Any]:
+def _write(step: Gguf, draft: Draft, file: Path, weights: Importance | None, context: Context) -> dict[str, Any]:
     """Writes the file; returns what a budget chose."""
     if step.budget:
         assert context.sensitivity
         assert context.grams
         assert weights
-        draft = gguf.Draft(source, origin)
-        context.warnings += draft.warnings
         prices = Prices(context.grams, Sensitivity.read(context.sensitivity))
         return fit(draft, file, step.budget.size, step.budget.bits, prices, weights, context.report)
     if not step.rounded:
-        context.warnings += gguf.write(source, file, step.type, context.report, origin)
+        draft.save_plain(file, step.type, context.report)
         return {}
     plain = file.with_name("plain.gguf")
     try:
-        context.warnings += gguf.write(source, plain, None, about=origin)
+        draft.save_plain(plain)
         gguf_quantize.quantize(plain, file, step.type, weights, context.report)
     finally:
         plain.unlink(missing_ok=True)

@@ -95,3 +95,8 @@ TYPES: dict[str, Type] = {
     "IQ1_S": Type(24, 1.8, 5.2, needs_imatrix=True),
 }
 PLAIN = ("F32", "F16", "BF16")
+COMPENSATED = (
+    *("Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "budget"),
+)
+"""Types whose matrices lighten can round so that their errors make good for each other."""

@@ -57,8 +57,7 @@ def write(
         Failure: missing or damaged tensors, or weights that are NaN or too large for the type.
     """
     draft = Draft(source, about)
-    kind = type or draft.stored_type
-    draft.save(out_file, draft.types(kind), report, file_type=TYPES[kind].ftype)
+    draft.save_plain(out_file, type, report)
     return draft.warnings
 
 
@@ -161,6 +160,11 @@ class Draft:
         for divisors in self.rotation.tensors.values():
             writer.write_tensor_data(divisors.numpy())
         return writer
+
+    def save_plain(self, out_file: Path, type: str | None = None, report: Report = silent) -> None:
+        """Writes the file with matrices of one of PLAIN; None is the type they are stored in."""
+        kind = type or self.stored_type
+        self.save(out_file, self.types(kind), report, file_type=TYPES[kind].ftype)
 
     def save(
         self,

@@ -14,6 +14,7 @@ from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.export.gguf import allocate, ggml
 from lighten.export.gguf import quantize as gguf_quantize
+from lighten.export.gguf.linears import in_order
 from lighten.export.gguf.settings import Gguf
 from lighten.export.gguf.write import Draft
 from lighten.model import stream
@@ -117,7 +118,7 @@ def test_a_budget_for_a_hybrid(made: Make, tmp_path: Path, case: str) -> None:
     label = next(label for label in draft.pieces if label.endswith(("out_proj.weight", "o_proj.weight")))
     metric = torch.randn(draft.shapes[label][1], draft.shapes[label][1])
     stored, moved = draft.checkpoint.tensor(draft.pieces[label].stored[0]), draft.weight(label)
-    there = torch.trace(moved @ allocate._in_order(draft, label, metric) @ moved.T)
+    there = torch.trace(moved @ in_order(draft, label, metric) @ moved.T)
     assert torch.allclose(there, torch.trace(stored @ metric @ stored.T), rtol=1e-4)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lighten.compress.damping import damped, inverse_factor
+from lighten.numerics.damping import damped, inverse_factor
 
 
 @pytest.fixture
