@@ -33,13 +33,17 @@ class Run:
     method: str
     against: str
     """The run of ours that its cost is divided by."""
+    flags: tuple[str, ...] = ()
+    """Flags of `lighten quantize`; none for the method alone."""
 
 
 RUNS = (
     Run("lighten-gptq", "lighten", "gptq", "lighten-gptq"),
+    Run("lighten-streams", "lighten", "streams", "lighten-gptq", ("--method", "gptq", "--propagate", "auto")),
     Run("gptqmodel-gptq", "gptqmodel", "gptq", "lighten-gptq"),
     Run("llmcompressor-gptq", "llmcompressor", "gptq", "lighten-gptq"),
-    Run("autoround-light", "autoround", "light", "lighten-gptq"),
+    Run("autoround-light", "autoround", "light", "lighten-streams"),
+    Run("autoround-default", "autoround", "default", "lighten-streams"),
     Run("lighten-awq", "lighten", "awq", "lighten-awq"),
     Run("gptqmodel-awq", "gptqmodel", "awq", "lighten-awq"),
     Run("gptqmodel-awq-torch", "gptqmodel", "awq-torch", "lighten-awq"),

@@ -39,6 +39,8 @@ METHODS = {
     "rtn": "RTN",
     "opt-rtn": "RTN, scales searched",
     "light": "light",
+    "default": "default",
+    "streams": "GPTQ in two streams",
 }
 PACKAGES = {"gptqmodel": "gptqmodel", "llmcompressor": "llmcompressor", "autoround": "auto-round"}
 WHOLE = {
@@ -111,10 +113,10 @@ def comparison(found: Found) -> str:
 
 
 def peers(found: Found) -> str:
-    """Returns the short table of the README: GPTQ and AWQ, one tool beside the other."""
+    """Returns the short table of the README: GPTQ, AutoRound light and AWQ, one tool beside the other."""
     lines = []
     for entry in found["summary"].values():
-        if entry["method"] in ("gptq", "awq"):
+        if entry["method"] in ("gptq", "streams", "light", "awq"):
             costs = [NOT_MEASURED, NOT_MEASURED, "refused, as called"]
             if not entry["error"]:
                 costs = [

@@ -1,4 +1,4 @@
-"""AutoRound: `python with_autoround.py TASK.json` quantizes with `method` rtn, opt-rtn or light. See task.py.
+"""AutoRound: `python with_autoround.py TASK.json` quantizes with `method` rtn, opt-rtn, light or default. See task.py.
 
 The methods are what its commands `auto-round-rtn`, `auto-round-opt-rtn` and `auto-round-light` set; data, bits and
 group are those of the benchmark.
@@ -15,6 +15,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"iters": 0, "disable_opt_rtn": True},
     "opt-rtn": {"iters": 0, "disable_opt_rtn": False},
     "light": {"iters": 50, "lr": 5e-3},
+    "default": {"iters": 200},
 }
 
 
