@@ -95,7 +95,8 @@ def _quantize(bench: Bench, run: Run, number: int) -> Row:
     out.parent.mkdir(exist_ok=True)
     if run.tool == "lighten":
         store = bench.fresh("artifacts")
-        scheme = [*(run.flags or ("--method", run.method)), "--bits", str(asked.bits), "--group-size", str(asked.group_size)]
+        scheme = [*(run.flags or ("--method", run.method))]
+        scheme += ["--bits", str(asked.bits), "--group-size", str(asked.group_size)]
         scheme += bench.calibration()
         command = bench.lighten("quantize", bench.model, *scheme, "-o", out, "--artifacts", store)
     else:
