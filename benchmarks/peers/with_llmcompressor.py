@@ -1,4 +1,7 @@
-"""llm-compressor: `python with_llmcompressor.py TASK.json` quantizes with `method` gptq or awq. See task.py."""
+"""llm-compressor: `python with_llmcompressor.py TASK.json` quantizes with `method` gptq, awq or rtn. See task.py.
+
+Instead of bits and a group size, a task may have the name of a `scheme` of compressed-tensors, such as NVFP4A16.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,22 @@ def work(asked: dict[str, Any]) -> None:
     if not asked["method"]:
         return
     rows = task.ids(asked)
-    weights = {
-        "num_bits": asked["bits"],
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": asked["group_size"],
-    }
-    scheme = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
+    scheme: dict[str, Any] = {"ignore": ["lm_head"]}
+    if "scheme" in asked:
+        scheme |= {"targets": "Linear", "scheme": asked["scheme"]}
+    else:
+        weights = {
+            "num_bits": asked["bits"],
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": asked["group_size"],
+        }
+        scheme["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": weights}}
     if asked["method"] == "gptq":
         recipe: list[Any] = [GPTQModifier(**scheme)]
+    elif asked["method"] == "rtn":
+        recipe = [QuantizationModifier(**scheme)]
     else:
         recipe = [AWQModifier(), QuantizationModifier(**scheme)]
     oneshot(

@@ -76,6 +76,8 @@ class Unpacked(Checkpoint):
             return super().tensor(name)
         try:
             return self.format.weight(self.tensors(f"{module}."))
+        except ValueError as error:
+            raise Failure(f"{self.path}: {module} cannot be unpacked, for {error}: a damaged file") from error
         except (KeyError, RuntimeError, IndexError) as error:
             raise Failure(
                 f"{self.path}: the parts of {module} do not fit together ({error}): a damaged file"

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lighten.compress.quantize import configs, formats
+from lighten.compress.quantize.float_grid import Mxfp4Scales, Nvfp4Scales, rounded, usual
 from lighten.compress.quantize.grid import Quantized
 from lighten.errors import Failure, RequestError
 from lighten.model.formats import EXTRAS, FORMATS
 from lighten.model.unpacked import open_checkpoint
+from lighten.pipeline.steps import open_step
 
 Tiny = Callable[..., Path]
 
@@ -51,6 +53,11 @@ def stored(kind: str) -> tuple[formats.Stored, dict[str, Any]]:
         case ["fp8"]:
             made = formats.float_quantized(weight, torch.bfloat16)
             return made, configs.compressed_config([(configs.floats(), ["Linear"])], None, "float-quantized", [])
+        case ["nvfp4" | "mxfp4" as method]:
+            w = weight.t().contiguous()
+            scales = Nvfp4Scales.of(weight) if method == "nvfp4" else Mxfp4Scales()
+            made = formats.float_blocks(rounded(w, scales, usual(w, scales)))
+            return made, open_step("quantize", {"method": method}).config({}, [])
         case ["bnb", "int8"]:
             return formats.bnb_8bit(weight), configs.bnb_8bit_config([])
         case ["bnb", name, double]:
@@ -60,6 +67,7 @@ def stored(kind: str) -> tuple[formats.Stored, dict[str, Any]]:
 
 
 KINDS = ["gptq 2", "gptq 3", "gptq 4", "gptq 8", "awq", "packed 4 sym", "packed 4 asym", "packed 8 sym", "int8", "fp8"]
+KINDS += ["nvfp4", "mxfp4"]
 KINDS += ["bnb nf4 double", "bnb nf4 single", "bnb fp4 double", "bnb int8"]
 NAME = "model.layers.0.mlp.up_proj"
 
@@ -135,3 +143,40 @@ def test_every_format_says_what_reads_it(tmp_path: Path) -> None:
 def test_awq_of_other_bits_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"quantized with awq, which cannot be unpacked here \(8 bits\)"):
         open_checkpoint(checkpoint(tmp_path, "awq", bits=8)[0])
+
+
+BROKEN: list[tuple[str, str, torch.Tensor, str]] = [
+    ("nvfp4", "weight_scale", torch.full((96, 4), torch.nan).to(torch.float8_e4m3fn), "a scale is NaN"),
+    ("nvfp4", "weight_global_scale", torch.tensor([torch.inf]), r"global scale is no positive number \(\[inf\]\)"),
+    ("nvfp4", "weight_global_scale", torch.tensor([0.0]), "global scale is no positive number"),
+    ("mxfp4", "weight_scale", torch.full((96, 2), 255, dtype=torch.uint8), r"a scale is NaN \(exponent 255\)"),
+    ("mxfp4", "weight_scale", torch.full((96, 2), 254, dtype=torch.uint8), "a weight is infinite"),
+]
+
+
+@pytest.mark.parametrize(("kind", "part", "value", "words"), BROKEN)
+def test_four_bit_floats_that_are_no_numbers_are_refused_by_name(
+    tmp_path: Path, kind: str, part: str, value: torch.Tensor, words: str
+) -> None:
+    folder, _ = checkpoint(tmp_path, kind)
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors[f"{NAME}.{part}"].shape == value.shape
+    save_file({**tensors, f"{NAME}.{part}": value}, folder / "model.safetensors")
+    with pytest.raises(Failure, match=rf"model\.layers\.0\.mlp\.up_proj cannot be unpacked, for .*{words}"):
+        open_checkpoint(folder).tensor(f"{NAME}.weight")
+
+
+def test_other_blocks_of_four_bit_floats_are_refused(tmp_path: Path) -> None:
+    for number, (kind, changed, words) in enumerate(
+        (
+            ("nvfp4", {"group_size": 32}, "format nvfp4-pack-quantized in blocks of 32"),
+            ("mxfp4", {"symmetric": False}, "format mxfp4-pack-quantized with zero points"),
+            ("mxfp4", {"strategy": "tensor_group"}, "scales of blocks"),
+        )
+    ):
+        (tmp_path / str(number)).mkdir()
+        _, config = stored(kind)
+        weights = config["config_groups"]["group_0"]["weights"] | changed
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        with pytest.raises(RequestError, match=words):
+            open_checkpoint(checkpoint(tmp_path / str(number), kind, config_groups=groups)[0])

@@ -50,7 +50,7 @@ def test_the_ready_recipes_load() -> None:
             r"recipe\.yaml:6: variants\.int4\.0\.quantize\.bit: unknown key; did you mean 'bits'\?",
         ),
         (("bits: 4", "bits: 5"), r"recipe\.yaml:6: .*bits: must be 2, 3, 4 or 8, not 5"),
-        (("method: gptq", "method: gtpq"), r"recipe\.yaml:6: .*method: must be 'gptq', .*'fp8', not 'gtpq'"),
+        (("method: gptq", "method: gtpq"), r"recipe\.yaml:6: .*method: must be 'gptq', .*'nvfp4', not 'gtpq'"),
         (
             ("group_size: 64", "group_size: 48"),
             r"recipe\.yaml:6: .*group_size: must be -1, 32, 64 or 128, not 48",

@@ -47,7 +47,7 @@ def compressed_config(
     Args:
         groups: the arguments of the weights, and their modules.
         activations: the arguments of the inputs, or None if they are not quantized.
-        layout: `pack-quantized`, `int-quantized` or `float-quantized`.
+        layout: `pack-quantized`, `int-quantized`, `float-quantized`, `mxfp4-pack-quantized` or `nvfp4-pack-quantized`.
         kept: modules that were left alone.
     """
     return {
@@ -97,6 +97,26 @@ def floats() -> dict[str, Any]:
         "strategy": "channel",
         "group_size": None,
         "dynamic": False,
+    }
+
+
+def float_blocks(size: int, strategy: str, scales: str, *, dynamic: bool | str) -> dict[str, Any]:
+    """Returns compressed-tensors' arguments of 4-bit floats in blocks.
+
+    Args:
+        size: numbers that share a scale.
+        strategy: "tensor_group" if there is one scale for the whole tensor too, else "group".
+        scales: type that the scales are stored in.
+        dynamic: whether scales are made as the numbers come; "local" for those of blocks only.
+    """
+    return {
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": True,
+        "strategy": strategy,
+        "group_size": size,
+        "dynamic": dynamic,
+        "scale_dtype": scales,
     }
 
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from lighten.compress.quantize.float_grid import FP8, FP8_LARGEST, Blocked
 from lighten.compress.quantize.grid import Quantized, storable
+from lighten.model import e2m1
 from lighten.model.packing import pack_awq, pack_compressed, pack_gptq
-
-FP8 = torch.float8_e4m3fn
-FP8_LARGEST = 448.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,23 @@ def float_quantized(weight: torch.Tensor, scale_type: torch.dtype) -> Stored:
     scale = storable(wide.abs().amax(1, keepdim=True) / FP8_LARGEST, scale_type)
     rounded = (wide / scale).clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8)
     return Stored({"weight": rounded, "weight_scale": scale.to(scale_type)}, rounded.float() * scale)
+
+
+def float_blocks(found: Blocked, largest_input: float | None = None) -> Stored:
+    """Stores 4-bit floats in the `mxfp4-pack-quantized` or `nvfp4-pack-quantized` format of compressed-tensors.
+
+    compressed-tensors keeps what scales were multiplied by, `weight_global_scale` and, if inputs are rounded too,
+    `input_global_scale`. With the latter the largest input has the largest scale in E4M3 and the largest code.
+    """
+    tensors = {
+        "weight_packed": e2m1.pack(e2m1.codes_of(found.values.t().contiguous())),
+        "weight_scale": found.scales.stored(found.numbers).t().contiguous(),
+    }
+    if found.scales.divisor is not None:
+        tensors["weight_global_scale"] = torch.tensor([found.scales.divisor])
+    if largest_input is not None:
+        tensors["input_global_scale"] = torch.tensor([FP8_LARGEST * e2m1.LARGEST / (largest_input or 1.0)])
+    return Stored(tensors, found.weight())
 
 
 def bnb_4bit(weight: torch.Tensor, kind: str, block_size: int, double_quant: bool) -> Stored:

@@ -1,9 +1,4 @@
-"""GPTQ: rounding column by column, every error made good by the columns still to come.
-
-Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2023),
-algorithm 1: with H⁻¹ = UᵀU (U upper triangular), rounding column j by an error e changes every later column k by
-−e · U[j,k] / U[j,j].
-"""
+"""GPTQ: integer codes column by column, every error made good by the columns still to come (see `columns.py`)."""
 
 from __future__ import annotations
 
@@ -13,14 +8,13 @@ from typing import Literal
 import torch
 
 from lighten.compress.quantize import formats
+from lighten.compress.quantize.columns import Columns
 from lighten.compress.quantize.formats import Stored
 from lighten.compress.quantize.grid import Quantized, dequantize, quantize, rtn, search
 from lighten.compress.quantize.linears import Linears
 from lighten.compress.quantize.methods.gptq import Gptq
 from lighten.compress.quantize.refine import refined
 from lighten.numerics.damping import inverse_factor
-
-BLOCK = 128
 
 
 def gptq(
@@ -53,23 +47,12 @@ def gptq(
         ArithmeticError: the Gram could not be factorised.
     """
     width = weight.shape[1]
-    group_size = width if group_size == -1 else group_size  # otherwise a divisor of BLOCK
-    w = weight.t().to(torch.float32, copy=True).contiguous()  # [in, out]: a column of the paper is a row here
-    diagonal = gram.diagonal().clone()
-    dead = diagonal == 0
-    if dead.any():
-        gram = gram.clone()
-        gram.diagonal()[dead] = 1.0
-        w[dead] = 0.0
-    order = torch.argsort(diagonal, descending=True, stable=True) if desc_act else None
-    stays = None if gone is None else ~gone.t()
-    if order is not None:
-        w, gram = w[order], gram[order][:, order]
-        stays = None if stays is None else stays[order]
-    factor, damping = inverse_factor(gram, damp_percent)
+    group_size = width if group_size == -1 else group_size  # otherwise a divisor of the columns' BLOCK
+    columns = Columns.of(weight, gram, damp_percent, gone, falling if desc_act else None)
+    w, stays = columns.w, columns.stays  # [in, out]: a column of the paper is a row here
     # An error e in column j costs e² / U[j,j]². The search weighs columns by the square of 1 / U[j,j]², which spares
     # those that no later column can make good; docs/how-it-works.md has the powers that were tried.
-    importance = factor.diagonal().pow(-4)
+    importance = columns.factor.diagonal().pow(-4)
 
     codes = torch.empty_like(w, dtype=torch.uint8)
     groups = width // group_size
@@ -78,38 +61,39 @@ def gptq(
     scale = zero = scales[0]
     placed: list[int] = []
     """The group of every row, if groups do not follow the order of the rows."""
-    if order is not None and desc_act == "static":
-        placed = (order // group_size).tolist()
+    if columns.order is not None and desc_act == "static":
+        of_row = columns.order // group_size
+        placed = of_row.tolist()
         for number in range(groups):
-            rows = (order // group_size == number).nonzero()[:, 0]
-            shown = w[rows] if stays is None else w[rows] * stays[rows]
-            scales[number], zeros[number] = search(shown, bits, sym, importance[rows], kind)
-    for start in range(0, width, BLOCK):
-        stop = min(start + BLOCK, width)
-        errors = torch.empty(stop - start, w.shape[1], device=w.device)
-        for j in range(start, stop):
-            if placed:
-                scale, zero = scales[placed[j]], zeros[placed[j]]
-            elif j % group_size == 0:
-                group = slice(j, j + group_size)
-                shown = w[group] if stays is None else w[group] * stays[group]
-                scale, zero = search(shown, bits, sym, importance[group], kind)
-                scales[j // group_size], zeros[j // group_size] = scale, zero
-            q = quantize(w[j], scale, zero, bits)
-            if stays is not None:
-                q = torch.where(stays[j], q, zero)
-            codes[j] = q.to(torch.uint8)
-            error = (w[j] - dequantize(q, scale, zero)).div_(factor[j, j])
-            errors[j - start] = error
-            w[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
-        w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+            rows = (of_row == number).nonzero()[:, 0]
+            scales[number], zeros[number] = search(columns.shown(rows), bits, sym, importance[rows], kind)
 
+    def rounded(j: int) -> torch.Tensor:
+        nonlocal scale, zero
+        if placed:
+            scale, zero = scales[placed[j]], zeros[placed[j]]
+        elif j % group_size == 0:
+            group = slice(j, j + group_size)
+            scale, zero = search(columns.shown(group), bits, sym, importance[group], kind)
+            scales[j // group_size], zeros[j // group_size] = scale, zero
+        q = quantize(w[j], scale, zero, bits)
+        if stays is not None:
+            q = torch.where(stays[j], q, zero)
+        codes[j] = q.to(torch.uint8)
+        return dequantize(q, scale, zero)
+
+    columns.round(rounded)
     g_idx = torch.arange(width, device=w.device) // group_size
-    if order is not None:
-        back = torch.argsort(order)
+    if columns.order is not None:
+        back = torch.argsort(columns.order)
         codes = codes[back]
         g_idx = g_idx if placed else g_idx[back]
-    return Quantized(codes, scales, zeros.int(), g_idx, damping)
+    return Quantized(codes, scales, zeros.int(), g_idx, columns.damping)
+
+
+def falling(diagonal: torch.Tensor) -> torch.Tensor:
+    """Returns the places of numbers in falling order."""
+    return torch.argsort(diagonal, descending=True, stable=True)
 
 
 def codes(step: Gptq, linears: Linears) -> list[Stored]:
@@ -129,10 +113,7 @@ def codes(step: Gptq, linears: Linears) -> list[Stored]:
         )
     except ArithmeticError as error:
         found = rtn(weight, linears.bits, step.group_size, step.sym, scale_type)
-        linears.findings.fallbacks.append(linears.reader)
-        linears.findings.warnings.append(
-            f"{linears.reader}: rounded to nearest, for its Gram is {error}; give it more text"
-        )
+        linears.note_fallback(error)
     else:
         if step.refine:
             found = refined(
@@ -144,7 +125,5 @@ def codes(step: Gptq, linears: Linears) -> list[Stored]:
                 kind=scale_type,
                 gone=linears.pruned(),
             )
-        if found.damping != step.damp_percent:
-            raised = f"damping raised from {step.damp_percent:g} to {found.damping:g}"
-            linears.findings.warnings.append(f"{linears.reader}: {raised}")
+        linears.note_damping(step.damp_percent, found.damping)
     return linears.store(found, partial(formats.coded, step.format, linears.bits, step.sym, scale_type))

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol, Self, TypeVar
 
 import torch
 
 from lighten.compress.patterns import zeros_of
 from lighten.compress.quantize.formats import Stored
-from lighten.compress.quantize.grid import Quantized
+
+
+class Rounded(Protocol):
+    """What was found for linears that were rounded together."""
+
+    def outputs(self, start: int, stop: int) -> Self:
+        """Returns some of the outputs: one linear."""
+        ...
+
+
+Found = TypeVar("Found", bound=Rounded)
 
 
 @dataclass
@@ -53,6 +64,8 @@ class Linears:
     """Name of their input in messages."""
     targets: list[torch.Tensor] | None = None
     """Weights to come close to, `[out, in]` each, instead of their own: they also make good what came before."""
+    largest: float | None = None
+    """The largest |x| of their input in the sweep, for settings with `reads_largest`."""
 
     @property
     def gram(self) -> torch.Tensor:
@@ -75,7 +88,17 @@ class Linears:
         """Returns which of all their weights were pruned, and so must stay zero; None if none were."""
         return zeros_of(self.weights)
 
-    def store(self, found: Quantized, store: Callable[[Quantized], Stored]) -> list[Stored]:
+    def note_fallback(self, error: ArithmeticError) -> None:
+        """Notes that they are rounded to nearest, because the Gram of their input cannot be factorised."""
+        self.findings.fallbacks.append(self.reader)
+        self.findings.warnings.append(f"{self.reader}: rounded to nearest, for its Gram is {error}; give it more text")
+
+    def note_damping(self, asked: float, used: float) -> None:
+        """Notes it if more was added to the Gram of their input than was asked for."""
+        if used != asked:
+            self.findings.warnings.append(f"{self.reader}: damping raised from {asked:g} to {used:g}")
+
+    def store(self, found: Found, store: Callable[[Found], Stored]) -> list[Stored]:
         """Returns each linear as `store` stores its outputs of what was found for all of them together."""
         stored, start = [], 0
         for weight in self.weights:

@@ -209,12 +209,13 @@ class Work:
         scale = self.folded.get(group.first)
         if moments is not None and scale is not None:
             moments.div_(scale).div_(scale[:, None])
+        largest = float(group.gram.absmax.max()) if self.layers.step.reads_largest else None
         for bits, members in self._by_bits(group.linears).items():
             names = [self.prefix + name for name in members]
             weights = [self.tensors.pop(f"{name}.weight") for name in members]
             targets = [wanted[name] for name in members] if wanted else None
             kind, reader = self.layers.scale_type(), self.prefix + group.first
-            yield Linears(names, weights, bits, kind, self.findings, moments, reader=reader, targets=targets)
+            yield Linears(names, weights, bits, kind, self.findings, moments, reader, targets, largest)
 
     def store(self, linears: Linears, found: list[Stored]) -> dict[str, torch.Tensor]:
         """Writes rounded linears. Returns the weights that they stand for, `[out, in]`, by name in the layer."""

@@ -132,6 +132,11 @@ class Quantize(Step):
         """Whether each layer is rounded against what the quantized layers before it give. Only if `swept` is true."""
         return False
 
+    @property
+    def reads_largest(self) -> bool:
+        """Whether the method reads the largest input of every linear. Only if `needs_sweep` is true."""
+        return False
+
     def why_left(self, shape: tuple[int, int]) -> str | None:
         """Returns why a linear `[out, in]` cannot be stored in this format; None if it can be."""
         return None
@@ -162,14 +167,28 @@ class Quantize(Step):
         return (self.bits or 4) + 20 / 64
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
-        """Returns the products and rank updates in float32, the passes over the weights, and one layer of memory."""
+        """Returns the products and rank updates in float32, the passes over the weights, and one layer of memory.
+
+        If layers are rounded one after the other, also the two forwards and the sums over what they read.
+        """
         linears = facts.layers * facts.layer_linear_params
         flops, seconds = self.cost(facts)
-        return Estimate(
+        alone = Estimate(
             float32_flops=flops,
             seconds=seconds,
             peak_bytes=500_000_000 + self.bytes_of_a_layer(facts),
             disk_bytes=int(linears * self.stored_bits(facts) / 8) + 2 * facts.embedding_params,
+        )
+        if not self.propagates:
+            return alone
+        per_token = 4 * facts.layer_linear_params + 2 * facts.gram_elements
+        states = 2 * calibration_tokens * (facts.intermediate + 4 * facts.hidden) * 2
+        return Estimate(
+            fast_flops=float(calibration_tokens * facts.layers * per_token),
+            float32_flops=alone.float32_flops + float(calibration_tokens * facts.layers * facts.gram_elements),
+            seconds=alone.seconds,
+            peak_bytes=alone.peak_bytes + facts.embedding_params * 2 + states + 8 * facts.gram_elements,
+            disk_bytes=alone.disk_bytes,
         )
 
     def bytes_of_a_layer(self, facts: ModelFacts) -> int:

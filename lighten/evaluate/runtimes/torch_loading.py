@@ -20,6 +20,7 @@ from lighten.model.checkpoint import Checkpoint
 from lighten.model.formats import FORMATS
 from lighten.model.loading import from_pretrained, readable
 from lighten.model.quantized.awq import Awq
+from lighten.model.quantized.compressed import float_blocks
 from lighten.plugins import found_at
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
@@ -115,9 +116,16 @@ def arithmetic_for_quality(checkpoint: Checkpoint, device: str) -> str:
 
 
 def kernels_of(model: nn.Module) -> list[str]:
-    """Returns the class names of the quantized linear layers."""
-    found = {type(module).__name__ for module in model.modules() if stored(module)}
-    return sorted(found)
+    """Returns the class names of the quantized linear layers.
+
+    It is said of those that round their inputs to few bits, and then multiply in the arithmetic of the model.
+    """
+    return sorted({f"{_emulated(module)}{type(module).__name__}" for module in model.modules() if stored(module)})
+
+
+def _emulated(module: nn.Module) -> str:
+    inputs = getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
+    return "" if inputs is None else f"emulated {inputs.num_bits}-bit-input "
 
 
 def stored(module: nn.Module) -> str | None:
@@ -192,15 +200,28 @@ def _weight(module: Any) -> Tensor | None:
     if kind == "compressed":
         from compressed_tensors.compressors import decompress_module
 
+        exact = _float_blocks(module)
         if module.quantization_scheme.input_activations is not None:
             # its inputs are rounded as they come; its weight once, here, and not anew for every batch
             decompress_module(module)
+            if exact is not None:
+                module.weight = nn.Parameter(exact, requires_grad=False)
             module.quantization_scheme = module.quantization_scheme.model_copy(update={"weights": None})
             return None
+        if exact is not None:
+            return exact
         decompress_module(module, leave_decompressed=False)
         found: Tensor = module.weight.detach()
         return found.float()
     return None
+
+
+def _float_blocks(module: Any) -> Tensor | None:
+    """Returns the weight of a linear in 4-bit floats, of which the package keeps bfloat16; None for another format."""
+    packed = getattr(module, "weight_packed", None)
+    if packed is None or packed.dtype != torch.uint8:
+        return None
+    return float_blocks(packed.data, module.weight_scale.data, getattr(module, "weight_global_scale", None))
 
 
 def repack(model: nn.Module) -> None:

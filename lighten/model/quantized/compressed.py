@@ -1,4 +1,4 @@
-"""The formats of compressed-tensors: packed integers, and unpacked integers or 8-bit floats."""
+"""The formats of compressed-tensors: packed integers, unpacked integers or 8-bit floats, 4-bit floats in blocks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from lighten.model import e2m1
 from lighten.model.packing import unpack
 from lighten.model.quantized.packed import Packed, Parts, Shapes
 
-LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+FLOAT_BLOCKS = {"nvfp4-pack-quantized": 16, "mxfp4-pack-quantized": 32}
+"""Weights that share a scale, of the formats with 4-bit floats in blocks."""
+LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", *FLOAT_BLOCKS)
 
 
 class Compressed(Packed):
@@ -17,12 +20,21 @@ class Compressed(Packed):
 
     def refusal(self) -> str | None:
         """Returns the layout, the scales or the rotation, if they are not known."""
-        groups = self.settings.get("config_groups") or {}
-        found = {str(group.get("format") or self.settings.get("format")) for group in groups.values()}
         if self.settings.get("transform_config"):
             return "its inputs are rotated (transform_config)"
-        if any((group.get("weights") or {}).get("strategy") in ("block", "tensor_group") for group in groups.values()):
-            return "scales of blocks"
+        groups = [
+            (str(group.get("format") or self.settings.get("format")), group.get("weights") or {})
+            for group in (self.settings.get("config_groups") or {}).values()
+        ]
+        for layout, weights in groups:
+            strategy, size = weights.get("strategy"), weights.get("group_size")
+            if strategy == "block" or (strategy == "tensor_group") != (layout == "nvfp4-pack-quantized"):
+                return "scales of blocks"
+            if layout in FLOAT_BLOCKS and size != FLOAT_BLOCKS[layout]:
+                return f"format {layout} in blocks of {size}"
+            if layout in FLOAT_BLOCKS and not weights.get("symmetric", True):
+                return f"format {layout} with zero points"
+        found = {layout for layout, _ in groups}
         return next((f"format {layout}" for layout in sorted(found - set(LAYOUTS))), None)
 
     def linears(self, names: Iterable[str]) -> list[str]:
@@ -37,6 +49,8 @@ class Compressed(Packed):
 
     def weight(self, parts: Parts) -> torch.Tensor:
         """Returns the weight of a linear, `[out, in]` in float32."""
+        if "weight_packed" in parts and parts["weight_packed"].dtype == torch.uint8:
+            return float_blocks(parts["weight_packed"], parts["weight_scale"], parts.get("weight_global_scale"))
         scales = parts["weight_scale"].float()
         if "weight_packed" not in parts:
             codes = parts["weight"].float()
@@ -53,9 +67,26 @@ class Compressed(Packed):
 
     def shape(self, linear: str, stored: Shapes, read: Callable[[str], torch.Tensor]) -> tuple[int, ...]:
         """Returns `[out, in]` of a linear."""
+        if f"{linear}.weight_packed" in stored and f"{linear}.weight_shape" not in stored:  # two codes a byte
+            rows, half = stored[f"{linear}.weight_packed"]
+            return (rows, 2 * half)
         if f"{linear}.weight_packed" in stored:
             return tuple(int(size) for size in read(f"{linear}.weight_shape"))
         return stored[f"{linear}.weight"]
+
+
+def float_blocks(packed: torch.Tensor, stored: torch.Tensor, divisor: torch.Tensor | None) -> torch.Tensor:
+    """Returns the weight `[out, in]` of 4-bit floats in blocks, float32.
+
+    Args:
+        packed: `[out, in / 2]`, uint8.
+        stored: `[out, blocks]`, exponents of MXFP4 or E4M3 scales of NVFP4.
+        divisor: the `weight_global_scale` of NVFP4, by which the scales were multiplied.
+
+    Raises:
+        ValueError: a scale or a weight is not finite.
+    """
+    return e2m1.weight(packed, e2m1.scales(stored, divisor))
 
 
 def _columns(values: torch.Tensor, inputs: int, parts: Parts) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lighten.errors import Failure
 from lighten.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
 
 BLOCKS, SCALES = "_blocks", "_scales"
 """Endings of the names of the two stored tensors."""
-VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Values of the codes without the sign, which is the highest bit."""
 
 
 class Mxfp4Checkpoint(Checkpoint):
@@ -28,7 +27,10 @@ class Mxfp4Checkpoint(Checkpoint):
         """Returns one tensor on the CPU, in bfloat16 if it was packed."""
         if not self._is_packed(name):
             return super().tensor(name)
-        return unpack(super().tensor(f"{name}{BLOCKS}"), super().tensor(f"{name}{SCALES}"))
+        try:
+            return unpack(super().tensor(f"{name}{BLOCKS}"), super().tensor(f"{name}{SCALES}"))
+        except ValueError as error:
+            raise Failure(f"{self.path}: {name} cannot be unpacked, for {error}: a damaged file") from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of every tensor that exists once the experts are unpacked."""
@@ -49,10 +51,13 @@ def unpack(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     Args:
         blocks: uint8 `[experts, out, groups, 16]`, the first of two codes in the lower half of a byte.
         scales: uint8 `[experts, out, groups]`, exponents of two plus 127.
+
+    Raises:
+        ValueError: a scale is NaN.
     """
     import torch
 
-    table = torch.tensor([*VALUES, *(-value for value in VALUES)], dtype=torch.float32)
-    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
-    values = torch.ldexp(table[codes.long()], scales[..., None].int() - 127)
+    from lighten.model import e2m1
+
+    values = e2m1.values_of(e2m1.unpack(blocks)) * e2m1.powers(scales)[..., None]
     return values.flatten(-2).transpose(1, 2).to(torch.bfloat16).contiguous()

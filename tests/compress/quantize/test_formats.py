@@ -55,11 +55,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "w8a8-ignore": {"method": "w8a8", "ignore": IGNORE, "alpha": 0.7},
     "fp8": {"method": "fp8"},
     "fp8-ignore": {"method": "fp8", "ignore": IGNORE},
+    "nvfp4": {"method": "nvfp4"},
+    "nvfp4-w4a4": {"method": "nvfp4", "activations": True, "ignore": IGNORE},
+    "nvfp4-nearest": {"method": "nvfp4", "rounding": "nearest"},
+    "mxfp4": {"method": "mxfp4", "ignore": IGNORE},
+    "mxfp4-w4a4": {"method": "mxfp4", "activations": True},
+    "mxfp4-scales": {"method": "mxfp4", "rounding": "scales"},
 }
 QWEN2 = ("gptq", "gptq-budget", "awq", "awq-ignore", "nf4", "int8", "w8a8", "w8a8-ignore", "fp8")
 """What is tried on biases too."""
 CASES = [f"llama {name}" for name in METHODS] + [f"qwen2 {name}" for name in QWEN2]
 ROUNDS_INPUTS = ("int8", "int8-ignore", "int8-dynamic", "w8a8", "w8a8-ignore", "fp8", "fp8-ignore")
+ROUNDS_INPUTS_TO_4_BITS = ("nvfp4-w4a4", "mxfp4-w4a4")
 KERNELS = ("gptq", "awq")
 """Formats whose kernels compute in float16."""
 IDS = (np.arange(48) * 37) % 900
@@ -129,12 +136,19 @@ def made(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPTQMODEL_CPU_WORKERS", "3")
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling its kernels takes longer than everything else
-        for kernels in (True, False):
-            models = [str(each.folder) for each in found.values() if (each.facts["format"] in KERNELS) == kernels]
-            payload = {"models": models, "out": str(logits), "dtype": "float16" if kernels else "float32"}
+        for dtype in ("float16", "bfloat16", "float32"):
+            models = [str(each.folder) for each in found.values() if loaded_in(each) == dtype]
+            payload = {"models": models, "out": str(logits), "dtype": dtype}
             run_isolated("tests.compress.quantize.test_formats:loaded", payload)
     yield found
     shutil.rmtree(root)
+
+
+def loaded_in(made: Made) -> str:
+    """Returns the type that a loader opens a model in: compressed-tensors unpacks 4-bit floats to bfloat16."""
+    if made.facts["format"] in KERNELS:
+        return "float16"
+    return "bfloat16" if made.facts["method"] in ("mxfp4", "nvfp4") else "float32"
 
 
 def stored(step: Quantize, source: Artifact, out: Path, context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -188,13 +202,18 @@ def test_loads_as_what_was_stored(made: dict[str, Made], case: str, tmp_path: Pa
         assert divergence(expected, loader) < most
         assert divergence(loader, runtime) < 1e-4
         return
+    detail = (each.logits / f"{each.folder.name}-detail").read_text()
+    if each.name in ROUNDS_INPUTS_TO_4_BITS:
+        assert divergence(expected, loader) < 0.5
+        assert divergence(loader, runtime) < 0.05
+        assert "emulated 4-bit-input Linear" in detail
+        return
     assert np.abs(runtime - expected).max() < 1e-4 * scale
-    if each.facts["format"] == "compressed-tensors":
+    if loaded_in(each) == "float32" and each.facts["format"] == "compressed-tensors":
         assert np.abs(loader - expected).max() < 1e-4 * scale
     else:  # kernels that compute in 16 bits
         assert np.abs(loader - expected).max() < 0.06 * scale
         assert divergence(expected, loader) < 2e-3
-    detail = (each.logits / f"{each.folder.name}-detail").read_text()
     assert "unpacked to float32" in detail
 
 
@@ -249,7 +268,7 @@ def test_the_facts_say_what_was_done(made: dict[str, Made]) -> None:
         by_code = "compressed-tensors" if coded and facts["method"] in ("gptq", "rtn") else None
         assert facts["format"] == (by_code or expected.get(facts["method"], "compressed-tensors"))
         json.dumps(facts, allow_nan=False)
-        assert ("output_error" in facts) == (facts["method"] in ("gptq", "awq", "w8a8"))
+        assert ("output_error" in facts) == open_step("quantize", METHODS[name]).needs_sweep()
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])

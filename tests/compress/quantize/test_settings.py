@@ -23,7 +23,7 @@ from tests.command import lighten
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "awq", "bits": 3}, "awq takes bits 4, not 3; 3 is for gptq, rtn"),
-    ({"method": "int8", "bits": 4}, "int8 takes bits 8, not 4; 4 is for gptq, rtn, awq, nf4, fp4"),
+    ({"method": "int8", "bits": 4}, "int8 takes bits 8, not 4; 4 is for gptq, rtn, awq, nf4, fp4, mxfp4, nvfp4"),
     ({"bits": 5}, "bits: must be 2, 3, 4 or 8, not 5"),
     ({"group_size": 100}, "group_size: must be -1, 32, 64 or 128, not 100"),
     ({"method": "rtn", "group_size": 100}, "group_size: must be -1, 32, 64, 128 or 'tensor', not 100"),
@@ -53,10 +53,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "nf4", "block_size": 100}, "block_size"),
     (
         {"method": "gguf"},
-        "method: must be 'gptq', 'rtn', 'awq', 'nf4', 'fp4', 'int8', 'int8-dynamic', 'w8a8' or 'fp8', not 'gguf'",
+        "method: must be 'gptq', 'rtn', 'awq', 'nf4', 'fp4', 'int8', 'int8-dynamic', 'w8a8', 'fp8', 'mxfp4' or "
+        "'nvfp4', not 'gguf'",
     ),
     ({"method": "rtn", "bitz": 4}, "bitz: unknown key; did you mean 'bits'?"),
     ({"bitz": 4}, "bitz"),
+    ({"method": "nvfp4", "rounding": "best"}, "rounding: must be 'gptq', 'scales' or 'nearest', not 'best'"),
+    (
+        {"method": "mxfp4", "rounding": "scales", "propagate": "auto"},
+        "rounding scales makes no errors good: leave out propagate, or take rounding: gptq",
+    ),
+    ({"method": "mxfp4", "group_size": 32}, "mxfp4 has no setting group_size"),
 ]
 
 
@@ -131,6 +138,10 @@ def test_the_command_line_gives_text() -> None:
         ({"method": "w8a8"}, "compressed-tensors", {"compressed"}, True),
         ({"method": "int8-dynamic"}, "compressed-tensors", {"compressed"}, False),
         ({"method": "fp8"}, "compressed-tensors", {"compressed"}, False),
+        ({"method": "mxfp4"}, "compressed-tensors", {"compressed"}, True),
+        ({"method": "mxfp4", "rounding": "nearest", "activations": True}, "compressed-tensors", {"compressed"}, False),
+        ({"method": "nvfp4", "rounding": "nearest"}, "compressed-tensors", {"compressed"}, False),
+        ({"method": "nvfp4", "rounding": "nearest", "activations": True}, "compressed-tensors", {"compressed"}, True),
     ],
 )
 def test_what_it_takes_and_makes(settings: dict[str, Any], stored: str, extras: set[str], swept: bool) -> None:

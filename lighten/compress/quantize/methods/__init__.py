@@ -17,6 +17,8 @@ METHODS = Table(
         "int8-dynamic": f"{__name__}.int8_dynamic:Int8Dynamic",
         "w8a8": f"{__name__}.w8a8:W8a8",
         "fp8": f"{__name__}.fp8:Fp8",
+        "mxfp4": f"{__name__}.mxfp4:Mxfp4",
+        "nvfp4": f"{__name__}.nvfp4:Nvfp4",
     },
     base="lighten.compress.quantize.settings:Quantize",
     key="method",

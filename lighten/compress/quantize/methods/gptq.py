@@ -10,7 +10,6 @@ from lighten.compress.quantize.methods.coded import Coded
 from lighten.compress.quantize.settings import GroupSize, Head, Ignore
 from lighten.facts import ModelFacts
 from lighten.settings import Budget
-from lighten.step import Estimate
 
 
 class Gptq(Coded):
@@ -93,21 +92,6 @@ class Gptq(Coded):
         seconds = facts.layers * 0.0001 * (3 * facts.hidden + facts.intermediate)
         prices = 1e-7 * facts.layers * facts.layer_linear_params if self.budget else 0
         return float(facts.layers * (product + 0.7 * cubes)) * (2 if self.budget else 1), seconds + prices
-
-    def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
-        """Returns also the two forwards and the sums over what they read, if layers are rounded one after the other."""
-        alone = super().predict(facts, calibration_tokens)
-        if not self.propagates:
-            return alone
-        per_token = 4 * facts.layer_linear_params + 2 * facts.gram_elements
-        states = 2 * calibration_tokens * (facts.intermediate + 4 * facts.hidden) * 2
-        return Estimate(
-            fast_flops=float(calibration_tokens * facts.layers * per_token),
-            float32_flops=alone.float32_flops + float(calibration_tokens * facts.layers * facts.gram_elements),
-            seconds=alone.seconds,
-            peak_bytes=alone.peak_bytes + facts.embedding_params * 2 + states + 8 * facts.gram_elements,
-            disk_bytes=alone.disk_bytes,
-        )
 
     @property
     def order_and_damping(self) -> dict[str, Any]:
