@@ -37,6 +37,8 @@ QUANTIZE: tuple[dict[str, Any], ...] = (
     {"method": "int8-dynamic"},
     {"method": "int8"},
     {"method": "fp8"},
+    {"method": "nvfp4"},
+    {"method": "mxfp4"},
 )
 PRUNE: tuple[dict[str, Any], ...] = (
     {"what": "mlp", "ratio": 0.25, "multiple": 32},
