@@ -14,7 +14,6 @@ from lighten.compress.quantize.grid import Quantized, dequantize, quantize, rtn,
 from lighten.compress.quantize.linears import Linears
 from lighten.compress.quantize.methods.gptq import Gptq
 from lighten.compress.quantize.refine import refined
-from lighten.numerics.damping import inverse_factor
 
 
 def gptq(

@@ -10,13 +10,13 @@ from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from compressed_tensors.quantization.utils.fp4_utils import cast_to_fp4
 
-from lighten.numerics.damping import inverse_factor
 from lighten.compress.quantize import float_grid, formats
 from lighten.compress.quantize.float_grid import Mxfp4Scales, Nvfp4Scales, Scales
 from lighten.compress.quantize.floats import blocks, compensated, settle
 from lighten.compress.quantize.linears import Findings, Linears
 from lighten.compress.quantize.quantized_layers import relative_error
 from lighten.model import e2m1
+from lighten.numerics.damping import inverse_factor
 from lighten.pipeline.steps import open_step
 from tests.compress.quantize.test_gptq import problem
 
