@@ -205,7 +205,6 @@ def unpack(packed: Bytes, kind: Kind) -> Grid:
         zip((name for name, _ in kind.fields), torch.split(blocks, [n for _, n in kind.fields], -1), strict=True)
     )
     codes = sum((plane.unpack(fields[plane.field]) for plane in kind.planes), torch.tensor(kind.plus).byte())
-    codes = codes.clamp(max=len(kind.levels) - 1)  # int8's −128, which ggml never writes
     d, zero = _halves(fields["d"]), torch.zeros(blocks.shape[:2], dtype=torch.float16)
     if kind.numbers:
         parts = kind.numbers.unpack(fields["scales"])
@@ -248,7 +247,7 @@ KINDS: dict[str, Kind] = {
     "Q4_1": Kind((_D, _M, ("qs", 16)), (_PAIRS,), _around(0, 4)),
     "Q5_0": Kind((_D, ("qh", 4), ("qs", 16)), (_PAIRS, _FIFTHS), _around(16, 5)),
     "Q5_1": Kind((_D, _M, ("qh", 4), ("qs", 16)), (_PAIRS, _FIFTHS), _around(0, 5)),
-    "Q8_0": Kind((_D, ("qs", 32)), (Plane("qs", (1, 32), 8),), tuple(range(-127, 128)), plus=127),
+    "Q8_0": Kind((_D, ("qs", 32)), (Plane("qs", (1, 32), 8),), _around(128, 8), plus=128),
     "IQ4_NL": Kind((_D, ("qs", 16)), (_PAIRS,), _NONLINEAR),
     "Q2_K": Kind((("scales", 16), ("qs", 64), _D, _DMIN), (_QUARTETS,), _around(0, 2), 16, _NIBBLES),
     "Q3_K": Kind(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from lighten.errors import RequestError, reading
-from lighten.export.gguf.types import COMPENSATED, PLAIN, TYPES, TypeName
+from lighten.export.gguf.types import COMPENSATED, KEEPING, PLAIN, TYPES, TypeName
 from lighten.export.gguf.usage import usage
 from lighten.export.step import Export
 from lighten.facts import ModelFacts
@@ -18,10 +18,13 @@ from lighten.model import llama_library
 from lighten.model.export_formats import Usage
 from lighten.model.formats import FORMATS, MXFP4
 from lighten.settings import Budget, parse_size
-from lighten.step import Estimate
+from lighten.step import Estimate, Step
 
 _READABLE = ("hf", *FORMATS, MXFP4)
 """Formats of directories whose weights can be read, or unpacked."""
+
+CODED = ("gptq", "awq", "compressed-tensors")
+"""Formats of directories whose weights are whole numbers of steps."""
 
 _WRITE_SECONDS = 2e-8
 """Seconds per weight to write the plain file: 2.5 s for SmolLM2-135M on two cores."""
@@ -31,8 +34,8 @@ _QUANTIZE_SECONDS = {"Q8": 5e-9, "Q4_": 5e-9, "Q5_": 5e-9, "Q": 1.5e-8, "TQ": 5e
 
 _TRY_SECONDS = 5e-7
 """Seconds per weight to try all types: 65 s of one core's time for SmolLM2-135M."""
-_ROUNDING_SECONDS = 5e-7
-"""Seconds per weight of one core's time to round again, besides the products with H: 65 s for SmolLM2-135M."""
+_ROUNDING_SECONDS = 8e-7
+"""Seconds per weight of one core's time to round again, besides the products with H: 90 s for SmolLM2-135M."""
 _ROUNDING_PRODUCTS = 11
 """Products of the matrices with the H of their inputs that this takes; a budget takes one for each of ten types."""
 
@@ -58,8 +61,10 @@ class Gguf(Export):
     budget: Budget | None = Field(
         None, description="instead of a type: a type for every tensor, so that the file fits (size=90MB or bits=4.5)"
     )
-    rounding: Literal["gptq"] | None = Field(
-        None, description="gptq: let the errors of a matrix make good for each other (default: as llama.cpp rounds)"
+    rounding: Literal["gptq", "keep"] | None = Field(
+        None,
+        description="gptq: let the errors of a matrix make good for each other; keep: the codes of a quantized source, "
+        "where they fit (default: as llama.cpp rounds)",
     )
     split: Annotated[int, BeforeValidator(_bytes)] | None = Field(
         None, gt=0, description="cut a larger file into parts of so many bytes (2GB), which llama.cpp opens together"
@@ -79,7 +84,7 @@ class Gguf(Export):
     @model_validator(mode="before")
     @classmethod
     def _rounding_weighs(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or value.get("rounding") is None:
+        if not isinstance(value, dict) or value.get("rounding") != "gptq":
             return value
         if value.get("imatrix", True) is not True:
             raise ValueError("rounding gptq begins with the importance matrix: leave out `imatrix`")
@@ -95,9 +100,16 @@ class Gguf(Export):
 
     @model_validator(mode="after")
     def _can_compensate(self) -> Self:
-        if self.rounding and self.type not in COMPENSATED:
-            raise ValueError(f"rounding {self.rounding} knows {', '.join(COMPENSATED)}, and not {self.type}")
+        known = {"gptq": COMPENSATED, "keep": KEEPING}.get(self.rounding or "")
+        if known and self.type not in known:
+            raise ValueError(f"rounding {self.rounding} knows {', '.join(known)}, and not {self.type}")
         return self
+
+    def after(self, previous: Step | None) -> Self:
+        """Returns the step; it keeps the codes of a source that has some, if the type can hold them."""
+        coded = previous is not None and previous.writes in CODED
+        keeps = coded and self.rounding is None and self.type in KEEPING
+        return self.model_copy(update={"rounding": "keep"}) if keeps else self
 
     optional: ClassVar[tuple[str, ...]] = ("parity", "budget", "split", "rounding")
 
@@ -144,6 +156,8 @@ class Gguf(Export):
         """Refuses everything except model directories, and Grams of quantized weights."""
         if form not in _READABLE:
             raise RequestError(f"GGUF export reads model directories, this one is {form}")
+        if form not in CODED and self.rounding == "keep":
+            raise RequestError(f"rounding keep is for quantized models, this one is {form}: leave it out")
         if form != "hf" and self.needs_sweep():
             raise RequestError(
                 f"{'a budget' if self.budget else 'an importance matrix'} is measured on an unquantized "

@@ -43,7 +43,11 @@ def run(step: Gguf, source: Artifact, out: Path, context: Context) -> dict[str, 
     draft = Draft(source.path, origin)
     context.warnings += draft.warnings
     chosen = _write(step, draft, file, weights, context)
-    if step.rounding and context.grams:
+    if step.rounding == "keep":
+        from lighten.export.gguf.kept_codes import keep_codes
+
+        chosen |= keep_codes(file, draft)
+    elif step.rounding and context.grams:
         from lighten.export.gguf.rounding import compensate
 
         chosen["rounding"] = compensate(file, draft, context.grams, context.report)

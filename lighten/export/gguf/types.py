@@ -100,3 +100,5 @@ COMPENSATED = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "budget"),
 )
 """Types whose matrices lighten can round so that their errors make good for each other."""
+KEEPING = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+"""Types that can hold the codes of a quantized source."""

@@ -90,7 +90,11 @@ class Tower:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Returns one tensor, on the CPU."""
-        return self.checkpoint.tensor(self._stored[name])
+        return self.checkpoint.tensor(self.stored(name))
+
+    def stored(self, name: str) -> str:
+        """Returns the name that a tensor has in the checkpoint."""
+        return self._stored[name]
 
 
 def model_of(path: Path) -> Model:

@@ -34,6 +34,10 @@ class Awq(Packed):
         """Returns the weight of a linear, `[out, in]` in float32."""
         return self.codes(parts).weight()
 
+    def steps(self, parts: Parts) -> torch.Tensor:
+        """Returns the scale of every weight of a linear, `[out, in]` in float32."""
+        return self.codes(parts).steps()
+
     def shape(self, linear: str, stored: Shapes, read: Callable[[str], torch.Tensor]) -> tuple[int, ...]:
         """Returns `[out, in]` of a linear."""
         inputs, words = stored[f"{linear}.qweight"]

@@ -65,6 +65,14 @@ class Compressed(Packed):
             zeros = unpack(parts["weight_zero_point"], bits, rows).float()
         return (codes - _columns(zeros, columns, parts)).float() * _columns(scales, columns, parts)
 
+    def steps(self, parts: Parts) -> torch.Tensor | None:
+        """Returns the scale of every weight of a linear, `[out, in]` in float32; None for floats."""
+        stored = parts.get("weight_packed", parts.get("weight"))
+        if stored is None or stored.is_floating_point() or stored.dtype == torch.uint8:
+            return None
+        known = parts["weight_shape"].tolist() if "weight_packed" in parts else parts["weight"].shape
+        return _columns(parts["weight_scale"].float(), int(known[1]), parts).expand(int(known[0]), int(known[1]))
+
     def shape(self, linear: str, stored: Shapes, read: Callable[[str], torch.Tensor]) -> tuple[int, ...]:
         """Returns `[out, in]` of a linear."""
         if f"{linear}.weight_packed" in stored and f"{linear}.weight_shape" not in stored:  # two codes a byte

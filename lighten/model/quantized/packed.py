@@ -25,8 +25,11 @@ class Codes:
 
     def weight(self) -> torch.Tensor:
         """Returns the weight, `[out, in]` in float32."""
-        spread = self.zeros[self.g_idx], self.scales[self.g_idx].float()
-        return ((self.codes - spread[0]).float() * spread[1]).t().contiguous()
+        return ((self.codes - self.zeros[self.g_idx]).float() * self.steps().t()).t().contiguous()
+
+    def steps(self) -> torch.Tensor:
+        """Returns the scale of every weight, `[out, in]` in float32."""
+        return self.scales[self.g_idx].float().t()
 
 
 class Packed:
@@ -54,3 +57,7 @@ class Packed:
     def codes(self, parts: Parts) -> Codes:
         """Returns a linear as codes, for formats that store it as `qweight`, `qzeros` and `scales`."""
         raise NotImplementedError
+
+    def steps(self, parts: Parts) -> torch.Tensor | None:
+        """Returns the scale of every weight of a linear, `[out, in]` in float32; None for formats without codes."""
+        return None
