@@ -89,7 +89,7 @@ FORMATS = {
 }
 """Formats of quantized checkpoints, by the `quant_method` in config.json."""
 MXFP4 = "mxfp4"
-"""`quant_method` of gpt-oss as it is published. It can only be unpacked, for GGUF export: nothing here writes it."""
+"""`quant_method` of gpt-oss as it is published. Its experts are read and written in this form."""
 EXTRAS = {
     **{module: each.extra for each in FORMATS.values() for module in each.loaded_with},
     "gguf": "gguf",

@@ -120,6 +120,11 @@ def float_blocks(size: int, strategy: str, scales: str, *, dynamic: bool | str) 
     }
 
 
+def mxfp4_config(kept: Collection[str]) -> dict[str, Any]:
+    """Returns the configuration of gpt-oss in its own form; `kept` are the modules that were left alone."""
+    return {"quant_method": "mxfp4", "modules_to_not_convert": list(kept)}
+
+
 def bnb_4bit_config(kind: str, double_quant: bool, kept: Collection[str]) -> dict[str, Any]:
     """Returns the configuration of bitsandbytes for "nf4" or "fp4"."""
     return {

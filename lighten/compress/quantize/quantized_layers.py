@@ -73,7 +73,8 @@ class Layers:
         found = {}
         for layer in self.anatomy.layers:
             for linear in layer.linears:
-                if why := self.step.why_left(linear.shape):
+                alone = self.step.experts_only and linear.inside is None
+                if why := "this form is for experts" if alone else self.step.why_left(linear.shape):
                     found[layer.prefix + linear.name] = why
         return found
 
@@ -149,8 +150,8 @@ class Layers:
 
     def scale_type(self) -> torch.dtype:
         """Returns the type of stored scales."""
-        like_model = FORMATS[self.step.format].scales_like_model
-        if not like_model:
+        stored_as = FORMATS.get(self.step.format)
+        if stored_as is None or not stored_as.scales_like_model:
             return torch.float16
         layer = next(layer for layer in self.anatomy.layers if layer.linears)
         known = NORM_WEIGHT in self.checkpoint.weight_map
@@ -193,6 +194,8 @@ class Work:
     """Scales of inputs, by linear."""
     part: Part
     findings: Findings = field(default_factory=Findings)
+    gathered: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """Tensors of rounded linears that wait for the others of the layer, by name in the layer."""
 
     def linears_of(
         self, group: Inputs, moments: torch.Tensor | None = None, wanted: Mapping[str, torch.Tensor] | None = None
@@ -221,6 +224,9 @@ class Work:
         """Writes rounded linears. Returns the weights that they stand for, `[out, in]`, by name in the layer."""
         for name, stored in zip(linears.names, found, strict=True):
             self.findings.bits[name] = linears.bits
+            if self.layers.step.experts_only:
+                self.gathered[name.removeprefix(self.prefix)] = stored.tensors
+                continue
             for kind, tensor in stored.tensors.items():
                 self.part.add(f"{name}.{kind}", tensor)
         _note_error(linears, found)
@@ -230,6 +236,9 @@ class Work:
     def finish(self) -> dict[str, Any]:
         """Writes the other tensors. Returns the names of all of them, and the findings."""
         layer = self.layers.anatomy.layers[self.index]
+        if self.gathered:
+            for name, tensor in found_at(self.layers.step.gathers)(layer, self.gathered).items():
+                self.part.add(self.prefix + name, tensor)
         for name, tensor in self.tensors.items():
             self.part.add(self.prefix + name, layer.as_stored(name, tensor))
         return {"names": self.part.names, "findings": asdict(self.findings)}

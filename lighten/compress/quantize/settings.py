@@ -56,6 +56,9 @@ class Quantize(Step):
     """The function that chooses the bits of every linear where `needs_sensitivity` is true."""
     swept: ClassVar[bool] = False
     """Whether the method reads Grams."""
+    gathers: ClassVar[str] = "lighten.compress.quantize.stacked:gathered"
+    """The function that makes the tensors of a layer from those of its linears where `experts_only` is true: called
+    with the `Layer` and the tensors of each linear by name."""
     stored_as: ClassVar[str]
     """Format of the stored model: a row of `lighten.model.formats`."""
 
@@ -133,6 +136,11 @@ class Quantize(Step):
         return False
 
     @property
+    def experts_only(self) -> bool:
+        """Whether the format holds the matrices of experts and nothing else, all those of a layer in one tensor."""
+        return False
+
+    @property
     def reads_largest(self) -> bool:
         """Whether the method reads the largest input of every linear. Only if `needs_sweep` is true."""
         return False
@@ -151,7 +159,7 @@ class Quantize(Step):
 
     def requires(self) -> list[tuple[str, str]]:
         """Packages that write the format, and packages that read it."""
-        return list(FORMATS[self.format].written_with)
+        return list(FORMATS[self.format].written_with) if self.format in FORMATS else []
 
     def check_source(self, form: str, facts: ModelFacts) -> None:
         """Refuses everything except plain weights."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lighten.compress.quantize import configs
 from lighten.compress.quantize.methods.blocks import Blocks
 from lighten.compress.quantize.settings import Ignore
+from lighten.errors import RequestError
+from lighten.facts import ModelFacts
+from lighten.model.formats import MXFP4
 
 
 class Mxfp4(Blocks):
@@ -34,7 +38,46 @@ class Mxfp4(Blocks):
     propagate: Literal["auto", "off"] = Field(
         "off", description="gptq: auto rounds each layer against what the quantized layers before it give"
     )
+    form: Literal["compressed-tensors", "gpt-oss"] = Field(
+        "compressed-tensors",
+        description="mxfp4: gpt-oss for that model's own form: all experts of a layer in one tensor, everything else "
+        "as it is (default: compressed-tensors)",
+    )
     ignore: Ignore = ()
+
+    @model_validator(mode="after")
+    def _holds_all_experts(self) -> Self:
+        if self.experts_only and (self.ignore or self.activations):
+            raise ValueError(
+                "form gpt-oss holds all experts, and says nothing of inputs: leave out ignore, activations"
+            )
+        return self
+
+    @property
+    def experts_only(self) -> bool:
+        """Whether only experts are rounded."""
+        return self.form == "gpt-oss"
+
+    @property
+    def format(self) -> str:
+        """Format of the stored model."""
+        return MXFP4 if self.experts_only else self.stored_as
+
+    def key_config(self) -> dict[str, Any]:
+        """Returns the settings that are given."""
+        return {name: value for name, value in super().key_config().items() if name != "form" or self.experts_only}
+
+    def check(self, facts: ModelFacts) -> None:
+        """Raises RequestError if blocks do not fit, or the model is not the one whose form is asked for."""
+        super().check(facts)
+        if self.experts_only and facts.architecture != "GptOssForCausalLM":
+            raise RequestError(f"form gpt-oss is for gpt-oss, and this model is {facts.architecture}: leave it out")
+
+    def config(self, widths: Mapping[str, int], left: Collection[str]) -> dict[str, Any]:
+        """Returns the `quantization_config` of config.json."""
+        if self.experts_only:
+            return configs.mxfp4_config(left)
+        return super().config(widths, left)
 
     def needs_sweep(self) -> bool:
         """Whether Grams are read."""
