@@ -146,6 +146,6 @@ def gptq_4(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
         bits=4,
         group_size=group_size,
         sym=step.sym,
-        desc_act=step.desc_act,
+        desc_act=step.order,
         damp_percent=step.damp_percent,
     ).weight()

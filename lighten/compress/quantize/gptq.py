@@ -105,7 +105,7 @@ def codes(step: Gptq, linears: Linears) -> list[Stored]:
             bits=linears.bits,
             group_size=step.group_size,
             sym=step.sym,
-            desc_act=step.desc_act,
+            desc_act=step.order,
             damp_percent=step.damp_percent,
             kind=scale_type,
             gone=linears.pruned(),

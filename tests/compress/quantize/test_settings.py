@@ -40,6 +40,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "awq", "sym": True}, "the awq format has a zero point per group: sym is for gptq and rtn"),
     ({"bits": 4, "budget": {"bits": 4.25}}, "a budget chooses the bits: give one of the two"),
     ({"budget": {"bits": 4.25}, "sym": False}, "leave out sym: false"),
+    ({"static_groups": True}, "give desc_act: static"),
     ({"ignore": ["*.0.*"], "desc_act": True}, "leave out desc_act, or set it to static"),
     ({"method": "rtn", "ignore": ["*.0.*"], "sym": False}, "leave out sym: false"),
     ({"budget": {}}, "a budget is one of the two: size, or bits"),
@@ -82,7 +83,7 @@ def test_defaults_are_the_methods_own(method: str) -> None:
     step = open_step("quantize", {"method": method})
     assert type(step) is METHODS.load(method)
     defaults = {name: field.default for name, field in type(step).model_fields.items()}
-    later = {"propagate": "off", "refine": 0, "form": "compressed-tensors"}
+    later = {"static_groups": False, "propagate": "off", "refine": 0, "form": "compressed-tensors"}
     assert step.key_config() == {
         name: value
         for name, value in defaults.items()
@@ -90,6 +91,14 @@ def test_defaults_are_the_methods_own(method: str) -> None:
     }
     assert open_step("quantize", step.dump()) == step  # as the manifest keeps them
     assert open_step("quantize", {**defaults, "method": method.upper()}) == step
+
+
+def test_static_stands_for_order_and_groups_of_neighbours() -> None:
+    step = open_step("quantize", {"desc_act": "static"})
+    assert step.order == "static"
+    assert open_step("quantize", {"desc_act": True, "static_groups": True}) == step
+    assert step.config({}, [])["desc_act"] is False  # the file needs no order
+    assert step.key_config()["static_groups"] is True
 
 
 def test_keys_are_those_of_the_stores_that_there_are() -> None:

@@ -23,10 +23,9 @@ class Gptq(Coded):
     bits: Literal[2, 3, 4, 8] | None = Field(4, description="bits of a weight (gptq, rtn; default: 4)")
     group_size: GroupSize = 128
     sym: bool = Field(True, description="symmetric grid, its zero point in the middle (gptq, rtn; default: yes)")
-    desc_act: bool | Literal["static"] = Field(
-        False,
-        description="gptq: round the inputs in order of falling activation (default: no); static: with groups of "
-        "neighbours all the same",
+    desc_act: bool = Field(False, description="gptq: round the inputs in order of falling activation (default: no)")
+    static_groups: bool = Field(
+        False, description="gptq: with desc_act, groups of neighbours; desc_act: static is both (default: no)"
     )
     damp_percent: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.05, description="gptq: share of the mean of diag(H) that is added to it (default: 0.05)"
@@ -45,7 +44,9 @@ class Gptq(Coded):
 
     @classmethod
     def completed(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Returns the settings; without bits if a budget chooses them."""
+        """Returns the settings; without bits if a budget chooses them, and both that `desc_act: static` stands for."""
+        if given.get("desc_act") == "static":
+            given = {**given, "desc_act": True, "static_groups": True}
         if not given.get("budget"):
             return given
         if "bits" in given:
@@ -54,12 +55,19 @@ class Gptq(Coded):
 
     @model_validator(mode="after")
     def _groups_are_of_neighbours(self) -> Self:
-        if self.linears_differ and self.desc_act is True and self.group_size != -1:
+        if self.static_groups and not self.desc_act:
+            raise ValueError("static_groups says where groups lie if desc_act changes the order: give desc_act: static")
+        if self.linears_differ and self.order is True and self.group_size != -1:
             raise ValueError(
                 "a budget, ignore and head need the compressed-tensors format, whose groups are of neighbouring "
                 "inputs: leave out desc_act, or set it to static, or group_size to -1"
             )
         return self
+
+    @property
+    def order(self) -> bool | Literal["static"]:
+        """Whether inputs are rounded in order of activation, and "static" if groups are of neighbours all the same."""
+        return "static" if self.static_groups else self.desc_act
 
     @property
     def propagates(self) -> bool:
@@ -72,7 +80,7 @@ class Gptq(Coded):
 
     def key_config(self) -> dict[str, Any]:
         """Returns the settings that are given; those that came later only if they change something."""
-        later = {"propagate": "off", "refine": 0}
+        later = {"static_groups": False, "propagate": "off", "refine": 0}
         given = super().key_config()
         return {name: value for name, value in given.items() if name not in later or value != later[name]}
 
@@ -96,4 +104,4 @@ class Gptq(Coded):
     @property
     def order_and_damping(self) -> dict[str, Any]:
         """Settings of the search in the `gptq` format, besides bits and groups. Static groups need no order there."""
-        return {"desc_act": self.desc_act is True, "damp_percent": self.damp_percent}
+        return {"desc_act": self.order is True, "damp_percent": self.damp_percent}
