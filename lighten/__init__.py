@@ -15,10 +15,11 @@ _HOMES = {
     "prune": "pipeline.verbs",
     "distill": "pipeline.verbs",
     "quantize": "pipeline.verbs",
+    "polish": "pipeline.verbs",
     "export_model": "pipeline.verbs",
     "measure": "pipeline.verbs",
 }
-__all__ = ["distill", "export_model", "measure", "plan", "prune", "quantize", "run"]
+__all__ = ["distill", "export_model", "measure", "plan", "polish", "prune", "quantize", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -79,6 +79,10 @@ class Step(AnyCase):
     """Name of the runtime that serves what it writes."""
     tasks: ClassVar[tuple[Task, ...]] = ("causal",)
     """Tasks of the models that it reads."""
+    keeps_form: ClassVar[bool] = False
+    """Whether its output has the format of its source. Then `writes` is of no account."""
+    whole: ClassVar[bool] = False
+    """Whether it holds a whole model in memory, so that it is refused where there is too little."""
 
     def dump(self) -> dict[str, Any]:
         """Returns every setting that has a value, as JSON."""
@@ -120,7 +124,10 @@ class Step(AnyCase):
         return False
 
     def lessons(self) -> Step | None:
-        """Step that runs the teacher, if `run` learns from one. Such a step has `teacher` and maybe `student`."""
+        """Step that runs the teacher, if `run` learns from one. Such a step has `teacher` and maybe `student`.
+
+        The teacher "unquantized" is the model that was quantized, and its lessons are the calibration set.
+        """
         return None
 
     def requires(self) -> list[tuple[str, str]]:

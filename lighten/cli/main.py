@@ -24,6 +24,7 @@ VERBS = {
     "prune": "Prune a model: one step, no recipe.",
     "distill": "Train a model on what its teacher says: one step, no recipe.",
     "quantize": "Quantize a model: one step, no recipe.",
+    "polish": "Train the scales of a quantized model on its source: one step, no recipe.",
     "export": "Export a model to another runtime's format: one step, no recipe.",
 }
 app = typer.Typer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lighten.errors import RequestError
+from lighten.evaluate import machine
 from lighten.evaluate.measurement import MEASUREMENTS
 from lighten.evaluate.runtimes.choose import opener
 from lighten.evaluate.settings import Evaluate
@@ -58,8 +59,15 @@ def device_bytes(stage: Stage) -> int:
 
 
 def check_memory(todo: Plan) -> None:
-    """Raises RequestError if a stage needs more memory than the GPU has."""
+    """Raises RequestError if a stage needs more memory than the GPU has, or a step of a whole model than there is."""
     for stage in todo.stages:
+        if stage.step and stage.step.whole and todo.device.name == "cpu":
+            there, needed = machine.fingerprint()["memory_bytes"], stage.estimate.peak_bytes
+            if needed > there:
+                raise RequestError(
+                    f"{stage.name} needs about {needed / 1e9:.0f} GB, for it holds the whole model, and this machine "
+                    f"has {there / 1e9:.0f} GB: leave it out, or run it on a larger machine"
+                )
         needed = device_bytes(stage)
         if not todo.device.holds(needed):
             assert todo.device.total_bytes

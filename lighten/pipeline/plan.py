@@ -22,6 +22,7 @@ from lighten.model.architectures import check_architecture
 from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, Source, find
 from lighten.model.tokens import check_text
+from lighten.pipeline import lineage
 from lighten.pipeline.checks import arithmetic, check_measurable
 from lighten.pipeline.recipe import BASELINE, Recipe
 from lighten.pipeline.stage import Plan, Stage, sources
@@ -29,6 +30,8 @@ from lighten.step import Step
 from lighten.store.files import stage_key
 
 MEASURE_VERSION = 1
+UNQUANTIZED = "unquantized"
+"""Teacher of a step that learns from the model that was quantized, on the calibration set."""
 
 
 def stage_of(step: Step, inputs: dict[str, Stage], facts: ModelFacts, tokens: int, device: Device = CPU) -> Stage:
@@ -147,6 +150,12 @@ def _origin(stage: Stage) -> Path | None:
     return Path(source.path) if isinstance(source, Source) and source.format == "directory" else None
 
 
+def _form(stage: Stage) -> str:
+    """Returns the format of a stage's output."""
+    assert stage.step
+    return _form(stage.parents[0]) if stage.step.keeps_form else stage.step.writes
+
+
 def _runtime_packages(stage: Stage) -> tuple[str, ...]:
     """Returns the packages of the runtime that serves a stage's output, if lighten does not bring that runtime."""
     return opener(stage.step.runtime).packages if stage.step else ()
@@ -213,14 +222,14 @@ class _Builder:
                 f"{stage.facts.architecture} is {TITLES[stage.facts.task]}: export it to ONNX instead (format: onnx)"
             )
         method = stage.step.quantized if isinstance(stage.step, Source) else None
-        if method and (step.kind != "export" or step.needs_sweep()):
+        if method and not step.keeps_form and (step.kind != "export" or step.needs_sweep()):
             raise RequestError(
                 f"this model is already quantized ({method}), which only an export without imatrix or budget reads: "
                 "give the model that it was made from"
             )
         step = step.after(stage.step)
         assert stage.step
-        form = stage.step.writes
+        form = _form(stage)
         step.check_source(form, stage.facts)
         if form != "hf" and step.needs_sweep():
             raise RequestError(f"the step {step.kind} needs inputs of unquantized weights, and this model is {form}")
@@ -260,7 +269,11 @@ class _Builder:
     def _taught(self, step: Step, lessons: Step, stage: Stage, root: Stage) -> dict[str, Stage]:
         """Returns the teacher of a step on the output of `stage`, and the stage of its distributions."""
         name = getattr(step, "teacher", "source")
-        teacher = root if name == "source" else self.open(find(name, trust_remote_code=name in self.recipe.trusted))
+        if name == UNQUANTIZED:
+            teacher, swept = self._unquantized(stage), self.recipe.calibration
+            lessons = lessons.model_copy(update={each: getattr(swept, each) for each in ("data", "samples", "length")})
+        else:
+            teacher = root if name == "source" else self.open(find(name, trust_remote_code=name in self.recipe.trusted))
         assert teacher.facts and stage.facts
         student = stage.facts
         origins = [_first(each).step for each in (stage, teacher)]
@@ -275,6 +288,19 @@ class _Builder:
             if teacher.facts.vocab > student.vocab:  # rows that only pad the teacher's
                 lessons = lessons.model_copy(update={"rows": student.vocab})
         return {"teacher": teacher, "lessons": self._build(lessons, teacher.facts, source=teacher)}
+
+    def _unquantized(self, stage: Stage) -> Stage:
+        """Returns the model that a stage quantized, or that a directory of ours was quantized from.
+
+        Raises:
+            RequestError: a directory that is not as lighten wrote it, or whose source is not there any more.
+        """
+        if not isinstance(stage.step, Source):
+            return stage.parents[0]
+        made = lineage.read(Path(stage.step.path))
+        source = self.open(find(made.model, made.revision, trust_remote_code=made.model in self.recipe.trusted))
+        made.check(source.key)
+        return source
 
     def measure(self, settings: Measurement, stage: Stage, root: Stage) -> Stage:
         """Returns a measurement of an artifact. It may refer to the baseline's own measurement."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.compress.calibrate.sweep import Sweep
+from lighten.compress.polish.settings import Polish
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.pipeline import trust
@@ -207,7 +208,7 @@ def _results(
 
 def _calibration(todo: Plan, builder: Builder) -> dict[str, Any] | None:
     """Returns the calibration text and what it shares with the evaluation sets; None if no variant used it."""
-    if not any(stage.kind == Sweep.kind and stage.key in builder.done for stage in todo.stages):
+    if not any(stage.kind in (Sweep.kind, Polish.kind) and stage.key in builder.done for stage in todo.stages):
         return None
     payload = {
         "model": str(builder.done[todo.artifacts[BASELINE].key].path),

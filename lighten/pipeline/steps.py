@@ -58,7 +58,11 @@ INTERNAL = {
 STEPS = Table(
     "step",
     "lighten.steps",
-    {"prune": "lighten.compress.prune.settings:Prune", "distill": "lighten.compress.distill.settings:Distill"},
+    {
+        "prune": "lighten.compress.prune.settings:Prune",
+        "distill": "lighten.compress.distill.settings:Distill",
+        "polish": "lighten.compress.polish.settings:Polish",
+    },
     base="lighten.step:Step",
     key="kind",
     taken=(*CHOICES, *INTERNAL),

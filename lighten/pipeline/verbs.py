@@ -122,6 +122,11 @@ def quantize(model: str, out: str | Path, *, trust_remote_code: bool = False, **
     return one_step("quantize", model, out, settings, trust_remote_code=trust_remote_code)
 
 
+def polish(model: str, out: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Artifact:
+    """Trains the scales of a model that lighten quantized on its source into the directory `out`."""
+    return one_step("polish", model, out, settings, trust_remote_code=trust_remote_code)
+
+
 def prune(model: str, out: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Artifact:
     """Prunes a model into the directory `out`: `prune("demo:smollm2-135m", "out", what="mlp", ratio=0.2)`."""
     return one_step("prune", model, out, settings, trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""The course of a distillation: loss and divergence by step, and perplexity on the held-out text."""
+"""The course of a training: loss and divergence by step, and perplexity or divergence on the held-out text."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ class Lessons:
         """What was measured on the held-out text, and its values."""
         found = self.training.validation
         cosines = [each.cosine for each in found if each.cosine is not None]
+        divergences = [each.kl for each in found if each.kl is not None]
+        if divergences:
+            return ("KL", divergences)
         return ("cosine", cosines) if cosines else ("perplexity", [each.perplexity or 0.0 for each in found])
 
     @property
@@ -93,7 +96,7 @@ def draw_lessons(each: Lessons) -> tuple[bytes, bytes]:
                 label=f"held-out {name} (right)",
             )
             other.spines["right"].set_visible(True)
-            _plain(other, name.capitalize())
+            _plain(other, name if name.isupper() else name.capitalize())
         lines = [line for part in drawn.figure.axes for line in part.get_lines()]
         legend(axes, lines)
         axes.set_xlabel("Step")
@@ -103,6 +106,6 @@ def draw_lessons(each: Lessons) -> tuple[bytes, bytes]:
 def _plain(axes: Any, label: str) -> None:
     axes.set_ylabel(label)
     axes.tick_params(length=0, which="both")
-    if label not in ("Perplexity", "Cosine"):
+    if label not in ("Perplexity", "Cosine", "KL"):
         axes.grid(True)
         axes.set_axisbelow(True)

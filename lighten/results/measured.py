@@ -347,11 +347,15 @@ class LossPoint(Section):
 
 
 class Validation(Section):
-    """Perplexity on the held-out text after a step of training, or the cosine of embeddings to the teacher's."""
+    """Perplexity on the held-out text after a step of training, or what it is judged by instead.
+
+    That is the cosine of embeddings to the teacher's, or the divergence from the teacher in nats per token.
+    """
 
     step: int
     perplexity: float | None = None
     cosine: float | None = None
+    kl: float | None = None
 
 
 class Training(Section):

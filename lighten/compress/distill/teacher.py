@@ -54,6 +54,8 @@ class Teacher(Step):
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns one forward pass over the text, and a step for every token that is written."""
+        if not self.top_k and not self.written:  # only the text is cut
+            return Estimate(peak_bytes=300_000_000)
         tokens = (
             self.samples
             or text.count_letters(self.data, "calibration", text.wanted_letters(self.samples, self.length))

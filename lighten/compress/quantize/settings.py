@@ -61,6 +61,9 @@ class Quantize(Step):
     with the `Layer` and the tensors of each linear by name."""
     stored_as: ClassVar[str]
     """Format of the stored model: a row of `lighten.model.formats`."""
+    scales_train: ClassVar[bool] = False
+    """Whether it writes integer codes with a scale for each group and nothing else, so that the scales can be trained
+    afterwards."""
 
     if TYPE_CHECKING:  # every method declares these, with the values that it takes
         method: str = ""

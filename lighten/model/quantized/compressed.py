@@ -8,7 +8,7 @@ import torch
 
 from lighten.model import e2m1
 from lighten.model.packing import unpack
-from lighten.model.quantized.packed import Packed, Parts, Shapes
+from lighten.model.quantized.packed import Codes, Packed, Parts, Shapes
 
 FLOAT_BLOCKS = {"nvfp4-pack-quantized": 16, "mxfp4-pack-quantized": 32}
 """Weights that share a scale, of the formats with 4-bit floats in blocks."""
@@ -57,13 +57,21 @@ class Compressed(Packed):
             if "weight_zero_point" in parts:
                 codes = codes - _columns(parts["weight_zero_point"].float(), codes.shape[1], parts)
             return codes * _columns(scales, codes.shape[1], parts)
+        return self.codes(parts).weight()
+
+    def codes(self, parts: Parts) -> Codes:
+        """Returns a linear of packed integers as codes."""
         rows, columns = (int(size) for size in parts["weight_shape"])
         bits = parts["weight_packed"].shape[1] * 32 // columns
-        codes = unpack(parts["weight_packed"].t().contiguous(), bits, columns).t()
-        zeros = torch.full_like(scales, 2 ** (bits - 1))
+        codes = unpack(parts["weight_packed"].t().contiguous(), bits, columns)
+        scales = parts["weight_scale"]
+        scales = scales if scales.dim() > 1 else scales.reshape(-1, 1)
+        zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.int32)
         if "weight_zero_point" in parts:
-            zeros = unpack(parts["weight_zero_point"], bits, rows).float()
-        return (codes - _columns(zeros, columns, parts)).float() * _columns(scales, columns, parts)
+            zeros = unpack(parts["weight_zero_point"], bits, rows)
+        neighbours = torch.arange(columns) // (columns // scales.shape[1])
+        g_idx = parts["weight_g_idx"].long() if "weight_g_idx" in parts else neighbours
+        return Codes(codes, scales.t(), zeros.t(), g_idx, bits)
 
     def steps(self, parts: Parts) -> torch.Tensor | None:
         """Returns the scale of every weight of a linear, `[out, in]` in float32; None for floats."""

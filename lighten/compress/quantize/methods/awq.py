@@ -20,6 +20,7 @@ class Awq(Quantize):
     scales: ClassVar[str] = "lighten.compress.quantize.awq:scale"
     swept: ClassVar[bool] = True
     stored_as: ClassVar[str] = "awq"
+    scales_train: ClassVar[bool] = True
 
     method: Literal["awq"] = Field("awq", description="how to choose the codes")
     bits: Literal[4] = Field(4, description="bits of a weight")

@@ -17,6 +17,7 @@ class Coded(Quantize):
     """Codes in groups of inputs."""
 
     rounds_head: ClassVar[str] = "lighten.compress.quantize.nearest:codes"
+    scales_train: ClassVar[bool] = True
 
     if TYPE_CHECKING:  # each method declares these, with the values that it takes
         group_size: int | Literal["tensor"] = 128
