@@ -72,7 +72,7 @@ def test_help_names_the_commands(tmp_path: Path) -> None:
         assert re.search(rf"^\s+{command}\s", done.stdout, re.MULTILINE), command
 
 
-@pytest.mark.parametrize("verb", ["quantize", "export", "prune", "distill"])
+@pytest.mark.parametrize("verb", ["quantize", "export", "prune", "distill", "polish"])
 def test_a_verb_has_a_flag_for_every_setting(tmp_path: Path, verb: str) -> None:
     text = lighten(verb, "--help", cwd=tmp_path).stdout
     for name in {name for settings in (*step_classes(verb), Sweep) for name in settings.model_fields}:

@@ -30,6 +30,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
         "distill",
         {"student": {"layers": 2}, "data": [{"path": "a.jsonl", "share": 0.75}, {"path": "b.txt", "share": 0.25}]},
     ),
+    ("polish", {"steps": 20, "lr": 3e-4}),
     ("export", {"format": "gguf", "type": "Q4_K_M", "imatrix": True, "parity": "top1=0.9,perplexity=0.05"}),
     ("export", {"format": "gguf", "budget": "90MB"}),
     ("export", {"format": "onnx", "graph": "plain", "ignore": ["re:.*down_proj"]}),

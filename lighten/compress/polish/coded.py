@@ -40,14 +40,14 @@ class _Product(torch.autograd.Function):
     """`inputs · Wᵀ + bias`, of which only the inputs, the codes and the scales are kept."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, inputs: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.save_for_backward(inputs, scales, codes)
         return functional.linear(inputs, dense(codes, scales, inputs.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, change: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, change: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, scales, codes = ctx.saved_tensors
         rows = change.reshape(-1, len(codes))
         by_inputs = None
@@ -91,7 +91,7 @@ class CodedLinear(nn.Module):
         if self.order is not None:
             inputs = inputs.index_select(-1, self.order)
         scales = self.first * self.theta.exp() if torch.is_grad_enabled() else self.rounded()
-        found: torch.Tensor = _Product.apply(inputs, scales, self.codes, self.bias)
+        found: torch.Tensor = _Product.apply(inputs, scales, self.codes, self.bias)  # type: ignore[no-untyped-call]
         return found
 
     @torch.no_grad()

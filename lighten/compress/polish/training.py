@@ -113,7 +113,7 @@ class Trainer:
             (self.head, states), (self.source.head, taught), self.step.temperature, 1 / positions
         )
         finite(total, self.done + 1, self.kept.last())
-        states.backward(derived)
+        torch.autograd.backward([states], [derived])
         self.optimizer.step()
         self.done += 1
         self._seen.append(total / positions)

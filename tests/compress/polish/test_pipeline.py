@@ -72,7 +72,7 @@ def test_a_recipe_polishes_what_it_quantized(model: Path, work: Path) -> None:
     }
     folder = run(parse(value), artifacts=work / "a", device="cpu")
     rows = {row["name"]: row for row in json.loads((folder / "results.json").read_text())["variants"]}
-    assert rows["plain"]["size_bytes"] == rows["polished"]["size_bytes"]
+    assert rows["plain"]["size_bytes"] * 0.9 < rows["polished"]["size_bytes"] <= rows["plain"]["size_bytes"]
     assert rows["polished"]["format"] == "gptq" and rows["polished"]["facts"]["desc_act"] is True
     told = rows["polished"]["facts"]["polish"]
     assert told["kl_after"] < told["kl_before"] and told["steps"] == 4

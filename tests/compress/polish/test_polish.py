@@ -88,9 +88,9 @@ def divergence(folder: Path, source: Path, ids: torch.Tensor) -> float:
         ({}, "gptq"),
         ({"bits": 3, "sym": False}, "gptq"),
         ({"bits": 2, "group_size": 32, "ignore": ["*.0.mlp.*"]}, "compressed-tensors"),
-        ({"bits": 8, "group_size": -1}, "gptq"),
+        ({"bits": 4, "group_size": -1}, "gptq"),
     ],
-    ids=["4", "3-asym", "2-mixed", "8"],
+    ids=["4", "3-asym", "2-mixed", "rows"],
 )
 def test_scales_change_and_nothing_else(source: Path, tmp_path: Path, settings: dict[str, Any], form: str) -> None:
     given = quantized(source, tmp_path / "q", **settings)
@@ -140,7 +140,8 @@ def test_an_interrupted_training_ends_in_the_same_files(source: Path, tmp_path: 
 def test_scales_that_nothing_improves_are_kept(source: Path, tmp_path: Path) -> None:
     given = quantized(source, tmp_path / "q", bits=8)
     facts, out = polish(given, source, tmp_path, lr=0.5, warmup=0, patience=1, validate_every=1)
-    assert (out / "model.safetensors").read_bytes() == (given.path / "model.safetensors").read_bytes()
+    before, after = tensors(given.path), tensors(out)
+    assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
     assert facts["polish"]["scales_changed"]["count"] == 0 and facts["polish"]["steps"] == 1
     assert facts["polish"]["kl_after"] == facts["polish"]["kl_before"]
     assert "they were kept" in facts["warnings"][0]
@@ -150,8 +151,8 @@ def test_scales_that_nothing_improves_are_kept(source: Path, tmp_path: Path) -> 
 def test_other_families(tmp_path: Path, family: str) -> None:
     (tmp_path / "model").mkdir()
     make(family, tmp_path / "model")
-    given = quantized(tmp_path / "model", tmp_path / "q", bits=4)
-    facts, out = polish(given, tmp_path / "model", tmp_path, lr=0.02)
+    given = quantized(tmp_path / "model", tmp_path / "q", bits=2)
+    facts, out = polish(given, tmp_path / "model", tmp_path)
     told = facts["polish"]
     assert told["kl_after"] < told["kl_before"]
     assert told["linears"] + len(told.get("left", [])) == facts["quantized_linears"]
