@@ -37,9 +37,11 @@ class Run:
     """Flags of `lighten quantize`; none for the method alone."""
 
 
+STATIC = ("--desc-act", "--static-groups")
 RUNS = (
     Run("lighten-gptq", "lighten", "gptq", "lighten-gptq"),
-    Run("lighten-streams", "lighten", "streams", "lighten-gptq", ("--method", "gptq", "--propagate", "auto")),
+    Run("lighten-static", "lighten", "static", "lighten-gptq", ("--method", "gptq", *STATIC)),
+    Run("lighten-streams", "lighten", "streams", "lighten-gptq", ("--method", "gptq", *STATIC, "--propagate", "auto")),
     Run("gptqmodel-gptq", "gptqmodel", "gptq", "lighten-gptq"),
     Run("llmcompressor-gptq", "llmcompressor", "gptq", "lighten-gptq"),
     Run("autoround-light", "autoround", "light", "lighten-streams"),

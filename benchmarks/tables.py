@@ -40,7 +40,8 @@ METHODS = {
     "opt-rtn": "RTN, scales searched",
     "light": "light",
     "default": "default",
-    "streams": "GPTQ in two streams",
+    "static": "GPTQ in order of activation",
+    "streams": "GPTQ in order of activation and two streams",
 }
 PACKAGES = {"gptqmodel": "gptqmodel", "llmcompressor": "llmcompressor", "autoround": "auto-round"}
 WHOLE = {
@@ -116,7 +117,7 @@ def peers(found: Found) -> str:
     """Returns the short table of the README: GPTQ, AutoRound light and AWQ, one tool beside the other."""
     lines = []
     for entry in found["summary"].values():
-        if entry["method"] in ("gptq", "streams", "light", "awq"):
+        if entry["method"] in ("gptq", "static", "streams", "light", "awq"):
             costs = [NOT_MEASURED, NOT_MEASURED, "refused, as called"]
             if not entry["error"]:
                 costs = [
