@@ -251,6 +251,7 @@ SECTIONS: tuple[tuple[Path, str, str, Callable[[Found], str]], ...] = (
     (DOCS, "quality", "quality.json", quality),
     (DOCS, "growth", "quantize_growth.json", growth),
     (METHOD, "search", "search.json", search),
+    (METHOD, "streams", "quantize_streams.json", comparison),
     (FRONT, "peers", "quantize.json", peers),
     (README, "environments", "quantize.json", environments),
     (README, "refusals", "quantize.json", refusals),
@@ -300,7 +301,7 @@ def main() -> None:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         whole = WHOLE.get(name, "rows")
         if not found.get(
-            "summary" if name in ("comparison", "variants", "peers", "environments", "refusals") else whole
+            "summary" if name in ("comparison", "variants", "streams", "peers", "environments", "refusals") else whole
         ):
             print(f"{page.name}, {name}: {path} is not there or not finished; left as it is")
             continue
