@@ -29,10 +29,10 @@ class Polish(Step):
     whole: ClassVar[bool] = True
     teacher: ClassVar[str] = "unquantized"
 
-    epochs: float = Field(2.0, gt=0, description="passes over the calibration set")
+    epochs: float = Field(1.0, gt=0, description="passes over the calibration set")
     steps: int | None = Field(None, ge=1, description="instead of epochs")
-    batch_tokens: int = Field(2048, ge=8, description="tokens of a step, in whole sequences")
-    lr: float = Field(1.5e-3, gt=0, description="largest learning rate of the logarithms of the scales")
+    batch_tokens: int = Field(1024, ge=8, description="tokens of a step, in whole sequences")
+    lr: float = Field(1e-3, gt=0, description="largest learning rate of the logarithms of the scales")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
     temperature: float = Field(1.0, gt=0, le=20, description="T of the distributions that are compared")
     beta2: float = Field(0.95, gt=0, lt=1, description="of Adam")
