@@ -11,13 +11,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from lighten.process.isolate import give_back, share_arena
+
+T = TypeVar("T")
 
 
 class _Stopped(BaseException):
@@ -67,8 +69,8 @@ class Turn:
     """The block's own forward. It takes a call's arguments."""
     calls: list[Call] = field(repr=False)
     place: Place = field(repr=False)
-    go_on: Callable[[Call], None] = field(repr=False)
-    """Lets the batch of an answered call run to its next block at once. Its arguments and answer are gone then.
+    go_on: Callable[..., None] = field(repr=False)
+    """Lets the batches of answered calls run to their next block at once. Arguments and answers are gone then.
 
     So they are not held beside what other batches get. Batches that are left go on before the next turn.
     """
@@ -82,8 +84,8 @@ class Turn:
 class _Batch:
     """The thread of one batch."""
 
-    def __init__(self, number: int, forward: Callable[[int], Any], inference: bool, place: Place, threads: int) -> None:
-        self.number, self.place, self.threads = number, place, threads
+    def __init__(self, number: int, forward: Callable[[int], Any], inference: bool, place: Place) -> None:
+        self.number, self.place = number, place
         self.waits: tuple[str, Call] | None = None
         self.error: BaseException | None = None
         self.done = False
@@ -94,7 +96,7 @@ class _Batch:
 
     def _main(self) -> None:
         self._go.acquire()
-        torch.set_num_threads(self.threads)  # of this thread
+        torch.set_num_threads(1)  # of this thread
         try:
             # the grad mode is the thread's own
             with torch.inference_mode(self._inference), torch.set_grad_enabled(not self._inference):
@@ -108,15 +110,16 @@ class _Batch:
         give_back()  # what follows the last block took room in this thread's arena
         self._halted.release()
 
-    def advance(self) -> None:
-        """Lets the thread run to the next block, or to its end. Raises the error of its forward."""
+    def resume(self) -> None:
+        """Lets the thread run on."""
         if not self._thread.ident:
             self._thread.start()
         self.waits = None
         self._go.release()
+
+    def arrive(self) -> None:
+        """Waits until the thread that was resumed is at the next block, or at its end."""
         self._halted.acquire()
-        if self.error is not None:
-            raise self.error
 
     def halt(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Waits before a block, in the thread; returns the block's answer."""
@@ -146,7 +149,7 @@ def turns(
     ends: nn.Module | None = None,
     inference: bool = True,
     place: Place = Place("cpu", "cpu"),
-    threads: int = 1,
+    at_once: int = 1,
 ) -> Iterator[Turn]:
     """Yields the turn of each block, in the order in which the model runs them.
 
@@ -160,26 +163,27 @@ def turns(
         ends: module whose call ends the forward; the head, if nobody needs logits.
         inference: whether the threads run in inference mode; without it, they record gradients.
         place: where states wait.
-        threads: number of threads of the code between blocks. With several, each batch has a crew of its own, and
-            OpenMP no longer lets its threads wait awake: the blocks themselves take a tenth longer then.
+        at_once: number of batches that run between blocks at the same time, each on one thread. With more threads,
+            each batch would have a crew of its own, and OpenMP would no longer let its threads wait awake.
 
     Raises:
         BaseException: whatever the forward of a batch raised.
     """
     share_arena()
-    each = [_Batch(number, forward, inference, place, threads) for number in range(batches)]
+    each = [_Batch(number, forward, inference, place) for number in range(batches)]
 
-    def go_on(call: Call) -> None:
-        batch = each[call.batch]
-        if batch.waits and batch.waits[1] is call:
-            call.args, call.kwargs = (), {}
-            batch.advance()
+    def go_on(*calls: Call) -> None:
+        ready = [each[call.batch] for call in calls if (waits := each[call.batch].waits) and waits[1] is call]
+        for batch in ready:
+            assert batch.waits
+            batch.waits[1].args, batch.waits[1].kwargs = (), {}
+        _advance(ready)
 
     own_threads = torch.get_num_threads()
     with _halting(each, blocks, ends) as own:
         try:
-            for batch in each:
-                batch.advance()
+            for some in _parts(each, at_once):
+                _advance(some)
             torch.set_num_threads(own_threads)  # for threads that start later
             number = 0
             while waiting := [batch for batch in each if batch.waits]:
@@ -187,11 +191,26 @@ def turns(
                 calls = [batch.waits[1] for batch in waiting if batch.waits and batch.waits[0] == name]
                 yield Turn(name, number, own[name], calls, place, go_on)
                 number += 1
-                for call in calls:
-                    go_on(call)
+                for part in _parts(calls, at_once):
+                    go_on(*part)
         finally:
             for batch in each:
                 batch.stop()
+
+
+def _parts(whole: list[T], size: int) -> list[list[T]]:
+    return [whole[start : start + size] for start in range(0, len(whole), size)]
+
+
+def _advance(batches: list[_Batch]) -> None:
+    """Lets threads run to their next block, or to their end. Raises the error of a forward."""
+    for batch in batches:
+        batch.resume()
+    for batch in batches:
+        batch.arrive()
+    for batch in batches:
+        if batch.error is not None:
+            raise batch.error
 
 
 def _first(waiting: list[_Batch]) -> str:

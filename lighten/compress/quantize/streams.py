@@ -124,12 +124,13 @@ class _Block:
     def run(self) -> None:
         """Runs the block for all batches."""
         modules = {name: self.block.get_submodule(name) for name in (*self.linears, *self.stacks)}
+        at_once = torch.get_num_threads() if self.turn.place.device == "cpu" else 1
         halts = turns(
             lambda number: self.turn.answer(self.turn.calls[number]),
             len(self.turn.calls),
             modules,
             place=self.turn.place,
-            threads=torch.get_num_threads(),
+            at_once=at_once,
         )
         for halted in halts:
             module = modules[halted.name]
@@ -138,10 +139,13 @@ class _Block:
                     self.weights[halted.name] = self._round_experts(self.stacks[halted.name], pairs)
                 elif halted.name in self.linears and (group := self.waiting.get(self.linears[halted.name].name)):
                     self._round_linears(group, pairs)
-            for call in halted.calls:
-                own = self.weights.get(halted.name, {}) if call.batch >= self.half else {}
-                with _parameters(module, own):
-                    halted.answer(call)
+            for start in range(0, len(halted.calls), at_once):
+                part = halted.calls[start : start + at_once]
+                for call in part:
+                    own = self.weights.get(halted.name, {}) if call.batch >= self.half else {}
+                    with _parameters(module, own):
+                        halted.answer(call)
+                halted.go_on(*part)  # what it read and gave is not held beside what others get
 
     def _pairs(self, halted: Turn) -> list[tuple[Call, Call]]:
         """Returns the calls of each batch in the source and in the quantized model."""
