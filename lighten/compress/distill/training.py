@@ -21,6 +21,7 @@ from lighten.compress.distill.student import Student, finite
 from lighten.compress.distill.teacher import Lessons, batches, last_states
 from lighten.model import accelerator
 from lighten.model.stream import fast_dtype
+from lighten.numerics.rates import share_of_rate
 from lighten.process.isolate import keep_freed_memory
 from lighten.step import Context
 
@@ -136,12 +137,7 @@ class Trainer:
 
     def _set_rate(self) -> None:
         """Sets the learning rate: it rises linearly, then falls in half a cosine to a tenth."""
-        warm = max(1, round(self.step.warmup * self.steps))
-        if self.done < warm:
-            share = (self.done + 1) / warm
-        else:
-            over = (self.done - warm) / max(1, self.steps - warm)
-            share = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * over))
+        share = share_of_rate(self.done, self.steps, self.step.warmup, 0.1)
         for group in self.optimizer.param_groups:
             group["lr"] = self.step.lr * share
 

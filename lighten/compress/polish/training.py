@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from itertools import islice
 from pathlib import Path
@@ -17,6 +16,7 @@ from lighten.compress.distill.teacher import Lessons, batches
 from lighten.compress.polish.divergence import Head, divergence
 from lighten.compress.polish.student import Source, Student
 from lighten.model.checkpoint import Checkpoint
+from lighten.numerics.rates import share_of_rate
 from lighten.process.isolate import keep_freed_memory
 from lighten.step import Context
 
@@ -94,12 +94,7 @@ class Trainer:
 
     def _set_rate(self) -> None:
         """Sets the learning rate: it rises linearly, then falls in half a cosine to a twentieth."""
-        warm = max(1, round(self.step.warmup * self.steps))
-        if self.done < warm:
-            share = (self.done + 1) / warm
-        else:
-            over = (self.done - warm) / max(1, self.steps - warm)
-            share = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * over))
+        share = share_of_rate(self.done, self.steps, self.step.warmup, 0.05)
         for group in self.optimizer.param_groups:
             group["lr"] = self.step.lr * share
 
