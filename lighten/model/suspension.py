@@ -7,6 +7,7 @@ the code between blocks, or about states that pass by them.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -75,10 +76,10 @@ class Turn:
     So they are not held beside what other batches get. Batches that are left go on before the next turn.
     """
 
-    def answer(self, call: Call) -> None:
-        """Runs the block for a call, and keeps what it gives back."""
+    def answer(self, call: Call, run: Callable[..., Any] | None = None) -> None:
+        """Runs the block for a call, or another forward in its place, and keeps what it gives back."""
         args, kwargs = self.place.fetch((call.args, call.kwargs))
-        call.answer = self.place.stow(self.run(*args, **kwargs))
+        call.answer = self.place.stow((run or self.run)(*args, **kwargs))
 
 
 class _Batch:
@@ -135,7 +136,7 @@ class _Batch:
 
     def stop(self) -> None:
         """Ends the thread."""
-        if self._thread.ident and not self.done:
+        if self._thread.ident and not self.done and not sys.is_finalizing():  # Python ends threads by itself then
             self.stopped = True
             self._go.release()
             self._halted.acquire()
@@ -150,6 +151,7 @@ def turns(
     inference: bool = True,
     place: Place = Place("cpu", "cpu"),
     at_once: int = 1,
+    straight: Callable[[str, int], Callable[..., Any] | None] = lambda *_: None,
 ) -> Iterator[Turn]:
     """Yields the turn of each block, in the order in which the model runs them.
 
@@ -165,6 +167,8 @@ def turns(
         place: where states wait.
         at_once: number of batches that run between blocks at the same time, each on one thread. With more threads,
             each batch would have a crew of its own, and OpenMP would no longer let its threads wait awake.
+        straight: gets the name of a block and the number of a batch that calls it. Returns what answers the call in
+            the thread of the batch, which is not halted then; None if it is.
 
     Raises:
         BaseException: whatever the forward of a batch raised.
@@ -180,7 +184,7 @@ def turns(
         _advance(ready)
 
     own_threads = torch.get_num_threads()
-    with _halting(each, blocks, ends) as own:
+    with _halting(each, blocks, ends, straight) as own:
         try:
             for some in _parts(each, at_once):
                 _advance(some)
@@ -221,7 +225,10 @@ def _first(waiting: list[_Batch]) -> str:
 
 @contextmanager
 def _halting(
-    each: list[_Batch], blocks: Mapping[str, nn.Module], ends: nn.Module | None
+    each: list[_Batch],
+    blocks: Mapping[str, nn.Module],
+    ends: nn.Module | None,
+    straight: Callable[[str, int], Callable[..., Any] | None],
 ) -> Iterator[dict[str, Callable[..., Any]]]:
     """Puts a halt in the place of the blocks' forwards; yields those forwards by name."""
     threads = {batch._thread: batch for batch in each}
@@ -230,7 +237,10 @@ def _halting(
     def halt(name: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             batch = threads.get(threading.current_thread())
-            return batch.halt(name, args, kwargs) if batch else own[name](*args, **kwargs)
+            if batch is None:
+                return own[name](*args, **kwargs)
+            run = straight(name, batch.number)
+            return run(*args, **kwargs) if run else batch.halt(name, args, kwargs)
 
         return forward
 

@@ -11,14 +11,18 @@ import torch
 from lighten.model.grams import Gram
 from lighten.model.products import exact_products
 
+AT_ONCE = 512
+"""Number of tokens whose products a processor sums at once. In float32 they fit into its caches."""
+
 
 def accumulate(gram: Gram, inputs: torch.Tensor) -> None:
     """Adds XᵀX of a batch of inputs, `[…, in]`, to a Gram: half the products, summed in float32."""
     rows = inputs.reshape(-1, inputs.shape[-1])
     with exact_products(rows.dtype):
-        wide = rows.float()
-        for start, block in gram.rows():
-            block.addmm_(wide[:, start : start + block.shape[0]].t(), wide[:, start:])
+        for part in torch.split(rows, AT_ONCE if rows.device.type == "cpu" else max(1, len(rows))):
+            wide = part.float()
+            for start, block in gram.rows():
+                block.addmm_(wide[:, start : start + block.shape[0]].t(), wide[:, start:])
     for end in (rows.amin(0), rows.amax(0)):  # a copy with all absolute values is not made
         torch.maximum(gram.absmax, end.abs().float(), out=gram.absmax)
     gram.tokens += rows.shape[0]

@@ -20,85 +20,90 @@ from lighten.numerics.damping import damped
 
 HELD_OUT = 8
 """One token of so many is left out of the sums that the change of the weights is made from, to choose its size."""
-AT_ONCE = 4096
-"""Number of tokens that are summed at once."""
+AT_ONCE = 2048
+"""Number of tokens that are summed at once: adding to a sum takes as long as the product of a few hundred tokens."""
 RIDGE = 0.01
 """Share of the mean of diag(Ĥ) that is added to it where the change of the weights is solved for."""
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""What a linear reads in the source and in the quantized model, `[tokens, in]` each."""
 
 
 @dataclass
 class Sums:
-    """Sums over tokens of what a linear reads in both models."""
+    """Sums over tokens of what a linear reads. Some tokens run in the quantized model alone."""
 
-    read: Gram
-    """Ĥ = X̂ᵀX̂."""
+    known: Gram
+    """Ĥ = X̂ᵀX̂ of the tokens that the change of the weights is made from."""
     moved: torch.Tensor
-    """D = (X − X̂)ᵀX̂, `[in, in]`."""
+    """D = (X − X̂)ᵀX̂ of the same tokens, `[in, in]`."""
+    rest: Gram
+    """Ĥ of all others."""
+    held: list[Pair] = field(default_factory=list)
+    """Inputs of the tokens on which the size of the change is chosen. They are parts of what was added."""
+    _pairs: list[Pair] = field(default_factory=list, repr=False)
+    _others: list[torch.Tensor] = field(default_factory=list, repr=False)
+    """What was not summed yet."""
 
     @staticmethod
     def empty(width: int, device: str) -> Sums:
         """Returns the sums of no tokens."""
-        return Sums(Gram.empty(width, device), torch.zeros(width, width, device=device))
+        return Sums(Gram.empty(width, device), torch.zeros(width, width, device=device), Gram.empty(width, device))
 
-    def add(self, plain: torch.Tensor, quantized: torch.Tensor) -> None:
-        """Adds the inputs of some tokens, `[tokens, in]`, of the source and of the quantized model."""
-        accumulate(self.read, quantized)
-        # the difference is small, so that its own rounding is of no weight, while that of XᵀX̂ − Ĥ would be
-        change = (plain.float() - quantized.float()).to(quantized.dtype)
-        with exact_products(torch.bfloat16):
-            self.moved.add_((change.t() @ quantized).float())
+    def add(self, plain: torch.Tensor | None, quantized: torch.Tensor) -> None:
+        """Adds the inputs of a batch, `[tokens, in]`, in the source and in the quantized model.
 
-
-@dataclass
-class Both:
-    """Sums over the tokens that a change of weights is made from, and over those that are held out of it."""
-
-    known: Sums
-    held: Sums
-    _waiting: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, repr=False)
-    """Inputs that were not summed yet."""
-
-    @staticmethod
-    def empty(width: int, device: str) -> Both:
-        """Returns the sums of no tokens."""
-        return Both(Sums.empty(width, device), Sums.empty(width, device))
-
-    def add(self, plain: torch.Tensor, quantized: torch.Tensor) -> None:
-        """Adds the inputs of a batch in both models, `[tokens, in]`. Its last tokens are held out.
-
-        Many are summed at once: adding to a sum takes as long as the product of a few hundred tokens.
+        The last tokens of a batch are held out. `plain` is None for a batch that the source does not run.
         """
-        self._waiting.append((plain, quantized))
-        if sum(len(each) for each, _ in self._waiting) >= AT_ONCE:
-            self.close()
+        if plain is None:
+            self._others.append(quantized)
+        else:
+            kept = len(quantized) - len(quantized) // HELD_OUT
+            self._pairs.append((plain[:kept], quantized[:kept]))
+            if kept < len(quantized):
+                self.held.append((plain[kept:], quantized[kept:]))
+                self._others.append(quantized[kept:])
+        if sum(len(each) for _, each in self._pairs) >= AT_ONCE:
+            self._sum_pairs()
+        if sum(map(len, self._others)) >= AT_ONCE:
+            self._sum_others()
+
+    def _sum_pairs(self) -> None:
+        if not self._pairs:
+            return
+        plain, quantized = (torch.cat(each) for each in zip(*self._pairs, strict=True))
+        self._pairs.clear()
+        accumulate(self.known, quantized)
+        # the difference is small, so that its own rounding is of no weight, while that of XᵀX̂ − Ĥ would be
+        with exact_products(torch.bfloat16):
+            self.moved.add_(((plain - quantized).t() @ quantized).float())
+
+    def _sum_others(self) -> None:
+        if self._others:
+            accumulate(self.rest, torch.cat(self._others))
+        self._others.clear()
 
     def close(self) -> None:
         """Sums what waits. Without it, the sums lack the last batches."""
-        kept = [len(each) - len(each) // HELD_OUT for each, _ in self._waiting]
-        for sums, parts in ((self.known, [slice(at) for at in kept]), (self.held, [slice(at, None) for at in kept])):
-            both = [[pair[one][part] for pair, part in zip(self._waiting, parts, strict=True)] for one in (0, 1)]
-            if any(map(len, both[0])):
-                sums.add(*map(torch.cat, both))
-        self._waiting.clear()
+        self._sum_pairs()
+        self._sum_others()
 
     def together(self) -> Gram:
         """Returns Ĥ of all tokens. The sums are of no more use then."""
         self.close()
-        whole = self.known.read
-        whole.blocks += self.held.read.blocks
-        whole.tokens += self.held.read.tokens
-        torch.maximum(whole.absmax, self.held.read.absmax, out=whole.absmax)
+        whole = self.known
+        whole.blocks += self.rest.blocks
+        whole.tokens += self.rest.tokens
+        torch.maximum(whole.absmax, self.rest.absmax, out=whole.absmax)
         return whole
 
 
-def corrected(weight: torch.Tensor, gram: torch.Tensor, known: torch.Tensor, held: Sums) -> tuple[torch.Tensor, float]:
+def corrected(weight: torch.Tensor, sums: Sums) -> tuple[torch.Tensor, float]:
     """Returns the weight whose outputs on changed inputs come near to those of `weight` on the inputs of the source.
 
     Args:
         weight: `[out, in]`, of all linears that read the input.
-        gram: Ĥ of the tokens of `known`, `[in, in]`.
-        known: D of the tokens that the change is made from, `[in, in]`.
-        held: sums of other tokens, on which α is chosen.
+        sums: over what they read. Without tokens that are held out, nothing is changed.
 
     Returns:
         The weight, float32, and α.
@@ -106,12 +111,16 @@ def corrected(weight: torch.Tensor, gram: torch.Tensor, known: torch.Tensor, hel
     Raises:
         ArithmeticError: Ĥ is not positive definite.
     """
+    sums.close()
     wide = weight.float()
-    lower, failed = torch.linalg.cholesky_ex(damped(gram, RIDGE))
+    lower, failed = torch.linalg.cholesky_ex(damped(sums.known.matrix(), RIDGE))
     if failed:
         raise ArithmeticError(f"not positive definite even with {RIDGE:g} of its mean diagonal added")
-    change = torch.cholesky_solve((wide @ known).t(), lower).t()
-    gain = float((change * (wide @ held.moved)).sum())
-    cost = float(((change @ held.read.matrix()) * change).sum())
-    alpha = min(1.0, max(0.0, gain / cost)) if cost > 0 else 0.0
-    return wide + alpha * change, alpha
+    change = torch.cholesky_solve((wide @ sums.moved).t(), lower).t()
+    alpha = 0.0
+    if sums.held:
+        plain, quantized = (torch.cat(each) for each in zip(*sums.held, strict=True))
+        gain = (change * (wide @ ((plain - quantized).t() @ quantized).float())).sum()
+        cost = ((change @ (quantized.t() @ quantized).float()) * change).sum()
+        alpha = min(1.0, max(0.0, float(gain / cost))) if cost > 0 else 0.0
+    return torch.add(wide, change, alpha=alpha), alpha

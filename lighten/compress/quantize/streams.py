@@ -9,8 +9,8 @@ router sends; the weight to round to is the one that gives what the source's exp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from lighten.compress.calibrate.experts import Expert, ExpertInputs, Spread, draw, experts_of
 from lighten.compress.calibrate.gram import accumulate
-from lighten.compress.quantize.propagation import Both, corrected
+from lighten.compress.quantize.propagation import Sums, corrected
 from lighten.compress.quantize.quantized_layers import Inputs, Layers, Work
 from lighten.model.blockwise import BlockwiseModel
 from lighten.model.discovery import Linear, is_turned
@@ -27,6 +27,9 @@ from lighten.model.experts import given_to, inner, routed
 from lighten.model.grams import ExpertTokens, Gram
 from lighten.model.suspension import Call, Place, Turn, turns
 from lighten.step import Context
+
+PAIRED = 2
+"""One batch in so many runs in the source too. What the others would add to the correction is not worth their time."""
 
 
 @dataclass
@@ -63,18 +66,22 @@ class Streams:
             targets: what the decoder of a sequence-to-sequence model reads, `[samples, length]`; None for `ids`.
             context: of the step.
         """
-        batches = self.model.batches(ids)
         count = len(self.layers)
-        twice = None if targets is None else torch.cat([targets, targets])
-        turns_of_layers = self.model.turns(torch.cat([ids, ids]), batches=(*batches, *batches), targets=twice)
+        batches = self.model.batches(ids)
+        plain = batches[::PAIRED]
+        both = torch.cat([*plain, *batches])
+        if targets is not None:
+            own = torch.split(targets, [len(batch) for batch in batches])
+            targets = torch.cat([*own[::PAIRED], *own])
+        turns_of_layers = self.model.turns(both, batches=(*plain, *batches), targets=targets)
         for done, (index, block, turn) in enumerate(turns_of_layers):
             with self.layers.started(index) as work:
-                _Block(self, work, block, turn).run()
+                _Block(self, work, block, turn, len(plain)).run()
                 answer = work.finish()
             context.report(done + 1, count, f"layer {done + 1}/{count}")
             yield index, answer
 
-    def round(self, work: Work, group: Inputs, sums: Both, drawn: Gram | None = None) -> dict[str, torch.Tensor]:
+    def round(self, work: Work, group: Inputs, sums: Sums, drawn: Gram | None = None) -> dict[str, torch.Tensor]:
         """Rounds and stores linears that read one input. Returns the weights that they stand for, by name in the layer.
 
         Args:
@@ -83,13 +90,12 @@ class Streams:
             sums: over what they read in both models.
             drawn: second moments to round by, if the tokens are too few to make earlier errors good.
         """
-        sums.close()
         weights = {name: work.tensors[f"{name}.weight"] for name in group.linears}
         together = torch.cat(list(weights.values()))
         target, alpha = together.float(), 0.0
         if drawn is None:
             try:
-                target, alpha = corrected(together, sums.known.read.matrix(), sums.known.moved, sums.held)
+                target, alpha = corrected(together, sums)
             except ArithmeticError as error:
                 reader = work.prefix + group.first
                 work.findings.warnings.append(f"{reader}: earlier errors are not made good, for its Gram is {error}")
@@ -108,76 +114,89 @@ class Streams:
 class _Block:
     """A block that both models run, linear by linear. Each is rounded before the quantized model calls it."""
 
-    def __init__(self, streams: Streams, work: Work, block: nn.Module, turn: Turn) -> None:
+    def __init__(self, streams: Streams, work: Work, block: nn.Module, turn: Turn, plain: int) -> None:
         self.streams, self.work, self.block, self.turn = streams, work, block, turn
-        self.half = len(turn.calls) // 2
-        """The number of batches: of the source first, then of the quantized model."""
+        self.plain = plain
+        """The number of batches of the source, which come before those of the quantized model."""
         self.device = streams.layers.device
         layer = streams.layers.anatomy.layers[work.index]
         self.linears = {each.module: each for each in layer.linears if each.inside is None}
         self.stacks = {each.name: each for each in experts_of(layer, block, self.device)}
         self.waiting = {name: group for group in work.inputs for name in group.linears}
         """The linears that were not rounded yet."""
-        self.weights: dict[str, dict[str, torch.Tensor]] = {}
-        """Rounded parameters by the module's name."""
+        self.twins: dict[str, nn.Module] = {}
+        """Modules of the quantized model that were rounded, by name."""
 
     def run(self) -> None:
         """Runs the block for all batches."""
         modules = {name: self.block.get_submodule(name) for name in (*self.linears, *self.stacks)}
         at_once = torch.get_num_threads() if self.turn.place.device == "cpu" else 1
+
+        def straight(name: str, batch: int) -> Callable[..., Any] | None:
+            """Returns the module that a batch calls if its weights are known already: k and v, once q is rounded."""
+            if name not in self.twins:
+                return None
+            return (self.twins[name] if batch >= self.plain else own[name]).forward
+
+        own = {name: _twin(module, {}) for name, module in modules.items()}
         halts = turns(
             lambda number: self.turn.answer(self.turn.calls[number]),
             len(self.turn.calls),
             modules,
             place=self.turn.place,
             at_once=at_once,
+            straight=straight,
         )
         for halted in halts:
-            module = modules[halted.name]
-            if pairs := self._pairs(halted):
-                if halted.name in self.stacks and halted.name not in self.weights:
-                    self.weights[halted.name] = self._round_experts(self.stacks[halted.name], pairs)
-                elif halted.name in self.linears and (group := self.waiting.get(self.linears[halted.name].name)):
+            if (pairs := self._pairs(halted)) and halted.name not in self.twins:
+                if halted.name in self.stacks:
+                    self._round_experts(halted.name, pairs)
+                elif group := self.waiting.get(self.linears[halted.name].name):
                     self._round_linears(group, pairs)
             for start in range(0, len(halted.calls), at_once):
                 part = halted.calls[start : start + at_once]
                 for call in part:
-                    own = self.weights.get(halted.name, {}) if call.batch >= self.half else {}
-                    with _parameters(module, own):
-                        halted.answer(call)
+                    twin = self.twins.get(halted.name) if call.batch >= self.plain else None
+                    halted.answer(call, twin.forward if twin else None)
                 halted.go_on(*part)  # what it read and gave is not held beside what others get
 
-    def _pairs(self, halted: Turn) -> list[tuple[Call, Call]]:
-        """Returns the calls of each batch in the source and in the quantized model."""
+    def _pairs(self, halted: Turn) -> list[tuple[Call | None, Call]]:
+        """Returns the calls of each batch in the source, if it runs there, and in the quantized model."""
         by = {call.batch: call for call in halted.calls}
-        return [(by.get(each - self.half, call), call) for each, call in by.items() if each >= self.half]
+        own = {number: call for call in halted.calls if (number := call.batch - self.plain) >= 0}
+        return [(None if number % PAIRED else by.get(number // PAIRED), call) for number, call in own.items()]
 
     def _take(self, group: Inputs) -> None:
         self.waiting = {name: each for name, each in self.waiting.items() if each is not group}
 
-    def _round_linears(self, group: Inputs, pairs: list[tuple[Call, Call]]) -> None:
+    def _round_linears(self, group: Inputs, pairs: list[tuple[Call | None, Call]]) -> None:
         """Rounds the linears that read the input before which both models are halted."""
         width = self.work.tensors[f"{group.first}.weight"].shape[1]
-        sums = Both.empty(width, self.device)
-        for calls in pairs:
-            sums.add(*(_input(each, self.turn.place).reshape(-1, width) for each in calls))
+        sums = Sums.empty(width, self.device)
+        for plain, quantized in pairs:
+            own = None if plain is None else _input(plain, self.turn.place).reshape(-1, width)
+            sums.add(own, _input(quantized, self.turn.place).reshape(-1, width))
         rounded = self.streams.round(self.work, group, sums)
         self._take(group)
         for path, linear in self.linears.items():
             if linear.name in rounded:
                 weight = rounded[linear.name]
-                turned = is_turned(self.block.get_submodule(path))
-                self.weights[path] = {"weight": weight.t().contiguous() if turned else weight}
+                module = self.block.get_submodule(path)
+                self.twins[path] = _twin(module, {"weight": weight.t().contiguous() if is_turned(module) else weight})
 
-    def _round_experts(self, stack: ExpertInputs, pairs: list[tuple[Call, Call]]) -> dict[str, torch.Tensor]:
-        """Rounds the experts before whose module both models are halted; returns the module's parameters."""
+    def _round_experts(self, name: str, pairs: list[tuple[Call | None, Call]]) -> None:
+        """Rounds the experts before whose module both models are halted."""
+        stack = self.stacks[name]
         module = stack.module
         found: dict[str, torch.Tensor] = {}
         for expert in stack.experts:
             for linear in (*expert.first, *expert.last):
                 assert linear.inside is not None
                 found.setdefault(linear.inside.tensor, module.get_parameter(linear.inside.tensor).clone())
-        calls = [[_routed(module, call, self.turn.place) for call in pair] for pair in pairs]
+        calls = [
+            (None if plain is None else _routed(module, plain, self.turn.place), _routed(module, own, self.turn.place))
+            for plain, own in pairs
+        ]
         spread = Spread([quantized for _, quantized in calls])
         for expert in stack.experts:
             rows = [_given(expert.number, *pair) for pair in calls]
@@ -185,12 +204,12 @@ class _Block:
             for readers in filter(None, (expert.first, expert.last)):
                 group = self.waiting[readers[0].name]
                 sums, drawn = self._sums_of(expert, readers, stack, found, rows, spread)
-                for name, weight in self.streams.round(self.work, group, sums, drawn).items():
-                    spot = next(each.inside for each in readers if each.name == name)
+                for member, weight in self.streams.round(self.work, group, sums, drawn).items():
+                    spot = next(each.inside for each in readers if each.name == member)
                     assert spot is not None
                     spot.of(found[spot.tensor]).copy_(weight)
                 self._take(group)
-        return found
+        self.twins[name] = _twin(module, found)
 
     def _sums_of(
         self,
@@ -198,21 +217,20 @@ class _Block:
         readers: list[Linear],
         stack: ExpertInputs,
         rounded: Mapping[str, torch.Tensor],
-        rows: list[tuple[torch.Tensor, torch.Tensor]],
+        rows: list[tuple[torch.Tensor | None, torch.Tensor]],
         spread: Spread,
-    ) -> tuple[Both, Gram | None]:
+    ) -> tuple[Sums, Gram | None]:
         """Returns the sums over the inputs of an expert's linears, and their Gram if their tokens are too few."""
         module, last = stack.module, readers is expert.last
 
         def read(states: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            with _parameters(module, parameters):
-                return inner(module, expert.number, states) if last else states
+            return inner(_twin(module, parameters), expert.number, states) if last else states
 
         width = readers[0].shape[1]
-        sums, tokens = Both.empty(width, self.device), 0
+        sums, tokens = Sums.empty(width, self.device), 0
         for plain, quantized in rows:
             if len(quantized):
-                sums.add(read(plain, {}), read(quantized, rounded))
+                sums.add(None if plain is None else read(plain, {}), read(quantized, rounded))
             tokens += len(quantized)
         if tokens >= width:
             return sums, None
@@ -222,14 +240,14 @@ class _Block:
         return sums, drawn
 
 
-@contextmanager
-def _parameters(module: nn.Module, others: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Gives a module other parameters for a while."""
-    own = {name: module._parameters[name] for name in others}
+def _twin(module: nn.Module, others: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Returns a module that shares all but some parameters with another, and that is not halted."""
+    twin = copy.copy(module)
+    twin.__dict__.pop("forward", None)
+    twin._parameters = dict(module._parameters)
     for name, each in others.items():
-        module._parameters[name] = nn.Parameter(each, requires_grad=False)
-    yield
-    module._parameters.update(own)
+        twin._parameters[name] = nn.Parameter(each, requires_grad=False)
+    return twin
 
 
 def _input(call: Call, place: Place) -> torch.Tensor:
@@ -245,15 +263,15 @@ def _routed(module: nn.Module, call: Call, place: Place) -> tuple[torch.Tensor, 
 
 
 def _given(
-    expert: int, plain: tuple[torch.Tensor, Any], quantized: tuple[torch.Tensor, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
+    expert: int, plain: tuple[torch.Tensor, Any] | None, quantized: tuple[torch.Tensor, Any]
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Returns the states that an expert of the quantized model gets, `[tokens, in]`, in the source and in it.
 
-    Where each expert has states of its own, the source has none of a token that it sends elsewhere: those count as
-    unchanged.
+    The source has none of a batch that it does not run. Where each expert has states of its own, it has none of a
+    token that it sends elsewhere.
     """
     states, chosen = quantized
     own = given_to(expert, states, chosen)
-    if chosen is None:
-        return own, own
+    if chosen is None or plain is None:
+        return None, own
     return plain[0][(chosen == expert).any(-1)], own

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lighten.compress.calibrate.reads import Reads
 from lighten.compress.calibrate.sweep import Sweep
-from lighten.compress.quantize.propagation import RIDGE, Both, Sums, corrected
+from lighten.compress.quantize import propagation
+from lighten.compress.quantize.propagation import RIDGE, Sums, corrected
 from lighten.compress.quantize.quantized_layers import Inputs, Work
 from lighten.compress.quantize.streams import Streams
 from lighten.model import whole
@@ -25,9 +28,11 @@ from tests.families.trial import loaded
 SAMPLES, LENGTH = 8, 64
 
 
-def sums(plain: torch.Tensor, quantized: torch.Tensor) -> Sums:
+def sums(plain: torch.Tensor, quantized: torch.Tensor, held: int) -> Sums:
+    """Returns sums over tokens of which the last are held out."""
     found = Sums.empty(plain.shape[1], "cpu")
-    found.add(plain, quantized)
+    found._pairs.append((plain[:-held], quantized[:-held]))
+    found.held.append((plain[-held:], quantized[-held:]))
     return found
 
 
@@ -37,8 +42,7 @@ def test_the_correction_is_the_least_squares_solution() -> None:
     plain = torch.randn(600, 24, generator=generator) @ mix
     quantized = plain + 0.2 * plain.roll(1, 1) + 0.05 * torch.randn(600, 24, generator=generator)
     weight = torch.randn(16, 24, generator=generator)
-    known, held = sums(plain[:500], quantized[:500]), sums(plain[500:], quantized[500:])
-    found, alpha = corrected(weight, known.read.matrix(), known.moved, held)
+    found, alpha = corrected(weight, sums(plain, quantized, 100))
     x, y = plain[:500].double(), quantized[:500].double()
     gram = y.t() @ y
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(24, dtype=torch.float64)
@@ -61,15 +65,39 @@ def test_noise_alone_is_not_followed() -> None:
     generator = torch.Generator().manual_seed(4)
     plain = torch.randn(80, 24, generator=generator)
     quantized = plain + 0.1 * torch.randn(80, 24, generator=generator)
-    known, held = sums(plain[:40], quantized[:40]), sums(plain[40:], quantized[40:])
-    _, alpha = corrected(torch.randn(8, 24, generator=generator), known.read.matrix(), known.moved, held)
+    _, alpha = corrected(torch.randn(8, 24, generator=generator), sums(plain, quantized, 40))
     assert alpha < 0.3
 
 
 def test_a_gram_that_cannot_be_inverted_is_said() -> None:
-    known, held = (sums(torch.randn(8, 4), torch.randn(8, 4)) for _ in range(2))
+    found = sums(torch.randn(16, 4), torch.randn(16, 4), 8)
+    found.close()
+    found.known.blocks.neg_()
     with pytest.raises(ArithmeticError, match="not positive definite"):
-        corrected(torch.randn(2, 4), -known.read.matrix(), known.moved, held)
+        corrected(torch.randn(2, 4), found)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=6), st.integers(1, 64))
+@settings(deadline=None, max_examples=30)
+def test_every_token_is_in_the_sum_once(batches: list[tuple[int, bool]], at_once: int) -> None:
+    """Tokens of batches that the source does not run, and those that are held out, count in Ĥ too."""
+    generator = torch.Generator().manual_seed(5)
+    found, read, pairs = Sums.empty(6, "cpu"), [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(propagation, "AT_ONCE", at_once)
+        for tokens, paired in batches:
+            plain, quantized = torch.randn(2, tokens, 6, generator=generator)
+            found.add(plain if paired else None, quantized)
+            read.append(quantized)
+            if paired:
+                kept = tokens - tokens // propagation.HELD_OUT
+                pairs.append((plain[:kept] - quantized[:kept]).t() @ quantized[:kept])
+        together = found.together()
+    everything = torch.cat(read)
+    assert together.tokens == len(everything)
+    assert torch.allclose(together.matrix(), everything.t() @ everything, atol=1e-4)
+    assert torch.allclose(found.moved, sum(pairs, torch.zeros(6, 6)), atol=1e-4)
+    assert torch.allclose(together.absmax, everything.abs().amax(0))
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3_text", "qwen3_moe"])
@@ -101,10 +129,10 @@ def test_the_quantized_stream_is_the_model_that_is_written(
     seen: list[torch.Tensor] = []
     own = Streams.round
 
-    def round_(self: Streams, work: Work, group: Inputs, sums: Both, drawn: Gram | None = None) -> Any:
+    def round_(self: Streams, work: Work, group: Inputs, sums: Sums, drawn: Gram | None = None) -> Any:
         if group.first == named:
             sums.close()
-            seen.append(sums.known.read.matrix() + sums.held.read.matrix())
+            seen.append(sums.known.matrix() + sums.rest.matrix())
         return own(self, work, group, sums, drawn)
 
     monkeypatch.setattr(Streams, "round", round_)
