@@ -5,6 +5,9 @@ of the source, which reads X. Its best unrounded weight is therefore not W but t
 to WXᵀ. Per token, with Ĥ = X̂ᵀX̂ and D = (X − X̂)ᵀX̂, that is W + WDĤ⁻¹ (Arai and Ichikawa, "Quantization Error
 Propagation", 2025; Li et al., "GPTAQ", 2025). How far to go, α between 0 and 1, is what is best on tokens that the sum
 does not hold. Rounding then counts its errors on Ĥ.
+
+Where outputs are added to states R̂ that should be R, the weight can make good a part of R − R̂ too: with
+F = (R − R̂)ᵀX̂ that is FĤ⁻¹, of which β is taken.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ AT_ONCE = 2048
 RIDGE = 0.01
 """Share of the mean of diag(Ĥ) that is added to it where the change of the weights is solved for."""
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""What a linear reads in the source and in the quantized model, `[tokens, in]` each."""
+Part = tuple[torch.Tensor, ...]
+"""What a linear reads in the source and in the quantized model, `[tokens, in]` each; and what its outputs are added to
+in both, `[tokens, out]` each, if that is known."""
 
 
 @dataclass
@@ -39,9 +43,11 @@ class Sums:
     """D = (X − X̂)ᵀX̂ of the same tokens, `[in, in]`."""
     rest: Gram
     """Ĥ of all others."""
-    held: list[Pair] = field(default_factory=list)
+    missing: torch.Tensor | None = None
+    """F = (R − R̂)ᵀX̂ of the same tokens, `[out, in]`, if it is known what the outputs are added to."""
+    held: list[Part] = field(default_factory=list)
     """Inputs of the tokens on which the size of the change is chosen. They are parts of what was added."""
-    _pairs: list[Pair] = field(default_factory=list, repr=False)
+    _pairs: list[Part] = field(default_factory=list, repr=False)
     _others: list[torch.Tensor] = field(default_factory=list, repr=False)
     """What was not summed yet."""
 
@@ -50,20 +56,22 @@ class Sums:
         """Returns the sums of no tokens."""
         return Sums(Gram.empty(width, device), torch.zeros(width, width, device=device), Gram.empty(width, device))
 
-    def add(self, plain: torch.Tensor | None, quantized: torch.Tensor) -> None:
+    def add(self, plain: torch.Tensor | None, quantized: torch.Tensor, *beside: torch.Tensor) -> None:
         """Adds the inputs of a batch, `[tokens, in]`, in the source and in the quantized model.
 
-        The last tokens of a batch are held out. `plain` is None for a batch that the source does not run.
+        The last tokens of a batch are held out. `plain` is None for a batch that the source does not run. `beside` is
+        R and R̂, `[tokens, out]`: what the outputs are added to in both models.
         """
         if plain is None:
             self._others.append(quantized)
         else:
             kept = len(quantized) - len(quantized) // HELD_OUT
-            self._pairs.append((plain[:kept], quantized[:kept]))
+            part = (plain, quantized, *beside)
+            self._pairs.append(tuple(each[:kept] for each in part))
             if kept < len(quantized):
-                self.held.append((plain[kept:], quantized[kept:]))
+                self.held.append(tuple(each[kept:] for each in part))
                 self._others.append(quantized[kept:])
-        if sum(len(each) for _, each in self._pairs) >= AT_ONCE:
+        if sum(len(part[0]) for part in self._pairs) >= AT_ONCE:
             self._sum_pairs()
         if sum(map(len, self._others)) >= AT_ONCE:
             self._sum_others()
@@ -71,12 +79,14 @@ class Sums:
     def _sum_pairs(self) -> None:
         if not self._pairs:
             return
-        plain, quantized = (torch.cat(each) for each in zip(*self._pairs, strict=True))
+        plain, quantized, *beside = (torch.cat(each) for each in zip(*self._pairs, strict=True))
         self._pairs.clear()
         accumulate(self.known, quantized)
         # the difference is small, so that its own rounding is of no weight, while that of XᵀX̂ − Ĥ would be
-        with exact_products(torch.bfloat16):
-            self.moved.add_(((plain - quantized).t() @ quantized).float())
+        self.moved.add_(_differing(plain, quantized, quantized))
+        if beside:
+            missing = _differing(beside[0], beside[1], quantized)
+            self.missing = missing if self.missing is None else self.missing.add_(missing)
 
     def _sum_others(self) -> None:
         if self._others:
@@ -98,7 +108,7 @@ class Sums:
         return whole
 
 
-def corrected(weight: torch.Tensor, sums: Sums) -> tuple[torch.Tensor, float]:
+def corrected(weight: torch.Tensor, sums: Sums) -> tuple[torch.Tensor, list[float]]:
     """Returns the weight whose outputs on changed inputs come near to those of `weight` on the inputs of the source.
 
     Args:
@@ -106,7 +116,7 @@ def corrected(weight: torch.Tensor, sums: Sums) -> tuple[torch.Tensor, float]:
         sums: over what they read. Without tokens that are held out, nothing is changed.
 
     Returns:
-        The weight, float32, and α.
+        The weight, float32, and α; β too, if it is known what the outputs are added to.
 
     Raises:
         ArithmeticError: Ĥ is not positive definite.
@@ -116,11 +126,36 @@ def corrected(weight: torch.Tensor, sums: Sums) -> tuple[torch.Tensor, float]:
     lower, failed = torch.linalg.cholesky_ex(damped(sums.known.matrix(), RIDGE))
     if failed:
         raise ArithmeticError(f"not positive definite even with {RIDGE:g} of its mean diagonal added")
-    change = torch.cholesky_solve((wide @ sums.moved).t(), lower).t()
-    alpha = 0.0
+    moments = [wide @ sums.moved, *([] if sums.missing is None else [sums.missing])]
+    changes = [torch.cholesky_solve(each.t(), lower).t() for each in moments]
+    shares = [0.0] * len(changes)
     if sums.held:
-        plain, quantized = (torch.cat(each) for each in zip(*sums.held, strict=True))
-        gain = (change * (wide @ ((plain - quantized).t() @ quantized).float())).sum()
-        cost = ((change @ (quantized.t() @ quantized).float()) * change).sum()
-        alpha = min(1.0, max(0.0, float(gain / cost))) if cost > 0 else 0.0
-    return torch.add(wide, change, alpha=alpha), alpha
+        plain, quantized, *beside = (torch.cat(each) for each in zip(*sums.held, strict=True))
+        target = wide @ _differing(plain, quantized, quantized)
+        if beside:
+            target += _differing(beside[0], beside[1], quantized)
+        gram = (quantized.t() @ quantized).float()
+        shares = _shares(changes, target, gram)
+    for share, change in zip(shares, changes, strict=True):
+        wide = torch.add(wide, change, alpha=share)
+    return wide, shares
+
+
+def _shares(changes: list[torch.Tensor], target: torch.Tensor, gram: torch.Tensor) -> list[float]:
+    """Returns how much of each change to take, between 0 and 1, so that `target` is met best on other tokens."""
+    reached = [change @ gram for change in changes]
+    gains = torch.stack([(change * target).sum() for change in changes]).double()
+    costs = torch.stack([torch.stack([(one * other).sum() for other in changes]) for one in reached]).double()
+    found = torch.zeros(len(changes), dtype=torch.float64)
+    for _ in range(50):  # one after the other: of two that are alike, none leaves its bounds
+        for number in range(len(changes)):
+            if costs[number, number] > 0:
+                others = costs[number] @ found - costs[number, number] * found[number]
+                found[number] = ((gains[number] - others) / costs[number, number]).clamp(0, 1)
+    return found.tolist()
+
+
+def _differing(plain: torch.Tensor, quantized: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Returns the sum over tokens of what differs in two models, times the inputs of the second one."""
+    with exact_products(torch.bfloat16):
+        return ((plain - quantized).t() @ inputs).float()

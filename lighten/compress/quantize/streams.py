@@ -21,15 +21,13 @@ from lighten.compress.calibrate.experts import Expert, ExpertInputs, Spread, dra
 from lighten.compress.calibrate.gram import accumulate
 from lighten.compress.quantize.propagation import Sums, corrected
 from lighten.compress.quantize.quantized_layers import Inputs, Layers, Work
+from lighten.compress.quantize.residual import added, given_back, states_of
 from lighten.model.blockwise import BlockwiseModel
 from lighten.model.discovery import Linear, is_turned
 from lighten.model.experts import given_to, inner, routed
 from lighten.model.grams import ExpertTokens, Gram
 from lighten.model.suspension import Call, Place, Turn, turns
 from lighten.step import Context
-
-PAIRED = 2
-"""One batch in so many runs in the source too. What the others would add to the correction is not worth their time."""
 
 
 @dataclass
@@ -40,6 +38,8 @@ class Streams:
     model: BlockwiseModel
     alphas: list[float] = field(default_factory=list)
     """α of every input."""
+    betas: list[float] = field(default_factory=list)
+    """β of every input whose linear's outputs are added to the states of its block."""
     alone: int = 0
     """Number of linears for which earlier errors are not made good, such as those of experts with few tokens."""
     tokens: list[tuple[int, int]] = field(default_factory=list)
@@ -48,8 +48,8 @@ class Streams:
     @property
     def facts(self) -> dict[str, Any]:
         """Facts for the manifest."""
-        mean = sum(self.alphas) / max(1, len(self.alphas))
-        return {"propagation": {"inputs": len(self.alphas), "alpha": round(mean, 4), "linears_without": self.alone}}
+        told = {"inputs": len(self.alphas), "alpha": _mean(self.alphas), "linears_without": self.alone}
+        return {"propagation": {**told, "added": len(self.betas), "beta": _mean(self.betas)}}
 
     @property
     def experts(self) -> ExpertTokens | None:
@@ -68,15 +68,11 @@ class Streams:
         """
         count = len(self.layers)
         batches = self.model.batches(ids)
-        plain = batches[::PAIRED]
-        both = torch.cat([*plain, *batches])
-        if targets is not None:
-            own = torch.split(targets, [len(batch) for batch in batches])
-            targets = torch.cat([*own[::PAIRED], *own])
-        turns_of_layers = self.model.turns(both, batches=(*plain, *batches), targets=targets)
+        twice = None if targets is None else torch.cat([targets, targets])
+        turns_of_layers = self.model.turns(torch.cat([ids, ids]), batches=(*batches, *batches), targets=twice)
         for done, (index, block, turn) in enumerate(turns_of_layers):
             with self.layers.started(index) as work:
-                _Block(self, work, block, turn, len(plain)).run()
+                _Block(self, work, block, turn).run()
                 answer = work.finish()
             context.report(done + 1, count, f"layer {done + 1}/{count}")
             yield index, answer
@@ -92,14 +88,15 @@ class Streams:
         """
         weights = {name: work.tensors[f"{name}.weight"] for name in group.linears}
         together = torch.cat(list(weights.values()))
-        target, alpha = together.float(), 0.0
+        target, shares = together.float(), [0.0]
         if drawn is None:
             try:
-                target, alpha = corrected(together, sums)
+                target, shares = corrected(together, sums)
             except ArithmeticError as error:
                 reader = work.prefix + group.first
                 work.findings.warnings.append(f"{reader}: earlier errors are not made good, for its Gram is {error}")
-            self.alphas.append(alpha)
+            self.alphas.append(shares[0])
+            self.betas += shares[1:]
         else:
             self.alone += len(weights)
         gram = (sums.together() if drawn is None else drawn).matrix()
@@ -114,10 +111,10 @@ class Streams:
 class _Block:
     """A block that both models run, linear by linear. Each is rounded before the quantized model calls it."""
 
-    def __init__(self, streams: Streams, work: Work, block: nn.Module, turn: Turn, plain: int) -> None:
+    def __init__(self, streams: Streams, work: Work, block: nn.Module, turn: Turn) -> None:
         self.streams, self.work, self.block, self.turn = streams, work, block, turn
-        self.plain = plain
-        """The number of batches of the source, which come before those of the quantized model."""
+        self.half = len(turn.calls) // 2
+        """The number of batches: of the source first, then of the quantized model."""
         self.device = streams.layers.device
         layer = streams.layers.anatomy.layers[work.index]
         self.linears = {each.module: each for each in layer.linears if each.inside is None}
@@ -126,17 +123,36 @@ class _Block:
         """The linears that were not rounded yet."""
         self.twins: dict[str, nn.Module] = {}
         """Modules of the quantized model that were rounded, by name."""
+        self.added: dict[str, float] = {}
+        """The modules whose outputs the block adds to its states, with the factor of each."""
+        self.states: dict[int, torch.Tensor] = {}
+        """What the next of these outputs is added to, by batch. They wait where the states of the model do."""
+
+    def _watch(self, modules: Mapping[str, nn.Module]) -> None:
+        """Finds what the block adds to its states."""
+        first = self.turn.calls[0]
+        args, kwargs = self.turn.place.fetch((first.args, first.kwargs))
+        self.added = added(self.turn.run, args, kwargs, modules)
+        found = {call.batch: states_of(call.args, call.kwargs) for call in self.turn.calls if self.added}
+        self.states = {batch: each for batch, each in found.items() if each is not None}
+
+    def _add(self, name: str, call: Call) -> None:
+        """Adds an output to the states of its batch."""
+        if name in self.added and (output := given_back(call.answer)) is not None:
+            states = self.states[call.batch]
+            self.states[call.batch] = torch.add(states, output.reshape(states.shape), alpha=self.added[name])
 
     def run(self) -> None:
         """Runs the block for all batches."""
         modules = {name: self.block.get_submodule(name) for name in (*self.linears, *self.stacks)}
+        self._watch(modules)
         at_once = torch.get_num_threads() if self.turn.place.device == "cpu" else 1
 
         def straight(name: str, batch: int) -> Callable[..., Any] | None:
             """Returns the module that a batch calls if its weights are known already: k and v, once q is rounded."""
             if name not in self.twins:
                 return None
-            return (self.twins[name] if batch >= self.plain else own[name]).forward
+            return (self.twins[name] if batch >= self.half else own[name]).forward
 
         own = {name: _twin(module, {}) for name, module in modules.items()}
         halts = turns(
@@ -156,15 +172,15 @@ class _Block:
             for start in range(0, len(halted.calls), at_once):
                 part = halted.calls[start : start + at_once]
                 for call in part:
-                    twin = self.twins.get(halted.name) if call.batch >= self.plain else None
+                    twin = self.twins.get(halted.name) if call.batch >= self.half else None
                     halted.answer(call, twin.forward if twin else None)
+                    self._add(halted.name, call)
                 halted.go_on(*part)  # what it read and gave is not held beside what others get
 
     def _pairs(self, halted: Turn) -> list[tuple[Call | None, Call]]:
-        """Returns the calls of each batch in the source, if it runs there, and in the quantized model."""
+        """Returns the calls of each batch in the source, if that comes here too, and in the quantized model."""
         by = {call.batch: call for call in halted.calls}
-        own = {number: call for call in halted.calls if (number := call.batch - self.plain) >= 0}
-        return [(None if number % PAIRED else by.get(number // PAIRED), call) for number, call in own.items()]
+        return [(by.get(batch - self.half), call) for batch, call in by.items() if batch >= self.half]
 
     def _take(self, group: Inputs) -> None:
         self.waiting = {name: each for name, each in self.waiting.items() if each is not group}
@@ -175,7 +191,8 @@ class _Block:
         sums = Sums.empty(width, self.device)
         for plain, quantized in pairs:
             own = None if plain is None else _input(plain, self.turn.place).reshape(-1, width)
-            sums.add(own, _input(quantized, self.turn.place).reshape(-1, width))
+            beside = [] if own is None or plain is None else self._beside(group, plain, quantized)
+            sums.add(own, _input(quantized, self.turn.place).reshape(-1, width), *beside)
         rounded = self.streams.round(self.work, group, sums)
         self._take(group)
         for path, linear in self.linears.items():
@@ -183,6 +200,14 @@ class _Block:
                 weight = rounded[linear.name]
                 module = self.block.get_submodule(path)
                 self.twins[path] = _twin(module, {"weight": weight.t().contiguous() if is_turned(module) else weight})
+
+    def _beside(self, group: Inputs, *calls: Call) -> list[torch.Tensor]:
+        """Returns what the outputs of a linear are added to in both models, `[tokens, out]`, if that is known."""
+        path = next((path for path, linear in self.linears.items() if linear.name == group.first), None)
+        if path not in self.added or len(group.linears) > 1:
+            return []
+        states = [self.turn.place.fetch(self.states[call.batch]) for call in calls]
+        return [each.reshape(-1, each.shape[-1]) / self.added[path] for each in states]
 
     def _round_experts(self, name: str, pairs: list[tuple[Call | None, Call]]) -> None:
         """Rounds the experts before whose module both models are halted."""
@@ -238,6 +263,10 @@ class _Block:
         accumulate(other, read(spread.of(width), rounded))
         draw(drawn, other)
         return sums, drawn
+
+
+def _mean(numbers: list[float]) -> float:
+    return round(sum(numbers) / max(1, len(numbers)), 4)
 
 
 def _twin(module: nn.Module, others: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -28,11 +28,11 @@ from tests.families.trial import loaded
 SAMPLES, LENGTH = 8, 64
 
 
-def sums(plain: torch.Tensor, quantized: torch.Tensor, held: int) -> Sums:
+def sums(held: int, *part: torch.Tensor) -> Sums:
     """Returns sums over tokens of which the last are held out."""
-    found = Sums.empty(plain.shape[1], "cpu")
-    found._pairs.append((plain[:-held], quantized[:-held]))
-    found.held.append((plain[-held:], quantized[-held:]))
+    found = Sums.empty(part[0].shape[1], "cpu")
+    found._pairs.append(tuple(each[:-held] for each in part))
+    found.held.append(tuple(each[-held:] for each in part))
     return found
 
 
@@ -42,7 +42,7 @@ def test_the_correction_is_the_least_squares_solution() -> None:
     plain = torch.randn(600, 24, generator=generator) @ mix
     quantized = plain + 0.2 * plain.roll(1, 1) + 0.05 * torch.randn(600, 24, generator=generator)
     weight = torch.randn(16, 24, generator=generator)
-    found, alpha = corrected(weight, sums(plain, quantized, 100))
+    found, (alpha,) = corrected(weight, sums(100, plain, quantized))
     x, y = plain[:500].double(), quantized[:500].double()
     gram = y.t() @ y
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(24, dtype=torch.float64)
@@ -61,16 +61,38 @@ def test_the_correction_is_the_least_squares_solution() -> None:
     assert lost(alpha) < lost(0) / 2
 
 
+def test_what_the_states_lack_is_made_good_too() -> None:
+    """Where outputs are added to states that differ, the weight is the one after which the states differ least."""
+    generator = torch.Generator().manual_seed(6)
+    plain, noise = torch.randn(2, 2000, 12, generator=generator)
+    quantized = plain + 0.1 * plain.roll(1, 1) + 0.02 * noise
+    weight, slip = torch.randn(2, 8, 12, generator=generator)
+    states = torch.randn(2000, 8, generator=generator)
+    worse = states - 0.1 * quantized @ slip.t()
+    found, (alpha, beta) = corrected(weight, sums(400, plain, quantized, states, worse))
+    assert alpha > 0.9
+    assert beta > 0.9
+
+    def off(own: torch.Tensor) -> float:
+        """Returns how far the states of other tokens are from those of the source."""
+        return float((quantized @ own.t() + worse - plain @ weight.t() - states)[1600:].norm())
+
+    alone, _ = corrected(weight, sums(400, plain, quantized))
+    best = torch.linalg.lstsq(quantized[:1600], (plain @ weight.t() + states - worse)[:1600]).solution.t()
+    assert off(found) < off(alone) / 4 < off(weight) / 4
+    assert off(found) < 1.2 * off(best)
+
+
 def test_noise_alone_is_not_followed() -> None:
     generator = torch.Generator().manual_seed(4)
     plain = torch.randn(80, 24, generator=generator)
     quantized = plain + 0.1 * torch.randn(80, 24, generator=generator)
-    _, alpha = corrected(torch.randn(8, 24, generator=generator), sums(plain, quantized, 40))
+    _, (alpha,) = corrected(torch.randn(8, 24, generator=generator), sums(40, plain, quantized))
     assert alpha < 0.3
 
 
 def test_a_gram_that_cannot_be_inverted_is_said() -> None:
-    found = sums(torch.randn(16, 4), torch.randn(16, 4), 8)
+    found = sums(8, torch.randn(16, 4), torch.randn(16, 4))
     found.close()
     found.known.blocks.neg_()
     with pytest.raises(ArithmeticError, match="not positive definite"):
