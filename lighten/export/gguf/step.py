@@ -52,6 +52,8 @@ def run(step: Gguf, source: Artifact, out: Path, context: Context) -> dict[str, 
 
         chosen["rounding"] = compensate(file, draft, context.grams, context.report)
     facts = {**gguf_quantize.describe(file, step.type), "imatrix": weights is not None, **chosen}
+    if step.type == "MXFP4" and "MXFP4" not in facts["tensor_types"]:
+        context.warnings.append("this model has no experts, and llama.cpp gives MXFP4 to experts alone: all is Q8_0")
     if step.split:
         facts["files"] = [part.name for part in split(file, step.split, context.report)]
     return facts

@@ -73,7 +73,7 @@ TYPES: dict[str, Type] = {
     "Q4_K_S": Type(14, 4.7, 6.0),
     "Q4_1": Type(3, 5.1, block=32),
     "Q4_0": Type(2, 4.6, block=32),
-    "MXFP4": Type(38, 4.6, block=32),
+    "MXFP4": Type(38, 8.5, block=32),  # llama.cpp gives it to experts, and Q8_0 to everything that sizes tell of
     "IQ4_NL": Type(25, 4.7, block=32),
     "IQ4_XS": Type(30, 4.5, 5.5),
     "Q3_K_L": Type(13, 4.3, 5.6),

@@ -20,6 +20,8 @@ from lighten.model.gguf_source import convert
 from lighten.model.quantized.mxfp4 import unpack
 from lighten.model.unpacked import open_checkpoint
 from lighten.model.weight_checks import check
+from lighten.step import Context
+from lighten.store.artifact import Artifact
 from tests.export.gguf.test_every_family import made
 from tests.export.gguf.test_write import logits_of
 
@@ -78,3 +80,14 @@ def test_a_published_model_keeps_its_bits(source: Path, tmp_path: Path) -> None:
     for name in EXPERTS:
         whole = f"model.layers.3.mlp.experts.{name}"
         assert torch.equal(read.tensor(whole), checkpoint.tensor(whole))
+
+
+def test_a_model_without_experts_is_in_8_bits(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """llama.cpp gives MXFP4 to experts alone: the prediction and a warning say so."""
+    step, context = Gguf(format="gguf", type="MXFP4"), Context()
+    facts = step.run(Artifact(tiny(), {"key": "x", "format": "hf"}), tmp_path, context)
+    assert facts["tensor_types"].keys() == {"F32", "Q8_0"}
+    assert any("no experts" in each for each in context.warnings)
+    predicted = step.predict(open_checkpoint(tiny()).facts, 0).disk_bytes
+    weights = sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / "model-MXFP4.gguf").tensors)
+    assert predicted == pytest.approx(weights, rel=0.02)
