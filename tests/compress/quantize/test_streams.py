@@ -224,3 +224,26 @@ def test_two_runs_write_the_same_bytes(swept: tuple[str, Path]) -> None:
     _, folder = swept
     files = [quantized(folder, f"run-{number}", propagate="auto")[0] / "model.safetensors" for number in (1, 2)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "nvfp4"])
+def test_blocks_of_floats_are_rounded_in_the_walk(tmp_path: Path, method: str) -> None:
+    """The walk gives them what it gives codes: a target, and the Gram of what really arrives."""
+    (tmp_path / "model").mkdir()
+    make("llama", tmp_path / "model")
+    (tmp_path / "reads").mkdir()
+    Reads(samples=SAMPLES, length=LENGTH).run(source_of(tmp_path), tmp_path / "reads", Context())
+    (tmp_path / "grams").mkdir()
+    Sweep(samples=SAMPLES, length=LENGTH).run(source_of(tmp_path), tmp_path / "grams", Context())
+    ids = torch.from_numpy(calibration_ids(tmp_path / "model", "builtin", SAMPLES, LENGTH)).long()
+    lost = {}
+    with torch.no_grad():
+        wanted = loaded(tmp_path / "model").eval()(input_ids=ids, use_cache=False).logits
+        for propagate, read in (("off", "grams"), ("auto", "reads")):
+            (out := tmp_path / propagate).mkdir()
+            step = open_step("quantize", {"method": method, "propagate": propagate})
+            facts = step.run(source_of(tmp_path), out, Context(grams=tmp_path / read))
+            found = whole.load(out, torch.float32).eval()(input_ids=ids, use_cache=False).logits
+            lost[propagate] = float((found - wanted).square().mean() / wanted.var())
+    assert facts["propagation"]["alpha"] > 0
+    assert lost["auto"] < lost["off"]
