@@ -98,11 +98,23 @@ def _quantize(bench: Bench, run: Run, number: int) -> Row:
         scheme = [*(run.flags or ("--method", run.method))]
         scheme += ["--bits", str(asked.bits), "--group-size", str(asked.group_size)]
         scheme += bench.calibration()
-        command = bench.lighten("quantize", bench.model, *scheme, "-o", out, "--artifacts", store)
+        codes = bench.fresh(f"out/{name}-codes") if run.polished else out
+        command = bench.lighten("quantize", bench.model, *scheme, "-o", codes, "--artifacts", store)
     else:
         task = {"model": str(bench.model), "ids": str(bench.work / "ids.json"), "out": str(out), "method": run.method}
         command = with_peer(bench, run.tool, {**task, "bits": asked.bits, "group_size": asked.group_size})
     took, row = bench.run(name, command)
+    if run.polished and not row["error"]:
+        rest = [*bench.calibration(), "-o", out, "--artifacts", store]
+        _, after = bench.run(f"{name}-polish", bench.lighten("polish", codes, *rest))
+        parts = [row["seconds"], after["seconds"]]
+        row = {
+            **after,
+            "seconds": sum(parts),
+            "peak_bytes": max(row["peak_bytes"], after["peak_bytes"]),
+            "parts": parts,
+        }
+        remove(codes)
     row = {"run": run.name, "tool": run.tool, "method": run.method, "round": number, **row}
     if run.tool == "lighten":
         remove(store)

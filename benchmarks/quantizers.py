@@ -35,13 +35,18 @@ class Run:
     """The run of ours that its cost is divided by."""
     flags: tuple[str, ...] = ()
     """Flags of `lighten quantize`; none for the method alone."""
+    polished: bool = False
+    """Whether `lighten polish` follows. Costs are those of both commands."""
 
 
 STATIC = ("--desc-act", "--static-groups")
+STREAMS = ("--method", "gptq", *STATIC, "--propagate", "auto")
 RUNS = (
     Run("lighten-gptq", "lighten", "gptq", "lighten-gptq"),
     Run("lighten-static", "lighten", "static", "lighten-gptq", ("--method", "gptq", *STATIC)),
-    Run("lighten-streams", "lighten", "streams", "lighten-gptq", ("--method", "gptq", *STATIC, "--propagate", "auto")),
+    Run("lighten-streams", "lighten", "streams", "lighten-gptq", STREAMS),
+    Run("lighten-refined", "lighten", "refined", "lighten-gptq", (*STREAMS, "--refine", "2")),
+    Run("lighten-polished", "lighten", "polished", "lighten-gptq", (*STREAMS, "--refine", "2"), polished=True),
     Run("gptqmodel-gptq", "gptqmodel", "gptq", "lighten-gptq"),
     Run("llmcompressor-gptq", "llmcompressor", "gptq", "lighten-gptq"),
     Run("autoround-light", "autoround", "light", "lighten-streams"),

@@ -1,6 +1,6 @@
 """What the ready recipes that train give: perplexity of every variant, its size, and what the whole recipe took.
 
-    python benchmarks/recipes.py [qad-int4 slim sparse-2-4]
+    python benchmarks/recipes.py [qad-int4 slim low-bits sparse-2-4]
 
 Runs them (or finds them finished in --artifacts) and writes benchmarks/results/recipes.json. Times are of the stages,
 as they took when they were built.
@@ -17,7 +17,7 @@ from lighten.cli.progress import watching
 from lighten.store.store import write_json
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = ("qad-int4", "slim")
+NAMES = ("qad-int4", "slim", "low-bits")
 
 
 def main() -> None:

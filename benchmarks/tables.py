@@ -42,6 +42,8 @@ METHODS = {
     "default": "default",
     "static": "GPTQ in order of activation",
     "streams": "GPTQ in order of activation and two streams",
+    "refined": "the same, refined twice",
+    "polished": "the same, refined twice, then polish",
 }
 PACKAGES = {"gptqmodel": "gptqmodel", "llmcompressor": "llmcompressor", "autoround": "auto-round"}
 WHOLE = {
@@ -117,7 +119,7 @@ def peers(found: Found) -> str:
     """Returns the short table of the README: GPTQ, AutoRound light and AWQ, one tool beside the other."""
     lines = []
     for entry in found["summary"].values():
-        if entry["method"] in ("gptq", "static", "streams", "light", "awq"):
+        if entry["method"] in ("gptq", "static", "streams", "refined", "polished", "light", "awq"):
             costs = [NOT_MEASURED, NOT_MEASURED, "refused, as called"]
             if not entry["error"]:
                 costs = [
@@ -252,10 +254,14 @@ SECTIONS: tuple[tuple[Path, str, str, Callable[[Found], str]], ...] = (
     (DOCS, "growth", "quantize_growth.json", growth),
     (METHOD, "search", "search.json", search),
     (METHOD, "streams", "quantize_streams.json", comparison),
+    (METHOD, "three bits", "quantize_3bits.json", comparison),
     (FRONT, "peers", "quantize.json", peers),
     (README, "environments", "quantize.json", environments),
     (README, "refusals", "quantize.json", refusals),
 )
+
+SUMMARISED = ("comparison", "variants", "streams", "three bits", "peers", "environments", "refusals")
+"""Sections whose files end with a summary once all is measured."""
 
 
 def main() -> None:
@@ -301,7 +307,9 @@ def main() -> None:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         whole = WHOLE.get(name, "rows")
         if not found.get(
-            "summary" if name in ("comparison", "variants", "streams", "peers", "environments", "refusals") else whole
+            "summary"
+            if name in ("comparison", "variants", "streams", "three bits", "peers", "environments", "refusals")
+            else whole
         ):
             print(f"{page.name}, {name}: {path} is not there or not finished; left as it is")
             continue

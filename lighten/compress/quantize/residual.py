@@ -14,6 +14,8 @@ from torch import nn
 
 SMALL = 0.02
 """A module whose output counts for less of what a block adds is none of those that it adds."""
+ONE = 2**-8
+"""A factor that differs from one by less is one, as far as bfloat16 can tell."""
 ROUNDED = 2**-6
 """Largest share of the numbers that meet in a sum by which the sum may differ, for it was rounded more than once."""
 OFF = 0.01
@@ -75,7 +77,7 @@ def added(
         found = {name: found[name] for name, share in zip(found, shares, strict=True) if share > SMALL * shares.max()}
         if len(found) == len(factors):
             break
-    told = dict(zip(found, factors.tolist(), strict=True))
+    told = {name: 1.0 if abs(each - 1) < ONE else each for name, each in zip(found, factors.tolist(), strict=True)}
     return told if adds_up(states, [found[name] * factor for name, factor in told.items()], answer) else {}
 
 
