@@ -271,6 +271,7 @@ def main() -> None:
     import exports
     import family_table
     import firsts
+    import floats
     import serving
     import smaller
 
@@ -299,6 +300,7 @@ def main() -> None:
         (ROBUST, "campaign", "campaign.json", campaign.campaign),
         (DOCS, "from-nothing", "from_nothing.json", firsts.from_nothing),
         (METHOD, "parity", "parity.json", firsts.parity),
+        (METHOD, "floats", "floats.json", floats.table),
         (DOCS, "engine", "engine.json", firsts.engine),
     )
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"

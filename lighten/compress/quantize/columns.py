@@ -85,3 +85,8 @@ class Columns:
                 errors[j - start] = error
                 w[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
             w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+
+
+def falling(diagonal: torch.Tensor) -> torch.Tensor:
+    """Returns the places of numbers in falling order."""
+    return torch.argsort(diagonal, descending=True, stable=True)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from lighten.compress.quantize import float_grid, formats
-from lighten.compress.quantize.columns import Columns
+from lighten.compress.quantize.columns import Columns, falling
 from lighten.compress.quantize.float_grid import Blocked, Mxfp4Scales, Nvfp4Scales, Scales
 from lighten.compress.quantize.formats import Stored
 from lighten.compress.quantize.linears import Linears
@@ -56,29 +56,34 @@ def compensated(
 ) -> Blocked:
     """Rounds a weight matrix `[out, in]` with error feedback; arguments as for `Columns.of`.
 
+    Columns are rounded in order of falling diag(H). Blocks are of neighbours all the same, so all scales are found
+    before any column is rounded.
+
     Raises:
         ArithmeticError: the Gram could not be factorised.
     """
-    columns = Columns.of(weight, gram, damp_percent, gone)
+    columns = Columns.of(weight, gram, damp_percent, gone, falling)
+    assert columns.order is not None
     w, stays, size = columns.w, columns.stays, scales.size
-    values = torch.empty_like(w)
+    block_of = columns.order // size
     numbers = torch.empty(len(w) // size, w.shape[1], dtype=torch.int32, device=w.device)
-    value = w[0]
+    for block in range(len(numbers)):
+        rows = (block_of == block).nonzero()[:, 0]
+        stay = None if stays is None else stays[rows]
+        numbers[block] = settle(columns.shown(rows), columns.factor[rows][:, rows], scales, stay)
+    value = scales.value(numbers)
+    values = torch.empty_like(w)
 
     def rounded(j: int) -> torch.Tensor:
-        nonlocal value
-        if j % size == 0:
-            rows = slice(j, j + size)
-            stay = None if stays is None else stays[rows]
-            numbers[j // size] = settle(columns.shown(rows), columns.factor[rows, rows], scales, stay)
-            value = scales.value(numbers[j // size])
-        values[j] = e2m1.nearest(w[j] / value)
+        by_block = value[blocks_in_order[j]]
+        values[j] = e2m1.nearest(w[j] / by_block)
         if stays is not None:
             values[j] *= stays[j]
-        return values[j] * value
+        return values[j] * by_block
 
+    blocks_in_order = block_of.tolist()
     columns.round(rounded)
-    return Blocked(values, numbers, scales, columns.damping)
+    return Blocked(values[torch.argsort(columns.order)], numbers, scales, columns.damping)
 
 
 def blocks(step: Blocks, linears: Linears) -> list[Stored]:

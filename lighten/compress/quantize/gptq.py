@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from lighten.compress.quantize import formats
-from lighten.compress.quantize.columns import Columns
+from lighten.compress.quantize.columns import Columns, falling
 from lighten.compress.quantize.formats import Stored
 from lighten.compress.quantize.grid import Quantized, dequantize, quantize, rtn, search
 from lighten.compress.quantize.linears import Linears
@@ -88,11 +88,6 @@ def gptq(
         codes = codes[back]
         g_idx = g_idx if placed else g_idx[back]
     return Quantized(codes, scales, zeros.int(), g_idx, columns.damping)
-
-
-def falling(diagonal: torch.Tensor) -> torch.Tensor:
-    """Returns the places of numbers in falling order."""
-    return torch.argsort(diagonal, descending=True, stable=True)
 
 
 def codes(step: Gptq, linears: Linears) -> list[Stored]:

@@ -98,6 +98,26 @@ def test_settling_a_block_counts_what_later_columns_cannot_make_good() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_columns_go_in_order_of_activation(method: str) -> None:
+    """Optimal brain quantization in float64, in order of falling diag(H), with the scales that were found."""
+    weight, gram = problem(out=12)
+    spread = torch.logspace(-1, 1, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(3))]
+    gram = gram * spread * spread[:, None]
+    found = compensated(weight, gram, scales_of(method, weight), 0.05)
+    by_block = found.scales.value(found.numbers).double()
+    left = weight.t().double().clone()
+    inverse = torch.linalg.inv(gram.double() + 0.05 * gram.diagonal().mean() * torch.eye(64))
+    expected = torch.empty_like(left)
+    for j in gram.diagonal().argsort(descending=True).tolist():
+        step = by_block[j // found.scales.size]
+        expected[j] = e2m1.nearest((left[j] / step).float()).double() * step
+        error = (left[j] - expected[j]) / inverse[j, j]
+        left -= inverse[:, j, None] * error
+        inverse -= inverse[:, j, None] * inverse[j] / inverse[j, j]
+    assert (found.weight().t().double() - expected).abs().gt(1e-6).double().mean() < 0.01  # ties apart
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_each_step_loses_less(method: str) -> None:
     weight, gram = problem(out=64, width=192, tokens=600)
     scales, w = scales_of(method, weight), weight.t().contiguous()
