@@ -164,8 +164,12 @@ def table(found: dict[str, Any]) -> str:
 
     by = {(row["tool"], row.get("rounding"), row.get("method"), row.get("activations")): row for row in found["rows"]}
     kinds = [(method, activations) for activations in (False, True) for method in METHODS]
+    there = {(row.get("method"), row.get("activations")) for row in found["rows"]}
+    kinds = [kind for kind in kinds if kind in there]
     lines = []
     for (tool, rounding), title in LINES.items():
+        if not any((row["tool"], row.get("rounding")) == (tool, rounding) for row in found["rows"]):
+            continue
         cells = [title]
         for method, activations in kinds:
             row = by.get((tool, rounding, method, activations)) or {}
