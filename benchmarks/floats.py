@@ -138,6 +138,8 @@ def main() -> None:
         "test": Path(asked.test).name,
     }
     words = ["--calibration", settings["calibration"], "--test", settings["test"], "--peer ENV/bin/python"]
+    words += ["--samples", str(asked.samples), "--test-samples", str(asked.test_samples)]
+    words += [f"--only '{pattern}'" for pattern in asked.only or ()]
     found = {
         "command": " ".join(["python benchmarks/floats.py --model DIR", *words]),
         "machine": machine.fingerprint(),
