@@ -254,13 +254,12 @@ SECTIONS: tuple[tuple[Path, str, str, Callable[[Found], str]], ...] = (
     (DOCS, "growth", "quantize_growth.json", growth),
     (METHOD, "search", "search.json", search),
     (METHOD, "streams", "quantize_streams.json", comparison),
-    (METHOD, "three bits", "quantize_3bits.json", comparison),
     (FRONT, "peers", "quantize.json", peers),
     (README, "environments", "quantize.json", environments),
     (README, "refusals", "quantize.json", refusals),
 )
 
-SUMMARISED = ("comparison", "variants", "streams", "three bits", "peers", "environments", "refusals")
+SUMMARISED = ("comparison", "variants", "streams", "peers", "environments", "refusals")
 """Sections whose files end with a summary once all is measured."""
 
 
@@ -307,12 +306,7 @@ def main() -> None:
     for page, name, file, section in sections:
         path = results / file
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        whole = WHOLE.get(name, "rows")
-        if not found.get(
-            "summary"
-            if name in ("comparison", "variants", "streams", "three bits", "peers", "environments", "refusals")
-            else whole
-        ):
+        if not found.get("summary" if name in SUMMARISED else WHOLE.get(name, "rows")):
             print(f"{page.name}, {name}: {path} is not there or not finished; left as it is")
             continue
         begin = f"<!-- {name}: written by benchmarks/tables.py from benchmarks/results/{file} -->"
