@@ -46,7 +46,7 @@ def added(
         modules: modules of the block that may be among them, by name.
 
     Returns:
-        Nothing if the block does more than add, or calls a module twice.
+        Nothing if the block does more than add, writes into its states, or calls a module twice.
     """
     outputs: dict[str, torch.Tensor | None] = {}
 

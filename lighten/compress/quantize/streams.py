@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from lighten.compress.calibrate.experts import Expert, ExpertInputs, Spread, draw, experts_of
 from lighten.compress.calibrate.gram import accumulate
@@ -131,7 +132,7 @@ class _Block:
     def _watch(self, modules: Mapping[str, nn.Module]) -> None:
         """Finds what the block adds to its states."""
         first = self.turn.calls[0]
-        args, kwargs = self.turn.place.fetch((first.args, first.kwargs))
+        args, kwargs = tree_map(_copy, self.turn.place.fetch((first.args, first.kwargs)))  # some blocks write into them
         self.added = added(self.turn.run, args, kwargs, modules)
         found = {call.batch: states_of(call.args, call.kwargs) for call in self.turn.calls if self.added}
         self.states = {batch: each for batch, each in found.items() if each is not None}
@@ -263,6 +264,10 @@ class _Block:
         accumulate(other, read(spread.of(width), rounded))
         draw(drawn, other)
         return sums, drawn
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _mean(numbers: list[float]) -> float:

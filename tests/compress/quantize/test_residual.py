@@ -54,6 +54,14 @@ def test_a_block_that_norms_what_it_adds_is_left_alone(tmp_path: Path) -> None:
     assert watched("gemma3_text", tmp_path) == {}
 
 
+def test_a_block_that_writes_into_its_states_is_left_alone() -> None:
+    linear = nn.Linear(8, 8)
+    states = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert added(lambda x: x + linear(x), (states.clone(),), {}, {"linear": linear}) == {"linear": 1.0}
+        assert added(lambda x: x.add_(linear(x)), (states.clone(),), {}, {"linear": linear}) == {}
+
+
 def test_sums_are_told_from_what_is_near_them() -> None:
     states, part = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)), torch.ones(6, 8)
     assert adds_up(states.bfloat16(), [part.bfloat16()], (states + 1).bfloat16())
