@@ -119,6 +119,55 @@ def gemma(found: Found) -> str:
     return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
 
 
+def kquants(found: Found) -> str:
+    """Returns K-quants rounded again beside llama.cpp's own, with paired changes."""
+    lines = []
+    for row in found["rows"]:
+        ours, theirs, decode = row["ours"], row["theirs"], row.get("decode")
+        kl, perplexity = row["kl_change"], row["perplexity_change"]
+        source = significant(row["source"]["perplexity"], 4)
+        lines.append(
+            [
+                f"{row['model']} {row['grid']} ({source}; {row['test_samples']}), {row['type']}",
+                byte_count(ours["size_bytes"]),
+                significant(row["rounding"]["loss"], 2),
+                f"{significant(theirs['kl'], 3)} → {significant(ours['kl'], 3)}",
+                _span(kl["absolute"], kl["ci95"], ".4f"),
+                f"{theirs['perplexity']:.2f} → {ours['perplexity']:.2f}",
+                _span(perplexity["relative"], perplexity["ci95"], ".1%"),
+                f"{decode['ratio']:.2f}×" if decode else NOT_MEASURED,
+            ]
+        )
+    titles = (
+        "Model (perplexity of the source; chunks of text), type",
+        "Size",
+        "Loss",
+        "KL, nats",
+        "Change",
+        "Perplexity",
+        "Change",
+        "Decoding",
+    )
+    settings = found["settings"]
+    apart = sorted({abs(row["ours"]["size_bytes"] - row["theirs"]["size_bytes"]) for row in found["rows"]})
+    alike = all(row["same"]["type"] == row["same"]["of"] for row in found["rows"])
+    caption = (
+        "From llama.cpp's own tools with an importance matrix to `rounding: gptq`. Both are calibrated on "
+        f"{settings['samples']} × {settings['length']} tokens of {settings['calibration']}, and llama.cpp measures "
+        f"them on chunks of {settings['length']} tokens of {settings['test']}. In brackets is the "
+        "95 % interval of the paired change, with the chunk of text as the unit. The loss is that on the damped H, "
+        f"over llama.cpp's. {'All tensors have the same types' if alike else 'Not all tensors have the same types'}; "
+        f"the files' descriptions differ by {apart[-1]} bytes at most. Decoding is the speed of our file over that of "
+        f"llama.cpp's. llama-cpp-python {settings['llama_cpp_python']}."
+    )
+    return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
+
+
+def _span(value: float, ends: list[float], form: str) -> str:
+    """Returns a change and its interval."""
+    return f"{value:+{form}} [{', '.join(f'{end:+{form}}' for end in ends)}]".replace("-", "−")
+
+
 def arm64(found: Found) -> str:
     """Returns where the processors agree."""
     lines = []

@@ -298,6 +298,7 @@ def main() -> None:
         (FAMILIES, "families", "families.json", family_table.families),
         (ROBUST, "campaign", "campaign.json", campaign.campaign),
         (DOCS, "from-nothing", "from_nothing.json", firsts.from_nothing),
+        (METHOD, "kquants", "kquants.json", exports.kquants),
         (METHOD, "parity", "parity.json", firsts.parity),
         (METHOD, "floats", "floats.json", floats.table),
         (DOCS, "engine", "engine.json", firsts.engine),

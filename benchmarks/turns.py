@@ -11,7 +11,7 @@ TURNS = 11
 PROMPT, STEPS = 64, 64
 
 
-def decode_in_turn(ours: Path, theirs: Path) -> dict[str, Any]:
+def decode_in_turn(ours: Path, theirs: Path, turns: int = TURNS) -> dict[str, Any]:
     """Returns tokens per second of each turn of either model, the medians, and the median of the turns' ratios."""
     import numpy as np
 
@@ -21,7 +21,7 @@ def decode_in_turn(ours: Path, theirs: Path) -> dict[str, Any]:
     for places in ((0, 1), (1, 0)):  # the one or the other lies first in memory
         opened = {place: open_runtime((ours, theirs)[place]) for place in places}
         prompt = np.random.default_rng(0).integers(0, opened[0].vocab, (1, PROMPT))
-        for turn in range(TURNS + 1):
+        for turn in range(turns + 1):
             for place in (0, 1) if turn % 2 else (1, 0):
                 passed = opened[place].generate(prompt, STEPS).token_s
                 if turn:  # the first warms up
