@@ -18,6 +18,9 @@ GROUP = 64
 KEPT = 4_000_000_000
 """Bytes of what layers compute that are kept for the way back; more is computed again."""
 
+WRITTEN = 512
+"""Tokens of a sequence that the source writes, about: as many as a sequence of the calibration set has."""
+
 
 class Polish(Step):
     """Training of the scales of integer codes on the distributions of the model that was quantized. The codes stay."""
@@ -31,6 +34,7 @@ class Polish(Step):
 
     epochs: float = Field(1.0, gt=0, description="passes over the calibration set")
     steps: int | None = Field(None, ge=1, description="instead of epochs")
+    written: int = Field(0, ge=0, description="sequences that the source writes besides, to learn from too")
     batch_tokens: int = Field(1024, ge=8, description="tokens of a step, in whole sequences")
     lr: float = Field(1e-3, gt=0, description="largest learning rate of the logarithms of the scales")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
@@ -43,12 +47,12 @@ class Polish(Step):
     seed: int = Field(0, ge=0)
 
     def key_config(self) -> dict[str, Any]:
-        """Returns the part of the stage's key. Checkpoints change nothing."""
-        return self.model_dump(mode="json", exclude={"save_every"})
+        """Returns the part of the stage's key. Checkpoints change nothing; the text is a stage of its own."""
+        return self.model_dump(mode="json", exclude={"save_every", "written"})
 
     def lessons(self) -> Step:
         """Returns the stage that cuts the calibration set into sequences; the plan says which set that is."""
-        return Teacher.model_validate({"top_k": 0, "validation": self.validation})
+        return Teacher.model_validate({"top_k": 0, "validation": self.validation, "written": self.written})
 
     def after(self, previous: Step | None) -> Self:
         """Refuses what has no scales of integer codes.
@@ -84,6 +88,7 @@ class Polish(Step):
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
         """Returns the source's pass over the set, then forward once or twice and backward for every trained token."""
         linears, head = facts.layers * facts.layer_linear_params, facts.vocab * facts.hidden
+        calibration_tokens += self.written * WRITTEN
         trained = self.steps * self.batch_tokens if self.steps else self.epochs * calibration_tokens
         looked = 11 * self.validation * calibration_tokens
         again = self.recomputes(facts)

@@ -39,9 +39,9 @@ class Trainer:
             RequestError: the text is too short.
         """
         self.step, self.ids, self.context, self.kept = step, lessons.ids, context, Checkpoints(folder)
-        count, held = len(lessons), lessons.facts["held_out"]
-        self.held = list(range(count - held, count))
-        self.training = list(range(count - held))
+        text, held = lessons.facts["of_the_text"], lessons.facts["held_out"]
+        self.held = list(range(text - held, text))
+        self.training = [*range(text - held), *range(text, len(lessons))]  # what was written comes last
         length = self.ids.shape[1]
         self.batch = max(1, min(step.batch_tokens // length, len(self.training)))
         next(batches(len(self.training), self.batch, step.seed))

@@ -137,6 +137,22 @@ def test_an_interrupted_training_ends_in_the_same_files(source: Path, tmp_path: 
     assert whole_ == again
 
 
+def test_what_the_source_writes_is_learnt_from_and_not_held_out(source: Path, tmp_path: Path) -> None:
+    given = quantized(source, tmp_path / "q")
+    facts, out = polish(given, source, tmp_path, written=8, steps=None, epochs=1.0)
+    told = facts["polish"]
+    held = round(0.06 * 24)
+    assert told["held_out_tokens"] == held * (LENGTH - 1)
+    assert told["trained_tokens"] == round((24 - held + 8) / 4) * 4 * LENGTH
+    assert told["kl_after"] < told["kl_before"]
+    plain, alone = polish(given, source, tmp_path / "alone", steps=None, epochs=1.0)
+    assert plain["polish"]["kl_before"] == told["kl_before"]  # the same text is held out
+    assert any(not torch.equal(each, tensors(alone)[name]) for name, each in tensors(out).items())
+    without, more = (Polish(written=count) for count in (0, 8))
+    assert without.key_config() == more.key_config()
+    assert without.lessons().key_config() != more.lessons().key_config()
+
+
 def test_scales_that_nothing_improves_are_kept(source: Path, tmp_path: Path) -> None:
     given = quantized(source, tmp_path / "q", bits=8)
     facts, out = polish(given, source, tmp_path, lr=0.5, warmup=0, patience=1, validate_every=1)
