@@ -208,7 +208,8 @@ class _Block:
         if path not in self.added or len(group.linears) > 1:
             return []
         states = [self.turn.place.fetch(self.states[call.batch]) for call in calls]
-        return [each.reshape(-1, each.shape[-1]) / self.added[path] for each in states]
+        flat, factor = [each.reshape(-1, each.shape[-1]) for each in states], self.added[path]
+        return flat if factor == 1 else [each / factor for each in flat]
 
     def _round_experts(self, name: str, pairs: list[tuple[Call | None, Call]]) -> None:
         """Rounds the experts before whose module both models are halted."""
