@@ -127,6 +127,8 @@ def main() -> None:
     for row, measured in zip([source, *whole], json.loads(done.stdout)["variants"], strict=True):
         kept = ("status", "error", "format", "size_bytes", "perplexity", "divergence", "runtime")
         row |= {key: measured.get(key) for key in kept}
+        if protocol := (row["perplexity"] or {}).get("protocol"):
+            protocol["data"] = Path(asked.test).name  # not its place on this machine
     for row in rows:
         del row["path"]
     settings = {
