@@ -1,5 +1,7 @@
 """Batches that halt before blocks compute what the plain forward computes."""
 
+import subprocess
+import sys
 import threading
 import weakref
 from typing import Any
@@ -178,3 +180,16 @@ def test_states_wait_where_they_are_told_to(stack: Stack) -> None:
     for turn in turns(lambda _: stack(torch.ones(1, 1, 4)), 1, {"1": stack.blocks[1]}, place=Counted("cpu", "cpu")):
         answer(turn)
     assert moved == ["stowed", "fetched", "stowed", "fetched"]
+
+
+def test_an_error_ends_the_process_while_batches_wait() -> None:
+    script = (
+        "import torch\n"
+        "from lighten.model.suspension import turns\n"
+        "block = torch.nn.Linear(2, 2)\n"
+        "halts = turns(lambda number: block(torch.ones(1, 2)), 2, {'block': block})\n"
+        "next(halts)\n"
+        "raise KeyError('stop here')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "stop here" in done.stderr

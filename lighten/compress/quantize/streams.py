@@ -90,7 +90,8 @@ class Streams:
         weights = {name: work.tensors[f"{name}.weight"] for name in group.linears}
         together = torch.cat(list(weights.values()))
         target, shares = together.float(), [0.0]
-        if drawn is None:
+        sums.close()
+        if drawn is None and sums.held:
             try:
                 target, shares = corrected(together, sums)
             except ArithmeticError as error:

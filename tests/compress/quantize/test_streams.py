@@ -83,6 +83,14 @@ def test_what_the_states_lack_is_made_good_too() -> None:
     assert off(found) < 1.2 * off(best)
 
 
+def test_without_tokens_in_both_models_nothing_is_changed() -> None:
+    found = Sums.empty(4, "cpu")
+    found.add(None, torch.randn(16, 4))
+    weight = torch.randn(3, 4)
+    changed, shares = corrected(weight, found)
+    assert torch.equal(changed, weight) and shares == [0.0] and not found.held
+
+
 def test_noise_alone_is_not_followed() -> None:
     generator = torch.Generator().manual_seed(4)
     plain = torch.randn(80, 24, generator=generator)
