@@ -19,6 +19,7 @@ FLOORS = (
     ("step", "results"),
     ("process",),
     ("model",),
+    ("observe",),
     ("compress", "evaluate", "export", "report"),
     ("pipeline",),
     ("compare", "doctor"),

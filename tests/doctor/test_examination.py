@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lighten.compress.calibrate.gram import accumulate
 from lighten.compress.quantize.quantized_layers import relative_error
 from lighten.doctor.examination import dead_channels, gptq_4, rank, spread
 from lighten.model.grams import Gram
+from lighten.observe.gram import accumulate
 
 
 def gram(inputs: torch.Tensor) -> torch.Tensor:

@@ -30,11 +30,11 @@ class Reads(Sweep):
             RequestError: the text is shorter than one sample, or the model runs a layer twice.
             Failure: weights are not finite.
         """
-        from lighten.compress.calibrate.experts import experts_of
-        from lighten.compress.calibrate.gram import Readers
         from lighten.errors import RequestError
         from lighten.model.blockwise import BlockwiseModel
         from lighten.model.grams import GramWriter
+        from lighten.observe.experts import experts_of
+        from lighten.observe.gram import Readers
 
         model = BlockwiseModel(source.path, context.device, trust_remote_code=context.trust_remote_code)
         layers = model.anatomy.layers

@@ -145,8 +145,8 @@ def _add_layer(
     writer: GramWriter, layer: Layer, block: nn.Module, passing: Iterator[int], device: str
 ) -> Iterator[int]:
     """Writes the Grams of a layer while batches pass its block; yields the number of those that are done."""
-    from lighten.compress.calibrate.experts import experts_of
-    from lighten.compress.calibrate.gram import LayerInputs
+    from lighten.observe.experts import experts_of
+    from lighten.observe.gram import LayerInputs
 
     inputs = LayerInputs(device)
     hooks = [

@@ -25,6 +25,7 @@ from lighten.model.folds import Fold
 from lighten.model.formats import FORMATS
 from lighten.model.grams import Gram, read_layer
 from lighten.model.products import exact_products
+from lighten.observe.streams import Inputs
 from lighten.plugins import found_at
 
 UNTOUCHED = 16
@@ -33,23 +34,6 @@ TENSORS_PER_LINEAR = 6
 ERROR_ROWS = 256
 """Number of outputs, evenly spaced, that the error of a group of linears is measured on."""
 Scale = Callable[[Quantize, torch.Tensor, Gram, int, int], torch.Tensor]
-
-
-@dataclass
-class Inputs:
-    """Linears of a layer that read the same input, and its second moments if there was a sweep."""
-
-    first: str
-    linears: list[str]
-    swept: Mapping[str, Gram] | None = None
-    """Second moments by the name of the input."""
-
-    @property
-    def gram(self) -> Gram:
-        """The second moments of the input."""
-        if self.swept is None:
-            raise TypeError("this method reads Grams: its settings have to say so (swept = True)")
-        return self.swept[self.first]
 
 
 @dataclass
@@ -196,6 +180,19 @@ class Work:
     findings: Findings = field(default_factory=Findings)
     gathered: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Tensors of rounded linears that wait for the others of the layer, by name in the layer."""
+
+    def round(self, group: Inputs, gram: Gram, wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `lighten.observe.streams.Work`."""
+        found: dict[str, torch.Tensor] = {}
+        moments = gram.matrix()
+        del gram
+        for linears in self.linears_of(group, moments, wanted):
+            found |= self.store(linears, self.layers.rounds(self.layers.step, linears))
+        return found
+
+    def warn(self, text: str) -> None:
+        """Takes a warning for the person."""
+        self.findings.warnings.append(text)
 
     def linears_of(
         self, group: Inputs, moments: torch.Tensor | None = None, wanted: Mapping[str, torch.Tensor] | None = None

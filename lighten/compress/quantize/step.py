@@ -15,7 +15,6 @@ from lighten.compress.layers import join
 from lighten.compress.quantize.linears import Findings
 from lighten.compress.quantize.quantized_layers import TENSORS_PER_LINEAR, Layers
 from lighten.compress.quantize.settings import Quantize
-from lighten.compress.quantize.streams import Streams
 from lighten.errors import Failure, RequestError
 from lighten.facts import ModelFacts
 from lighten.model.anatomy import HEAD, HEAD_WEIGHT, LAYERS
@@ -24,6 +23,7 @@ from lighten.model.checkpoint import Checkpoint
 from lighten.model.discovery import Anatomy
 from lighten.model.grams import ExpertTokens, expert_tokens, read_ids, read_targets
 from lighten.model.shards import ShardWriter
+from lighten.observe.streams import Streams
 from lighten.plugins import found_at
 from lighten.process.workers import crew, ordered
 from lighten.step import Context

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.errors import Failure, RequestError
 from lighten.export.gguf import ggml
-from lighten.export.gguf.linears import in_order, matrices, matrices_of
+from lighten.export.gguf.linears import Matrices, in_order, matrices
 from lighten.export.gguf.quantize import Importance
 from lighten.export.gguf.write import Draft, tensor_bytes
 from lighten.model import anatomy
@@ -144,7 +144,7 @@ def _metrics(draft: Draft, prices: Prices) -> Iterator[tuple[str, int | None, to
         yield draft.family.embedding, None, head + rows * torch.eye(len(head))
     index = read_index(prices.grams)
     text = max(tokens for layer in index["layers"] for tokens in layer["tokens"].values())
-    matrix = matrices_of(draft)
+    matrix = Matrices(draft).of
     for layer in range(len(index["layers"])):
         found, inputs = read_layer(prices.grams, layer)
         readers: dict[str, list[tuple[int | None, str, str]]] = {}

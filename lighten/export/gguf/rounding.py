@@ -19,10 +19,10 @@ from gguf import GGMLQuantizationType
 
 from lighten.export.gguf.blocks import KINDS, pack, unpack
 from lighten.export.gguf.compensate import compensated, losses_of
-from lighten.export.gguf.linears import in_order, matrices, matrices_of, order_of
+from lighten.export.gguf.linears import Matrices, in_order, matrices, order_of
 from lighten.export.gguf.write import Draft
 from lighten.model.gguf_header import Tensor, read_header
-from lighten.model.grams import Gram, LayerGrams, prefix_of, read_index, read_layer
+from lighten.model.grams import LayerGrams, prefix_of, read_index, read_layer
 from lighten.numerics.damping import damped, inverse_factor
 from lighten.process.workers import crew, ordered
 from lighten.step import Report, silent
@@ -59,16 +59,16 @@ def compensate(file: Path, draft: Draft, grams: Path, report: Report = silent) -
         that of llama.cpp's rounding, and `kept`, the others: how many for what reason, and which.
     """
     tensors = read_header(file).tensors
-    index, of = read_index(grams), matrices_of(draft)
+    index, matrices_of = read_index(grams), Matrices(draft)
     count = len(index["layers"])
 
     def layer(number: int) -> dict[str, Any]:
         with file.open("r+b") as opened, torch.inference_mode():
-            work = _Layer(draft, tensors, opened.fileno())
+            work = _Layer(draft, tensors, opened.fileno(), matrices_of)
             found, inputs = read_layer(grams, number)
             readers: dict[str, list[tuple[str, int | None]]] = {}
             for linear, name in inputs.items():
-                readers.setdefault(name, []).extend(of(f"{prefix_of(index, number)}{linear}.weight"))
+                readers.setdefault(name, []).extend(matrices_of.of(f"{prefix_of(index, number)}{linear}.weight"))
             for name, each in readers.items():
                 work.round(found, name, each)
             return asdict(work.found)
@@ -85,10 +85,11 @@ def compensate(file: Path, draft: Draft, grams: Path, report: Report = silent) -
             all_of_them.kept |= each["kept"]
     finally:
         torch.set_num_threads(threads)
-    return _facts(draft, all_of_them)
+    return facts_of(draft, all_of_them)
 
 
-def _facts(draft: Draft, found: Found) -> dict[str, Any]:
+def facts_of(draft: Draft, found: Found) -> dict[str, Any]:
+    """Returns the facts of `compensate`."""
     done = {label.partition("#")[0] for label in found.ratios}
     kept = {
         label: found.kept.get(label, "no Gram of its inputs")
@@ -115,13 +116,17 @@ class _Layer:
     tensors: Mapping[str, Tensor]
     file: int
     """Descriptor of the open file."""
+    matrices: Matrices
     found: Found = field(default_factory=Found)
-    stacked: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Weights of all experts that are stored in one tensor, by label."""
 
     def round(self, grams: LayerGrams, name: str, readers: list[tuple[str, int | None]]) -> None:
         """Rounds the matrices that read one input."""
         known: tuple[torch.Tensor, torch.Tensor] | None = None
+        gram = grams[name]
+
+        def mean() -> torch.Tensor:
+            return gram.matrix().div_(max(gram.tokens, 1))
+
         for label, expert in readers:
             tensor = self.tensors[self.draft.names[label]]
             kind = KINDS.get(type := GGMLQuantizationType(tensor.type).name)
@@ -129,13 +134,13 @@ class _Layer:
                 self.found.kept[label] = f"rounding knows no {type}"
                 continue
             try:
-                alike = order_of(self.draft, label, grams[name].width) is None
-                metric, factor = known if known and alike else self._metric(grams[name], label)
+                alike = order_of(self.draft, label, gram.width) is None
+                metric, factor = known if known and alike else metric_of(self.draft, label, mean())
             except ArithmeticError as error:
                 self.found.kept[label] = f"the Gram of its inputs is {error}"
                 continue
             known = (metric, factor) if alike else None
-            weight = self._weight(label, expert).float()
+            weight = self.matrices.weight(label, expert).float()
             size = tensor.size // (1 if expert is None else self.draft.shapes[label][0])
             start = tensor.start + size * (expert or 0)
             packed = torch.frombuffer(bytearray(os.pread(self.file, size, start)), dtype=torch.uint8)
@@ -145,15 +150,18 @@ class _Layer:
             os.pwrite(self.file, pack(better).numpy().tobytes(), start)
             self.found.ratios[label if expert is None else f"{label}#{expert}"] = after / before if before else 1.0
 
-    def _weight(self, label: str, expert: int | None) -> torch.Tensor:
-        if expert is None or self.draft.pieces[label].place.of_experts:
-            return self.draft.weight(label, expert)
-        if label not in self.stacked:
-            self.stacked[label] = self.draft.weight(label)
-        return self.stacked[label][expert]
 
-    def _metric(self, gram: Gram, label: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns H of the inputs of a matrix, damped, and the factor of its inverse."""
-        mean = in_order(self.draft, label, gram.matrix().div_(max(gram.tokens, 1)))
-        factor, damping = inverse_factor(mean, DAMPING)
-        return damped(mean, damping), factor
+def metric_of(draft: Draft, label: str, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns H of the inputs of a matrix, damped, and the factor of its inverse, in the order of the file.
+
+    Args:
+        draft: the model.
+        label: of the matrix.
+        mean: of x xᵀ over its inputs, `[in, in]`.
+
+    Raises:
+        ArithmeticError: H is not positive definite.
+    """
+    mean = in_order(draft, label, mean)
+    factor, damping = inverse_factor(mean, DAMPING)
+    return damped(mean, damping), factor

@@ -66,6 +66,11 @@ class Gguf(Export):
         description="gptq: let the errors of a matrix make good for each other; keep: the codes of a quantized source, "
         "where they fit (default: as llama.cpp rounds)",
     )
+    propagate: Literal["auto"] | None = Field(
+        None,
+        description="auto, with rounding gptq: each matrix also makes good the errors of those before it, as the "
+        "quantized model runs beside the other (default: every matrix by itself)",
+    )
     split: Annotated[int, BeforeValidator(_bytes)] | None = Field(
         None, gt=0, description="cut a larger file into parts of so many bytes (2GB), which llama.cpp opens together"
     )
@@ -103,6 +108,8 @@ class Gguf(Export):
         known = {"gptq": COMPENSATED, "keep": KEEPING}.get(self.rounding or "")
         if known and self.type not in known:
             raise ValueError(f"rounding {self.rounding} knows {', '.join(known)}, and not {self.type}")
+        if self.propagate and self.rounding != "gptq":
+            raise ValueError("propagate: auto is for rounding: gptq: set both, or neither")
         return self
 
     def after(self, previous: Step | None) -> Self:
@@ -111,7 +118,7 @@ class Gguf(Export):
         keeps = coded and self.rounding is None and self.type in KEEPING
         return self.model_copy(update={"rounding": "keep"}) if keeps else self
 
-    optional: ClassVar[tuple[str, ...]] = ("parity", "budget", "split", "rounding")
+    optional: ClassVar[tuple[str, ...]] = ("parity", "budget", "split", "rounding", "propagate")
 
     @property
     def rounded(self) -> bool:

@@ -47,6 +47,10 @@ def run(step: Gguf, source: Artifact, out: Path, context: Context) -> dict[str, 
         from lighten.export.gguf.kept_codes import keep_codes
 
         chosen |= keep_codes(file, draft)
+    elif step.propagate and context.grams:
+        from lighten.export.gguf.two_streams import round_in_streams
+
+        chosen["rounding"] = round_in_streams(file, draft, context)
     elif step.rounding and context.grams:
         from lighten.export.gguf.rounding import compensate
 

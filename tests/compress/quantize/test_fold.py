@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lighten.compress.calibrate.gram import LayerInputs
 from lighten.compress.quantize import awq, fold, smooth
 from lighten.model.anatomy import LAYERS
 from lighten.model.blockwise import known_anatomy, known_folds
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.folds import Fold
+from lighten.observe.gram import LayerInputs
 
 GROUPS = {
     "self_attn.q_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],

@@ -15,7 +15,7 @@ from lighten.compress.calibrate.sensitivity import Sensitivities
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.errors import RequestError
 from lighten.export.gguf import allocate
-from lighten.export.gguf.linears import in_order, matrices_of
+from lighten.export.gguf.linears import Matrices, in_order
 from lighten.export.gguf.settings import Gguf
 from lighten.export.gguf.write import Draft
 from lighten.model import stream
@@ -55,7 +55,7 @@ def exported(source: Path, out: Path, context: Context, **settings: Any) -> tupl
 def losses(source: Path, grams: Path, file: Path) -> dict[str, float]:
     """Returns tr(E H Eᵀ) of every matrix that has a Gram, by its name in the file; of an expert by itself."""
     draft, index = Draft(source), read_index(grams)
-    of, tensors = matrices_of(draft), {each.name: each for each in gguf.GGUFReader(file).tensors}
+    of, tensors = Matrices(draft).of, {each.name: each for each in gguf.GGUFReader(file).tensors}
     found = {}
     for layer, entry in enumerate(index["layers"]):
         known, inputs = read_layer(grams, layer)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lighten.compress.quantize.residual import added, adds_up
 from lighten.model import whole
+from lighten.observe.residual import added, adds_up
 from tests.families.models import make
 
 

@@ -1,7 +1,8 @@
 """Quantizing against what really arrives: the model with its quantized layers runs beside the model without them.
 
 Linears are rounded in the order of the forward. Both models are halted before each linear, so what it reads already
-bears the errors of the linears before it in the same layer. `propagation` has what a linear is rounded to.
+bears the errors of the linears before it in the same layer. `correction` has what a linear is rounded to. How it is
+rounded is up to whoever quantizes: `Layers`.
 
 Both models are halted before a module of experts too. An expert of the quantized model gets the tokens that its own
 router sends; the weight to round to is the one that gives what the source's expert would make of the same tokens.
@@ -10,25 +11,92 @@ router sends; the weight to round to is the one that gives what the source's exp
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from lighten.compress.calibrate.experts import Expert, ExpertInputs, Spread, draw, experts_of
-from lighten.compress.calibrate.gram import accumulate
-from lighten.compress.quantize.propagation import Sums, corrected
-from lighten.compress.quantize.quantized_layers import Inputs, Layers, Work
-from lighten.compress.quantize.residual import added, given_back, states_of
 from lighten.model.blockwise import BlockwiseModel
-from lighten.model.discovery import Linear, is_turned
+from lighten.model.discovery import Anatomy, Linear, is_turned
 from lighten.model.experts import given_to, inner, routed
 from lighten.model.grams import ExpertTokens, Gram
 from lighten.model.suspension import Call, Place, Turn, turns
+from lighten.observe.correction import Sums, corrected
+from lighten.observe.experts import Expert, ExpertInputs, Spread, draw, experts_of
+from lighten.observe.gram import accumulate
+from lighten.observe.residual import added, given_back, states_of
 from lighten.step import Context
+
+
+@dataclass
+class Inputs:
+    """Linears of a layer that read the same input, and its second moments if there was a sweep."""
+
+    first: str
+    linears: list[str]
+    swept: Mapping[str, Gram] | None = None
+    """Second moments by the name of the input."""
+
+    @property
+    def gram(self) -> Gram:
+        """The second moments of the input."""
+        if self.swept is None:
+            raise TypeError("this method reads Grams: its settings have to say so (swept = True)")
+        return self.swept[self.first]
+
+
+class Work(Protocol):
+    """A layer whose linears are being rounded."""
+
+    @property
+    def index(self) -> int:
+        """Number of the layer."""
+
+    @property
+    def prefix(self) -> str:
+        """Beginning of the full names of its tensors."""
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Weights of linears `[out, in]` that were not rounded yet, and other tensors, by name in the layer."""
+
+    @property
+    def inputs(self) -> Sequence[Inputs]:
+        """The linears, by what they read."""
+
+    def round(self, group: Inputs, gram: Gram, wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Rounds and stores linears that read one input. Returns the weights that they stand for, by name in the layer.
+
+        Args:
+            group: the linears.
+            gram: second moments of the input.
+            wanted: weights `[out, in]` to come close to, float32, by name in the layer.
+        """
+
+    def warn(self, text: str) -> None:
+        """Takes a warning for the person."""
+
+    def finish(self) -> Any:
+        """Stores the rest of the layer. Returns what the caller of the walk wants to know."""
+
+
+class Layers(Protocol):
+    """The decoder layers of a checkpoint, and the way to quantize each."""
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """What the layers consist of."""
+
+    @property
+    def device(self) -> str:
+        """Where weights are rounded."""
+
+    def started(self, index: int) -> AbstractContextManager[Work]:
+        """Opens a layer, whose linears are then rounded group by group."""
 
 
 @dataclass
@@ -57,17 +125,15 @@ class Streams:
         """Numbers of tokens that experts of the quantized model saw; None if it has none."""
         return ExpertTokens.of(self.tokens)
 
-    def walk(
-        self, ids: torch.Tensor, targets: torch.Tensor | None, context: Context
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Quantizes layer after layer in the order of the forward; yields its number and what was written.
+    def walk(self, ids: torch.Tensor, targets: torch.Tensor | None, context: Context) -> Iterator[tuple[int, Any]]:
+        """Quantizes layer after layer in the order of the forward; yields its number and what it is finished with.
 
         Args:
             ids: `[samples, length]`, the calibration set.
             targets: what the decoder of a sequence-to-sequence model reads, `[samples, length]`; None for `ids`.
             context: of the step.
         """
-        count = len(self.layers)
+        count = len(self.layers.anatomy.layers)
         batches = self.model.batches(ids)
         twice = None if targets is None else torch.cat([targets, targets])
         turns_of_layers = self.model.turns(torch.cat([ids, ids]), batches=(*batches, *batches), targets=twice)
@@ -96,18 +162,15 @@ class Streams:
                 target, shares = corrected(together, sums)
             except ArithmeticError as error:
                 reader = work.prefix + group.first
-                work.findings.warnings.append(f"{reader}: earlier errors are not made good, for its Gram is {error}")
+                work.warn(f"{reader}: earlier errors are not made good, for its Gram is {error}")
             self.alphas.append(shares[0])
             self.betas += shares[1:]
         else:
             self.alone += len(weights)
-        gram = (sums.together() if drawn is None else drawn).matrix()
+        gram = sums.together() if drawn is None else drawn
         wanted = dict(zip(weights, torch.split(target, [len(each) for each in weights.values()]), strict=True))
         del sums, drawn, together
-        found: dict[str, torch.Tensor] = {}
-        for linears in work.linears_of(group, gram, wanted):
-            found |= work.store(linears, self.layers.rounds(self.layers.step, linears))
-        return {name: each.to(self.model.dtype) for name, each in found.items()}
+        return {name: each.to(self.model.dtype) for name, each in work.round(group, gram, wanted).items()}
 
 
 class _Block:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lighten.compress.calibrate.gram import accumulate
 from lighten.model.discovery import Layer, Linear
 from lighten.model.experts import LAST, given_to, inner, routed
 from lighten.model.grams import Gram
+from lighten.observe.gram import accumulate
 
 FORCED = 2
 """Number of tokens for each channel that an expert with too few of its own is made to see."""

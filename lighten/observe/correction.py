@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lighten.compress.calibrate.gram import accumulate
 from lighten.model.grams import Gram
 from lighten.model.products import exact_products
 from lighten.numerics.damping import damped
+from lighten.observe.gram import accumulate
 
 HELD_OUT = 8
 """One token of so many is left out of the sums that the change of the weights is made from, to choose its size."""

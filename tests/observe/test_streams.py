@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from lighten.compress.calibrate.reads import Reads
 from lighten.compress.calibrate.sweep import Sweep
-from lighten.compress.quantize import propagation
-from lighten.compress.quantize.propagation import RIDGE, Sums, corrected
-from lighten.compress.quantize.quantized_layers import Inputs, Work
-from lighten.compress.quantize.streams import Streams
+from lighten.compress.quantize.quantized_layers import Work
 from lighten.model import whole
 from lighten.model.grams import Gram
 from lighten.model.tokens import calibration_ids
+from lighten.observe import correction
+from lighten.observe.correction import RIDGE, Sums, corrected
+from lighten.observe.streams import Inputs, Streams
 from lighten.pipeline.steps import open_step
 from lighten.step import Context
 from lighten.store.artifact import Artifact
@@ -114,13 +114,13 @@ def test_every_token_is_in_the_sum_once(batches: list[tuple[int, bool]], at_once
     generator = torch.Generator().manual_seed(5)
     found, read, pairs = Sums.empty(6, "cpu"), [], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(propagation, "AT_ONCE", at_once)
+        patch.setattr(correction, "AT_ONCE", at_once)
         for tokens, paired in batches:
             plain, quantized = torch.randn(2, tokens, 6, generator=generator)
             found.add(plain if paired else None, quantized)
             read.append(quantized)
             if paired:
-                kept = tokens - tokens // propagation.HELD_OUT
+                kept = tokens - tokens // correction.HELD_OUT
                 pairs.append((plain[:kept] - quantized[:kept]).t() @ quantized[:kept])
         together = found.together()
     everything = torch.cat(read)

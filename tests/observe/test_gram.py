@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lighten.compress.calibrate.gram import LayerInputs, accumulate, exact_products
 from lighten.model.grams import BLOCK, Gram, GramWriter, read_diagonals, read_index, read_layer
+from lighten.observe.gram import LayerInputs, accumulate, exact_products
 
 
 @pytest.mark.parametrize("width", [8, BLOCK, BLOCK + 1, 2 * BLOCK + 40])
