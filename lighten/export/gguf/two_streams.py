@@ -138,13 +138,15 @@ class FileWork:
             layers.found.kept |= {label: ELSEWHERE for label, _ in readers}
             return None
         parts = [
-            self._round_matrix(*reader, metric, part.float())
-            for reader, part in zip(readers, there(target), strict=True)
+            self._round_matrix(*reader, metric, part.float(), wanted.float())
+            for reader, part, wanted in zip(readers, own, there(target), strict=True)
         ]
         back = turn.back(parts, draft.model)
         return back.t() if turned else back
 
-    def _round_matrix(self, label: str, expert: int | None, metric: _Metric, target: torch.Tensor) -> torch.Tensor:
+    def _round_matrix(
+        self, label: str, expert: int | None, metric: _Metric, own: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
         """Rounds a matrix `[out, in]` of the file, if that can be done; returns what the file has then."""
         layers, draft = self.layers, self.layers.draft
         tensor = layers.tensors[draft.names[label]]
@@ -159,7 +161,7 @@ class FileWork:
         except ArithmeticError as error:
             why = str(error) if kind is None else f"the Gram of its inputs is {error}"
             layers.found.kept[label] = why
-            return target if type in PLAIN else _read(os.pread(layers.file, size, start), type, target.shape)
+            return own if type in PLAIN else _read(os.pread(layers.file, size, start), type, target.shape)
         os.pwrite(layers.file, packed.numpy().tobytes(), start)
         layers.found.ratios[named] = ratio
         return unpack(packed, kind).weight()
