@@ -128,7 +128,7 @@ def kquants(found: Found) -> str:
         source = significant(row["source"]["perplexity"], 4)
         lines.append(
             [
-                f"{row['model']} {row['grid']} ({source}; {row['test_samples']}), {row['type']}",
+                f"{row['model']} {row['grid']} ({source}; {row['test_samples']}), {row['type']}, {row['way']}",
                 byte_count(ours["size_bytes"]),
                 significant(row["rounding"]["loss"], 2),
                 f"{significant(theirs['kl'], 3)} → {significant(ours['kl'], 3)}",
@@ -139,7 +139,7 @@ def kquants(found: Found) -> str:
             ]
         )
     titles = (
-        "Model (perplexity of the source; chunks of text), type",
+        "Model (perplexity of the source; chunks of text), type, way",
         "Size",
         "Loss",
         "KL, nats",
@@ -152,11 +152,13 @@ def kquants(found: Found) -> str:
     apart = sorted({abs(row["ours"]["size_bytes"] - row["theirs"]["size_bytes"]) for row in found["rows"]})
     alike = all(row["same"]["type"] == row["same"]["of"] for row in found["rows"])
     caption = (
-        "From llama.cpp's own tools with an importance matrix to `rounding: gptq`. Both are calibrated on "
+        "From llama.cpp's own tools with an importance matrix to `rounding: gptq`, by one sweep or with `propagate: "
+        "auto`. Both are calibrated on "
         f"{settings['samples']} × {settings['length']} tokens of {settings['calibration']}, and llama.cpp measures "
         f"them on chunks of {settings['length']} tokens of {settings['test']}. In brackets is the "
-        "95 % interval of the paired change, with the chunk of text as the unit. The loss is that on the damped H, "
-        f"over llama.cpp's. {'All tensors have the same types' if alike else 'Not all tensors have the same types'}; "
+        "95 % interval of the paired change, with the chunk of text as the unit. The loss is that on the damped H of "
+        "what is read, over that of ggml's own rounding. "
+        f"{'All tensors have the same types' if alike else 'Not all tensors have the same types'}; "
         f"the files' descriptions differ by {apart[-1]} bytes at most. Decoding is the speed of our file over that of "
         f"llama.cpp's. llama-cpp-python {settings['llama_cpp_python']}."
     )

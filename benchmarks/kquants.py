@@ -1,4 +1,4 @@
-"""K-quants rounded again (`rounding: gptq`) beside those of llama.cpp's own tools with an importance matrix.
+"""K-quants rounded again (`rounding: gptq`, by one sweep or in two streams) beside those of llama.cpp's own tools.
 
     python benchmarks/kquants.py --model SmolLM2-135M=DIR --calibration wikitext2_valid.txt --test wikitext2_test.txt
 
@@ -16,6 +16,7 @@ import math
 import shutil
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 RESULTS = HERE / "results" / "kquants.json"
 TYPES = ("Q4_K_M", "Q3_K_M", "Q2_K")
 GRIDS = ("off its grid", "as it is")
+WAYS: dict[str, tuple[str, ...]] = {"one sweep": (), "two streams": ("--propagate", "auto")}
+"""How we round, and the flags for it."""
 LENGTH = 512
 
 
@@ -49,6 +52,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", required=True, metavar="NAME=DIR", help="may be repeated")
     parser.add_argument("--grid", action="append", choices=GRIDS, help="one of the two alone")
     parser.add_argument("--type", action="append", choices=TYPES, help="may be repeated (default: all)")
+    parser.add_argument("--way", action="append", choices=WAYS, help="of rounding (default: both)")
     parser.add_argument("--calibration", type=Path, required=True, help="text file to calibrate on")
     parser.add_argument("--test", type=Path, required=True, help="text file to measure perplexity on")
     parser.add_argument("--samples", type=int, default=32)
@@ -75,10 +79,11 @@ def main() -> None:
     bench = Bench(asked)
     for grid in asked.grid or GRIDS:
         for name, _, place in (each.partition("=") for each in asked.model):
-            for type in asked.type or TYPES:
-                what = {"model": name, "grid": grid, "type": type}
+            for type, way in product(asked.type or TYPES, asked.way or WAYS):
+                what = {"model": name, "grid": grid, "type": type, "way": way}
                 if not kept.find(**what):
-                    kept.add({**what, **bench.row(f"{name}-{grid.replace(' ', '-')}", bench.source(what, place), type)})
+                    row = bench.row(f"{name}-{grid.replace(' ', '-')}", bench.source(what, place), type, way)
+                    kept.add({**what, **row})
 
 
 class Bench:
@@ -104,11 +109,11 @@ class Bench:
             part.rename(moved)
         return moved
 
-    def row(self, name: str, model: Path, type: str) -> Row:
+    def row(self, name: str, model: Path, type: str, way: str) -> Row:
         """Returns what both files of a type are worth."""
-        ours, facts = self.ours(name, model, type)
+        ours, facts = self.ours(name, model, type, way)
         theirs = self.theirs(name, model, type)
-        print(f"{name} {type}: measuring", flush=True)
+        print(f"{name} {type}, {way}: measuring", flush=True)
         row: Row = {
             "test_samples": self.asked.test_samples,
             "ours": {"size_bytes": ours.stat().st_size},
@@ -142,13 +147,13 @@ class Bench:
         self.lighten("export", model, "--format", "gguf", *flags, "--parity", "tokens=0", "-o", out)
         return next(out.glob("*.gguf"))
 
-    def ours(self, name: str, model: Path, type: str) -> tuple[Path, Row]:
+    def ours(self, name: str, model: Path, type: str, way: str) -> tuple[Path, Row]:
         """Returns our file, and the facts about it. The sweep of a model is kept for its other types."""
         start = time.monotonic()
         text = ("--data", self.asked.calibration, "--samples", self.asked.samples, "--length", LENGTH)
-        file = self.export(model, self.work / f"{name}-{type}", "--type", type, "--rounding", "gptq", *text)
+        file = self.export(model, self.work / f"{name}-{type}", "--type", type, "--rounding", "gptq", *WAYS[way], *text)
         facts: Row = json.loads((file.parent / "artifact.json").read_text(encoding="utf-8"))["facts"]
-        print(f"{name} {type}: {time.monotonic() - start:.0f} s, {facts['rounding']}", flush=True)
+        print(f"{name} {type}, {way}: {time.monotonic() - start:.0f} s, {facts['rounding']}", flush=True)
         return file, facts
 
     def theirs(self, name: str, model: Path, type: str) -> Path:

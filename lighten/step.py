@@ -58,6 +58,19 @@ class Estimate:
     disk_bytes: int = 0
 
 
+def beside_the_source(alone: Estimate, facts: ModelFacts, calibration_tokens: int) -> Estimate:
+    """Returns the cost of a step that runs the quantized model beside the source, from that of rounding alone."""
+    per_token = 4 * facts.layer_linear_params + 2 * facts.gram_elements
+    states = 2 * calibration_tokens * (facts.intermediate + 4 * facts.hidden) * 2
+    return Estimate(
+        fast_flops=float(calibration_tokens * facts.layers * per_token),
+        float32_flops=alone.float32_flops + float(calibration_tokens * facts.layers * facts.gram_elements),
+        seconds=alone.seconds,
+        peak_bytes=alone.peak_bytes + facts.embedding_params * 2 + states + 8 * facts.gram_elements,
+        disk_bytes=alone.disk_bytes,
+    )
+
+
 class Step(AnyCase):
     """Settings of one step: strict and immutable. Their defaults stand nowhere else.
 

@@ -11,7 +11,7 @@ from lighten.compress.quantize.methods import METHODS
 from lighten.errors import RequestError
 from lighten.facts import TASKS, ModelFacts, Task
 from lighten.model.formats import FORMATS
-from lighten.step import Estimate, Step
+from lighten.step import Estimate, Step, beside_the_source
 
 
 def number(value: Any) -> Any:
@@ -190,17 +190,7 @@ class Quantize(Step):
             peak_bytes=500_000_000 + self.bytes_of_a_layer(facts),
             disk_bytes=int(linears * self.stored_bits(facts) / 8) + 2 * facts.embedding_params,
         )
-        if not self.propagates:
-            return alone
-        per_token = 4 * facts.layer_linear_params + 2 * facts.gram_elements
-        states = 2 * calibration_tokens * (facts.intermediate + 4 * facts.hidden) * 2
-        return Estimate(
-            fast_flops=float(calibration_tokens * facts.layers * per_token),
-            float32_flops=alone.float32_flops + float(calibration_tokens * facts.layers * facts.gram_elements),
-            seconds=alone.seconds,
-            peak_bytes=alone.peak_bytes + facts.embedding_params * 2 + states + 8 * facts.gram_elements,
-            disk_bytes=alone.disk_bytes,
-        )
+        return beside_the_source(alone, facts, calibration_tokens) if self.propagates else alone
 
     def bytes_of_a_layer(self, facts: ModelFacts) -> int:
         """Returns about how much memory one layer takes."""

@@ -18,7 +18,7 @@ from lighten.model import llama_library
 from lighten.model.export_formats import Usage
 from lighten.model.formats import FORMATS, MXFP4
 from lighten.settings import Budget, parse_size
-from lighten.step import Estimate, Step
+from lighten.step import Estimate, Step, beside_the_source
 
 _READABLE = ("hf", *FORMATS, MXFP4)
 """Formats of directories whose weights can be read, or unpacked."""
@@ -200,12 +200,13 @@ class Gguf(Export):
             seconds += _ROUNDING_SECONDS / (os.cpu_count() or 1)
             inner = max(facts.hidden, facts.intermediate)
             bytes_of_layers = 4 * (8 * facts.hidden * facts.intermediate + 5 * inner**2) * (os.cpu_count() or 1)
-        return Estimate(
+        alone = Estimate(
             seconds=seconds * facts.params,
             float32_flops=products * _product_flops(facts),
             peak_bytes=500_000_000 + 12 * largest + bytes_of_layers,
             disk_bytes=size,
         )
+        return beside_the_source(alone, facts, calibration_tokens) if self.propagate else alone
 
 
 def _quantize_seconds(type: str) -> float:
