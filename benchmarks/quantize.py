@@ -68,6 +68,10 @@ SIZES: dict[str, memory.Shape | None] = {"0.135B": None, "0.5B": QWEN, "1.1B": m
 """The first one is the model of the other parts; the others are random weights of Qwen2.5's and TinyLlama's shapes."""
 
 
+SCORES = ("perplexity", "stderr", "kl", "top1", "change", "accuracy", "scored_by", "unopened")
+"""What is known of a row once its output was measured."""
+
+
 def compare(bench: Bench) -> None:
     """Runs every tool in turn, round after round."""
     asked = bench.asked
@@ -137,14 +141,15 @@ def score(bench: Bench, kept: Kept, number: int) -> None:
             continue
         twin = kept.find(run=row["run"], weights_sha256=row["weights_sha256"], round=1)
         if twin and "perplexity" in twin:
-            row |= {key: twin[key] for key in ("perplexity", "stderr", "kl", "scored_by", "unopened") if key in twin}
+            row |= {key: twin[key] for key in SCORES if key in twin}
         else:
             waiting.append(row)
     paths = {row["run"]: bench.work / "out" / f"{row['run']}-{number}" for row in waiting}
     waiting = [row for row in waiting if paths[row["run"]].is_dir()]
     if waiting:
         protocol = ["--data", asked.test, "--samples", str(asked.test_samples), "--length", str(asked.test_length)]
-        skipped = ["--skip", "accuracy", "--skip", "speed", "--json"]
+        asks = ["--task", asked.task, "--limit", str(asked.questions)] if asked.task else ["--skip", "accuracy"]
+        skipped = [*asks, "--skip", "speed", "--json"]
         outputs = [paths[row["run"]] for row in waiting]
         took, _ = bench.run(f"evaluate-{number}", bench.lighten("evaluate", bench.model, *outputs, *protocol, *skipped))
         found = {row["path"]: row for row in whole_json(took.output).get("variants", [])}
@@ -165,7 +170,11 @@ def score(bench: Bench, kept: Kept, number: int) -> None:
 def _score_one(bench: Bench, row: Row, out: Path, found: Row) -> None:
     if not found.get("error") and found.get("perplexity"):
         row |= {"perplexity": found["perplexity"]["value"], "stderr": found["perplexity"]["stderr"]}
-        row |= {"kl": (found.get("divergence") or {}).get("kl_mean"), "scored_by": "lighten evaluate"}
+        apart = found.get("divergence") or {}
+        row |= {"kl": apart.get("kl_mean"), "top1": apart.get("top1_agreement"), "scored_by": "lighten evaluate"}
+        row["change"] = found.get("delta")  # paired with the source
+        for task in found.get("accuracy") or []:
+            row["accuracy"] = {key: task[key] for key in ("acc", "acc_norm", "n", "ci95")}
         return
     row["unopened"] = bench.portable(str(found.get("error")).splitlines()[0])
     if row["tool"] == "lighten":
@@ -290,6 +299,8 @@ def _parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("bits", 4), ("group-size", 64), ("rounds", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--task", type=_place, help="questions in HellaSwag's format (.jsonl); answers are paired")
+    parser.add_argument("--questions", type=int, default=500, help="of the task, at most")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lighten-benchmark")
     parser.add_argument("--limit", type=float, default=7200, help="seconds after which a run is ended")
@@ -334,6 +345,7 @@ def main() -> None:
             name: getattr(asked, name)
             for name in ("samples", "length", "test_samples", "test_length", "bits", "group_size")
         },
+        **({"task": Path(asked.task).name, "questions": asked.questions} if asked.task else {}),
     }
     bench = Bench(asked, asked.work.resolve(), model, settings)
     if asked.prepare:
