@@ -125,6 +125,10 @@ class Step(AnyCase):
         """True if `run` reads how much the loss depends on each linear; only if `needs_sweep` is true too."""
         return False
 
+    def remarks(self, facts: ModelFacts) -> list[str]:
+        """Returns what the person should know of this step on a model of these sizes, before any work."""
+        return []
+
     def promises(self) -> dict[str, Any] | None:
         """Returns the limits within which its output must equal its source; None if it may differ.
 

@@ -64,7 +64,9 @@ class Bars:
             self._overall = self._bars.add_task("all stages", total=sum(predicted.values()), note="")
 
     def started(self, stage: Stage) -> Report:
-        """Shows the bar of a stage."""
+        """Shows the bar of a stage, and what the person should know of it."""
+        for remark in stage.remarks:
+            self.say(f"! {stage.name}: {remark}")
         if not self._bars:
             known = self._predicted.get(stage.key)
             self.say(f"{stage.name} …" + ("" if known is None else f" (about {duration(known)})"))

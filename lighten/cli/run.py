@@ -82,9 +82,13 @@ def plan(
                 "seconds": round(predicted.seconds, 1),
                 "peak_bytes": predicted.peak_bytes,
                 "disk_bytes": predicted.disk_bytes,
+                "remarks": stage.remarks,
             }
         )
     if as_json:
         print_json({"recipe": todo.recipe.name, "stages": rows})
     else:
         screen.console().print(plan_table(todo.recipe.name, rows))
+        for stage in todo.stages:
+            for remark in stage.remarks:
+                screen.console().print(f"! {stage.name}: {remark}", markup=False, highlight=False, soft_wrap=True)

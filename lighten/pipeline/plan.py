@@ -55,6 +55,7 @@ def stage_of(step: Step, inputs: dict[str, Stage], facts: ModelFacts, tokens: in
         step=step,
         roles=tuple(inputs),
         facts=step.result(facts),
+        remarks=step.remarks(facts),
     )
 
 

@@ -35,6 +35,8 @@ class Stage:
     """Sizes of the resulting model, as far as they are known in advance."""
     arithmetic: str | None = None
     """Arithmetic that quality is measured in, if the device has a choice."""
+    remarks: list[str] = field(default_factory=list)
+    """What the person should know before it is built."""
 
     @property
     def measure(self) -> str | None:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from lighten import screen
+from lighten.cli.progress import Bars
 from lighten.compare.side import of_model
 from lighten.compress.distill.teacher import Teacher
 from lighten.errors import RequestError
@@ -142,3 +144,25 @@ def test_a_comparison_of_other_tokens_is_refused_before_it_is_measured(tiny: Tin
     store = Store(tmp_path)
     with pytest.raises(RequestError, match=r"different vocabularies .*id 3.*cannot be paired. `lighten evaluate`"):
         of_model(str(other), Evaluate(), base, store=store, device="cpu", watcher=Silent(), kept=ExitStack())
+
+
+def test_rows_that_blocks_do_not_fit_are_named_before_the_work(tiny: Tiny) -> None:
+    odd = tiny(hidden_size=288, intermediate_size=512, num_attention_heads=9, num_key_value_heads=3)
+    exports: dict[str, dict[str, Any]] = {
+        "Q4_K_M": {"type": "Q4_K_M"},
+        "Q8_0": {"type": "Q8_0"},
+        "budget": {"budget": {"bits": 8}},
+    }
+    said = {}
+    for name, settings in exports.items():
+        (stage,) = (
+            each for each in plan(odd, {"export": {"format": "gguf", **settings}}).stages if each.kind == "export"
+        )
+        said[name] = stage.remarks
+    assert "this model has rows of 288:" in said["Q4_K_M"][0]
+    assert said["Q8_0"] == said["budget"] == []
+    lines: list[str] = []
+    bars = Bars(screen.console(quiet=True))
+    bars.say = lines.append  # type: ignore[method-assign]
+    bars.started(next(each for each in plan(odd, {"export": {"format": "gguf"}}).stages if each.kind == "export"))
+    assert lines[0].startswith("! export Q4_K_M: blocks of Q4_K_M hold 256 weights")

@@ -159,6 +159,17 @@ class Gguf(Export):
                 f"type {self.type} needs rows that are multiples of {block}, this model has rows of {odd[0]}: use F16"
             )
 
+    def remarks(self, facts: ModelFacts) -> list[str]:
+        """Names the rows that no block of a K-quant fits."""
+        widths = {facts.hidden, facts.heads * facts.head_dim, facts.intermediate}
+        odd = ", ".join(str(width) for width in sorted(widths) if width % 256)
+        if self.budget or TYPES[self.type].fallback_bits is None or not odd:
+            return []
+        return [
+            f"blocks of {self.type} hold 256 weights, and this model has rows of {odd}: llama.cpp gives the matrices "
+            "with these rows other types, most of them larger; a budget chooses types that fit"
+        ]
+
     def check_source(self, form: str, facts: ModelFacts) -> None:
         """Refuses everything except model directories, and Grams of quantized weights."""
         if form not in _READABLE:
