@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tables import made, rows
+from tables import METHODS, made, rows
 
 from lighten.report.numbers import NOT_MEASURED, byte_count, duration, significant
 
@@ -161,6 +161,40 @@ def kquants(found: Found) -> str:
         f"{'All tensors have the same types' if alike else 'Not all tensors have the same types'}; "
         f"the files' descriptions differ by {apart[-1]} bytes at most. Decoding is the speed of our file over that of "
         f"llama.cpp's. llama-cpp-python {settings['llama_cpp_python']}."
+    )
+    return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
+
+
+def low_bits(found: Found) -> str:
+    """Returns every quantizer on every model, grid and width."""
+    lines = []
+    for row in found["rows"]:
+        widths = f"{row['bits']} bits, groups of {row['group_size']}"
+        source = f" ({significant(row['source'], 4)})" if row["source"] else ""
+        name = (
+            row["tool"] if row["tool"] == "lighten" else f"{row['tool']} {found['versions'][row['tool']][row['tool']]}"
+        )
+        line = [f"{row['model']} {row['grid']}{source}, {widths}", f"{name}, {METHODS[row['method']]}"]
+        right = row.get("accuracy")
+        lines.append(
+            [
+                *line,
+                significant(row["perplexity"], 4) if row.get("perplexity") else NOT_MEASURED,
+                significant(row["kl"], 3) if row.get("kl") else NOT_MEASURED,
+                f"{row['top1']:.1%}" if row.get("top1") else NOT_MEASURED,
+                f"{right['acc_norm']:.1%}" if right else NOT_MEASURED,
+                duration(row["seconds"]) if row.get("seconds") else NOT_MEASURED,
+                byte_count(row["peak_bytes"]) if row.get("peak_bytes") else NOT_MEASURED,
+                byte_count(row["size_bytes"]) if row.get("size_bytes") else row["error"],
+            ]
+        )
+    titles = ("Model (perplexity of the source), widths", "Tool", "Perplexity", "KL, nats", "Same first token")
+    titles += ("Questions right", "Time", "Peak memory", "Size")
+    settings = found["settings"]
+    caption = (
+        f"Every tool gets the same {settings['samples']} × {settings['length']} tokens of {settings['calibration']}. "
+        f"`lighten evaluate` measures in float32 on {settings['test_samples']} × 512 tokens of {settings['test']}. "
+        "A run that shared the machine with other work has no time."
     )
     return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
 

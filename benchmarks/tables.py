@@ -78,7 +78,7 @@ def comparison(found: Found) -> str:
     """Returns the table of the tools."""
     lines = []
     for entry in found["summary"].values():
-        name = f"{_tool(found, entry)}, {METHODS[entry['method']]}"
+        name = f"{tool_of(found, entry)}, {METHODS[entry['method']]}"
         if entry["error"]:
             lines.append([name, "refused", *[""] * 5])
             continue
@@ -127,7 +127,7 @@ def peers(found: Found) -> str:
                     byte_count(entry["peak_bytes"]),
                     significant(entry["perplexity"], 4),
                 ]
-            lines.append([f"{_tool(found, entry)}, {METHODS[entry['method']]}", *costs])
+            lines.append([f"{tool_of(found, entry)}, {METHODS[entry['method']]}", *costs])
     settings, source = found["settings"], found["facts"]["source"]["value"]
     caption = (
         f"SmolLM2-135M, {settings['bits']} bits, group {settings['group_size']}, {settings['samples']} × "
@@ -138,7 +138,7 @@ def peers(found: Found) -> str:
     return f"{rows(('Tool and method', 'Wall time', 'Peak memory', 'Perplexity'), lines)}\n\n{caption}"
 
 
-def _tool(found: Found, entry: Found) -> str:
+def tool_of(found: Found, entry: Found) -> str:
     tool = entry["tool"]
     versions = {"lighten": found["machine"]["packages"], **found["facts"].get("versions", {})}.get(tool) or {}
     return f"{TOOLS[tool]} {versions.get(PACKAGES.get(tool, tool), '')}".strip()
@@ -228,7 +228,7 @@ def growth(found: Found) -> str:
 def refusals(found: Found) -> str:
     """Returns what each peer refuses, in its own words."""
     lines = [
-        f"- {_tool(found, entry)}, {METHODS[entry['method']]}: `{entry['error']}`"
+        f"- {tool_of(found, entry)}, {METHODS[entry['method']]}: `{entry['error']}`"
         for entry in found["summary"].values()
         if entry["error"]
     ]
@@ -298,6 +298,7 @@ def main() -> None:
         (FAMILIES, "families", "families.json", family_table.families),
         (ROBUST, "campaign", "campaign.json", campaign.campaign),
         (DOCS, "from-nothing", "from_nothing.json", firsts.from_nothing),
+        (METHOD, "low-bits", "low_bits.json", exports.low_bits),
         (METHOD, "kquants", "kquants.json", exports.kquants),
         (METHOD, "parity", "parity.json", firsts.parity),
         (METHOD, "floats", "floats.json", floats.table),
