@@ -254,12 +254,13 @@ SECTIONS: tuple[tuple[Path, str, str, Callable[[Found], str]], ...] = (
     (DOCS, "growth", "quantize_growth.json", growth),
     (METHOD, "search", "search.json", search),
     (METHOD, "streams", "quantize_streams.json", comparison),
+    (METHOD, "int3", "quantize_int3.json", comparison),
     (FRONT, "peers", "quantize.json", peers),
     (README, "environments", "quantize.json", environments),
     (README, "refusals", "quantize.json", refusals),
 )
 
-SUMMARISED = ("comparison", "variants", "streams", "peers", "environments", "refusals")
+SUMMARISED = ("comparison", "variants", "streams", "int3", "peers", "environments", "refusals")
 """Sections whose files end with a summary once all is measured."""
 
 
