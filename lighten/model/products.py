@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -58,22 +59,45 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
 
     bfloat16 values survive the conversion to bfloat16 (CPU) and TF32 (GPU) unchanged, and both units sum in float32. So
     the products are those of float32 arithmetic at a multiple of its speed. float32 values get float32 products.
+
+    torch has one switch for the whole process. So it is thrown back when the last thread leaves, and float32 products
+    of other threads have bfloat16 inputs until then.
     """
     if dtype != torch.bfloat16:
         yield
         return
+    with _LOCK:
+        _INSIDE.append(_allow() if not _INSIDE else None)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            first = _INSIDE[0]
+            _INSIDE.pop()
+            if not _INSIDE and first:
+                first()
+
+
+_LOCK = threading.Lock()
+_INSIDE: list[Callable[[], None] | None] = []
+"""One entry for every thread that is inside. The first one undoes what was allowed."""
+
+
+def _allow() -> Callable[[], None]:
+    """Allows the fast arithmetic in the whole process; returns what forbids it again."""
     cpu: Any = getattr(torch.backends.mkldnn, "matmul", None)
     gpu: Any = torch.backends.cuda.matmul
     if cpu is None or not hasattr(gpu, "fp32_precision"):  # torch 2.8 knows the older switch only, and only for GPUs
         allowed, gpu.allow_tf32 = gpu.allow_tf32, True
-        try:
-            yield
-        finally:
+
+        def forbid_again() -> None:
             gpu.allow_tf32 = allowed
-        return
+
+        return forbid_again
     before = cpu.fp32_precision, gpu.fp32_precision
     cpu.fp32_precision, gpu.fp32_precision = "bf16", "tf32"
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         cpu.fp32_precision, gpu.fp32_precision = before
+
+    return restore

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,25 @@ def test_nothing_multiplies_bfloat16_where_that_is_slow(tiny: Callable[..., Path
     assert facts["arithmetic"] == "float32"
     assert taught["precision"] == "float32"
     assert set(seen.seen) == {torch.float32} and seen.seen[torch.float32] > 100
+
+
+def test_the_switch_is_thrown_back_when_the_last_thread_leaves() -> None:
+    """One thread enters, another enters and leaves: the first still computes as it began, and nothing stays behind."""
+    switch = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = switch.fp32_precision
+    entered, leave, seen = threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        with products.exact_products(torch.bfloat16):
+            entered.set()
+            leave.wait()
+            seen.append(switch.fp32_precision)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait()
+    with products.exact_products(torch.bfloat16):
+        leave.set()
+        thread.join()
+        assert switch.fp32_precision == seen[0] == "bf16"
+    assert switch.fp32_precision == before
