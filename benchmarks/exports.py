@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tables import METHODS, made, rows
+from tables import METHODS, made, rows, tool_of
 
 from lighten.report.numbers import NOT_MEASURED, byte_count, duration, significant
 
@@ -171,10 +171,8 @@ def low_bits(found: Found) -> str:
     for row in found["rows"]:
         widths = f"{row['bits']} bits, groups of {row['group_size']}"
         source = f" ({significant(row['source'], 4)})" if row["source"] else ""
-        name = (
-            row["tool"] if row["tool"] == "lighten" else f"{row['tool']} {found['versions'][row['tool']][row['tool']]}"
-        )
-        line = [f"{row['model']} {row['grid']}{source}, {widths}", f"{name}, {METHODS[row['method']]}"]
+        tool = f"{tool_of(found, row)}, {METHODS[row['method']]}"
+        line = [f"{row['model']} {row['grid']}{source}, {widths}", tool]
         right = row.get("accuracy")
         lines.append(
             [

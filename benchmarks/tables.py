@@ -42,8 +42,8 @@ METHODS = {
     "default": "default",
     "static": "GPTQ in order of activation",
     "streams": "GPTQ in order of activation and two streams",
-    "refined": "the same, refined twice",
-    "polished": "the same, refined twice, then polish",
+    "refined": "GPTQ in order of activation and two streams, refined twice",
+    "polished": "GPTQ in order of activation and two streams, refined twice, then polish",
 }
 PACKAGES = {"gptqmodel": "gptqmodel", "llmcompressor": "llmcompressor", "autoround": "auto-round"}
 WHOLE = {
@@ -254,13 +254,12 @@ SECTIONS: tuple[tuple[Path, str, str, Callable[[Found], str]], ...] = (
     (DOCS, "growth", "quantize_growth.json", growth),
     (METHOD, "search", "search.json", search),
     (METHOD, "streams", "quantize_streams.json", comparison),
-    (METHOD, "int3", "quantize_int3.json", comparison),
     (FRONT, "peers", "quantize.json", peers),
     (README, "environments", "quantize.json", environments),
     (README, "refusals", "quantize.json", refusals),
 )
 
-SUMMARISED = ("comparison", "variants", "streams", "int3", "peers", "environments", "refusals")
+SUMMARISED = ("comparison", "variants", "streams", "peers", "environments", "refusals")
 """Sections whose files end with a summary once all is measured."""
 
 
@@ -299,6 +298,7 @@ def main() -> None:
         (FAMILIES, "families", "families.json", family_table.families),
         (ROBUST, "campaign", "campaign.json", campaign.campaign),
         (DOCS, "from-nothing", "from_nothing.json", firsts.from_nothing),
+        (METHOD, "int3", "int3.json", exports.low_bits),
         (METHOD, "low-bits", "low_bits.json", exports.low_bits),
         (METHOD, "kquants", "kquants.json", exports.kquants),
         (METHOD, "parity", "parity.json", firsts.parity),
