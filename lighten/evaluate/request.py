@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from lighten.errors import RequestError
 from lighten.evaluate.measurement import MEASUREMENTS, Measurement
 
 Asked = TypeVar("Asked", bound=Measurement, covariant=True)
@@ -26,9 +27,9 @@ class Request(Generic[Asked]):
     """One measurement of one model. It is built once, and sent to another process once."""
 
     settings: Asked
-    model: Path
-    """A model directory, a .gguf or an .onnx file."""
-    tokenizer: Path
+    model: Path | str
+    """A model directory, a .gguf or an .onnx file; as text the address of a model on a server."""
+    tokenizer: Path | str
     """Model whose tokenizer gives the ids, unless its vocabulary differs from the model's own."""
     out: Path
     """Existing empty directory for the results."""
@@ -49,6 +50,25 @@ class Request(Generic[Asked]):
     def own_tokenizer(self) -> bool:
         """Whether the ids are the model's own."""
         return self.tokenizer == self.model
+
+    @property
+    def file(self) -> Path:
+        """The model's directory or file.
+
+        Raises:
+            RequestError: it is on a server.
+        """
+        return self._file(self.model)
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The directory or file of the model whose tokenizer is used. Errors are those of `file`."""
+        return self._file(self.tokenizer)
+
+    def _file(self, target: Path | str) -> Path:
+        if isinstance(target, str):
+            raise RequestError(f"{self.settings.name} needs the files of a model, and {target} is on a server")
+        return target
 
     def payload(self) -> dict[str, Any]:
         """Returns the request as JSON."""
@@ -74,8 +94,8 @@ class Request(Generic[Asked]):
         draft, against = payload["draft"], payload["reference"]
         return Request(
             MEASUREMENTS.load(payload["measurement"]).model_validate(payload["settings"]),
-            model=Path(payload["model"]),
-            tokenizer=Path(payload["tokenizer"]),
+            model=_target(payload["model"]),
+            tokenizer=_target(payload["tokenizer"]),
             out=Path(payload["out"]),
             device=payload["device"],
             trust_remote_code=payload["trust_remote_code"],
@@ -85,3 +105,7 @@ class Request(Generic[Asked]):
             save_hidden=payload["save_hidden"],
             vocab=payload["vocab"],
         )
+
+
+def _target(text: str) -> Path | str:
+    return text if "://" in text else Path(text)

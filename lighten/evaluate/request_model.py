@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Protocol
 
+from lighten.data.text import Render
 from lighten.evaluate import machine
 from lighten.evaluate.measurement import Measurement
 from lighten.evaluate.request import Request
-from lighten.evaluate.runtimes.choose import open_runtime, served_in
+from lighten.evaluate.runtimes.choose import files_of, open_runtime, served_in
+from lighten.evaluate.runtimes.opener import Target
 from lighten.evaluate.runtimes.runtime import Runtime
+from lighten.evaluate.runtimes.unavailable import Unavailable
 from lighten.evaluate.speed.settings import Options
 from lighten.model import vocabulary
+from lighten.model.template import renderer
 
 
 class Described(Protocol):
@@ -46,13 +49,10 @@ LACKS = {
 """What a runtime without a capability does not do, in words."""
 
 
-class Unavailable(Exception):
-    """The error that the runtime of a model cannot do a measurement. Its text says why."""
-
-    def __init__(self, runtime: Runtime, needed: frozenset[str]) -> None:
-        """Takes the opened runtime, and the capabilities: it has none of them."""
-        super().__init__(f"{runtime.name} {' and '.join(LACKS.get(each, each) for each in sorted(needed))}")
-        self.facts = facts(runtime)
+def _unavailable(runtime: Runtime, needed: frozenset[str]) -> Unavailable:
+    """Returns the error for an opened runtime that has none of the necessary capabilities."""
+    reasons = dict.fromkeys(runtime.lacks.get(each) or LACKS.get(each, each) for each in sorted(needed))
+    return Unavailable(f"{runtime.name} {' and '.join(reasons)}", facts(runtime))
 
 
 def _able(runtime: Runtime, settings: Measurement) -> Runtime:
@@ -63,7 +63,7 @@ def _able(runtime: Runtime, settings: Measurement) -> Runtime:
     """
     if settings.needed and not settings.needed & runtime.capabilities:
         runtime.close()
-        raise Unavailable(runtime, settings.needed)
+        raise _unavailable(runtime, settings.needed)
     return runtime
 
 
@@ -84,7 +84,7 @@ def for_quality(request: Request[Measurement]) -> Runtime:
 
 def for_speed(
     request: Request[Measurement],
-    model: Path | None = None,
+    model: Target | None = None,
     *,
     options: Options | None = None,
     dtype: str | None = None,
@@ -100,7 +100,7 @@ def for_speed(
 
 
 def as_served(
-    model: Path, device: str, *, trusted: bool, options: Options | None = None, dtype: str | None = None
+    model: Target, device: str, *, trusted: bool, options: Options | None = None, dtype: str | None = None
 ) -> Runtime:
     """Opens a model in `dtype`, or in the arithmetic that it is served in."""
     return open_runtime(
@@ -111,9 +111,19 @@ def as_served(
 def other_vocabulary(request: Request[Measurement]) -> str | None:
     """Returns where the model's vocabulary differs from that of the tokenizer's model, or None.
 
-    Ids of another vocabulary are other words to a model. Such a model is measured on its own ids.
+    Ids of another vocabulary are other words to a model. Such a model is measured on its own ids. A model on a server
+    compares its tokenizer itself, where no file here has it.
     """
-    return None if request.own_tokenizer else vocabulary.differing(request.tokenizer, request.model)
+    if request.own_tokenizer:
+        return None
+    theirs, own = files_of(request.tokenizer), files_of(request.model)
+    return vocabulary.differing(theirs, own) if theirs and own else None
+
+
+def renderer_of(target: Target) -> Render | None:
+    """Returns the function that writes turns for a model; None without a chat template in a file here."""
+    path = files_of(target)
+    return renderer(path) if path else None
 
 
 def facts(runtime: Described) -> dict[str, Any]:

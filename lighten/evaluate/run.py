@@ -8,7 +8,7 @@ from typing import Any
 from lighten.evaluate.measurement import Measurement
 from lighten.evaluate.paired import RESULT
 from lighten.evaluate.request import Request
-from lighten.evaluate.request_model import Unavailable
+from lighten.evaluate.runtimes.unavailable import Unavailable
 from lighten.evaluate.stored_result import Result
 from lighten.plugins import found_at
 from lighten.process.isolate import Outcome, share_cores

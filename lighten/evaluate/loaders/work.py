@@ -21,7 +21,7 @@ def measure(request: Request[Loaders], report: Report) -> Outcome:
     begin = time.monotonic()
     try:
         found = survey(
-            request.model,
+            request.file,
             vocab=request.vocab,
             device=request.device,
             trust_remote_code=request.trust_remote_code,

@@ -28,7 +28,7 @@ from lighten.evaluate.perplexity import protocols
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.runtimes import rows
 from lighten.evaluate.runtimes.head import Head
-from lighten.evaluate.runtimes.runtime import Floats, Ids, Runtime, Tokenizer
+from lighten.evaluate.runtimes.runtime import Floats, Ids, Question, Runtime, Tokenizer
 from lighten.evaluate.stored_result import PerplexityResult
 from lighten.results import measured
 from lighten.step import Report
@@ -135,7 +135,7 @@ def measure(
     warnings = []
     start = time.monotonic()
     report(0, len(ids), "")
-    score = _scorer(runtime, ids, first, against)
+    score = _scorer(runtime, ids, first, against, report)
     for number in range(0, len(ids), score.together):
         part = slice(number, min(number + score.together, len(ids)))
         if number == 0 and hidden_of and (why := _unfit(hidden_of, runtime, ids[0])):
@@ -207,23 +207,25 @@ class _Scorer:
 class _ByScores:
     """Scores chunks if a runtime gives no logits. A chunk's mean stands for each of its positions."""
 
-    together = 1
-    """Number of chunks that are computed at once."""
-
-    def __init__(self, runtime: Runtime, ids: Ids, first: int) -> None:
-        self.runtime, self.ids, self.first = runtime, ids, first
+    def __init__(self, runtime: Runtime, ids: Ids, first: int, report: Report) -> None:
+        self.runtime, self.ids, self.first, self.report = runtime, ids, first, report
+        self.together = runtime.parallel
+        """Number of chunks that are computed at once."""
 
     def __call__(self, part: slice) -> tuple[Any, Any, Any, None]:
-        """Returns the mean NLL of a chunk's scored positions. Divergence is not known."""
-        (chunk,) = self.ids[part].tolist()
-        (score,) = self.runtime.choose(chunk[: self.first], [chunk[self.first :]])
-        return -score.logprob / (len(chunk) - self.first), 0.0, True, None
+        """Returns the mean NLL of the scored positions of chunks, `[chunks, 1]`. Divergence is not known."""
+        questions = [Question(chunk[: self.first], [chunk[self.first :]]) for chunk in self.ids[part].tolist()]
+        found = self.runtime.choose_many(
+            questions, lambda done, _, note: self.report(part.start + done, len(self.ids), note)
+        )
+        means = [-score.logprob / (self.ids.shape[1] - self.first) for (score,) in found]
+        return np.array(means)[:, None], 0.0, True, None
 
 
-def _scorer(runtime: Runtime, ids: Ids, first: int, against: Reference | None) -> Any:
+def _scorer(runtime: Runtime, ids: Ids, first: int, against: Reference | None, report: Report) -> Any:
     """Returns the scorer of chunks: by logits, on the model's device if that is a GPU; or by scores."""
     if "logits" not in runtime.capabilities:
-        return _ByScores(runtime, ids, first)
+        return _ByScores(runtime, ids, first, report)
     if runtime.name == "torch" and runtime.device != "cpu":
         from lighten.evaluate.runtimes.device_rows import DeviceScorer
 

@@ -8,10 +8,9 @@ from lighten.evaluate.paired import VALUES
 from lighten.evaluate.perplexity import chunks, lm_eval
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.request import Request
-from lighten.evaluate.request_model import facts, for_quality, other_vocabulary
+from lighten.evaluate.request_model import facts, for_quality, other_vocabulary, renderer_of
 from lighten.evaluate.runtimes.choose import open_tokenizer
 from lighten.evaluate.stored_result import PerplexityResult
-from lighten.model.template import renderer
 from lighten.step import Report
 
 
@@ -24,7 +23,7 @@ def measure(request: Request[Perplexity], report: Report) -> PerplexityResult:
     if reference and not (reference.measurement / chunks.HIDDEN).is_file():
         reference = None  # its own measurement says why
     tokenizer = open_tokenizer(request.model if other else request.tokenizer)
-    render = None if settings.data == "builtin" else renderer(request.tokenizer)
+    render = None if settings.data == "builtin" else renderer_of(request.tokenizer)
     if settings.protocol == "lm-eval":
         measured = lm_eval.measure(runtime, tokenizer, settings, report, render)
     else:
@@ -34,7 +33,7 @@ def measure(request: Request[Perplexity], report: Report) -> PerplexityResult:
             settings,
             report,
             reference=(reference.measurement, reference.model) if reference else None,
-            hidden_of=request.model if request.save_hidden else None,
+            hidden_of=request.file if request.save_hidden else None,
             render=render,
         )
     save_file(measured.values, request.out / VALUES)

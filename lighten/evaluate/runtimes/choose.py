@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten.errors import RequestError
@@ -29,8 +30,8 @@ def openers() -> dict[str, Opener[Any]]:
 
 
 def added() -> list[Opener[Any]]:
-    """Returns the openers of added runtimes, whose models can be measured and not compressed."""
-    return [runtime for runtime in openers().values() if not runtime.compressible]
+    """Returns the openers of added runtimes, whose files can be measured and not compressed."""
+    return [runtime for runtime in openers().values() if not (runtime.compressible or runtime.remote)]
 
 
 def extras_of_runtimes() -> dict[str, tuple[str, ...]]:
@@ -108,6 +109,12 @@ def words_of(target: Target) -> Words:
     """Opens everything that turns text into ids for a model, chats too."""
     found, place = find_opener(target)
     return found.words(place)
+
+
+def files_of(target: Target) -> Path | None:
+    """Returns the directory or file with a model's tokenizer and chat template; None if no file here has them."""
+    found, place = find_opener(target)
+    return found.files(place)
 
 
 def served_in(target: Target, device: str) -> str | None:

@@ -17,6 +17,9 @@ class Defaults:
     name: str
     options: Mapping[str, str] = {}
     context: int | None = None
+    lacks: Mapping[str, str] = {}
+    elsewhere: bool = False
+    parallel: int = 1
     _lacking: ClassVar[str] = "{} cannot do that: its class has to list what it can do under `capabilities`"
 
     def logits(self, ids: Ids) -> Floats:

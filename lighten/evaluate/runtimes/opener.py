@@ -56,6 +56,8 @@ class Opener(Generic[Place]):
     """Endings of the names of files with weights."""
     compressible: ClassVar[bool] = False
     """Whether `lighten.model.source` reads what the runtime serves, so that it can be compressed too."""
+    remote: ClassVar[bool] = False
+    """Whether it opens models on servers, by their addresses, and no files."""
     together: ClassVar[int | None] = None
     """Maximum number of prompt tokens that are computed together. More tokens read the weights again; None for all."""
     every_head: ClassVar[bool] = False
@@ -110,6 +112,10 @@ class Opener(Generic[Place]):
         from lighten.evaluate.runtimes.words import hf_words
 
         return hf_words(folder_of(place))
+
+    def files(self, place: Place) -> Path | None:
+        """Returns the directory or file with the tokenizer and the chat template; None if no file here has them."""
+        return place if isinstance(place, Path) else None
 
     def served_in(self, device: str) -> str | None:
         """Returns the arithmetic that models are served in on a device; None if the file decides."""

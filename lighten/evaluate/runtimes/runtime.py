@@ -107,6 +107,12 @@ class Runtime(Protocol):
     """Name of its row in the table of runtimes: "torch", "llama.cpp", "onnxruntime"."""
     capabilities: frozenset[Capability]
     """What it can do. Methods of other capabilities are not called."""
+    lacks: Mapping[str, str]
+    """Why it cannot do something, in words, for capabilities that it lacks for a reason of its own."""
+    elsewhere: bool
+    """Whether it computes outside of this process, so that memory and energy here say nothing about it."""
+    parallel: int
+    """Number of questions that it answers at the same time."""
     device: str
     dtype: str
     """Arithmetic of the weights: "float32", "bfloat16", "int4", or the type of the GGUF file: "Q4_K - Medium"."""

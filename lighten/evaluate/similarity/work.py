@@ -23,7 +23,7 @@ def measure(request: Request[Similarity], report: Report) -> Result:
     """Returns what ran the model. Writes every embedding."""
     settings = request.settings
     runtime = cast(TextRuntime, for_quality(request))
-    reader, first = Reader(runtime.folder, runtime.context), takes_first(request.tokenizer)
+    reader, first = Reader(runtime.folder, runtime.context), takes_first(request.tokenizer_file)
     texts = settings.sentences()
     found = []
     for start in range(0, len(texts), settings.batch):

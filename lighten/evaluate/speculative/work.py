@@ -19,7 +19,7 @@ def measure(request: Request[Speculative], report: Report) -> SpeculativeResult:
     Raises:
         Failure: the two have different vocabularies.
     """
-    settings, model, draft = request.settings, request.model, request.draft
+    settings, model, draft = request.settings, request.file, request.draft
     assert draft
     if other := vocabulary.differing(model, draft):
         raise Failure(f"target and draft have different vocabularies ({other}): take a draft with the same tokenizer")

@@ -124,7 +124,9 @@ def _row(
 
 
 def _costs(runtime: Runtime, settings: Speed) -> tuple[measured.Memory, measured.Energy]:
-    """Returns the memory of this whole process, and the energy of a token."""
+    """Returns the memory of this whole process and the energy of a token; nothing of what runs elsewhere."""
+    if runtime.elsewhere:
+        return measured.Memory(dtype=runtime.dtype), measured.Energy(note="the model runs outside of this process")
     vram = runtime.peak_vram_bytes()
     memory = measured.Memory(peak_rss_bytes=peak_rss_bytes(), peak_vram_bytes=vram, dtype=runtime.dtype)
     return memory, energy(runtime, settings, counters(runtime.device))

@@ -21,7 +21,7 @@ from tests.evaluate.conftest import Tiny, payload
 class Scripted:
     """A runtime that takes 10 ms for a prompt, and for a token the given milliseconds, run after run."""
 
-    vocab, dtype, device = 50, "float32", "cpu"
+    vocab, dtype, device, elsewhere = 50, "float32", "cpu", False
     options: ClassVar[dict[str, str]] = {}
 
     def __init__(self, *milliseconds: float) -> None:
