@@ -24,15 +24,40 @@ def serving(results: Results, _earlier: Sequence[Results]) -> Part | None:
         grids.append(Grid(LOADS, loads, "Requests that arrive at random; times at p50, p95 and p99"))
     if drafts:
         grids.append(Grid(DRAFTS, drafts, "Greedy decoding with a smaller model's proposals", text=2))
-    notes = tuple(_parted(each.name, each.speculative) for each in results.measured if each.speculative)
+    notes = [_parted(each.name, each.speculative) for each in results.measured if each.speculative]
+    notes += [_failed(variant.name, each) for variant in results.measured for each in variant.load]
     return Part("Serving", grids=tuple(grids), notes=tuple(filter(None, notes))) if grids else None
+
+
+def load_lines(results: Results) -> tuple[str, ...]:
+    """Returns a line for each load, for the terminal."""
+    found = []
+    for variant in results.measured:
+        for each in variant.load:
+            arriving = f"{each.rate:g} requests a second" if each.rate is not None else f"{each.concurrency:,} users"
+            between = f", between tokens {significant(each.token_ms.p50, 3)} ms" if each.token_ms else ""
+            found.append(
+                f"{variant.name}, {arriving}: {each.completed} of {each.requests} answered, "
+                f"{significant(each.throughput_tok_s, 3)} tok/s, first token {significant(each.ttft_ms.p50, 3)} ms"
+                f"{between} (p50)"
+            )
+            found += [_failed(variant.name, each)] if each.errors else []
+    return tuple(found)
 
 
 def _load(name: str, each: ServedLoad) -> tuple[str, ...]:
     between = _times(each.token_ms) if each.token_ms else NOT_MEASURED
     completed = f"{each.completed} of {each.requests}"
     speed = significant(each.throughput_tok_s, 3)
-    return name, f"{each.rate:g}", completed, speed, _times(each.ttft_ms), between, each.server
+    arriving = f"{each.concurrency:,} at once" if each.rate is None else f"{each.rate:g}"
+    return name, arriving, completed, speed, _times(each.ttft_ms), between, each.server
+
+
+def _failed(name: str, each: ServedLoad) -> str:
+    if not each.errors:
+        return ""
+    reasons = "; ".join(f"{count} × {reason}" for reason, count in each.errors.items())
+    return f"{name}: {each.requests - each.completed} of {each.requests} requests failed: {reasons}"
 
 
 def _times(found: Percentiles) -> str:

@@ -14,6 +14,7 @@ from lighten.report.cell import Cell, Column
 from lighten.report.headline import Headline, headline
 from lighten.report.matrix import Matrix, mark, matrix
 from lighten.report.roofs import lines, prices
+from lighten.report.serving import load_lines
 from lighten.report.table import Table, first_line, table
 from lighten.results.results import Results
 
@@ -23,9 +24,15 @@ GAP = 2
 def terminal(results: Results) -> RenderableType:
     """Returns the comparison and the headline. When printed, it keeps the columns that fit, most important first."""
     tried = matrix(results)
-    return _Comparison(
-        table(results), headline(results), tried.used() if tried else None, (*lines(results), *prices(results))
-    )
+    remarks = (*lines(results), *prices(results), *load_lines(results), *_lacking(results))
+    return _Comparison(table(results), headline(results), tried.used() if tried else None, remarks)
+
+
+def _lacking(results: Results) -> Iterator[str]:
+    """Yields what was asked for and could not be measured, and why."""
+    for variant in results.measured:
+        for each in variant.unavailable:
+            yield f"{variant.name}: {each.measurement} is not available: {each.reason}"
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class _Comparison:
     headline: Headline
     tried: Matrix | None
     remarks: tuple[str, ...] = ()
-    """Remarks on roofline and cost."""
+    """Remarks on roofline, cost and load, and on what could not be measured."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if any(row.cells for row in self.table.rows):

@@ -205,16 +205,19 @@ class SentenceSpeed(Section):
 class ServedLoad(Section):
     """Requests that arrived at `rate` a second on average, and how the completed requests were served.
 
-    `ttft_ms` counts from a request's arrival, `token_ms` between its tokens. `throughput_tok_s` is that of all requests
-    together.
+    If `rate` is null, they came from `concurrency` users instead, each of whom sent the next one when the last one was
+    answered. `ttft_ms` counts from a request's arrival, `token_ms` between its tokens. `throughput_tok_s` is that of
+    all requests together. `errors` counts the requests that were not completed, by what the server said.
     """
 
-    rate: float
+    rate: float | None = None
+    concurrency: int | None = None
     requests: int
     completed: int
     throughput_tok_s: float
     ttft_ms: Percentiles
     token_ms: Percentiles | None = None
+    errors: dict[str, int] = {}
     server: str
 
 

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from lighten.report.serving import doubts, serving
+from lighten.report.serving import doubts, load_lines, serving
 from lighten.report.table import table
 from lighten.results.results import Results
 from tests.report.sample import raw
@@ -60,3 +60,16 @@ def test_load_and_drafts_are_tables() -> None:
     assert part.grids[0].rows[0][-1] == "all but 1 of 6"
     assert part.notes == ("r0: texts part where the two likeliest logits differ by 0.031 at most",)
     assert serving(results({}), []) is None
+
+
+def test_users_and_their_errors_are_told() -> None:
+    times = {"p50": 120.0, "p95": 300.0, "p99": 410.0}
+    load = {"concurrency": 8, "requests": 16, "completed": 13, "throughput_tok_s": 31.2, "server": "there"}
+    found = results({"load": [load | {"ttft_ms": times, "errors": {"503 no room": 2, "no answer": 1}}]})
+    part = serving(found, [])
+    assert part is not None
+    assert part.grids[0].rows == (("r0", "8 at once", "13 of 16", "31.2", "120, 300, 410", "–", "there"),)
+    failed = "r0: 3 of 16 requests failed: 2 × 503 no room; 1 × no answer"
+    assert part.notes == (failed,)
+    line = "r0, 8 users: 13 of 16 answered, 31.2 tok/s, first token 120 ms (p50)"
+    assert load_lines(found) == (line, failed)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from lighten.data import text
 from lighten.data.origin import Text
@@ -15,20 +15,23 @@ from lighten.facts import ModelFacts
 from lighten.model.tokens import check_text
 from lighten.step import Estimate
 
-Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(one_or_many)]
+Rates = Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(one_or_many)]
+Users = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(one_or_many)]
 
 
 class Load(Measurement):
     """Requests that arrive at random, `rate` a second on average, at the server of the runtime.
 
     Each has `prompt` tokens of `data` and asks for `generate` more tokens. transformers brings no server: it decodes
-    waiting requests together, at most `batch`.
+    waiting requests together, at most `batch`. `concurrency` are numbers of users besides: each user sends the next
+    request when the last one is answered.
     """
 
     name = "load"
     work = "lighten.evaluate.load.arrivals:measure"
     needs = frozenset({"decodes"})
     timed = True
+    younger: ClassVar[dict[str, Any]] = {"concurrency": []}
 
     rate: Rates = Field([0.5, 1.0, 2.0])
     requests: int = Field(16, ge=1)
@@ -37,6 +40,13 @@ class Load(Measurement):
     batch: int = Field(8, ge=1)
     data: Text = "builtin"
     seed: int = 0
+    concurrency: Users = Field([])
+
+    @model_validator(mode="after")
+    def _something_arrives(self) -> Self:
+        if not self.rate and not self.concurrency:
+            raise ValueError("load needs a rate of requests, or a concurrency: give one of them")
+        return self
 
     def data_digest(self) -> str:
         """Returns the SHA-256 of the text."""
@@ -52,10 +62,11 @@ class Load(Measurement):
 
     def predict(self, facts: ModelFacts) -> Estimate:
         """Returns the larger of two costs: waiting for the requests, and serving them."""
-        read = len(self.rate) * self.requests * self.generate * 2.0 * facts.params / READ_PER_SECOND
+        rows = len(self.rate) + len(self.concurrency)
+        read = rows * self.requests * self.generate * 2.0 * facts.params / READ_PER_SECOND
         waits = sum(self.requests / rate for rate in self.rate)
         return Estimate(seconds=10 + max(read, waits), peak_bytes=FIXED_BYTES + 3 * facts.params, disk_bytes=10_000)
 
     def add(self, row: dict[str, Any], result: dict[str, Any]) -> None:
-        """Puts the result of every rate into a row."""
+        """Puts the result of every rate and concurrency into a row."""
         row["load"] = result["load"]

@@ -14,11 +14,11 @@ import pytest
 
 from lighten.errors import Failure
 from lighten.evaluate.load import arrivals
-from lighten.evaluate.load.arrivals import Served, arrival_times, batched, row
+from lighten.evaluate.load.arrivals import Round, Served, arrival_times, batched, concurrent, in_turn, rounds, row
 from lighten.evaluate.load.settings import Load
 from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.runtime import Ids, Timings
-from lighten.evaluate.speed.server import LlamaServer, own_environment
+from lighten.evaluate.speed.server import LlamaServer, Refused, own_environment
 from lighten.export.gguf.write import write
 from lighten.model.llama_library import installed
 from lighten.model.tokenizer_table import TABLE
@@ -43,12 +43,12 @@ def test_arrivals_are_a_seeded_poisson_process() -> None:
 
 
 def test_a_row_tells_what_somebody_waiting_sees() -> None:
-    found = row(2.0, 3, [Served(1.0, [1.5, 1.6, 1.9]), Served(2.0, [2.25, 5.0])], "ours")
+    found = row(Round(rate=2.0), 3, [Served(1.0, [1.5, 1.6, 1.9]), Served(2.0, [2.25, 5.0])], "ours")
     assert (found.requests, found.completed, found.server) == (3, 2, "ours")
     assert found.throughput_tok_s == pytest.approx(5 / 4)
     assert found.ttft_ms.p50 == pytest.approx(375) and found.token_ms and found.token_ms.p50 == pytest.approx(300)
     with pytest.raises(Failure, match="ours completed none of 3 requests at 2 a second"):
-        row(2.0, 3, [], "ours")
+        row(Round(rate=2.0), 3, [], "ours")
 
 
 class Slow:
@@ -76,6 +76,49 @@ def test_those_that_wait_are_decoded_together() -> None:
     assert served[0].tokens[0] == pytest.approx(0.03, abs=0.02)
     assert served[1].tokens[0] - served[1].arrived > 0.05  # it waited for the first one to end
     assert served[5].tokens[0] - served[5].arrived == pytest.approx(0.03, abs=0.02)
+
+
+def test_users_wait_for_their_own_answers() -> None:
+    runtime = Slow()
+    ids = np.zeros((7, 5), dtype=np.int64)
+    served = in_turn(runtime, ids, 3, Load(requests=7, prompt=5, generate=4, batch=2))  # type: ignore[arg-type]
+    assert runtime.batches == [2, 2, 2, 1] and len(served) == 7
+    assert [each.arrived for each in served[:3]] == [0, 0, 0]
+    assert served[2].tokens[0] > served[0].tokens[-1]  # the third one waited for the first two
+    assert served[3].arrived >= served[0].tokens[-1]
+
+
+def test_so_many_users_ask_at_once_and_errors_are_counted() -> None:
+    here, most, lock = [0], [0], threading.Lock()
+
+    def ask(prompt: str) -> list[float]:
+        with lock:
+            here[0] += 1
+            most[0] = max(most[0], here[0])
+        time.sleep(0.01)
+        with lock:
+            here[0] -= 1
+        if prompt == "bad":
+            raise Refused("503 no room")
+        return [time.perf_counter()] if prompt else []
+
+    served, errors = concurrent(ask, ["a", "bad", "b", "", "bad", "c", "d", "e"], None, 3)
+    assert most == [3] and len(served) == 5
+    assert errors == {"503 no room": 2, "it answered without a token": 1}
+    assert row(Round(users=3), 8, served, "ours", errors).errors == {"503 no room": 2, "it answered without a token": 1}
+    with pytest.raises(Failure, match="ours completed none of 2 requests by 3 users: 503 no room"):
+        row(Round(users=3), 2, [], "ours", errors)
+
+
+def test_load_needs_something_that_arrives() -> None:
+    with pytest.raises(ValueError, match="load needs a rate of requests, or a concurrency"):
+        Load(rate=[])
+    assert [str(each) for each in rounds(Load(rate=[2], concurrency=[1, 4]))] == [
+        "at 2 a second",
+        "by 1 user",
+        "by 4 users",
+    ]
+    assert "concurrency" not in Load().key_config()
 
 
 def test_load_of_a_model_directory(tiny: Tiny, tmp_path: Path) -> None:
