@@ -23,6 +23,7 @@ from lighten.errors import Failure, RequestError
 
 if TYPE_CHECKING:
     from lighten.evaluate.accuracy.settings import Accuracy
+    from lighten.evaluate.load.settings import Load
     from lighten.evaluate.perplexity.settings import Perplexity
     from lighten.evaluate.speed.settings import Speed
 
@@ -30,17 +31,25 @@ COMMAND = "lighten evaluate"
 NOT_ON_DEVICE = (
     *("data", "protocol", "length", "samples", "task", "limit", "shots", "scorer", "device"),
     *("trust_remote_code", "trust_tasks", "attention", "compile_", "cache", "roofline", "price_per_hour", "currency"),
+    *("model", "tokenizer", "timeout", "rate", "concurrency", "requests"),
 )
 """Names of the flags that bench.py on a device does not know."""
 OF_CAUSAL = (
     *("protocol", "length", "task", "limit", "shots", "scorer", "attention", "compile_", "cache", "roofline"),
-    *("price_per_hour", "currency"),
+    *("price_per_hour", "currency", "rate", "concurrency", "requests"),
 )
 """Names of the flags about measurements of causal language models."""
+COMMON = ("data", "samples")
+"""Names of the flags that measurements of all models share."""
+SAME = ("roofline", "price_per_hour", "currency", "trust_remote_code", "trust_tasks", "device", "merge_adapter")
+"""Names of the flags that `measure` has too."""
 
 Paths = Annotated[
     list[str],
-    typer.Argument(help="Model directories, .gguf files, bundles, or NAME:VARIANT; the first one is the baseline."),
+    typer.Argument(
+        help="Model directories, .gguf files, bundles, NAME:VARIANT, or servers (http://HOST:8000/v1); the first one "
+        "is the baseline."
+    ),
 ]
 Target = Annotated[
     str | None, typer.Option(help="Measure bundles on this device instead, with their bench.py: ssh://user@host.")
@@ -77,6 +86,22 @@ Compile = Annotated[
 Cache = Annotated[
     str | None, typer.Option(help="Cache of keys and values when speed is measured: dynamic, static or quantized.")
 ]
+Model = Annotated[
+    list[str] | None, typer.Option(help="Name of the model on a server; one for all servers, or one for each.")
+]
+Tokenizer = Annotated[
+    list[str] | None,
+    typer.Option(help="Directory or .gguf file with the tokenizer of the model on a server (default: the server's)."),
+]
+Timeout = Annotated[float | None, typer.Option(help="Seconds that a server may stay silent (default: 300).")]
+Rate = Annotated[
+    list[float] | None,
+    typer.Option(help="Measure load: requests that arrive at random, so many a second; may be repeated."),
+]
+Concurrency = Annotated[
+    list[int] | None, typer.Option(help="Measure load: requests of so many users at once; may be repeated.")
+]
+Requests = Annotated[int | None, typer.Option(help="Requests of each load (default: 16).")]
 Skip = Annotated[list[str] | None, typer.Option(help="Leave out perplexity, accuracy or speed; may be repeated.")]
 Roofline = Annotated[
     bool, typer.Option("--roofline", help="Say how near each speed is to what memory and arithmetic allow.")
@@ -110,6 +135,12 @@ def evaluate(
     attention: Attention = None,
     compile_: Compile = None,
     cache: Cache = None,
+    model: Model = None,
+    tokenizer: Tokenizer = None,
+    timeout: Timeout = None,
+    rate: Rate = None,
+    concurrency: Concurrency = None,
+    requests: Requests = None,
     skip: Skip = None,
     roofline: Roofline = False,
     price_per_hour: Price = None,
@@ -123,45 +154,63 @@ def evaluate(
     merge_adapter: MergeAdapter = False,
     as_json: Json = False,
 ) -> None:
-    """Measure any model directories, .gguf files or variants of a version side by side."""
-    from lighten.cli.progress import watching
-    from lighten.pipeline.verbs import check_new, measure
+    """Measure any model directories, .gguf files, variants of a version or models on servers side by side."""
+    from lighten.evaluate.runtimes.endpoint.address import addressed
+    from lighten.pipeline.verbs import check_new
 
     left_out = measurements_left_out(skip)
     if out:
         check_new(out)
-    paths = [_path_of(text, artifacts) for text in paths]
+    paths = addressed([_path_of(text, artifacts) for text in paths], model or [], tokenizer or [], timeout)
     if profile:
         _profile(paths, profile, device, as_json, trust_remote_code)
         return
-    usual = None
-    if not (left_out or typed_flags(context, OF_CAUSAL)):
-        typed = typed_flags(context, ("data", "samples"))
-        usual = {name: value for name, value in (("data", data), ("samples", samples)) if f"--{name}" in typed}
-    perplexity = _perplexity({"data": data, "length": length, "samples": samples}, protocol or ["lighten"])
-    accuracy = _accuracy({"limit": limit, "scorer": scorer, "shots": shots}, task or ["builtin"])
-    speed = _speed({"attention": attention, "compile": compile_, "cache": cache})
+    asked: dict[str, Any] = {
+        "perplexity": _perplexity({"data": data, "length": length, "samples": samples}, protocol or ["lighten"]),
+        "accuracy": _accuracy({"limit": limit, "scorer": scorer, "shots": shots}, task or ["builtin"]),
+        "speed": _speed({"attention": attention, "compile": compile_, "cache": cache}),
+        "load": _load(rate, concurrency, requests),
+    }
     if target:
         _check_flags_of_device(context, left_out)
         value = _measure_on_device(paths, target, python, "perplexity" not in left_out, as_json)
     else:
-        with watching(quiet=as_json) as watcher:
-            value = measure(
-                paths,
-                perplexity=[] if "perplexity" in left_out else perplexity,
-                accuracy=[] if "accuracy" in left_out else accuracy,
-                speed=None if "speed" in left_out else speed,
-                roofline=roofline,
-                price_per_hour=price_per_hour,
-                currency=currency,
-                trust_remote_code=trust_remote_code,
-                trust_tasks=trust_tasks,
-                device=device,
-                merge_adapter=merge_adapter,
-                watcher=watcher,
-                usual=usual,
-            )
+        kept = {name: value for name, value in asked.items() if name not in left_out}
+        value = _measure_here(context, paths, kept, None if left_out else _usual(context))
     _show(value, out, as_json)
+
+
+def _measure_here(
+    context: typer.Context, paths: list[str], asked: dict[str, Any], usual: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Returns the contents of a results.json that this machine measured. Flags of `SAME` go on as they are."""
+    from lighten.cli.progress import watching
+    from lighten.pipeline.verbs import measure
+
+    given = {name: context.params[name] for name in SAME}
+    with watching(quiet=context.params["as_json"]) as watcher:
+        return measure(paths, **asked, **given, watcher=watcher, usual=usual)
+
+
+def _usual(context: typer.Context) -> dict[str, Any] | None:
+    """Returns those of the common settings that were typed; None if a measurement was asked for by name."""
+    if typed_flags(context, OF_CAUSAL):
+        return None
+    typed = typed_flags(context, COMMON)
+    return {name: context.params[name] for name in COMMON if f"--{name}" in typed}
+
+
+def _load(rate: list[float] | None, concurrency: list[int] | None, requests: int | None) -> Load | None:
+    """Returns the settings of the load measurement; None if neither rates nor users were given."""
+    from lighten.evaluate.load.settings import Load
+    from lighten.pipeline.recipe import parse_settings
+
+    if not (rate or concurrency):
+        if requests is not None:
+            raise RequestError("--requests is the number of requests of a load: add --rate or --concurrency")
+        return None
+    given = {"rate": rate or [], "concurrency": concurrency or [], "requests": requests}
+    return parse_settings(Load, {name: value for name, value in given.items() if value is not None}, COMMAND)
 
 
 def _perplexity(settings: dict[str, Any], protocols: list[str]) -> list[Perplexity]:
@@ -243,8 +292,9 @@ def _show(value: dict[str, Any], out: Path | None, as_json: bool) -> None:
 def _path_of(text: str, artifacts: Path) -> str:
     """Returns the path of a variant such as `quickstart@v1:gptq-int4`; any other text unchanged."""
     from lighten.compare.operand import VariantOf, Version, resolve
+    from lighten.evaluate.runtimes.endpoint.address import is_url
 
-    if Path(text).expanduser().exists() or ":" not in text or text.startswith("demo:"):
+    if Path(text).expanduser().exists() or ":" not in text or text.startswith("demo:") or is_url(text):
         return text
     named = resolve(text, artifacts)
     if isinstance(named, Version):

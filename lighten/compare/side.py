@@ -21,8 +21,7 @@ from lighten.model import vocabulary
 from lighten.model.source import Found, find
 from lighten.pipeline.checks import check_measurable
 from lighten.pipeline.recipe import parse_settings
-from lighten.pipeline.rows import add_measurements
-from lighten.pipeline.verbs import describe_source
+from lighten.pipeline.rows import add_measurements, describe_source
 from lighten.pipeline.watcher import Watcher
 from lighten.process.isolate import run_isolated
 from lighten.report.asked import asked

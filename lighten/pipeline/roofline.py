@@ -46,13 +46,17 @@ class RooflineAndCost:
     known: dict[str, Peaks] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def add_to(self, row: dict[str, Any], path: Path, facts: ModelFacts | None) -> None:
+    def add_to(self, row: dict[str, Any], path: Path | str, facts: ModelFacts | None) -> None:
         """Puts `roofline` and `cost` into a row whose speed was measured."""
         if not row.get("speed"):
             return
         if self.evaluate.price_per_hour is not None:
             row["cost"] = cost(row["speed"], self.evaluate.price_per_hour, self.evaluate.currency)
-        if self.evaluate.roofline and facts:
+        if not self.evaluate.roofline:
+            return
+        if isinstance(path, str):
+            self.warnings.append(f"{row['name']}: no roofline: its weights are on a server")
+        elif facts:
             try:
                 row["roofline"] = self._roofline(row, path, facts)
             except LightenError as error:

@@ -1,4 +1,4 @@
-"""The rows of a version's results: an artifact, and what was measured on it."""
+"""The rows of results: an artifact, a model or a server, and what was measured on it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from typing import Any
 from lighten.evaluate import paired
 from lighten.evaluate.measurement import Measurement
 from lighten.evaluate.runtimes.choose import weight_endings
+from lighten.evaluate.runtimes.measurable import Served
+from lighten.model import gguf_header, gguf_source
+from lighten.model.checkpoint import read_config
+from lighten.model.export_formats import EXPORTS
+from lighten.model.source import Found
 from lighten.pipeline.build import Builder
 from lighten.pipeline.recipe import BASELINE
 from lighten.pipeline.stage import Plan, Stage
-from lighten.store.artifact import Artifact
+from lighten.store.artifact import Artifact, read_artifact
+from lighten.store.files import MANIFEST
 
 
 def row_of(name: str, todo: Plan, builder: Builder, root: Artifact) -> dict[str, Any]:
@@ -68,6 +74,50 @@ def describe(artifact: Artifact, params: int) -> dict[str, Any]:
         "facts": {name: value for name, value in artifact.facts.items() if name != "training"},
         "notes": list(artifact.manifest["warnings"]),
     }
+
+
+def describe_source(source: Found | Served) -> dict[str, Any]:
+    """Returns the columns of a model's row that need no measuring."""
+    if isinstance(source, Served):
+        params, size = source.facts.params or None, source.size_bytes
+        return {
+            "path": source.name,
+            "error": None,
+            "format": source.form,
+            "size_bytes": size,
+            "bits_per_weight": 8 * size / params if size and params else None,
+            "params": params,
+            "notes": [*source.notes],
+        }
+    files = [file for file in source.path.rglob("*") if file.is_file()] if source.path.is_dir() else [source.path]
+    weights = sum(
+        file.stat().st_size for file in files if file.name.endswith(weight_endings()) or gguf_header.is_gguf(file)
+    )
+    return {
+        "path": str(source.path),
+        "error": None,
+        "format": _format(source),
+        "size_bytes": sum(file.stat().st_size for file in files),
+        "bits_per_weight": 8 * weights / source.facts.params,
+        "params": source.facts.params,
+        "notes": [*source.notes, *(gguf_source.doubts(source.path) if source.form == "gguf" else [])],
+    }
+
+
+def _format(source: Found) -> str:
+    if source.form != "directory":
+        return source.form
+    if (source.path / MANIFEST).is_file() and (form := read_artifact(source.path).format) in EXPORTS.names:
+        return form
+    return str((read_config(source.path).get("quantization_config") or {}).get("quant_method", "hf"))
+
+
+def label(source: Found | Served) -> Path:
+    """Returns the path that a row is named after: on a server, host and name of the model."""
+    if isinstance(source, Found):
+        return source.path
+    address = source.address
+    return Path("/", address.host, *(address.model or "").split("/"))
 
 
 def _note_vocabulary(row: dict[str, Any], other: str) -> None:

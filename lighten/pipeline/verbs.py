@@ -15,18 +15,17 @@ from lighten.errors import DiskFull, Failure, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.evaluate import settings as evaluate_settings
 from lighten.evaluate.accuracy.settings import Accuracy
+from lighten.evaluate.load.settings import Load
 from lighten.evaluate.measurement import Measurement
 from lighten.evaluate.paired import RESULT
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.request import Reference, Request
-from lighten.evaluate.runtimes.choose import find_opener, weight_endings
-from lighten.evaluate.runtimes.measurable import find_measurable
+from lighten.evaluate.runtimes.choose import files_of, find_opener
+from lighten.evaluate.runtimes.endpoint.connection import BUSY
+from lighten.evaluate.runtimes.measurable import Served, find_all, find_measurable
 from lighten.evaluate.settings import Evaluate
 from lighten.evaluate.speed.settings import Speed
-from lighten.model import gguf_header, gguf_source
 from lighten.model.accelerator import Device
-from lighten.model.checkpoint import read_config
-from lighten.model.export_formats import EXPORTS
 from lighten.model.source import Found, Source
 from lighten.pipeline.build import builder_of, check_options, choose_device
 from lighten.pipeline.checks import arithmetic, check_measurable, check_memory, check_texts
@@ -34,14 +33,13 @@ from lighten.pipeline.plan import make_plan
 from lighten.pipeline.predict import Predictor
 from lighten.pipeline.recipe import Recipe, parse_settings
 from lighten.pipeline.roofline import RooflineAndCost
-from lighten.pipeline.rows import add_measurements
+from lighten.pipeline.rows import add_measurements, describe_source, label
 from lighten.pipeline.steps import checked, step_class
 from lighten.pipeline.trust import check_tasks
 from lighten.pipeline.watcher import Silent, Watcher
 from lighten.process.isolate import run_isolated
 from lighten.results.results import Results
 from lighten.store.artifact import Artifact, read_artifact
-from lighten.store.files import MANIFEST
 from lighten.store.locks import scratch_beside
 from lighten.store.names import distinct
 from lighten.store.store import Store
@@ -148,6 +146,7 @@ def measure(
     perplexity: Perplexity | list[Perplexity] | None = None,
     accuracy: list[Accuracy] | None = None,
     speed: Speed | None = None,
+    load: Load | None = None,
     roofline: bool = False,
     price_per_hour: float | None = None,
     currency: str = "USD",
@@ -158,7 +157,7 @@ def measure(
     trust_tasks: bool = False,
     usual: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measures any model directories, .gguf or .onnx files. The first one is the baseline.
+    """Measures any model directories, .gguf or .onnx files, and servers (URLs). The first one is the baseline.
 
     If the first one is no causal language model, `usual` replaces the measurements by those that are usual for its
     task; it has their common settings, such as `data`.
@@ -169,21 +168,23 @@ def measure(
         The contents of a results.json, with one row per path. A path that fails is a row that says why.
 
     Raises:
-        RequestError: a path is no model.
+        RequestError: a path is no model, or a server serves no such model.
+        Failure: a server does not answer.
     """
     watcher = watcher or Silent()
-    values: dict[str, Any] = {"perplexity": perplexity, "accuracy": accuracy or [], "speed": speed}
+    values: dict[str, Any] = {"perplexity": perplexity, "accuracy": accuracy or [], "speed": speed, "load": load}
     values |= {"roofline": roofline, "price_per_hour": price_per_hour, "currency": currency}
     settings = parse_settings(Evaluate, values, "lighten evaluate")
     check_tasks(settings.accuracy, trust_tasks)
-    found = [find_measurable(path, trust_remote_code=trust_remote_code, merge_adapter=merge_adapter) for path in paths]
+    found = find_all(paths, watcher.say, trust_remote_code=trust_remote_code, merge_adapter=merge_adapter)
     if usual is not None and found[0].facts.task != "causal":
         settings = evaluate_settings.usual(found[0].facts.task, usual)
     for source in found:
         check_measurable(source.facts, settings, source.name)
         for note in source.notes:
             watcher.say(f"{source.name}: {note}")
-    check_texts(found[0].path, settings)
+    if readable := files_of(found[0].path):
+        check_texts(readable, settings)
     for task in settings.accuracy:
         task.data_digest()
         task.prepare()
@@ -198,24 +199,27 @@ def measure(
             _merged(source, Path(scratch) / f"merged-{n}", trust_remote_code, watcher) for n, source in enumerate(found)
         ]
         measuring = _Measuring(settings.asked, found[0], Path(scratch), chosen, wanted, trust_remote_code, watcher)
-        names = ["baseline", *distinct([source.path for source in found[1:]], ["baseline"])]
+        names = ["baseline", *distinct([label(source) for source in found[1:]], ["baseline"])]
         for number, (source, name) in enumerate(zip(found, names, strict=True)):
             rows.append(measuring.row(source, number, name))
             roofline_and_cost.add_to(rows[-1], source.path, source.facts)
-    if rows[0]["status"] == "ok":
-        for row in rows[1:]:
-            row.setdefault("delta", {})["size_ratio"] = row["size_bytes"] / rows[0]["size_bytes"]
     return _results(found[0], rows, roofline_and_cost)
 
 
-def _results(baseline: Found, rows: list[dict[str, Any]], roofline_and_cost: RooflineAndCost) -> dict[str, Any]:
+def _results(
+    baseline: Found | Served, rows: list[dict[str, Any]], roofline_and_cost: RooflineAndCost
+) -> dict[str, Any]:
+    size = rows[0]["size_bytes"]
+    for row in rows[1:] if rows[0]["status"] == "ok" and size else []:
+        if row["size_bytes"]:
+            row.setdefault("delta", {})["size_ratio"] = row["size_bytes"] / size
     results = {
         "schema": 1,
         "recipe": "evaluate",
         "version": "",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {**machine.fingerprint(), **roofline_and_cost.machine()},
-        "source": {"model": baseline.name, "params": baseline.facts.params},
+        "source": {"model": baseline.name, "params": baseline.facts.params or None},
         "variants": rows,
         "stages": [],
         "recipe_yaml": "",
@@ -224,9 +228,9 @@ def _results(baseline: Found, rows: list[dict[str, Any]], roofline_and_cost: Roo
     return Results.model_validate(results).model_dump(mode="json")
 
 
-def _merged(source: Found, out: Path, trusted: bool, watcher: Watcher) -> Found:
+def _merged(source: Found | Served, out: Path, trusted: bool, watcher: Watcher) -> Found | Served:
     """Returns a source unchanged, or a directory with its adapter merged."""
-    if not source.adapter:
+    if isinstance(source, Served) or not source.adapter:
         return source
     watcher.say(f"merging {source.name}")
     settings = {
@@ -251,14 +255,14 @@ class _Measuring:
     """Measures one model after the other, each with its settings."""
 
     asked: list[Measurement]
-    baseline: Found
+    baseline: Found | Served
     scratch: Path
     device: Device
     arithmetic: str | None
     trusted: bool
     watcher: Watcher
 
-    def row(self, source: Found, number: int, name: str) -> dict[str, Any]:
+    def row(self, source: Found | Served, number: int, name: str) -> dict[str, Any]:
         """Returns the row of a model; number 0 is the baseline."""
         is_baseline = number == 0
         row = {"name": name, "status": "ok", **describe_source(source)}
@@ -283,10 +287,11 @@ class _Measuring:
             row |= {"status": "failed", "error": str(error)}
         return row
 
-    def _measure(self, settings: Measurement, source: Found, out: Path, base: Path | None) -> dict[str, Any]:
+    def _measure(self, settings: Measurement, source: Found | Served, out: Path, base: Path | None) -> dict[str, Any]:
         """Returns the result of a measurement, taken against that of the baseline at `base`; None for the baseline."""
         out.mkdir()
-        refers = settings.refers and self.baseline.form == "directory"
+        first = self.baseline.path
+        refers = settings.refers and self.baseline.form == "directory" and isinstance(first, Path)
         request = Request(
             settings,
             model=source.path,
@@ -295,39 +300,19 @@ class _Measuring:
             device=self.device.name,
             trust_remote_code=self.trusted,
             arithmetic=self.arithmetic,
-            reference=Reference(base, self.baseline.path) if refers and base else None,
+            reference=Reference(base, first) if refers and base and isinstance(first, Path) else None,
             save_hidden=refers and base is None,
         )
         self.watcher.say(f"{settings.title} of {source.name}")
         value: dict[str, Any] = run_isolated(
-            "lighten.evaluate.run:measure", request.payload(), fresh=settings.timed
+            "lighten.evaluate.run:measure", request.payload(), self._waits, fresh=settings.timed
         ).value
         return value
 
-
-def describe_source(source: Found) -> dict[str, Any]:
-    """Returns the columns of a model's row that need no measuring."""
-    files = [file for file in source.path.rglob("*") if file.is_file()] if source.path.is_dir() else [source.path]
-    weights = sum(
-        file.stat().st_size for file in files if file.name.endswith(weight_endings()) or gguf_header.is_gguf(file)
-    )
-    return {
-        "path": str(source.path),
-        "error": None,
-        "format": _format(source),
-        "size_bytes": sum(file.stat().st_size for file in files),
-        "bits_per_weight": 8 * weights / source.facts.params,
-        "params": source.facts.params,
-        "notes": [*source.notes, *(gguf_source.doubts(source.path) if source.form == "gguf" else [])],
-    }
-
-
-def _format(source: Found) -> str:
-    if source.form != "directory":
-        return source.form
-    if (source.path / MANIFEST).is_file() and (form := read_artifact(source.path).format) in EXPORTS.names:
-        return form
-    return str((read_config(source.path).get("quantization_config") or {}).get("quant_method", "hf"))
+    def _waits(self, _done: int, _total: int, note: str) -> None:
+        """Tells the person that a server has to be waited for."""
+        if note.startswith(BUSY):
+            self.watcher.say(note)
 
 
 def profile(

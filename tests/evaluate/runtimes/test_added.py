@@ -109,7 +109,7 @@ def test_it_is_measured_and_surveyed_like_ours(model: Path) -> None:
 
 def test_what_no_runtime_serves_is_refused() -> None:
     with pytest.raises(RequestError, match="no runtime serves it"):
-        open_runtime("https://example.org/v1")
+        open_runtime("ftp://example.org/v1")
 
 
 def test_packages_of_a_runtime_enter_the_keys_of_its_own_measurements_only(monkeypatch: pytest.MonkeyPatch) -> None:
