@@ -172,7 +172,7 @@ def evaluate(
         "load": _load(rate, concurrency, requests),
     }
     if target:
-        _check_flags_of_device(context, left_out)
+        _check_flags_of_device(context, left_out, paths)
         value = _measure_on_device(paths, target, python, "perplexity" not in left_out, as_json)
     else:
         kept = {name: value for name, value in asked.items() if name not in left_out}
@@ -249,8 +249,12 @@ def _speed(options: dict[str, str | None]) -> Speed:
     return parse_settings(Speed, {name: value for name, value in options.items() if value}, COMMAND)
 
 
-def _check_flags_of_device(context: typer.Context, left_out: set[str]) -> None:
-    """Raises RequestError if a flag was typed that bench.py on the device does not know."""
+def _check_flags_of_device(context: typer.Context, left_out: set[str], paths: list[str]) -> None:
+    """Raises RequestError for a server, or a flag that bench.py on the device does not know."""
+    from lighten.evaluate.runtimes.endpoint.address import is_url
+
+    if servers := [path for path in paths if is_url(path)]:
+        raise RequestError(f"--target measures bundles, and {servers[0]} is a server: leave out --target")
     useless = typed_flags(context, NOT_ON_DEVICE) + (["--skip speed"] if "speed" in left_out else [])
     if useless:
         raise RequestError(f"--target measures what the bundle's bench.py measures: leave out {useless[0]}")

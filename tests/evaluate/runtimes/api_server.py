@@ -29,6 +29,8 @@ class Manners:
     takes_ids: bool = True
     streams: bool = True
     tokenizes: bool = False
+    guarded: bool = False
+    """Whether everything but OpenAI's paths is forbidden."""
     key: str | None = None
     busy: int = 0
     """Number of completions that are answered by 429."""
@@ -76,6 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.manners.headers.append(dict(self.headers))
         if self.manners.key and self.headers.get("Authorization") != f"Bearer {self.manners.key}":
             self._refuse(401, f"wrong key {self.headers.get('Authorization', 'none').removeprefix('Bearer ')}")
+            return False
+        if self.manners.guarded and not self.path.startswith("/v1/"):
+            self._refuse(403, "forbidden")
             return False
         return True
 

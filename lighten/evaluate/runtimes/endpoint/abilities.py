@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lighten.errors import RequestError, nearest
 from lighten.evaluate.runtimes.endpoint.address import Address
-from lighten.evaluate.runtimes.endpoint.connection import Declined, Http
+from lighten.evaluate.runtimes.endpoint.connection import Barred, Declined, Http
+from lighten.evaluate.runtimes.endpoint.scoring import first
 from lighten.evaluate.runtimes.endpoint.server_tokenizer import ServerTokenizer, find_tokenizer
 from lighten.evaluate.runtimes.endpoint.writing import Writer, find_writer
 from lighten.facts import ModelFacts
@@ -98,7 +100,7 @@ def _card(http: Http, name: str, entry: dict[str, Any]) -> Card:
     trained, vocab, params, size = sizes
     try:
         props = http.get(f"{http.address.root}/props")
-    except Declined:
+    except (Declined, Barred):
         props = {}
     props = props if isinstance(props, dict) else {}
     room = _whole((props.get("default_generation_settings") or {}).get("n_ctx"))
@@ -123,6 +125,8 @@ class Abilities:
     """Whether a prompt may be ids."""
     refusal: str
     """What the server said when it was asked to write; empty if it writes."""
+    compared: bool
+    """Whether its tokenizer was compared with that of this side, or is the one that is used."""
 
 
 def find_abilities(http: Http, encode: Encode | None = None) -> Abilities:
@@ -141,30 +145,48 @@ def find_abilities(http: Http, encode: Encode | None = None) -> Abilities:
     known = encode or (tokenizer.encode if tokenizer else None)
     ids = known(WORDS) if known else IDS
     writer, takes_ids, refusal = find_writer(http, card.name, ids, WORDS)
-    if encode:
-        agree(http, encode, tokenizer, writer)
-    return Abilities(card, tokenizer, writer, takes_ids, refusal)
+    compared = agree(http, card.name, encode, tokenizer, writer) if encode else tokenizer is not None
+    return Abilities(card, tokenizer, writer, takes_ids, refusal, compared)
 
 
-def agree(http: Http, encode: Encode, tokenizer: ServerTokenizer | None, writer: Writer | None) -> None:
+def agree(http: Http, model: str, encode: Encode, tokenizer: ServerTokenizer | None, writer: Writer | None) -> bool:
     """Compares the tokenizer of this side with the server's: id by id if the server shows ids, else by their number.
+
+    Returns:
+        Whether they could be compared.
 
     Raises:
         RequestError: they disagree.
     """
     ours = encode(PROBE)
-    theirs = tokenizer.encode(PROBE) if tokenizer else None
-    if theirs is not None:
-        if ours == theirs:
-            return
+    if tokenizer is None:
+        counted = _counted(http, model, writer)
+        if counted not in (None, len(ours), len(ours) + 1):  # one more if BOS comes first
+            raise _disagree(http.address, len(ours), counted or 0, "it shows only their number")
+        return counted is not None
+    theirs = tokenizer.encode(PROBE)
+    if ours != theirs:
         at = next((at for at, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
         where = f"the first that differs is token {at + 1}" if at is not None else "one begins as the other"
         raise _disagree(http.address, len(ours), len(theirs), where)
-    if writer is None or writer.route != "completions":
-        return
-    counted = writer.write(PROBE, 2).prompt
-    if counted is not None and counted not in (len(ours), len(ours) + 1):  # one more if BOS comes first
-        raise _disagree(http.address, len(ours), counted, "it shows only their number")
+    return True
+
+
+def _counted(http: Http, model: str, writer: Writer | None) -> int | None:
+    """Returns how many tokens the server makes of the text, by what it says of an answer; None if it never does."""
+    if writer and writer.route == "completions":
+        with contextlib.suppress(Declined):
+            if (count := writer.write(PROBE, 2).prompt) is not None:
+                return count
+    body = {"model": model, "prompt": PROBE, "max_tokens": 1, "temperature": 0}
+    for more in ({}, {"echo": True, "logprobs": 1}):
+        with contextlib.suppress(Declined):
+            answer = http.post(f"{http.address.url}/completions", {**body, **more})
+            values = (first(answer).get("logprobs") or {}).get("token_logprobs") or []
+            count = (answer.get("usage") or {}).get("prompt_tokens") or (len(values) - 1 if more and values else None)
+            if count is not None:
+                return int(count)
+    return None
 
 
 def _disagree(address: Address, ours: int, theirs: int, where: str) -> RequestError:

@@ -39,7 +39,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Returns the address that a text spells.
+        """Returns the address that a text spells. A URL without a path gets the usual one, "/v1".
 
         Raises:
             RequestError: it is no address, or has a password or a query, which would stand in every result.
@@ -62,7 +62,7 @@ class Address:
             raise RequestError(f"{plain}#{unknown.pop()}: there is {', '.join(KEYS)}")
         folder = given.get("tokenizer")
         return cls(
-            plain.rstrip("/"),
+            plain.rstrip("/") + ("" if parts.path.strip("/") else "/v1"),
             given.get("model"),
             Path(folder).expanduser() if folder else None,
             _seconds(given.get("timeout")),

@@ -30,8 +30,8 @@ LONGEST_WAIT = 30.0
 """Seconds of a wait at most, if the server does not say how long."""
 BUSY = "waiting"
 """First word of the notes about waits."""
-PIECE, LONGEST_ERROR = 1 << 16, 1 << 20
-"""Bytes of a stream that are read at once at most, and of the text of an error."""
+PIECE, LONGEST_ERROR, LONGEST = 1 << 16, 1 << 20, 1 << 28
+"""Bytes of a stream that are read at once at most, of the text of an error, and of an answer."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -40,8 +40,12 @@ class Declined(Exception):
 
     def __init__(self, status: int, reason: str, wait: float | None = None) -> None:
         """Takes the status, the server's words, and the seconds that it asks to wait."""
-        super().__init__(f"{status} {reason}")
+        super().__init__(reason if status == 200 else f"{status} {reason}")
         self.status, self.reason, self.wait = status, reason, wait
+
+
+class Barred(RequestError):
+    """The error that a server asks for a key, or sends the caller elsewhere."""
 
 
 def api_key(url: str) -> str | None:
@@ -84,7 +88,7 @@ class Http:
 
         Raises:
             Declined: the server answered with an error.
-            RequestError: the key is missing or wrong, or the address is.
+            Barred: the key is missing or wrong, or the address is.
             Failure: no answer, or still too busy after `PATIENCE`.
         """
         return self._patient("POST", url, body)
@@ -112,7 +116,7 @@ class Http:
                     finished = finished or _finishes(event)
                     yield moment, event
         if not finished:  # some servers end without a word, once they have said why they stop
-            raise Failure(f"{self.address.host} ended its stream before the end of its answer")
+            raise Declined(response.status, "it ended its stream before the end of its answer")
 
     def close(self) -> None:
         """Closes the connection of this thread."""
@@ -155,7 +159,11 @@ class Http:
         with self._in_words(url):
             if response.status != 200:
                 raise self._declined(response)
-            text = response.read()
+            text = response.read(LONGEST)
+        if not response.isclosed():
+            self.close()
+        if len(text) == LONGEST:
+            raise Declined(response.status, f"its answer is longer than {LONGEST / 1e6:.0f} MB")
         try:
             return json.loads(text)
         except ValueError as error:
@@ -188,7 +196,12 @@ class Http:
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         timeout = self.address.timeout
         connection = kind(parts.hostname, parts.port, timeout=min(CONNECT_SECONDS, timeout))
-        connection.connect()
+        try:
+            connection.connect()
+        except TimeoutError as error:
+            here = "takes the connection, and says nothing by TLS: is its address http://, not https://?"
+            there = "is not reachable: check the address and the network"
+            raise Failure(f"{self.address.host} {here if connection.sock else there}") from error
         connection.sock.settimeout(timeout)
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
@@ -201,10 +214,10 @@ class Http:
             self.close()  # what is left of it would be taken for the next answer
         if status in (401, 403):
             known = "the key in the environment is not accepted" if self._key else f"there is no key in {KEY}"
-            return RequestError(f"{host} asks for a key ({status}: {said}), and {known}: set {KEY} to the server's key")
+            return Barred(f"{host} asks for a key ({status}: {said}), and {known}: set {KEY} to the server's key")
         if 300 <= status < 400:
             place = self._quoted(response.getheader("Location", "").encode())
-            return RequestError(f"{host} has moved ({status}) to {place}: give that address, with /v1 at its end")
+            return Barred(f"{host} has moved ({status}) to {place}: give that address, with /v1 at its end")
         return Declined(status, said, seconds_to_wait(response.getheader("Retry-After")))
 
     def _quoted(self, text: bytes) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lighten.errors import Failure, LightenError
 from lighten.evaluate.runtimes.defaults import Defaults
-from lighten.evaluate.runtimes.endpoint.abilities import Abilities, find_abilities
+from lighten.evaluate.runtimes.endpoint.abilities import IDS, PROBE, WORDS, Abilities, find_abilities
 from lighten.evaluate.runtimes.endpoint.address import Address
 from lighten.evaluate.runtimes.endpoint.connection import Declined, Http
 from lighten.evaluate.runtimes.endpoint.scoring import Scorer, find_scorer
@@ -23,8 +23,8 @@ from lighten.evaluate.speed.server import Refused
 from lighten.step import Report
 
 NAME = "endpoint"
-ANY = 2**31
-"""Size of a vocabulary that is not known."""
+ANY, LEAST = 2**31, 256
+"""Size of a vocabulary that is not known: larger than any, and smaller than any."""
 THREE = 3
 """Tokens of the text that scoring is tried on."""
 
@@ -56,8 +56,11 @@ class EndpointRuntime(Defaults):
         self.context: int | None = found.card.context
         self.vocab = found.card.vocab or ANY
         self.dtype = found.card.dtype or "not told"
-        self._known = found.card.vocab or max(self._tokenizer.encode("0 1 2 a b c") if self._tokenizer else [0]) + 1
+        seen = self._tokenizer.encode(PROBE) if self._tokenizer and not found.card.vocab else []
+        self._known = found.card.vocab or max([*seen, LEAST - 1]) + 1
         self._scorer, said = self._find_scorer()
+        if self.context and self._scorer:
+            self.context -= self._scorer.writes
         self.parallel = self._scorer.parallel if self._scorer else 1
         self._turn = 0
         self.capabilities: frozenset[Capability] = frozenset(
@@ -70,8 +73,7 @@ class EndpointRuntime(Defaults):
         found = self._abilities
         if not found.takes_ids:
             return None, "it takes no token ids as a prompt"
-        words = self._tokenizer.encode("The capital of France is Paris") if self._tokenizer else [10, 11, 12]
-        ids = list(dict.fromkeys(words))[:THREE]
+        ids = list(dict.fromkeys(self._tokenizer.encode(WORDS) if self._tokenizer else IDS))[:THREE]
         return find_scorer(self._http, found.card.name, ids, found.card.slots)
 
     def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
@@ -246,5 +248,7 @@ def _lacks(found: Abilities, said: str) -> dict[str, str]:
 
 
 def _detail(address: Address, found: Abilities, scorer: Scorer | None, server: str) -> str:
-    parts = [address.url, f"model {found.card.name}", server, f"scores by {scorer.title}" if scorer else ""]
+    scores = f"scores by {scorer.title}" if scorer else ""
+    tokens = "" if found.compared else "tokens not compared with the server's"
+    parts = [address.url, f"model {found.card.name}", server, scores, tokens]
     return ", ".join(filter(None, parts))

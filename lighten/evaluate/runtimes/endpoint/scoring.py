@@ -20,7 +20,7 @@ LEAST = -1e30
 FEW = 64
 """Number of likeliest tokens among which a token is looked for at first. Then it is that many times as many."""
 SAME = 1e-3
-"""Allowed difference of a log-probability (nats) between two answers to the same prompt."""
+"""Allowed error of a log-probability (nats), such as between two answers to the same prompt."""
 
 
 class Senseless(Failure):
@@ -34,6 +34,8 @@ class Scorer(Protocol):
     """What is asked for, in a word or two."""
     parallel: int
     """Number of questions that are asked at the same time."""
+    writes: int
+    """Number of positions that a text must leave free, because the server writes something behind it."""
 
     def __call__(self, question: Question) -> list[Score]:
         """Returns the score of each ending.
@@ -49,6 +51,7 @@ class Echo:
 
     title = "echo and logprobs"
     parallel = TOGETHER
+    writes = 1
 
     def __init__(self, http: Http, model: str) -> None:
         self._http, self._model = http, model
@@ -80,6 +83,7 @@ class PromptLogprobs:
 
     title = "prompt_logprobs"
     parallel = TOGETHER
+    writes = 1
 
     def __init__(self, http: Http, model: str) -> None:
         self._http, self._model = http, model
@@ -128,6 +132,7 @@ class Forced:
     """
 
     title = "one forced token after the other"
+    writes = 0
 
     def __init__(self, http: Http, model: str, slots: int, whole: int) -> None:
         """Takes the number of texts that the server keeps, its slots, and a token that is a whole character or more."""
@@ -268,7 +273,7 @@ def miscounted(sent: int, counted: int) -> Senseless:
 
 
 def _number(value: Any) -> float:
-    if not isinstance(value, int | float) or math.isnan(value):
+    if not isinstance(value, int | float) or math.isnan(value) or value > SAME:
         raise Senseless(f"the server gives {value!r} for a log-probability")
     if value < LEAST:
         raise Senseless("the server gives no log-probability for a token: it is less likely than its numbers can say")
