@@ -29,6 +29,8 @@ class Manners:
     takes_ids: bool = True
     streams: bool = True
     tokenizes: bool = False
+    chats: bool = False
+    """Whether it knows conversations only."""
     guarded: bool = False
     """Whether everything but OpenAI's paths is forbidden."""
     key: str | None = None
@@ -70,6 +72,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._welcome():
             return
         known: dict[str, Callable[[dict[str, Any]], None]] = {"/v1/completions": self._complete}
+        if self.manners.chats:
+            known = {"/v1/chat/completions": self._complete}
+        if "biased" in self.manners.forms:
+            known["/completion"] = self._biased
         if self.manners.tokenizes:
             known |= {"/tokenize": self._tokenize, "/detokenize": self._detokenize}
         known.get(self.path, lambda _: self._refuse(404, f"no {self.path}"))(body)
@@ -97,8 +103,17 @@ class _Handler(BaseHTTPRequestHandler):
         assert self.tokenizer
         self._answer(200, {"prompt": self.tokenizer.decode(body["tokens"], special=True)})
 
+    def _biased(self, body: dict[str, Any]) -> None:
+        """Answers as llama.cpp does, but tells the log-probability after the bias."""
+        (token, _), *_ = body["logit_bias"]
+        tops = [{"id": token, "logprob": 0.0}, {"id": 1, "logprob": -50.0}]
+        place = {"id": token, "logprob": 0.0, "top_logprobs": tops}
+        self._answer(200, {"tokens_evaluated": len(body["prompt"]), "completion_probabilities": [place]})
+
     def _complete(self, body: dict[str, Any]) -> None:
         manners = self.manners
+        if manners.chats:
+            body["prompt"] = body["messages"][0]["content"]
         time.sleep(manners.delay)
         if manners.busy > 0:
             manners.busy -= 1
@@ -152,7 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._event({"error": {"message": "out of memory"}})
             return
         for _ in range(body["max_tokens"]):
-            self._event({"choices": [{"index": 0, "text": "é", "finish_reason": None}]})
+            said = {"delta": {"content": "é"}} if self.manners.chats else {"text": "é"}
+            self._event({"choices": [{"index": 0, "finish_reason": None, **said}]})
             time.sleep(0.002)
         self._event({"choices": [], "usage": self._usage(body, body["max_tokens"])})
         self.wfile.write(b"data: [DONE]\n\n")

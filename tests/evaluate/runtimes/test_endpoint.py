@@ -254,6 +254,20 @@ def test_what_a_server_lacks_is_not_available(tiny: Tiny, tmp_path: Path) -> Non
         assert "--tokenizer" in ran("load", asked, url, tmp_path / "g")["unavailable"]
 
 
+def test_a_bias_that_changes_what_is_told_is_not_used(tiny: Tiny, tmp_path: Path) -> None:
+    with serving(Manners(forms={"biased"})) as url:
+        found = ran("accuracy", {"limit": 2}, f"{url}#tokenizer={tiny()}", tmp_path / "a")["unavailable"]
+    assert "/completion: the bias that forces a token changes its log-probability" in found
+
+
+def test_a_server_of_conversations_is_measured_under_load(tiny: Tiny, tmp_path: Path) -> None:
+    with serving(Manners(chats=True)) as url:
+        place, asked = f"{url}#tokenizer={tiny()}", {"rate": 50, "requests": 3, "prompt": 8, "generate": 4}
+        (row,) = ran("load", asked, place, tmp_path / "a")["load"]
+        assert "takes no token ids" in ran("perplexity", SMALL, place, tmp_path / "b")["unavailable"]
+    assert row["completed"] == 3 and row["server"].endswith("by /chat/completions")
+
+
 def test_what_is_forbidden_besides_the_api_is_not_there(model: Runtime) -> None:
     with serving(Manners(guarded=True, forms={"echo"}), model) as url:
         assert open_runtime(url).capabilities == {"scores", "decodes"}
