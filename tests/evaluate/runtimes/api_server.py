@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         known: dict[str, Callable[[dict[str, Any]], None]] = {"/v1/completions": self._complete}
         if self.manners.chats:
             known = {"/v1/chat/completions": self._complete}
-        if "biased" in self.manners.forms:
+        if self.manners.forms & {"biased", "moved"}:
             known["/completion"] = self._biased
         if self.manners.tokenizes:
             known |= {"/tokenize": self._tokenize, "/detokenize": self._detokenize}
@@ -104,10 +104,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"prompt": self.tokenizer.decode(body["tokens"], special=True)})
 
     def _biased(self, body: dict[str, Any]) -> None:
-        """Answers as llama.cpp does, but tells the log-probability after the bias."""
+        """Answers as llama.cpp does, but tells log-probabilities after the bias, or others each time."""
         (token, _), *_ = body["logit_bias"]
         tops = [{"id": token, "logprob": 0.0}, {"id": 1, "logprob": -50.0}]
-        place = {"id": token, "logprob": 0.0, "top_logprobs": tops}
+        if "moved" in self.manners.forms:
+            tops = [{"id": 1, "logprob": -2.0 - token / 1000}, {"id": token, "logprob": -3.0}]
+        place = {"id": token, "logprob": next(each["logprob"] for each in tops if each["id"] == token)}
+        place["top_logprobs"] = tops
         self._answer(200, {"tokens_evaluated": len(body["prompt"]), "completion_probabilities": [place]})
 
     def _complete(self, body: dict[str, Any]) -> None:
