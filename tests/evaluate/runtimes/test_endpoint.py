@@ -368,7 +368,10 @@ def test_a_busy_server_is_waited_for_and_given_up(model: Runtime, monkeypatch: p
     monkeypatch.setattr(connection, "LEAST_WAIT", 0.01)
     manners, notes = Manners(forms={"echo"}), []
     with serving(manners, model) as url:
+        manners.busy = 3  # while it is asked what it can do
         opened = open_runtime(url)
+        assert isinstance(opened, EndpointRuntime) and opened._abilities.writer and manners.busy == 0
+        assert "ignore_eos" in opened._abilities.writer.wishes and opened.capabilities == {"scores", "decodes"}
         manners.busy = 2
         opened.choose_many([Question([5], [[6]])], lambda done, total, note: notes.append(note))
         assert len([each for each in notes if each.startswith(BUSY) and "429" in each]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from lighten.errors import RequestError, nearest
@@ -176,7 +177,7 @@ def _counted(http: Http, model: str, writer: Writer | None) -> int | None:
     """Returns how many tokens the server makes of the text, by what it says of an answer; None if it never does."""
     if writer and writer.route == "completions":
         with contextlib.suppress(Declined):
-            if (count := writer.write(PROBE, 2).prompt) is not None:
+            if (count := http.patiently(partial(writer.write, PROBE, 2)).prompt) is not None:
                 return count
     body = {"model": model, "prompt": PROBE, "max_tokens": 1, "temperature": 0}
     for more in ({}, {"echo": True, "logprobs": 1}):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from lighten.errors import Failure, LightenError, RequestError
@@ -32,6 +32,7 @@ BUSY = "waiting"
 """First word of the notes about waits."""
 PIECE, LONGEST_ERROR, LONGEST = 1 << 16, 1 << 20, 1 << 28
 """Bytes of a stream that are read at once at most, of the text of an error, and of an answer."""
+Answer = TypeVar("Answer")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -81,7 +82,7 @@ class Http:
 
     def get(self, url: str) -> Any:
         """Returns the JSON at a URL. Errors are those of `post`."""
-        return self._patient("GET", url, None)
+        return self.patiently(lambda: self._json("GET", url, None))
 
     def post(self, url: str, body: dict[str, Any]) -> Any:
         """Returns the JSON that answers `body`. Waits while the server is too busy.
@@ -91,12 +92,12 @@ class Http:
             Barred: the key is missing or wrong, or the address is.
             Failure: no answer, or still too busy after `PATIENCE`.
         """
-        return self._patient("POST", url, body)
+        return self.patiently(lambda: self._json("POST", url, body))
 
     def stream(self, url: str, body: dict[str, Any]) -> Iterator[tuple[float, dict[str, Any]]]:
         """Yields the events that answer `body`, each with the moment (`time.perf_counter`) at which it arrived.
 
-        It never waits for a busy server: that would not be the server's time. Errors are those of `post`.
+        It does not wait for a busy server, unless `patiently` asks. Errors are those of `post`.
         """
         connection, response = self._send("POST", url, body)
         events, finished = Events(), False
@@ -124,11 +125,17 @@ class Http:
             connection.close()
             self._own.connection = None
 
-    def _patient(self, method: str, url: str, body: dict[str, Any] | None) -> Any:
+    def patiently(self, ask: Callable[[], Answer]) -> Answer:
+        """Returns what `ask` returns, after waiting as often as a busy server asks for it.
+
+        Raises:
+            Declined: the server answered with another error.
+            Failure: it is still too busy after `PATIENCE`.
+        """
         waited, tries = 0.0, 0
         while True:
             try:
-                return self._json(method, url, body)
+                return ask()
             except Declined as error:
                 wait, why = self._wait(error, waited, tries), str(error)
             self.say(f"{BUSY} {wait:.0f} s: {self.address.host} is too busy ({why})")

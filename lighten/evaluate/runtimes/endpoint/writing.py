@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from lighten.evaluate.runtimes.endpoint.connection import Declined, Http
@@ -105,7 +106,7 @@ def find_writer(http: Http, model: str, ids: list[int] | None, text: str) -> tup
         for wishes in WISHES:
             writer = Writer(http, model, route, wishes)
             try:
-                found = writer.write(prompt, 2)
+                found = http.patiently(partial(writer.write, prompt, 2))
             except Declined as error:
                 said[f"/{route}: {error}"] = None
                 if error.status in (404, 405, 501):
