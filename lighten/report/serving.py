@@ -34,7 +34,8 @@ def load_lines(results: Results) -> tuple[str, ...]:
     found = []
     for variant in results.measured:
         for each in variant.load:
-            arriving = f"{each.rate:g} requests a second" if each.rate is not None else f"{each.concurrency:,} users"
+            users = "1 user" if each.concurrency == 1 else f"{each.concurrency} users"
+            arriving = f"{each.rate:g} requests a second" if each.rate is not None else users
             between = f", between tokens {significant(each.token_ms.p50, 3)} ms" if each.token_ms else ""
             found.append(
                 f"{variant.name}, {arriving}: {each.completed} of {each.requests} answered, "
