@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from gguf_export import costs, same_tensors
 from llama_tools import VERSION, build
-from off_grid import write_off_grid
+from off_grid import moved_off_grid
 from quantizers import HERE, Kept, Row
 from timed import timed
 from turns import decode_in_turn
@@ -100,14 +100,7 @@ class Bench:
         """Returns the directory of a model, moved off its grid if that is asked for."""
         if what["grid"] == "as it is":
             return Path(place)
-        moved = self.work / f"{what['model']}-moved"
-        if not moved.is_dir():
-            part = moved.with_suffix(".part")
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
-            write_off_grid(Path(place), part)
-            part.rename(moved)
-        return moved
+        return moved_off_grid(Path(place), self.work / f"{what['model']}-moved")
 
     def row(self, name: str, model: Path, type: str, way: str) -> Row:
         """Returns what both files of a type are worth."""

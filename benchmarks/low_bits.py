@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 
 from kquants import GRIDS
-from off_grid import write_off_grid
+from off_grid import moved_off_grid
 from quantizers import HERE, RUNS, Row
 
 from lighten.evaluate import machine
@@ -85,13 +85,7 @@ def source(work: Path, name: str, grid: str, place: Path) -> Path:
     """Returns the directory of a model, moved off its grid if that is asked for."""
     if grid == "as it is":
         return place.resolve()
-    moved = work / f"{name}-moved"
-    if not moved.is_dir():
-        part = moved.with_suffix(".part")
-        part.mkdir()
-        write_off_grid(place, part)
-        part.rename(moved)
-    return moved
+    return moved_off_grid(place, work / f"{name}-moved")
 
 
 def measure(asked: argparse.Namespace, case: Row, model: Path, rows: list[Row]) -> Row:

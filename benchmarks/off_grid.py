@@ -21,6 +21,17 @@ SPREAD = 0.35
 """Half the width of the scales' logarithms."""
 
 
+def moved_off_grid(model: Path, moved: Path) -> Path:
+    """Returns `moved`, the directory of a model off its grid; it is written if it is not there as a whole."""
+    if not moved.is_dir():
+        part = moved.with_name(f"{moved.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        write_off_grid(model, part)
+        part.rename(moved)
+    return moved
+
+
 def write_off_grid(model: Path, out: Path) -> int:
     """Writes a model directory of any family with its linears moved off their grid; returns how many moved.
 

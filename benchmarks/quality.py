@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from off_grid import write_off_grid
+from off_grid import moved_off_grid
 
 import lighten
 from lighten.evaluate import machine
@@ -76,13 +75,7 @@ def main() -> None:
     asked = parser.parse_args()
     asked.artifacts.mkdir(parents=True, exist_ok=True)
     rows, source = table("as-it-is", asked.model, VARIANTS, asked)
-    moved = asked.artifacts / "off-grid"
-    if not moved.is_dir():
-        part = asked.artifacts / "off-grid.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        write_off_grid(source.resolve(), part)
-        part.rename(moved)
+    moved = moved_off_grid(source.resolve(), asked.artifacts / "off-grid")
     budgets = {name: VARIANTS[name] for name in ("gptq", "gptq budget 4.25", "q4_k_m")}
     rows += table("off-grid", str(moved), budgets, asked)[0]
     settings = {"model": asked.model, "samples": asked.samples, "test_samples": asked.test_samples, "length": 512}
