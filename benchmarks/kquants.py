@@ -67,6 +67,8 @@ def main() -> None:
     names = " ".join(f"--model {each.partition('=')[0]}=DIR" for each in asked.model)
     sizes = f"--samples {asked.samples} --test-samples {asked.test_samples}"
     texts = f"--calibration {asked.calibration.name} --test {asked.test.name}"
+    sizes += "".join(f" --grid '{grid}'" for grid in asked.grid or ()) + f" --turns {asked.turns}"
+    sizes += "".join(f" --way '{way}'" for way in asked.way or ())
     asked.command = f"python benchmarks/kquants.py {names} {texts} {sizes}"
     settings = {
         "calibration": asked.calibration.name,

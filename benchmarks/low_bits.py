@@ -118,7 +118,11 @@ def command(asked: argparse.Namespace) -> str:
     """Returns the command line without the places of this machine."""
     words = [f"--model {each.partition('=')[0]}=DIR" for each in asked.model]
     words += [f"--calibration {Path(asked.calibration).name} --test {Path(asked.test).name}"]
+    words += [f"--grid '{grid}'" for grid in asked.grid or ()]
+    words += [f"--bits {bits}" for bits in asked.bits or ()]
+    words += [f"--only '{pattern}'" for pattern in asked.only or ()]
     words += [f"--peer {each.partition('=')[0]}=PYTHON" for each in asked.peer]
+    words += ["--quiet"] * asked.quiet
     return " ".join(["python benchmarks/low_bits.py", *words])
 
 
