@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -19,6 +20,7 @@ from lighten.model import tokenizer_table
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]).strip(
     ":"
 )
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # an import of openvino would send it
 
 TEXT = "".join(
     file.read_text() for file in sorted((Path(__file__).parents[1] / "lighten/data/builtin/calibration").glob("*.txt"))
@@ -174,6 +176,25 @@ def to_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         out = tmp_path_factory.mktemp("onnx")
         facts = Onnx(format="onnx", **settings).run(Artifact(source, {"format": format}), out, Context())
         (out / "facts.json").write_text(json.dumps(facts))
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def to_openvino(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Returns a function that exports a model directory to OpenVINO: its path, its format, settings."""
+    pytest.importorskip("openvino_genai")
+    from lighten.export.openvino.settings import OpenVino
+    from lighten.step import Context
+    from lighten.store.artifact import Artifact
+
+    @cache
+    def make(source: Path, format: str = "hf", **settings: Any) -> Path:
+        out, context = tmp_path_factory.mktemp("openvino"), Context()
+        facts = OpenVino(format="openvino", **settings).run(Artifact(source, {"format": format}), out, context)
+        (out / "facts.json").write_text(json.dumps(facts))
+        (out / "warnings.json").write_text(json.dumps(context.warnings))
         return out
 
     return make

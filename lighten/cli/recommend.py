@@ -22,7 +22,9 @@ def recommend(
         str | None, typer.Option("--for", help="inference, training or edge (default: edge on a small device).")
     ] = None,
     prefer: Annotated[str, typer.Option(help="speed, quality, size or memory.")] = "speed",
-    runtime: Annotated[str | None, typer.Option(help="Only what runs on torch, llama.cpp or onnxruntime.")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="Only what runs on it: torch, llama.cpp, onnxruntime, openvino.")
+    ] = None,
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
 ) -> None:

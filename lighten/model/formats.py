@@ -38,8 +38,8 @@ class Format:
     """Settings class of transformers, and the backend whose kernels keep the tensors as they are stored."""
     unpacked_on_device: bool = False
     """Whether weights are unpacked on their device, and not on the CPU first."""
-    read_by_onnx: bool = False
-    """Whether ONNX export takes its codes unchanged."""
+    codes_exported: bool = False
+    """Whether exports to ONNX and OpenVINO take its codes unchanged."""
 
     @property
     def written_with(self) -> list[tuple[str, str]]:
@@ -63,14 +63,14 @@ FORMATS = {
         "gptq",
         ("gptqmodel", "optimum"),
         plain_kernels=("GPTQConfig", "torch"),
-        read_by_onnx=True,
+        codes_exported=True,
     ),
     "awq": Format(
         "lighten.model.quantized.awq:Awq",
         "gptq",
         ("gptqmodel", "optimum"),
         plain_kernels=("AwqConfig", "torch_awq"),
-        read_by_onnx=True,
+        codes_exported=True,
     ),
     "bitsandbytes": Format(
         "lighten.model.quantized.bitsandbytes:BitsAndBytes",

@@ -11,6 +11,7 @@ RUNTIMES = Table(
     "lighten.runtimes",
     {
         "onnxruntime": f"{__name__}.onnx:OnnxOpener",
+        "openvino": f"{__name__}.openvino:OpenVinoOpener",
         "llama.cpp": f"{__name__}.llama_cpp:LlamaCppOpener",
         "endpoint": f"{__name__}.endpoint.opener:EndpointOpener",
         FALLBACK: f"{__name__}.torch_opener:TorchOpener",

@@ -55,7 +55,9 @@ class Gguf(Export):
 
     format: Literal["gguf"] = Field(description="what to write")
     type: TypeName = Field(
-        "Q4_K_M", description="llama.cpp's name of the type of the weights, or what a budget makes of it"
+        "Q4_K_M",
+        description="llama.cpp's name of the type of the weights, or what a budget makes of it; for openvino: fp32, "
+        "fp16, bf16, int8, int4",
     )
     imatrix: bool = Field(False, description="weigh rounding errors by the mean square of the inputs")
     budget: Budget | None = Field(

@@ -16,7 +16,7 @@ from lighten.model.export_formats import Usage
 from lighten.model.formats import FORMATS
 from lighten.step import Estimate
 
-KEPT = tuple(name for name, each in FORMATS.items() if each.read_by_onnx)
+KEPT = tuple(name for name, each in FORMATS.items() if each.codes_exported)
 """Formats whose weights go into the graph unchanged."""
 _BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8": 9.0, "int4": 5.0}
 """Bits per weight, with a float32 scale for every 32 weights, for predictions."""

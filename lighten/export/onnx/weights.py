@@ -65,7 +65,7 @@ class Quantized:
         self.method = str(settings.get("quant_method"))
         self.packed = FORMATS[self.method].unpacked(settings)
         if reason := self.packed.refusal():
-            raise RequestError(f"{checkpoint.path}: ONNX export cannot read this {self.method} checkpoint ({reason})")
+            raise RequestError(f"{checkpoint.path}: this {self.method} checkpoint cannot be read ({reason})")
         self.names = self.packed.linears(checkpoint.weight_map)
 
     def codes(self, name: str) -> Codes:
