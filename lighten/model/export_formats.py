@@ -13,6 +13,7 @@ EXPORTS = Table(
     {
         "gguf": "lighten.export.gguf.settings:Gguf",
         "onnx": "lighten.export.onnx.settings:Onnx",
+        "mlx": "lighten.export.mlx.settings:Mlx",
         "bundle": "lighten.export.bundle.settings:Bundle",
     },
     base="lighten.export.step:Export",
