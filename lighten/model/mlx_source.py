@@ -54,6 +54,6 @@ def refuse_quantized(path: Path) -> None:
     """Raises RequestError for an MLX directory with packed weights, which only MLX reads."""
     if quantization(read_json(path / "config.json")) is not None:
         raise RequestError(
-            f"{path} is an MLX directory with quantized weights, which can be measured (lighten evaluate {path}) but not "
-            "changed: give the model that it was made from"
+            f"{path} is an MLX directory with quantized weights, which can be measured (lighten evaluate {path}) but "
+            "not changed: give the model that it was made from"
         )

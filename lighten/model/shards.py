@@ -34,9 +34,7 @@ class ShardWriter:
     Use it as a context manager. The files get their final names if the block ends without an error.
     """
 
-    def __init__(
-        self, folder: Path, tensors: int, shard_bytes: int = 4_000_000_000, *, library: str = "pt"
-    ) -> None:
+    def __init__(self, folder: Path, tensors: int, shard_bytes: int = 4_000_000_000, *, library: str = "pt") -> None:
         """Opens a writer for at most about `tensors` tensors in `folder`; `library` is what loads them."""
         self.folder = folder
         self.library = library

@@ -25,7 +25,9 @@ def plain(tiny: Tiny, tmp_path: Path) -> Path:
 def quantized(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     settings = {"group_size": 64, "bits": 4}
-    (folder / "config.json").write_text(json.dumps({**config, "quantization": settings, "quantization_config": settings}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization": settings, "quantization_config": settings})
+    )
 
 
 def test_it_is_known_by_the_maker_of_its_files_or_its_widths(tiny: Tiny, plain: Path) -> None:
@@ -35,7 +37,12 @@ def test_it_is_known_by_the_maker_of_its_files_or_its_widths(tiny: Tiny, plain: 
     quantized(plain)
     assert is_mlx(plain)
     assert quantization({"quantization": {"bits": 4, "group_size": 32}}) == {"bits": 4, "group_size": 32}
-    assert quantization({"quantization": {"bits": 4}}) is quantization({"quantization": "int4"}) is quantization({}) is None
+    assert (
+        quantization({"quantization": {"bits": 4}})
+        is quantization({"quantization": "int4"})
+        is quantization({})
+        is None
+    )
 
 
 def test_plain_weights_can_be_a_source_and_that_is_said(plain: Path) -> None:
@@ -44,7 +51,7 @@ def test_plain_weights_can_be_a_source_and_that_is_said(plain: Path) -> None:
 
 def test_packed_weights_are_no_source(plain: Path) -> None:
     quantized(plain)
-    with pytest.raises(RequestError, match="measured .* but not changed: give the model that it was made from"):
+    with pytest.raises(RequestError, match=r"measured .* but not changed: give the model that it was made from"):
         find(str(plain))
 
 

@@ -97,7 +97,9 @@ class MlxRuntime(Defaults):
             if settings
             else "plain weights"
         )
-        others = {(each["bits"], each.get("group_size")) for each in (settings or {}).values() if isinstance(each, dict)}
+        others = {
+            (each["bits"], each.get("group_size")) for each in (settings or {}).values() if isinstance(each, dict)
+        }
         mixed = [f"and {len(others)} other widths"] if others else []
         return [weights, *mixed, *([] if self._compiles else ["not compiled: no C++ compiler here"])]
 
@@ -110,7 +112,10 @@ class MlxRuntime(Defaults):
 
     def _logits(self, ids: Ids, past: list[Any] | None) -> Any:
         """Returns the logits of `ids [batch, n]` after a cache, on the device; `[batch, n, vocab]`."""
-        return self.model(self._mx.array(ids.astype(np.int32)), cache=past)
+        try:
+            return self.model(self._mx.array(ids.astype(np.int32)), cache=past)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:  # of the model class
+            raise Failure(f"mlx_lm failed on {ids.shape[1]} tokens of {self.path}: {_reason(error)}") from error
 
     def _last(self, ids: Ids, past: list[Any]) -> Any:
         """Returns the logits of the last of `ids [batch, n]` after a cache, `[batch, vocab]`, pieces at a time."""
@@ -240,15 +245,18 @@ def _load(path: Path, config: dict[str, Any]) -> Any:
 
     if config.get("model_file") is not None:
         raise RequestError(
-            f"{path} names code of its own in config.json (model_file), which is not run: take a model that mlx_lm has a "
-            "class for"
+            f"{path} names code of its own in config.json (model_file), which is not run: take a model that mlx_lm has "
+            "a class for"
         )
     try:
         model, _ = load_model(path, lazy=True, strict=True)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise Failure(f"mlx_lm {version('mlx-lm')} cannot load {path}: {reason}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise Failure(f"mlx_lm {version('mlx-lm')} cannot load {path}: {_reason(error)}") from error
     return model
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def _type(mx: Any, model: Any) -> str:

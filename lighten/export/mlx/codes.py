@@ -7,6 +7,7 @@ stream of bits, cut into 32-bit words.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,14 +40,12 @@ def kept(found: Codes, dtype: torch.dtype, where: str) -> Kept:
     places = found.g_idx.tolist()
     size = largest(places)
     if size is None:
-        if any(one > other for one, other in zip(places, places[1:], strict=False)):
+        if any(one > other for one, other in pairwise(places)):
             raise refused(where)
         raise Failure(f"{where} has groups that cannot be cut into 32 neighbouring inputs: MLX cannot hold them")
     outputs = found.codes.shape[1]
     groups = found.g_idx[::size]
-    scales, zeros = (
-        each.float().expand(-1, outputs)[groups].t().contiguous() for each in (found.scales, found.zeros)
-    )
+    scales, zeros = (each.float().expand(-1, outputs)[groups].t().contiguous() for each in (found.scales, found.zeros))
     biases = -zeros * scales
     stored_scales, stored_biases = scales.to(dtype), biases.to(dtype)
     # a weight is off by its code times the error of its scale, and by the error of its bias

@@ -17,13 +17,15 @@ def completed(checkpoint: Checkpoint, trusted: bool) -> dict[str, Any]:
     """Returns a model's config without its quantization, and with every setting in it.
 
     transformers leaves out what is a default of its own class. MLX's classes have defaults of their own, and know
-    rotations by their older names only.
+    rotations and some sizes by their older names only.
     """
     from transformers import AutoConfig
 
     with readable(checkpoint.path) as folder:
-        whole = AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True).to_dict()
-    config = _filled(checkpoint.config, whole)
+        known = AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
+    whole = known.to_dict()
+    aliases = {name: whole[real] for name, real in known.attribute_map.items() if real in whole}
+    config = _filled(checkpoint.config, {"head_dim": checkpoint.facts.head_dim, **aliases, **whole})
     for each in (config, *(value for value in config.values() if isinstance(value, dict))):
         _name_rotation(each)
     return {**config, "tie_word_embeddings": checkpoint.facts.tied}

@@ -18,7 +18,6 @@ _MODEL = re.compile(r"^(class Model\(|from .+ import .*\bModel\b)", re.MULTILINE
 """What the module of a family has: its own class `Model`, or that of another family."""
 
 
-
 def check(config: dict[str, Any]) -> None:
     """Checks that mlx_lm has a class for the model of a config.json. If mlx_lm is not here, nothing is known.
 
@@ -38,11 +37,6 @@ def check(config: dict[str, Any]) -> None:
             f"mlx_lm has no class for the model type {kind}, so nothing would open it: a newer mlx-lm may have one; "
             f"this one knows {', '.join(known)}"
         )
-
-
-def is_installed() -> bool:
-    """Returns whether mlx_lm is here."""
-    return _package() is not None
 
 
 def _package() -> Path | None:

@@ -71,7 +71,7 @@ def write(step: Mlx, source: Path, out: Path, context: Context) -> dict[str, Any
 
 
 def _own_type(checkpoint: Checkpoint) -> torch.dtype:
-    """Returns the type of number that the scales of a quantized checkpoint have; of a plain one what holds all weights."""
+    """Returns the type of number of a quantized checkpoint's scales; of a plain one the type that holds all weights."""
     if isinstance(checkpoint, Unpacked) and checkpoint.packed:
         parts = checkpoint.tensors(f"{next(iter(checkpoint.packed))}.")
         scales = parts.get("scales", parts.get("weight_scale"))
@@ -146,8 +146,8 @@ def _facts(told: _Told, checkpoint: Checkpoint, dtype: str, context: Context) ->
         facts |= {"weights": f"kept from {checkpoint.method}", "kept": told.kept, "off_by_steps": told.off}
         if told.off:
             context.warnings.append(
-                f"scales and biases in {dtype} move kept weights by up to {told.off:.2g} of a step: dtype: float32 moves "
-                "none"
+                f"scales and biases in {dtype} move kept weights by up to {told.off:.2g} of a step: dtype: float32 "
+                "moves none"
             )
         if told.unpacked:
             facts["unpacked"] = told.unpacked

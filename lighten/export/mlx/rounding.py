@@ -39,7 +39,7 @@ def write(step: Mlx, checkpoint: Checkpoint, out: Path, context: Context) -> dic
     config = mlx_config.completed(checkpoint, context.trust_remote_code)
     try:
         model, _ = load_model(checkpoint.path, lazy=True, model_config=config)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise Failure(f"mlx_lm cannot load {checkpoint.path}: {' '.join(str(error).split())[:400]}") from error
     name = step.dtype or str(checkpoint.config.get("dtype") or "bfloat16")
     to = getattr(mx, name)
@@ -80,7 +80,9 @@ def _choose(step: Mlx, model: Any, nn: Any) -> dict[str, dict[str, Any]]:
             odd.append(f"{path} ({module.weight.shape[-1]})")
         chosen[path] = wanted
     if odd:
-        raise RequestError(f"groups of {group} do not divide the rows of {', '.join(odd[:4])}: take a smaller group_size")
+        raise RequestError(
+            f"groups of {group} do not divide the rows of {', '.join(odd[:4])}: take a smaller group_size"
+        )
     return chosen
 
 

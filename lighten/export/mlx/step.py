@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lighten.export.mlx import families, plain, rounding
+from lighten.export.mlx import families, plain, proof, rounding
 from lighten.export.mlx.groups import check_groups
 from lighten.export.mlx.settings import Mlx
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.files import read_json
 from lighten.step import Context
 from lighten.store.artifact import Artifact
 
@@ -18,6 +19,7 @@ def run(step: Mlx, source: Artifact, out: Path, context: Context) -> dict[str, A
 
     Raises:
         RequestError: MLX has no form of the source, or a package is missing.
+        Failure: mlx_lm does not open what was written.
     """
     checkpoint = Checkpoint(source.path)
     step.check(checkpoint.facts)
@@ -25,8 +27,8 @@ def run(step: Mlx, source: Artifact, out: Path, context: Context) -> dict[str, A
     families.check(checkpoint.config)
     if checkpoint.quantization:
         check_groups(checkpoint)
-    if not families.is_installed():
-        context.warnings.append("mlx_lm is not here: whether it knows this family, and loads the directory, was not tried")
-    if step.rounds:
-        return {"format": "mlx", **rounding.write(step, checkpoint, out, context)}
-    return {"format": "mlx", **plain.write(step, source.path, out, context)}
+    facts = (
+        rounding.write(step, checkpoint, out, context) if step.rounds else plain.write(step, source.path, out, context)
+    )
+    context.warnings += proof.opened(out, read_json(out / "config.json"))
+    return {"format": "mlx", **facts}

@@ -63,18 +63,14 @@ def test_mlx_unpacks_the_same_weights(bits: int, runs: list[int], outputs: int, 
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    bits=st.sampled_from([2, 3, 4, 5, 6, 8]), group=st.sampled_from([32, 64, 128]), seed=st.integers(0, 9)
-)
+@given(bits=st.sampled_from([2, 3, 4, 5, 6, 8]), group=st.sampled_from([32, 64, 128]), seed=st.integers(0, 9))
 def test_words_are_those_that_mlx_packs(bits: int, group: int, seed: int) -> None:
     weight = mx.array(np.random.default_rng(seed).normal(size=(3, 256)).astype(np.float32))
     words, scales, biases = mx.quantize(weight, group_size=group, bits=bits)
     values = np.array(mx.dequantize(words, scales, biases, group_size=group, bits=bits))
     steps, least = (np.array(each).repeat(group, 1) for each in (scales, biases))
     whole = torch.from_numpy(np.rint((values - least) / steps).astype(np.int32)).t()
-    source = Codes(
-        whole, torch.ones(256 // group, 3), torch.zeros(256 // group, 3), torch.arange(256) // group, bits
-    )
+    source = Codes(whole, torch.ones(256 // group, 3), torch.zeros(256 // group, 3), torch.arange(256) // group, bits)
     found = kept(source, torch.float32, "x")
     assert np.array_equal(np.array(words), found.tensors["weight"].view(torch.int32).numpy().view(np.uint32))
     assert found.settings == {"group_size": group, "bits": bits, "mode": "affine"}

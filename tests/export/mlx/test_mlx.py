@@ -13,11 +13,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lighten.errors import RequestError
-from lighten.export.mlx import families
+from lighten.errors import Failure, RequestError
+from lighten.export.mlx import families, proof
+from lighten.export.mlx.proof import windows
 from lighten.export.mlx.settings import Mlx
 from lighten.facts import ModelFacts
 from lighten.pipeline.recipe import Recipe
@@ -85,8 +86,6 @@ def test_other_types_of_number_are_counted_where_they_round(tiny: Tiny, tmp_path
     assert (facts["dtype"], warnings) == ("bfloat16", [])
     large = tmp_path / "large"
     shutil.copytree(short, large)
-    from safetensors.torch import save_file
-
     tensors = load_file(large / "model.safetensors")
     tensors["model.norm.weight"][0] = 1e6
     save_file(tensors, large / "model.safetensors", {"format": "pt"})
@@ -94,7 +93,9 @@ def test_other_types_of_number_are_counted_where_they_round(tiny: Tiny, tmp_path
         export(large, tmp_path / "none", dtype="float16")
 
 
-@pytest.mark.parametrize(("bits", "group", "awq"), [(4, 64, False), (3, 128, False), (8, 32, False), (2, 32, False), (4, 64, True)])
+@pytest.mark.parametrize(
+    ("bits", "group", "awq"), [(4, 64, False), (3, 128, False), (8, 32, False), (2, 32, False), (4, 64, True)]
+)
 def test_codes_of_gptq_and_awq_stay(tiny: Tiny, tmp_path: Path, bits: int, group: int, awq: bool) -> None:
     dense = quantized(tiny(), tmp_path / "q", bits, group=group, awq=awq, plain="k_proj")
     form = "awq" if awq else "gptq"
@@ -113,8 +114,6 @@ def test_widths_of_their_own_have_entries_of_their_own(tiny: Tiny, tmp_path: Pat
     other = quantized(tiny(), tmp_path / "o", 8, group=64)
     tensors, wide = (load_file(tmp_path / name / "model.safetensors") for name in ("q", "o"))
     mine = "model.layers.0.mlp.down_proj"
-    from safetensors.torch import save_file
-
     mixed = {name: wide[name] if name.startswith(mine) else each for name, each in tensors.items()}
     save_file(mixed, tmp_path / "q/model.safetensors", {"format": "pt"})
     dense[f"{mine}.weight"] = other[f"{mine}.weight"]
@@ -128,7 +127,10 @@ def test_widths_of_their_own_have_entries_of_their_own(tiny: Tiny, tmp_path: Pat
     ("settings", "kept"),
     [
         ({"method": "rtn", "bits": 4, "group_size": -1}, {"group_size": 128, "bits": 4, "mode": "affine"}),
-        ({"method": "rtn", "bits": 4, "group_size": 32, "ignore": ["*k_proj"]}, {"group_size": 32, "bits": 4, "mode": "affine"}),
+        (
+            {"method": "rtn", "bits": 4, "group_size": 32, "ignore": ["*k_proj"]},
+            {"group_size": 32, "bits": 4, "mode": "affine"},
+        ),
         ({"method": "mxfp4", "rounding": "nearest"}, {"group_size": 32, "bits": 4, "mode": "mxfp4"}),
     ],
 )
@@ -161,8 +163,13 @@ def test_mlx_rounds_as_mlx_lm_convert_does(tiny: Tiny, tmp_path: Path, bits: int
     facts, _ = export(tiny(), tmp_path / "out", **given)
     group = 32 if settings else 64
     mlx_lm.convert(
-        str(tiny()), str(tmp_path / "theirs"), quantize=True, q_bits=bits, q_group_size=group,
-        q_mode=settings.get("mode", "affine"), dtype="float32",
+        str(tiny()),
+        str(tmp_path / "theirs"),
+        quantize=True,
+        q_bits=bits,
+        q_group_size=group,
+        q_mode=settings.get("mode", "affine"),
+        dtype="float32",
     )
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "theirs"))
     assert ours.keys() == theirs.keys()
@@ -186,6 +193,24 @@ def test_embedding_and_head_have_a_width_of_their_own(tiny: Tiny, tmp_path: Path
     words = np.array(mx.quantize(weight, group_size=64, bits=8)[0])
     assert np.array_equal(words, tensors["lm_head.weight"].view(torch.int32).numpy().view(np.uint32))
     opened(tmp_path / "out")
+
+
+def test_a_window_that_mlx_lm_does_not_know_is_told(tiny: Tiny, tmp_path: Path) -> None:
+    _, warnings = export(tiny("mistral", sliding_window=8), tmp_path / "out")
+    assert "2 layers attend to the last 8 tokens, and in mlx_lm's class of mistral to all" in warnings[0]
+    assert windows({"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}) == (1, 8)
+    assert windows({"sliding_window": 512, "max_position_embeddings": 512, "num_hidden_layers": 2}) == (0, 0)
+    assert windows({"sliding_window": 8, "use_sliding_window": False, "num_hidden_layers": 2}) == (0, 0)
+    assert windows({"text_config": {"sliding_window": 8, "num_hidden_layers": 2}}) == (2, 8)
+
+
+def test_what_mlx_lm_does_not_open_is_a_failure(tiny: Tiny, tmp_path: Path) -> None:
+    export(tiny(), tmp_path / "out")
+    weights = load_file(tmp_path / "out/model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "out/model.safetensors", {"format": "mlx"})
+    with pytest.raises(Failure, match=r"mlx_lm's class of llama does not open what was written .*model.norm.weight"):
+        proof.opened(tmp_path / "out", json.loads((tmp_path / "out/config.json").read_text()))
 
 
 def test_settings() -> None:
@@ -239,9 +264,7 @@ def test_act_order_is_refused_before_any_work(tiny: Tiny, tmp_path: Path) -> Non
     assert exporting.after(open_step("quantize", {"method": "gptq", "desc_act": "static"}))
 
 
-def test_writing_what_is_not_rounded_needs_no_mlx(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_writing_what_is_not_rounded_needs_no_mlx(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Mlx(format="mlx").requires() == [("mlx", "mlx"), ("mlx_lm", "mlx")]
     uncompared: dict[str, Any] = {"parity": {"tokens": 0}}
     assert Mlx(format="mlx", **uncompared).requires() == []
@@ -250,6 +273,6 @@ def test_writing_what_is_not_rounded_needs_no_mlx(
     for name in [each for each in sys.modules if each.partition(".")[0] in ("mlx", "mlx_lm")]:
         monkeypatch.setitem(sys.modules, name, None)
     _, warnings = export(tiny(), tmp_path / "out")
-    assert "mlx_lm is not here" in warnings[0]
+    assert warnings == ["MLX is not here: whether it knows this family, and opens the directory, was not tried"]
     with pytest.raises(RequestError, match=r"rounding to the grid of MLX needs .*lighten\[mlx\]"):
         export(tiny(), tmp_path / "other", bits=4)
