@@ -75,6 +75,12 @@ def quantization(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return {**dict(usual), **{name: each for name, each in found.items() if tuple(each.items()) != usual}}
 
 
+def counted(found: Mapping[str, dict[str, Any]]) -> dict[str, int]:
+    """Returns the number of modules with each width, in words."""
+    words = (f"{each['bits']} bits ({each['mode']}, groups of {each['group_size']})" for each in found.values())
+    return dict(Counter(words))
+
+
 def with_quantization(config: dict[str, Any], found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Returns a config that says how modules are quantized, under both names that tools look for."""
     if not found:

@@ -143,17 +143,17 @@ def _facts(told: _Told, checkpoint: Checkpoint, dtype: str, context: Context) ->
     if told.changed:
         context.warnings.append(f"{told.changed / told.plain:.3g} of the plain weights were rounded to {dtype}")
     if isinstance(checkpoint, Unpacked):
-        facts |= {"weights": f"kept from {checkpoint.method}", "kept": told.kept, "off_by_steps": told.off}
+        codes = {"kept": told.kept, "unpacked": told.unpacked}
+        facts |= {"weights": f"kept from {checkpoint.method}", "codes": codes, "off_by_steps": told.off}
         if told.off:
             context.warnings.append(
                 f"scales and biases in {dtype} move kept weights by up to {told.off:.2g} of a step: dtype: float32 "
                 "moves none"
             )
         if told.unpacked:
-            facts["unpacked"] = told.unpacked
             context.warnings.append(
                 f"{told.unpacked} linears of this {checkpoint.method} model have no form in MLX: they were unpacked"
             )
     if told.modules:
-        facts["quantization"] = mlx_config.quantization(told.modules)
+        facts["modules"] = mlx_config.counted(told.modules)
     return facts

@@ -56,7 +56,7 @@ def write(step: Mlx, checkpoint: Checkpoint, out: Path, context: Context) -> dic
     save_model(out, model, donate_model=True)
     config["dtype"] = name
     mlx_config.write_others(checkpoint, out, mlx_config.with_quantization(config, chosen))
-    return {"dtype": name, "weights": "rounded by MLX", "quantization": mlx_config.quantization(chosen)}
+    return {"dtype": name, "weights": "rounded by MLX", "modules": mlx_config.counted(chosen)}
 
 
 def _choose(step: Mlx, model: Any, nn: Any) -> dict[str, dict[str, Any]]:

@@ -126,14 +126,20 @@ def test_a_window_takes_nothing_back_once_it_is_full(tiny: Tiny, tmp_path: Path)
         assert [score.logprob for score in found] == pytest.approx(alone, abs=1e-3)
 
 
-def test_a_directory_of_another_maker_is_measured_on_mlx(tiny: Tiny, converted: Path) -> None:
+def test_a_directory_of_another_maker_is_measured_on_mlx(tiny: Tiny, plain: Path, converted: Path) -> None:
     chosen, place = find_opener(converted)
     assert (chosen.name, place) == ("mlx", converted)
     assert open_tokenizer(converted).encode("a b") == open_tokenizer(tiny()).encode("a b")
     asked: Any = {"length": 64, "samples": 2}
-    ours, theirs = measure([str(tiny()), str(converted)], perplexity=asked)["variants"]
-    assert (theirs["status"], theirs["runtime"], theirs["format"]) == ("ok", "mlx", "mlx"), theirs["error"]
-    assert theirs["perplexity"]["value"] == pytest.approx(ours["perplexity"]["value"], rel=0.02)
+    (row,) = measure([str(converted)], perplexity=asked)["variants"]
+    assert (row["status"], row["runtime"], row["format"]) == ("ok", "mlx", "mlx"), row["error"]
+    assert row["perplexity"]["value"] > 100 and 8 < row["bits_per_weight"] < 10
+    ids, found = RNG.integers(0, 900, 30), []
+    for folder in (plain, converted):
+        runtime = open_runtime(folder)
+        found.append(runtime.logits(ids))
+        runtime.close()
+    assert np.abs(found[0] - found[1]).max() < 0.1 * np.abs(found[0]).max()
     assert {each["loader"]: each["status"] for each in survey(converted).loads}["mlx"] == "ok"
 
 
