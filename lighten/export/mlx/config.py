@@ -61,8 +61,7 @@ def _name_rotation(config: dict[str, Any]) -> None:
         if rope.get(name) is not None:
             config.setdefault(name, rope[name])
     rest = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    if rest.get("rope_type", "default") != "default":
-        config.setdefault("rope_scaling", rest)
+    config.setdefault("rope_scaling", rest if rest.get("rope_type", "default") != "default" else None)
 
 
 def quantization(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -76,8 +76,11 @@ def _choose(step: Mlx, model: Any, nn: Any) -> dict[str, dict[str, Any]]:
             wanted = {**usual, **said} if isinstance(said, dict) else usual if said else None
         if wanted is None:
             continue
-        if module.weight.shape[-1] % wanted["group_size"]:
-            odd.append(f"{path} ({module.weight.shape[-1]})")
+        row = module.weight.shape[-1]
+        if row % wanted["group_size"]:  # the family's own group; its bits stay
+            wanted = {**wanted, "group_size": group}
+        if row % wanted["group_size"]:
+            odd.append(f"{path} ({row})")
         chosen[path] = wanted
     if odd:
         raise RequestError(
