@@ -46,7 +46,8 @@ def windows(config: dict[str, Any]) -> tuple[int, int]:
     """Returns the number of layers whose attention has a window that a text can leave, and the window."""
     found = next((value for value in config.values() if isinstance(value, dict) and "sliding_window" in value), config)
     window, types = found.get("sliding_window"), found.get("layer_types")
-    reached = isinstance(window, int) and window < (found.get("max_position_embeddings") or window + 1)
-    if not reached or found.get("use_sliding_window") is False:
+    if not isinstance(window, int) or window >= (found.get("max_position_embeddings") or window + 1):
         return 0, 0
-    return types.count(SLIDING) if isinstance(types, list) else int(found.get("num_hidden_layers", 0)), int(window)
+    if found.get("use_sliding_window") is False:
+        return 0, 0
+    return types.count(SLIDING) if isinstance(types, list) else int(found.get("num_hidden_layers", 0)), window
