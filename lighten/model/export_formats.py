@@ -14,6 +14,7 @@ EXPORTS = Table(
         "gguf": "lighten.export.gguf.settings:Gguf",
         "onnx": "lighten.export.onnx.settings:Onnx",
         "openvino": "lighten.export.openvino.settings:OpenVino",
+        "mlx": "lighten.export.mlx.settings:Mlx",
         "bundle": "lighten.export.bundle.settings:Bundle",
     },
     base="lighten.export.step:Export",

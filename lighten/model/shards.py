@@ -22,6 +22,7 @@ _TYPES = {
     torch.int64: "I64",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.uint32: "U32",
     torch.float8_e4m3fn: "F8_E4M3",
 }
 _HEADER_BYTES_PER_TENSOR = 160
@@ -33,9 +34,10 @@ class ShardWriter:
     Use it as a context manager. The files get their final names if the block ends without an error.
     """
 
-    def __init__(self, folder: Path, tensors: int, shard_bytes: int = 4_000_000_000) -> None:
-        """Opens a writer for at most about `tensors` tensors in `folder`."""
+    def __init__(self, folder: Path, tensors: int, shard_bytes: int = 4_000_000_000, *, library: str = "pt") -> None:
+        """Opens a writer for at most about `tensors` tensors in `folder`; `library` is what loads them."""
         self.folder = folder
+        self.library = library
         self.shard_bytes = shard_bytes
         self._room = 1024 + _HEADER_BYTES_PER_TENSOR * tensors
         self._room += -self._room % 8
@@ -71,7 +73,8 @@ class ShardWriter:
     def _end_shard(self) -> None:
         if self._file is None:
             return
-        header = json.dumps({"__metadata__": {"format": "pt"}, **self._shards[-1]}, separators=(",", ":")).encode()
+        metadata = {"__metadata__": {"format": self.library}}
+        header = json.dumps({**metadata, **self._shards[-1]}, separators=(",", ":")).encode()
         if len(header) > self._room:
             raise ValueError(f"{len(self._shards[-1])} tensors need {len(header)} header bytes, {self._room} set aside")
         self._file.seek(0)

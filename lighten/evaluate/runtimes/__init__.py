@@ -13,6 +13,7 @@ RUNTIMES = Table(
         "onnxruntime": f"{__name__}.onnx:OnnxOpener",
         "openvino": f"{__name__}.openvino:OpenVinoOpener",
         "llama.cpp": f"{__name__}.llama_cpp:LlamaCppOpener",
+        "mlx": f"{__name__}.mlx:MlxOpener",
         "endpoint": f"{__name__}.endpoint.opener:EndpointOpener",
         FALLBACK: f"{__name__}.torch_opener:TorchOpener",
     },
