@@ -13,6 +13,7 @@ EXPORTS = Table(
     {
         "gguf": "lighten.export.gguf.settings:Gguf",
         "onnx": "lighten.export.onnx.settings:Onnx",
+        "ctranslate2": "lighten.export.ctranslate2.settings:CTranslate2",
         "bundle": "lighten.export.bundle.settings:Bundle",
     },
     base="lighten.export.step:Export",

@@ -12,6 +12,7 @@ RUNTIMES = Table(
     {
         "onnxruntime": f"{__name__}.onnx:OnnxOpener",
         "llama.cpp": f"{__name__}.llama_cpp:LlamaCppOpener",
+        "ctranslate2": f"{__name__}.ctranslate2:CTranslate2Opener",
         "endpoint": f"{__name__}.endpoint.opener:EndpointOpener",
         FALLBACK: f"{__name__}.torch_opener:TorchOpener",
     },
