@@ -69,6 +69,10 @@ class CTranslate2(Export):
         """Bits of a weight."""
         return _BITS.get(self.quantization, 8.0)
 
+    def exact(self, facts: ModelFacts) -> bool:
+        """Plain numbers of 32 bits hold everything of a source, and float16 holds more of it than bfloat16."""
+        return self.quantization in ("float32", "float16")
+
     @classmethod
     def needs(cls) -> list[tuple[str, str]]:
         """The package that converts a model, and runs it."""
