@@ -15,6 +15,7 @@ EXPORTS = Table(
         "onnx": "lighten.export.onnx.settings:Onnx",
         "openvino": "lighten.export.openvino.settings:OpenVino",
         "mlx": "lighten.export.mlx.settings:Mlx",
+        "ctranslate2": "lighten.export.ctranslate2.settings:CTranslate2",
         "bundle": "lighten.export.bundle.settings:Bundle",
     },
     base="lighten.export.step:Export",

@@ -14,6 +14,7 @@ RUNTIMES = Table(
         "openvino": f"{__name__}.openvino:OpenVinoOpener",
         "llama.cpp": f"{__name__}.llama_cpp:LlamaCppOpener",
         "mlx": f"{__name__}.mlx:MlxOpener",
+        "ctranslate2": f"{__name__}.ctranslate2:CTranslate2Opener",
         "endpoint": f"{__name__}.endpoint.opener:EndpointOpener",
         FALLBACK: f"{__name__}.torch_opener:TorchOpener",
     },
