@@ -127,7 +127,12 @@ class Builder:
             "facts": facts,
             "warnings": warnings,
             "packages": measuring_packages(),
-            "source": {**self.source, **_named(stage), **inherited, **({"licence": facts["licence"]} if "licence" in facts else {})},
+            "source": {
+                **self.source,
+                **_named(stage),
+                **inherited,
+                **({"licence": facts["licence"]} if "licence" in facts else {}),
+            },
         }
         artifact = self.store.finish(out, manifest)
         self.store.drop_scratch(stage.key)

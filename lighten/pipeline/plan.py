@@ -216,13 +216,9 @@ class _Builder:
 
     def open_file(self, found: Found) -> Stage:
         """Returns the stage of a GGUF file as it is, for a step that changes the file itself."""
-        step = GgufFile(
-            model=found.name,
-            path=str(found.path),
-            format="gguf",
-            identity=found.identity,
-            trust_remote_code=found.name in self.recipe.trusted,
-        )
+        settings = {"model": found.name, "path": str(found.path), "format": "gguf", "identity": found.identity}
+        trusted = found.name in self.recipe.trusted
+        step = GgufFile.model_validate({**settings, "trust_remote_code": trusted})
         return self._build(step, gguf_source.check(found.path))
 
     def apply(self, step: Step, stage: Stage, root: Stage) -> Stage:

@@ -137,9 +137,7 @@ def _take(each: Rounded, twin: Twin, filler: Filler, student: Student) -> str | 
     module = student.model.get_submodule(where)
     if why := why_left(module):
         return why
-    matrices = {
-        tensor.name: twin.matrix(tensor, type) for tensor, type in zip(each.tensors, each.types, strict=True)
-    }
+    matrices = {tensor.name: twin.matrix(tensor, type) for tensor, type in zip(each.tensors, each.types, strict=True)}
     back, bias = partial(_back, each.place, twin.model), getattr(module, "bias", None)
     made = BlockLinear([*matrices.values()], back, bias, module.weight.dtype)
     if type(module) is not nn.Linear or not torch.equal(made.stored(), module.weight):

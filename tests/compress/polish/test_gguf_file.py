@@ -36,7 +36,7 @@ def source(tiny: Tiny) -> Path:
 
 
 def spoil(file: Path) -> None:
-    """Makes d and dmin of every block of the linears worse: in random models those that are found are hard to better."""
+    """Makes d and dmin of every block worse, because those of a random model are hard to better."""
     for tensor in gguf.GGUFReader(file, "r+").tensors:
         kind = KINDS.get(tensor.tensor_type.name)
         if kind is None or not tensor.name.startswith("blk."):
@@ -198,7 +198,9 @@ def test_types_without_such_scales_stay(source: Path, tmp_path: Path, monkeypatc
 
 def test_scales_that_nothing_improves_are_kept(source: Path, tmp_path: Path) -> None:
     given = exported(source, tmp_path / "q", type="Q8_0")
-    facts, out = polish(given, source, tmp_path, **{**QUICK, "lr": 0.5, "warmup": 0, "patience": 1, "validate_every": 1})
+    facts, out = polish(
+        given, source, tmp_path, **{**QUICK, "lr": 0.5, "warmup": 0, "patience": 1, "validate_every": 1}
+    )
     (file,) = given.path.iterdir()
     assert (out / file.name).read_bytes() == file.read_bytes()
     assert facts["polish"]["scales_changed"]["count"] == 0 and "they were kept" in facts["warnings"][0]

@@ -35,7 +35,7 @@ CALIBRATION = {"data": "builtin", "samples": 32, "length": 32}
 QUICK = {"batch_tokens": 128, "steps": 8, "lr": 3e-3, "validation": 0.2}
 GPTQ = {"method": "gptq", "bits": 2, "sym": False, "desc_act": True, "group_size": 32}
 AWQ = {"method": "awq", "group_size": 32}
-GGUF = {"format": "gguf", "type": "Q4_0"}
+GGUF = {"format": "gguf", "type": "Q4_0", "parity": {"tokens": 256}}
 
 
 @pytest.fixture(scope="module")
@@ -102,21 +102,20 @@ def test_a_recipe_polishes_what_it_exported(model: Path, work: Path) -> None:
         "model": str(model),
         "calibration": CALIBRATION,
         "variants": {"plain": [{"export": GGUF}], "polished": [{"export": GGUF}, {"polish": QUICK}]},
-        "evaluate": {"perplexity": {"samples": 4, "length": 32}},
+        "evaluate": {},
     }
     folder = run(parse(value), artifacts=work / "a", device="cpu")
     rows = {row["name"]: row for row in json.loads((folder / "results.json").read_text())["variants"]}
     one, other = rows["plain"], rows["polished"]
     assert (one["status"], other["status"], other["error"]) == ("ok", "ok", None)
-    assert other["size_bytes"] == one["size_bytes"] and other["format"] == "gguf" and other["runtime"] == one["runtime"]
+    assert other["size_bytes"] == one["size_bytes"] and other["format"] == "gguf"
     assert other["facts"]["polish"]["kl_after"] < other["facts"]["polish"]["kl_before"]
     assert other["facts"]["parity"]["kl_mean"] < one["facts"]["parity"]["kl_mean"]  # compared anew, by llama.cpp
-    assert other["divergence"]["kl_mean"] < one["divergence"]["kl_mean"]
 
 
 def test_a_file_of_ours_is_polished_twice_into_the_same_bytes(model: Path, work: Path, tmp_path: Path) -> None:
     def exported(type: str) -> Path:
-        settings = {"format": "gguf", "type": type}
+        settings = {"format": "gguf", "type": type, "parity": {"tokens": 0}}
         one_step("export", str(model), tmp_path / type, settings, artifacts=work / "a", device="cpu")
         return tmp_path / type / f"model-{type}.gguf"
 
@@ -127,7 +126,7 @@ def test_a_file_of_ours_is_polished_twice_into_the_same_bytes(model: Path, work:
     second = polished(file.parent, tmp_path / "two", tmp_path)
     one, two = (tmp_path / name / file.name for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes() != file.read_bytes()
-    kept = [read_artifact(path) for path in (tmp_path / "objects").iterdir()]
+    kept = [read_artifact(path) for path in (tmp_path / "a/objects").iterdir()]
     names = {each.manifest["step"]["kind"]: each.manifest["source"]["id"] for each in kept}
     assert (names["file"], names["source"]) == (str(file.parent), str(model))
     assert first.key == second.key and find_damage(read_artifact(tmp_path / "one")) == []
@@ -137,7 +136,7 @@ def test_a_file_of_ours_is_polished_twice_into_the_same_bytes(model: Path, work:
         polished(exported("F16"), tmp_path / "out", work)
     (tmp_path / "alone").mkdir()
     strange = shutil.copy(file, tmp_path / "alone")
-    with pytest.raises(RequestError, match="no artifact.json beside it: nothing says which model"):
+    with pytest.raises(RequestError, match=r"no artifact\.json beside it: nothing says which model"):
         polished(Path(strange), tmp_path / "out", work)
     assert not (tmp_path / "out").exists()
 
@@ -191,6 +190,7 @@ def test_the_source_of_pruned_weights_is_the_pruned_model(model: Path) -> None:
     stage = codes.artifacts["v"]
     by = dict(zip(stage.roles, stage.parents, strict=True))
     assert (by["source"].kind, by["teacher"].kind) == ("export", "source")
+    assert stage.shaped.step and stage.shaped.step.runtime == "llama.cpp"  # which serves what is polished
     packed = planned(model, {"export": GGUF}, {"polish": {}}, {"export": {"format": "bundle", "target": "rpi5"}})
     step = packed.artifacts["v"].step
     assert step and step.dump().get("type") is None  # the file is taken as it is
