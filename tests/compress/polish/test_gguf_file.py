@@ -20,7 +20,7 @@ from lighten.model import whole
 from lighten.model.gguf.blocks import HALVES, KINDS, unpack, with_halves
 from lighten.step import Context
 from lighten.store.artifact import Artifact
-from tests.compress.polish.test_polish import QUICK, polish
+from tests.compress.polish.test_polish import polish
 from tests.export.gguf.test_every_family import CASES, made
 from tests.export.gguf.test_write import logits_of
 from tests.families.models import make
@@ -98,7 +98,7 @@ def divergence(file: Path, source: Path, ids: torch.Tensor) -> float:
     return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("type", ["Q2_K", "Q4_K_M", "Q5_1"])
+@pytest.mark.parametrize("type", ["Q2_K", "Q5_1"])
 def test_halves_change_and_nothing_else(source: Path, tmp_path: Path, type: str) -> None:
     given = exported(source, tmp_path / "q", type=type)
     facts, out = polish(given, source, tmp_path)
@@ -194,13 +194,3 @@ def test_types_without_such_scales_stay(source: Path, tmp_path: Path, monkeypatc
     changed, left = changed_halves(file, out / file.name), facts["polish"]["left"]
     assert {each["why"] for each in left} >= {"its type Q6_K is none whose scales polish trains"}
     assert len(changed) + len(left) == 15
-
-
-def test_scales_that_nothing_improves_are_kept(source: Path, tmp_path: Path) -> None:
-    given = exported(source, tmp_path / "q", type="Q8_0")
-    facts, out = polish(
-        given, source, tmp_path, **{**QUICK, "lr": 0.5, "warmup": 0, "patience": 1, "validate_every": 1}
-    )
-    (file,) = given.path.iterdir()
-    assert (out / file.name).read_bytes() == file.read_bytes()
-    assert facts["polish"]["scales_changed"]["count"] == 0 and "they were kept" in facts["warnings"][0]
