@@ -53,6 +53,11 @@ class Export(Step):
         """Whether weights are rounded. Then another perplexity is no mistake."""
         return False
 
+    @property
+    def scales_train(self) -> bool:
+        """Whether its files hold codes in blocks whose scales `polish` can train."""
+        return False
+
     @model_serializer(mode="wrap")
     def _without_what_is_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves out settings that are absent and were added later, so that a step without them keeps its key."""

@@ -41,7 +41,7 @@ def check(path: Path) -> ModelFacts:
     header, family = open_model(path)
     facts = _facts(header, family)
     tokenizer_table.tokenizer_json(header.fields)
-    _places(header, family, Model(_config(header, family, facts), facts))
+    places_in(header, family, Model(_config(header, family, facts), facts))
     return facts
 
 
@@ -203,7 +203,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _config(header: Header, family: Family, facts: ModelFacts) -> dict[str, Any]:
-    return config_of(header, family, facts, lambda name: _read(header, header.tensors[name]))
+    return config_of(header, family, facts, lambda name: read_tensor(header, header.tensors[name]))
 
 
 def _tokenizer_config(header: Header, facts: ModelFacts) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def says_more(path: Path) -> bool:
     return bool(header.fields.get("tokenizer.chat_templates")) or len(_ends(header)) > 1
 
 
-def _read(header: Header, tensor: Tensor) -> torch.Tensor:
+def read_tensor(header: Header, tensor: Tensor) -> torch.Tensor:
     """Returns one tensor, dequantized, float32 `[out, in]`."""
     import numpy as np
     import torch
@@ -257,7 +257,7 @@ def _read(header: Header, tensor: Tensor) -> torch.Tensor:
     return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(tensor.shape)
 
 
-def _places(header: Header, family: Family, model: Model) -> list[Place]:
+def places_in(header: Header, family: Family, model: Model) -> list[Place]:
     """Returns the places whose tensors a file has.
 
     Raises:
@@ -278,14 +278,20 @@ def _places(header: Header, family: Family, model: Model) -> list[Place]:
     return found
 
 
+def read_stored(header: Header, place: Place, model: Model, expert: int | None = None) -> torch.Tensor:
+    """Returns the tensor of a checkpoint that a place in a file stands for, or that of one expert, float32."""
+    tensors = [header.tensors[name] for name in place.names]
+    parts = tensors if expert is None else [_slice(tensor, expert) for tensor in tensors]
+    return place.rule.turn.back([read_tensor(header, part) for part in parts], model)
+
+
 def _stored(header: Header, place: Place, model: Model) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the tensors of a checkpoint that come from one place in a file, float32."""
-    tensors = [header.tensors[name] for name in place.names]
     if not place.of_experts:
-        yield place.stored, place.rule.turn.back([_read(header, tensor) for tensor in tensors], model)
+        yield place.stored, read_stored(header, place, model)
         return
-    for number, name in enumerate(place.parts(tensors[0].shape[0])):
-        yield name, place.rule.turn.back([_read(header, _slice(tensor, number)) for tensor in tensors], model)
+    for number, name in enumerate(place.parts(header.tensors[place.names[0]].shape[0])):
+        yield name, read_stored(header, place, model, number)
 
 
 def _slice(tensor: Tensor, number: int) -> Tensor:
@@ -302,7 +308,7 @@ def _write_weights(
     from lighten.model.shards import ShardWriter
 
     model = Model(config, facts)
-    found = _places(header, family, model)
+    found = places_in(header, family, model)
     count = sum(header.tensors[place.names[0]].shape[0] if place.of_experts else 1 for place in found)
     done = 0
     with ShardWriter(out, count, SHARD_BYTES) as writer:

@@ -22,13 +22,14 @@ from lighten.model.anatomy import HEAD_WEIGHT
 from lighten.model.checkpoint import Checkpoint, read_config
 from lighten.model.config_checks import refuse_code
 from lighten.model.files import check_links, inside
+from lighten.model.gguf_header import parts
 from lighten.model.hub import fetch
 from lighten.model.mlx_source import is_mlx, refuse_quantized
 from lighten.model.onnx_source import facts as onnx_facts
 from lighten.model.onnx_source import find_onnx
 from lighten.process.isolate import run_isolated
 from lighten.step import Context, Estimate, Step, silent
-from lighten.store.artifact import Artifact
+from lighten.store.artifact import Artifact, read_artifact
 from lighten.store.files import MANIFEST, hash_file
 from lighten.store.links import follow
 
@@ -342,6 +343,39 @@ class Source(Step):
                 copy = out / file.relative_to(path)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(inside(file, path), copy)
+
+
+class GgufFile(Source):
+    """A GGUF file as it is, for a step that changes the file itself."""
+
+    kind: ClassVar[str] = "file"
+    version: ClassVar[int] = 1
+    runtime: ClassVar[str] = "llama.cpp"
+
+    def key_config(self) -> dict[str, Any]:
+        """Returns the part of the stage's key: the content, not its place."""
+        return {"format": self.format, "identity": self.identity}
+
+    @property
+    def writes(self) -> str:
+        """Format of the file."""
+        return self.format
+
+    def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
+        """Returns the cost of a copy."""
+        size = sum(part.stat().st_size for part in parts(Path(self.path)))
+        return Estimate(seconds=size / 5e8, peak_bytes=100_000_000, disk_bytes=size)
+
+    def run(self, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
+        """Copies the file, or its parts. `source` is not used. The facts are those that an artifact has of it."""
+        from lighten.model import gguf_source
+
+        path = Path(self.path)
+        for part in parts(path):
+            shutil.copyfile(part, out / part.name)
+        told = read_artifact(path.parent).facts if (path.parent / MANIFEST).is_file() else {}
+        params = gguf_source.measurable(path).params
+        return {**told, "format": self.format, "model": self.model, "params": params}
 
 
 def _changed(before: torch.Tensor, after: torch.Tensor) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lighten.errors import Failure, RequestError
+from lighten.model.checkpoint import Checkpoint
 from lighten.model.empty import Filler, compute_buffers, empty_model
 from lighten.model.unpacked import Unpacked, open_checkpoint
 
@@ -45,13 +46,21 @@ def load(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> 
         RequestError: its format cannot be unpacked here.
         Failure: tensors are missing, or have no place in the model.
     """
-    checkpoint = open_checkpoint(path)
+    return fill(open_checkpoint(path), dtype, trust_remote_code=trust_remote_code)
+
+
+def fill(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """Returns the model that the tensors of a checkpoint make, on the CPU, every weight of it in one type.
+
+    Raises:
+        Failure: tensors are missing, or have no place in the model.
+    """
     model = empty_model(checkpoint, dtype, trust_remote_code=trust_remote_code)
     compute_buffers(model, "cpu")
     names = list(checkpoint.shapes())
     filler = Filler(model, names)
     if filler.surplus:
-        raise Failure(f"{path} has {filler.surplus[0]}, for which its model has no place: is it damaged?")
+        raise Failure(f"{checkpoint.path} has {filler.surplus[0]}, for which its model has no place: is it damaged?")
     packed = checkpoint.packed if isinstance(checkpoint, Unpacked) else {}
     turned = {name for name in packed if filler.is_turned(f"{name}.weight")}
 
@@ -68,5 +77,5 @@ def load(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> 
         load_some(group)
     filler.tie(model, "", load_some)
     if lacking := filler.lacks(model):
-        raise Failure(f"{path} lacks {', '.join(lacking[:3])}: is it complete?")
+        raise Failure(f"{checkpoint.path} lacks {', '.join(lacking[:3])}: is it complete?")
     return model

@@ -75,9 +75,7 @@ class Builder:
                         target, payload = self._task(stage, out)
                         timed = stage.settings is not None and stage.settings.timed
                         outcome = run_isolated(target, payload, report, fresh=timed)
-                    if promised := stage.step.promises() if stage.step else None:
-                        outcome = self._compared(promised, stage, out, outcome, report)
-                    artifact = self._finish(stage, out, outcome)
+                    artifact = self._finish(stage, out, self._compared(stage, out, outcome, report))
             self.done[stage.key] = artifact
         return self.done.get(stage.key)
 
@@ -129,7 +127,12 @@ class Builder:
             "facts": facts,
             "warnings": warnings,
             "packages": measuring_packages(),
-            "source": {**self.source, **inherited, **({"licence": facts["licence"]} if "licence" in facts else {})},
+            "source": {
+                **self.source,
+                **_named(stage),
+                **inherited,
+                **({"licence": facts["licence"]} if "licence" in facts else {}),
+            },
         }
         artifact = self.store.finish(out, manifest)
         self.store.drop_scratch(stage.key)
@@ -154,15 +157,19 @@ class Builder:
         write_json(out / RESULT, {"measurement": stage.measure, **found})
         return Outcome(found, outcome.seconds, outcome.peak_rss_bytes)
 
-    def _compared(self, promised: dict[str, Any], stage: Stage, out: Path, outcome: Outcome, report: Report) -> Outcome:
-        """Returns the outcome, with the result of the comparison of an export with its source.
+    def _compared(self, stage: Stage, out: Path, outcome: Outcome, report: Report) -> Outcome:
+        """Returns the outcome; that of an export, or of what changed its files, with a comparison with its source.
 
         Raises:
             Failure: it is no longer the same model.
         """
+        shaped = stage.shaped
+        promised = shaped.step.promises() if shaped.step else None
+        if not promised:
+            return outcome
         made = out / str(outcome.value["file"]) if "file" in outcome.value else out
         payload = {
-            "source": str(self.done[stage.parents[0].key].path),
+            "source": str(self.done[shaped.parents[0].key].path),
             "made": str(made),
             "trust_remote_code": trusted(stage),
             **promised,
@@ -206,6 +213,12 @@ class Builder:
             save_hidden=stage.settings.refers and reference is None,
             vocab=facts.vocab if facts else None,
         )
+
+
+def _named(stage: Stage) -> dict[str, Any]:
+    """Returns the name of a source that is not the recipe's own, such as what a directory was quantized from."""
+    step = stage.step
+    return {"id": step.model, "identity": step.identity} if isinstance(step, Source) else {}
 
 
 def each_text(value: Any, change: Callable[[str], str]) -> Any:

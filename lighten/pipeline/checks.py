@@ -53,7 +53,7 @@ def device_bytes(stage: Stage) -> int:
         return 0
     if stage.settings is None or facts is None:
         return stage.estimate.peak_bytes
-    step = stage.parents[0].step
+    step = stage.parents[0].shaped.step
     elsewhere = step is not None and not opener(step.runtime).takes_options
     return 0 if elsewhere else stage.settings.device_bytes(facts, 4 if stage.arithmetic == "float32" else 2)
 

@@ -20,7 +20,7 @@ from lighten.model import gguf_source, tokenizer_files, vocabulary
 from lighten.model.accelerator import CPU, Device
 from lighten.model.architectures import check_architecture
 from lighten.model.checkpoint import read_config
-from lighten.model.source import Found, Source, find
+from lighten.model.source import Found, GgufFile, Source, find
 from lighten.model.tokens import check_text
 from lighten.pipeline import lineage
 from lighten.pipeline.checks import arithmetic, check_measurable
@@ -76,10 +76,15 @@ def make_plan(recipe: Recipe, only: list[str] | None = None, device: Device = CP
     steps = {name: recipe.steps(name) for name in chosen}
     builder = _Builder(recipe, device, source.facts)
     exact = {name for name in chosen if steps[name] and steps[name][0].exact(source.facts)}
-    root = builder.open(source, exact=bool(chosen) and exact == set(chosen))
+    changed = {name for name in chosen if source.form == "gguf" and steps[name] and steps[name][0].keeps_form}
+    if chosen and changed == {*chosen} and not recipe.evaluate.asked:
+        root = builder.open_file(source)
+    else:
+        root = builder.open(source, exact=bool(chosen) and exact == set(chosen))
     artifacts = {BASELINE: root}
     for name in chosen:
         stage = builder.open(source, exact=True) if name in exact else root
+        stage = builder.open_file(source) if name in changed else stage
         for step in steps[name]:
             stage = builder.apply(step, stage, root)
         artifacts[name] = stage
@@ -122,7 +127,8 @@ def _of_variant(evaluate: Evaluate, name: str, stage: Stage) -> Evaluate:
     """
     if not evaluate.speed:
         return evaluate
-    takes = stage.step is not None and opener(stage.step.runtime).takes_options
+    shaped = stage.shaped.step
+    takes = shaped is not None and opener(shaped.runtime).takes_options
     if not takes and name in evaluate.speed.options:
         raise RequestError(
             f"evaluate.speed.options.{name}: attention, compile and cache are options of transformers, and {name} is "
@@ -153,13 +159,13 @@ def _origin(stage: Stage) -> Path | None:
 
 def _form(stage: Stage) -> str:
     """Returns the format of a stage's output."""
-    assert stage.step
-    return _form(stage.parents[0]) if stage.step.keeps_form else stage.step.writes
+    assert stage.shaped.step
+    return stage.shaped.step.writes
 
 
 def _runtime_packages(stage: Stage) -> tuple[str, ...]:
     """Returns the packages of the runtime that serves a stage's output, if lighten does not bring that runtime."""
-    return opener(stage.step.runtime).packages if stage.step else ()
+    return opener(stage.shaped.step.runtime).packages if stage.shaped.step else ()
 
 
 class _Builder:
@@ -207,6 +213,13 @@ class _Builder:
             adapter=str(found.adapter) if found.adapter else None,
         )
         return self._build(step, facts)
+
+    def open_file(self, found: Found) -> Stage:
+        """Returns the stage of a GGUF file as it is, for a step that changes the file itself."""
+        settings = {"model": found.name, "path": str(found.path), "format": "gguf", "identity": found.identity}
+        trusted = found.name in self.recipe.trusted
+        step = GgufFile.model_validate({**settings, "trust_remote_code": trusted})
+        return self._build(step, gguf_source.check(found.path))
 
     def apply(self, step: Step, stage: Stage, root: Stage) -> Stage:
         """Returns the stage of a step on the output of another stage, with all its further inputs.
@@ -291,13 +304,15 @@ class _Builder:
         return {"teacher": teacher, "lessons": self._build(lessons, teacher.facts, source=teacher)}
 
     def _unquantized(self, stage: Stage) -> Stage:
-        """Returns the model that a stage quantized, or that a directory of ours was quantized from.
+        """Returns the model that stages quantized, or that a directory or file of ours was quantized from.
 
         Raises:
-            RequestError: a directory that is not as lighten wrote it, or whose source is not there any more.
+            RequestError: what is there is not as lighten wrote it, or its source is not there any more.
         """
-        if not isinstance(stage.step, Source):
-            return stage.parents[0]
+        while not isinstance(stage.step, Source):
+            stage = stage.parents[0]
+            if _form(stage) == "hf":
+                return stage
         made = lineage.read(Path(stage.step.path))
         source = self.open(find(made.model, made.revision, trust_remote_code=made.model in self.recipe.trusted))
         made.check(source.key)

@@ -43,6 +43,11 @@ class Stage:
         """Name of the measurement; None for a step."""
         return self.settings.name if self.settings else None
 
+    @property
+    def shaped(self) -> Stage:
+        """The stage that gave its output the form that it has: itself, unless its step keeps that of its source."""
+        return self.parents[0].shaped if self.step and self.step.keeps_form else self
+
     def user(self, variant: str) -> None:
         """Notes that a variant needs this stage and all its parents."""
         for stage in (self, *self.parents):

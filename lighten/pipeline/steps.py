@@ -48,6 +48,7 @@ CHOICES = {"quantize": Choice("method", METHODS, default="gptq"), "export": Choi
 """The steps with several settings classes."""
 INTERNAL = {
     "source": "lighten.model.source:Source",
+    "file": "lighten.model.source:GgufFile",
     "sweep": "lighten.compress.calibrate.sweep:Sweep",
     "reads": "lighten.compress.calibrate.reads:Reads",
     "sensitivity": "lighten.compress.calibrate.sensitivity:Sensitivities",

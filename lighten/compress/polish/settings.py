@@ -23,7 +23,10 @@ WRITTEN = 512
 
 
 class Polish(Step):
-    """Training of the scales of integer codes on the distributions of the model that was quantized. The codes stay."""
+    """Training of the scales of integer codes on the distributions of the model that was quantized. The codes stay.
+
+    The codes are those of a directory, or those of the blocks of a GGUF file.
+    """
 
     kind: ClassVar[str] = "polish"
     work: ClassVar[str] = "lighten.compress.polish.step:run"
@@ -63,6 +66,8 @@ class Polish(Step):
         able = either([name for name, method in METHODS.usable().items() if method.scales_train])
         if previous is None or not previous.writes or previous.kind == self.kind:
             raise RequestError("its scales are polished already: raise epochs or lr instead of polishing again")
+        if previous.kind == "export":
+            return self._after_export(previous)
         if isinstance(previous, Quantize) and not previous.scales_train:
             raise RequestError(
                 f"polish trains the scales of integer codes in groups, which {previous.method} has not: quantize with "
@@ -71,10 +76,20 @@ class Polish(Step):
         if previous.writes == "hf":
             raise RequestError(
                 f"polish trains the scales of a quantized model, and this one is not quantized: put it after quantize "
-                f"with {able}"
+                f"with {able}, or after an export to GGUF"
             )
-        if previous.kind not in ("quantize", "source"):
+        if previous.kind not in ("quantize", "source", "file"):
             raise RequestError(f"polish reads what quantize wrote ({able}), and this model is {previous.writes}")
+        return self
+
+    def _after_export(self, previous: Step) -> Self:
+        """Refuses files without scales that can train."""
+        if not getattr(previous, "scales_train", False):
+            named = " of type ".join(str(each) for each in (previous.writes, getattr(previous, "type", None)) if each)
+            raise RequestError(
+                f"polish trains the scales of codes in blocks, which {named} has not: export to gguf with a K-quant "
+                "(Q2_K to Q6_K), Q4_0 to Q5_1, Q8_0 or IQ4_NL"
+            )
         return self
 
     def bytes_between(self, facts: ModelFacts) -> int:

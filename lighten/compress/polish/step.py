@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from lighten.compress.distill.teacher import Lessons
 from lighten.compress.polish.coded import CodedLinear
 from lighten.compress.polish.settings import Polish
+from lighten.compress.polish.student import THE_EMBEDDING, THE_HEAD, Student
 from lighten.compress.polish.training import Trainer
 from lighten.errors import Failure
 from lighten.model import accelerator
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.gguf_header import within
 from lighten.model.shards import ShardWriter
 from lighten.step import Context
 from lighten.store.artifact import Artifact
@@ -33,14 +36,15 @@ def run(step: Polish, source: Artifact, out: Path, context: Context) -> dict[str
     accelerator.deterministic(context.device)
     trainer = Trainer(step, Lessons(context.lessons), context, context.scratch)
     student = trainer.run(source.path, context.teacher)
-    changed = _write(Checkpoint(source.path), student.linears, out)
+    changed = _write(source.path, student, out)
     before, after = trainer.looks[0]["kl"], min(look["kl"] for look in trainer.looks)
     if not changed:
         context.warnings.append(
             f"no step came nearer to the source than the scales that were there (KL {before:.4g}): they were kept"
         )
-    total = sum(linear.theta.numel() for linear in student.linears.values())
-    facts = {name: value for name, value in source.facts.items() if name != "training"}
+    context.warnings += _stayed(student.left)
+    total = sum(theta.numel() for theta in student.scales().values())
+    facts = {name: value for name, value in source.facts.items() if name not in ("training", "parity")}
     return {
         **facts,
         "format": source.format,
@@ -51,14 +55,33 @@ def run(step: Polish, source: Artifact, out: Path, context: Context) -> dict[str
             "steps": trainer.done,
             "trained_tokens": trainer.done * trainer.batch * trainer.ids.shape[1],
             "scales_changed": {"count": changed, "of": total},
-            "linears": len(student.linears),
+            "linears": student.linears,
             **({"left": student.left} if student.left else {}),
         },
         "training": {"curve": trainer.curve, "validation": trainer.looks},
     }
 
 
-def _write(checkpoint: Checkpoint, linears: dict[str, CodedLinear], out: Path) -> int:
+def _stayed(left: list[dict[str, str]]) -> list[str]:
+    """Returns what the person should know of matrices that keep their scales, embedding and head aside."""
+    reasons = Counter(each["why"] for each in left if each["why"] not in (THE_EMBEDDING, THE_HEAD))
+    return [f"the scales of {count} quantized matrices stay: {why}" for why, count in reasons.items()]
+
+
+def _write(quantized: Path, student: Student, out: Path) -> int:
+    """Copies a quantized model with other scales. Returns the number of scales that changed.
+
+    Raises:
+        Failure: a scale is no number.
+    """
+    if file := within(quantized):
+        from lighten.compress.polish.gguf_file import write_file  # needs the package gguf
+
+        return write_file(file, student.trained, out)
+    return _write_directory(Checkpoint(quantized), student.trained, out)
+
+
+def _write_directory(checkpoint: Checkpoint, linears: dict[str, CodedLinear], out: Path) -> int:
     """Copies a model directory with other scales. Returns the number of scales that changed.
 
     Raises:

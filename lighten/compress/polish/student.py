@@ -22,6 +22,11 @@ from lighten.model.stream import fast_dtype
 from lighten.model.unpacked import Unpacked, open_checkpoint
 from lighten.step import Context, Report
 
+THE_EMBEDDING = "the embedding, whose rows are looked up"
+THE_HEAD = "the output head, which makes the distributions that are compared"
+IN_ONE = "one of several matrices that the model holds in one tensor"
+"""Reasons why scales stay."""
+
 
 @dataclass
 class Source:
@@ -50,14 +55,18 @@ class Student:
     """The quantized model, in codes where it has them."""
 
     model: Any
-    linears: dict[str, CodedLinear] = field(default_factory=dict)
-    """By the names that the files have."""
+    trained: dict[str, Any] = field(default_factory=dict)
+    """Matrices in training, `CodedLinear` or `Blocks`, by the names that the files have."""
+    linears: int = 0
+    """Number of linears that they make up."""
     left: list[dict[str, str]] = field(default_factory=list)
     """Quantized matrices whose scales stay, and why."""
+    own_head: torch.Tensor | None = None
+    """Weight of the head in a file that has the embedding twice, each in a type of its own."""
 
     @classmethod
-    def open(cls, path: Path, context: Context, *, recompute: bool) -> Student:
-        """Opens a quantized model directory. If it is to `recompute`, its layers keep their inputs alone.
+    def open(cls, path: Path, context: Context) -> Student:
+        """Opens a quantized model directory.
 
         Raises:
             Failure: it has no quantized linears.
@@ -67,37 +76,55 @@ class Student:
             raise Failure(f"{path} has no quantized linears")
         trusted = context.trust_remote_code
         model = whole.load(path, fast_dtype(context.device), trust_remote_code=trusted)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
         student = cls(model)
         filler = Filler(model, [f"{name}.weight" for name in stored.packed])
         for name in stored.packed:
             place = filler.places[f"{name}.weight"].rpartition(".")[0]
             module = model.get_submodule(place)
-            if why := _why_left(name, filler, module):
+            if why := _why_place_left(name, filler) or why_left(module):
                 student.left.append({"what": name, "why": why})
                 continue
             made = CodedLinear(stored.format.codes(stored.tensors(f"{name}.")), module.bias, model.dtype)
             model.set_submodule(place, made)
-            student.linears[name] = made
-        if not student.linears:
+            student.trained[name] = made
+            student.linears += 1
+        if not student.trained:
             raise Failure(f"none of the {len(student.left)} quantized matrices has scales that can be trained")
-        model.to(context.device)
-        for block in blocks_of(model).values() if recompute else ():
-            _recompute(block)
         return student
 
+    def prepare(self, device: str, *, recompute: bool) -> None:
+        """Leaves nothing to train but the scales. If it is to `recompute`, layers keep their inputs alone."""
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        for theta in self.scales().values():
+            theta.requires_grad_()
+        self.model.to(device)
+        for block in blocks_of(self.model).values() if recompute else ():
+            _recompute(block)
+
+    def head(self) -> Head:
+        """Returns what makes its logits."""
+        found = Head.of(self.model)
+        if self.own_head is not None:
+            found.weight = self.own_head.to(found.weight)
+        return found
+
     def scales(self) -> dict[str, torch.Tensor]:
-        """Returns the logarithms of the changes of the scales, by linear."""
-        return {name: linear.theta for name, linear in self.linears.items()}
+        """Returns the logarithms of the changes of the scales, by matrix."""
+        return {name: matrix.theta for name, matrix in self.trained.items()}
 
 
-def _why_left(name: str, filler: Filler, module: nn.Module) -> str | None:
-    """Returns why the scales of a quantized matrix stay; None if they train."""
+def _why_place_left(name: str, filler: Filler) -> str | None:
+    """Returns why the scales of a quantized matrix in such a place stay; None if they can train."""
     if name == HEAD:
-        return "the output head, which makes the distributions that are compared"
-    if f"{name}.weight" in filler.converted:
-        return "one of several matrices that the model holds in one tensor"
+        return THE_HEAD
+    return IN_ONE if f"{name}.weight" in filler.converted else None
+
+
+def why_left(module: nn.Module) -> str | None:
+    """Returns why the scales of the weight of a module stay; None if they can train."""
+    if isinstance(module, nn.Embedding):
+        return THE_EMBEDDING
     plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"  # GPT-2's, stored as a linear
     return None if plain else f"a {type(module).__name__}, whose own code uses its weight"
 

@@ -13,9 +13,10 @@ from lighten.compress.distill.checkpoints import Checkpoints, Tensors, Told, int
 from lighten.compress.distill.ends import run_body
 from lighten.compress.distill.student import finite
 from lighten.compress.distill.teacher import Lessons, batches
-from lighten.compress.polish.divergence import Head, divergence
+from lighten.compress.polish.divergence import divergence
 from lighten.compress.polish.student import Source, Student
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.gguf_header import within
 from lighten.numerics.rates import share_of_rate
 from lighten.process.isolate import keep_freed_memory
 from lighten.step import Context
@@ -59,9 +60,10 @@ class Trainer:
         count = len(self.ids)
         total = count + WORTH * self.batch * self.steps
         self.source = Source.ask(source, self.ids, self.context, lambda n, _, note: self.context.report(n, total, note))
-        again = self.step.recomputes(Checkpoint(quantized).facts)
-        self.student = Student.open(quantized, self.context, recompute=again)
-        self.head = Head.of(self.student.model)
+        self.student = _open(quantized, source, self.context)
+        again = self.step.recomputes(Checkpoint(source).facts)
+        self.student.prepare(self.context.device, recompute=again)
+        self.head = self.student.head()
         if torch.equal(self.head.weight, self.source.head.weight):
             self.source.head.weight = self.head.weight
         scales = self.student.scales()
@@ -154,7 +156,7 @@ class Trainer:
 
     def _resume(self) -> None:
         def read(told: Told, state: Tensors) -> tuple[Any, ...]:
-            scales = {name: state[f"scale.{name}"] for name in self.student.linears}
+            scales = {name: state[f"scale.{name}"] for name in self.student.trained}
             curve, looks, seen = list(told["curve"]), list(told["looks"]), [float(each) for each in told["seen"]]
             return int(told["done"]), float(told["best"]), curve, looks, seen, scales, state
 
@@ -174,6 +176,16 @@ class Trainer:
     def _fill(self, scales: Tensors) -> None:
         for name, theta in self.student.scales().items():
             theta.copy_(scales[name])
+
+
+def _open(quantized: Path, source: Path, context: Context) -> Student:
+    """Returns the model in a quantized directory, or in the GGUF file that it holds, which was made of `source`."""
+    file = within(quantized)
+    if file is None:
+        return Student.open(quantized, context)
+    from lighten.compress.polish.gguf_file import open_file  # needs the package gguf
+
+    return open_file(file, source, context)
 
 
 def short(value: float) -> float:

@@ -99,7 +99,8 @@ class Bundle(Export):
         """Sets the type if the step makes the file itself. A GGUF file keeps its type."""
         if isinstance(previous, Gguf) and self.type not in (None, previous.type):
             raise RequestError(f"the source is a GGUF file of type {previous.type} already: leave out `type`")
-        makes = self.type is None and not isinstance(previous, Gguf)
+        there = isinstance(previous, Gguf) or (previous is not None and previous.keeps_form)
+        makes = self.type is None and not there
         return self.model_copy(update={"type": DEFAULT_TYPE}) if makes else self
 
     def check(self, facts: ModelFacts) -> None:

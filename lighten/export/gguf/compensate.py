@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lighten.export.gguf.blocks import Grid, Kind
+from lighten.model.gguf.blocks import Grid, Kind
 
 SPAN = 256
 """Columns that are worked on before the others hear of it: a multiple of every type's block."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from gguf import GGMLQuantizationType
 
-from lighten.export.gguf.blocks import KINDS, Grid, Kind, pack
 from lighten.export.gguf.linears import matrices
 from lighten.export.gguf.write import Draft
+from lighten.model.gguf.blocks import KINDS, Grid, Kind, pack
 from lighten.model.gguf_header import read_header
 from lighten.model.unpacked import Unpacked
 

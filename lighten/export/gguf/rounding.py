@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from gguf import GGMLQuantizationType
 
-from lighten.export.gguf.blocks import KINDS, pack, unpack
 from lighten.export.gguf.compensate import compensated, losses_of
 from lighten.export.gguf.linears import Matrices, in_order, matrices, order_of
 from lighten.export.gguf.write import Draft
+from lighten.model.gguf.blocks import KINDS, pack, unpack
 from lighten.model.gguf_header import Tensor, read_header
 from lighten.model.grams import LayerGrams, prefix_of, read_index, read_layer
 from lighten.numerics.damping import damped, inverse_factor

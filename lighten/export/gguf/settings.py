@@ -127,6 +127,11 @@ class Gguf(Export):
         """Whether llama.cpp quantizes the weights."""
         return self.type not in PLAIN
 
+    @property
+    def scales_train(self) -> bool:
+        """Whether all blocks of the type are codes with a float16 scale."""
+        return self.type in COMPENSATED
+
     def needs_sweep(self) -> bool:
         """True with an importance matrix (the diagonal of the Grams), a budget or `rounding` (the whole Grams)."""
         return self.imatrix and self.rounded

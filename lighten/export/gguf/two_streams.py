@@ -17,7 +17,6 @@ import torch
 from gguf import GGMLQuantizationType
 
 from lighten.export.gguf import ggml
-from lighten.export.gguf.blocks import KINDS, Kind, pack, unpack
 from lighten.export.gguf.compensate import compensated, losses_of
 from lighten.export.gguf.linears import Matrices, order_of
 from lighten.export.gguf.quantize import channel_importance
@@ -26,6 +25,7 @@ from lighten.export.gguf.types import PLAIN
 from lighten.export.gguf.write import Draft
 from lighten.model.blockwise import BlockwiseModel, known_anatomy
 from lighten.model.discovery import Anatomy, Layer, Linear
+from lighten.model.gguf.blocks import KINDS, Kind, pack, unpack
 from lighten.model.gguf_header import Tensor, read_header
 from lighten.model.grams import Gram, read_ids, read_layer, read_targets
 from lighten.observe.streams import Inputs, Streams

@@ -35,6 +35,7 @@ CALIBRATION = {"data": "builtin", "samples": 32, "length": 32}
 QUICK = {"batch_tokens": 128, "steps": 8, "lr": 3e-3, "validation": 0.2}
 GPTQ = {"method": "gptq", "bits": 2, "sym": False, "desc_act": True, "group_size": 32}
 AWQ = {"method": "awq", "group_size": 32}
+GGUF = {"format": "gguf", "type": "Q4_0", "parity": {"tokens": 256}}
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +92,53 @@ def test_a_directory_of_ours_is_polished_twice_into_the_same_bytes(awq: Path, wo
     second = polished(awq, work / "two", work / "another store")
     assert (work / "one/model.safetensors").read_bytes() == (work / "two/model.safetensors").read_bytes()
     assert first.key == second.key and find_damage(read_artifact(work / "one")) == []
-    with pytest.raises(RequestError, match="not what quantize wrote"):
+    with pytest.raises(RequestError, match="not what quantize or export wrote"):
         polished(work / "one", work / "three", work)
+
+
+def test_a_recipe_polishes_what_it_exported(model: Path, work: Path) -> None:
+    value = {
+        "name": "g",
+        "model": str(model),
+        "calibration": CALIBRATION,
+        "variants": {"plain": [{"export": GGUF}], "polished": [{"export": GGUF}, {"polish": QUICK}]},
+        "evaluate": {},
+    }
+    folder = run(parse(value), artifacts=work / "a", device="cpu")
+    rows = {row["name"]: row for row in json.loads((folder / "results.json").read_text())["variants"]}
+    one, other = rows["plain"], rows["polished"]
+    assert (one["status"], other["status"], other["error"]) == ("ok", "ok", None)
+    assert other["size_bytes"] == one["size_bytes"] and other["format"] == "gguf"
+    assert other["facts"]["polish"]["kl_after"] < other["facts"]["polish"]["kl_before"]
+    assert other["facts"]["parity"]["kl_mean"] < one["facts"]["parity"]["kl_mean"]  # compared anew, by llama.cpp
+
+
+def test_a_file_of_ours_is_polished_twice_into_the_same_bytes(model: Path, work: Path, tmp_path: Path) -> None:
+    def exported(type: str) -> Path:
+        settings = {"format": "gguf", "type": type, "parity": {"tokens": 0}}
+        one_step("export", str(model), tmp_path / type, settings, artifacts=work / "a", device="cpu")
+        return tmp_path / type / f"model-{type}.gguf"
+
+    file = exported("Q4_0")
+    first = polished(file, tmp_path / "one", work)
+    assert first.format == "gguf" and first.facts["type"] == "Q4_0" and "parity" not in first.facts
+    assert first.facts["polish"]["kl_after"] < first.facts["polish"]["kl_before"]
+    second = polished(file.parent, tmp_path / "two", tmp_path)
+    one, two = (tmp_path / name / file.name for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes() != file.read_bytes()
+    kept = [read_artifact(path) for path in (tmp_path / "a/objects").iterdir()]
+    names = {each.manifest["step"]["kind"]: each.manifest["source"]["id"] for each in kept}
+    assert (names["file"], names["source"]) == (str(file.parent), str(model))
+    assert first.key == second.key and find_damage(read_artifact(tmp_path / "one")) == []
+    with pytest.raises(RequestError, match=r"not what quantize or export wrote \(it is of polish"):
+        polished(one, tmp_path / "out", work)
+    with pytest.raises(RequestError, match="was quantized with F16, which has no scales"):
+        polished(exported("F16"), tmp_path / "out", work)
+    (tmp_path / "alone").mkdir()
+    strange = shutil.copy(file, tmp_path / "alone")
+    with pytest.raises(RequestError, match=r"no artifact\.json beside it: nothing says which model"):
+        polished(Path(strange), tmp_path / "out", work)
+    assert not (tmp_path / "out").exists()
 
 
 def test_codes_of_others_are_refused(awq: Path, model: Path, work: Path, tmp_path: Path) -> None:
@@ -125,6 +171,8 @@ def test_what_has_no_codes_is_refused_by_the_plan(model: Path) -> None:
         ([{"prune": {"what": "layers", "count": 1}}], "not quantized"),
         ([{"quantize": {"method": "fp8"}}], "which fp8 has not"),
         ([{"quantize": AWQ}, {"polish": {}}], "polished already"),
+        ([{"export": GGUF}, {"polish": {}}], "polished already"),
+        ([{"export": {"format": "gguf", "type": "F16"}}], "which gguf of type F16 has not"),
     ]:
         with pytest.raises(RequestError, match=said):
             planned(model, *steps, {"polish": QUICK})
@@ -138,6 +186,14 @@ def test_the_source_of_pruned_weights_is_the_pruned_model(model: Path) -> None:
     assert by["lessons"].step is not None and by["lessons"].step.dump()["samples"] == CALIBRATION["samples"]
     exported = planned(model, {"quantize": AWQ}, {"polish": {}}, {"export": {"format": "gguf", "type": "Q8_0"}})
     assert exported.artifacts["v"].parents[0].kind == "polish"
+    codes = planned(model, {"quantize": AWQ}, {"export": {"format": "gguf", "type": "Q4_1"}}, {"polish": {}})
+    stage = codes.artifacts["v"]
+    by = dict(zip(stage.roles, stage.parents, strict=True))
+    assert (by["source"].kind, by["teacher"].kind) == ("export", "source")
+    assert stage.shaped.step and stage.shaped.step.runtime == "llama.cpp"  # which serves what is polished
+    packed = planned(model, {"export": GGUF}, {"polish": {}}, {"export": {"format": "bundle", "target": "rpi5"}})
+    step = packed.artifacts["v"].step
+    assert step and step.dump().get("type") is None  # the file is taken as it is
 
 
 def test_too_large_a_model_is_refused_with_the_memory_that_it_takes(model: Path) -> None:

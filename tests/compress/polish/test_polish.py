@@ -182,13 +182,25 @@ def test_other_families(tmp_path: Path, family: str) -> None:
 def test_plain_weights_and_floats_are_refused() -> None:
     polish = Polish()
     for kind, settings, said in [
-        ("prune", {"what": "mlp", "ratio": 0.2}, "not quantized: put it after quantize with gptq, rtn or awq"),
+        (
+            "prune",
+            {"what": "mlp", "ratio": 0.2},
+            "not quantized: put it after quantize with gptq, rtn or awq, or after",
+        ),
         ("quantize", {"method": "nf4"}, "which nf4 has not: quantize with gptq, rtn or awq"),
         ("quantize", {"method": "fp8"}, "which fp8 has not"),
         ("quantize", {"method": "w8a8"}, "which w8a8 has not"),
-        ("export", {"format": "gguf"}, "this model is gguf"),
+        (
+            "export",
+            {"format": "gguf", "type": "F16"},
+            "which gguf of type F16 has not: export to gguf with a K",
+        ),
+        ("export", {"format": "gguf", "type": "IQ3_M"}, "which gguf of type IQ3_M has not"),
+        ("export", {"format": "onnx"}, "which onnx has not"),
+        ("export", {"format": "bundle", "target": "rpi5", "type": "Q4_K_M"}, "which bundle of type Q4_K_M has not"),
         ("polish", {}, "polished already"),
     ]:
         with pytest.raises(RequestError, match=said):
             polish.after(open_step(kind, settings))
     assert polish.after(open_step("quantize", {"method": "awq"})) is polish
+    assert polish.after(open_step("export", {"format": "gguf", "type": "Q3_K_M"})) is polish

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lighten.export.gguf import ggml
-from lighten.export.gguf.blocks import KINDS, Grid, pack, unpack
+from lighten.model.gguf.blocks import KINDS, Grid, pack, unpack
 
 each_kind = pytest.mark.parametrize("name", KINDS)
 

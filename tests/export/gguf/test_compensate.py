@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lighten.export.gguf import compensate, ggml
-from lighten.export.gguf.blocks import KINDS, Grid, unpack
+from lighten.model.gguf.blocks import KINDS, Grid, unpack
 from lighten.numerics.damping import damped, inverse_factor
 
 each_kind = pytest.mark.parametrize("name", KINDS)

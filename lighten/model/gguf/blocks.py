@@ -7,7 +7,7 @@ K-quant, 32 of the others), `scale` and `min` are small whole numbers of a part 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ import torch
 Bytes = torch.Tensor
 """uint8."""
 Fields = dict[str, Bytes]
+HALVES = ("d", "dmin", "m")
+"""Names of the fields that are a float16."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Kind:
     @property
     def has_mins(self) -> bool:
         """Whether a weight of code zero can be other than zero."""
-        return any(name in ("dmin", "m") for name, _ in self.fields)
+        return sum(name in HALVES for name, _ in self.fields) > 1
 
 
 @dataclass
@@ -225,6 +227,24 @@ def pack(grid: Grid) -> Bytes:
         found["scales"] = kind.numbers.pack(Parts(scales, mins))
     found |= {plane.field: plane.pack(codes) for plane in kind.planes}
     return torch.cat([found[name] for name, _ in kind.fields], -1).flatten(1)
+
+
+def with_halves(packed: Bytes, kind: Kind, halves: Sequence[torch.Tensor]) -> Bytes:
+    """Returns packed rows `[out, bytes of a row]` with another d, and another dmin (or m). Every other byte stays.
+
+    Args:
+        packed: the rows.
+        kind: layout of the type.
+        halves: float16 `[out, in / block]` each: d, and dmin if the type has mins.
+    """
+    made, left, start = packed.clone(), list(halves), 0
+    blocks = made.view(len(packed), -1, kind.size)
+    for name, size in kind.fields:
+        if name in HALVES:
+            half = left.pop(0).contiguous()
+            blocks[..., start : start + size] = half.view(torch.uint8).view(*half.shape, size)
+        start += size
+    return made
 
 
 def _halves(packed: Bytes) -> torch.Tensor:
