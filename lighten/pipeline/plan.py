@@ -75,7 +75,7 @@ def make_plan(recipe: Recipe, only: list[str] | None = None, device: Device = CP
     )
     check_measurable(source.facts, recipe.evaluate, recipe.model)
     chosen = [name for name in recipe.variants if name != BASELINE and (not only or name in only)]
-    remotes = {name: step for name in chosen if (step := remote(recipe, name))}
+    remotes = {name: found for name in chosen if (found := remote(recipe, name))}
     steps = {name: recipe.steps(name) for name in chosen if name not in remotes}
     builder = _Builder(recipe, device, source.facts)
     exact = {name for name in steps if steps[name] and steps[name][0].exact(source.facts)}
