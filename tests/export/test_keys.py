@@ -1,7 +1,7 @@
 """What enters the keys of exports stays the same: an old store's objects are found again.
 
-The keys of ONNX have changed once: its graphs are others since version 3 of the step. So have those of GGUF: a Modelfile
-lies beside the file since version 4.
+The keys of ONNX have changed once: its graphs are others since version 3 of the step. So have those of GGUF: since
+version 4 a Modelfile lies beside the file.
 """
 
 from typing import Any

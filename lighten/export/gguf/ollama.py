@@ -14,9 +14,9 @@ from pathlib import Path
 
 from lighten.data.documents import Message
 from lighten.errors import LightenError
+from lighten.model.files import read_json
 from lighten.model.template import Prompter, prompter
 from lighten.model.tokenizer_files import chat_templates, ends
-from lighten.model.files import read_json
 
 PARAMETERS = {
     "temperature": "temperature",
