@@ -60,11 +60,11 @@ def test_one_artifact_is_measured_in_its_runtime_and_in_a_server(model: Path, tm
     serve = {
         "*-served": "scripted",
         "q8-served": "llama.cpp",
-        "dead": {"with": "scripted", "args": ["--requests", 9]},
+        "dead": {"with": "scripted", "args": ["--requests", 5]},
     }
     variants = {"src-served": [], "dead": [], "q8": Q8, "q8-served": Q8}
     value = recipe(model, variants, serve=serve)
-    with pytest.raises(RequestError, match=r"starts scripted --requests 9 \(evaluate.serve.dead\).*--trust-servers"):
+    with pytest.raises(RequestError, match=r"starts scripted --requests 5 \(evaluate.serve.dead\).*--trust-servers"):
         lighten.run(parse(value), artifacts=tmp_path)
     rows = run(value, tmp_path, trust_servers=True)
     assert {name: row["status"] for name, row in rows.items()} == {

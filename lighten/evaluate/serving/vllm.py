@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from lighten.evaluate.serving.program import HOST, Installed, Job, Program, Start
 
-KERNEL = re.compile(r"(?:Using|Selected) '?(\w*Kernel)'?(?: for (\w[\w-]*))?")
+KERNEL = re.compile(r"(?:Using|Selected) '?(\w*Kernel)'?(?: for (\w[\w-]*(?: linear)?))?")
 """Line of its log about the kernel that multiplies quantized weights, and for which layers."""
 QUANTIZATION = re.compile(r"\bquantization=([\w-]+)")
 DTYPE = re.compile(r"\bdtype=torch\.(\w+)")

@@ -189,3 +189,20 @@ def test_a_server_is_not_started_for_more_than_the_model_takes() -> None:
         8192,
         20000,
     ]
+
+
+def test_what_vllm_says_of_an_artifact_is_read_in_its_log() -> None:
+    log = (
+        "(EngineCore pid=1) INFO [core.py:133] Initializing a V1 LLM engine with config: dtype=torch.bfloat16, "
+        "quantization=auto_gptq, enforce_eager=True\n"
+        "(Worker pid=2) INFO [__init__.py:923] Using CPUWNA16LinearKernel for mixed-precision linear\n"
+        "(Worker pid=2) INFO [auto_gptq.py:352] Using CPUWNA16LinearKernel for AutoGPTQLinearMethod\n"
+    )
+    assert Vllm().loaded(log) == {
+        "quantization": "auto_gptq",
+        "dtype": "bfloat16",
+        "kernels": ["CPUWNA16LinearKernel for mixed-precision linear", "CPUWNA16LinearKernel for AutoGPTQLinearMethod"],
+    }
+    assert Vllm().loaded("quantization=None, dtype=torch.float32") == {"quantization": None, "dtype": "float32"}
+    later = "ValueError: no kernel for 3 bits\nRuntimeError: Engine core initialization failed. See root cause above."
+    assert Vllm().cause(later) == "ValueError: no kernel for 3 bits" and Vllm().cause("all is well") is None
