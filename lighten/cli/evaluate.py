@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lighten.evaluate.accuracy.settings import Accuracy
     from lighten.evaluate.load.settings import Load
     from lighten.evaluate.perplexity.settings import Perplexity
+    from lighten.evaluate.serving.settings import Serve as ServeSettings
     from lighten.evaluate.speed.settings import Speed
 
 COMMAND = "lighten evaluate"
@@ -32,11 +33,12 @@ NOT_ON_DEVICE = (
     *("data", "protocol", "length", "samples", "task", "limit", "shots", "scorer", "device"),
     *("trust_remote_code", "trust_tasks", "attention", "compile_", "cache", "roofline", "price_per_hour", "currency"),
     *("model", "tokenizer", "timeout", "rate", "concurrency", "requests"),
+    *("serve", "serve_python", "serve_arg", "serve_start"),
 )
 """Names of the flags that bench.py on a device does not know."""
 OF_CAUSAL = (
     *("protocol", "length", "task", "limit", "shots", "scorer", "attention", "compile_", "cache", "roofline"),
-    *("price_per_hour", "currency", "rate", "concurrency", "requests"),
+    *("price_per_hour", "currency", "rate", "concurrency", "requests", "serve"),
 )
 """Names of the flags about measurements of causal language models."""
 COMMON = ("data", "samples")
@@ -102,6 +104,20 @@ Concurrency = Annotated[
     list[int] | None, typer.Option(help="Measure load: requests of so many users at once; may be repeated.")
 ]
 Requests = Annotated[int | None, typer.Option(help="Requests of each load (default: 16).")]
+Serve = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Start this server and measure every model in it too: llama.cpp, transformers, vllm or mlx; repeatable."
+    ),
+]
+ServePython = Annotated[
+    Path | None, typer.Option(help="Python of another environment, which has the server (default: this one).")
+]
+ServeArg = Annotated[
+    list[str] | None,
+    typer.Option(help="Argument for the server, such as --serve-arg=--dtype=float32; may be repeated."),
+]
+ServeStart = Annotated[float | None, typer.Option(help="Seconds until the server answers, at most (default: 600).")]
 Skip = Annotated[list[str] | None, typer.Option(help="Leave out perplexity, accuracy or speed; may be repeated.")]
 Roofline = Annotated[
     bool, typer.Option("--roofline", help="Say how near each speed is to what memory and arithmetic allow.")
@@ -141,6 +157,10 @@ def evaluate(
     rate: Rate = None,
     concurrency: Concurrency = None,
     requests: Requests = None,
+    serve: Serve = None,
+    serve_python: ServePython = None,
+    serve_arg: ServeArg = None,
+    serve_start: ServeStart = None,
     skip: Skip = None,
     roofline: Roofline = False,
     price_per_hour: Price = None,
@@ -162,6 +182,7 @@ def evaluate(
     if out:
         check_new(out)
     paths = addressed([_path_of(text, artifacts) for text in paths], model or [], tokenizer or [], timeout)
+    servers = _servers(serve or [], {"python": serve_python, "args": serve_arg, "start": serve_start})
     if profile:
         _profile(paths, profile, device, as_json, trust_remote_code)
         return
@@ -176,7 +197,7 @@ def evaluate(
         value = _measure_on_device(paths, target, python, "perplexity" not in left_out, as_json)
     else:
         kept = {name: value for name, value in asked.items() if name not in left_out}
-        value = _measure_here(context, paths, kept, None if left_out else _usual(context))
+        value = _measure_here(context, paths, {**kept, "serve": servers}, None if left_out else _usual(context))
     _show(value, out, as_json)
 
 
@@ -211,6 +232,17 @@ def _load(rate: list[float] | None, concurrency: list[int] | None, requests: int
         return None
     given = {"rate": rate or [], "concurrency": concurrency or [], "requests": requests}
     return parse_settings(Load, {name: value for name, value in given.items() if value is not None}, COMMAND)
+
+
+def _servers(names: list[str], settings: dict[str, Any]) -> list[ServeSettings]:
+    """Returns the settings of the servers that are to be started."""
+    from lighten.evaluate.serving.settings import Serve as Settings
+    from lighten.pipeline.recipe import parse_settings
+
+    given = {name: value for name, value in settings.items() if value not in (None, [])}
+    if given and len(names) != 1:
+        raise RequestError(f"--serve-{next(iter(given)).rstrip('s')} is about one server: give --serve once with it")
+    return [parse_settings(Settings, {"with": name, **given}, f"{COMMAND} --serve {name}") for name in names]
 
 
 def _perplexity(settings: dict[str, Any], protocols: list[str]) -> list[Perplexity]:

@@ -34,6 +34,12 @@ TrustCode = Annotated[
 TrustTasks = Annotated[
     bool, typer.Option("--trust-tasks", help="Let lm-eval run what the task files (.yaml) that are named say.")
 ]
+TrustServers = Annotated[
+    bool,
+    typer.Option(
+        "--trust-servers", help="Start the programs that the recipe names for servers, and send a key to its addresses."
+    ),
+]
 
 
 def print_json(value: Any) -> None:

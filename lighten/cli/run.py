@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lighten import screen
-from lighten.cli.flags import Artifacts, Device, Json, TrustCode, TrustTasks, print_json
+from lighten.cli.flags import Artifacts, Device, Json, TrustCode, TrustServers, TrustTasks, print_json
 from lighten.cli.report import Public, Push, check_push, push_version, show
 from lighten.errors import RequestError
 
@@ -23,6 +23,7 @@ def run(
     public: Public = False,
     trust_remote_code: TrustCode = False,
     trust_tasks: TrustTasks = False,
+    trust_servers: TrustServers = False,
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
 ) -> None:
@@ -44,6 +45,7 @@ def run(
             watcher=watcher,
             trust_remote_code=trust_remote_code,
             trust_tasks=trust_tasks,
+            trust_servers=trust_servers,
         )
     if push_to_hub:
         push_version(folder, push_to_hub, wanted, public=public, quiet=as_json)
@@ -56,6 +58,7 @@ def plan(
     device: Device = "auto",
     trust_remote_code: TrustCode = False,
     trust_tasks: TrustTasks = False,
+    trust_servers: TrustServers = False,
     artifacts: Artifacts = Path("artifacts"),
     as_json: Json = False,
 ) -> None:
@@ -66,7 +69,8 @@ def plan(
     from lighten.pipeline.predict import Predictor
     from lighten.store.store import Store
 
-    todo = pipeline.plan(recipe, only=only, device=device, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
+    trusts = {"trust_remote_code": trust_remote_code, "trust_tasks": trust_tasks, "trust_servers": trust_servers}
+    todo = pipeline.plan(recipe, only=only, device=device, **trusts)
     check_options(todo.recipe.evaluate.speed, todo.device.name)
     store = Store(artifacts)
     predictor = Predictor(store, todo.device)

@@ -23,6 +23,7 @@ from lighten.pipeline.plan import make_plan, stage_of
 from lighten.pipeline.predict import Predictor
 from lighten.pipeline.recipe import BASELINE, Recipe
 from lighten.pipeline.run import open_recipe
+from lighten.pipeline.served import without_servers
 from lighten.pipeline.stage import Plan, Stage
 from lighten.pipeline.watcher import Silent, Watcher
 from lighten.process.isolate import run_isolated, share_cores
@@ -69,7 +70,7 @@ def diagnose(
         RequestError: the recipe is wrong, or none of its variants uses calibration text.
         Failure: a sweep failed.
     """
-    opened = open_recipe(recipe, None)
+    opened = without_servers(open_recipe(recipe, None))
     trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
     chosen = choose_device(device, watcher)
     todo = make_plan(opened, device=chosen)

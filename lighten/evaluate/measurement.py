@@ -49,6 +49,8 @@ class Measurement(AnyCase, BaseModel):
     """Whether it shows what compression cost: on the baseline's tokens, in one arithmetic for all models."""
     refers: ClassVar[bool] = False
     """Whether variants are measured against the files of the baseline's own measurement."""
+    over_http: ClassVar[bool] = False
+    """Whether a model on a server can be measured so. Else the files of the model are measured."""
 
     @property
     def needed(self) -> frozenset[str]:
@@ -85,6 +87,14 @@ class Measurement(AnyCase, BaseModel):
     def key_facts(self) -> dict[str, Any]:
         """Returns the further facts that the result depends on, for the key."""
         return {}
+
+    def longest(self, context: int | None) -> int:
+        """Returns the length of the longest text that a model gets, if the settings tell it; else 0.
+
+        Args:
+            context: positions that the model takes; None if it does not say.
+        """
+        return 0
 
     def check(self, facts: ModelFacts, model: str) -> None:
         """Raises RequestError if these settings cannot be measured on a model, called `model` in messages."""

@@ -45,6 +45,8 @@ class Request(Generic[Asked]):
     """Whether the measurement will serve as a reference."""
     vocab: int | None = None
     """Expected size of the vocabulary of its logits; None for the size in its config."""
+    server: dict[str, Any] | None = None
+    """Facts about the server that lighten has started for it, at whose address `model` is; None without one."""
 
     @property
     def own_tokenizer(self) -> bool:
@@ -86,6 +88,7 @@ class Request(Generic[Asked]):
             "reference": {"measurement": str(against.measurement), "model": str(against.model)} if against else None,
             "save_hidden": self.save_hidden,
             "vocab": self.vocab,
+            "server": self.server,
         }
 
     @staticmethod
@@ -104,6 +107,7 @@ class Request(Generic[Asked]):
             reference=Reference(Path(against["measurement"]), Path(against["model"])) if against else None,
             save_hidden=payload["save_hidden"],
             vocab=payload["vocab"],
+            server=payload.get("server"),
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from lighten.evaluate.measurement import Measurement
 from lighten.evaluate.paired import RESULT
 from lighten.evaluate.request import Request
+from lighten.evaluate.runtimes.endpoint.address import Address
 from lighten.evaluate.runtimes.unavailable import Unavailable
 from lighten.evaluate.stored_result import Result
 from lighten.plugins import found_at
@@ -35,9 +36,21 @@ def measure(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         found = done.contents() if isinstance(done, Result) else done
     except Unavailable as lack:
         found = {"unavailable": str(lack), **lack.facts}
+    if request.server:
+        found = {**found, **_served(request, found)}
     result = {"measurement": request.settings.name, **found}
     write_json(request.out / RESULT, result)
     return result
+
+
+def _served(request: Request[Measurement], found: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the result says of the server that lighten started: what it is, and nothing of its place here."""
+    address, changed = Address.parse(str(request.model)), {}
+    if detail := found.get("detail"):
+        changed["detail"] = detail.replace(f"{address.url}, ", "").replace(f"model {address.model}, ", "")
+    if "device" in found:
+        changed["device"] = request.device
+    return {"server": request.server, **changed}
 
 
 def measure_here(request: Request[Measurement], report: Report) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any, Self
 
 from pydantic import (
@@ -25,6 +26,7 @@ from lighten.evaluate.masked.settings import Masked
 from lighten.evaluate.measurement import MEASUREMENTS, Measurement
 from lighten.evaluate.perplexity.settings import Perplexity
 from lighten.evaluate.sentences.settings import Sentences
+from lighten.evaluate.serving.settings import Serve
 from lighten.evaluate.similarity.settings import Similarity
 from lighten.evaluate.speculative.settings import Speculative
 from lighten.evaluate.speed.settings import Speed
@@ -48,6 +50,8 @@ class Evaluate(AnyCase, BaseModel):
     masked: Masked | None = None
     sentences: Sentences | None = None
     loaders: bool = False
+    serve: dict[str, Serve | None] = {}
+    """Servers that are started for variants, by name or pattern; a later entry wins, and None is the own runtime."""
     roofline: bool = False
     price_per_hour: float | None = Field(default=None, gt=0)
     currency: str = Field(default="USD", min_length=1, max_length=8)
@@ -68,7 +72,10 @@ class Evaluate(AnyCase, BaseModel):
 
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {**handler(self), **{name: each.model_dump(mode="json") for name, each in self._added.items()}}
+        found: dict[str, Any] = handler(self)
+        if not self.serve:  # it came later
+            found.pop("serve", None)
+        return {**found, **{name: each.model_dump(mode="json") for name, each in self._added.items()}}
 
     @model_validator(mode="after")
     def _speed_is_measured(self) -> Evaluate:
@@ -92,6 +99,11 @@ class Evaluate(AnyCase, BaseModel):
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"the {what} {twice[0]} is asked for twice: results are kept under its name")
         return self
+
+    def serve_of(self, variant: str) -> Serve | None:
+        """Returns the server that is started for a variant; None if it is measured in its own runtime."""
+        found = [serve for pattern, serve in self.serve.items() if fnmatchcase(variant, pattern)]
+        return found[-1] if found else None
 
     @property
     def asked(self) -> list[Measurement]:

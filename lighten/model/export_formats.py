@@ -34,6 +34,8 @@ class Usage(NamedTuple):
     """Packages that pip installs, with spaces between them."""
     code: str
     """Python: imports, an empty line, and code that opens the directory `folder` and generates text."""
+    also: str = ""
+    """Markdown: how other programs open them."""
 
 
 class ExportFormat(Protocol):

@@ -10,7 +10,7 @@ import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lighten.data.documents import Message
 from lighten.errors import RequestError, reading
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 TODAY = datetime.datetime(2025, 1, 1)
 """Day in texts that name one."""
 SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class Prompter(Protocol):
+    """Function that writes the turns of a conversation as one text, and then the beginning of an answer if asked."""
+
+    def __call__(self, messages: Sequence[Message], answer: bool = False) -> str:
+        """Returns the text."""
 
 
 def renderer(model: Path) -> Render | None:
@@ -38,6 +45,15 @@ def renderer(model: Path) -> Render | None:
     file = model if model.is_file() else gguf_header.within(model)
     template, specials = _of_gguf(file) if file else _of_directory(model)
     return _compiled(template, specials, str(file or model)) if template else None
+
+
+def prompter(model: Path) -> Prompter | None:
+    """Returns the function that writes turns for a model directory; None without a chat template.
+
+    Errors are those of `renderer`.
+    """
+    template, specials = _of_directory(model)
+    return _compiled(template, specials, str(model)) if template else None
 
 
 def _of_directory(model: Path) -> tuple[str | None, dict[str, str]]:
@@ -68,7 +84,7 @@ def _of_gguf(file: Path) -> tuple[str | None, dict[str, str]]:
     return (str(template) if template else None), specials
 
 
-def _compiled(template: str, specials: dict[str, str], model: str) -> Render:
+def _compiled(template: str, specials: dict[str, str], model: str) -> Prompter:
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -96,8 +112,8 @@ def _compiled(template: str, specials: dict[str, str], model: str) -> Render:
     except TemplateError as error:
         raise RequestError(f"the chat template of {model} cannot be read: {error}") from error
 
-    def render(messages: Sequence[Message]) -> str:
-        given = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": False}
+    def render(messages: Sequence[Message], answer: bool = False) -> str:
+        given = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": answer}
         try:
             return made.render(**given, **specials)
         except Exception as error:  # a template may fail in any way that Python has

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from lighten.errors import DiskFull, LightenError, RequestError
+from lighten.errors import DiskFull, Failure, LightenError, RequestError
 from lighten.evaluate import machine
 from lighten.evaluate.machine import measuring_packages, this_machine
 from lighten.evaluate.measurement import Measurement
@@ -16,11 +16,14 @@ from lighten.evaluate.paired import RESULT
 from lighten.evaluate.parity.check import check
 from lighten.evaluate.request import Reference, Request
 from lighten.evaluate.run import measure_here
+from lighten.evaluate.runtimes.endpoint.step import Endpoint
+from lighten.evaluate.serving.host import Host, Wanted
 from lighten.evaluate.speed.options import lacking
 from lighten.evaluate.speed.settings import Speed
 from lighten.model.accelerator import Device, resolve
 from lighten.model.source import Source
 from lighten.pipeline.predict import Predictor, cost_class
+from lighten.pipeline.served import wanted
 from lighten.pipeline.stage import Plan, Stage, trusted
 from lighten.pipeline.steps import checked
 from lighten.pipeline.watcher import Watcher
@@ -41,6 +44,7 @@ class Builder:
         watcher: Watcher,
         source: dict[str, Any],
         fatal: Collection[str] = (),
+        host: Host | None = None,
     ) -> None:
         self.store = store
         self.device = device
@@ -49,6 +53,8 @@ class Builder:
         self.source = source
         self.fatal = fatal
         """Keys of stages whose failure ends the command. The command says why, so the watcher need not."""
+        self.host = host
+        """Starts the servers that measurements need; None if there are none."""
         self.names: dict[str, str] = {}
         self.failed: dict[str, str] = {}
         self.done: dict[str, Artifact] = {}
@@ -76,8 +82,48 @@ class Builder:
                         timed = stage.settings is not None and stage.settings.timed
                         outcome = run_isolated(target, payload, report, fresh=timed)
                     artifact = self._finish(stage, out, self._compared(stage, out, outcome, report))
+                    outcome = self._done(stage, out, report)
+                    if promised := stage.step.promises() if stage.step else None:
+                        outcome = self._compared(promised, stage, out, outcome, report)
+                    artifact = self._finish(stage, out, outcome)
             self.done[stage.key] = artifact
         return self.done.get(stage.key)
+
+    def _done(self, stage: Stage, out: Path, report: Report) -> Outcome:
+        """Does the work of a stage."""
+        if stage.settings and stage.at and not stage.settings.over_http:
+            return self._out_of_reach(stage, out)
+        if stage.settings and not stage.settings.isolated:
+            return self._measured_here(stage, out, report)
+        timed = stage.settings is not None and stage.settings.timed
+        with self._over_http(stage):
+            target, payload = self._task(stage, out)
+            return run_isolated(target, payload, report, fresh=timed)
+
+    @contextlib.contextmanager
+    def _over_http(self, stage: Stage) -> Iterator[None]:
+        """Says of a failed measurement on a server whether the server has ended. A refusal there is a failed row."""
+        try:
+            yield
+        except DiskFull:
+            raise
+        except LightenError as error:
+            if stage.at is None:
+                raise
+            serves = self.host if stage.at.serve else None
+            raise Failure(serves.why(self._wanted(stage), str(error)) if serves else str(error)) from error
+
+    def _out_of_reach(self, stage: Stage, out: Path) -> Outcome:
+        """Writes the result of a measurement that needs the files of a model on a server."""
+        assert stage.settings
+        lack = f"{stage.settings.name} needs the files of a model, and this one is on a server"
+        found = {"unavailable": lack, "runtime": "endpoint", "device": "server", "warnings": []}
+        write_json(out / RESULT, {"measurement": stage.measure, **found})
+        return Outcome(found, 0.0, 0)
+
+    def _wanted(self, stage: Stage) -> Wanted:
+        assert stage.at
+        return wanted(stage.at, self.done[stage.parents[0].key].path, stage.variants[0], self.device)
 
     @contextlib.contextmanager
     def _noting_failure(self, stage: Stage) -> Iterator[None]:
@@ -117,6 +163,7 @@ class Builder:
         warnings = [self.in_words(warning) for warning in facts.pop("warnings", [])]
         origin = stage.parents[0].key if stage.parents else None
         inherited = self.done[origin].manifest["source"] if origin else {}
+        source = {"id": facts["address"]} if isinstance(stage.step, Endpoint) else self.source
         manifest = {
             "kind": "measurement" if stage.measure else stage.kind,
             "format": facts.pop("format", "measurement"),
@@ -133,6 +180,7 @@ class Builder:
                 **inherited,
                 **({"licence": facts["licence"]} if "licence" in facts else {}),
             },
+            "source": {**source, **inherited, **({"licence": facts["licence"]} if "licence" in facts else {})},
         }
         artifact = self.store.finish(out, manifest)
         self.store.drop_scratch(stage.key)
@@ -198,11 +246,18 @@ class Builder:
 
     def _request(self, stage: Stage, out: Path) -> Request[Measurement]:
         assert stage.settings
-        paths, facts = self._inputs(stage), stage.parents[0].facts
+        paths, facts, server = self._inputs(stage), stage.parents[0].facts, None
+        model: Path | str = paths["model"]
+        if stage.at and stage.at.serve:
+            assert self.host
+            running = self.host.serving(self._wanted(stage))
+            model, server = str(running.address), running.facts
+        elif stage.at:
+            model = stage.at.address
         reference = Reference(paths["reference"], paths["tokenizer"]) if "reference" in paths else None
         return Request(
             stage.settings,
-            model=paths["model"],
+            model=model,
             tokenizer=paths.get("tokenizer", paths["model"]),
             out=out,
             device=self.device,
@@ -210,8 +265,9 @@ class Builder:
             draft=paths.get("draft"),
             arithmetic=stage.arithmetic,
             reference=reference,
-            save_hidden=stage.settings.refers and reference is None,
-            vocab=facts.vocab if facts else None,
+            save_hidden=stage.settings.refers and reference is None and stage.at is None,
+            vocab=facts.vocab if facts and stage.at is None else None,
+            server=server,
         )
 
 
@@ -249,11 +305,17 @@ def check_options(speed: Speed | None, device: str) -> None:
 
 
 def builder_of(
-    todo: Plan, store: Store, predictor: Predictor, device: str, watcher: Watcher, fatal: Collection[str] = ()
+    todo: Plan,
+    store: Store,
+    predictor: Predictor,
+    device: str,
+    watcher: Watcher,
+    fatal: Collection[str] = (),
+    host: Host | None = None,
 ) -> Builder:
     """Returns the builder of a plan's stages. Call it for each of them `in_order`, while the store has their lease.
 
     The caller reports the failure of a `fatal` one.
     """
     source = {"id": todo.source.name, "revision": todo.recipe.revision, "identity": todo.source.identity}
-    return Builder(store, predictor, device, watcher, source, fatal)
+    return Builder(store, predictor, device, watcher, source, fatal, host)

@@ -55,6 +55,8 @@ def device_bytes(stage: Stage) -> int:
         return stage.estimate.peak_bytes
     step = stage.parents[0].shaped.step
     elsewhere = step is not None and not opener(step.runtime).takes_options
+    step = stage.parents[0].step
+    elsewhere = stage.at is not None or (step is not None and not opener(step.runtime).takes_options)
     return 0 if elsewhere else stage.settings.device_bytes(facts, 4 if stage.arithmetic == "float32" else 2)
 
 

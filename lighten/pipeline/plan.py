@@ -14,6 +14,7 @@ from lighten.errors import RequestError, missing_extra
 from lighten.evaluate.machine import this_machine
 from lighten.evaluate.measurement import BYTES_PER_TOKEN, Measurement
 from lighten.evaluate.runtimes.choose import opener
+from lighten.evaluate.runtimes.endpoint.step import Endpoint
 from lighten.evaluate.settings import Evaluate
 from lighten.facts import TITLES, ModelFacts
 from lighten.model import gguf_source, tokenizer_files, vocabulary
@@ -25,7 +26,8 @@ from lighten.model.tokens import check_text
 from lighten.pipeline import lineage
 from lighten.pipeline.checks import arithmetic, check_measurable
 from lighten.pipeline.recipe import BASELINE, Recipe
-from lighten.pipeline.stage import Plan, Stage, sources
+from lighten.pipeline.served import Served, remote
+from lighten.pipeline.stage import At, Plan, Stage, sources
 from lighten.step import Step
 from lighten.store.files import stage_key
 
@@ -73,7 +75,8 @@ def make_plan(recipe: Recipe, only: list[str] | None = None, device: Device = CP
     )
     check_measurable(source.facts, recipe.evaluate, recipe.model)
     chosen = [name for name in recipe.variants if name != BASELINE and (not only or name in only)]
-    steps = {name: recipe.steps(name) for name in chosen}
+    remotes = {name: found for name in chosen if (found := remote(recipe, name))}
+    steps = {name: recipe.steps(name) for name in chosen if name not in remotes}
     builder = _Builder(recipe, device, source.facts)
     exact = {name for name in chosen if steps[name] and steps[name][0].exact(source.facts)}
     changed = {name for name in chosen if source.form == "gguf" and steps[name] and steps[name][0].keeps_form}
@@ -81,18 +84,28 @@ def make_plan(recipe: Recipe, only: list[str] | None = None, device: Device = CP
         root = builder.open_file(source)
     else:
         root = builder.open(source, exact=bool(chosen) and exact == set(chosen))
+    exact = {name for name in steps if steps[name] and steps[name][0].exact(source.facts)}
+    root = builder.open(source, exact=bool(steps) and exact == set(steps))
+    served = Served(recipe, source.path)
     artifacts = {BASELINE: root}
     for name in chosen:
+        if name in remotes:
+            artifacts[name] = builder.add(served.stage(name, remotes[name]))
+            continue
         stage = builder.open(source, exact=True) if name in exact else root
         stage = builder.open_file(source) if name in changed else stage
         for step in steps[name]:
             stage = builder.apply(step, stage, root)
         artifacts[name] = stage
     measurements: dict[str, list[Stage]] = {}
+    places = {name: served.at(name, stage) for name, stage in artifacts.items()}
+    builder.refers = places[BASELINE] is None
     for name, stage in artifacts.items():
-        asked = _of_variant(recipe.evaluate, name, stage).asked
-        measurements[name] = [builder.measure(each, stage, root) for each in asked if not each.pair]
+        asked = _of_variant(recipe.evaluate, name, stage, places[name]).asked
+        measurements[name] = [builder.measure(each, stage, root, places[name]) for each in asked if not each.pair]
     for each in recipe.evaluate.asked:
+        if each.pair and (away := next((name for name in each.pair if name in remotes), None)):
+            raise RequestError(f"evaluate.{each.name} needs the files of both models, and {away} is on a server")
         if each.pair and artifacts.keys() >= {*each.pair}:
             target, draft = each.pair
             # with the draft's: if it cannot draft, its row fails and not the target's
@@ -119,7 +132,7 @@ def _check_trust(stage: Stage) -> None:
         )
 
 
-def _of_variant(evaluate: Evaluate, name: str, stage: Stage) -> Evaluate:
+def _of_variant(evaluate: Evaluate, name: str, stage: Stage, at: At | None) -> Evaluate:
     """Returns the measurements of one variant, with its own options of speed if transformers runs it.
 
     Raises:
@@ -129,6 +142,7 @@ def _of_variant(evaluate: Evaluate, name: str, stage: Stage) -> Evaluate:
         return evaluate
     shaped = stage.shaped.step
     takes = shaped is not None and opener(shaped.runtime).takes_options
+    takes = at is None and stage.step is not None and opener(stage.step.runtime).takes_options
     if not takes and name in evaluate.speed.options:
         raise RequestError(
             f"evaluate.speed.options.{name}: attention, compile and cache are options of transformers, and {name} is "
@@ -173,6 +187,8 @@ class _Builder:
 
     def __init__(self, recipe: Recipe, device: Device, facts: ModelFacts) -> None:
         self.stages: dict[str, Stage] = {}
+        self.refers = True
+        """Whether measurements may refer to that of the baseline."""
         self._looked_at: set[tuple[Any, ...]] = set()
         self.recipe = recipe
         self.device = device
@@ -181,11 +197,12 @@ class _Builder:
         if recipe.calibration.data == "builtin":
             self.tokens = min(self.tokens, int(len(text.builtin_text("calibration")) / BYTES_PER_TOKEN))
 
-    def _add(self, stage: Stage) -> Stage:
+    def add(self, stage: Stage) -> Stage:
+        """Returns the stage; an equal one if there is one."""
         return self.stages.setdefault(stage.key, stage)
 
     def _build(self, step: Step, facts: ModelFacts, **inputs: Stage) -> Stage:
-        return self._add(stage_of(step, inputs, facts, self.tokens, self.device))
+        return self.add(stage_of(step, inputs, facts, self.tokens, self.device))
 
     def open(self, found: Found, *, exact: bool = False) -> Stage:
         """Returns the stage of a source; an `exact` one keeps the type of its weights.
@@ -318,20 +335,22 @@ class _Builder:
         made.check(source.key)
         return source
 
-    def measure(self, settings: Measurement, stage: Stage, root: Stage) -> Stage:
-        """Returns a measurement of an artifact. It may refer to the baseline's own measurement."""
+    def measure(self, settings: Measurement, stage: Stage, root: Stage, at: At | None = None) -> Stage:
+        """Returns a measurement of an artifact. It may refer to the baseline's own measurement, if both are here."""
         inputs = {"model": stage}
+        if not (settings.over_http or isinstance(stage.step, Endpoint)):
+            at = None
         if settings.of_quality:
             inputs["tokenizer"] = root
-        if settings.refers and stage is not root:
+        if settings.refers and stage is not root and self.refers and at is None:
             inputs["reference"] = self.measure(settings, root, root)
-        return self._measurement(settings, inputs)
+        return self._measurement(settings, inputs, at)
 
     def measure_pair(self, settings: Measurement, target: Stage, draft: Stage) -> Stage:
         """Returns the measurement of a target with its draft."""
         return self._measurement(settings, {"model": target, "draft": draft})
 
-    def _measurement(self, settings: Measurement, inputs: dict[str, Stage]) -> Stage:
+    def _measurement(self, settings: Measurement, inputs: dict[str, Stage], at: At | None = None) -> Stage:
         parents, data = list(inputs.values()), settings.data_digest()
         config: dict[str, Any] = {
             "measure": settings.name,
@@ -345,13 +364,15 @@ class _Builder:
             config["data"] = data
         if settings.timed:
             config["machine"] = this_machine()
+        if at:
+            config["server"] = at.key
         config |= self.device.key()
         asked = self.arithmetic if settings.of_quality else None
         if asked:
             config["arithmetic"] = asked
         facts = parents[0].facts
         assert facts
-        return self._add(
+        return self.add(
             Stage(
                 settings.title,
                 "measure",
@@ -363,5 +384,6 @@ class _Builder:
                 settings=settings,
                 roles=tuple(inputs),
                 arithmetic=asked,
+                at=at,
             )
         )

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from lighten.compress.calibrate.sweep import Sweep
 from lighten.errors import RequestError, nearest
 from lighten.evaluate.measurement import MEASUREMENTS
+from lighten.evaluate.runtimes.endpoint.step import Endpoint
 from lighten.evaluate.settings import Evaluate
 from lighten.pipeline import recipe_yaml
 from lighten.pipeline.recipe_yaml import Where
@@ -46,6 +47,14 @@ class Recipe(BaseModel):
     _checked: dict[str, list[Step]] = PrivateAttr(default_factory=dict)
     """The steps of variants whose settings were checked: once is enough."""
 
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _one_or_many(cls, variants: Any) -> Any:
+        """Takes a single step without its list, as in `{runtime: {endpoint: URL}}`."""
+        if not isinstance(variants, dict):
+            return variants
+        return {name: [steps] if isinstance(steps, dict) else steps for name, steps in variants.items()}
+
     @field_validator("variants")
     @classmethod
     def _one_kind_each(cls, variants: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
@@ -55,10 +64,13 @@ class Recipe(BaseModel):
                 raise ValueError(
                     f"the variant name {shown!r} may hold up to {LONGEST} letters, digits, '.', '_' and '-' only"
                 )
-            if name == BASELINE and steps:
+            served = any(Endpoint.kind in step for step in steps)
+            if name == BASELINE and steps and not served:
                 raise ValueError("the variant named baseline is the source itself and has no steps: []")
             if any(len(step) != 1 for step in steps):
                 raise ValueError(f"a step of {name} is one name with its settings, such as {{quantize: {{bits: 4}}}}")
+            if served and len(steps) > 1:
+                raise ValueError(f"{name} is a model on a server ({Endpoint.kind}), which no other step can change")
         return variants
 
     @model_validator(mode="after")
@@ -197,6 +209,10 @@ def _check_names(recipe: Recipe, path: str, where: Where) -> None:
         if name not in names:
             place = _place(path, where, ("evaluate", "speculative", role))
             raise RequestError(f"{place}: there is no variant {name!r}{_did_you_mean(name, names)}")
+    for pattern in recipe.evaluate.serve:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            place = _place(path, where, ("evaluate", "serve", pattern))
+            raise RequestError(f"{place}: there is no such variant{_did_you_mean(pattern, names)}")
     if not recipe.evaluate.speed:
         return
     at = ("evaluate", "speed", "options")
@@ -264,4 +280,4 @@ def _fields(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
         inner = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
         inner += [arg for kind in inner for arg in getattr(kind, "__args__", ())]
         model = next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -56,6 +56,8 @@ class RooflineAndCost:
             return
         if isinstance(path, str):
             self.warnings.append(f"{row['name']}: no roofline: its weights are on a server")
+        elif "server" in row.get("facts", {}):
+            self.warnings.append(f"{row['name']}: no roofline: it was measured in a server")
         elif facts:
             try:
                 row["roofline"] = self._roofline(row, path, facts)

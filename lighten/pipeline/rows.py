@@ -8,7 +8,9 @@ from typing import Any
 from lighten.evaluate import paired
 from lighten.evaluate.measurement import Measurement
 from lighten.evaluate.runtimes.choose import weight_endings
+from lighten.evaluate.runtimes.endpoint.step import FORM
 from lighten.evaluate.runtimes.measurable import Served
+from lighten.evaluate.serving.settings import Serve
 from lighten.model import gguf_header, gguf_source
 from lighten.model.checkpoint import read_config
 from lighten.model.export_formats import EXPORTS
@@ -46,7 +48,7 @@ def row_of(name: str, todo: Plan, builder: Builder, root: Artifact) -> dict[str,
     for each in _drafted(name, todo):
         if each.settings and (found := builder.done.get(each.key)):
             add_measurement(row, each.settings, paired.read(found.path))
-    if name != BASELINE:
+    if name != BASELINE and row["size_bytes"]:
         row.setdefault("delta", {})["size_ratio"] = row["size_bytes"] / root.size_bytes
     return row
 
@@ -63,8 +65,19 @@ def _nearest(stage: Stage, builder: Builder, fact: str) -> Any:
     return found if found is not None or not stage.parents else _nearest(stage.parents[0], builder, fact)
 
 
-def describe(artifact: Artifact, params: int) -> dict[str, Any]:
+def describe(artifact: Artifact, params: int | None) -> dict[str, Any]:
     """Returns the columns of a row that need no measuring: format, size, bits per weight, facts."""
+    if artifact.format == FORM:
+        size = artifact.facts.get("size_bytes")
+        return {
+            "format": FORM,
+            "size_bytes": size,
+            "bits_per_weight": 8 * size / params if size and params else None,
+            "params": params,
+            "facts": artifact.facts,
+            "notes": [*Served.notes],
+        }
+    assert params
     weights = sum(entry["size"] for entry in artifact.manifest["files"] if entry["path"].endswith(weight_endings()))
     return {
         "format": artifact.format,
@@ -112,10 +125,11 @@ def _format(source: Found) -> str:
     return str((read_config(source.path).get("quantization_config") or {}).get("quant_method", "hf"))
 
 
-def label(source: Found | Served) -> Path:
-    """Returns the path that a row is named after: on a server, host and name of the model."""
+def label(source: Found | Served, serve: Serve | None = None) -> Path:
+    """Returns the path that a row is named after: on a server, host and name of the model; in one, its name too."""
     if isinstance(source, Found):
-        return source.path
+        path = source.path
+        return path.with_name(f"{path.name}-{serve.program}") if serve else path
     address = source.address
     return Path("/", address.host, *(address.model or "").split("/"))
 
@@ -131,6 +145,18 @@ def _note_vocabulary(row: dict[str, Any], other: str) -> None:
         row["notes"].append(note)
 
 
+def _note_server(row: dict[str, Any], server: dict[str, Any]) -> None:
+    """Notes in a row the server that lighten started for it, and how that loaded the model."""
+    row["runtime"] = f"{server['with']} server"
+    row["facts"] = {**row.get("facts", {}), "server": server}
+    package, version = next(iter(server["packages"].items()), (server["with"], ""))
+    loaded = [f"quantization {server['quantization']}"] if server.get("quantization") else []
+    loaded += server.get("kernels", [])
+    note = f"measured over HTTP in {package} {version}".strip() + (f": {', '.join(loaded)}" if loaded else "")
+    if note not in row.setdefault("notes", []):
+        row["notes"].append(note)
+
+
 def add_measurements(
     row: dict[str, Any], measured: list[tuple[Measurement, Path, Path | None]], is_baseline: bool
 ) -> None:
@@ -140,6 +166,8 @@ def add_measurements(
         if other := result.get("vocabulary"):
             _note_vocabulary(row, other)
         row |= {name: result[name] for name in ("runtime", "device") if name in result}
+        if server := result.get("server"):
+            _note_server(row, server)
         there = add_measurement(row, settings, result)
         if there and against and not is_baseline and "unavailable" not in paired.read(against):
             settings.add_change(row, path, against)

@@ -11,6 +11,7 @@ from lighten.compress.calibrate.sweep import Sweep
 from lighten.compress.polish.settings import Polish
 from lighten.errors import Failure, LightenError, RequestError
 from lighten.evaluate import machine
+from lighten.evaluate.serving.host import Host
 from lighten.pipeline import trust
 from lighten.pipeline.build import Builder, builder_of, check_options, choose_device
 from lighten.pipeline.checks import check_memory, check_texts
@@ -34,6 +35,7 @@ def plan(
     device: str = "auto",
     trust_remote_code: bool = False,
     trust_tasks: bool = False,
+    trust_servers: bool = False,
 ) -> Plan:
     """Returns the stages of a recipe (a path, the name of a ready one, or a Recipe) on a device.
 
@@ -41,7 +43,7 @@ def plan(
         RequestError: `run` would refuse it, or the recipe asks for trust that is not granted here.
     """
     opened = open_recipe(recipe, only)
-    trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
+    trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks, trust_servers=trust_servers)
     todo = make_plan(opened, only, choose_device(device))
     check_texts(todo.source.path, todo.recipe.evaluate)
     check_memory(todo)
@@ -67,11 +69,12 @@ def run(
     watcher: Watcher | None = None,
     trust_remote_code: bool = False,
     trust_tasks: bool = False,
+    trust_servers: bool = False,
 ) -> Path:
     """Runs or resumes a recipe; returns the directory of its version.
 
     `trust_remote_code` allows the code of the models that the recipe names for it. `trust_tasks` allows the code of its
-    task files. A recipe can only ask for these.
+    task files, `trust_servers` the programs and addresses that it names for servers. A recipe can only ask for these.
 
     A variant that fails is a row in the results with the reason; see its `status`.
 
@@ -81,7 +84,7 @@ def run(
     """
     watcher = watcher or Silent()
     opened = open_recipe(recipe, only)
-    trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks)
+    trust.check(opened, trust_remote_code=trust_remote_code, trust_tasks=trust_tasks, trust_servers=trust_servers)
     found = choose_device(device, watcher)
     todo = make_plan(opened, only, found)
     check_texts(todo.source.path, todo.recipe.evaluate)
@@ -95,10 +98,11 @@ def run(
     predicted = {stage.key: predictor.predict(stage) for stage in todo.stages}
     watcher.planned(todo, {key: prediction.seconds for key, prediction in predicted.items()})
     root = todo.artifacts[BASELINE]
-    with store.lease(stage.key for stage in todo.stages):
+    logs = store.root / opened.name / "servers"
+    with store.lease(stage.key for stage in todo.stages), Host(logs, watcher.say) as host:
         if any(store.find(stage.key) is None for stage in todo.stages):
             warm()
-        builder = builder_of(todo, store, predictor, chosen, watcher, {root.key})
+        builder = builder_of(todo, store, predictor, chosen, watcher, {root.key}, host)
         for stage in todo.in_order:
             builder.build(stage)
         if root.key in builder.failed:

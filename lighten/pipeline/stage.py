@@ -6,11 +6,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lighten.evaluate.measurement import Measurement
+from lighten.evaluate.serving.settings import Serve
 from lighten.facts import ModelFacts
 from lighten.model.accelerator import CPU, Device
 from lighten.model.source import Found, Source
 from lighten.pipeline.recipe import Recipe
 from lighten.step import Estimate, Step
+
+
+@dataclass(frozen=True)
+class At:
+    """Where a model is measured over HTTP: in a server that lighten starts, or on one that runs."""
+
+    key: dict[str, Any]
+    """Part of the key of a measurement there."""
+    serve: Serve | None = None
+    """The server to start."""
+    positions: int = 0
+    """Length of the texts that it must take."""
+    address: str = ""
+    """Address of the server that runs."""
 
 
 @dataclass
@@ -37,6 +52,8 @@ class Stage:
     """Arithmetic that quality is measured in, if the device has a choice."""
     remarks: list[str] = field(default_factory=list)
     """What the person should know before it is built."""
+    at: At | None = None
+    """Where it is measured, if that is over HTTP."""
 
     @property
     def measure(self) -> str | None:

@@ -63,6 +63,7 @@ STEPS = Table(
         "prune": "lighten.compress.prune.settings:Prune",
         "distill": "lighten.compress.distill.settings:Distill",
         "polish": "lighten.compress.polish.settings:Polish",
+        "runtime": "lighten.evaluate.runtimes.endpoint.step:Endpoint",
     },
     base="lighten.step:Step",
     key="kind",

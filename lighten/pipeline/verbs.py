@@ -23,6 +23,8 @@ from lighten.evaluate.request import Reference, Request
 from lighten.evaluate.runtimes.choose import files_of, find_opener
 from lighten.evaluate.runtimes.endpoint.connection import BUSY
 from lighten.evaluate.runtimes.measurable import Served, find_all, find_measurable
+from lighten.evaluate.serving.host import Host, Wanted, positions
+from lighten.evaluate.serving.settings import Serve
 from lighten.evaluate.settings import Evaluate
 from lighten.evaluate.speed.settings import Speed
 from lighten.model.accelerator import Device
@@ -34,6 +36,7 @@ from lighten.pipeline.predict import Predictor
 from lighten.pipeline.recipe import Recipe, parse_settings
 from lighten.pipeline.roofline import RooflineAndCost
 from lighten.pipeline.rows import add_measurements, describe_source, label
+from lighten.pipeline.served import in_servers
 from lighten.pipeline.steps import checked, step_class
 from lighten.pipeline.trust import check_tasks
 from lighten.pipeline.watcher import Silent, Watcher
@@ -156,6 +159,7 @@ def measure(
     trust_remote_code: bool = False,
     trust_tasks: bool = False,
     usual: dict[str, Any] | None = None,
+    serve: list[Serve] | None = None,
 ) -> dict[str, Any]:
     """Measures any model directories, .gguf or .onnx files, and servers (URLs). The first one is the baseline.
 
@@ -163,9 +167,10 @@ def measure(
     task; it has their common settings, such as `data`.
 
     `trust_remote_code` allows the code that comes with the models, `trust_tasks` the code of lm-eval's task files.
+    `serve` names servers that are started: each model has a second row, measured in the one that serves its files.
 
     Returns:
-        The contents of a results.json, with one row per path. A path that fails is a row that says why.
+        The contents of a results.json, with one row per path and server. A path that fails is a row that says why.
 
     Raises:
         RequestError: a path is no model, or a server serves no such model.
@@ -183,6 +188,7 @@ def measure(
         check_measurable(source.facts, settings, source.name)
         for note in source.notes:
             watcher.say(f"{source.name}: {note}")
+    in_servers(found, serve or [])
     if readable := files_of(found[0].path):
         check_texts(readable, settings)
     for task in settings.accuracy:
@@ -194,14 +200,17 @@ def measure(
     wanted = arithmetic(max(source.facts.params for source in found), chosen)
     rows: list[dict[str, Any]] = []
     roofline_and_cost = RooflineAndCost(settings, watcher)
-    with tempfile.TemporaryDirectory(prefix="lighten-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="lighten-") as scratch, Host(None, watcher.say) as host:
         found = [
             _merged(source, Path(scratch) / f"merged-{n}", trust_remote_code, watcher) for n, source in enumerate(found)
         ]
-        measuring = _Measuring(settings.asked, found[0], Path(scratch), chosen, wanted, trust_remote_code, watcher)
-        names = ["baseline", *distinct([label(source) for source in found[1:]], ["baseline"])]
-        for number, (source, name) in enumerate(zip(found, names, strict=True)):
-            rows.append(measuring.row(source, number, name))
+        measuring = _Measuring(
+            settings.asked, found[0], Path(scratch), chosen, wanted, trust_remote_code, watcher, host
+        )
+        todo = in_servers(found, serve or [])
+        names = ["baseline", *distinct([label(*each) for each in todo[1:]], ["baseline"])]
+        for number, ((source, server), name) in enumerate(zip(todo, names, strict=True)):
+            rows.append(measuring.row(source, number, name, server))
             roofline_and_cost.add_to(rows[-1], source.path, source.facts)
     return _results(found[0], rows, roofline_and_cost)
 
@@ -261,18 +270,20 @@ class _Measuring:
     arithmetic: str | None
     trusted: bool
     watcher: Watcher
+    host: Host
 
-    def row(self, source: Found | Served, number: int, name: str) -> dict[str, Any]:
-        """Returns the row of a model; number 0 is the baseline."""
+    def row(self, source: Found | Served, number: int, name: str, serve: Serve | None = None) -> dict[str, Any]:
+        """Returns the row of a model, which a server is started for if one is named; number 0 is the baseline."""
         is_baseline = number == 0
         row = {"name": name, "status": "ok", **describe_source(source)}
         measured: list[tuple[Measurement, Path, Path | None]] = []
         for note in row["notes"][len(source.notes) :]:  # earlier notes were said before
             self.watcher.say(f"{source.name}: {note}")
+        wanted = self._wanted(source, name, serve) if serve else None
         try:
             for position, settings in enumerate(self.asked):
                 out, base = self.scratch / f"{number}-{position}", self.scratch / f"0-{position}"
-                value = self._measure(settings, source, out, None if is_baseline else base)
+                value = self._measure(settings, source, out, None if is_baseline else base, wanted)
                 if value.get("vocabulary") and not measured:
                     self.watcher.say(
                         f"{source.name} has another vocabulary than {self.baseline.name} ({value['vocabulary']}): each "
@@ -284,17 +295,25 @@ class _Measuring:
         except DiskFull:
             raise
         except LightenError as error:
-            row |= {"status": "failed", "error": str(error)}
+            row |= {"status": "failed", "error": self.host.why(wanted, str(error)) if wanted else str(error)}
         return row
 
-    def _measure(self, settings: Measurement, source: Found | Served, out: Path, base: Path | None) -> dict[str, Any]:
+    def _wanted(self, source: Found | Served, name: str, serve: Serve) -> Wanted:
+        longest = max((each.longest(source.facts.context) for each in self.asked), default=0)
+        room = positions(source.facts.context, longest)
+        return Wanted(find_opener(source.path)[1], name, serve, room, self.device.name)
+
+    def _measure(
+        self, settings: Measurement, source: Found | Served, out: Path, base: Path | None, wanted: Wanted | None
+    ) -> dict[str, Any]:
         """Returns the result of a measurement, taken against that of the baseline at `base`; None for the baseline."""
         out.mkdir()
         first = self.baseline.path
+        running = self.host.serving(wanted) if wanted else None
         refers = settings.refers and self.baseline.form == "directory" and isinstance(first, Path)
         request = Request(
             settings,
-            model=source.path,
+            model=str(running.address) if running else source.path,
             tokenizer=self.baseline.path,
             out=out,
             device=self.device.name,
@@ -302,8 +321,9 @@ class _Measuring:
             arithmetic=self.arithmetic,
             reference=Reference(base, first) if refers and base and isinstance(first, Path) else None,
             save_hidden=refers and base is None,
+            server=running.facts if running else None,
         )
-        self.watcher.say(f"{settings.title} of {source.name}")
+        self.watcher.say(f"{settings.title} of {source.name}" + (f" in {wanted.serve.program}" if wanted else ""))
         value: dict[str, Any] = run_isolated(
             "lighten.evaluate.run:measure", request.payload(), self._waits, fresh=settings.timed
         ).value

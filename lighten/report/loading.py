@@ -27,9 +27,11 @@ def loading(form: str, files: Sequence[str], where: str) -> str:
     if isinstance(found, str):
         return found
     packages = " ".join(FORMATS[form].pip_names) if form in FORMATS else "transformers torch"
-    packages, code = found or (packages, TRANSFORMERS)
+    packages, code, also = found or (packages, TRANSFORMERS, "")
     imported, _, rest = code.partition("\n\n")
     remote = where.startswith("snapshot_download")
     fetched = "from huggingface_hub import snapshot_download\n" if remote else ""
     code = f"{fetched}{imported}\n\nfolder = {where}\n{rest}"
-    return f"```\npip install {packages}{' huggingface_hub' if remote else ''}\n```\n\n```python\n{code}```"
+    return f"```\npip install {packages}{' huggingface_hub' if remote else ''}\n```\n\n```python\n{code}```" + (
+        f"\n\n{also}" if also else ""
+    )

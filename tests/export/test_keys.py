@@ -1,6 +1,7 @@
 """What enters the keys of exports stays the same: an old store's objects are found again.
 
-The keys of ONNX have changed once: its graphs are others since version 3 of the step.
+The keys of ONNX have changed once: its graphs are others since version 3 of the step. So have those of GGUF: since
+version 4 a Modelfile lies beside the file.
 """
 
 from typing import Any
@@ -14,12 +15,12 @@ from lighten.store.files import stage_key
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"format": "gguf"}, "86732b502496187a5a61efbdf37ab6c2c0d22b5ab37bb0f96a6180088cb5d73e"),
-        ({"format": "gguf", "type": "F16"}, "bb84571f1f7f05e404be141d52e06bccca8b67252fd9dea5fbc622136cad5ffb"),
-        ({"format": "gguf", "budget": "bits=4.5"}, "3cd792ce3705ae0629a378d8ffec1904ea19d1fa006ff12f13daebe34094fd2e"),
+        ({"format": "gguf"}, "084eb17317ad0421db4338586cda171b4d24a88e41408968b22a481e3fc725c9"),
+        ({"format": "gguf", "type": "F16"}, "438856327afbcad20ccba0da8b9e526b7de7c98b5a7b524c14428beb72180874"),
+        ({"format": "gguf", "budget": "bits=4.5"}, "dc50147a246f221f9e636b707ceff839cf7fb64f5546b2e4432590101fff5577"),
         (
             {"format": "gguf", "type": "Q4_K_M", "imatrix": True, "split": "1GB"},
-            "258ca96e44f63300a7c3bf00616074e5f0379f783c0bc0d5a038c6a8ac4f6717",
+            "e8992267d1ffe6b69cba4920e460f456fa8c7f2b11f9d04281adc5319f32f95e",
         ),
         ({"format": "onnx"}, "cb686d8db5b0ee9f1fc34527db1df84f4dc85271c6856d1b8bc63cc221879dfe"),
         (
@@ -29,7 +30,7 @@ from lighten.store.files import stage_key
         ({"format": "bundle", "target": "rpi5"}, "a05285215665a70f686f5d288627182705a78840a9e2e56cb80b889b122229bb"),
         (
             {"format": "gguf", "parity": {"top1": 0.9}},
-            "e8a5021fe8025b9560d1521f8118e87a166a8003c14147ed0e604953d74546ec",
+            "222ab365ed85f9495ba24574356d2a7b33171ceb1c2df4504c4e414bec7bdc27",
         ),
     ],
 )

@@ -31,6 +31,7 @@ class Accuracy(Tasks, Measurement):
     work = "lighten.evaluate.accuracy.work:measure"
     younger: ClassVar[dict[str, Any]] = {"scorer": None, "shots": None, "within": None}
     needs = frozenset({"scores"})
+    over_http = True
     of_quality = True
 
     @property

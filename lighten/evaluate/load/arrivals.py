@@ -17,7 +17,7 @@ import numpy as np
 from lighten.data.origin import text_name
 from lighten.data.text import Render, load_text
 from lighten.errors import Failure
-from lighten.evaluate.load.settings import Load
+from lighten.evaluate.load.settings import MARGIN, Load
 from lighten.evaluate.request import Request
 from lighten.evaluate.request_model import for_speed, renderer_of
 from lighten.evaluate.runtimes.choose import find_opener
@@ -28,8 +28,6 @@ from lighten.evaluate.stored_result import LoadResult
 from lighten.results.measured import ServedLoad
 from lighten.step import Report
 
-MARGIN = 32
-"""Number of tokens that a server may count more than lighten: special tokens, or another cut."""
 MOST_ERRORS, LONGEST_REASON = 5, 160
 """Number of reasons for failed requests that are kept, the most frequent ones, and letters of each."""
 

@@ -17,6 +17,8 @@ from lighten.step import Estimate
 
 Rates = Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(one_or_many)]
 Users = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(one_or_many)]
+MARGIN = 32
+"""Number of tokens that a server may count more than lighten: special tokens, or another cut."""
 
 
 class Load(Measurement):
@@ -30,6 +32,7 @@ class Load(Measurement):
     name = "load"
     work = "lighten.evaluate.load.arrivals:measure"
     needs = frozenset({"decodes"})
+    over_http = True
     timed = True
     younger: ClassVar[dict[str, Any]] = {"concurrency": []}
 
@@ -51,6 +54,10 @@ class Load(Measurement):
     def data_digest(self) -> str:
         """Returns the SHA-256 of the text."""
         return text.identity(self.data, "perplexity")
+
+    def longest(self, context: int | None) -> int:
+        """Returns the tokens of a prompt with its continuation, and what a server may count more."""
+        return self.prompt + self.generate + MARGIN
 
     def check(self, facts: ModelFacts, model: str) -> None:
         """Raises RequestError if a prompt with its continuation is longer than the model's context."""

@@ -43,6 +43,7 @@ class Perplexity(Measurement):
     work = "lighten.evaluate.perplexity.work:measure"
     younger: ClassVar[dict[str, Any]] = {"protocol": "lighten", "within": None}
     needs = frozenset({"logits", "scores"})
+    over_http = True
     of_quality = True
     refers = True
 
@@ -93,6 +94,10 @@ class Perplexity(Measurement):
     def tokens(self, context: int | None) -> int:
         """Returns the tokens of a chunk or window, for a model that takes `context` positions."""
         return self.length or context or 2048
+
+    def longest(self, context: int | None) -> int:
+        """Returns the tokens of a chunk or window, and one that a server writes behind it."""
+        return self.tokens(context) + 1
 
     def data_digest(self) -> str:
         """Returns the SHA-256 of the text; for lm-eval's protocol that of its documents, one by one."""

@@ -33,12 +33,16 @@ KEPT_FAMILIES = ("CUDA_", "DYLD_", "GGML_", "GOMP_", "HIP_", "HSA_", "KMP_", "LC
 """Beginnings of the names of environment variables that the server's process gets."""
 
 
-def own_environment() -> dict[str, str]:
+def own_environment(env: dict[str, str] | None = None) -> dict[str, str]:
     """Returns an environment for the server, which reads every setting there that its arguments leave open.
 
     Otherwise a HOST, an API_KEY or a CONFIG_FILE of the person, which has another purpose, would become its setting.
+
+    Args:
+        env: the environment of its Python; None for that of ours.
     """
-    return {name: value for name, value in environment().items() if name in KEPT or name.startswith(KEPT_FAMILIES)}
+    given = environment() if env is None else env
+    return {name: value for name, value in given.items() if name in KEPT or name.startswith(KEPT_FAMILIES)}
 
 
 def needs() -> tuple[str, ...]:
@@ -61,15 +65,23 @@ class Refused(Exception):
     """The error that the server did not answer a request to its end."""
 
 
-def _native(program: Path) -> list[str]:
+def native(program: Path) -> list[str]:
+    """Returns the command of llama.cpp's own server, without the model and its place."""
     layers = ["--n-gpu-layers", "0", "--device", "none"]  # the wheel has no kernels for CUDA
     return [str(program), *layers, "--offline", "--no-webui", "--parallel", "1"]  # one request after the other
 
 
-def _python(device: str) -> list[str]:
-    command = [*interpreter(), "-m", "llama_cpp.server", "--n_gpu_layers", "0" if device == "cpu" else "-1"]
+def python_server(python: list[str], device: str, *, scores: bool = False) -> list[str]:
+    """Returns the command of the server that is written in Python, without the model and its place.
+
+    Args:
+        python: command of a Python that has it.
+        device: "cpu", or a GPU.
+        scores: whether it is to keep the logits of a prompt, of which it gives log-probabilities.
+    """
+    command = [*python, "-m", "llama_cpp.server", "--n_gpu_layers", "0" if device == "cpu" else "-1"]
     # a new request would end the one before it
-    return [*command, "--logits_all", "false", "--interrupt_requests", "false"]
+    return [*command, "--logits_all", str(scores).lower(), "--interrupt_requests", "false"]
 
 
 class LlamaServer:
@@ -91,7 +103,7 @@ class LlamaServer:
         self.name = f"llama-server of {found}" if found.server else f"llama_cpp.server {found.version}"
         self.device = "cpu" if found.server else device
         threads = str(machine.cores())
-        self._command = _native(found.server) if found.server else _python(device)
+        self._command = native(found.server) if found.server else python_server(interpreter(), device)
         self._env = server_environment(found.library("llama")) if found.server else own_environment()
         self._command += ["--model", str(path), "--host", "127.0.0.1", "--port", str(self.port)]
         names = ("--ctx-size", "--threads", "--threads-batch")

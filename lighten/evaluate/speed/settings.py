@@ -79,6 +79,7 @@ class Speed(Options, Measurement):
     name = "speed"
     work = "lighten.evaluate.speed.work:measure"
     needs = frozenset({"decodes"})
+    over_http = True
     timed = True
     younger: ClassVar[dict[str, Any]] = {"attention": None, "compile": "off", "cache": "dynamic", "options": {}}
 
@@ -105,6 +106,10 @@ class Speed(Options, Measurement):
     def plain(self) -> Speed:
         """Settings for other runtimes than transformers."""
         return Speed.model_validate(self.model_dump(exclude={"options", "attention", "compile", "cache"}))
+
+    def longest(self, context: int | None) -> int:
+        """Returns the tokens of the longest prompt with its continuation."""
+        return max(self.prompt) + self.generate
 
     def check(self, facts: ModelFacts, model: str) -> None:
         """Raises RequestError if the longest prompt with its continuation is longer than the model's context."""

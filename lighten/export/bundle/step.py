@@ -15,6 +15,7 @@ from lighten.export.bundle import bundle
 from lighten.export.bundle.readme import readme
 from lighten.export.bundle.settings import Bundle, others_of
 from lighten.export.bundle.targets import find_target
+from lighten.export.gguf.usage import MODELFILE
 from lighten.export.step import about
 from lighten.facts import ModelFacts
 from lighten.model.checkpoint import Checkpoint
@@ -95,7 +96,9 @@ def _model(step: Bundle, source: Artifact, out: Path, context: Context) -> dict[
 
     with _late():
         context.report(0, 4, step.check_size(Checkpoint(source.path).facts))
-    return step.gguf.run(source, out, context)
+    facts = step.gguf.run(source, out, context)
+    (out / MODELFILE).unlink(missing_ok=True)  # a bundle has programs of its own
+    return facts
 
 
 def _sizes(file: Path) -> ModelFacts | None:

@@ -48,7 +48,7 @@ class Gguf(Export):
     """Writes one file `model-<type>.gguf`, or `model-budget.gguf`."""
 
     work: ClassVar[str] = "lighten.export.gguf.step:run"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     runtime: ClassVar[str] = "llama.cpp"
     library: ClassVar[str] = "gguf"
     for_devices: ClassVar[bool] = True

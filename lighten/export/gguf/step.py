@@ -9,9 +9,11 @@ from typing import Any
 from lighten.errors import RequestError
 from lighten.export.gguf import quantize as gguf_quantize
 from lighten.export.gguf.allocate import Prices, fit
+from lighten.export.gguf.ollama import modelfile
 from lighten.export.gguf.quantize import Importance
 from lighten.export.gguf.settings import Gguf
 from lighten.export.gguf.split import split
+from lighten.export.gguf.usage import MODELFILE
 from lighten.export.gguf.write import Draft
 from lighten.export.step import about
 from lighten.model.checkpoint import Checkpoint
@@ -60,6 +62,11 @@ def run(step: Gguf, source: Artifact, out: Path, context: Context) -> dict[str, 
         context.warnings.append("this model has no experts, and llama.cpp gives MXFP4 to experts alone: all is Q8_0")
     if step.split:
         facts["files"] = [part.name for part in split(file, step.split, context.report)]
+    if file.is_file():  # Ollama opens no parts
+        words = draft.vocabulary
+        bos = words.tokens[words.ids["bos"]] if words.add_bos and "bos" in words.ids else None
+        text = modelfile(file.name, source.path, bos, words.tokens)
+        (out / MODELFILE).write_text(text, encoding="utf-8")
     return facts
 
 

@@ -197,9 +197,10 @@ def serving(
     model: Runtime | None = None,
     tokenizer: Tokenizer | None = None,
     tls: ssl.SSLContext | None = None,
+    port: int = 0,
 ) -> Iterator[str]:
     """Runs the server; gives the URL of its API."""
-    with _quiet(("127.0.0.1", 0), manners, model, tokenizer) as server:
+    with _quiet(("127.0.0.1", port), manners, model, tokenizer) as server:
         if tls:
             server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

@@ -49,7 +49,7 @@ def swept(source: Path, folder: Path) -> Context:
 def exported(source: Path, out: Path, context: Context, **settings: Any) -> tuple[Path, dict[str, Any]]:
     out.mkdir()
     facts = Gguf(format="gguf", **settings).run(source_of(source), out, context)
-    return next(out.iterdir()), facts
+    return next(out.glob("*.gguf")), facts
 
 
 def losses(source: Path, grams: Path, file: Path) -> dict[str, float]:

@@ -83,7 +83,7 @@ def test_writes_one_file_and_tells_what_it_is(tiny: Tiny, tmp_path: Path, imatri
     context = Context(grams=sweep(tmp_path / "grams", 2))
     source = artifact(tiny(), source={"id": "someone/Tiny-1B", "licence": "mit"})
     facts = Gguf(format="gguf", imatrix=imatrix).run(source, out, context)
-    assert [path.name for path in out.iterdir()] == ["model-Q4_K_M.gguf"]
+    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "model-Q4_K_M.gguf"]
     assert facts["format"] == "gguf"
     assert facts["type"] == "Q4_K_M"
     assert facts["imatrix"] is imatrix
