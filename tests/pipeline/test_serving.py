@@ -14,6 +14,9 @@ from lighten.pipeline.plan import make_plan
 from lighten.pipeline.recipe import parse
 
 
+pytestmark = pytest.mark.usefixtures("warm_timings")
+
+
 @pytest.fixture(scope="module")
 def model(tiny: Callable[..., Path]) -> Path:
     return tiny(dtype=torch.bfloat16)
