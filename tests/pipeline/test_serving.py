@@ -13,7 +13,6 @@ from lighten.errors import RequestError
 from lighten.pipeline.plan import make_plan
 from lighten.pipeline.recipe import parse
 
-
 pytestmark = pytest.mark.usefixtures("warm_timings")
 
 

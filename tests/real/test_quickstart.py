@@ -28,7 +28,7 @@ from lighten.store.artifact import find_damage
 from lighten.store.store import Store
 
 pytestmark = pytest.mark.real
-CHUNKS, TASKS = 6, 20
+CHUNKS, TASKS = 4, 12
 """How much is measured. Variants are compared on the same tokens, so the order of their perplexities needs few."""
 
 SAMPLES = 8
