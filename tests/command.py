@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lighten.process.isolate import die_with
 
@@ -37,9 +37,9 @@ def process(*arguments: object, cwd: Path | None = None, env: dict[str, str] | N
     )
 
 
-def lighten(*arguments: object, cwd: Path | None = None) -> Done:
-    """Runs a command in the process that stays."""
-    return _Shared.ready().run([str(each) for each in arguments], cwd or Path.cwd())
+def lighten(*arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> Done:
+    """Runs a command in the process that stays, one for each environment."""
+    return _Shared.ready(_environment() | (env or {})).run([str(each) for each in arguments], cwd or Path.cwd())
 
 
 def _environment() -> dict[str, str]:
@@ -47,12 +47,13 @@ def _environment() -> dict[str, str]:
 
 
 class _Shared:
-    """The process that stays, for one environment."""
+    """A process that stays, for one environment."""
 
-    current: _Shared | None = None
+    kept: ClassVar[list[_Shared]] = []
+    """Those that are running, the one that was used last at the end."""
 
-    def __init__(self) -> None:
-        self.env = _environment()
+    def __init__(self, env: dict[str, str]) -> None:
+        self.env = env
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "tests.command"],
             stdin=subprocess.PIPE,
@@ -62,15 +63,20 @@ class _Shared:
         )
 
     @classmethod
-    def ready(cls) -> _Shared:
-        """Returns the one that is running, or starts one where there is none or the environment has changed."""
-        found = cls.current
-        if found and (found.env != _environment() or found._process.poll() is not None):
-            found.close()
-            found = None
-        if not found:
-            found = cls.current = cls()
+    def ready(cls, env: dict[str, str]) -> _Shared:
+        """Returns the one that is running in an environment, or starts it. Two are kept: a test may need another."""
+        for each in list(cls.kept):
+            if each._process.poll() is not None:
+                each.close()
+        found = next((each for each in cls.kept if each.env == env), None)
+        if found:
+            cls.kept.remove(found)
+        else:
+            for each in cls.kept[:-1]:
+                each.close()
+            found = cls(env)
             atexit.register(found.close)
+        cls.kept.append(found)
         return found
 
     def run(self, arguments: list[str], cwd: Path) -> Done:
@@ -95,7 +101,8 @@ class _Shared:
         atexit.unregister(self.close)
         self._process.kill()
         self._process.communicate()
-        _Shared.current = None
+        if self in _Shared.kept:
+            _Shared.kept.remove(self)
 
 
 class _Watchdog:

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lighten.model import tokenizer_table
+from lighten.process.isolate import Nursery
 
 # processes find the tests' own functions, and the package that is tested, from any directory
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]).strip(
@@ -219,6 +220,20 @@ LONGEST = (
 """Files that run whole recipes or start many processes: first, so that none is begun when the other worker is done."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives each of several workers cores of its own.
+
+    llama.cpp and onnxruntime take a thread for every core, and their threads wait for each other awake. On cores that
+    another worker keeps busy, they would wait most of the time.
+    """
+    worker = getattr(config, "workerinput", None)
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores, count = sorted(os.sched_getaffinity(0)), worker["workercount"]
+        number = int(worker["workerid"].removeprefix("gw")) % count
+        if len(cores) >= count:
+            os.sched_setaffinity(0, cores[number::count])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONGEST)))
@@ -241,6 +256,31 @@ def _forget_the_test() -> None:
     with every test would have each of them import torch and transformers anew.
     """
     os.environ.pop("PYTEST_CURRENT_TEST", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nurseries() -> Iterator[None]:
+    """Keeps the process in which isolated functions run while a test has an environment of its own.
+
+    Such a test needs another process, and the next test one of the environment before. Each would import torch and
+    transformers anew.
+    """
+    own, kept = Nursery.ready, list[Nursery]()
+
+    def ready(kind: type[Nursery]) -> Nursery:
+        here, other = Nursery.current, kept.pop() if kept else None
+        if here and here.env != dict(os.environ):
+            if other and other.env != dict(os.environ):
+                other.close()
+                other = None
+            Nursery.current, other = other, here
+        if other:
+            kept.append(other)
+        return own()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Nursery, "ready", classmethod(ready))
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from lighten.errors import Failure, RequestError
 from lighten.plugins import Table
-from tests.command import process
+from tests.command import lighten, process
 
 
 @pytest.fixture
@@ -87,10 +87,10 @@ speed = no_such_module:Theirs
 """
 
 
-@pytest.fixture
-def broken(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a command beside which a package of broken entry points is installed."""
-    packages = tmp_path / "packages"
+    packages = tmp_path_factory.mktemp("packages")
     declare(packages, "broken", BROKEN)
     (packages / "broken_leaving.py").write_text("raise SystemExit(7)\n")
     return {"PYTHONPATH": os.pathsep.join([str(packages), os.environ["PYTHONPATH"]])}
@@ -110,7 +110,8 @@ def test_broken_packages_stop_nobody_who_does_not_ask_for_them(
     )
     calls: list[list[object]] = [["--help"], ["quantize", "--help"], ["export", "--help"], ["ls"], ["plan", file]]
     for call in [*calls, ["run", file, "--json"], ["report", "r", "--format", "markdown"]]:
-        done = process(*call, cwd=tmp_path, env=broken)
+        how = process if call in (["--help"], ["plan", file]) else lighten
+        done = how(*call, cwd=tmp_path, env=broken)
         assert done.returncode == 0, (call, done.stderr)
         assert "broken" not in done.stderr, call
 
@@ -131,7 +132,7 @@ def test_broken_packages_stop_nobody_who_does_not_ask_for_them(
 def test_who_asks_for_a_broken_row_hears_whose_it_is(
     tiny: Callable[..., Path], tmp_path: Path, broken: dict[str, str], step: str, evaluate: str, words: str
 ) -> None:
-    done = process("plan", recipe(tiny(), tmp_path, step, evaluate), cwd=tmp_path, env=broken)
+    done = lighten("plan", recipe(tiny(), tmp_path, step, evaluate), cwd=tmp_path, env=broken)
     assert done.returncode == 1, done.stderr
     assert f"lighten: {words} comes from the package broken 1.0, whose " in done.stderr
     assert "mend or remove that package" in done.stderr
@@ -139,7 +140,7 @@ def test_who_asks_for_a_broken_row_hears_whose_it_is(
 
 def test_a_file_that_nothing_opens_may_be_that_of_a_broken_runtime(tmp_path: Path, broken: dict[str, str]) -> None:
     (tmp_path / "model.pairs").write_bytes(b"?")
-    done = process("evaluate", "model.pairs", cwd=tmp_path, env=broken)
+    done = lighten("evaluate", "model.pairs", cwd=tmp_path, env=broken)
     assert done.returncode == 2
     assert (
         "runtime gone comes from the package broken 1.0, whose no_such_module:Theirs cannot be imported" in done.stderr

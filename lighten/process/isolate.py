@@ -299,9 +299,11 @@ def _serve() -> None:
     share_cores()
     first, *waiting = PRELOADED
     importlib.import_module(first)
-    own = os.getpid()
+    own, one_core = os.getpid(), len(os.sched_getaffinity(0)) == 1
     for line in sys.stdin.buffer:
         task = json.loads(line)
+        while waiting and one_core:  # the first child would import the same beside this process
+            importlib.import_module(waiting.pop(0))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: numpy's are prepared for it
             child = os.fork()

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.command import process
+from tests.command import lighten
 
 CODE = """
 import shutil
@@ -39,13 +39,13 @@ def test_a_format_that_was_added_is_exported_and_measured(tiny: Callable[..., Pa
     (declared / "METADATA").write_text("Metadata-Version: 2.1\nName: lighten-copied\nVersion: 1.0\n")
     (declared / "entry_points.txt").write_text("[lighten.formats]\ncopied = lighten_copied:Copied\n")
     installed = {"PYTHONPATH": os.pathsep.join([str(packages), os.environ["PYTHONPATH"]])}
-    made = process("export", tiny(), "--format", "copied", "-o", "out", "--json", cwd=tmp_path, env=installed)
+    made = lighten("export", tiny(), "--format", "copied", "-o", "out", "--json", cwd=tmp_path, env=installed)
     assert made.returncode == 0, made.stderr
     told = json.loads(made.stdout)
     assert (told["format"], told["kind"]) == ("copied", "export")
     asked = ("evaluate", "out", "--skip", "accuracy", "--skip", "speed", "--length", "64", "--samples", "2", "--json")
-    measured = process(*asked, cwd=tmp_path, env=installed)
+    measured = lighten(*asked, cwd=tmp_path, env=installed)
     assert measured.returncode == 0, measured.stderr
     (row,) = json.loads(measured.stdout)["variants"]
     assert (row["status"], row["format"], row["runtime"]) == ("ok", "copied", "torch")
-    assert process("export", tiny(), "--format", "copied", "-o", "other", cwd=tmp_path).returncode == 2
+    assert lighten("export", tiny(), "--format", "copied", "-o", "other", cwd=tmp_path).returncode == 2

@@ -24,7 +24,7 @@ from transformers.models.auto import modeling_auto
 
 from lighten.evaluate import machine
 from lighten.model import stream
-from tests.families.models import make
+from tests.families.models import write
 from tests.families.trial import trial
 
 MEMORY, SECONDS = 8 << 30, 120
@@ -64,7 +64,7 @@ def one(family: str, kind: str, answer: Path) -> None:
     start, stage = time.monotonic(), "made"
     try:
         (folder / "model").mkdir()
-        make(family, folder / "model")
+        write(family, folder / "model")
         stage = "tried"
         row = trial(folder)
     except BaseException as error:

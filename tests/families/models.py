@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +148,22 @@ def _small(kind: Any, vocab: int, variant: dict[str, Any]) -> Any:
     return kind(**sizes)
 
 
+_made: dict[tuple[str, torch.dtype, str], tempfile.TemporaryDirectory[str]] = {}
+
+
 def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Copies what `write` makes into a directory. It is made once in a process."""
+    key = family, dtype, repr(OWN)
+    if key not in _made:
+        made = tempfile.TemporaryDirectory(prefix=f"{family}-")
+        write(family, Path(made.name), dtype)
+        _made[key] = made
+    torch.manual_seed(1)
+    shutil.copytree(_made[key].name, folder, dirs_exist_ok=True)
+    return folder
+
+
+def write(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Writes a small random model of a family, and its tokenizer, into a directory."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL

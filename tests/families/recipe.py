@@ -55,7 +55,7 @@ def tried(family: str, folder: Path) -> dict[str, str]:
     models.SIZES.update(WIDE)
     models.OWN["llama4_text"]["attention_chunk_size"] = 8192  # llama.cpp takes it for granted
     try:
-        models.make(family, model, torch.bfloat16)
+        models.write(family, model, torch.bfloat16)
     finally:
         models.SIZES.update(sizes)
     recipe: dict[str, Any] = {**RECIPE, "model": str(model)}

@@ -100,6 +100,7 @@ def test_keys_of_a_recipe_that_measures_everything(tiny: Callable[..., Path]) ->
     assert found == PINNED["recipe"]
 
 
+@pytest.mark.usefixtures("warm_timings")
 def test_keys_of_models_that_are_compared(tiny: Callable[..., Path], tmp_path: Path) -> None:
     evaluate = Evaluate.model_validate(
         {

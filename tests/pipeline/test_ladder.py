@@ -23,6 +23,7 @@ from lighten.process.isolate import Outcome, run_isolated
 from tests.cli.test_main import refused
 from tests.command import lighten as command
 
+pytestmark = pytest.mark.usefixtures("warm_timings")
 HOW = ("attention", "cache")
 SPEED = {"prompt": 16, "generate": 4, "repeats": 2}
 
@@ -69,7 +70,7 @@ def test_a_runtime_that_dies_is_one_failed_row_and_the_rest_goes_on(
 ) -> None:
     def one_dies(target: str, payload: dict[str, Any], *rest: Any, **fresh: Any) -> Outcome:
         deadly = payload.get("measurement") == "speed" and payload["settings"]["cache"] == "static"
-        return run_isolated("tests.pipeline.test_ladder:dies" if deadly else target, payload, *rest, **fresh)
+        return run_isolated("tests.pipeline.test_ladder:dies" if deadly else target, payload, *rest)
 
     monkeypatch.setattr(build, "run_isolated", one_dies)
     value = parse(ladder(model, {"static": {"cache": "static"}}))

@@ -136,6 +136,7 @@ def test_again_makes_nothing_new(model: Path, undisturbed: Path) -> None:
     assert Store(undisturbed).finished() == keys
 
 
+@pytest.mark.usefixtures("warm_timings")
 def test_a_change_runs_that_variant_and_its_measurements_only(model: Path, undisturbed: Path) -> None:
     changed = recipe(model)
     changed["variants"]["int4"][0]["quantize"]["bits"] = 3

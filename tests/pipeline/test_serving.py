@@ -13,6 +13,8 @@ from lighten.errors import RequestError
 from lighten.pipeline.plan import make_plan
 from lighten.pipeline.recipe import parse
 
+pytestmark = pytest.mark.usefixtures("warm_timings")
+
 
 @pytest.fixture(scope="module")
 def model(tiny: Callable[..., Path]) -> Path:

@@ -33,7 +33,7 @@ class Prune(Step):
 
     kind: ClassVar[str] = "prune"
     work: ClassVar[str] = "lighten.compress.prune.step:run"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     tasks: ClassVar[tuple[Task, ...]] = TASKS
 
     what: Literal["mlp", "heads", "layers", "experts"] | None = Field(

@@ -62,26 +62,37 @@ def removal_order(
         damp_percent: share of mean diag(H) added to it.
         rounds: number of times that the costs are computed anew; few groups get a round each.
     """
-    w = weight.float().t()  # [in, out]
-    h = damped(gram, damp_percent)
-    left = torch.arange(len(h) // size, device=h.device)
+    w = weight.float().t()  # [in, out]: from here on as they are after the repair of what is gone
+    lower, failed = torch.linalg.cholesky_ex(damped(gram, damp_percent))
+    if failed:
+        raise ArithmeticError("not positive definite")
+    inverse = torch.cholesky_inverse(lower)
+    left = torch.arange(len(inverse) // size, device=inverse.device)
     order: list[int] = []
     step = max(1, -(-count // rounds))
     while len(order) < count:
-        inputs = (left[:, None] * size + torch.arange(size, device=h.device)).flatten()
-        lower, failed = torch.linalg.cholesky_ex(h[inputs][:, inputs])
-        if failed:
-            raise ArithmeticError("not positive definite")
-        inverse = torch.cholesky_inverse(lower)
-        # weights as they are after the repair of what was removed before
-        now = torch.cholesky_solve(h[inputs] @ w, lower)
-        costs = group_costs(now, inverse, size)
-        worst = torch.argsort(costs, stable=True)[: min(step, count - len(order))]
+        worst = torch.argsort(group_costs(w, inverse, size), stable=True)[: min(step, count - len(order))]
         order += left[worst].tolist()
-        stays = torch.ones(len(left), dtype=torch.bool, device=h.device)
+        stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
         stays[worst] = False
         left = left[stays]
+        if len(order) < count:
+            w, inverse = _without(w, inverse, ~stays.repeat_interleave(size))
     return order
+
+
+def _without(weight: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the repaired weights `[in, out]` and H⁻¹ of the inputs that stay: what goes is eliminated from both.
+
+    That takes a product of n · n · gone, where the factorisation of what is left would take n · n · n.
+    """
+    stays = ~gone
+    lower, failed = torch.linalg.cholesky_ex(inverse[gone][:, gone])
+    if failed:
+        raise ArithmeticError("not positive definite")
+    half = torch.linalg.solve_triangular(lower, inverse[gone][:, stays], upper=False)
+    change = torch.linalg.solve_triangular(lower, weight[gone], upper=False)
+    return weight[stays] - half.t() @ change, inverse[stays][:, stays] - half.t() @ half
 
 
 def group_costs(weight: torch.Tensor, inverse: torch.Tensor, size: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lighten.compress.prune import structured
+from lighten.numerics.damping import damped
 
 
 def problem(outputs: int = 10, width: int = 12, rows: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -57,6 +58,22 @@ def test_one_round_for_each_is_greedy_search(size: int) -> None:
         order.append(min(left, key=price))
         left.remove(order[-1])
     assert structured.removal_order(weight, gram, size, groups // 2, 1e-9, rounds=groups) == order
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_eliminating_is_factorising_what_is_left(size: int) -> None:
+    """Each round against the inverse of what is left and its own least squares, in double precision."""
+    _, gram, weight = problem(outputs=24, width=128, rows=1000)
+    groups, gone = 128 // size, 64 // size
+    h, left, order = damped(gram, 0.01).double(), torch.arange(groups), []
+    while len(order) < gone:
+        inputs = (left[:, None] * size + torch.arange(size)).flatten()
+        inverse = torch.linalg.inv(h[inputs][:, inputs])
+        costs = structured.group_costs(inverse @ h[inputs] @ weight.double().t(), inverse, size)
+        worst = costs.argsort()[: min(-(-gone // 8), gone - len(order))]
+        order += left[worst].tolist()
+        left = torch.tensor([each for each in left.tolist() if each not in order])
+    assert structured.removal_order(weight, gram, size, gone, 0.01, rounds=8) == order
 
 
 def test_the_cost_order_beats_energy_after_the_refit() -> None:

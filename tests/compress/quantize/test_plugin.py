@@ -14,7 +14,7 @@ import torch
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.unpacked import open_checkpoint
 from tests.cli.test_main import refused
-from tests.command import process
+from tests.command import lighten, process
 
 EXAMPLE = Path(__file__).parents[3] / "examples/plugin"
 LINEAR = "model.layers.1.mlp.down_proj"
@@ -43,7 +43,7 @@ def test_the_example_is_short() -> None:
 
 def test_it_is_used_by_the_command(tiny: Callable[..., Path], environment: dict[str, str], tmp_path: Path) -> None:
     model = tiny(dtype=torch.bfloat16)
-    text = process("quantize", "--help", cwd=tmp_path, env=environment).stdout
+    text = lighten("quantize", "--help", cwd=tmp_path, env=environment).stdout
     assert "|mse]" in "".join(text.split())
     assert "--ranges" in text
     small = ("--bits", 3, "--group-size", 64)
@@ -52,25 +52,25 @@ def test_it_is_used_by_the_command(tiny: Callable[..., Path], environment: dict[
     manifest = json.loads(done.stdout)
     assert (manifest["format"], manifest["config"]["ranges"]) == ("gptq", 16)
     assert manifest["facts"]["quantized_linears"] == 14
-    plain = process("quantize", model, "--method", "rtn", *small, "-o", "r", cwd=tmp_path, env=environment)
+    plain = lighten("quantize", model, "--method", "rtn", *small, "-o", "r", cwd=tmp_path, env=environment)
     assert plain.returncode == 0, plain.stderr
     assert 0 < error(tmp_path / "m", model) < 0.95 * error(tmp_path / "r", model)
-    wrong = process("quantize", model, "--method", "rtn", "--ranges", 3, "-o", "x", cwd=tmp_path, env=environment)
+    wrong = lighten("quantize", model, "--method", "rtn", "--ranges", 3, "-o", "x", cwd=tmp_path, env=environment)
     refused(wrong, 2, "rtn has no setting ranges; it has bits, group_size, sym, ignore, head")
 
 
 def test_without_it_there_is_no_such_method(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    refused(process("quantize", tiny(), "--method", "mse", "-o", "x", cwd=tmp_path), 2, "method: must be 'gptq', ")
+    refused(lighten("quantize", tiny(), "--method", "mse", "-o", "x", cwd=tmp_path), 2, "method: must be 'gptq', ")
 
 
 def test_transformers_opens_what_it_wrote(
     tiny: Callable[..., Path], environment: dict[str, str], tmp_path: Path
 ) -> None:
     model = tiny(dtype=torch.bfloat16)
-    made = process("quantize", model, "--method", "mse", "-o", "m", "--group-size", 64, cwd=tmp_path, env=environment)
+    made = lighten("quantize", model, "--method", "mse", "-o", "m", "--group-size", 64, cwd=tmp_path, env=environment)
     assert made.returncode == 0, made.stderr
     short = ("--length", 32, "--samples", 2, "--skip", "accuracy", "--skip", "speed", "--json")
-    done = process("evaluate", model, tmp_path / "m", *short, cwd=tmp_path)
+    done = lighten("evaluate", model, tmp_path / "m", *short, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["variants"]
     assert [row["status"] for row in rows] == ["ok", "ok"]
