@@ -75,17 +75,8 @@ class Builder:
             else:
                 report = self.watcher.started(stage)
                 with self.store.building(stage.key) as out:
-                    if stage.settings and not stage.settings.isolated:
-                        outcome = self._measured_here(stage, out, report)
-                    else:
-                        target, payload = self._task(stage, out)
-                        timed = stage.settings is not None and stage.settings.timed
-                        outcome = run_isolated(target, payload, report, fresh=timed)
-                    artifact = self._finish(stage, out, self._compared(stage, out, outcome, report))
                     outcome = self._done(stage, out, report)
-                    if promised := stage.step.promises() if stage.step else None:
-                        outcome = self._compared(promised, stage, out, outcome, report)
-                    artifact = self._finish(stage, out, outcome)
+                    artifact = self._finish(stage, out, self._compared(stage, out, outcome, report))
             self.done[stage.key] = artifact
         return self.done.get(stage.key)
 
@@ -175,12 +166,11 @@ class Builder:
             "warnings": warnings,
             "packages": measuring_packages(),
             "source": {
-                **self.source,
+                **source,
                 **_named(stage),
                 **inherited,
                 **({"licence": facts["licence"]} if "licence" in facts else {}),
             },
-            "source": {**source, **inherited, **({"licence": facts["licence"]} if "licence" in facts else {})},
         }
         artifact = self.store.finish(out, manifest)
         self.store.drop_scratch(stage.key)

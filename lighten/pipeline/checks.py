@@ -54,8 +54,6 @@ def device_bytes(stage: Stage) -> int:
     if stage.settings is None or facts is None:
         return stage.estimate.peak_bytes
     step = stage.parents[0].shaped.step
-    elsewhere = step is not None and not opener(step.runtime).takes_options
-    step = stage.parents[0].step
     elsewhere = stage.at is not None or (step is not None and not opener(step.runtime).takes_options)
     return 0 if elsewhere else stage.settings.device_bytes(facts, 4 if stage.arithmetic == "float32" else 2)
 

@@ -78,14 +78,12 @@ def make_plan(recipe: Recipe, only: list[str] | None = None, device: Device = CP
     remotes = {name: found for name in chosen if (found := remote(recipe, name))}
     steps = {name: recipe.steps(name) for name in chosen if name not in remotes}
     builder = _Builder(recipe, device, source.facts)
-    exact = {name for name in chosen if steps[name] and steps[name][0].exact(source.facts)}
-    changed = {name for name in chosen if source.form == "gguf" and steps[name] and steps[name][0].keeps_form}
-    if chosen and changed == {*chosen} and not recipe.evaluate.asked:
+    exact = {name for name in steps if steps[name] and steps[name][0].exact(source.facts)}
+    changed = {name for name in steps if source.form == "gguf" and steps[name] and steps[name][0].keeps_form}
+    if steps and changed == {*steps} and not recipe.evaluate.asked:
         root = builder.open_file(source)
     else:
-        root = builder.open(source, exact=bool(chosen) and exact == set(chosen))
-    exact = {name for name in steps if steps[name] and steps[name][0].exact(source.facts)}
-    root = builder.open(source, exact=bool(steps) and exact == set(steps))
+        root = builder.open(source, exact=bool(steps) and exact == set(steps))
     served = Served(recipe, source.path)
     artifacts = {BASELINE: root}
     for name in chosen:
@@ -141,8 +139,7 @@ def _of_variant(evaluate: Evaluate, name: str, stage: Stage, at: At | None) -> E
     if not evaluate.speed:
         return evaluate
     shaped = stage.shaped.step
-    takes = shaped is not None and opener(shaped.runtime).takes_options
-    takes = at is None and stage.step is not None and opener(stage.step.runtime).takes_options
+    takes = at is None and shaped is not None and opener(shaped.runtime).takes_options
     if not takes and name in evaluate.speed.options:
         raise RequestError(
             f"evaluate.speed.options.{name}: attention, compile and cache are options of transformers, and {name} is "
