@@ -24,8 +24,12 @@ variants:
 evaluate:
   perplexity: {{data: builtin, length: {length}, samples: 8}}
 """
-QUALITY = RECIPE + "  accuracy: {{task: builtin, limit: 30}}\n"
-ALL = QUALITY + "  speed: {{prompt: 8, generate: 4, batch: [1], repeats: 2}}\n"
+ALL = (
+    RECIPE
+    + """  accuracy: {{task: builtin, limit: 30}}
+  speed: {{prompt: 8, generate: 4, batch: [1], repeats: 2}}
+"""
+)
 Q8 = "q8: [{export: {format: gguf, type: Q8_0}}]"
 INT2 = "int2: [{quantize: {bits: 2, group_size: 32}}]"
 
@@ -36,7 +40,7 @@ def home(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("compare")
     model = tiny(dtype=torch.bfloat16)
     shutil.copytree(tiny(dtype=torch.bfloat16, initializer_range=0.12), folder / "wide")
-    settings = [(ALL, "mine", 32, Q8, 64), (QUALITY, "mine", 64, INT2, 64), (RECIPE, "other", 32, "", 32)]
+    settings = [(ALL, "mine", 32, Q8, 64), (ALL, "mine", 64, INT2, 64), (RECIPE, "other", 32, "", 32)]
     for recipe, name, group, other, length in settings:
         text = recipe.format(name=name, model=model, group=group, other=other, length=length)
         (folder / f"{name}.yaml").write_text(text)

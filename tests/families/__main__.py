@@ -90,7 +90,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     stream.fast_dtype = lambda device: torch.float32  # the sweep's numbers are those of the plain forward
     known = types()
-    wanted = options.families or sorted(known)
+    wanted = list(options.families) or sorted(known)
     rows: list[dict[str, Any]] = []
     running: dict[int, tuple[str, Path]] = {}
     with tempfile.TemporaryDirectory() as scratch:
