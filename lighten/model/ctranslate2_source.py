@@ -1,6 +1,7 @@
 """What a CTranslate2 directory says about itself, without its weights.
 
-`model.bin` has a version, the name of a specification and its revision, and then every tensor: name, shape, type, bytes.
+`model.bin` has a version, the name of a specification and its revision, and then name, shape, type and bytes of every
+tensor.
 Written after ctranslate2/specs/model_spec.py of CTranslate2 4.8, whose files are of version 6.
 """
 

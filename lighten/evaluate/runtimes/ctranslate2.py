@@ -133,26 +133,21 @@ class CTranslate2Runtime(Defaults):
 
     def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
         """See `Runtime`. Every ending is a row with its context before it: the library takes no mask."""
-        alone = [
-            (number, Question(question.context, [ending]))
-            for number, question in enumerate(questions)
-            for ending in question.endings
-        ]
-        found: list[Score | None] = [None] * len(alone)
-        start, done = time.monotonic(), 0
-        report(0, len(alone), "")
-        for batch in by_length([question for _, question in alone], BATCH_TOKENS, padded=True):
-            layouts = [Layout(alone[place][1]) for place in batch]
+        alone = [(number, ending) for number, question in enumerate(questions) for ending in question.endings]
+        rows = [Question(questions[number].context, [ending]) for number, ending in alone]
+        found: dict[int, Score] = {}
+        start = time.monotonic()
+        report(0, len(rows), "")
+        for batch in by_length(rows, BATCH_TOKENS, padded=True):
+            layouts = [Layout(rows[place]) for place in batch]
             logits = self._rows([layout.ids.tolist() for layout in layouts])
             wanted = np.concatenate([logits[row, each.wanted] for row, each in enumerate(layouts)])
             for place, (score,) in zip(batch, read_scores(wanted, layouts), strict=True):
                 found[place] = score
-            done += len(batch)
-            report(done, len(alone), f"{done / (time.monotonic() - start):.1f} endings/s")
+            report(len(found), len(rows), f"{len(found) / (time.monotonic() - start):.1f} endings/s")
         scores: list[list[Score]] = [[] for _ in questions]
-        for (number, _), score in zip(alone, found, strict=True):
-            assert score
-            scores[number].append(score)
+        for place, (number, _) in enumerate(alone):
+            scores[number].append(found[place])
         return scores
 
     def generate(self, prompt: Ids, steps: int) -> Timings:

@@ -128,6 +128,6 @@ def _copy_others(source: Path, out: Path) -> None:
     copy_templates(source, out)
     for file in without_pickles(source):
         known = file.suffix in _OTHERS or file.name.startswith("LICENSE")
-        if known and file.name not in _NOT_OTHERS and not file.name.endswith(".index.json"):
-            if not (out / file.name).exists():
-                shutil.copyfile(file, out / file.name)
+        other = file.name in _NOT_OTHERS or file.name.endswith(".index.json") or (out / file.name).exists()
+        if known and not other:
+            shutil.copyfile(file, out / file.name)
