@@ -20,6 +20,8 @@ MOST_VALUES, MOST_TEXT, MOST_AXES = 1 << 24, 1 << 26, 4
 more, and what a header asks for is made in memory."""
 
 
+MODELFILE = "Modelfile"
+"""Name of the file for Ollama beside a GGUF file."""
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -325,6 +327,12 @@ def parts(path: Path) -> list[Path]:
     if missing := [name.name for name in names if not name.is_file()]:
         raise Failure(f"{path} is one of {count} parts, and {missing[0]} is missing; fetch it")
     return names
+
+
+def with_modelfile(path: Path) -> list[Path]:
+    """Returns the parts of a file, and the Modelfile beside it if there is one."""
+    beside = path.with_name(MODELFILE)
+    return [*parts(path), *([beside] if beside.is_file() else [])]
 
 
 def _joined(header: Header) -> Header:

@@ -22,7 +22,7 @@ from lighten.model.anatomy import HEAD_WEIGHT
 from lighten.model.checkpoint import Checkpoint, read_config
 from lighten.model.config_checks import refuse_code
 from lighten.model.files import check_links, inside
-from lighten.model.gguf_header import parts
+from lighten.model.gguf_header import parts, with_modelfile
 from lighten.model.hub import fetch
 from lighten.model.mlx_source import is_mlx, refuse_quantized
 from lighten.model.onnx_source import facts as onnx_facts
@@ -371,7 +371,7 @@ class GgufFile(Source):
         from lighten.model import gguf_source
 
         path = Path(self.path)
-        for part in parts(path):
+        for part in with_modelfile(path):
             shutil.copyfile(part, out / part.name)
         told = read_artifact(path.parent).facts if (path.parent / MANIFEST).is_file() else {}
         params = gguf_source.measurable(path).params

@@ -23,7 +23,7 @@ from lighten.model.gguf.family import Place
 from lighten.model.gguf.table import family_of
 from lighten.model.gguf.towers import Tower
 from lighten.model.gguf.turns import Model
-from lighten.model.gguf_header import Header, Tensor, open_any, parts
+from lighten.model.gguf_header import Header, Tensor, open_any
 from lighten.model.gguf_source import places_in, read_stored, read_tensor
 from lighten.model.stream import fast_dtype
 from lighten.step import Context
@@ -153,7 +153,7 @@ def _back(place: Place, model: Model, tensors: list[torch.Tensor]) -> torch.Tens
 
 
 def write_file(file: Path, trained: Mapping[str, Blocks], out: Path) -> int:
-    """Copies a file, or its parts, with other d and dmin. Returns the number of those that changed.
+    """Copies a file, or its parts, and its Modelfile, with other d and dmin. Returns the number of those that changed.
 
     Args:
         file: the file, or the first of its parts.
@@ -164,7 +164,7 @@ def write_file(file: Path, trained: Mapping[str, Blocks], out: Path) -> int:
         Failure: a scale is no number.
     """
     header, changed = open_any(file), 0
-    for each in parts(file):
+    for each in with_modelfile(file):
         shutil.copyfile(each, out / each.name)
     for name, matrix in trained.items():
         found = matrix.rounded().cpu()

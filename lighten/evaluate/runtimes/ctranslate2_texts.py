@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lighten.errors import Failure
-from lighten.evaluate.runtimes.ctranslate2 import open_library
+from lighten.evaluate.runtimes.ctranslate2_library import open_library
 from lighten.evaluate.runtimes.defaults import Defaults
 from lighten.evaluate.runtimes.runtime import Capability
 from lighten.evaluate.runtimes.texts import Reader, Texts

@@ -15,10 +15,10 @@ from lighten.export.bundle import bundle
 from lighten.export.bundle.readme import readme
 from lighten.export.bundle.settings import Bundle, others_of
 from lighten.export.bundle.targets import find_target
-from lighten.export.gguf.usage import MODELFILE
 from lighten.export.step import about
 from lighten.facts import ModelFacts
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.gguf_header import MODELFILE
 from lighten.model.gguf_source import inspect
 from lighten.step import Context
 from lighten.store.artifact import Artifact

@@ -13,11 +13,11 @@ from lighten.export.gguf.ollama import modelfile
 from lighten.export.gguf.quantize import Importance
 from lighten.export.gguf.settings import Gguf
 from lighten.export.gguf.split import split
-from lighten.export.gguf.usage import MODELFILE
 from lighten.export.gguf.write import Draft
 from lighten.export.step import about
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.gguf.towers import model_of
+from lighten.model.gguf_header import MODELFILE
 from lighten.model.sensitivity import Sensitivity
 from lighten.step import Context
 from lighten.store.artifact import Artifact

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lighten.model.export_formats import PROMPT, Usage
+from lighten.model.gguf_header import MODELFILE
 
 CODE = f"""\
 from llama_cpp import Llama
@@ -12,7 +13,6 @@ from llama_cpp import Llama
 model = Llama(f"{{folder}}/FILE", n_ctx=512, verbose=False)
 print(model("{PROMPT}", max_tokens=20)["choices"][0]["text"])
 """
-MODELFILE = "Modelfile"
 OLLAMA = """\
 With Ollama and with LM Studio, in the directory of the files:
 
