@@ -23,7 +23,7 @@ from lighten.model.gguf.family import Place
 from lighten.model.gguf.table import family_of
 from lighten.model.gguf.towers import Tower
 from lighten.model.gguf.turns import Model
-from lighten.model.gguf_header import Header, Tensor, open_any
+from lighten.model.gguf_header import Header, Tensor, open_any, with_modelfile
 from lighten.model.gguf_source import places_in, read_stored, read_tensor
 from lighten.model.stream import fast_dtype
 from lighten.step import Context
