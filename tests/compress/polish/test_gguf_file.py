@@ -52,7 +52,7 @@ def spoil(file: Path) -> None:
 def exported(source: Path, out: Path, **settings: Any) -> Artifact:
     out.mkdir(parents=True)
     facts = Gguf(format="gguf", **settings).run(Artifact(source, {"key": "x", "format": "hf"}), out, Context())
-    for file in out.iterdir():
+    for file in out.glob("*.gguf"):
         spoil(file)
     return Artifact(out, {"format": "gguf", "facts": facts})
 
@@ -102,8 +102,8 @@ def divergence(file: Path, source: Path, ids: torch.Tensor) -> float:
 def test_halves_change_and_nothing_else(source: Path, tmp_path: Path, type: str) -> None:
     given = exported(source, tmp_path / "q", type=type)
     facts, out = polish(given, source, tmp_path)
-    (file,) = given.path.iterdir()
-    assert [path.name for path in out.iterdir()] == [file.name]
+    (file,) = given.path.glob("*.gguf")
+    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", file.name]
     changed, told = changed_halves(file, out / file.name), facts["polish"]
     assert facts["format"] == "gguf" and facts["type"] == type and facts["tensor_types"] == given.facts["tensor_types"]
     assert told["scales_changed"]["count"] == sum(changed.values()) <= told["scales_changed"]["of"]
@@ -118,7 +118,7 @@ def test_llama_cpp_computes_what_is_told(source: Path, tmp_path: Path) -> None:
     facts, out = polish(given, source, tmp_path)
     lessons = Lessons(tmp_path / "lessons")
     ids = lessons.ids[-int(lessons.facts["held_out"]) :]
-    (file,) = given.path.iterdir()
+    (file,) = given.path.glob("*.gguf")
     found = [divergence(each, source, ids[:, :-1]) for each in (file, out / file.name)]
     told = facts["polish"]
     assert found == pytest.approx([told["kl_before"], told["kl_after"]], rel=0.1)
@@ -132,7 +132,7 @@ def test_an_interrupted_training_ends_in_the_same_bytes(source: Path, tmp_path: 
         polish(given, source, tmp_path / "broken", 5, save_every=2)
     assert [path.name for path in (tmp_path / "broken/scratch").glob("checkpoint-*")] == ["checkpoint-00000004"]
     again, resumed = polish(given, source, tmp_path / "broken", save_every=2)
-    (file,) = given.path.iterdir()
+    (file,) = given.path.glob("*.gguf")
     assert (out / file.name).read_bytes() == (resumed / file.name).read_bytes() != file.read_bytes()
     assert facts == again
 
@@ -143,9 +143,9 @@ def test_files_in_parts(source: Path, tmp_path: Path) -> None:
     other, second = polish(parted, source, tmp_path / "other")
     assert one["polish"] == other["polish"] and len(other["files"]) > 2
     assert sorted(path.name for path in second.iterdir()) == sorted(other["files"])
-    (file,) = first.iterdir()
+    (file,) = first.glob("*.gguf")
     mine = {each.name: each.data for each in gguf.GGUFReader(file).tensors}
-    theirs = {each.name: each.data for part in second.iterdir() for each in gguf.GGUFReader(part).tensors}
+    theirs = {each.name: each.data for part in second.glob("*.gguf") for each in gguf.GGUFReader(part).tensors}
     assert mine.keys() == theirs.keys() and all(np.array_equal(mine[name], theirs[name]) for name in mine)
 
 
@@ -159,7 +159,7 @@ def test_other_families(made: Callable[[str], Path], tmp_path: Path, family: str
         make(family, source)
     given = exported(source, tmp_path / "q", type="Q4_0")
     facts, out = polish(given, source, tmp_path)
-    (file,) = given.path.iterdir()
+    (file,) = given.path.glob("*.gguf")
     changed, told = changed_halves(file, out / file.name), facts["polish"]
     assert told["kl_after"] < told["kl_before"]
     left = {each["what"] for each in told["left"]}
@@ -190,7 +190,7 @@ def test_types_without_such_scales_stay(source: Path, tmp_path: Path, monkeypatc
     given = exported(source, tmp_path / "q", type="Q4_K_M")
     monkeypatch.setattr(gguf_file, "KINDS", {name: kind for name, kind in KINDS.items() if name != "Q6_K"})
     facts, out = polish(given, source, tmp_path)
-    (file,) = given.path.iterdir()
+    (file,) = given.path.glob("*.gguf")
     changed, left = changed_halves(file, out / file.name), facts["polish"]["left"]
     assert {each["why"] for each in left} >= {"its type Q6_K is none whose scales polish trains"}
     assert len(changed) + len(left) == 15
