@@ -4,8 +4,9 @@
         --calibration wikitext2_valid.txt --test wikitext2_test.txt --peer autoround=PYTHON
 
 Runs `quantize.py` for every model, grid, bits and group size, and gathers its rows in benchmarks/results/low_bits.json
-after each of them. `--only` chooses runs as it does there. What was measured already stays; `--fresh` begins anew. A
-run that had the machine to itself is marked so with `--quiet`: the others' seconds are not told.
+after each of them. `--only` chooses runs as it does there. What was measured already stays, and so do the commands that
+did it; `--fresh` begins anew. A run that had the machine to itself is marked so with `--quiet`: the others' seconds are
+not told.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def main() -> None:
     settings = {**texts, "samples": asked.samples, "length": 512, "test_samples": asked.test_samples}
     if kept and kept["settings"] != settings:
         raise SystemExit(f"{asked.out} was measured with {kept['settings']}; give --fresh to begin anew")
-    head = {"command": command(asked), "machine": machine.fingerprint(), "settings": settings}
+    ran = [each for each in kept.get("command", "").split("; ") if each]
+    head: Row = {"command": "; ".join(dict.fromkeys([*ran, command(asked)])), "settings": settings}
+    # seconds are those of the runs that had the machine to themselves: it is theirs that is told
+    head["machine"] = machine.fingerprint() if asked.quiet or not kept else kept["machine"]
     versions: Row = kept.get("facts", {}).get("versions", {})
     models = dict(each.partition("=")[::2] for each in asked.model)
     for (name, place), grid, bits, group in product(

@@ -75,21 +75,23 @@ class Builder:
             else:
                 report = self.watcher.started(stage)
                 with self.store.building(stage.key) as out:
-                    outcome = self._done(stage, out, report)
+                    outcome = self._without_process(stage, out, report)
+                    if outcome is None:
+                        with self._over_http(stage):
+                            target, payload = self._task(stage, out)
+                            timed = stage.settings is not None and stage.settings.timed
+                            outcome = run_isolated(target, payload, report, fresh=timed)
                     artifact = self._finish(stage, out, self._compared(stage, out, outcome, report))
             self.done[stage.key] = artifact
         return self.done.get(stage.key)
 
-    def _done(self, stage: Stage, out: Path, report: Report) -> Outcome:
-        """Does the work of a stage."""
+    def _without_process(self, stage: Stage, out: Path, report: Report) -> Outcome | None:
+        """Measures what needs no process of its own; None for all other stages."""
         if stage.settings and stage.at and not stage.settings.over_http:
             return self._out_of_reach(stage, out)
         if stage.settings and not stage.settings.isolated:
             return self._measured_here(stage, out, report)
-        timed = stage.settings is not None and stage.settings.timed
-        with self._over_http(stage):
-            target, payload = self._task(stage, out)
-            return run_isolated(target, payload, report, fresh=timed)
+        return None
 
     @contextlib.contextmanager
     def _over_http(self, stage: Stage) -> Iterator[None]:

@@ -15,6 +15,7 @@ from lighten.errors import Failure, RequestError, missing_extra
 from lighten.export.mlx import config as mlx_config
 from lighten.export.mlx.codes import Kept
 from lighten.export.mlx.settings import DEFAULT_GROUP, Mlx
+from lighten.model.anatomy import HEAD
 from lighten.model.checkpoint import Checkpoint
 from lighten.step import Context
 
@@ -69,7 +70,7 @@ def _choose(step: Mlx, model: Any, nn: Any) -> dict[str, dict[str, Any]]:
         if not hasattr(module, "to_quantized"):
             continue
         wanted: Any = usual
-        if isinstance(module, nn.Embedding) or path.rpartition(".")[2] == "lm_head":
+        if isinstance(module, nn.Embedding) or path.rpartition(".")[2] == HEAD:
             wanted = _of_tables(step, usual)
         elif of_family is not None:
             said = of_family(path, module)

@@ -142,6 +142,7 @@ def test_a_loader_that_crashes_is_one_cell(model: Path, monkeypatch: pytest.Monk
 def test_a_package_that_is_not_there(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = Loader("other", ("no-such-package",), {"hf": ("no_such_module",)}, programs.LOADERS[0].ask)
     monkeypatch.setattr(programs, "LOADERS", (absent,))
+    monkeypatch.setattr(programs, "added", list)
     assert survey(model).loads == [
         {
             "loader": "other",
