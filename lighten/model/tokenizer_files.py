@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lighten.errors import Failure, RequestError, reading
-from lighten.model.files import inside, read_json
+from lighten.model.files import inside, read_json, without_pickles
 
 Json = dict[str, Any]
 
@@ -26,6 +26,8 @@ TEMPLATE = "chat_template.jinja"
 TEMPLATES = "additional_chat_templates"
 """Directory of further templates, NAME.jinja each."""
 
+_COPIED = (".json", ".model", ".spm", ".txt", ".jinja")
+"""Endings of the names of files that are copied."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _SENTENCEPIECE = "tokenizer.model"
@@ -98,6 +100,21 @@ def copy_templates(source: Path, out: Path) -> None:
     for file in sorted((source / TEMPLATES).glob("*.jinja")):
         (out / TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(inside(file, source), out / TEMPLATES / file.name)
+
+
+def copy_words(source: Path, out: Path, *, leave: Collection[str] = ()) -> None:
+    """Copies all that turns text into ids and back for a model: tokenizer, chat templates, small settings, licence.
+
+    Args:
+        source: the model directory.
+        out: where copies go.
+        leave: names of files that stay, because `out` has its own or needs none.
+    """
+    copy_templates(source, out)
+    for file in without_pickles(source):
+        known = file.suffix in _COPIED or file.name.startswith("LICENSE")
+        if known and not file.name.endswith(".index.json") and file.name not in ("artifact.json", *leave):
+            shutil.copyfile(file, out / file.name)
 
 
 def write_templates(templates: Mapping[str, str], out: Path) -> None:

@@ -15,15 +15,13 @@ from lighten.export.ctranslate2.settings import CTranslate2
 from lighten.facts import ModelFacts
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.ctranslate2_source import read_vocabulary
-from lighten.model.files import read_json, without_pickles
-from lighten.model.tokenizer_files import copy_templates
+from lighten.model.files import read_json
+from lighten.model.tokenizer_files import copy_words
 from lighten.step import Context
 from lighten.store.artifact import Artifact
 from lighten.store.files import write_json
 
-_OTHERS = (".json", ".model", ".txt", ".jinja", ".spm")
-"""Endings of the files that are copied: the tokenizer's, and settings of generation."""
-_NOT_OTHERS = ("config.json", "artifact.json", "quantize_config.json")
+_NOT_COPIED = ("config.json", "quantize_config.json")
 
 
 def run(step: CTranslate2, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
@@ -43,7 +41,7 @@ def run(step: CTranslate2, source: Artifact, out: Path, context: Context) -> dic
         names = _convert(source.path, made, step.quantization, facts, method, context)
         for file in made.iterdir():
             shutil.move(file, out / file.name)
-    _copy_others(source.path, out)
+    copy_words(source.path, out, leave=[*_NOT_COPIED, *(file.name for file in out.iterdir())])
     context.report(2, 2, "")
     if method:
         context.warnings.append(f"the weights of a {method} checkpoint were unpacked: its rounding is in the model")
@@ -121,13 +119,3 @@ def _name_unknown(file: Path) -> None:
     settings = read_json(file)
     if settings.get("unk_token", "") is None:
         write_json(file, {**settings, "unk_token": ""})
-
-
-def _copy_others(source: Path, out: Path) -> None:
-    """Copies the tokenizer, chat templates and settings of generation."""
-    copy_templates(source, out)
-    for file in without_pickles(source):
-        known = file.suffix in _OTHERS or file.name.startswith("LICENSE")
-        other = file.name in _NOT_OTHERS or file.name.endswith(".index.json") or (out / file.name).exists()
-        if known and not other:
-            shutil.copyfile(file, out / file.name)

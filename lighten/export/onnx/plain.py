@@ -20,7 +20,7 @@ from lighten.export.onnx.quiet import quiet
 from lighten.export.onnx.traced import Traced, traced, untraced
 from lighten.facts import ModelFacts
 from lighten.model.checkpoint import Checkpoint
-from lighten.model.files import read_json, without_pickles
+from lighten.model.files import read_json
 from lighten.step import Context
 from lighten.store.store import write_json
 
@@ -211,11 +211,7 @@ def _only_standard(path: Path) -> None:
 def _copy_others(source: Path, out: Path) -> None:
     """Copies config, tokenizer and chat templates."""
     from lighten.model.pooling import copy_pooling
-    from lighten.model.tokenizer_files import copy_templates
+    from lighten.model.tokenizer_files import copy_words
 
-    copy_templates(source, out)
+    copy_words(source, out)
     copy_pooling(source, out)
-    for file in without_pickles(source):
-        known = file.suffix in (".json", ".model", ".txt", ".jinja") or file.name.startswith("LICENSE")
-        if known and not file.name.endswith(".index.json") and file.name != "artifact.json":
-            shutil.copyfile(file, out / file.name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,7 +22,6 @@ from lighten.export.openvino.surgery import Surgery
 from lighten.export.openvino.weights import keep, rounded
 from lighten.model import tokenizer_files, whole
 from lighten.model.checkpoint import Checkpoint
-from lighten.model.files import without_pickles
 from lighten.model.openvino_library import load
 from lighten.step import Context
 from lighten.store.artifact import Artifact
@@ -32,7 +30,6 @@ GRAPH = "openvino_model.xml"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CACHES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 """Type of keys and values that the file asks its runtime for. Without a word, plugins round them to 8 bits."""
-_COPIED = (".json", ".model", ".txt", ".jinja")
 
 
 def run(step: OpenVino, source: Artifact, out: Path, context: Context) -> dict[str, Any]:
@@ -219,15 +216,8 @@ def _copy_others(checkpoint: Checkpoint, model: Any, out: Path) -> None:
     """Copies tokenizer, chat templates and licence, and writes the configs."""
     from transformers import GenerationConfig
 
-    tokenizer_files.copy_templates(checkpoint.path, out)
-    for file in without_pickles(checkpoint.path):
-        known = file.suffix in _COPIED or file.name.startswith("LICENSE")
-        if known and not file.name.endswith(".index.json") and file.name not in _UNCOPIED:
-            shutil.copyfile(file, out / file.name)
+    tokenizer_files.copy_words(checkpoint.path, out, leave=("config.json", "quantize_config.json"))
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if not (out / "generation_config.json").is_file():
         GenerationConfig.from_model_config(model.config).save_pretrained(out)
-
-
-_UNCOPIED = ("artifact.json", "config.json", "quantize_config.json")
