@@ -202,6 +202,37 @@ def _span(value: float, ends: list[float], form: str) -> str:
     return f"{value:+{form}} [{', '.join(f'{end:+{form}}' for end in ends)}]".replace("-", "−")
 
 
+def destinations(found: Found) -> str:
+    """Returns every destination: where it opens, what it costs against what it was made of, how fast it decodes."""
+    by_name = {row["name"]: row for row in found["rows"]}
+    lines = []
+    for row in found["rows"]:
+        name, pace = row["name"], found["decode"].get(row["name"])
+        if row["status"] != "ok":
+            lines.append([f"`{name}`", row["error"] or row["status"], *[NOT_MEASURED] * 6])
+            continue
+        of = None if name in ("baseline", "gptq") else by_name["gptq" if name.startswith("gptq-") else "baseline"]
+        value, kl = row["perplexity"]["value"], (row["divergence"] or {}).get("kl_mean")
+        change = f"{value / of['perplexity']['value'] - 1:+.3%}".replace("-", "−") if of else ""
+        beside = NOT_MEASURED
+        if pace:
+            beside = pace.get("error") or f"{pace['ratio']:.2f}× ({pace['tool']})"
+        cells = [row["runtime"], byte_count(row["size_bytes"]), significant(value, 5), change]
+        cells.append(NOT_MEASURED if kl is None else significant(kl, 2))
+        cells.append(significant(pace["ours_tok_s"], 3) if pace and "ratio" in pace else NOT_MEASURED)
+        lines.append([f"`{name}`", *cells, beside])
+    titles = ("Variant", "Opens in", "Size", "Perplexity", "Against what it was made of", "KL to the source, nats")
+    titles += ("Tokens/s", "Beside the format's own tool")
+    settings, protocol = found["settings"], by_name["baseline"]["perplexity"]["protocol"]
+    caption = (
+        f"{settings['model']}, the recipe `destinations`. Perplexity is measured on {protocol['chunks']} × "
+        f"{protocol['length']} tokens of the built-in text, on the runtime of the row. `gptq-` rows are made of the "
+        "same 4-bit GPTQ weights. Both models decode in turn, one sequence, after the same prompt; the ratio is the "
+        f"median of twice {settings['turns']} turns."
+    )
+    return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
+
+
 def arm64(found: Found) -> str:
     """Returns where the processors agree."""
     lines = []

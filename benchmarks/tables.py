@@ -279,6 +279,7 @@ def main() -> None:
         (DOCS, "card-equal", "gpu.json", cards.equal),
         (DOCS, "card-whole", "gpu.json", cards.whole),
         (DOCS, "card-decode", "gpu.json", cards.decode),
+        (DOCS, "destinations", "destinations.json", exports.destinations),
         (DOCS, "onnx", "onnx.json", exports.onnx),
         (TEXTS, "encoders", "encoders.json", exports.encoders),
         (DOCS, "gguf", "gguf.json", exports.gguf),

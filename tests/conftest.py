@@ -201,6 +201,25 @@ def to_openvino(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return make
 
 
+@pytest.fixture(scope="session")
+def to_executorch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Returns a function that exports a model directory to ExecuTorch: its path, its format, settings."""
+    pytest.importorskip("executorch.exir")
+    from lighten.export.executorch.settings import ExecuTorch
+    from lighten.step import Context
+    from lighten.store.artifact import Artifact
+
+    @cache
+    def make(source: Path, format: str = "hf", **settings: Any) -> Path:
+        out, context = tmp_path_factory.mktemp("executorch"), Context()
+        facts = ExecuTorch(format="executorch", **settings).run(Artifact(source, {"format": format}), out, context)
+        (out / "facts.json").write_text(json.dumps(facts))
+        (out / "warnings.json").write_text(json.dumps(context.warnings))
+        return out
+
+    return make
+
+
 LONGEST = (
     "tests/real/test_quickstart.py",
     "tests/real/test_translate.py",

@@ -16,6 +16,7 @@ EXPORTS = Table(
         "openvino": "lighten.export.openvino.settings:OpenVino",
         "mlx": "lighten.export.mlx.settings:Mlx",
         "ctranslate2": "lighten.export.ctranslate2.settings:CTranslate2",
+        "executorch": "lighten.export.executorch.settings:ExecuTorch",
         "bundle": "lighten.export.bundle.settings:Bundle",
     },
     base="lighten.export.step:Export",

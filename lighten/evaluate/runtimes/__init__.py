@@ -15,6 +15,7 @@ RUNTIMES = Table(
         "llama.cpp": f"{__name__}.llama_cpp:LlamaCppOpener",
         "mlx": f"{__name__}.mlx:MlxOpener",
         "ctranslate2": f"{__name__}.ctranslate2:CTranslate2Opener",
+        "executorch": f"{__name__}.executorch:ExecuTorchOpener",
         "endpoint": f"{__name__}.endpoint.opener:EndpointOpener",
         FALLBACK: f"{__name__}.torch_opener:TorchOpener",
     },

@@ -1,0 +1,272 @@
+"""One model on every runtime that lighten exports to, and its decoding beside what the format's own tool makes.
+
+    python benchmarks/destinations.py --nncf PYTHON
+
+Runs the recipe `destinations`, then lets each format's own tool write the same model, and decodes with both in turn.
+Writes benchmarks/results/destinations.json after every pair; the artifacts stay, so a run that was stopped goes on.
+--nncf is the Python of an environment with nncf and openvino, which makes OpenVINO's 4 bits. What a format has no tool
+of its own for is told in words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from onnx_export import build_alone
+from quantizers import HERE
+from turns import PROMPT, STEPS, decode_in_turn
+
+import lighten
+from lighten.cli.progress import watching
+from lighten.evaluate import machine
+from lighten.store.store import write_json
+
+RESULTS = HERE / "results" / "destinations.json"
+KEPT = ("name", "status", "error", "format", "runtime", "size_bytes", "perplexity", "divergence", "parity")
+GROUP = 32
+"""Weights that share a scale, as in the recipe."""
+CONTEXT = 2048
+"""Positions of an ExecuTorch program, as ours has."""
+Make = Callable[["Bench", Path, Path], Path]
+
+
+class Bench:
+    """What the tools are given."""
+
+    def __init__(self, variants: Path, nncf: str | None, tools: Path | None) -> None:
+        self.variants, self.nncf, self.tools = variants, nncf, tools
+        self.source, self.gptq = variants / "baseline", variants / "gptq"
+
+
+def builder(precision: str) -> Make:
+    """Returns how onnxruntime-genai's builder makes a graph on its own."""
+
+    def make(bench: Bench, _ours: Path, out: Path) -> Path:
+        if precision == "int4":
+            build_alone(bench.gptq, out, {})
+        else:
+            from lighten.export.onnx.genai import build
+
+            build(bench.source, out, precision, "cpu", {"hf_token": "false"})
+        return out
+
+    return make
+
+
+def mlx(**settings: Any) -> Make:
+    """Returns how mlx_lm.convert makes a directory."""
+
+    def make(bench: Bench, _ours: Path, out: Path) -> Path:
+        import mlx_lm
+
+        mlx_lm.convert(str(bench.source), str(out), **settings)
+        return out
+
+    return make
+
+
+def ctranslate2(quantization: str) -> Make:
+    """Returns how CTranslate2's converter makes a directory."""
+
+    def make(bench: Bench, _ours: Path, out: Path) -> Path:
+        from ctranslate2.converters import TransformersConverter
+
+        TransformersConverter(str(bench.source)).convert(str(out), quantization=quantization)
+        return _with_tokenizer(bench.source, out)
+
+    return make
+
+
+def llama_quantize(bench: Bench, _ours: Path, out: Path) -> Path:
+    """Lets llama-quantize round our F16 file to Q4_0."""
+    from llama_tools import build
+
+    if bench.tools is None:
+        raise NotImplementedError("needs --tools, where llama.cpp's tools are built")
+    (program,) = build(bench.tools, "llama-quantize")
+    out.mkdir()
+    plain = next((bench.variants / "gguf").glob("*.gguf"))
+    subprocess.run([str(program), str(plain), str(out / "model-Q4_0.gguf"), "Q4_0"], check=True, capture_output=True)
+    return out / "model-Q4_0.gguf"
+
+
+def openvino_plain(bench: Bench, _ours: Path, out: Path) -> Path:
+    """Lets transformers' exporter and openvino write the graph in float16."""
+    import openvino
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lighten.export.openvino.convert import convert
+
+    graph = convert(AutoModelForCausalLM.from_pretrained(bench.source, dtype=torch.float32).eval())
+    openvino.save_model(graph, out / "openvino_model.xml", compress_to_fp16=True)
+    return _with_tokenizer(bench.source, out)
+
+
+NNCF = """
+import sys, nncf, openvino
+model = openvino.Core().read_model(sys.argv[1] + "/openvino_model.xml")
+asked = {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": int(sys.argv[3]), "ratio": 1.0}
+openvino.save_model(nncf.compress_weights(model, **asked), sys.argv[2] + "/openvino_model.xml")
+"""
+
+
+def openvino_nncf(bench: Bench, _ours: Path, out: Path) -> Path:
+    """Lets nncf round the graph of float16 to 4 bits: embedding and head to 8, as it does by itself."""
+    if bench.nncf is None:
+        raise NotImplementedError("needs --nncf, the Python of an environment with nncf")
+    command = [bench.nncf, "-c", NNCF, str(bench.variants / "openvino"), str(out), str(GROUP)]
+    out.mkdir()
+    subprocess.run(command, check=True, capture_output=True)
+    return _with_tokenizer(bench.source, out)
+
+
+def export_llm(*flags: str) -> Make:
+    """Returns how executorch's export_llm makes a program, from weights with the names that it knows."""
+
+    def make(bench: Bench, _ours: Path, out: Path) -> Path:
+        import torch
+        from safetensors.torch import load_file
+
+        config = json.loads((bench.source / "config.json").read_text())
+        names = {
+            "model.embed_tokens": "tok_embeddings",
+            "model.layers": "layers",
+            "model.norm": "norm",
+            "self_attn.q_proj": "attention.wq",
+            "self_attn.k_proj": "attention.wk",
+            "self_attn.v_proj": "attention.wv",
+            "self_attn.o_proj": "attention.wo",
+            "mlp.gate_proj": "feed_forward.w1",
+            "mlp.down_proj": "feed_forward.w2",
+            "mlp.up_proj": "feed_forward.w3",
+            "input_layernorm": "attention_norm",
+            "post_attention_layernorm": "ffn_norm",
+        }
+        weights = {}
+        for name, tensor in load_file(bench.source / "model.safetensors").items():
+            for ours, theirs in names.items():
+                name = name.replace(ours, theirs)
+            weights[name] = tensor.float()
+        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+        out.mkdir()
+        torch.save(weights, out / "weights.pth")
+        rope = config.get("rope_parameters") or config
+        params = {
+            "dim": config["hidden_size"],
+            "hidden_dim": config["intermediate_size"],
+            "n_layers": config["num_hidden_layers"],
+            "n_heads": config["num_attention_heads"],
+            "n_kv_heads": config["num_key_value_heads"],
+            "norm_eps": config["rms_norm_eps"],
+            "rope_theta": rope["rope_theta"],
+            "vocab_size": config["vocab_size"],
+            "use_scaled_rope": False,
+            "use_hf_rope": True,
+        }
+        (out / "params.json").write_text(json.dumps(params))
+        told = [
+            "base.model_class=smollm2",
+            f"base.checkpoint={out / 'weights.pth'}",
+            f"base.params={out / 'params.json'}",
+            'base.metadata={"get_bos_id":0,"get_eos_ids":[0]}',
+            "model.use_kv_cache=True",
+            "model.use_sdpa_with_kv_cache=True",
+            "backend.xnnpack.enabled=True",
+            "backend.xnnpack.extended_ops=True",
+            f"export.max_seq_length={CONTEXT}",
+            f"export.max_context_length={CONTEXT}",
+            f"export.output_dir={out}",
+            "export.output_name=model.pte",
+            *flags,
+        ]
+        command = [sys.executable, "-m", "executorch.extension.llm.export.export_llm", *told]
+        subprocess.run(command, check=True, capture_output=True, cwd=out)
+        (out / "weights.pth").unlink()
+        return _with_tokenizer(bench.source, out)
+
+    return make
+
+
+def _with_tokenizer(source: Path, out: Path) -> Path:
+    for file in (*source.glob("tokenizer*"), source / "config.json"):
+        if not (out / file.name).exists():
+            shutil.copy(file, out)
+    return out
+
+
+OWN: dict[str, tuple[str, Make]] = {
+    "gptq-gguf": ("llama-quantize, Q4_0", llama_quantize),
+    "onnx": ("onnxruntime-genai's builder, fp32", builder("fp32")),
+    "gptq-onnx": ("onnxruntime-genai's builder, of the same GPTQ weights", builder("int4")),
+    "openvino": ("transformers' exporter, float16", openvino_plain),
+    "gptq-openvino": ("nncf, INT4_SYM", openvino_nncf),
+    "mlx": ("mlx_lm.convert, float32", mlx(dtype="float32")),
+    "gptq-mlx": ("mlx_lm.convert, 4 bits", mlx(quantize=True, q_bits=4, q_group_size=GROUP, dtype="float32")),
+    "ctranslate2": ("CTranslate2's converter, float32", ctranslate2("float32")),
+    "gptq-ctranslate2": ("CTranslate2's converter, int8", ctranslate2("int8")),
+    "executorch": ("export_llm, fp32", export_llm()),
+    "gptq-executorch": (
+        "export_llm, 8da4w, embedding in 8 bits",
+        export_llm(
+            "quantization.qmode=8da4w", f"quantization.group_size={GROUP}", 'quantization.embedding_quantize="8,0"'
+        ),
+    ),
+}
+"""The format's own tool for a variant of the recipe."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="destinations")
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"))
+    parser.add_argument("--nncf", help="Python of an environment with nncf")
+    parser.add_argument("--tools", type=Path, help="where llama.cpp's tools are built")
+    parser.add_argument("--only", action="append", choices=OWN, help="pairs to decode (default: all)")
+    parser.add_argument("--turns", type=int, default=3, help="of decoding, of either order")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    with watching(quiet=False) as watcher:
+        version = lighten.run(asked.recipe, artifacts=asked.artifacts, watcher=watcher)
+    results = json.loads((version / "results.json").read_text(encoding="utf-8"))
+    kept = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.is_file() else {}
+    pairs: dict[str, Any] = kept.get("decode", {})
+    bench = Bench(version / "variants", asked.nncf, asked.tools)
+    head = {
+        "command": "python benchmarks/destinations.py --nncf PYTHON --tools DIR",
+        "machine": machine.fingerprint(),
+        "settings": {"model": results["source"]["model"], "prompt": PROMPT, "generate": STEPS, "turns": asked.turns},
+        "rows": [{key: variant.get(key) for key in KEPT} for variant in results["variants"]],
+    }
+    write_json(asked.out, {**head, "decode": pairs})
+    made = {row["name"] for row in head["rows"] if row["status"] == "ok"}
+    for name, (tool, make) in OWN.items():
+        if name not in made or name in pairs or (asked.only and name not in asked.only):
+            continue
+        work = asked.artifacts / "own" / name
+        shutil.rmtree(work, ignore_errors=True)
+        work.parent.mkdir(parents=True, exist_ok=True)
+        print(name, tool, flush=True)
+        try:
+            ours = bench.variants / name
+            speed = decode_in_turn(ours, make(bench, ours, work), asked.turns)
+            pairs[name] = {"tool": tool, **{key: speed[key] for key in ("ours_tok_s", "theirs_tok_s", "ratio")}}
+        except NotImplementedError as error:
+            pairs[name] = {"tool": tool, "error": str(error)}
+        except subprocess.CalledProcessError as error:
+            said = (error.stderr or b"").decode(errors="replace").strip().splitlines()
+            pairs[name] = {"tool": tool, "error": said[-1] if said else str(error)}
+        print(pairs[name], flush=True)
+        write_json(asked.out, {**head, "decode": pairs})
+        shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

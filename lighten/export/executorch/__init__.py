@@ -1,0 +1,1 @@
+"""Export to ExecuTorch: a program with its cache inside, for phones and small boards."""

@@ -1,0 +1,162 @@
+"""Linears and embeddings as integer codes, spelled as XNNPACK's partitioner and ExecuTorch's kernels know them.
+
+A weight `[out, in]` of 4 bits is codes from -8 to 7 with a scale for every group of inputs. One of 8 bits has a scale
+for every output. There are no zero points. Inputs are rounded to 8 bits, every token with a scale and a zero point of
+its own, while the program runs. XNNPACK keeps the scales of groups in bfloat16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lighten.errors import Failure
+from lighten.model.quantized.packed import Codes
+
+GROUP = 32
+"""XNNPACK takes groups whose size is a multiple of it."""
+_INPUT = -128, 127
+"""Range of the codes of inputs."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight as the program holds it."""
+
+    codes: torch.Tensor
+    """`[out, in]`, int8."""
+    scales: torch.Tensor
+    """`[out, groups]`, float32 that bfloat16 holds; any float32 with one group in 8 bits."""
+    order: torch.Tensor | None
+    """Input for each place, `[in]`; None if they stay."""
+    bits: int
+
+    @property
+    def size(self) -> int:
+        """Inputs of a group."""
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    def weight(self) -> torch.Tensor:
+        """Returns the weight, `[out, in]` in float32, its inputs in their first order."""
+        placed = self.codes.float() * self.scales.repeat_interleave(self.size, 1)
+        if self.order is None:
+            return placed
+        found = torch.empty_like(placed)
+        found[:, self.order] = placed
+        return found
+
+
+def keep(found: Codes, where: str) -> Stored:
+    """Returns a linear of a checkpoint: its codes unchanged, its scales rounded to bfloat16.
+
+    Raises:
+        Failure: XNNPACK has no form for it: zero points that are not in the middle, more than 4 bits, or groups whose
+            size is no multiple of 32.
+    """
+    if found.bits > 4:
+        raise Failure(
+            f"{where} has codes of {found.bits} bits in groups: ExecuTorch has groups for 4 bits only. Set type: int8 "
+            "or fp32, which unpack the weights"
+        )
+    middle = 1 << (found.bits - 1)
+    if bool((found.zeros != middle).any()):
+        raise Failure(
+            f"{where} has zero points, and ExecuTorch's 4-bit weights have none: quantize with sym: true, or set type: "
+            "int8 or fp32, which unpack the weights"
+        )
+    order, g_idx = None, found.g_idx
+    if bool((g_idx.diff() < 0).any()):
+        order = torch.argsort(g_idx, stable=True)
+        g_idx = g_idx[order]
+    counts = torch.bincount(g_idx, minlength=len(found.scales))
+    size = int(counts[0])
+    if bool((counts != size).any()) or size % GROUP:
+        raise Failure(
+            f"{where} has groups of {size} inputs, and ExecuTorch takes multiples of {GROUP}: quantize with "
+            f"group_size: {GROUP}, or set type: int8 or fp32, which unpack the weights"
+        )
+    codes = (found.codes if order is None else found.codes[order]).t() - middle
+    return Stored(codes.to(torch.int8).contiguous(), _shortened(found.scales.t()), order, 4)
+
+
+def rounded(weight: torch.Tensor, bits: int, size: int | None) -> Stored:
+    """Returns a weight `[out, in]` rounded to the nearest codes.
+
+    The weight that is farthest from zero has the code that is farthest from zero. Of 4 bits, only weights as far on the
+    other side are clipped.
+
+    Args:
+        weight: any floats.
+        bits: 4 or 8.
+        size: inputs of a group, which divides them; None for one scale for each output.
+    """
+    grouped = weight.float().reshape(len(weight), -1, size or weight.shape[1])
+    most = 1 << (bits - 1)
+    if size is None:
+        scales = grouped.abs().amax(-1) / (most - 1)
+    else:
+        farthest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))[..., 0]
+        scales = _shortened(farthest / -most)
+    codes = (grouped / torch.where(scales == 0, 1, scales)[..., None]).round().clamp(-most, most - 1)
+    return Stored(codes.flatten(1).to(torch.int8), scales, None, bits)
+
+
+def _shortened(scales: torch.Tensor) -> torch.Tensor:
+    return scales.to(torch.bfloat16).float().contiguous()
+
+
+class CodedLinear(nn.Module):
+    """A linear whose inputs are rounded as it is run."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    order: torch.Tensor | None
+
+    def __init__(self, stored: Stored, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = stored.codes.shape
+        self.bits, self.size = stored.bits, stored.size
+        self.register_buffer("codes", stored.codes)
+        self.register_buffer("scales", stored.scales)
+        self.register_buffer("zeros", torch.zeros_like(stored.scales, dtype=torch.int8))
+        self.register_buffer("order", stored.order)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Returns the product `[…, out]` for inputs `[…, in]`."""
+        if self.order is not None:
+            inputs = inputs.index_select(-1, self.order)
+        block = [1] * (inputs.dim() - 1) + [self.in_features]
+        ops, (low, high) = torch.ops.torchao, _INPUT
+        scale, zero = ops.choose_qparams_affine(
+            inputs, "ASYMMETRIC", block, torch.int8, low, high, None, torch.float32, torch.int8
+        )
+        codes = ops.quantize_affine(inputs, block, scale, zero, torch.int8, low, high)
+        seen = ops.dequantize_affine(codes, block, scale, zero, torch.int8, low, high, torch.float32)
+        half = 1 << (self.bits - 1)
+        weight = ops.dequantize_affine(
+            self.codes, [1, self.size], self.scales, self.zeros, torch.int8, -half, half - 1, torch.float32
+        )
+        return nn.functional.linear(seen, weight, self.bias)
+
+
+class CodedEmbedding(nn.Module):
+    """A table of 8-bit codes with a scale for every row."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, stored: Stored) -> None:
+        super().__init__()
+        self.register_buffer("codes", stored.codes)
+        self.register_buffer("scales", stored.scales[:, 0])
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns the rows `[…, width]` of ids."""
+        found: torch.Tensor = torch.ops.quantized_decomposed.embedding_byte.dtype(
+            self.codes, self.scales, None, *_INPUT, ids, dtype=torch.float32
+        )
+        return found

@@ -1,0 +1,81 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lighten.errors import Failure
+from lighten.model.quantized.packed import Codes
+
+pytest.importorskip("executorch.exir")
+
+from lighten.export.executorch.linears import Stored, keep, rounded
+
+
+def random_codes(bits: int = 4, group: int = 32, *, outputs: int = 6, groups: int = 3, seed: int = 0) -> Codes:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = group * groups
+    return Codes(
+        torch.randint(0, 1 << bits, (inputs, outputs), generator=generator),
+        torch.rand(groups, outputs, generator=generator).half() + 0.1,
+        torch.full((groups, outputs), 1 << (bits - 1)),
+        torch.arange(inputs) // group,
+        bits,
+    )
+
+
+@given(st.integers(2, 4), st.sampled_from([32, 64, 128]), st.booleans(), st.integers(0, 1000))
+def test_codes_are_kept_and_only_scales_lose_digits(bits: int, group: int, mixed: bool, seed: int) -> None:
+    found = random_codes(bits, group, seed=seed)
+    if mixed:
+        order = torch.randperm(len(found.g_idx), generator=torch.Generator().manual_seed(seed))
+        found = Codes(found.codes, found.scales, found.zeros, found.g_idx[order], bits)
+    stored, wanted = keep(found, "a"), found.weight()
+    assert stored.codes.dtype == torch.int8 and stored.size == group and stored.bits == 4
+    assert torch.equal(stored.scales, stored.scales.bfloat16().float())
+    # bfloat16 has 8 bits: half a unit of the last is a 256th of the value at most
+    assert ((stored.weight() - wanted).abs() <= wanted.abs() / 256 + 1e-9).all()
+
+
+def test_what_has_no_form_is_refused() -> None:
+    good = random_codes()
+    moved = Codes(good.codes, good.scales, good.zeros - 1, good.g_idx, 4)
+    for wrong, said in ((moved, "zero points"), (random_codes(8), "8 bits"), (random_codes(group=16), "groups of 16")):
+        with pytest.raises(Failure, match=said):
+            keep(wrong, "layer")
+
+
+@given(st.sampled_from([(4, 32), (4, 64), (8, None)]), st.integers(0, 1000))
+def test_rounding_is_to_the_nearest_code(kind: tuple[int, int | None], seed: int) -> None:
+    bits, size = kind
+    weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed))
+    stored = rounded(weight, bits, size)
+    step = stored.scales.abs().repeat_interleave(stored.size, 1)
+    off = (stored.weight() - weight).abs()
+    half = 1 << (bits - 1)
+    inside = stored.codes.abs() < half - 1
+    assert (off[inside] <= step[inside] * 0.5 + 1e-6).all()
+    assert (off <= step * 1.05).all()
+    assert int(stored.codes.min()) >= -half and int(stored.codes.max()) < half
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    for bits, size in ((4, 32), (8, None)):
+        assert not rounded(torch.zeros(2, 64), bits, size).weight().any()
+
+
+def test_the_modules_compute_what_is_stored() -> None:
+    from lighten.export.executorch.linears import CodedEmbedding, CodedLinear
+    from lighten.model.executorch_library import load
+
+    load("a test")
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(16, 64, generator=generator), torch.randn(1, 3, 64, generator=generator)
+    stored = rounded(weight, 4, 32)
+    order = torch.randperm(64, generator=generator)
+    turned = Stored(stored.codes[:, order], stored.scales, order, 4)
+    for each in (stored, turned):
+        wanted = inputs @ each.weight().t() + 1
+        found = CodedLinear(each, torch.ones(16))(inputs)
+        assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()  # inputs have 8 bits
+    table = rounded(weight, 8, None)
+    assert torch.allclose(CodedEmbedding(table)(torch.tensor([[3, 1]])), table.weight()[[3, 1]][None])
