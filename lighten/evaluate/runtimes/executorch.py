@@ -107,7 +107,7 @@ class ExecuTorchRuntime(Defaults):
             raise Failure(f"executorch cannot load {self.file}: {_reason(error)}") from error
 
     def _run(self, ids: Ids, before: int) -> Floats:
-        """Returns logits for ids `[n]` after `before` tokens of the cache: of all, `[n, vocab]`, or of the last only."""
+        """Returns logits for ids `[n]` behind `before` tokens of the cache: of all, `[n, vocab]`, or of the last."""
         import torch
 
         if self.context is not None and before + len(ids) > self.context:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -121,7 +121,8 @@ def _shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     if not isinstance(cache, DynamicCache):
         raise Failure(f"{type(model).__name__} keeps a {type(cache).__name__}, which has no form in ExecuTorch")
     for layer in cache.layers:
-        if not isinstance(layer, DynamicLayer) or layer.keys.dim() != 4 or layer.keys.shape[2] != _PROBED:
+        kept = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        if not kept or layer.keys.dim() != 4 or layer.keys.shape[2] != _PROBED:
             raise Failure(
                 f"{type(model).__name__} keeps more than keys and values of its tokens ({type(layer).__name__}), which "
                 "has no form in ExecuTorch"

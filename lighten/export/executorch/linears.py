@@ -28,7 +28,7 @@ class Stored:
     codes: torch.Tensor
     """`[out, in]`, int8."""
     scales: torch.Tensor
-    """`[out, groups]`, float32 that bfloat16 holds; any float32 with one group in 8 bits."""
+    """`[out, groups]`, above zero: float32 that bfloat16 holds; any float32 with one group in 8 bits."""
     order: torch.Tensor | None
     """Input for each place, `[in]`; None if they stay."""
     bits: int
@@ -77,15 +77,16 @@ def keep(found: Codes, where: str) -> Stored:
             f"{where} has groups of {size} inputs, and ExecuTorch takes multiples of {GROUP}: quantize with "
             f"group_size: {GROUP}, or set type: int8 or fp32, which unpack the weights"
         )
+    if bool((found.scales < 0).any()):
+        raise Failure(f"{where} has scales below zero, which XNNPACK refuses: set type: int8 or fp32")
     codes = (found.codes if order is None else found.codes[order]).t() - middle
-    return Stored(codes.to(torch.int8).contiguous(), _shortened(found.scales.t()), order, 4)
+    scales = _shortened(found.scales.t())
+    codes = codes * (scales != 0).repeat_interleave(size, 1)  # codes times nothing
+    return Stored(codes.to(torch.int8).contiguous(), torch.where(scales == 0, 1, scales), order, 4)
 
 
 def rounded(weight: torch.Tensor, bits: int, size: int | None) -> Stored:
-    """Returns a weight `[out, in]` rounded to the nearest codes.
-
-    The weight that is farthest from zero has the code that is farthest from zero. Of 4 bits, only weights as far on the
-    other side are clipped.
+    """Returns a weight `[out, in]` rounded to the nearest codes, by the smallest scales that clip nothing.
 
     Args:
         weight: any floats.
@@ -94,12 +95,10 @@ def rounded(weight: torch.Tensor, bits: int, size: int | None) -> Stored:
     """
     grouped = weight.float().reshape(len(weight), -1, size or weight.shape[1])
     most = 1 << (bits - 1)
-    if size is None:
-        scales = grouped.abs().amax(-1) / (most - 1)
-    else:
-        farthest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))[..., 0]
-        scales = _shortened(farthest / -most)
-    codes = (grouped / torch.where(scales == 0, 1, scales)[..., None]).round().clamp(-most, most - 1)
+    scales = torch.maximum(grouped.amax(-1) / (most - 1), grouped.amin(-1) / -most)
+    scales = scales if size is None else _shortened(scales)
+    scales = torch.where(scales == 0, 1, scales)  # XNNPACK refuses 0
+    codes = (grouped / scales[..., None]).round().clamp(-most, most - 1)
     return Stored(codes.flatten(1).to(torch.int8), scales, None, bits)
 
 

@@ -49,7 +49,6 @@ def build(
         Failure: the model cannot be traced, or ExecuTorch does not take it.
     """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
-        XnnpackDynamicallyQuantizedPartitioner,
         XnnpackPartitioner,
     )
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
@@ -76,7 +75,7 @@ def build(
             report("lowering")
             lowered = to_edge_transform_and_lower(
                 traced,
-                partitioner=[XnnpackDynamicallyQuantizedPartitioner(), XnnpackPartitioner()],
+                partitioner=[XnnpackPartitioner()],
                 constant_methods=told,
                 compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
             )

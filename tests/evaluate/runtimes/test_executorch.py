@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from lighten.errors import Failure, RequestError
 from lighten.evaluate.runtimes.choose import find_opener, open_runtime, open_tokenizer
 from lighten.evaluate.runtimes.runtime import Runtime
 from lighten.step import silent
+from tests.conftest import TEXT
 from tests.evaluate.conftest import score_alone
 from tests.evaluate.runtimes.test_runtimes import questions
 
@@ -81,14 +83,30 @@ def test_it_decodes_token_after_token(runtime: Runtime) -> None:
     assert alone[len(ids) - 1 : -1].argmax(-1).tolist() == written
 
 
+def test_executorchs_runner_writes_the_tokens_of_transformers(source: Path, folder: Path) -> None:
+    llm = pytest.importorskip("executorch.extension.llm.runner")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = AutoModelForCausalLM.from_pretrained(source)
+    asked = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for word in TEXT.split():  # until a random model writes letters, which the runner's bindings can hand over
+        ids = torch.tensor([tokenizer.encode(f"the {word}").ids])
+        wanted = [tokenizer.decode([each]) for each in model.generate(ids, **asked)[0, ids.shape[1] :].tolist()]
+        if all(each.isascii() and each.isprintable() for each in wanted):
+            break
+    written: list[str] = []
+    runner = llm.TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
+    settings = llm.GenerationConfig(max_new_tokens=4, temperature=0.0, echo=False)
+    runner.generate(f"the {word}", settings, written.append)
+    assert "".join(written).startswith("".join(wanted))
+
+
 def test_a_text_that_is_longer_than_the_cache(runtime: Runtime) -> None:
     with pytest.raises(Failure, match="512 positions"):
         runtime.logits(np.zeros(513, np.int64))
 
 
 def test_the_file_itself_is_opened(folder: Path) -> None:
-    found = find_opener(folder / "model.pte")
-    assert found is not None and found.name == "executorch"
+    assert find_opener(folder / "model.pte")[0].name == "executorch"
     assert open_tokenizer(folder / "model.pte").encode("the") == open_tokenizer(folder).encode("the")
 
 
