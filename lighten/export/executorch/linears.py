@@ -1,8 +1,10 @@
 """Linears and embeddings as integer codes, spelled as XNNPACK's partitioner and ExecuTorch's kernels know them.
 
-A weight `[out, in]` of 4 bits is codes from -8 to 7 with a scale for every group of inputs. One of 8 bits has a scale
-for every output. There are no zero points. Inputs are rounded to 8 bits, every token with a scale and a zero point of
-its own, while the program runs. XNNPACK keeps the scales of groups in bfloat16.
+A weight `[out, in]` of 4 bits is codes from -8 to 7 with a scale above zero for every group of inputs, which XNNPACK
+keeps in bfloat16. One of 8 bits has a scale for every output. There are no zero points. What a checkpoint has instead,
+zero points or scales below zero, is a constant for every group: it is multiplied with the sum of the group's inputs, by
+a second linear of 8 bits. Inputs are rounded to 8 bits, every token with a scale and a zero point of its own, while the
+program runs.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ class Stored:
     order: torch.Tensor | None
     """Input for each place, `[in]`; None if they stay."""
     bits: int
+    offsets: torch.Tensor | None = None
+    """What every weight of a group has beside its code times the scale, `[out, groups]`; None if all have nothing."""
 
     @property
     def size(self) -> int:
@@ -41,6 +45,8 @@ class Stored:
     def weight(self) -> torch.Tensor:
         """Returns the weight, `[out, in]` in float32, its inputs in their first order."""
         placed = self.codes.float() * self.scales.repeat_interleave(self.size, 1)
+        if self.offsets is not None:
+            placed += self.offsets.repeat_interleave(self.size, 1)
         if self.order is None:
             return placed
         found = torch.empty_like(placed)
@@ -49,22 +55,15 @@ class Stored:
 
 
 def keep(found: Codes, where: str) -> Stored:
-    """Returns a linear of a checkpoint: its codes unchanged, its scales rounded to bfloat16.
+    """Returns a linear of a checkpoint: its codes unchanged or mirrored, its scales rounded to bfloat16.
 
     Raises:
-        Failure: XNNPACK has no form for it: zero points that are not in the middle, more than 4 bits, or groups whose
-            size is no multiple of 32.
+        Failure: XNNPACK has no form for it: more than 4 bits, or groups whose size is no multiple of 32.
     """
     if found.bits > 4:
         raise Failure(
             f"{where} has codes of {found.bits} bits in groups: ExecuTorch has groups for 4 bits only. Set type: int8 "
             "or fp32, which unpack the weights"
-        )
-    middle = 1 << (found.bits - 1)
-    if bool((found.zeros != middle).any()):
-        raise Failure(
-            f"{where} has zero points, and ExecuTorch's 4-bit weights have none: quantize with sym: true, or set type: "
-            "int8 or fp32, which unpack the weights"
         )
     order, g_idx = None, found.g_idx
     if bool((g_idx.diff() < 0).any()):
@@ -77,12 +76,22 @@ def keep(found: Codes, where: str) -> Stored:
             f"{where} has groups of {size} inputs, and ExecuTorch takes multiples of {GROUP}: quantize with "
             f"group_size: {GROUP}, or set type: int8 or fp32, which unpack the weights"
         )
-    if bool((found.scales < 0).any()):
-        raise Failure(f"{where} has scales below zero, which XNNPACK refuses: set type: int8 or fp32")
-    codes = (found.codes if order is None else found.codes[order]).t() - middle
-    scales = _shortened(found.scales.t())
-    codes = codes * (scales != 0).repeat_interleave(size, 1)  # codes times nothing
-    return Stored(codes.to(torch.int8).contiguous(), torch.where(scales == 0, 1, scales), order, 4)
+    middle, most = 1 << (found.bits - 1), (1 << found.bits) - 1
+    scales, zeros = _shortened(found.scales.t()), found.zeros.t()
+    codes = (found.codes if order is None else found.codes[order]).t()
+    below = scales < 0  # s (q - z) = -s ((most - q) - (most - z))
+    zeros = torch.where(below, most - zeros, zeros)
+    codes = torch.where(below.repeat_interleave(size, 1), most - codes, codes) - middle
+    none = scales == 0
+    codes = torch.where(none.repeat_interleave(size, 1), 0, codes)
+    offsets = scales.abs() * (middle - zeros)
+    return Stored(
+        codes.to(torch.int8).contiguous(),
+        torch.where(none, 1, scales.abs()),
+        order,
+        4,
+        offsets.contiguous() if bool(offsets.any()) else None,
+    )
 
 
 def rounded(weight: torch.Tensor, bits: int, size: int | None) -> Stored:
@@ -122,6 +131,7 @@ class CodedLinear(nn.Module):
         self.register_buffer("scales", stored.scales)
         self.register_buffer("zeros", torch.zeros_like(stored.scales, dtype=torch.int8))
         self.register_buffer("order", stored.order)
+        self.beside = None if stored.offsets is None else CodedLinear(rounded(stored.offsets, 8, None), None)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -139,7 +149,11 @@ class CodedLinear(nn.Module):
         weight = ops.dequantize_affine(
             self.codes, [1, self.size], self.scales, self.zeros, torch.int8, -half, half - 1, torch.float32
         )
-        return nn.functional.linear(seen, weight, self.bias)
+        found = nn.functional.linear(seen, weight, self.bias)
+        if self.beside is not None:
+            sums: torch.Tensor = inputs.unflatten(-1, (-1, self.size)).sum(-1)
+            found = found + self.beside(sums)
+        return found
 
 
 class CodedEmbedding(nn.Module):

@@ -48,7 +48,7 @@ class ExecuTorch(Export):
 
     format: Literal["executorch"] = Field(description="what to write")
     type: Literal["fp32", "int8", "int4"] | None = Field(
-        None, description="type of the weights (default: int4; symmetric GPTQ and AWQ weights are kept)"
+        None, description="type of the weights (default: int4; GPTQ and AWQ weights are kept)"
     )
     group_size: Literal[32, 64, 128, 256] = Field(32, description="weights that share a scale, in int4 of executorch")
     embedding: Literal["int8", "float"] = Field(

@@ -57,7 +57,8 @@ def run(step: ExecuTorch, source: Artifact, out: Path, context: Context) -> dict
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     context.report(4, 4, "")
     if kept is not None:
-        context.warnings.append("the scales of the weights were rounded to bfloat16, as XNNPACK keeps them")
+        also = ", and what stands for zero points and scales below zero to 8 bits" if told["weights_offset"] else ""
+        context.warnings.append(f"the scales of the weights were rounded to bfloat16, as XNNPACK keeps them{also}")
     return {
         "format": "executorch",
         "type": step.type or (kept.method if kept else "int4"),
@@ -99,11 +100,13 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None) -> dict[str, Any
     left = set(kept.names if kept else ())
     total = sum({each.data_ptr(): each.numel() for each in model.parameters() if each.dim() > 1}.values())
     counts = {"weights_in_codes": 0, "weights_of_embedding_in_codes": 0}
+    offset = 0
     for parent, name, path, linear in list(_linears(model)):
         is_head = linear is head
         if path in left and kept is not None:
             stored = keep(kept.codes(path), path)
             left.discard(path)
+            offset += 0 if stored.offsets is None else linear.weight.numel()
         elif is_head and step.embedding == "float":
             continue
         elif is_head:
@@ -129,6 +132,7 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None) -> dict[str, Any
     return {
         "weights": f"kept from {kept.method}" if kept else f"rounded to {step.type or 'int4'}",
         **({"group_size": step.group_size} if kept is None and step.bits == 4 else {}),
+        **({"weights_offset": offset} if kept else {}),
         "embedding": step.embedding,
         **counts,
         "weights_in_floats": total - sum(counts.values()),
@@ -147,7 +151,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Linear]
 def _rows(table: Any) -> torch.Tensor:
     """Returns what an embedding gives for every id, `[vocab, width]`: some multiply their rows by a number."""
     ids = torch.arange(len(table.weight))
-    return torch.cat([table(part) for part in ids.split(_ROWS)])
+    return torch.cat([table(ids[first : first + _ROWS]) for first in range(0, len(ids), _ROWS)])
 
 
 def _ends(model: Any) -> tuple[int, list[int]]:

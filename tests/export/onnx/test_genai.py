@@ -69,15 +69,7 @@ def operators(path: Path) -> list[onnx.NodeProto]:
 
 
 def quantized(
-    source: Path,
-    out: Path,
-    bits: int = 4,
-    *,
-    group: int = 64,
-    order: bool = False,
-    awq: bool = False,
-    plain: str = "-",
-    symmetric: bool = False,
+    source: Path, out: Path, bits: int = 4, *, group: int = 64, order: bool = False, awq: bool = False, plain: str = "-"
 ) -> dict[str, torch.Tensor]:
     """Writes a copy whose linears, but for those named `plain`, are random codes; returns what the codes stand for."""
     shutil.copytree(source, out)
@@ -93,8 +85,6 @@ def quantized(
             g_idx = g_idx[torch.randperm(inputs, generator=torch.Generator().manual_seed(1))]
         codes = torch.randint(0, 2**bits, (inputs, outputs), generator=generator)
         zeros = torch.randint(1, 2**bits, (inputs // group, outputs), generator=generator)
-        if symmetric:
-            zeros.fill_(2 ** (bits - 1))
         scales = (0.05 + 0.1 * torch.rand(inputs // group, outputs, generator=generator)).half() / 2**bits
         dense[name] = ((codes - zeros[g_idx]).float() * scales[g_idx].float()).t()
         packed = pack_awq(codes, scales, zeros) if awq else pack_gptq(codes, scales, zeros, g_idx, bits)
