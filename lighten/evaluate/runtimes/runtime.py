@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -73,6 +73,12 @@ class Tokenizer(Protocol):
 Decoding = Generator[Floats, int, None]
 """Generator that gives the logits `[vocab]` of the next token, and is sent the chosen token."""
 
+Choose = Callable[[int, Floats], int | None]
+"""Function that is given the number of a text and the logits `[vocab]` of its next token, valid until it returns.
+
+It returns the chosen token, or None if the text ends here.
+"""
+
 
 class Text(Protocol):
     """A text in the cache of a model, whose end can be removed."""
@@ -141,6 +147,13 @@ class Runtime(Protocol):
 
     def decode(self, prompt: list[int], most: int) -> Decoding:
         """Continues after a prompt, with a cache, for at most `most` tokens. One such decoding runs at a time."""
+
+    def decode_many(self, prompts: Sequence[list[int]], most: Sequence[int], choose: Choose) -> None:
+        """Continues after many prompts, together where the runtime can, each for at most its number of tokens.
+
+        `choose` is called for every token of every text, with the place of the prompt as the number of its text. Texts
+        take turns in no order that may be relied on.
+        """
 
     def text(self, most: int) -> Text:
         """Returns an empty text of at most `most` tokens. There is one at a time.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lighten.evaluate.runtimes.runtime import Floats, Runtime, Tokenizer
+from lighten.step import Report
+
+SEED = 1234
+"""Seed of what is drawn at random, together with the number of the request."""
 
 
 @dataclass(frozen=True)
@@ -32,32 +35,67 @@ class Sampling:
         return int(rng.choice(order[kept], p=chances[kept] / chances[kept].sum()))
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A text to write: ids before it (at least one), its most tokens, the texts that end it, and how it is chosen."""
+
+    prompt: list[int]
+    most: int
+    stops: tuple[str, ...] = ()
+    sampling: Sampling = Sampling()
+
+
+class _Answer:
+    """A text that is being written."""
+
+    def __init__(self, wanted: Wanted, number: int) -> None:
+        self.wanted = wanted
+        self.written: list[int] = []
+        self.text = ""
+        self._rng = np.random.default_rng((SEED, number))
+
+    def add(self, logits: Floats, tokenizer: Tokenizer, ends: Collection[int]) -> int | None:
+        """Chooses a token for logits `[vocab]`. Returns None if the text ends with it or before it."""
+        token = self.wanted.sampling.choose(logits, self._rng)
+        if token in ends:
+            return None
+        self.written.append(token)
+        self.text = tokenizer.decode(self.written)
+        stopped = any(stop and stop in self.text for stop in self.wanted.stops)
+        return None if stopped or len(self.written) == self.wanted.most else token
+
+    def cut(self) -> str:
+        """Returns the text up to the first of the texts that end it."""
+        ends = [self.text.find(stop) for stop in self.wanted.stops if stop and stop in self.text]
+        return self.text[: min(ends)] if ends else self.text
+
+
 def write(
-    runtime: Runtime,
-    tokenizer: Tokenizer,
-    prompt: list[int],
-    most: int,
-    stops: Sequence[str],
-    sampling: Sampling,
-    rng: np.random.Generator,
-) -> str:
-    """Returns what a model writes after a prompt, up to the first of `stops`, the end of text or `most` tokens."""
-    written: list[int] = []
-    text = ""
-    decoding = runtime.decode(prompt, most)
-    logits: Any = next(decoding, None)
-    while logits is not None:
-        token = sampling.choose(logits, rng)
-        if token == tokenizer.eos:
-            break
-        written.append(token)
-        text = tokenizer.decode(written)
-        if any(stop and stop in text for stop in stops):
-            break
-        try:
-            logits = decoding.send(token)
-        except StopIteration:
-            break
-    decoding.close()
-    ends = [text.find(stop) for stop in stops if stop and stop in text]
-    return text[: min(ends)] if ends else text
+    runtime: Runtime, tokenizer: Tokenizer, ends: Collection[int], asked: Sequence[Wanted], report: Report
+) -> list[str]:
+    """Returns what a model writes for each request.
+
+    Every request draws from a generator of its own, seeded by its number. So neither the order nor the size of batches
+    changes a text.
+
+    Args:
+        runtime: the model.
+        tokenizer: makes text of tokens.
+        ends: ids that end a text.
+        asked: the requests.
+        report: told the number of finished requests.
+    """
+    answers = [_Answer(each, number) for number, each in enumerate(asked)]
+    done = 0
+
+    def choose(number: int, logits: Floats) -> int | None:
+        nonlocal done
+        token = answers[number].add(logits, tokenizer, ends)
+        if token is None:
+            done += 1
+            report(done, len(asked), "")
+        return token
+
+    report(0, len(asked), "")
+    runtime.decode_many([each.prompt for each in asked], [each.most for each in asked], choose)
+    return [answer.cut() for answer in answers]
