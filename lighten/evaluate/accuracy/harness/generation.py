@@ -49,25 +49,30 @@ class _Answer:
     """A text that is being written."""
 
     def __init__(self, wanted: Wanted, number: int) -> None:
-        self.wanted = wanted
-        self.written: list[int] = []
-        self.text = ""
+        self._wanted = wanted
+        self._stops = [stop for stop in wanted.stops if stop]
+        self._written: list[int] = []
         self._rng = np.random.default_rng((SEED, number))
+        # a letter has four tokens at most, of a byte each
+        self._tail = 8 + 4 * max(map(len, self._stops), default=0)
 
     def add(self, logits: Floats, tokenizer: Tokenizer, ends: Collection[int]) -> int | None:
         """Chooses a token for logits `[vocab]`. Returns None if the text ends with it or before it."""
-        token = self.wanted.sampling.choose(logits, self._rng)
+        token = self._wanted.sampling.choose(logits, self._rng)
         if token in ends:
             return None
-        self.written.append(token)
-        self.text = tokenizer.decode(self.written)
-        stopped = any(stop and stop in self.text for stop in self.wanted.stops)
-        return None if stopped or len(self.written) == self.wanted.most else token
+        self._written.append(token)
+        full = len(self._written) == self._wanted.most
+        return None if full or self._stopped(tokenizer.decode(self._written[-self._tail :])) else token
 
-    def cut(self) -> str:
+    def _stopped(self, text: str) -> bool:
+        return any(stop in text for stop in self._stops)
+
+    def text(self, tokenizer: Tokenizer) -> str:
         """Returns the text up to the first of the texts that end it."""
-        ends = [self.text.find(stop) for stop in self.wanted.stops if stop and stop in self.text]
-        return self.text[: min(ends)] if ends else self.text
+        text = tokenizer.decode(self._written)
+        ends = [text.find(stop) for stop in self._stops if stop in text]
+        return text[: min(ends)] if ends else text
 
 
 def write(
@@ -98,4 +103,4 @@ def write(
 
     report(0, len(asked), "")
     runtime.decode_many([each.prompt for each in asked], [each.most for each in asked], choose)
-    return [answer.cut() for answer in answers]
+    return [answer.text(tokenizer) for answer in answers]
