@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lighten.errors import Failure
 from lighten.evaluate.runtimes.batches import Layout, longest_first, read_scores
 from lighten.evaluate.runtimes.runtime import Choose, Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.step import Report, silent
+
+if TYPE_CHECKING:
+    from lighten.evaluate.runtimes.wanted import Wanted
 
 
 class Defaults:
@@ -62,6 +65,10 @@ class Defaults:
                 except StopIteration:
                     break
             decoding.close()
+
+    def answer_many(self, asked: Sequence[Wanted], report: Report) -> list[str] | None:
+        """See `Runtime`: it shows logits."""
+        return None
 
     def text(self, most: int) -> Text:
         """See `Runtime`."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lighten.step import Report
+
+if TYPE_CHECKING:
+    from lighten.evaluate.runtimes.wanted import Wanted
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -153,6 +156,12 @@ class Runtime(Protocol):
 
         `choose` is called for every token of every text, with the place of the prompt as the number of its text. Texts
         take turns in no order that may be relied on.
+        """
+
+    def answer_many(self, asked: Sequence[Wanted], report: Report) -> list[str] | None:
+        """Returns what the model writes for many requests if it chooses tokens itself; None if it has `decode_many`.
+
+        The texts may go on after what ends them.
         """
 
     def text(self, most: int) -> Text:

@@ -12,9 +12,10 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from lighten.errors import Failure
 from lighten.evaluate.accuracy.harness.chat import Chat
-from lighten.evaluate.accuracy.harness.generation import Sampling, Wanted, write
+from lighten.evaluate.accuracy.harness.generation import write
 from lighten.evaluate.perplexity.rolling import loglikelihoods
 from lighten.evaluate.runtimes.runtime import Question, Runtime, Tokenizer
+from lighten.evaluate.runtimes.wanted import Sampling, Wanted
 from lighten.step import Report
 
 CONTEXT = 2048

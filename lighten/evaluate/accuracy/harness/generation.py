@@ -1,48 +1,14 @@
-"""Writing text on any runtime: the choice of each next token, and where to stop."""
+"""Writing texts on any runtime: each next token, and where to stop."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from lighten.evaluate.runtimes.runtime import Floats, Runtime, Tokenizer
+from lighten.evaluate.runtimes.wanted import SEED, Wanted
 from lighten.step import Report
-
-SEED = 1234
-"""Seed of what is drawn at random, together with the number of the request."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The choice of a token: the likeliest at temperature 0, else at random among `top_k` and the mass `top_p`."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def choose(self, logits: Floats, rng: np.random.Generator) -> int:
-        """Returns a token for logits `[vocab]`."""
-        if self.temperature <= 0:
-            return int(logits.argmax())
-        order = np.argsort(-logits, kind="stable")
-        order = order[: self.top_k] if self.top_k else order
-        scaled = logits[order].astype(np.float64) / self.temperature
-        chances = np.exp(scaled - scaled[0])
-        chances /= chances.sum()
-        kept = np.cumsum(chances) - chances < self.top_p
-        return int(rng.choice(order[kept], p=chances[kept] / chances[kept].sum()))
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A text to write: ids before it (at least one), its most tokens, the texts that end it, and how it is chosen."""
-
-    prompt: list[int]
-    most: int
-    stops: tuple[str, ...] = ()
-    sampling: Sampling = Sampling()
 
 
 class _Answer:
@@ -70,9 +36,7 @@ class _Answer:
 
     def text(self, tokenizer: Tokenizer) -> str:
         """Returns the text up to the first of the texts that end it."""
-        text = tokenizer.decode(self._written)
-        ends = [text.find(stop) for stop in self._stops if stop in text]
-        return text[: min(ends)] if ends else text
+        return self._wanted.cut(tokenizer.decode(self._written))
 
 
 def write(
@@ -101,6 +65,8 @@ def write(
             report(done, len(asked), "")
         return token
 
+    if (texts := runtime.answer_many(asked, report)) is not None:
+        return [each.cut(text) for each, text in zip(asked, texts, strict=True)]
     report(0, len(asked), "")
     runtime.decode_many([each.prompt for each in asked], [each.most for each in asked], choose)
     return [answer.text(tokenizer) for answer in answers]

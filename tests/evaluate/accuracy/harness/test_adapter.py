@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lighten.errors import Failure
-from lighten.evaluate.accuracy.harness.generation import Sampling, Wanted, write
+from lighten.evaluate.accuracy.harness.generation import write
 from lighten.evaluate.runtimes.choose import open_runtime, open_tokenizer
 from lighten.evaluate.runtimes.defaults import Defaults
+from lighten.evaluate.runtimes.wanted import Sampling, Wanted
 from lighten.step import silent
 from tests.evaluate.conftest import Tiny
 

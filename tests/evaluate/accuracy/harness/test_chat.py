@@ -162,12 +162,13 @@ def test_every_runtime_is_asked_alike(chatty: Path) -> None:
             change(folder / other, folder / "torch")
 
 
-def test_results_of_chats_are_no_results_of_plain_texts(chatty: Path) -> None:
+def test_results_of_chats_are_no_results_of_plain_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "facts_of", lambda settings: harness.Facts("t", 3, 9, "0" * 64, "1"))
     plain, chat = (measured.Accuracy(task="t", n=3, chat=each) for each in (False, True))
     assert alike.other_task(plain, chat) == "another way of asking (one is a chat)"
     assert alike.other_task(chat, chat.model_copy(update={"system": "a"})) == "another system text"
     digests = {
-        Accuracy(**arc(chatty.parent, **more)).data_digest()
+        Accuracy(**arc(Path("nowhere"), **more)).data_digest()
         for more in ({}, {"chat": True}, {"chat": True, "system": "a"}, {"chat": True, "system": "b"})
     }
     assert len(digests) == 4
