@@ -18,6 +18,9 @@ from lighten.facts import ModelFacts
 from lighten.model.template import has_chat_template
 from lighten.step import Estimate
 
+WRITING_BYTES = 1_600_000_000
+"""Bytes of keys and values of the answers that are written at the same time, at most."""
+
 
 @dataclass(frozen=True)
 class Known:
@@ -26,6 +29,8 @@ class Known:
     digest: str
     letters: int
     documents: int
+    writes: bool = False
+    """Whether answers are written."""
 
 
 class Accuracy(Tasks, Measurement):
@@ -51,7 +56,7 @@ class Accuracy(Tasks, Measurement):
         """
         if self.harness:
             facts = harness.facts_of(self)
-            return Known(facts.digest, facts.letters, facts.documents)
+            return Known(facts.digest, facts.letters, facts.documents, facts.writes)
         tasks = choices.load_choices(self.local or self.task, self.most)
         letters = sum(len(task.context) + sum(map(len, task.endings)) for task in tasks)
         return Known(choices.digest(tasks), letters, len(tasks))
@@ -84,7 +89,7 @@ class Accuracy(Tasks, Measurement):
         return Estimate(
             float32_flops=known.letters / BYTES_PER_TOKEN * linear_flops(facts),
             seconds=6,
-            peak_bytes=FIXED_BYTES + 4 * facts.params + 300_000_000,
+            peak_bytes=FIXED_BYTES + 4 * facts.params + (WRITING_BYTES if known.writes else 300_000_000),
             disk_bytes=100 * known.documents,
         )
 

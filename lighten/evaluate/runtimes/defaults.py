@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from lighten.errors import Failure
 from lighten.evaluate.runtimes.batches import Layout, longest_first, read_scores
 from lighten.evaluate.runtimes.runtime import Choose, Decoding, Floats, Ids, Question, Score, Text, Timings
+from lighten.evaluate.runtimes.wanted import Wanted
 from lighten.step import Report, silent
-
-if TYPE_CHECKING:
-    from lighten.evaluate.runtimes.wanted import Wanted
 
 
 class Defaults:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lighten.evaluate.runtimes.wanted import Wanted
 from lighten.step import Report
-
-if TYPE_CHECKING:
-    from lighten.evaluate.runtimes.wanted import Wanted
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]

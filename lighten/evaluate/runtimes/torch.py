@@ -252,10 +252,11 @@ class TorchRuntime(Defaults):
         if len(longest_first(prompts, most)) < 2 or not self._pads():
             super().decode_many(prompts, most, choose)
             return
-        kind = accelerator.device_type(self.device)
+        kind, free = accelerator.device_type(self.device), accelerator.free_bytes(self.device)
+        budget = CACHE_BYTES[kind] if free is None else min(CACHE_BYTES[kind], free // 2)
 
         def room(length: int) -> int:
-            return side_by_side(self.model.config, length, CACHE_BYTES[kind])
+            return side_by_side(self.model.config, length, budget)
 
         for batch in to_write(prompts, most, together=PROMPT_TOKENS[kind], room=room):
             write_batch(self.model, {number: prompts[number] for number in batch}, most, choose)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-
-from lighten.evaluate.runtimes.runtime import Floats
+from numpy.typing import NDArray
 
 SEED = 1234
 """Seed of what is drawn at random, together with the number of the request."""
@@ -20,7 +19,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
 
-    def choose(self, logits: Floats, rng: np.random.Generator) -> int:
+    def choose(self, logits: NDArray[np.float32], rng: np.random.Generator) -> int:
         """Returns a token for logits `[vocab]`."""
         if self.temperature <= 0:
             return int(logits.argmax())

@@ -110,14 +110,16 @@ def facts(file: Path, local: Path | None, limit: int | None) -> dict[str, Any]:
     made = parts(file) | ({"local": local} if local and local.is_file() else {})
     digest = hashlib.sha256()
     documents = letters = 0
+    writes = False
     for name, path in made.items():
         content = path.read_bytes()
         digest.update(json.dumps([name, hashlib.sha256(content).hexdigest()]).encode())
         if path.suffix not in (".py", ".yaml", ".yml"):
             documents += max(1, content.count(b"\n"))
             letters += len(content)
-        elif _draws(content):
-            digest.update(DRAWN)
+        else:
+            writes = writes or b"generate_until" in content
+            digest.update(DRAWN if _draws(content) else b"")
     documents, letters = documents or DOCUMENTS, letters or DOCUMENTS * LETTERS
     asked = min(limit or documents, documents)
     return {
@@ -126,4 +128,5 @@ def facts(file: Path, local: Path | None, limit: int | None) -> dict[str, Any]:
         "letters": letters * asked // documents,
         "digest": digest.hexdigest(),
         "version": version("lm_eval"),
+        "writes": writes,
     }

@@ -184,12 +184,13 @@ def describe(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     found = hashlib.sha256()
     letters, documents = 0, set()
     contexts: set[str] = set()
-    drawn = False
+    drawn = writes = False
     for request in requests(loaded, settings.limit):
         found.update(json.dumps([request.request_type, request.args, request.doc], default=str).encode())
         documents.add((request.task_name, request.doc_id))
         context, *rest = (part for part in request.args if isinstance(part, str))
         drawn = drawn or _drawn(request)
+        writes = writes or request.request_type == "generate_until"
         letters += sum(map(len, rest)) + (0 if context in contexts else len(context))
         contexts.add(context)
     if not documents:
@@ -207,6 +208,7 @@ def describe(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         "letters": letters,
         "digest": found.hexdigest(),
         "version": version("lm_eval"),
+        "writes": writes,
     }
 
 
