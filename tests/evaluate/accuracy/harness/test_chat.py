@@ -16,6 +16,7 @@ from lighten.evaluate.run import measure
 from lighten.evaluate.runtimes.choose import open_runtime, open_tokenizer, words_of
 from lighten.export.gguf import write as export
 from lighten.report import alike
+from lighten.report.accuracy import in_chat
 from lighten.results import measured
 from lighten.step import silent
 from tests.cli.test_main import refused
@@ -166,6 +167,7 @@ def test_results_of_chats_are_no_results_of_plain_texts(monkeypatch: pytest.Monk
     monkeypatch.setattr(harness, "facts_of", lambda settings: harness.Facts("t", 3, 9, "0" * 64, "1"))
     plain, chat = (measured.Accuracy(task="t", n=3, chat=each) for each in (False, True))
     assert alike.other_task(plain, chat) == "another way of asking (one is a chat)"
+    assert (in_chat(plain), in_chat(chat)) == ("", ", asked in chats")
     assert alike.other_task(chat, chat.model_copy(update={"system": "a"})) == "another system text"
     digests = {
         Accuracy(**arc(Path("nowhere"), **more)).data_digest()
