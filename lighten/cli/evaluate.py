@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 COMMAND = "lighten evaluate"
 NOT_ON_DEVICE = (
-    *("data", "protocol", "length", "samples", "task", "limit", "shots", "scorer", "device"),
+    *("data", "protocol", "length", "samples", "task", "limit", "shots", "scorer", "chat", "system", "device"),
     *("trust_remote_code", "trust_tasks", "attention", "compile_", "cache", "roofline", "price_per_hour", "currency"),
     *("model", "tokenizer", "timeout", "rate", "concurrency", "requests"),
     *("serve", "serve_python", "serve_arg", "serve_start"),
 )
 """Names of the flags that bench.py on a device does not know."""
 OF_CAUSAL = (
-    *("protocol", "length", "task", "limit", "shots", "scorer", "attention", "compile_", "cache", "roofline"),
-    *("price_per_hour", "currency", "rate", "concurrency", "requests", "serve"),
+    *("protocol", "length", "task", "limit", "shots", "scorer", "chat", "system", "attention", "compile_", "cache"),
+    *("roofline", "price_per_hour", "currency", "rate", "concurrency", "requests", "serve"),
 )
 """Names of the flags about measurements of causal language models."""
 COMMON = ("data", "samples")
@@ -76,6 +76,10 @@ Shots = Annotated[int | None, typer.Option(help="Examples before each question, 
 Scorer = Annotated[
     str | None, typer.Option(help="lm-eval: also for what lighten scores itself (hellaswag, .jsonl files).")
 ]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Ask in the model's own chat template, the examples as turns, by lm-eval.")
+]
+System = Annotated[str | None, typer.Option(help="Text before every chat, with --chat.")]
 Attention = Annotated[
     str | None, typer.Option(help="Attention in transformers when speed is measured: eager, sdpa or flash.")
 ]
@@ -148,6 +152,8 @@ def evaluate(
     limit: Limit = None,
     shots: Shots = None,
     scorer: Scorer = None,
+    chat: Chat = False,
+    system: System = None,
     attention: Attention = None,
     compile_: Compile = None,
     cache: Cache = None,
@@ -188,7 +194,9 @@ def evaluate(
         return
     asked: dict[str, Any] = {
         "perplexity": _perplexity({"data": data, "length": length, "samples": samples}, protocol or ["lighten"]),
-        "accuracy": _accuracy({"limit": limit, "scorer": scorer, "shots": shots}, task or ["builtin"]),
+        "accuracy": _accuracy(
+            {"limit": limit, "scorer": scorer, "shots": shots, "chat": chat, "system": system}, task or ["builtin"]
+        ),
         "speed": _speed({"attention": attention, "compile": compile_, "cache": cache}),
         "load": _load(rate, concurrency, requests),
     }

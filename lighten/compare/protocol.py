@@ -7,6 +7,7 @@ from typing import Any
 from lighten.compare.side import Side
 from lighten.errors import RequestError
 from lighten.report import alike
+from lighten.results.measured import Accuracy
 
 
 def check(a: Side, b: Side) -> None:
@@ -52,13 +53,23 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
+def _asked(score: Accuracy) -> str:
+    """Returns in words how a model was asked."""
+    if not score.chat:
+        return "as plain text"
+    return "in chats" if score.system is None else f"in chats with the system text {_short(score.system)!r}"
+
+
 def _tasks(a: Side, b: Side) -> list[str]:
     ours, theirs = ({each.task: each for each in side.row.accuracy} for side in (a, b))
     if ours and theirs and not ours.keys() & theirs.keys():
         return [f"tasks are {', '.join(ours)} in A and {', '.join(theirs)} in B"]
     lines = []
     for task in [task for task in ours if task in theirs]:
-        if ours[task].n != theirs[task].n:
+        asked = [_asked(each[task]) for each in (ours, theirs)]
+        if asked[0] != asked[1]:
+            lines.append(f"{task} is asked {asked[0]} in A and {asked[1]} in B")
+        elif ours[task].n != theirs[task].n:
             lines.append(f"{task} has {ours[task].n} tasks in A and {theirs[task].n} in B")
         elif task in a.accuracy and task in b.accuracy:
             digests = [side.accuracy[task].manifest["config"].get("data") for side in (a, b)]

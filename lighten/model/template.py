@@ -47,6 +47,15 @@ def renderer(model: Path) -> Render | None:
     return _compiled(template, specials, str(file or model)) if template else None
 
 
+def has_chat_template(model: Path) -> bool:
+    """Returns whether a model directory or file has a chat template of any name. Raises as `renderer` does."""
+    from lighten.model import gguf_header, gguf_source
+
+    model = model.parent if model.is_file() and model.suffix == ".onnx" else model
+    file = model if model.is_file() else gguf_header.within(model)
+    return bool(gguf_source.chat_templates(gguf_header.read_header(file)) if file else chat_templates(model))
+
+
 def prompter(model: Path) -> Prompter | None:
     """Returns the function that writes turns for a model directory; None without a chat template.
 

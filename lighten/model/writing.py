@@ -45,8 +45,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
 
-def side_by_side(config: Any, length: int) -> int:
-    """Returns the number of sequences of a length that are written at once.
+def side_by_side(config: Any, length: int, budget: int = CACHE_BYTES) -> int:
+    """Returns the number of sequences of a length that are written at once, with `budget` bytes for keys and values.
 
     Where a config does not tell the heads, a token counts as if it left keys and values as wide as its states.
     """
@@ -55,7 +55,7 @@ def side_by_side(config: Any, length: int) -> int:
     size = getattr(text, "head_dim", None) or (hidden // heads if heads else hidden)
     shared = getattr(text, "num_key_value_heads", None) or heads or 1
     each = 2 * text.num_hidden_layers * shared * size * 4 * length
-    return int(max(1, min(MOST, CACHE_BYTES // each)))
+    return int(max(1, min(MOST, budget // each)))
 
 
 class _Told(StoppingCriteria):  # type: ignore[misc]

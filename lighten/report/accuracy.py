@@ -24,7 +24,7 @@ def accuracy_columns(results: Results) -> list[Column]:
         metric = next((score.metric for score in same if score.metric), None) or "acc"
         name = "acc_norm" if norm else metric
         how = ", each ending's likelihood divided by its length" if norm else ""
-        by = ", ".join(dict.fromkeys(f" (scored by {score.scorer})" for score in same if score.scorer))
+        by = ", ".join(dict.fromkeys(f" (scored by {score.scorer}{in_chat(score)})" for score in same if score.scorer))
         cut = ", ".join(
             f" of {variant.name}, {score.truncated:,} requests were cut from the left to fit its context"
             for variant in results.measured
@@ -81,6 +81,11 @@ def _accuracy(v: Variant, task: str, norm: bool) -> Cell:
         parts.append(f"Δ {fixed(100 * moved, max(1, decimals), sign=True)}")
     margin = 0.0 if half is None else half / 100
     return Cell(fixed(100 * value, decimals), (", ".join(parts),) if parts else (), value, margin)
+
+
+def in_chat(score: Accuracy) -> str:
+    """Returns the words for tasks that were asked in chats; none for others."""
+    return f", asked in chats{'' if score.system is None else ' with a system text'}" if score.chat else ""
 
 
 def _score(score: Accuracy | None, norm: bool) -> float | None:

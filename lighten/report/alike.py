@@ -41,6 +41,7 @@ def other_protocol(ours: Perplexity, theirs: Perplexity) -> str:
 def other_task(ours: Accuracy, theirs: Accuracy) -> str:
     """Returns in words how the tasks or their scoring differ; empty if they do not."""
     names = {"n": "number of tasks", "scorer": "scorer", "version": "version of the task", "metric": "metric"}
+    names |= {"chat": "way of asking (one is a chat)", "system": "system text"}
     differ = (words for name, words in names.items() if getattr(ours, name) != getattr(theirs, name))
     return ", ".join(f"another {words}" for words in differ)
 

@@ -16,6 +16,7 @@ import yaml
 from lighten.errors import LightenError
 from lighten.model.export_formats import export_format
 from lighten.report import claims
+from lighten.report.accuracy import in_chat
 from lighten.report.calibration import amount
 from lighten.report.facts import protocols, sentence, settings, text
 from lighten.report.loading import loading
@@ -135,7 +136,7 @@ def _index(results: Results, variant: Variant) -> list[dict[str, Any]]:
         found.append(_entry(data, metrics))
     for score in variant.accuracy:
         pairs = [("acc", score.acc), ("acc_norm", score.acc_norm)]
-        name = f"{score.n:,} tasks, scored by {score.scorer or 'lighten'}"
+        name = f"{score.n:,} tasks, scored by {score.scorer or 'lighten'}{in_chat(score)}"
         metrics = [{"type": key, "value": value, "name": f"{key}, {name}"} for key, value in pairs if value is not None]
         reported = [
             {"type": m.metric, "value": m.value, "name": f"{m.task} {m.metric} ({m.filter})"} for m in score.metrics

@@ -92,7 +92,8 @@ class Accuracy(Section):
     """Fraction of `n` tasks that are answered rightly, plain and normalised by length.
 
     `scorer` built the requests and read the answers: lighten or lm-eval. `metric` is lm-eval's name of the number in
-    `acc`. `truncated` counts the requests that were longer than the model's context.
+    `acc`. `truncated` counts the requests that were longer than the model's context. `chat` says that the model was
+    asked in its own chat template, after the text in `system` if there is one.
     """
 
     task: str
@@ -106,6 +107,8 @@ class Accuracy(Section):
     metric: str | None = None
     metrics: list[Metric] = []
     truncated: int | None = None
+    chat: bool = False
+    system: str | None = None
 
 
 class Translation(Section):

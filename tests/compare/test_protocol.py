@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,19 @@ def test_other_protocols_are_refused_by_name(other: dict[str, Any], words: list[
         check(side("a"), side("b", **other))
     for word in (*words, "a and b were not measured alike"):
         assert word in str(refused.value)
+
+
+def test_chats_and_plain_texts_are_not_compared() -> None:
+    def asked(name: str, **more: Any) -> Side:
+        made = side(name)
+        score = made.row.accuracy[0].model_copy(update=more)
+        return replace(made, row=made.row.model_copy(update={"accuracy": [score]}))
+
+    with pytest.raises(RequestError, match="builtin is asked as plain text in A and in chats in B"):
+        check(asked("a"), asked("b", chat=True))
+    with pytest.raises(RequestError, match="in chats with the system text 'Be brief.' in A and in chats in B"):
+        check(asked("a", chat=True, system="Be brief."), asked("b", chat=True))
+    check(asked("a", chat=True), asked("b", chat=True))
 
 
 def test_how_the_artifact_is_stored_may_differ() -> None:

@@ -126,6 +126,8 @@ def variant(
                 "metric": None,
                 "metrics": [],
                 "truncated": None,
+                "chat": False,
+                "system": None,
             }
         ],
         "speed": [

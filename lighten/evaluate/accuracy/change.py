@@ -24,6 +24,11 @@ def change(measured: Path, baseline: Path) -> dict[str, Any]:
     scorers = [each.get("scorer", "lighten") for each in (ours, theirs)]
     if scorers[0] != scorers[1]:
         raise RequestError(f"{measured} was scored by {scorers[0]} and {baseline} by {scorers[1]}: score both by one")
+    asked = [(each.get("chat", False), each.get("system")) for each in (ours, theirs)]
+    if asked[0] != asked[1]:
+        raise RequestError(
+            f"{measured} and {baseline} were asked in different ways (`chat`, `system`): ask both in one"
+        )
     return {"task": ours["task"], **by_task(values(measured), values(baseline))}
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lighten.data import choices
+from lighten.errors import RequestError
 from lighten.evaluate.accuracy import harness
 from lighten.evaluate.accuracy.change import change
 from lighten.evaluate.accuracy.tasks import Tasks
 from lighten.evaluate.measurement import BYTES_PER_TOKEN, FIXED_BYTES, Measurement, linear_flops
 from lighten.facts import ModelFacts
+from lighten.model.template import has_chat_template
 from lighten.step import Estimate
+
+WRITING_BYTES = 1_600_000_000
+"""Bytes of keys and values of the answers that are written at the same time, at most."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,8 @@ class Known:
     digest: str
     letters: int
     documents: int
+    writes: bool = False
+    """Whether answers are written."""
 
 
 class Accuracy(Tasks, Measurement):
@@ -29,7 +38,7 @@ class Accuracy(Tasks, Measurement):
 
     name = "accuracy"
     work = "lighten.evaluate.accuracy.work:measure"
-    younger: ClassVar[dict[str, Any]] = {"scorer": None, "shots": None, "within": None}
+    younger: ClassVar[dict[str, Any]] = {"scorer": None, "shots": None, "within": None, "chat": False, "system": None}
     needs = frozenset({"scores"})
     over_http = True
     of_quality = True
@@ -47,18 +56,27 @@ class Accuracy(Tasks, Measurement):
         """
         if self.harness:
             facts = harness.facts_of(self)
-            return Known(facts.digest, facts.letters, facts.documents)
+            return Known(facts.digest, facts.letters, facts.documents, facts.writes)
         tasks = choices.load_choices(self.local or self.task, self.most)
         letters = sum(len(task.context) + sum(map(len, task.endings)) for task in tasks)
         return Known(choices.digest(tasks), letters, len(tasks))
 
     def data_digest(self) -> str:
-        """Returns the SHA-256 of every question with its answers."""
-        return self.known().digest
+        """Returns the SHA-256 of every question with its answers, and of the way of asking if that is a chat."""
+        found = self.known().digest
+        return sha256(json.dumps([found, "chat", self.system]).encode()).hexdigest() if self.chat else found
 
     def key_facts(self) -> dict[str, Any]:
         """Returns the version of lm-eval, if lm-eval scores."""
         return {"lm_eval": harness.facts_of(self).version} if self.harness else {}
+
+    def check_text(self, model: Path) -> None:
+        """See `Measurement`: a chat needs a template."""
+        if self.chat and not has_chat_template(model):
+            raise RequestError(
+                f"{model} has no chat template, so {self.task} cannot be asked in chats: leave out `chat`, or put its "
+                "chat_template.jinja beside the tokenizer"
+            )
 
     def prepare(self) -> None:
         """Builds the requests of a task file, which the key only read."""
@@ -71,7 +89,7 @@ class Accuracy(Tasks, Measurement):
         return Estimate(
             float32_flops=known.letters / BYTES_PER_TOKEN * linear_flops(facts),
             seconds=6,
-            peak_bytes=FIXED_BYTES + 4 * facts.params + 300_000_000,
+            peak_bytes=FIXED_BYTES + 4 * facts.params + (WRITING_BYTES if known.writes else 300_000_000),
             disk_bytes=100 * known.documents,
         )
 

@@ -21,7 +21,8 @@ class Tasks(AnyCase, BaseModel):
 
     Multiple choice in HellaSwag's format is scored here; lm-eval scores every other task. `shots` are examples before
     each question, which lm-eval puts there. `within`, instead of `limit`, asks for as many documents as make an
-    accuracy of one half, the hardest case, known within that much. The number follows from the setting alone.
+    accuracy of one half, the hardest case, known within that much. The number follows from the setting alone. With
+    `chat`, lm-eval asks in the model's own chat template, the examples as turns, after a `system` text if there is one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,6 +33,8 @@ class Tasks(AnyCase, BaseModel):
     within: float | None = Field(None, gt=0, lt=0.5)
     scorer: Scorer | None = None
     shots: int | None = Field(None, ge=0)
+    chat: bool = False
+    system: str | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
     def _own_scorer_knows_it(self) -> Self:
@@ -41,6 +44,10 @@ class Tasks(AnyCase, BaseModel):
             raise ValueError("the built-in tasks are none of lm-eval's: name one of its tasks, or a task's .yaml file")
         if self.shots and not self.harness:
             raise ValueError("shots are put before the question by lm-eval: add `scorer: lm-eval`")
+        if self.chat and not self.harness:
+            raise ValueError("chats are put in the model's template by lm-eval: add `scorer: lm-eval`")
+        if self.system is not None and not self.chat:
+            raise ValueError("system is the first text of a chat: add `chat: true`")
         if self.within is not None and (self.limit is not None or self.harness):
             why = "lm-eval counts them: set limit" if self.harness else "limit says how many already"
             raise ValueError(f"within decides how many documents are scored, but {why}, and leave within out")

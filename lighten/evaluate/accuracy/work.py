@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from safetensors.numpy import save_file
 
 from lighten.evaluate.accuracy import scoring
@@ -9,7 +11,7 @@ from lighten.evaluate.accuracy.settings import Accuracy
 from lighten.evaluate.paired import VALUES
 from lighten.evaluate.request import Request
 from lighten.evaluate.request_model import facts, for_quality, other_vocabulary
-from lighten.evaluate.runtimes.choose import open_tokenizer
+from lighten.evaluate.runtimes.choose import open_tokenizer, words_of
 from lighten.evaluate.stored_result import AccuracyResult
 from lighten.step import Report
 
@@ -19,8 +21,10 @@ def measure(request: Request[Accuracy], report: Report) -> AccuracyResult:
     settings, scorer = request.settings, scoring.measure
     if settings.harness:
         from lighten.evaluate.accuracy.harness import measure as harness  # imports lm-eval, an extra
+        from lighten.evaluate.accuracy.harness.chat import Chat
 
-        scorer = harness.measure
+        chat = Chat(words_of(request.model), settings.system) if settings.chat else None
+        scorer = partial(harness.measure, chat=chat)
     other = other_vocabulary(request)
     runtime = for_quality(request)
     tokenizer = open_tokenizer(request.model if other else request.tokenizer)

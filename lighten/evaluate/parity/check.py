@@ -19,7 +19,7 @@ from lighten.data.hard import hard_strings
 from lighten.data.text import builtin_text
 from lighten.errors import Failure
 from lighten.evaluate.runtimes.choose import find_opener, open_runtime, open_tokenizer, words_of
-from lighten.evaluate.runtimes.words import Chat, Words
+from lighten.evaluate.runtimes.words import Turns, Words
 from lighten.model.tokenizer_files import DEFAULT
 from lighten.process.isolate import Outcome, run_isolated
 from lighten.step import Report
@@ -275,7 +275,7 @@ def _compare_chats(name: str, ours: Words, theirs: Words) -> tuple[str, str]:
     return "refuses", f"the {which} refuses every chat that was tried: it could not be compared"
 
 
-def _rendered(words: Words, name: str, chat: Chat) -> str | None:
+def _rendered(words: Words, name: str, chat: Turns) -> str | None:
     """Returns a chat as a template writes it; None if there is no template, or it refuses such a chat."""
     try:
         return words.render[name](chat) if name in words.render else None

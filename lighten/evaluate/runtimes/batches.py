@@ -36,6 +36,33 @@ def by_length(
     return batches
 
 
+def longest_first(prompts: Sequence[list[int]], most: Sequence[int]) -> list[int]:
+    """Returns the numbers of the prompts behind which anything is to be written, the longest prompt first."""
+    return sorted((number for number in range(len(prompts)) if most[number] > 0), key=lambda each: -len(prompts[each]))
+
+
+def to_write(
+    prompts: Sequence[list[int]], most: Sequence[int], *, together: int, room: Callable[[int], int]
+) -> list[list[int]]:
+    """Returns the numbers of the prompts in batches, longest first. All texts of a batch take the room of the longest.
+
+    Args:
+        prompts: ids of each prompt.
+        most: tokens to write behind each prompt, at most.
+        together: most tokens of the prompts of a batch; a prompt longer than that is a batch of its own.
+        room: function that returns how many texts of a length, written tokens included, there is room for.
+    """
+    batches: list[list[int]] = []
+    for number in longest_first(prompts, most):
+        batch = [*(batches[-1] if batches else ()), number]
+        width, rest = len(prompts[batch[0]]), max(most[each] for each in batch)
+        if batches and len(batch) * width <= together and len(batch) <= room(width + rest):
+            batches[-1] = batch
+        else:
+            batches.append([number])
+    return batches
+
+
 class Layout:
     """A question as one row of tokens: its context, then every ending without its last token, which predicts nothing.
 

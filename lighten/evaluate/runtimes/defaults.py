@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 from lighten.errors import Failure
-from lighten.evaluate.runtimes.batches import Layout, read_scores
-from lighten.evaluate.runtimes.runtime import Decoding, Floats, Ids, Question, Score, Text, Timings
+from lighten.evaluate.runtimes.batches import Layout, longest_first, read_scores
+from lighten.evaluate.runtimes.runtime import Choose, Decoding, Floats, Ids, Question, Score, Text, Timings
+from lighten.evaluate.runtimes.wanted import Wanted
 from lighten.step import Report, silent
 
 
@@ -50,6 +51,22 @@ class Defaults:
     def decode(self, prompt: list[int], most: int) -> Decoding:
         """See `Runtime`."""
         raise Failure(self._lacking.format(self.name))
+
+    def decode_many(self, prompts: Sequence[list[int]], most: Sequence[int], choose: Choose) -> None:
+        """See `Runtime`: one after the other, by `decode`."""
+        for number in longest_first(prompts, most):
+            decoding = self.decode(prompts[number], most[number])
+            token = choose(number, next(decoding))
+            while token is not None:
+                try:
+                    token = choose(number, decoding.send(token))
+                except StopIteration:
+                    break
+            decoding.close()
+
+    def answer_many(self, asked: Sequence[Wanted], report: Report) -> list[str] | None:
+        """See `Runtime`: it shows logits."""
+        return None
 
     def text(self, most: int) -> Text:
         """See `Runtime`."""

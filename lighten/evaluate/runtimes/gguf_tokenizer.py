@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 
 from lighten.evaluate.runtimes.llama_binding import GgufModel
-from lighten.evaluate.runtimes.words import Chat, Words
+from lighten.evaluate.runtimes.words import Turns, Words
 from lighten.model.gguf_header import read_header
 from lighten.model.gguf_source import chat_templates
+from lighten.model.template import TODAY
 
 
 class GgufTokenizer:
@@ -49,11 +50,11 @@ def gguf_words(path: Path) -> Words:
     templates = chat_templates(header)
     names = {name: "" if index is None else str(tokens[index]) for name, index in ids.items()}
 
-    def render(name: str, chat: Chat) -> str:
+    def render(name: str, chat: Turns) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        tokens = {"bos_token": names["bos"], "eos_token": names["eos"]}
-        rendered, _ = render_jinja_template([chat], chat_template=templates[name], add_generation_prompt=True, **tokens)
+        given = {"bos_token": names["bos"], "eos_token": names["eos"], "strftime_now": TODAY.strftime}
+        rendered, _ = render_jinja_template([chat], chat_template=templates[name], add_generation_prompt=True, **given)
         return str(rendered[0])
 
     full = all(f"tokenizer.ggml.{name}_token_id" in fields for name in ("eot", "eom"))

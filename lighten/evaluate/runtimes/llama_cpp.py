@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,12 +13,13 @@ import numpy as np
 
 from lighten.errors import Failure
 from lighten.evaluate import machine
-from lighten.evaluate.runtimes.batches import Layout, by_length, read_scores
+from lighten.evaluate.runtimes.batches import Layout, by_length, longest_first, read_scores
 from lighten.evaluate.runtimes.defaults import Defaults
 from lighten.evaluate.runtimes.llama_binding import Batch, GgufModel, error_log, load_llama
 from lighten.evaluate.runtimes.opener import Conditions, Opener, Target
 from lighten.evaluate.runtimes.runtime import (
     Capability,
+    Choose,
     Decoding,
     Floats,
     Ids,
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 512
 ENDINGS = 64
+SEQUENCES = 16
+"""Maximum number of texts that are written at the same time."""
+CACHE_BYTES = 1_000_000_000
+"""Maximum number of bytes of their keys and values."""
 FLOAT32 = 0
 
 
@@ -241,6 +247,39 @@ class LlamaCppRuntime(Defaults):
             start += len(ids)
             ids = [(yield self._decode(context, batch)[0])]
 
+    def decode_many(self, prompts: Sequence[list[int]], most: Sequence[int], choose: Choose) -> None:
+        """See `Runtime`. Each text is a sequence. The next prompt takes the place of a text that has ended."""
+        waiting = longest_first(prompts, most)[::-1]
+        if not waiting:
+            return
+        room = max(len(prompts[number]) + most[number] for number in waiting)
+        places = max(1, min(SEQUENCES, len(waiting), CACHE_BYTES // (room * self._bytes_per_token())))
+        context = self._open_context(places * room, places, True)
+        memory = self._library.llama_get_memory(context)
+        free, texts = list(range(places)), dict[int, _Written]()
+        while waiting or texts:
+            while waiting and free:
+                number = waiting.pop()
+                texts[free.pop()] = _Written(number, prompts[number], most[number])
+            ids = np.concatenate([each.ids for each in texts.values()])
+            at = np.concatenate([each.read + np.arange(len(each.ids)) for each in texts.values()])
+            last = np.concatenate([np.arange(len(each.ids)) == len(each.ids) - 1 for each in texts.values()])
+            owners = [[sequence] for sequence, each in texts.items() for _ in each.ids]
+            logits = self._decode(context, Batch(self._library, ids, at, owners, last))
+            for row, (sequence, each) in zip(logits, list(texts.items()), strict=True):
+                token = choose(each.number, row)
+                if not each.continues(token):
+                    del texts[sequence]
+                    self._library.llama_memory_seq_rm(memory, sequence, -1, -1)
+                    free.append(sequence)
+
+    def _bytes_per_token(self) -> int:
+        """Returns about how many bytes of keys and values a token takes."""
+        library, model = self._library, self._model.handle
+        width = library.llama_model_n_embd(model) // max(1, library.llama_model_n_head(model))
+        kept = max(1, library.llama_model_n_head_kv(model)) * width
+        return int(2 * (4 if self._float32_cache else 2) * library.llama_model_n_layer(model) * max(1, kept))
+
     def text(self, most: int) -> Text:
         """See `Runtime`."""
         return _Text(self, most)
@@ -253,6 +292,28 @@ class LlamaCppRuntime(Defaults):
         """See `Runtime`."""
         self._free_context()
         self._model.close()
+
+
+@dataclass
+class _Written:
+    """A text that is being written."""
+
+    number: int
+    ids: list[int]
+    """Ids to compute next: the prompt, then a token at a time."""
+    left: int
+    """Tokens that may still be chosen."""
+    read: int = 0
+    """Ids in the cache."""
+
+    def continues(self, token: int | None) -> bool:
+        """Takes a chosen token. Returns whether the text goes on."""
+        self.read += len(self.ids)
+        self.left -= 1
+        if token is None or not self.left:
+            return False
+        self.ids = [token]
+        return True
 
 
 class _Text:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lighten.evaluate.runtimes.wanted import Wanted
 from lighten.step import Report
 
 Ids = NDArray[np.int64]
@@ -72,6 +73,12 @@ class Tokenizer(Protocol):
 
 Decoding = Generator[Floats, int, None]
 """Generator that gives the logits `[vocab]` of the next token, and is sent the chosen token."""
+
+Choose = Callable[[int, Floats], int | None]
+"""Function that is given the number of a text and the logits `[vocab]` of its next token, valid until it returns.
+
+It returns the chosen token, or None if the text ends here.
+"""
 
 
 class Text(Protocol):
@@ -141,6 +148,19 @@ class Runtime(Protocol):
 
     def decode(self, prompt: list[int], most: int) -> Decoding:
         """Continues after a prompt, with a cache, for at most `most` tokens. One such decoding runs at a time."""
+
+    def decode_many(self, prompts: Sequence[list[int]], most: Sequence[int], choose: Choose) -> None:
+        """Continues after many prompts, together where the runtime can, each for at most its number of tokens.
+
+        `choose` is called for every token of every text, with the place of the prompt as the number of its text. Texts
+        take turns in no order that may be relied on.
+        """
+
+    def answer_many(self, asked: Sequence[Wanted], report: Report) -> list[str] | None:
+        """Returns what the model writes for many requests if it chooses tokens itself; None if it has `decode_many`.
+
+        The texts may go on after what ends them.
+        """
 
     def text(self, most: int) -> Text:
         """Returns an empty text of at most `most` tokens. There is one at a time.

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lighten.errors import Failure
 from lighten.evaluate.runtimes import device_rows
-from lighten.evaluate.runtimes.batches import Layout, attended, by_length, read_scores
+from lighten.evaluate.runtimes.batches import Layout, attended, by_length, longest_first, read_scores, to_write
 from lighten.evaluate.runtimes.defaults import Defaults
-from lighten.evaluate.runtimes.runtime import Capability, Decoding, Floats, Ids, Question, Score, Text, Timings
+from lighten.evaluate.runtimes.runtime import Capability, Choose, Decoding, Floats, Ids, Question, Score, Text, Timings
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
 from lighten.evaluate.runtimes.torch_loading import (
     BATCH_TOKENS,
@@ -28,10 +28,12 @@ from lighten.evaluate.runtimes.torch_loading import (
     repack,
     unpack_linears,
 )
+from lighten.evaluate.runtimes.torch_writing import CACHE_BYTES, PROMPT_TOKENS, write_batch
 from lighten.evaluate.speed.options import ATTENTION, Caches, compiled, lacking
 from lighten.evaluate.speed.settings import Options
 from lighten.model import accelerator
 from lighten.model.checkpoint import Checkpoint
+from lighten.model.writing import side_by_side
 from lighten.step import Report
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,6 +92,7 @@ class TorchRuntime(Defaults):
         self._tokenizer: HfTokenizer | None = None
         self._rows: Tensor | None = None
         self._packing: bool | None = None
+        self._padding: bool | None = None
         self._hidden: Tensor | None = None
         hook = self.model.get_output_embeddings().register_forward_pre_hook(self._before_head)
         self._caches = Caches(self.model.config, options.cache)
@@ -244,6 +247,41 @@ class TorchRuntime(Defaults):
             cache = output.past_key_values
             ids = [(yield _to_numpy(output.logits[0, -1]))]
 
+    def decode_many(self, prompts: Sequence[list[int]], most: Sequence[int], choose: Choose) -> None:
+        """See `Runtime`. Prompts of similar length are padded on the left, where the model bears that."""
+        if len(longest_first(prompts, most)) < 2 or not self._pads():
+            super().decode_many(prompts, most, choose)
+            return
+        kind, free = accelerator.device_type(self.device), accelerator.free_bytes(self.device)
+        budget = CACHE_BYTES[kind] if free is None else min(CACHE_BYTES[kind], free // 2)
+
+        def room(length: int) -> int:
+            return side_by_side(self.model.config, length, budget)
+
+        for batch in to_write(prompts, most, together=PROMPT_TOKENS[kind], room=room):
+            write_batch(self.model, {number: prompts[number] for number in batch}, most, choose)
+
+    def _pads(self) -> bool:
+        """Returns whether texts of several lengths get the logits in a batch that they get alone.
+
+        Models that carry a state from token to token, or count positions in their own way, may not.
+        """
+        if self._padding is None:
+            ids = [int(each) for each in np.linspace(3, self.vocab - 1, 14)]
+            prompts, written = [ids[:3], ids[3:10]], ids[10:13]
+            alone, together = _Followed(written), _Followed(written)
+            super().decode_many(prompts, [len(written)] * 2, alone)
+            try:
+                write_batch(self.model, dict(enumerate(prompts)), [len(written)] * 2, together)
+            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+                together.seen.clear()
+            allowed = 1e-3 if self.dtype == "float32" else 0.1
+            self._padding = together.seen.keys() == alone.seen.keys() and all(
+                np.abs(together.seen[each] - alone.seen[each]).max() < allowed * np.abs(alone.seen[each]).max()
+                for each in alone.seen
+            )
+        return self._padding
+
     def text(self, most: int) -> Text:
         """See `Runtime`."""
         return _Text(self)
@@ -267,6 +305,22 @@ class TorchRuntime(Defaults):
         del self.model, self._step
         self._hidden = None
         gc.collect()  # hooks and modules refer to each other
+
+
+class _Followed:
+    """A choice of given tokens. It keeps the logits by number and place of the token."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+        self._places = [0, 0]
+        self.seen: dict[tuple[int, int], Floats] = {}
+
+    def __call__(self, number: int, logits: Floats) -> int:
+        """See `Choose`."""
+        place = self._places[number]
+        self.seen[number, place] = logits.copy()
+        self._places[number] += 1
+        return self._tokens[place]
 
 
 class _Text:

@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from lighten.evaluate.runtimes.tokenizer import HfTokenizer
+from lighten.model.template import TODAY
 from lighten.model.tokenizer_files import chat_templates, ends
 
-Chat = list[dict[str, str]]
+Turns = list[dict[str, str]]
+"""Turns of a chat, each with `role` and `content`."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Words:
     bos: int | None
     """Id that a text begins with."""
     eos: int | None
-    render: Mapping[str, Callable[[Chat], str]]
+    render: Mapping[str, Callable[[Turns], str]]
     """Function that writes a chat with each of the model's templates, by name."""
     special: tuple[str, ...] = ()
     ends: tuple[int, ...] = ()
@@ -41,9 +43,9 @@ def hf_words(path: Path) -> Words:
     full = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     templates = chat_templates(path)
 
-    def render(name: str, chat: Chat) -> str:
+    def render(name: str, chat: Turns) -> str:
         asked = {"chat_template": templates[name], "tokenize": False, "add_generation_prompt": True}
-        return str(full.apply_chat_template(chat, **asked))
+        return str(full.apply_chat_template(chat, **asked, strftime_now=TODAY.strftime))
 
     rows = read_config(path).get("vocab_size") or len(full)
     special = tuple(str(token) for token, index in full.get_added_vocab().items() if index < rows)

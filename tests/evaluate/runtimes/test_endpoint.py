@@ -23,9 +23,10 @@ from safetensors.numpy import load_file
 
 from lighten.errors import Failure, RequestError
 from lighten.evaluate import machine
+from lighten.evaluate.accuracy.harness.generation import write
 from lighten.evaluate.loaders.programs import loaders
 from lighten.evaluate.run import measure
-from lighten.evaluate.runtimes.choose import added, find_opener, open_runtime, open_tokenizer, openers
+from lighten.evaluate.runtimes.choose import added, find_opener, open_runtime, open_tokenizer, openers, words_of
 from lighten.evaluate.runtimes.endpoint import connection
 from lighten.evaluate.runtimes.endpoint.address import Address, addressed
 from lighten.evaluate.runtimes.endpoint.connection import BUSY, Http
@@ -33,6 +34,7 @@ from lighten.evaluate.runtimes.endpoint.events import Events
 from lighten.evaluate.runtimes.endpoint.runtime import EndpointRuntime, shared
 from lighten.evaluate.runtimes.measurable import find_all, find_measurable
 from lighten.evaluate.runtimes.runtime import Question, Runtime
+from lighten.evaluate.runtimes.wanted import Sampling, Wanted
 from lighten.evaluate.speed.server import LlamaServer
 from lighten.step import silent
 from tests.command import lighten
@@ -167,6 +169,23 @@ def test_accuracy_through_a_server_is_that_of_llama_cpp(llama: str, tiny_gguf: P
     ours, theirs = (load_file(tmp_path / name / "values.safetensors") for name in ("server", "direct"))
     assert ours["logprobs"] == pytest.approx(theirs["logprobs"], rel=1e-3, nan_ok=True)
     assert (ours["choice"] == theirs["choice"]).all() and (ours["choice_norm"] == theirs["choice_norm"]).all()
+
+
+def test_a_server_writes_what_llama_cpp_writes(llama: str, tiny_gguf: Path) -> None:
+    server, own = open_runtime(f"{llama}#tokenizer={tiny_gguf}"), open_runtime(tiny_gguf)
+    tokenizer = open_tokenizer(tiny_gguf)
+    asked = [Wanted(tokenizer.encode(text), 6 + n) for n, text in enumerate(("The dog went", "One two", "A"))]
+    seen: list[tuple[int, int]] = []
+    found = write(server, tokenizer, (), asked, lambda done, total, note: seen.append((done, total)))
+    expected = write(own, tokenizer, (), asked, silent)
+    assert (found, seen) == (expected, [(n, 3) for n in range(4)])
+    letter = expected[0][3]
+    until = [Wanted(asked[0].prompt, 6, ("never here", letter))]
+    assert write(server, tokenizer, (), until, silent) == [expected[0][: expected[0].index(letter)]]
+    warm = [Wanted(each.prompt, 6, sampling=Sampling(0.8, 10, 0.9)) for each in asked]
+    assert len(write(server, tokenizer, (), warm, silent)) == 3
+    assert words_of(f"{llama}#tokenizer={tiny_gguf}").render.keys() == {"default"}
+    server.close()
 
 
 def test_parts_of_characters_have_log_probabilities_too(llama: str, tiny_gguf: Path) -> None:

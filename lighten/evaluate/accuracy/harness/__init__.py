@@ -26,6 +26,8 @@ class Facts:
     """SHA-256 of every request, the documents behind them, and how they are scored."""
     version: str
     """Version of lm-eval."""
+    writes: bool = False
+    """Whether the model writes answers."""
 
 
 def facts_of(settings: Tasks) -> Facts:

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from lighten.errors import Failure
-from lighten.evaluate.accuracy.harness.generation import Sampling, write
+from lighten.evaluate.accuracy.harness.chat import Chat
+from lighten.evaluate.accuracy.harness.generation import write
 from lighten.evaluate.perplexity.rolling import loglikelihoods
 from lighten.evaluate.runtimes.runtime import Question, Runtime, Tokenizer
+from lighten.evaluate.runtimes.wanted import Sampling, Wanted
 from lighten.step import Report
 
 CONTEXT = 2048
@@ -23,7 +24,6 @@ ENDINGS = 32
 """Maximum number of endings of one context that are computed together."""
 WRITTEN = 256
 """Maximum number of tokens to write if a task does not say; lm-eval's own default."""
-SAMPLING_SEED = 1234
 
 
 class RuntimeLM(TemplateLM):  # type: ignore[misc]
@@ -33,7 +33,8 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
         truncated: requests whose context was cut from the left because the model takes fewer positions.
     """
 
-    def __init__(self, runtime: Runtime, tokenizer: Tokenizer, report: Report) -> None:
+    def __init__(self, runtime: Runtime, tokenizer: Tokenizer, report: Report, chat: Chat | None = None) -> None:
+        """Takes the chat template of the model, if it is asked in chats. Then every end of a turn ends an answer."""
         super().__init__()
         if tokenizer.prefix is None:
             raise Failure("the tokenizer has no beginning and no end of text: lm-eval needs one of them")
@@ -43,6 +44,17 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
         self._prefix: int = tokenizer.prefix
         self._opening = tokenizer.decode([self._prefix], special=True)
         self._ids = lru_cache(maxsize=64)(tokenizer.encode)
+        self._chat = chat
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name under which lm-eval would keep requests. None are kept."""
+        return ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Returns a chat as the model's own template writes it, ready for the model's answer or for the rest of one."""
+        assert self._chat
+        return self._chat.render(chat_history, begun=not add_generation_prompt)
 
     @property
     def eot_token_id(self) -> int:
@@ -58,7 +70,8 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
         """Returns the ids of a text. BOS comes first if the tokenizer adds it and the text does not begin with it."""
         ids = list(self._ids(string))
         if add_special_tokens is None:
-            add_special_tokens = not (self._opening and string.startswith(self._opening))
+            begun = ids[:1] == [self.text.bos] or (self._opening and string.startswith(self._opening))
+            add_special_tokens = not begun
         return [self.text.bos, *ids] if add_special_tokens and self.text.bos is not None else ids
 
     def _loglikelihood_tokens(
@@ -109,11 +122,9 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Returns what the model writes after every context, up to the task's stop sequences."""
-        rng = np.random.default_rng(SAMPLING_SEED)
         end = None if self.text.eos is None else self.text.decode([self.text.eos], special=True)
-        found = []
-        self.report(0, len(requests), "")
-        for done, request in enumerate(requests, 1):
+        asked = []
+        for request in requests:
             context, settings = request.args
             wanted = dict(normalize_gen_kwargs(settings, WRITTEN))
             stops = handle_stop_sequences(wanted.get("until"), eos=end)
@@ -128,6 +139,7 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
                 int(wanted.get("top_k") or 0),
                 float(wanted.get("top_p") or 1),
             )
-            found.append(write(self.runtime, self.text, ids, most, stops, sampling, rng))
-            self.report(done, len(requests), "")
-        return found
+            asked.append(Wanted(ids, most, tuple(stops), sampling))
+        named = (self.text.eos, *(self._chat.ends if self._chat else ()))
+        ends = {each for each in named if each is not None}
+        return write(self.runtime, self.text, ends, asked, self.report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,10 @@ LETTERS = 400
 """Characters of a document, if they cannot be counted."""
 DOCUMENTS = 1000
 """Documents of a data set that is not on this machine."""
+DRAWN = b"a generator for each request"
+"""How answers are drawn at random. Part of the digest of tasks that do so: results of another way are not theirs."""
+_TEMPERATURE = re.compile(rb"temperature[\"']?\s*:\s*([0-9.]+)")
+_GREEDY = re.compile(rb"do_sample[\"']?\s*:\s*(false|no|off)\b", re.IGNORECASE)
 
 
 class _Loader(yaml.SafeLoader):
@@ -85,6 +90,12 @@ def _data(file: Path, value: dict[str, Any]) -> Iterator[Path]:
             yield there.resolve()
 
 
+def _draws(content: bytes) -> bool:
+    """Returns whether a file seems to ask for answers that are drawn at random."""
+    warm = any(each.strip(b"0.") for each in _TEMPERATURE.findall(content))
+    return warm and not _GREEDY.search(content)
+
+
 def facts(file: Path, local: Path | None, limit: int | None) -> dict[str, Any]:
     """Returns the facts of a task file, with rough numbers of documents and letters.
 
@@ -99,12 +110,16 @@ def facts(file: Path, local: Path | None, limit: int | None) -> dict[str, Any]:
     made = parts(file) | ({"local": local} if local and local.is_file() else {})
     digest = hashlib.sha256()
     documents = letters = 0
+    writes = False
     for name, path in made.items():
         content = path.read_bytes()
         digest.update(json.dumps([name, hashlib.sha256(content).hexdigest()]).encode())
         if path.suffix not in (".py", ".yaml", ".yml"):
             documents += max(1, content.count(b"\n"))
             letters += len(content)
+        else:
+            writes = writes or b"generate_until" in content
+            digest.update(DRAWN if _draws(content) else b"")
     documents, letters = documents or DOCUMENTS, letters or DOCUMENTS * LETTERS
     asked = min(limit or documents, documents)
     return {
@@ -113,4 +128,5 @@ def facts(file: Path, local: Path | None, limit: int | None) -> dict[str, Any]:
         "letters": letters * asked // documents,
         "digest": digest.hexdigest(),
         "version": version("lm_eval"),
+        "writes": writes,
     }

@@ -1,63 +1,72 @@
-"""Writing text on any runtime: the choice of each next token, and where to stop."""
+"""Writing texts on any runtime: each next token, and where to stop."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from lighten.evaluate.runtimes.runtime import Floats, Runtime, Tokenizer
+from lighten.evaluate.runtimes.wanted import SEED, Wanted
+from lighten.step import Report
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """The choice of a token: the likeliest at temperature 0, else at random among `top_k` and the mass `top_p`."""
+class _Answer:
+    """A text that is being written."""
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    def __init__(self, wanted: Wanted, number: int) -> None:
+        self._wanted = wanted
+        self._stops = [stop for stop in wanted.stops if stop]
+        self._written: list[int] = []
+        self._rng = np.random.default_rng((SEED, number))
+        # a letter has four tokens at most, of a byte each
+        self._tail = 8 + 4 * max(map(len, self._stops), default=0)
 
-    def choose(self, logits: Floats, rng: np.random.Generator) -> int:
-        """Returns a token for logits `[vocab]`."""
-        if self.temperature <= 0:
-            return int(logits.argmax())
-        order = np.argsort(-logits, kind="stable")
-        order = order[: self.top_k] if self.top_k else order
-        scaled = logits[order].astype(np.float64) / self.temperature
-        chances = np.exp(scaled - scaled[0])
-        chances /= chances.sum()
-        kept = np.cumsum(chances) - chances < self.top_p
-        return int(rng.choice(order[kept], p=chances[kept] / chances[kept].sum()))
+    def add(self, logits: Floats, tokenizer: Tokenizer, ends: Collection[int]) -> int | None:
+        """Chooses a token for logits `[vocab]`. Returns None if the text ends with it or before it."""
+        token = self._wanted.sampling.choose(logits, self._rng)
+        if token in ends:
+            return None
+        self._written.append(token)
+        full = len(self._written) == self._wanted.most
+        return None if full or self._stopped(tokenizer.decode(self._written[-self._tail :])) else token
+
+    def _stopped(self, text: str) -> bool:
+        return any(stop in text for stop in self._stops)
+
+    def text(self, tokenizer: Tokenizer) -> str:
+        """Returns the text up to the first of the texts that end it."""
+        return self._wanted.cut(tokenizer.decode(self._written))
 
 
 def write(
-    runtime: Runtime,
-    tokenizer: Tokenizer,
-    prompt: list[int],
-    most: int,
-    stops: Sequence[str],
-    sampling: Sampling,
-    rng: np.random.Generator,
-) -> str:
-    """Returns what a model writes after a prompt, up to the first of `stops`, the end of text or `most` tokens."""
-    written: list[int] = []
-    text = ""
-    decoding = runtime.decode(prompt, most)
-    logits: Any = next(decoding, None)
-    while logits is not None:
-        token = sampling.choose(logits, rng)
-        if token == tokenizer.eos:
-            break
-        written.append(token)
-        text = tokenizer.decode(written)
-        if any(stop and stop in text for stop in stops):
-            break
-        try:
-            logits = decoding.send(token)
-        except StopIteration:
-            break
-    decoding.close()
-    ends = [text.find(stop) for stop in stops if stop and stop in text]
-    return text[: min(ends)] if ends else text
+    runtime: Runtime, tokenizer: Tokenizer, ends: Collection[int], asked: Sequence[Wanted], report: Report
+) -> list[str]:
+    """Returns what a model writes for each request.
+
+    Every request draws from a generator of its own, seeded by its number. So neither the order nor the size of batches
+    changes a text.
+
+    Args:
+        runtime: the model.
+        tokenizer: makes text of tokens.
+        ends: ids that end a text.
+        asked: the requests.
+        report: told the number of finished requests.
+    """
+    answers = [_Answer(each, number) for number, each in enumerate(asked)]
+    done = 0
+
+    def choose(number: int, logits: Floats) -> int | None:
+        nonlocal done
+        token = answers[number].add(logits, tokenizer, ends)
+        if token is None:
+            done += 1
+            report(done, len(asked), "")
+        return token
+
+    if (texts := runtime.answer_many(asked, report)) is not None:
+        return [each.cut(text) for each, text in zip(asked, texts, strict=True)]
+    report(0, len(asked), "")
+    runtime.decode_many([each.prompt for each in asked], [each.most for each in asked], choose)
+    return [answer.text(tokenizer) for answer in answers]

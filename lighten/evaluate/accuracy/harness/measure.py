@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lighten.errors import RequestError
 from lighten.evaluate.accuracy.harness import tasks
 from lighten.evaluate.accuracy.harness.adapter import RuntimeLM
+from lighten.evaluate.accuracy.harness.chat import Chat
 from lighten.evaluate.accuracy.scoring import Z95, Measured, wilson
 from lighten.evaluate.accuracy.tasks import Tasks
 from lighten.evaluate.runtimes.runtime import Runtime, Tokenizer
@@ -20,15 +21,18 @@ from lighten.evaluate.stored_result import AccuracyResult
 from lighten.results import measured as results
 from lighten.step import Report
 
+DROPPED = "the chat template takes no system text: the description of the task {} was left out, as lm-eval does it"
 CHECKED = 200
 """Number of texts on which the model's own tokenizer is compared with the used one."""
 
 
-def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Tasks, report: Report) -> Measured:
+def measure(
+    runtime: Runtime, tokenizer: Tokenizer, settings: Tasks, report: Report, chat: Chat | None = None
+) -> Measured:
     """Measures a model on a task, tokenized by `tokenizer` whatever the model's own is.
 
     Values are `score` and, where the task has it, `score_norm` of each document: 1 if it was answered rightly. A group
-    of tasks is one list of documents.
+    of tasks is one list of documents. `chat` is the model's chat template if the settings ask for chats.
 
     Raises:
         RequestError: lm-eval cannot do this task on a language model that runs here.
@@ -36,10 +40,17 @@ def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Tasks, report: Rep
     """
     report(0, 1, "building requests")
     loaded = tasks.load(settings)
-    model = RuntimeLM(runtime, tokenizer, report)
+    model = RuntimeLM(runtime, tokenizer, report, chat)
     try:
         found = evaluator.evaluate(
-            lm=model, task_dict=loaded, limit=settings.limit, bootstrap_iters=0, log_samples=True
+            lm=model,
+            task_dict=loaded,
+            limit=settings.limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=settings.chat,
+            fewshot_as_multiturn=settings.chat,
+            system_instruction=settings.system,
         )
     except ValueError as error:  # tasks that run written code, or show pictures
         raise RequestError(f"the task {settings.task} cannot be measured here: {error}") from error
@@ -66,9 +77,14 @@ def measure(runtime: Runtime, tokenizer: Tokenizer, settings: Tasks, report: Rep
         metrics=_metrics(found, name),
         truncated=model.truncated,
     )
+    if settings.chat:
+        accuracy = accuracy.model_copy(update={"chat": True, "system": settings.system})
     texts = ["".join(part for part in each["arguments"][0] if isinstance(part, str)) for each in samples[:CHECKED]]
     match = all(runtime.encode(text) == tokenizer.encode(text) for text in texts)
-    return Measured(AccuracyResult(accuracy=accuracy, tokenizer_match=match), values or {"score": np.empty(0)})
+    result = AccuracyResult(accuracy=accuracy, tokenizer_match=match)
+    if chat and chat.dropped:
+        result = result.having(warnings=[DROPPED.format(name)])
+    return Measured(result, values or {"score": np.empty(0)})
 
 
 def _first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

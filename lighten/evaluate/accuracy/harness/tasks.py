@@ -7,12 +7,14 @@ import json
 import logging
 import random
 import re
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lighten.errors import RequestError, nearest
+from lighten.evaluate.accuracy.harness.files import DRAWN
 from lighten.evaluate.accuracy.tasks import OWN_TASKS, Tasks
 from lighten.step import Report
 
@@ -20,6 +22,8 @@ SEED, FEWSHOT_SEED = 0, 1234
 """lm-eval's own defaults."""
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Builders of `datasets` that read local files."""
+ANSWER = "This is an answer. It has two sentences."
+_NLTK = re.compile(r"nltk\.download\('(\w+)'\)")
 _NAME = re.compile(rb"^(task|group): *[\"']?([^\s\"'#]+)[\"']? *(?:#.*)?$", re.MULTILINE)
 
 
@@ -45,6 +49,8 @@ def load(settings: Tasks) -> dict[str, Any]:
         if settings.shots is not None or fixed is None:
             task.set_config(key="num_fewshot", value=settings.shots or 0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        if settings.chat and task.OUTPUT_TYPE == "loglikelihood_rolling":
+            raise RequestError(f"the task {name} reads whole texts and asks nothing: leave out `chat`")
     return loaded
 
 
@@ -178,10 +184,13 @@ def describe(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     found = hashlib.sha256()
     letters, documents = 0, set()
     contexts: set[str] = set()
+    drawn = writes = False
     for request in requests(loaded, settings.limit):
         found.update(json.dumps([request.request_type, request.args, request.doc], default=str).encode())
         documents.add((request.task_name, request.doc_id))
         context, *rest = (part for part in request.args if isinstance(part, str))
+        drawn = drawn or _drawn(request)
+        writes = writes or request.request_type == "generate_until"
         letters += sum(map(len, rest)) + (0 if context in contexts else len(context))
         contexts.add(context)
     if not documents:
@@ -189,13 +198,48 @@ def describe(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     for name, task in loaded["tasks"].items():
         config = {key: value for key, value in task.dump_config().items() if key not in ("dataset_kwargs", "metadata")}
         found.update(json.dumps([name, task.VERSION, config], default=_stable, sort_keys=True).encode())
+    if drawn:
+        found.update(DRAWN)
+    for task in loaded["tasks"].values():
+        _check_scoring(task)
     return {
         "task": name_of(loaded, settings),
         "documents": len(documents),
         "letters": letters,
         "digest": found.hexdigest(),
         "version": version("lm_eval"),
+        "writes": writes,
     }
+
+
+def _drawn(request: Any) -> bool:
+    """Returns whether an answer is drawn at random."""
+    settings = request.args[1] if request.request_type == "generate_until" else {}
+    return settings.get("do_sample") is not False and float(settings.get("temperature") or 0) > 0
+
+
+def _check_scoring(task: Any) -> None:
+    """Reads an answer to every document, to see before any work whether the reading lacks data of nltk.
+
+    Raises:
+        RequestError: it does; the message has the command that fetches them.
+    """
+    if "nltk" not in sys.modules or not callable(task.config.process_results):
+        return
+    for document in {request.doc_id: request.doc for request in task.instances}.values():
+        try:
+            task.process_results(document, [ANSWER])
+        except LookupError as error:
+            if found := _NLTK.search(str(error)):
+                raise RequestError(lacks_nltk(task.config.task, found[1])) from error
+        except Exception:  # the task may not be able to read such an answer
+            continue
+
+
+def lacks_nltk(task: str, data: str) -> str:
+    """Returns what to do if a task lacks data of nltk."""
+    advice = f"run `python -m nltk.downloader {data}` once, with a network"
+    return f"the task {task} reads answers with data of nltk, which are not here: {advice}"
 
 
 def _stable(value: Any) -> str:

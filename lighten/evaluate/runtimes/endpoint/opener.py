@@ -63,9 +63,12 @@ class EndpointOpener(Opener[str]):
         raise Unavailable(no_tokenizer(address), {"runtime": self.name, "device": "server"})
 
     def words(self, place: str) -> Words:
-        """See `Opener`: ids only, no chats."""
+        """See `Opener`: those of the tokenizer that the address names; else the server's ids only, no chats."""
+        from lighten.evaluate.runtimes.choose import words_of
         from lighten.evaluate.runtimes.words import Words
 
+        if (path := Address.parse(place).tokenizer) is not None:
+            return words_of(path)
         found = self.tokenizer(place)
         return Words(found.encode, found.bos, found.eos, {})
 

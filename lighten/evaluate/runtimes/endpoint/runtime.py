@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
@@ -15,16 +15,21 @@ from lighten.evaluate.runtimes.defaults import Defaults
 from lighten.evaluate.runtimes.endpoint.abilities import IDS, PROBE, WORDS, Abilities, find_abilities
 from lighten.evaluate.runtimes.endpoint.address import Address
 from lighten.evaluate.runtimes.endpoint.connection import Declined, Http
-from lighten.evaluate.runtimes.endpoint.scoring import Scorer, find_scorer
+from lighten.evaluate.runtimes.endpoint.scoring import Scorer, find_scorer, first
 from lighten.evaluate.runtimes.endpoint.writing import Writer
 from lighten.evaluate.runtimes.runtime import Capability, Decoding, Ids, Question, Score, Timings, Tokenizer
 from lighten.evaluate.runtimes.unavailable import Unavailable
+from lighten.evaluate.runtimes.wanted import SEED, Wanted
 from lighten.evaluate.speed.server import Refused
 from lighten.step import Report
 
 NAME = "endpoint"
 ANY, LEAST = 2**31, 256
 """Size of a vocabulary that is not known: larger than any, and smaller than any."""
+STOPS = 4
+"""Maximum number of texts that end an answer in a request, as OpenAI has it. The others are cut off here."""
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 THREE = 3
 """Tokens of the text that scoring is tried on."""
 
@@ -78,27 +83,59 @@ class EndpointRuntime(Defaults):
 
     def choose_many(self, questions: Sequence[Question], report: Report) -> list[list[Score]]:
         """See `Runtime`. Several questions are asked at the same time; waits for a busy server are reported."""
-        assert self._scorer
-        scores: list[list[Score]] = []
-        lock, start = threading.Lock(), time.monotonic()
+        start, computed = time.monotonic(), 0
+
+        def speed(question: Question) -> str:
+            nonlocal computed
+            computed += question.packed
+            return f"{computed / (time.monotonic() - start):.0f} tok/s"
+
+        return self._ask(self._scored, questions, speed, report)
+
+    def answer_many(self, asked: Sequence[Wanted], report: Report) -> list[str]:
+        """See `Runtime`. Several texts are asked for at the same time; what is drawn at random is up to the server.
+
+        Raises:
+            Failure: the server takes no ids, or does not write.
+        """
+        if not self._abilities.takes_ids:
+            raise Failure(f"{self._http.address.host} takes no token ids as a prompt: leave out tasks that are written")
+        return self._ask(self._written, list(enumerate(asked)), lambda _: "", report)
+
+    def _written(self, numbered: tuple[int, Wanted]) -> str:
+        number, wanted = numbered
+        body: dict[str, Any] = {"model": self._abilities.card.name, "prompt": wanted.prompt, "max_tokens": wanted.most}
+        body |= {"temperature": wanted.sampling.temperature, "stop": [stop for stop in wanted.stops if stop][:STOPS]}
+        if wanted.sampling.temperature > 0:
+            body |= {"top_p": wanted.sampling.top_p, "seed": SEED + number}
+            body |= {"top_k": wanted.sampling.top_k} if wanted.sampling.top_k else {}
+        try:
+            return str(first(self._http.post(f"{self._http.address.url}/completions", body)).get("text") or "")
+        except Declined as error:
+            raise Failure(f"{self._http.address.host} does not write {wanted.most} tokens: {error}") from error
+
+    def _ask(
+        self, ask: Callable[[Asked], Answer], asked: Sequence[Asked], note: Callable[[Asked], str], report: Report
+    ) -> list[Answer]:
+        """Returns the answers to many requests, several at the same time. `note` gives the words behind each."""
+        answers: list[Answer] = []
+        lock = threading.Lock()
 
         def say(text: str) -> None:
             with lock:
-                report(len(scores), len(questions), text)
+                report(len(answers), len(asked), text)
 
-        report(0, len(questions), "")
+        report(0, len(asked), "")
         self._http.say = say
-        pool = ThreadPoolExecutor(self._scorer.parallel)
-        computed = 0
+        pool = ThreadPoolExecutor(self.parallel)
         try:
-            for question, found in zip(questions, pool.map(self._scored, questions), strict=True):
-                scores.append(found)
-                computed += question.packed
-                say(f"{computed / (time.monotonic() - start):.0f} tok/s")
+            for each, found in zip(asked, pool.map(ask, asked), strict=True):
+                answers.append(found)
+                say(note(each))
         finally:
             pool.shutdown(cancel_futures=True)
             self._http.say = lambda text: None
-        return scores
+        return answers
 
     def _scored(self, question: Question) -> list[Score]:
         assert self._scorer
@@ -133,7 +170,7 @@ class EndpointRuntime(Defaults):
 
     def decode(self, prompt: list[int], most: int) -> Decoding:
         """See `Runtime`: not possible."""
-        raise Failure("a server does not give the logits of what it writes: leave out tasks that let a model write")
+        raise Failure("a server does not give the logits of what it writes")
 
     def encode(self, text: str) -> list[int]:
         """See `Runtime`: by the server's tokenizer if it shows it, else by the one of this side, which agrees."""

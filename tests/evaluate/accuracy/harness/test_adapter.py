@@ -11,8 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lighten.errors import Failure
-from lighten.evaluate.accuracy.harness.generation import Sampling, write
+from lighten.evaluate.accuracy.harness.generation import write
 from lighten.evaluate.runtimes.choose import open_runtime, open_tokenizer
+from lighten.evaluate.runtimes.defaults import Defaults
+from lighten.evaluate.runtimes.wanted import Sampling, Wanted
 from lighten.step import silent
 from tests.evaluate.conftest import Tiny
 
@@ -161,14 +163,31 @@ def test_sampling_keeps_to_its_shares() -> None:
 
 def test_writing_ends_with_the_text(tiny: Tiny) -> None:
     runtime, tokenizer = open_runtime(tiny()), open_tokenizer(tiny())
-    rng = np.random.default_rng(0)
-    free = write(runtime, tokenizer, [5, 6], 8, (), Sampling(), rng)
+    asked = [Wanted([5, 6], 8)]
     decoding = runtime.decode([5, 6], 8)
     tokens = [int(next(decoding).argmax())]
     while len(tokens) < 8:
         tokens.append(int(decoding.send(tokens[-1]).argmax()))
-    assert free == tokenizer.decode(tokens)
-    tokenizer.eos = tokens[2]
-    assert write(runtime, tokenizer, [5, 6], 8, (), Sampling(), rng) == tokenizer.decode(
-        tokens[: tokens.index(tokens[2])]
-    )
+    assert write(runtime, tokenizer, (), asked, silent) == [tokenizer.decode(tokens)]
+    until = tokenizer.decode(tokens[: tokens.index(tokens[2])])
+    assert write(runtime, tokenizer, {tokens[2]}, asked, silent) == [until]
+
+
+def test_what_is_drawn_depends_on_neither_order_nor_batch(
+    tiny: Tiny, adapted: RuntimeLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm = Sampling(1.5, top_k=50)
+    asked = [Wanted([5 + n, 6, *range(7, 7 + 3 * n)], 4 + n, sampling=warm) for n in range(5)]
+    asked.append(asked[2])
+    seen: list[tuple[int, int]] = []
+    drawn = write(adapted.runtime, adapted.text, (), asked, lambda done, total, note: seen.append((done, total)))
+    assert seen == [(n, 6) for n in range(7)]
+    assert drawn[5] != drawn[2]  # the same request again is drawn anew
+    monkeypatch.setattr(type(adapted.runtime), "decode_many", Defaults.decode_many)
+    assert write(adapted.runtime, adapted.text, (), asked, silent) == drawn
+    assert write(adapted.runtime, adapted.text, (), asked[:3], silent) == drawn[:3]
+
+
+def test_written_texts_stand_in_the_order_of_their_requests(tiny: Tiny, adapted: RuntimeLM) -> None:
+    requests = [asked("word " * n + "The dog", {"until": [], "max_gen_toks": 2 + n % 4}) for n in (1, 7, 3, 0, 9)]
+    assert adapted.generate_until(requests, True) == peer(tiny()).generate_until(requests, True)
