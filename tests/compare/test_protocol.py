@@ -60,7 +60,7 @@ def test_chats_and_plain_texts_are_not_compared() -> None:
 
     with pytest.raises(RequestError, match="builtin is asked as plain text in A and in chats in B"):
         check(asked("a"), asked("b", chat=True))
-    with pytest.raises(RequestError, match="in chats with the system text 'Be brief.' in A and in chats in B"):
+    with pytest.raises(RequestError, match=r"in chats with the system text 'Be brief\.' in A and in chats in B"):
         check(asked("a", chat=True, system="Be brief."), asked("b", chat=True))
     check(asked("a", chat=True), asked("b", chat=True))
 

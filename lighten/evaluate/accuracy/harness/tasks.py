@@ -149,7 +149,8 @@ def _reason(settings: Tasks, error: Exception) -> str:
     if names & {"FileNotFoundError", "DatasetNotFoundError"}:
         return f"the data of the task {settings.task} is not there: {first}"
     if names & {"ImportError"}:
-        return f"the task {settings.task} needs a package that is not installed: {first}"
+        advice = "install it (pip install 'lighten[harness]' brings those of ifeval)"
+        return f"the task {settings.task} needs a package that is not installed: {first}; {advice}"
     hint = f": {settings.local} must have the fields of the task's own data set" if settings.local else ""
     return f"lm-eval cannot load the task {settings.task} ({type(error).__name__}: {first}){hint}"
 
