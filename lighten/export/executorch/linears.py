@@ -151,7 +151,7 @@ class CodedLinear(nn.Module):
         )
         found = nn.functional.linear(seen, weight, self.bias)
         if self.beside is not None:
-            sums: torch.Tensor = inputs.unflatten(-1, (-1, self.size)).sum(-1)
+            sums: torch.Tensor = inputs.reshape(*inputs.shape[:-1], -1, self.size).sum(-1)
             found = found + self.beside(sums)
         return found
 
