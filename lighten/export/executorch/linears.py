@@ -131,7 +131,12 @@ class CodedLinear(nn.Module):
         self.register_buffer("scales", stored.scales)
         self.register_buffer("zeros", torch.zeros_like(stored.scales, dtype=torch.int8))
         self.register_buffer("order", stored.order)
-        self.beside = None if stored.offsets is None else CodedLinear(rounded(stored.offsets, 8, None), None)
+        self.beside = self.members = None
+        if stored.offsets is not None:
+            self.beside = CodedLinear(rounded(stored.offsets, 8, None), None)
+            # a product with ones, as XNNPACK has no sum: one outside of it would cut the program into many parts
+            members = torch.eye(len(stored.offsets[0])).repeat_interleave(stored.size, 1)
+            self.members = nn.Parameter(members, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -150,9 +155,8 @@ class CodedLinear(nn.Module):
             self.codes, [1, self.size], self.scales, self.zeros, torch.int8, -half, half - 1, torch.float32
         )
         found = nn.functional.linear(seen, weight, self.bias)
-        if self.beside is not None:
-            sums: torch.Tensor = inputs.reshape(*inputs.shape[:-1], -1, self.size).sum(-1)
-            found = found + self.beside(sums)
+        if self.beside is not None and self.members is not None:
+            found = found + self.beside(nn.functional.linear(inputs, self.members))
         return found
 
 
