@@ -20,6 +20,8 @@ from lighten.model.executorch_library import FORWARD, PROGRAM, load
 
 SUFFIX = ".pte"
 _ARITHMETIC = {32: "float32", 8: "int8", 4: "int4"}
+_NOT_TOLD = "not told"
+"""Arithmetic of programs of other makers, which do not say it."""
 
 
 class ExecuTorchOpener(Opener[Path]):
@@ -71,7 +73,7 @@ class ExecuTorchRuntime(Defaults):
         self.vocab = self._told("get_vocab_size")
         self.context: int | None = self._told("get_max_context_len")
         self._most = self._told("get_max_seq_len")
-        self.dtype = _ARITHMETIC.get(self._told("get_weight_bits", 32), "float32")
+        self.dtype = _ARITHMETIC.get(self._told("get_weight_bits", 0), _NOT_TOLD)
         self.detail = f"executorch {version('executorch')}, XNNPACK"
         self._tokenizer: HfTokenizer | None = None
 

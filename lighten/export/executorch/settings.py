@@ -21,8 +21,8 @@ SMALLEST_GROUP = 32
 CONTEXT = 2048
 """Positions of the cache, if the model takes as many."""
 _BITS = {"fp32": 32, "int8": 8, "int4": 4, None: 4}
-_SECONDS = 4e-7
-"""Seconds per weight."""
+_SECONDS = {32: 8, 8: 20, 4: 20}
+"""Seconds per layer, by bits: what takes the time is the number of operators, not their size."""
 
 _CODE = f"""\
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
@@ -131,5 +131,7 @@ class ExecuTorch(Export):
         """Returns the size of the weights, and about the time and memory that the conversion takes."""
         size = int(facts.params * self.bits / 8)
         return Estimate(
-            seconds=30 + _SECONDS * facts.params, peak_bytes=1_500_000_000 + 16 * facts.params, disk_bytes=size
+            seconds=30 + _SECONDS[self.bits] * facts.layers,
+            peak_bytes=1_500_000_000 + 16 * facts.params,
+            disk_bytes=size,
         )
