@@ -37,6 +37,10 @@ CONTEXT = 2048
 Make = Callable[["Bench", Path, Path], Path]
 
 
+class Lacking(Exception):
+    """A tool that was not given."""
+
+
 class Bench:
     """What the tools are given."""
 
@@ -89,7 +93,7 @@ def llama_quantize(bench: Bench, _ours: Path, out: Path) -> Path:
     from llama_tools import build
 
     if bench.tools is None:
-        raise NotImplementedError("needs --tools, where llama.cpp's tools are built")
+        raise Lacking("needs --tools, where llama.cpp's tools are built")
     (program,) = build(bench.tools, "llama-quantize")
     out.mkdir()
     plain = next((bench.variants / "gguf").glob("*.gguf"))
@@ -98,14 +102,20 @@ def llama_quantize(bench: Bench, _ours: Path, out: Path) -> Path:
 
 
 def openvino_plain(bench: Bench, _ours: Path, out: Path) -> Path:
-    """Lets transformers' exporter and openvino write the graph in float16."""
+    """Lets transformers' own exporter and openvino write the graph in float16."""
     import openvino
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
 
-    from lighten.export.openvino.convert import convert
+    from lighten.export.openvino.convert import _inputs
 
-    graph = convert(AutoModelForCausalLM.from_pretrained(bench.source, dtype=torch.float32).eval())
+    model = AutoModelForCausalLM.from_pretrained(bench.source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        inputs, axes = _inputs(model)
+        settings = OpenVINOConfig(dynamic=True, dynamic_shapes=axes)
+        graph, _ = OpenVINOExporter().export_program(model, inputs, settings)
+    out.mkdir()
     openvino.save_model(graph, out / "openvino_model.xml", compress_to_fp16=True)
     return _with_tokenizer(bench.source, out)
 
@@ -121,7 +131,7 @@ openvino.save_model(nncf.compress_weights(model, **asked), sys.argv[2] + "/openv
 def openvino_nncf(bench: Bench, _ours: Path, out: Path) -> Path:
     """Lets nncf round the graph of float16 to 4 bits: embedding and head to 8, as it does by itself."""
     if bench.nncf is None:
-        raise NotImplementedError("needs --nncf, the Python of an environment with nncf")
+        raise Lacking("needs --nncf, the Python of an environment with nncf")
     command = [bench.nncf, "-c", NNCF, str(bench.variants / "openvino"), str(out), str(GROUP)]
     out.mkdir()
     subprocess.run(command, check=True, capture_output=True)
@@ -240,7 +250,7 @@ def main() -> None:
     pairs: dict[str, Any] = kept.get("decode", {})
     bench = Bench(version / "variants", asked.nncf, asked.tools)
     head = {
-        "command": "python benchmarks/destinations.py --nncf PYTHON --tools DIR",
+        "command": " ".join(["python benchmarks/destinations.py", *_flags(asked)]),
         "machine": machine.fingerprint(),
         "settings": {"model": results["source"]["model"], "prompt": PROMPT, "generate": STEPS, "turns": asked.turns},
         "rows": [{key: variant.get(key) for key in KEPT} for variant in results["variants"]],
@@ -258,7 +268,7 @@ def main() -> None:
             ours = bench.variants / name
             speed = decode_in_turn(ours, make(bench, ours, work), asked.turns)
             pairs[name] = {"tool": tool, **{key: speed[key] for key in ("ours_tok_s", "theirs_tok_s", "ratio")}}
-        except NotImplementedError as error:
+        except Lacking as error:
             pairs[name] = {"tool": tool, "error": str(error)}
         except subprocess.CalledProcessError as error:
             said = (error.stderr or b"").decode(errors="replace").strip().splitlines()
@@ -266,6 +276,13 @@ def main() -> None:
         print(pairs[name], flush=True)
         write_json(asked.out, {**head, "decode": pairs})
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _flags(asked: argparse.Namespace) -> list[str]:
+    """Returns the flags that were given, without the places of this machine."""
+    places = {"--nncf PYTHON": asked.nncf, "--tools DIR": asked.tools}
+    only = [f"--only {name}" for name in asked.only or ()]
+    return [*(flag for flag, given in places.items() if given), *only, f"--turns {asked.turns}"]
 
 
 if __name__ == "__main__":

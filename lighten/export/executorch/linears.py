@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from lighten.errors import Failure
+from lighten.export.executorch.settings import SMALLEST_GROUP
 from lighten.model.quantized.packed import Codes
 
-GROUP = 32
-"""XNNPACK takes groups whose size is a multiple of it."""
 _INPUT = -128, 127
 """Range of the codes of inputs."""
 
@@ -71,10 +70,10 @@ def keep(found: Codes, where: str) -> Stored:
         g_idx = g_idx[order]
     counts = torch.bincount(g_idx, minlength=len(found.scales))
     size = int(counts[0])
-    if bool((counts != size).any()) or size % GROUP:
+    if bool((counts != size).any()) or size % SMALLEST_GROUP:
         raise Failure(
-            f"{where} has groups of {size} inputs, and ExecuTorch takes multiples of {GROUP}: quantize with "
-            f"group_size: {GROUP}, or set type: int8 or fp32, which unpack the weights"
+            f"{where} has groups of {size} inputs, and ExecuTorch takes multiples of {SMALLEST_GROUP}: quantize with "
+            f"group_size: {SMALLEST_GROUP}, or set type: int8 or fp32, which unpack the weights"
         )
     middle, most = 1 << (found.bits - 1), (1 << found.bits) - 1
     scales, zeros = _shortened(found.scales.t()), found.zeros.t()

@@ -17,7 +17,7 @@ from lighten.step import Estimate
 KEPT = tuple(name for name, each in FORMATS.items() if each.codes_exported)
 """Formats whose codes go into the program unchanged."""
 SMALLEST_GROUP = 32
-"""XNNPACK takes no smaller groups."""
+"""XNNPACK takes groups whose size is a multiple of it."""
 CONTEXT = 2048
 """Positions of the cache, if the model takes as many."""
 _BITS = {"fp32": 32, "int8": 8, "int4": 4, None: 4}
