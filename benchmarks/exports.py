@@ -135,7 +135,7 @@ def kquants(found: Found) -> str:
                 _span(kl["absolute"], kl["ci95"], ".4f"),
                 f"{theirs['perplexity']:.2f} → {ours['perplexity']:.2f}",
                 _span(perplexity["relative"], perplexity["ci95"], ".1%"),
-                f"{decode['ratio']:.2f}×" if decode else NOT_MEASURED,
+                _decoding(decode) if decode else NOT_MEASURED,
             ]
         )
     titles = (
@@ -160,7 +160,8 @@ def kquants(found: Found) -> str:
         "what is read, over that of ggml's own rounding. "
         f"{'All tensors have the same types' if alike else 'Not all tensors have the same types'}; "
         f"the files' descriptions differ by {apart[-1]} bytes at most. Decoding is the speed of our file over that of "
-        f"llama.cpp's. llama-cpp-python {settings['llama_cpp_python']}."
+        "llama.cpp's; in brackets is that of a copy of llama.cpp's file over the file itself, which only chance makes "
+        f"other than one. llama-cpp-python {settings['llama_cpp_python']}."
     )
     return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
 
@@ -195,6 +196,12 @@ def low_bits(found: Found) -> str:
         "A run that shared the machine with other work has no time."
     )
     return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
+
+
+def _decoding(found: Found) -> str:
+    """Returns the ratio of two speeds, and that of a file and its own copy if it was taken."""
+    copy = found.get("ratio_of_copy")
+    return f"{found['ratio']:.2f}×" + (f" ({copy:.2f}×)" if copy else "")
 
 
 def _span(value: float, ends: list[float], form: str) -> str:

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True, help="text file to measure perplexity on")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--test-samples", type=int, default=16)
-    parser.add_argument("--turns", type=int, default=5, help="of decoding, of either order")
+    parser.add_argument("--turns", type=int, default=5, help="openings for decoding, of either order; two turns each")
     parser.add_argument("--work", type=Path, default=Path("artifacts") / "kquants", help="models and files; kept")
     parser.add_argument("--tools", type=Path, help="where llama.cpp's tools are built (default: the work directory)")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -122,11 +122,24 @@ class Bench:
             row[side] |= found.pop(side)
         row |= found
         if self.asked.turns:
-            speed = decode_in_turn(ours, theirs, self.asked.turns)
-            row["decode"] = {key: speed[key] for key in ("ours_tok_s", "theirs_tok_s", "ratio")}
+            row["decode"] = self.decoding(ours, theirs)
         for path in (ours, theirs):
             path.unlink()
         return row
+
+    def decoding(self, ours: Path, theirs: Path) -> Row:
+        """Returns how fast both files decode, and a file beside a copy of itself: what chance does.
+
+        How a file was written decides in how large pages it is cached, so all three are copied in the same way.
+        """
+        places = [self.work / f"{name}.gguf" for name in ("ours", "theirs", "again")]
+        for path, place in zip((ours, theirs, theirs), places, strict=True):
+            shutil.copyfile(path, place)
+        speed = decode_in_turn(places[0], places[1], turns=2, openings=2 * self.asked.turns)
+        chance = decode_in_turn(places[2], places[1], turns=2, openings=2 * self.asked.turns)
+        for place in places:
+            place.unlink()
+        return {**{key: speed[key] for key in ("ours_tok_s", "theirs_tok_s", "ratio")}, "ratio_of_copy": chance["ratio"]}
 
     def lighten(self, *arguments: object) -> Row:
         """Runs a command; returns its JSON."""
