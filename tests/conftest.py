@@ -114,7 +114,15 @@ def sentencepiece() -> dict[str, Any]:
     """Returns a BPE tokenizer.json with byte fallback and every merge that SentencePiece would try."""
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>"], limit_alphabet=90, show_progress=False)
+    counts = Counter(TEXT.replace(" ", "▁").replace("\n", ""))
+    known = sorted(counts, key=lambda letter: (-counts[letter], letter))[:90]  # the trainer breaks ties at random
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<unk>"],
+        initial_alphabet=known,
+        limit_alphabet=len(known),
+        show_progress=False,
+    )
     trained.train_from_iterator(TEXT.splitlines(), trainer)
     learned = [token for token, _ in sorted(trained.get_vocab().items(), key=lambda item: item[1])][1:]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned, "▁▁", "▁▁▁▁"]
