@@ -33,7 +33,7 @@ from lighten.evaluate.runtimes.endpoint.connection import BUSY, Http
 from lighten.evaluate.runtimes.endpoint.events import Events
 from lighten.evaluate.runtimes.endpoint.runtime import EndpointRuntime, shared
 from lighten.evaluate.runtimes.measurable import find_all, find_measurable
-from lighten.evaluate.runtimes.runtime import Question, Runtime
+from lighten.evaluate.runtimes.runtime import Question, Runtime, Tokenizer
 from lighten.evaluate.runtimes.wanted import Sampling, Wanted
 from lighten.evaluate.speed.server import LlamaServer
 from lighten.step import silent
@@ -318,6 +318,27 @@ def test_another_tokenizer_than_the_servers_is_refused(llama: str, tiny: Tiny, t
             open_runtime(f"{url}#tokenizer={other}")
     with serving(Manners()) as url:
         assert open_runtime(f"{url}#tokenizer={other}").detail.endswith("tokens not compared with the server's")
+
+
+class Unlike:
+    """A tokenizer that makes as many tokens of the whole text as another one, and more or less of its parts."""
+
+    def __init__(self, tokenizer: Tokenizer, more: int, of_parts: int) -> None:
+        self.tokenizer, self.more, self.of_parts = tokenizer, more, of_parts
+
+    def encode(self, text: str) -> list[int]:
+        more = self.more + (self.of_parts if "\n" not in text else 0)
+        return [*self.tokenizer.encode(text), *([1] * more)]
+
+
+@pytest.mark.parametrize(("more", "of_parts", "same"), [(0, 0, True), (1, 0, True), (0, 1, False), (2, 0, False)])
+def test_tokenizers_are_compared_by_numbers_of_every_part(tiny: Tiny, more: int, of_parts: int, *, same: bool) -> None:
+    with serving(Manners(), tokenizer=Unlike(open_tokenizer(tiny()), more, of_parts)) as url:  # type: ignore[arg-type]
+        if same:  # one more is a BOS
+            assert "not compared" not in open_runtime(f"{url}#tokenizer={tiny()}").detail
+        else:
+            with pytest.raises(RequestError, match="it shows only their number"):
+                open_runtime(f"{url}#tokenizer={tiny()}")
 
 
 @pytest.mark.parametrize("form", ["echo", "prompt_logprobs"])
