@@ -48,11 +48,10 @@ def build(
     Raises:
         Failure: the model cannot be traced, or ExecuTorch does not take it.
     """
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
-        XnnpackPartitioner,
-    )
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes import MemoryPlanningPass
+
+    from lighten.export.executorch.parts import Partitioner
 
     vocab = model.get_output_embeddings().out_features
     most = chunk(vocab, context)
@@ -75,7 +74,7 @@ def build(
             report("lowering")
             lowered = to_edge_transform_and_lower(
                 traced,
-                partitioner=[XnnpackPartitioner()],
+                partitioner=[Partitioner()],
                 constant_methods=told,
                 compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
             )
