@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -186,7 +187,7 @@ def export_llm(*flags: str) -> Make:
             "base.model_class=smollm2",
             f"base.checkpoint={out / 'weights.pth'}",
             f"base.params={out / 'params.json'}",
-            'base.metadata={"get_bos_id":0,"get_eos_ids":[0]}',
+            'base.metadata=\'{"get_bos_id":0,"get_eos_ids":[0]}\'',
             "model.use_kv_cache=True",
             "model.use_sdpa_with_kv_cache=True",
             "backend.xnnpack.enabled=True",
@@ -198,7 +199,14 @@ def export_llm(*flags: str) -> Make:
             *flags,
         ]
         command = [sys.executable, "-m", "executorch.extension.llm.export.export_llm", *told]
-        subprocess.run(command, check=True, capture_output=True, cwd=out)
+        # the package imports its models as `examples.models`
+        import executorch.examples
+
+        (out / "own").mkdir()
+        (out / "own" / "examples").symlink_to(executorch.examples.__path__[0])
+        env = {**os.environ, "PYTHONPATH": str(out / "own")}
+        subprocess.run(command, check=True, capture_output=True, cwd=out, env=env)
+        shutil.rmtree(out / "own")
         (out / "weights.pth").unlink()
         return _with_tokenizer(bench.source, out)
 

@@ -14,6 +14,8 @@ KERNEL = re.compile(r"(?:Using|Selected) '?(\w*Kernel)'?(?: for (\w[\w-]*(?: lin
 QUANTIZATION = re.compile(r"\bquantization=([\w-]+)")
 DTYPE = re.compile(r"\bdtype=torch\.(\w+)")
 ERROR = re.compile(r"\b([A-Z]\w*(?:Error|Exception): .+)")
+QUOTED = re.compile(r"\b(?:WARNING|INFO|DEBUG) \d\d-\d\d ")
+"""Line of its log that is no error."""
 LATER = "Engine core initialization failed"
 """Beginning of an error that only says that another process failed."""
 
@@ -46,5 +48,6 @@ class Vllm(Program):
         return found | ({"kernels": [*dict.fromkeys(kernels)]} if kernels else {})
 
     def cause(self, log: str) -> str | None:
-        """See `Program`: the first error that is not about another process."""
-        return next((each for each in ERROR.findall(log) if LATER not in each), None)
+        """See `Program`: the first error that is not about another process. Warnings speak of errors that may come."""
+        lines = (line for line in log.splitlines() if not QUOTED.search(line))
+        return next((each for line in lines for each in ERROR.findall(line) if LATER not in each), None)

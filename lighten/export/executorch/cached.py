@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lighten.errors import Failure
+from lighten.export.executorch.products import Constants, Products
 
 ATTENTION = "lighten_executorch"
 """Name of this attention in transformers."""
@@ -33,9 +34,17 @@ class _Place:
     """Position of the first of them, `int` or a symbol."""
     context: int = 0
     """Positions of the cache."""
+    whole: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """Each turned view of a cache and the cache as it lies, by the identity of the view: it is not turned back."""
 
 
 _PLACE = _Place()
+
+
+def _turned(states: torch.Tensor) -> torch.Tensor:
+    found = states.transpose(1, 2)
+    _PLACE.whole[id(found)] = found, states
+    return found
 
 
 class Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -57,7 +66,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         """Writes the states `[1, heads, n, width]` of the present tokens; returns those of all positions."""
         torch.ops.llama.update_cache(key_states.transpose(1, 2), self.keys, _PLACE.start)
         torch.ops.llama.update_cache(value_states.transpose(1, 2), self.values, _PLACE.start)
-        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
+        return _turned(self.keys), _turned(self.values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """See transformers."""
@@ -87,8 +96,8 @@ class Cached(nn.Module):
             Failure: the model keeps something else than keys and values of all tokens.
         """
         super().__init__()
-        self.model, self.context = model, context
-        self._layers = len(shapes := _shapes(model))
+        self.model, self.context, self.constants = model, context, Constants()
+        self._layers = len(shapes := _shapes(model, self.constants))
         for number, (keys, values) in enumerate(shapes):
             for name, (heads, width) in (("keys", keys), ("values", values)):
                 self.register_buffer(f"{name}_{number}", torch.zeros(1, context, heads, width), persistent=False)
@@ -100,7 +109,7 @@ class Cached(nn.Module):
         for known in (start >= 0, start < self.context, start + count <= self.context):
             torch._check(known)  # type: ignore[no-untyped-call]
         buffers = [(getattr(self, f"keys_{n}"), getattr(self, f"values_{n}")) for n in range(self._layers)]
-        with _placed(start, self.context):
+        with _placed(start, self.context), Products(self.constants):
             found: torch.Tensor = self.model(
                 input_ids=input_ids,
                 position_ids=(torch.arange(count) + input_pos)[None],
@@ -110,12 +119,13 @@ class Cached(nn.Module):
         return found
 
 
-def _shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def _shapes(model: Any, constants: Constants) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Returns heads and width of the keys and of the values of every layer, which a short text shows."""
     ids = torch.zeros((1, _PROBED), dtype=torch.int64)
     model.set_attn_implementation("eager")
     try:
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        with torch.no_grad(), Products(constants):
+            cache = model(input_ids=ids, use_cache=True).past_key_values
     finally:
         model.set_attn_implementation(ATTENTION)
     if not isinstance(cache, DynamicCache):
@@ -140,6 +150,7 @@ def _placed(start: Any, context: int) -> Iterator[None]:
         yield
     finally:
         _PLACE.start, _PLACE.context = 0, 0
+        _PLACE.whole.clear()
 
 
 def attention(
@@ -159,7 +170,10 @@ def attention(
     if odd:
         raise Failure(f"{type(module).__name__} attends with {odd[0]}, which has no form in ExecuTorch")
     if softcap is None and s_aux is None and key.shape == value.shape and query.shape[-1] == key.shape[-1]:
-        q, k, v = (each.transpose(1, 2) for each in (query, key, value))
+        q = query.transpose(1, 2)
+        k, v = (
+            _PLACE.whole[id(each)][1] if id(each) in _PLACE.whole else each.transpose(1, 2) for each in (key, value)
+        )
         causal = attention_mask is None
         return torch.ops.llama.custom_sdpa(q, k, v, _PLACE.start, attention_mask, 0.0, causal, scaling), None
     return _plain(query, key, value, attention_mask, scaling, softcap, s_aux), None

@@ -4,12 +4,13 @@ A weight `[out, in]` of 4 bits is codes from -8 to 7 with a scale above zero for
 keeps in bfloat16. One of 8 bits has a scale for every output. There are no zero points. What a checkpoint has instead,
 zero points or scales below zero, is a constant for every group: it is multiplied with the sum of the group's inputs, by
 a second linear of 8 bits. Inputs are rounded to 8 bits, every token with a scale and a zero point of its own, while the
-program runs.
+program runs. Before that they are levelled (see `loudness`): the loudest stay floats, with their columns of the weight
+in float32, and what lies far out may be rounded apart.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ from lighten.model.quantized.packed import Codes
 
 _INPUT = -128, 127
 """Range of the codes of inputs."""
+FAR = 4.0
+"""Inputs of more than so many times the mean size of a token's inputs are rounded apart from the rest."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,30 @@ class Stored:
     bits: int
     offsets: torch.Tensor | None = None
     """What every weight of a group has beside its code times the scale, `[out, groups]`; None if all have nothing."""
+    levels: torch.Tensor | None = None
+    """What inputs are divided by before they are rounded, `[in]`, in the order of the codes; None for one."""
+    aside: torch.Tensor | None = None
+    """Places of inputs that are not rounded, `[k]`, in the order of the codes; None if all are."""
+    columns: torch.Tensor | None = None
+    """Weights of these inputs, `[out, k]`, in the place of what their codes give."""
 
     @property
     def size(self) -> int:
         """Inputs of a group."""
         return self.codes.shape[1] // self.scales.shape[1]
 
+    def coded(self) -> torch.Tensor:
+        """Returns the weight without its offsets, `[out, in]` in float32, in the order of the codes."""
+        placed = self.codes.float() * self.scales.repeat_interleave(self.size, 1)
+        if self.levels is not None:
+            placed /= self.levels
+        if self.aside is not None and self.columns is not None:
+            placed[:, self.aside] = self.columns
+        return placed
+
     def weight(self) -> torch.Tensor:
         """Returns the weight, `[out, in]` in float32, its inputs in their first order."""
-        placed = self.codes.float() * self.scales.repeat_interleave(self.size, 1)
+        placed = self.coded()
         if self.offsets is not None:
             placed += self.offsets.repeat_interleave(self.size, 1)
         if self.order is None:
@@ -93,21 +111,45 @@ def keep(found: Codes, where: str) -> Stored:
     )
 
 
-def rounded(weight: torch.Tensor, bits: int, size: int | None) -> Stored:
+def levelled(stored: Stored, steps: torch.Tensor, aside: torch.Tensor | None = None) -> Stored:
+    """Returns the same weight for inputs that are divided by powers of two, `[groups]`. No code changes.
+
+    Args:
+        stored: the weight.
+        steps: the powers.
+        aside: places of inputs that are not rounded at all, `[k]`.
+    """
+    columns = None if aside is None else stored.coded()[:, aside]
+    levels = steps.repeat_interleave(stored.size)
+    return replace(stored, scales=stored.scales * steps, levels=levels, aside=aside, columns=columns)
+
+
+def rounded(
+    weight: torch.Tensor,
+    bits: int,
+    size: int | None,
+    levels: torch.Tensor | None = None,
+    aside: torch.Tensor | None = None,
+) -> Stored:
     """Returns a weight `[out, in]` rounded to the nearest codes, by the smallest scales that clip nothing.
 
     Args:
         weight: any floats.
         bits: 4 or 8.
         size: inputs of a group, which divides them; None for one scale for each output.
+        levels: what inputs will be divided by, `[in]`; None for one.
+        aside: places of inputs that will not be rounded, `[k]`, whose weights stay floats.
     """
-    grouped = weight.float().reshape(len(weight), -1, size or weight.shape[1])
+    columns = None if aside is None else weight[:, aside].float()
+    weight = weight.float() if levels is None else weight.float() * levels
+    weight = weight if aside is None else weight.index_fill(1, aside, 0)
+    grouped = weight.reshape(len(weight), -1, size or weight.shape[1])
     most = 1 << (bits - 1)
     scales = torch.maximum(grouped.amax(-1) / (most - 1), grouped.amin(-1) / -most)
     scales = scales if size is None else _shortened(scales)
     scales = torch.where(scales == 0, 1, scales)  # XNNPACK refuses 0
     codes = (grouped / scales[..., None]).round().clamp(-most, most - 1)
-    return Stored(codes.flatten(1).to(torch.int8), scales, None, bits)
+    return Stored(codes.flatten(1).to(torch.int8), scales, None, bits, None, levels, aside, columns)
 
 
 def _shortened(scales: torch.Tensor) -> torch.Tensor:
@@ -121,8 +163,10 @@ class CodedLinear(nn.Module):
     scales: torch.Tensor
     zeros: torch.Tensor
     order: torch.Tensor | None
+    quieter: torch.Tensor | None
 
-    def __init__(self, stored: Stored, bias: torch.Tensor | None) -> None:
+    def __init__(self, stored: Stored, bias: torch.Tensor | None, *, apart: bool = False) -> None:
+        """Takes the weight, `[out]` or nothing to add, and whether inputs that lie far out are rounded apart."""
         super().__init__()
         self.out_features, self.in_features = stored.codes.shape
         self.bits, self.size = stored.bits, stored.size
@@ -130,6 +174,19 @@ class CodedLinear(nn.Module):
         self.register_buffer("scales", stored.scales)
         self.register_buffer("zeros", torch.zeros_like(stored.scales, dtype=torch.int8))
         self.register_buffer("order", stored.order)
+        quieter = None if stored.levels is None else 1 / stored.levels
+        self.picked = self.columns = None
+        if stored.aside is not None and stored.columns is not None:
+            quieter = torch.ones(self.in_features) if quieter is None else quieter
+            quieter[stored.aside] = 0
+            # a product with ones picks them, as XNNPACK has no operator for it
+            picked = torch.nn.functional.one_hot(stored.aside, self.in_features).float()
+            self.picked = nn.Parameter(picked, requires_grad=False)
+            self.columns = nn.Parameter(stored.columns.contiguous(), requires_grad=False)
+        self.register_buffer("quieter", quieter)
+        self.far = None
+        if apart:
+            self.far = nn.Parameter(torch.full((1, self.in_features), FAR / self.in_features), requires_grad=False)
         self.beside = self.members = None
         if stored.offsets is not None:
             self.beside = CodedLinear(rounded(stored.offsets, 8, None), None)
@@ -142,6 +199,20 @@ class CodedLinear(nn.Module):
         """Returns the product `[…, out]` for inputs `[…, in]`."""
         if self.order is not None:
             inputs = inputs.index_select(-1, self.order)
+        level = inputs if self.quieter is None else inputs * self.quieter
+        if self.far is None:
+            found = self._product(level, self.bias)
+        else:
+            edge = nn.functional.linear(level.abs(), self.far)
+            near = torch.minimum(torch.maximum(level, -edge), edge)
+            found = self._product(near, self.bias) + self._product(level - near, None)
+        if self.picked is not None and self.columns is not None:
+            found = found + nn.functional.linear(nn.functional.linear(inputs, self.picked), self.columns)
+        if self.beside is not None and self.members is not None:
+            found = found + self.beside(nn.functional.linear(inputs, self.members))
+        return found
+
+    def _product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         block = [1] * (inputs.dim() - 1) + [self.in_features]
         ops, (low, high) = torch.ops.torchao, _INPUT
         scale, zero = ops.choose_qparams_affine(
@@ -153,10 +224,7 @@ class CodedLinear(nn.Module):
         weight = ops.dequantize_affine(
             self.codes, [1, self.size], self.scales, self.zeros, torch.int8, -half, half - 1, torch.float32
         )
-        found = nn.functional.linear(seen, weight, self.bias)
-        if self.beside is not None and self.members is not None:
-            found = found + self.beside(nn.functional.linear(inputs, self.members))
-        return found
+        return nn.functional.linear(seen, weight, bias)
 
 
 class CodedEmbedding(nn.Module):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def build(
         "get_weight_bits": bits,
     }
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), _shapes_alone():
             report("tracing")
             ids, place = torch.zeros((1, _SAMPLE), dtype=torch.int64), torch.tensor([_START])
             shapes = ({1: torch.export.Dim("tokens", min=1, max=most)}, None)
@@ -97,6 +98,33 @@ def build(
     names = [getattr(target, "__name__", str(target)) for target in targets]
     parts = sum("executorch_call_delegate" in name for name in names)
     return {"xnnpack_parts": parts, "operators_outside": sum("getitem" not in name for name in names) - parts}
+
+
+@contextmanager
+def _shapes_alone() -> Iterator[None]:
+    """Lets torchao's operators tell the shapes of their results without twenty other operators that compute them.
+
+    ExecuTorch asks for the shapes in each of its passes, so they are most of the time of a conversion.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torchao.quantization import quant_primitives as own
+
+    names = ("_quantize_affine_no_dtype_cast", "_dequantize_affine_no_dtype_check")
+    kept = {name: getattr(own, name) for name in names}
+
+    def alone(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def found(input: Any, *others: Any, **named: Any) -> Any:
+            return input.float() if isinstance(input, FakeTensor) else compute(input, *others, **named)
+
+        return found
+
+    for name, each in kept.items():
+        setattr(own, name, alone(each))
+    try:
+        yield
+    finally:
+        for name, each in kept.items():
+            setattr(own, name, each)
 
 
 def _reason(error: BaseException) -> str:

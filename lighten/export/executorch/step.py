@@ -10,18 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from lighten.errors import Failure
-from lighten.export.executorch.linears import CodedEmbedding, CodedLinear, keep, rounded
+from lighten.errors import Failure, LightenError
+from lighten.export.executorch.linears import CodedEmbedding, CodedLinear, Stored, keep, levelled, rounded
+from lighten.export.executorch.loudness import LENGTH, SAMPLES, listen, steps
 from lighten.export.executorch.settings import ExecuTorch
 from lighten.export.onnx.quiet import quiet
 from lighten.export.onnx.weights import Quantized
+from lighten.facts import ModelFacts
 from lighten.model import whole
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.executorch_library import PROGRAM, load
 from lighten.model.tokenizer_files import copy_words
+from lighten.model.tokens import calibration_ids
 from lighten.step import Context
 from lighten.store.artifact import Artifact
 
+CREST = 15.0
+"""Inputs whose largest is more than so many times the mean one, on the mean of the tokens, are rounded in two parts."""
 _ROWS = 4096
 """Rows of an embedding that are computed together."""
 
@@ -45,7 +50,7 @@ def run(step: ExecuTorch, source: Artifact, out: Path, context: Context) -> dict
     context.report(0, 4, "opening")
     kept = Quantized(checkpoint) if step.keeps(source.format) else None
     model = _open(step, checkpoint, kept, context)
-    told = place(step, model, kept)
+    told = place(step, model, kept, _text(source.path, facts, context) if step.rounded else None)
     model.set_attn_implementation(ATTENTION)
     positions = step.positions(facts)
     bits = step.bits if kept is None else 4
@@ -67,6 +72,16 @@ def run(step: ExecuTorch, source: Artifact, out: Path, context: Context) -> dict
     }
 
 
+def _text(model: Path, facts: ModelFacts, context: Context) -> torch.Tensor | None:
+    """Returns tokens of the built-in text; None, with a warning, if the model's tokenizer cannot read it."""
+    try:
+        ids = calibration_ids(model, "builtin", SAMPLES, min(LENGTH, facts.context or LENGTH))
+    except LightenError as error:
+        context.warnings.append(f"inputs were not levelled, as no text could be read: {error}")
+        return None
+    return torch.from_numpy(ids)
+
+
 def _open(step: ExecuTorch, checkpoint: Checkpoint, kept: Quantized | None, context: Context) -> Any:
     """Returns the model in float32."""
     from transformers import AutoModelForCausalLM
@@ -85,8 +100,14 @@ def _open(step: ExecuTorch, checkpoint: Checkpoint, kept: Quantized | None, cont
         return whole.load(checkpoint.path, torch.float32, trust_remote_code=trusted).eval()
 
 
-def place(step: ExecuTorch, model: Any, kept: Quantized | None) -> dict[str, Any]:
+def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tensor | None = None) -> dict[str, Any]:
     """Puts codes in the place of the weights of a model, those of a checkpoint if there is one.
+
+    Args:
+        step: the settings.
+        model: a causal model in float32.
+        kept: the codes of a checkpoint.
+        ids: tokens on which it is seen how loud the inputs of linears are, `[samples, length]`; None if there are none.
 
     Returns:
         Facts: how many weights have codes, and how many stayed floats.
@@ -100,29 +121,30 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None) -> dict[str, Any
     left = set(kept.names if kept else ())
     total = sum({each.data_ptr(): each.numel() for each in model.parameters() if each.dim() > 1}.values())
     counts = {"weights_in_codes": 0, "weights_of_embedding_in_codes": 0}
-    offset = 0
+    places: dict[nn.Linear, tuple[nn.Module, str]] = {}
+    weights: dict[nn.Linear, Stored] = {}
     for parent, name, path, linear in list(_linears(model)):
         is_head = linear is head
         if path in left and kept is not None:
-            stored = keep(kept.codes(path), path)
+            weights[linear] = keep(kept.codes(path), path)
             left.discard(path)
-            offset += 0 if stored.offsets is None else linear.weight.numel()
-        elif is_head and step.embedding == "float":
-            continue
-        elif is_head:
-            stored = rounded(linear.weight.detach(), 8, None)
-        elif kept is not None:
+        elif (is_head and step.embedding == "float") or (kept is not None and not is_head):
             continue
         else:
-            stored = rounded(linear.weight.detach(), step.bits, step.group(linear.in_features, path))
-        if not is_head:
-            counts["weights_in_codes"] += linear.weight.numel()
-        setattr(parent, name, CodedLinear(stored, linear.bias))
+            bits, size = (8, None) if is_head else (step.bits, step.group(linear.in_features, path))
+            weights[linear] = rounded(linear.weight.detach(), bits, size)
+        places[linear] = parent, name
+        counts["weights_in_codes"] += 0 if is_head else linear.weight.numel()
     if left:
         raise Failure(
             f"{min(left)} is quantized, but is no linear of {type(model).__name__}: set type: int8 or fp32, which "
             "unpack the weights, or export its source"
         )
+    offset = sum(linear.weight.numel() for linear, each in weights.items() if each.offsets is not None)
+    levelled_all = _levelled(weights, model, ids)
+    for linear, (stored, apart) in levelled_all.items():
+        parent, name = places[linear]
+        setattr(parent, name, CodedLinear(stored, linear.bias, apart=apart))
     tied = head is not None and head.weight.data_ptr() == table.weight.data_ptr()
     if step.embedding == "int8":
         counts["weights_of_embedding_in_codes"] += table.weight.numel()
@@ -133,10 +155,33 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None) -> dict[str, Any
         "weights": f"kept from {kept.method}" if kept else f"rounded to {step.type or 'int4'}",
         **({"group_size": step.group_size} if kept is None and step.bits == 4 else {}),
         **({"weights_offset": offset} if kept else {}),
+        "inputs_levelled": ids is not None,
+        "inputs_in_floats": sum(0 if each.aside is None else len(each.aside) for each, _ in levelled_all.values()),
+        "linears_in_two_parts": sum(apart for _, apart in levelled_all.values()),
         "embedding": step.embedding,
         **counts,
         "weights_in_floats": total - sum(counts.values()),
     }
+
+
+def _levelled(
+    weights: dict[nn.Linear, Stored], model: Any, ids: torch.Tensor | None
+) -> dict[nn.Linear, tuple[Stored, bool]]:
+    """Returns weights for inputs that are levelled, and whether what lies far out is to be rounded apart."""
+    if ids is None:
+        return {linear: (stored, False) for linear, stored in weights.items()}
+    heard = listen(model, ids, {linear: (stored.order, stored.size) for linear, stored in weights.items()})
+    found = {}
+    for linear, stored in weights.items():
+        loud = heard[linear]
+        if stored.bits == 8:  # the weight is rounded by every input, so half of what is loud goes to it
+            quiet_middle = loud.inputs.median().clamp(min=1e-30)
+            even = (loud.inputs / quiet_middle).clamp(2.0**-8, 2.0**8).sqrt()
+            made = rounded(linear.weight.detach(), 8, None, even, loud.aside)
+            found[linear] = made, loud.crest > CREST
+        else:
+            found[linear] = levelled(stored, steps(loud.groups), loud.aside), loud.crest > CREST
+    return found
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Linear]]:

@@ -205,4 +205,5 @@ def test_what_vllm_says_of_an_artifact_is_read_in_its_log() -> None:
     }
     assert Vllm().loaded("quantization=None, dtype=torch.float32") == {"quantization": None, "dtype": "float32"}
     later = "ValueError: no kernel for 3 bits\nRuntimeError: Engine core initialization failed. See root cause above."
+    later = "(APIServer pid=9) WARNING 11-30 11:17:01 [utils.py:2] limits can cause `OSError: too many files`\n" + later
     assert Vllm().cause(later) == "ValueError: no kernel for 3 bits" and Vllm().cause("all is well") is None

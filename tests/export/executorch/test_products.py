@@ -1,0 +1,74 @@
+"""Means and turned halves as products: the same numbers, and the operators that are spared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lighten.export.executorch.products import WIDEST, Constants, Products
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def partly(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([turned(x[..., :16]), x[..., 16:]], dim=-1)
+
+
+def normed(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize("function", [turned, partly, normed])
+def test_products_give_the_same(function: Any) -> None:
+    x, constants = torch.randn(1, 3, 5, 32, generator=torch.Generator().manual_seed(0)), Constants()
+    with Products(constants):
+        found = function(x)
+    assert torch.allclose(found, function(x), rtol=1e-5, atol=1e-6) and list(constants.buffers())
+
+
+def test_a_traced_model_has_them_as_its_own() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.constants = Constants()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with Products(self.constants):
+                return normed(turned(x))
+
+    model, x = Model(), torch.randn(2, 3, 64)
+    wanted = model(x)
+    shapes = ({1: torch.export.Dim("tokens", min=1, max=9)},)
+    traced = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False)
+    traced = traced.run_decompositions({})
+    names = [str(node.target) for node in traced.graph.nodes if node.op == "call_function"]
+    assert not [name for name in names if "cat" in name or "mean" in name or "slice" in name]
+    assert torch.allclose(traced.module()(x), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.mean(-1),
+        lambda x: x.mean(1, keepdim=True),
+        lambda x: torch.cat((x[..., :8], x[..., 8:]), dim=0) if x.shape[-1] == 16 else x,
+        lambda x: torch.cat((x[..., ::2], x[..., 1::2]), dim=-1),
+        lambda x: torch.cat((x[..., :8], 2 * x[..., 8:]), dim=-1),
+    ],
+)
+def test_the_rest_stays(function: Any) -> None:
+    x, constants = torch.randn(2, 3, 16), Constants()
+    with Products(constants):
+        found = function(x)
+    assert torch.equal(found, function(x)) and not list(constants.buffers())
+
+
+def test_wide_vectors_stay() -> None:
+    x, constants = torch.randn(2, WIDEST * 2), Constants()
+    with Products(constants):
+        assert torch.equal(turned(x), turned(x)) and not list(constants.buffers())
