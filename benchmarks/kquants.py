@@ -139,7 +139,8 @@ class Bench:
         chance = decode_in_turn(places[2], places[1], turns=2, openings=2 * self.asked.turns)
         for place in places:
             place.unlink()
-        return {**{key: speed[key] for key in ("ours_tok_s", "theirs_tok_s", "ratio")}, "ratio_of_copy": chance["ratio"]}
+        kept = {key: speed[key] for key in ("ours_tok_s", "theirs_tok_s", "ratio")}
+        return {**kept, "ratio_of_copy": chance["ratio"]}
 
     def lighten(self, *arguments: object) -> Row:
         """Runs a command; returns its JSON."""

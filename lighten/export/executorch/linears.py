@@ -2,8 +2,8 @@
 
 A weight `[out, in]` of 4 bits is codes from -8 to 7 with a scale above zero for every group of inputs, which XNNPACK
 keeps in bfloat16. One of 8 bits has a scale for every output. There are no zero points. What a checkpoint has instead,
-zero points or scales below zero, is a constant for every group: it is multiplied with the sum of the group's inputs, by
-a second linear of 8 bits. Inputs are rounded to 8 bits, every token with a scale and a zero point of its own, while the
+zero points or scales below zero, is a constant for every group: it is multiplied with the sum of the group's inputs, in
+float32. Inputs are rounded to 8 bits, every token with a scale and a zero point of its own, while the
 program runs. Before that they are levelled (see `loudness`): the loudest stay floats, with their columns of the weight
 in float32, and what lies far out may be rounded apart.
 """
@@ -175,24 +175,22 @@ class CodedLinear(nn.Module):
         self.register_buffer("zeros", torch.zeros_like(stored.scales, dtype=torch.int8))
         self.register_buffer("order", stored.order)
         quieter = None if stored.levels is None else 1 / stored.levels
-        self.picked = self.columns = None
+        sums, columns = [], []
         if stored.aside is not None and stored.columns is not None:
             quieter = torch.ones(self.in_features) if quieter is None else quieter
             quieter[stored.aside] = 0
-            # a product with ones picks them, as XNNPACK has no operator for it
-            picked = torch.nn.functional.one_hot(stored.aside, self.in_features).float()
-            self.picked = nn.Parameter(picked, requires_grad=False)
-            self.columns = nn.Parameter(stored.columns.contiguous(), requires_grad=False)
+            sums.append(nn.functional.one_hot(stored.aside, self.in_features).float())
+            columns.append(stored.columns)
+        if stored.offsets is not None:
+            sums.append(torch.eye(stored.offsets.shape[1]).repeat_interleave(stored.size, 1))
+            columns.append(stored.offsets)
+        # products with ones pick and add up inputs: XNNPACK has no operator for it, and another would cut the program
+        self.sums = nn.Parameter(torch.cat(sums), requires_grad=False) if sums else None
+        self.columns = nn.Parameter(torch.cat(columns, 1), requires_grad=False) if columns else None
         self.register_buffer("quieter", quieter)
         self.far = None
         if apart:
             self.far = nn.Parameter(torch.full((1, self.in_features), FAR / self.in_features), requires_grad=False)
-        self.beside = self.members = None
-        if stored.offsets is not None:
-            self.beside = CodedLinear(rounded(stored.offsets, 8, None), None)
-            # a product with ones, as XNNPACK has no sum: one outside of it would cut the program into many parts
-            members = torch.eye(len(stored.offsets[0])).repeat_interleave(stored.size, 1)
-            self.members = nn.Parameter(members, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -206,10 +204,8 @@ class CodedLinear(nn.Module):
             edge = nn.functional.linear(level.abs(), self.far)
             near = torch.minimum(torch.maximum(level, -edge), edge)
             found = self._product(near, self.bias) + self._product(level - near, None)
-        if self.picked is not None and self.columns is not None:
-            found = found + nn.functional.linear(nn.functional.linear(inputs, self.picked), self.columns)
-        if self.beside is not None and self.members is not None:
-            found = found + self.beside(nn.functional.linear(inputs, self.members))
+        if self.sums is not None and self.columns is not None:
+            found = found + nn.functional.linear(nn.functional.linear(inputs, self.sums), self.columns)
         return found
 
     def _product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

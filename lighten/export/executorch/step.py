@@ -62,8 +62,7 @@ def run(step: ExecuTorch, source: Artifact, out: Path, context: Context) -> dict
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     context.report(4, 4, "")
     if kept is not None:
-        also = ", and what stands for zero points and scales below zero to 8 bits" if told["weights_offset"] else ""
-        context.warnings.append(f"the scales of the weights were rounded to bfloat16, as XNNPACK keeps them{also}")
+        context.warnings.append("the scales of the weights were rounded to bfloat16, as XNNPACK keeps them")
     return {
         "format": "executorch",
         "type": step.type or (kept.method if kept else "int4"),
