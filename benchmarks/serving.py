@@ -106,3 +106,51 @@ def served(found: Found) -> str:
     paid = f", {hour['currency']} at {hour['price_per_hour']:g} an hour" if hour else ""
     heads = ("Artifact", "Operations a byte", "GB/s", "GFLOP/s", "Of the roof", "A million read", f"written{paid}")
     return "\n\n".join([rows(titles, loads), *parts, rows(heads, roofs), made(found)])
+
+
+def vllm(found: Found) -> str:
+    """Returns every format beside itself in vLLM, its kernels, many clients, and what a killed server leaves."""
+    settings, by_name = found["settings"], {row["name"]: row for row in found["rows"]}
+    lines = []
+    for name, row in by_name.items():
+        if name.endswith("-vllm"):
+            continue
+        there = by_name[f"{name}-vllm"]
+        right = [[_right(each, norm) for norm in ("acc", "acc_norm")] for each in (row, there)]
+        told = (there["facts"] or {}).get("server") or {}
+        kernels = ", ".join(f"`{each.split()[0]}`" for each in told.get("kernels") or [])
+        cells = [
+            " → ".join(
+                significant(each["perplexity"]["value"], 4) if each["perplexity"] else "–" for each in (row, there)
+            ),
+            " → ".join(each[0] for each in right),
+            " → ".join(each[1] for each in right),
+            kernels or NOT_MEASURED,
+        ]
+        lines.append([f"`{name}`", *cells] if there["status"] == "ok" else [f"`{name}`", first_line(there["error"])])
+    titles = ("Variant", "Perplexity", "Questions right", "by length", "Kernels of vLLM")
+    load = []
+    for row in found["load"]:
+        for each in row["load"] or []:
+            waits = ["/".join(fixed(each[wait][p], 0) for p in PERCENTILES) for wait in WAITS]
+            done = f"{each['completed']} of {each['requests']}"
+            load.append(
+                [f"`{row['name']}`", f"{each['concurrency']:g}", done, fixed(each["throughput_tok_s"], 1), *waits]
+            )
+    waited = [f"{title}, ms" for title in WAITED]
+    killed = next(row for row in found["killed"] if row["name"] == "gptq-vllm")
+    others = ", ".join(f"`{row['name']}` {row['status']}" for row in found["killed"] if row is not killed)
+    parts = [
+        rows(titles, lines),
+        f"{settings['model']}: from transformers on this side to vLLM, of {settings['tasks']} questions of HellaSwag.",
+        rows(("Variant", "Users", "Requests", "Tokens/s", *waited), load),
+        f"A server killed while it answered: `{killed['name']}` {killed['status']}, “{first_line(killed['error'])}”; "
+        f"{others}.",
+        made(found),
+    ]
+    return "\n\n".join(parts)
+
+
+def _right(row: Found, metric: str) -> str:
+    score = (row["accuracy"] or [{}])[0]
+    return NOT_MEASURED if score.get(metric) is None else str(round(score[metric] * score["n"]))

@@ -23,6 +23,7 @@ EDGE = HERE.parent / "docs" / "edge.md"
 ROBUST = HERE.parent / "docs" / "robustness.md"
 METHOD = HERE.parent / "docs" / "how-it-works.md"
 FAMILIES = HERE.parent / "docs" / "families.md"
+SERVERS = HERE.parent / "docs" / "endpoints.md"
 TEXTS = HERE.parent / "docs" / "encoders-and-translation.md"
 README = HERE / "README.md"
 FRONT = HERE.parent / "README.md"
@@ -56,6 +57,7 @@ WHOLE = {
     "card-whole": "gptq",
     "card-decode": "equal",
     "gemma": "models",
+    "vllm": "load",
 }
 """The part that a result file must have for a section to be written."""
 Found = dict[str, Any]
@@ -295,6 +297,7 @@ def main() -> None:
         (DOCS, "protocols", "protocols.json", evaluations.protocols),
         (DOCS, "ladder", "ladder.json", serving.ladder),
         (DOCS, "repeat", "repeat.json", serving.repeat),
+        (SERVERS, "vllm", "vllm.json", serving.vllm),
         (DOCS, "served", "serving.json", serving.served),
         (FAMILIES, "families", "families.json", family_table.families),
         (ROBUST, "campaign", "campaign.json", campaign.campaign),

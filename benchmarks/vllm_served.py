@@ -58,12 +58,13 @@ def main() -> None:
     parser.add_argument("--model", default="demo:smollm2-135m")
     parser.add_argument("--limit", type=int, default=200, help="tasks")
     parser.add_argument("--only", action="append", choices=VARIANTS, help="may be repeated (default: all)")
+    parser.add_argument("--loaded", action="append", choices=VARIANTS, help="asked by many clients; may be repeated")
     parser.add_argument("--arg", action="append", default=[], help="for the server; may be repeated")
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts") / "vllm")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     only = f" {' '.join(f'--only {name}' for name in asked.only)}" if asked.only else ""
-    args = "".join(f" --arg={each}" for each in asked.arg)
+    args = "".join(f" --loaded {name}" for name in asked.loaded or ()) + "".join(f" --arg={each}" for each in asked.arg)
     found: dict[str, Any] = {
         "command": f"python benchmarks/vllm_served.py --vllm PYTHON --tasks {asked.tasks.name}{only}{args}",
         "machine": machine.fingerprint(),
@@ -78,7 +79,7 @@ def main() -> None:
     killed = recipe(asked, "vllm-killed", [KILLED], both=True, evaluate={"perplexity": ANSWERS["perplexity"]})
     found["killed"] = run(killed, asked, KILLED + SERVED)
     write_json(asked.out, found)
-    loaded = [name for name in LOADED if name in names]
+    loaded = asked.loaded or [name for name in LOADED if name in names]
     found["load"] = run(recipe(asked, "vllm-load", loaded, both=False, evaluate={"load": ANSWERS["load"]}), asked, None)
     write_json(asked.out, found)
 
