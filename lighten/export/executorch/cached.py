@@ -47,6 +47,11 @@ def _turned(states: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def _lying(turned: torch.Tensor) -> torch.Tensor:
+    found = _PLACE.whole.get(id(turned))
+    return found[1] if found else turned.transpose(1, 2)
+
+
 class Layer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer, in buffers `[1, context, heads, width]`."""
 
@@ -98,6 +103,7 @@ class Cached(nn.Module):
         super().__init__()
         self.model, self.context, self.constants = model, context, Constants()
         self._layers = len(shapes := _shapes(model, self.constants))
+        self.constants.fixed = True
         for number, (keys, values) in enumerate(shapes):
             for name, (heads, width) in (("keys", keys), ("values", values)):
                 self.register_buffer(f"{name}_{number}", torch.zeros(1, context, heads, width), persistent=False)

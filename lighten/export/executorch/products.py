@@ -7,6 +7,7 @@ vector becomes a product with a matrix of ones and minus ones. Both are exact bu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,16 +23,22 @@ _Piece = tuple[torch.Tensor, int, int, int]
 class Constants(nn.Module):
     """What is multiplied with, by names, as buffers that a traced program has as its own."""
 
-    def find(self, name: str, make: Any) -> torch.Tensor:
-        """Returns a constant, which is made if it is not there."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.fixed = False
+        """Whether no more are made: a module cannot get buffers while it is traced."""
+
+    def find(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """Returns a constant, which is made if it is not there; None if it may not be made."""
         if name not in self._buffers:
+            if self.fixed:
+                return None
             self.register_buffer(name, make(), persistent=False)
-        found: torch.Tensor = self.get_buffer(name)
-        return found
+        return self.get_buffer(name)
 
 
 class Products(TorchFunctionMode):
-    """Rewrites what is computed inside of it. The constants are made when it first meets real tensors."""
+    """Rewrites what is computed inside of it."""
 
     def __init__(self, constants: Constants) -> None:
         super().__init__()
@@ -54,20 +61,20 @@ class Products(TorchFunctionMode):
         return found
 
     def _mean(self, tensor: Any, dim: Any = None, keepdim: bool = False, **others: Any) -> torch.Tensor | None:
-        last = dim in (-1, (-1,), [-1])
-        if not last or not keepdim or others or tensor.dtype != torch.float32:
+        last, width = dim in (-1, (-1,), [-1]), _width(tensor)
+        if not last or not keepdim or others or width is None:
             return None
-        width = int(tensor.shape[-1])
         row = self.constants.find(f"mean_{width}", lambda: torch.full((1, width), 1 / width))
-        return nn.functional.linear(tensor, row)
+        return None if row is None else nn.functional.linear(tensor, row)
 
     def _cut(self, found: Any, tensor: Any, place: Any) -> None:
         """Remembers a piece of the last dimension, `tensor[..., first:end]`."""
         if not (isinstance(place, tuple) and len(place) == 2 and place[0] is Ellipsis and isinstance(place[1], slice)):
             return
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32 or place[1].step not in (None, 1):
+        width, asked = _width(tensor), (place[1].start, place[1].stop, place[1].step)
+        if width is None or not all(each is None or type(each) is int for each in asked) or asked[2] not in (None, 1):
             return
-        first, end, _ = place[1].indices(int(tensor.shape[-1]))
+        first, end, _ = place[1].indices(width)
         self._pieces[id(found)] = found, (tensor, first, end, 1)
 
     def _piece(self, tensor: Any) -> _Piece | None:
@@ -88,4 +95,13 @@ class Products(TorchFunctionMode):
             return torch.cat([torch.eye(width)[first:end] * sign for _, first, end, sign in whole])
 
         name = "_".join(f"{'less' if sign < 0 else 'more'}_{first}_{end}" for _, first, end, sign in whole)
-        return nn.functional.linear(tensor, self.constants.find(f"of_{width}_{name}", make))
+        matrix = self.constants.find(f"of_{width}_{name}", make)
+        return None if matrix is None else nn.functional.linear(tensor, matrix)
+
+
+def _width(tensor: Any) -> int | None:
+    """Returns the last dimension of a tensor of float32; None for others, and where it is not a fixed number."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32 or not tensor.dim():
+        return None
+    width = tensor.shape[-1]
+    return width if type(width) is int else None

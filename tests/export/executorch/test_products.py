@@ -68,6 +68,29 @@ def test_the_rest_stays(function: Any) -> None:
     assert torch.equal(found, function(x)) and not list(constants.buffers())
 
 
+def test_dimensions_that_change_and_constants_that_are_missing_stay() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.constants = Constants()
+            self.constants.fixed = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with Products(self.constants):
+                turned_rows = x.transpose(0, 1)  # its last dimension changes
+                return (
+                    torch.cat((turned_rows[..., 1:], turned_rows[..., :1]), dim=-1).mean(-1, keepdim=True)
+                    + normed(x).mean()
+                )
+
+    model, x = Model(), torch.randn(4, 8)
+    traced = torch.export.export(
+        model, (x,), dynamic_shapes=({0: torch.export.Dim("rows", min=3, max=9)},), strict=False
+    )
+    other = torch.randn(7, 8)
+    assert torch.allclose(traced.module()(other), model(other)) and not list(model.constants.buffers())
+
+
 def test_wide_vectors_stay() -> None:
     x, constants = torch.randn(2, WIDEST * 2), Constants()
     with Products(constants):
