@@ -17,8 +17,6 @@ from torch import nn
 
 SAMPLES, LENGTH = 2, 512
 """Sequences that are read, and tokens of each."""
-
-
 LOUD, MOST = 2.5, 32
 """Inputs of more than so many times the mean size of the middle one are set aside, so many at most."""
 
