@@ -118,7 +118,7 @@ def vllm(found: Found) -> str:
         there = by_name[f"{name}-vllm"]
         right = [[_right(each, norm) for norm in ("acc", "acc_norm")] for each in (row, there)]
         told = (there["facts"] or {}).get("server") or {}
-        kernels = ", ".join(f"`{each.split()[0]}`" for each in told.get("kernels") or [])
+        kernels = ", ".join(dict.fromkeys(f"`{each.split()[0]}`" for each in told.get("kernels") or []))
         cells = [
             " → ".join(
                 significant(each["perplexity"]["value"], 4) if each["perplexity"] else "–" for each in (row, there)
