@@ -9,7 +9,7 @@ from typing import Any
 TURNS = 11
 """Of each opening."""
 OPENINGS = 2
-"""The pages that a model gets in memory make it up to 3 % faster or slower until it is opened again."""
+"""The pages that a model gets in memory make it up to 5 % faster or slower until it is opened again."""
 PROMPT, STEPS = 64, 64
 
 
