@@ -139,36 +139,69 @@ def openvino_nncf(bench: Bench, _ours: Path, out: Path) -> Path:
     return _with_tokenizer(bench.source, out)
 
 
-def export_llm(*flags: str) -> Make:
+LLAMA_NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.layers": "layers",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+"""Names of executorch's own model for those of transformers."""
+
+
+def _llama_name(name: str) -> str:
+    for ours, theirs in LLAMA_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _plain_weights(bench: Bench) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    weights = {_llama_name(name): each.float() for name, each in load_file(bench.source / "model.safetensors").items()}
+    weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    return weights
+
+
+def _codes(bench: Bench) -> dict[str, Any]:
+    """Returns the codes of the GPTQ checkpoint in groups, and head and embedding in 8 bits, as our program has them."""
+    from lighten.export.executorch.linears import keep, rounded
+    from lighten.export.onnx.weights import Quantized
+    from lighten.model.checkpoint import Checkpoint
+
+    kept, found, stored = Quantized(Checkpoint(bench.gptq)), {}, {}
+    for name, tensor in _plain_weights(bench).items():
+        if name.startswith(("output", "tok_embeddings")):
+            stored[name] = rounded(tensor, 8, None)
+        elif "norm" in name:
+            found[name] = tensor
+    for name in kept.names:
+        stored[f"{_llama_name(name)}.weight"] = each = keep(kept.codes(name), name)
+        if each.offsets is not None or each.order is not None:
+            raise Lacking(f"{name} has scales below zero, zero points or an order of its own: export_llm has none")
+    for name, each in stored.items():
+        found[name] = each.codes
+        found[name.replace(".weight", ".scales")] = each.scales[:, 0] if each.bits == 8 else each.scales
+    return found
+
+
+def export_llm(*flags: str, weights: Callable[[Bench], dict[str, Any]] = _plain_weights) -> Make:
     """Returns how executorch's export_llm makes a program, from weights with the names that it knows."""
 
     def make(bench: Bench, _ours: Path, out: Path) -> Path:
         import torch
-        from safetensors.torch import load_file
 
         config = json.loads((bench.source / "config.json").read_text())
-        names = {
-            "model.embed_tokens": "tok_embeddings",
-            "model.layers": "layers",
-            "model.norm": "norm",
-            "self_attn.q_proj": "attention.wq",
-            "self_attn.k_proj": "attention.wk",
-            "self_attn.v_proj": "attention.wv",
-            "self_attn.o_proj": "attention.wo",
-            "mlp.gate_proj": "feed_forward.w1",
-            "mlp.down_proj": "feed_forward.w2",
-            "mlp.up_proj": "feed_forward.w3",
-            "input_layernorm": "attention_norm",
-            "post_attention_layernorm": "ffn_norm",
-        }
-        weights = {}
-        for name, tensor in load_file(bench.source / "model.safetensors").items():
-            for ours, theirs in names.items():
-                name = name.replace(ours, theirs)
-            weights[name] = tensor.float()
-        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
         out.mkdir()
-        torch.save(weights, out / "weights.pth")
+        torch.save(weights(bench), out / "weights.pth")
         rope = config.get("rope_parameters") or config
         params = {
             "dim": config["hidden_size"],
@@ -181,6 +214,7 @@ def export_llm(*flags: str) -> Make:
             "vocab_size": config["vocab_size"],
             "use_scaled_rope": False,
             "use_hf_rope": True,
+            "quantization_args": {"group_size": GROUP},
         }
         (out / "params.json").write_text(json.dumps(params))
         told = [
@@ -232,13 +266,26 @@ OWN: dict[str, tuple[str, Make]] = {
     "gptq-ctranslate2": ("CTranslate2's converter, int8", ctranslate2("int8")),
     "executorch": ("export_llm, fp32", export_llm()),
     "gptq-executorch": (
-        "export_llm, 8da4w, embedding in 8 bits",
+        "export_llm, of the same GPTQ weights, head in 8 bits",
+        export_llm(
+            "quantization.use_qat=True",
+            "base.preq_mode=preq_8da4w_out_8da8w",
+            f"base.preq_group_size={GROUP}",
+            'base.preq_embedding_quantize="8,0"',
+            weights=_codes,
+        ),
+    ),
+}
+"""The format's own tool for a variant of the recipe."""
+ALSO: dict[str, tuple[str, Make]] = {
+    "gptq-executorch": (
+        "export_llm, 8da4w, head in 4 bits",
         export_llm(
             "quantization.qmode=8da4w", f"quantization.group_size={GROUP}", 'quantization.embedding_quantize="8,0"'
         ),
     ),
 }
-"""The format's own tool for a variant of the recipe."""
+"""What the tool makes by itself where it rounds more than the variant does: shown beside it."""
 
 
 def main() -> None:

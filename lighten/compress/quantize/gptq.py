@@ -10,7 +10,7 @@ import torch
 from lighten.compress.quantize import formats
 from lighten.compress.quantize.columns import Columns, falling
 from lighten.compress.quantize.formats import Stored
-from lighten.compress.quantize.grid import Quantized, dequantize, quantize, rtn, search
+from lighten.compress.quantize.grid import Quantized, Symmetry, dequantize, quantize, rtn, search
 from lighten.compress.quantize.linears import Linears
 from lighten.compress.quantize.methods.gptq import Gptq
 from lighten.compress.quantize.refine import refined
@@ -22,7 +22,7 @@ def gptq(
     *,
     bits: int,
     group_size: int,
-    sym: bool,
+    sym: Symmetry,
     desc_act: bool | Literal["static"],
     damp_percent: float,
     kind: torch.dtype = torch.float16,
@@ -120,4 +120,4 @@ def codes(step: Gptq, linears: Linears) -> list[Stored]:
                 gone=linears.pruned(),
             )
         linears.note_damping(step.damp_percent, found.damping)
-    return linears.store(found, partial(formats.coded, step.format, linears.bits, step.sym, scale_type))
+    return linears.store(found, partial(formats.coded, step.format, linears.bits, bool(step.sym), scale_type))

@@ -12,6 +12,8 @@ import torch
 
 GroupSize = int | Literal["tensor"]
 """Inputs that share a scale; −1 for all of them, "tensor" for one scale of the whole matrix."""
+Symmetry = bool | Literal["positive"]
+"""Whether the zero point of a grid is in its middle; "positive" if it is, and no scale is below zero."""
 
 SHRINKS = tuple(1.02 - 0.08 * step for step in range(8))
 """Fractions of the full range that the scale search tries first."""
@@ -67,19 +69,19 @@ def rounding(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
 
 
 def full_range(
-    w: torch.Tensor, bits: int, sym: bool, kind: torch.dtype = torch.float16, shrink: float | torch.Tensor = 1.0
+    w: torch.Tensor, bits: int, sym: Symmetry, kind: torch.dtype = torch.float16, shrink: float | torch.Tensor = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns scale and zero point of groups `[…, group, out]` such that the largest weight is on the grid.
 
     A symmetric grid has its zero point in the middle, 2^(bits−1), so that it reaches one step further down than up.
-    With few bits that step matters: the scale is negative where the largest weight is positive. Zero points are at
-    least 1: the `gptq` format stores them less one. `kind` is the type that the scales are stored in,
-    `shrink` the fraction of the range to cover.
+    With few bits that step matters: the scale is negative where the largest weight is positive, unless `sym` is
+    "positive". Zero points are at least 1: the `gptq` format stores them less one. `kind` is the type that the scales
+    are stored in, `shrink` the fraction of the range to cover.
     """
     top = 2**bits - 1
     if sym:
         middle, low, high = 2 ** (bits - 1), w.amin(-2), w.amax(-2)
-        if bits < SIGNED_BELOW:
+        if bits < SIGNED_BELOW and sym != "positive":
             scale = torch.where(high > -low, -high, -low) * shrink / middle
         else:
             scale = torch.maximum(high, -low) * shrink / (top / 2)
@@ -98,7 +100,7 @@ def storable(scale: torch.Tensor, kind: torch.dtype = torch.float16) -> torch.Te
 
 
 def rtn(
-    weight: torch.Tensor, bits: int, group_size: GroupSize, sym: bool, kind: torch.dtype = torch.float16
+    weight: torch.Tensor, bits: int, group_size: GroupSize, sym: Symmetry, kind: torch.dtype = torch.float16
 ) -> Quantized:
     """Rounds a weight matrix `[out, in]` to the nearest codes of the full range of each group."""
     w = weight.t().float()
@@ -115,7 +117,7 @@ def rtn(
 
 
 def nearest(
-    weight: torch.Tensor, bits: int, group_size: int, sym: bool, kind: torch.dtype = torch.float16
+    weight: torch.Tensor, bits: int, group_size: int, sym: Symmetry, kind: torch.dtype = torch.float16
 ) -> torch.Tensor:
     """Returns the weights `[out, in]` that `rtn` would leave, float32: what training through a grid multiplies by."""
     w = weight.float()
@@ -129,7 +131,7 @@ def nearest(
 def search(
     w: torch.Tensor,
     bits: int,
-    sym: bool,
+    sym: Symmetry,
     weight: torch.Tensor | None = None,
     kind: torch.dtype = torch.float16,
 ) -> tuple[torch.Tensor, torch.Tensor]:

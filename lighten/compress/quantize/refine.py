@@ -52,7 +52,8 @@ def refined(
             own = steps[rows].float()
             energy = (own * (hessian[rows][:, rows] @ own)).sum(0)
             moved = scales[group] + (own * left[rows]).sum(0) / energy.clamp(min=1e-30)
-            moved = torch.where(energy > 0, storable(moved, kind), scales[group])
+            stays = (energy > 0) & (moved * scales[group] > 0)  # a scale keeps its sign
+            moved = torch.where(stays, storable(moved, kind), scales[group])
             left.addmm_(hessian[:, rows], own * (moved - scales[group]), alpha=-1)
             scales[group] = moved
         for start in range(0, len(w), BLOCK):

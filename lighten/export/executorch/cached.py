@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lighten.errors import Failure
+from lighten.export.executorch.linears import shared
 from lighten.export.executorch.products import Constants, Products
 
 ATTENTION = "lighten_executorch"
@@ -115,7 +116,7 @@ class Cached(nn.Module):
         for known in (start >= 0, start < self.context, start + count <= self.context):
             torch._check(known)  # type: ignore[no-untyped-call]
         buffers = [(getattr(self, f"keys_{n}"), getattr(self, f"values_{n}")) for n in range(self._layers)]
-        with _placed(start, self.context), Products(self.constants):
+        with _placed(start, self.context), Products(self.constants), shared():
             found: torch.Tensor = self.model(
                 input_ids=input_ids,
                 position_ids=(torch.arange(count) + input_pos)[None],

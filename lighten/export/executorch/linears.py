@@ -4,25 +4,43 @@ A weight `[out, in]` of 4 bits is codes from -8 to 7 with a scale above zero for
 keeps in bfloat16. One of 8 bits has a scale for every output. There are no zero points. What a checkpoint has instead,
 zero points or scales below zero, is a constant for every group: it is multiplied with the sum of the group's inputs, in
 float32. Inputs are rounded to 8 bits, every token with a scale and a zero point of its own, while the
-program runs. Before that they are levelled (see `loudness`): the loudest stay floats, with their columns of the weight
-in float32, and what lies far out may be rounded apart.
+program runs: all together, or in two parts (see `inputs`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from lighten.errors import Failure
+from lighten.export.executorch.inputs import HIGH, LOW, Way
 from lighten.export.executorch.settings import SMALLEST_GROUP
 from lighten.model.quantized.packed import Codes
 
-_INPUT = -128, 127
-"""Range of the codes of inputs."""
-FAR = 4.0
-"""Inputs of more than so many times the mean size of a token's inputs are rounded apart from the rest."""
+_SHARED: list[dict[tuple[int, Hashable], tuple[torch.Tensor, torch.Tensor]]] = []
+"""What was computed from a tensor, by its identity and a name, with the tensor, so that no other gets its identity."""
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """Inside of it, linears that take the same inputs round them once."""
+    _SHARED.append({})
+    try:
+        yield
+    finally:
+        _SHARED.pop()
+
+
+def _once(inputs: torch.Tensor, name: Hashable, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    if not _SHARED:
+        return compute()
+    if (id(inputs), name) not in _SHARED[-1]:
+        _SHARED[-1][id(inputs), name] = inputs, compute()
+    return _SHARED[-1][id(inputs), name][1]
 
 
 @dataclass(frozen=True)
@@ -38,12 +56,6 @@ class Stored:
     bits: int
     offsets: torch.Tensor | None = None
     """What every weight of a group has beside its code times the scale, `[out, groups]`; None if all have nothing."""
-    levels: torch.Tensor | None = None
-    """What inputs are divided by before they are rounded, `[in]`, in the order of the codes; None for one."""
-    aside: torch.Tensor | None = None
-    """Places of inputs that are not rounded, `[k]`, in the order of the codes; None if all are."""
-    columns: torch.Tensor | None = None
-    """Weights of these inputs, `[out, k]`, in the place of what their codes give."""
 
     @property
     def size(self) -> int:
@@ -52,12 +64,7 @@ class Stored:
 
     def coded(self) -> torch.Tensor:
         """Returns the weight without its offsets, `[out, in]` in float32, in the order of the codes."""
-        placed = self.codes.float() * self.scales.repeat_interleave(self.size, 1)
-        if self.levels is not None:
-            placed /= self.levels
-        if self.aside is not None and self.columns is not None:
-            placed[:, self.aside] = self.columns
-        return placed
+        return self.codes.float() * self.scales.repeat_interleave(self.size, 1)
 
     def weight(self) -> torch.Tensor:
         """Returns the weight, `[out, in]` in float32, its inputs in their first order."""
@@ -111,45 +118,21 @@ def keep(found: Codes, where: str) -> Stored:
     )
 
 
-def levelled(stored: Stored, steps: torch.Tensor, aside: torch.Tensor | None = None) -> Stored:
-    """Returns the same weight for inputs that are divided by powers of two, `[groups]`. No code changes.
-
-    Args:
-        stored: the weight.
-        steps: the powers.
-        aside: places of inputs that are not rounded at all, `[k]`.
-    """
-    columns = None if aside is None else stored.coded()[:, aside]
-    levels = steps.repeat_interleave(stored.size)
-    return replace(stored, scales=stored.scales * steps, levels=levels, aside=aside, columns=columns)
-
-
-def rounded(
-    weight: torch.Tensor,
-    bits: int,
-    size: int | None,
-    levels: torch.Tensor | None = None,
-    aside: torch.Tensor | None = None,
-) -> Stored:
+def rounded(weight: torch.Tensor, bits: int, size: int | None) -> Stored:
     """Returns a weight `[out, in]` rounded to the nearest codes, by the smallest scales that clip nothing.
 
     Args:
         weight: any floats.
         bits: 4 or 8.
         size: inputs of a group, which divides them; None for one scale for each output.
-        levels: what inputs will be divided by, `[in]`; None for one.
-        aside: places of inputs that will not be rounded, `[k]`, whose weights stay floats.
     """
-    columns = None if aside is None else weight[:, aside].float()
-    weight = weight.float() if levels is None else weight.float() * levels
-    weight = weight if aside is None else weight.index_fill(1, aside, 0)
-    grouped = weight.reshape(len(weight), -1, size or weight.shape[1])
+    grouped = weight.float().reshape(len(weight), -1, size or weight.shape[1])
     most = 1 << (bits - 1)
     scales = torch.maximum(grouped.amax(-1) / (most - 1), grouped.amin(-1) / -most)
     scales = scales if size is None else _shortened(scales)
     scales = torch.where(scales == 0, 1, scales)  # XNNPACK refuses 0
     codes = (grouped / scales[..., None]).round().clamp(-most, most - 1)
-    return Stored(codes.flatten(1).to(torch.int8), scales, None, bits, None, levels, aside, columns)
+    return Stored(codes.flatten(1).to(torch.int8), scales, None, bits)
 
 
 def _shortened(scales: torch.Tensor) -> torch.Tensor:
@@ -163,64 +146,99 @@ class CodedLinear(nn.Module):
     scales: torch.Tensor
     zeros: torch.Tensor
     order: torch.Tensor | None
-    quieter: torch.Tensor | None
 
-    def __init__(self, stored: Stored, bias: torch.Tensor | None, *, apart: bool = False) -> None:
-        """Takes the weight, `[out]` or nothing to add, and whether inputs that lie far out are rounded apart."""
+    def __init__(self, stored: Stored, bias: torch.Tensor | None, way: Way | None = None) -> None:
+        """Takes the weight, `[out]` or nothing to add, and how inputs are rounded.
+
+        Raises:
+            ValueError: inputs are set aside whose weights have several scales, or those of one scale have many levels.
+        """
         super().__init__()
         self.out_features, self.in_features = stored.codes.shape
         self.bits, self.size = stored.bits, stored.size
+        way = way or Way()
+        self.edge = way.edge
+        bias = torch.zeros(self.out_features) if bias is None and way.center is not None else bias
+        if way.center is not None and bias is not None:
+            bias = bias.detach().float() + stored.coded() @ way.center
+        self.center = None if way.center is None else nn.Parameter(way.center, requires_grad=False)
+        self.quieter = None
+        if way.levels is not None:
+            if bool((way.levels != way.levels[:: stored.size].repeat_interleave(stored.size)).any()):
+                raise ValueError("inputs that share a scale are divided by one number")
+            stored = replace(stored, scales=stored.scales * way.levels[:: stored.size])
+            self.quieter = nn.Parameter(1 / way.levels, requires_grad=False)
+        self.names = [None if each is None else each.numpy().tobytes() for each in (way.center, way.levels)]
         self.register_buffer("codes", stored.codes)
         self.register_buffer("scales", stored.scales)
         self.register_buffer("zeros", torch.zeros_like(stored.scales, dtype=torch.int8))
         self.register_buffer("order", stored.order)
-        quieter = None if stored.levels is None else 1 / stored.levels
-        sums, columns = [], []
-        if stored.aside is not None and stored.columns is not None:
-            quieter = torch.ones(self.in_features) if quieter is None else quieter
-            quieter[stored.aside] = 0
-            sums.append(nn.functional.one_hot(stored.aside, self.in_features).float())
-            columns.append(stored.columns)
-        if stored.offsets is not None:
-            sums.append(torch.eye(stored.offsets.shape[1]).repeat_interleave(stored.size, 1))
-            columns.append(stored.offsets)
-        # products with ones pick and add up inputs: XNNPACK has no operator for it, and another would cut the program
-        self.sums = nn.Parameter(torch.cat(sums), requires_grad=False) if sums else None
-        self.columns = nn.Parameter(torch.cat(columns, 1), requires_grad=False) if columns else None
-        self.register_buffer("quieter", quieter)
-        self.far = None
-        if apart:
-            self.far = nn.Parameter(torch.full((1, self.in_features), FAR / self.in_features), requires_grad=False)
+        self.far, self.picks, self.others = None, None, None
+        if way.aside is not None:
+            if stored.scales.shape[1] > 1:
+                raise ValueError("inputs are set aside only where an output has one scale")
+            self.far = CodedLinear(
+                Stored(stored.codes[:, way.aside].contiguous(), stored.scales, None, self.bits), None
+            )
+            picks = nn.functional.one_hot(way.aside, self.in_features).float()
+            self.picks = nn.Parameter(picks, requires_grad=False)
+            self.others = nn.Parameter(1 - picks.sum(0), requires_grad=False)
+        self.sums = self.offsets = None
+        if stored.offsets is not None:  # a product with ones adds up groups: XNNPACK has no operator for it
+            ones = torch.eye(stored.offsets.shape[1]).repeat_interleave(stored.size, 1)
+            self.sums = nn.Parameter(ones, requires_grad=False)
+            self.offsets = nn.Parameter(stored.offsets, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Returns the product `[…, out]` for inputs `[…, in]`."""
         if self.order is not None:
             inputs = inputs.index_select(-1, self.order)
-        level = inputs if self.quieter is None else inputs * self.quieter
-        if self.far is None:
-            found = self._product(level, self.bias)
+        level, edge = self._levelled(inputs), self.edge
+        if edge is not None:
+            near = _once(level, ("near", edge), lambda: level.clamp(-edge, edge))
+            far = _once(level, ("far", edge), lambda: level - near)
+            found = self._product(near, self.bias) + self._product(far, None)
+        elif self.far is not None and self.picks is not None and self.others is not None:
+            near = level * self.others
+            found = self._product(near, self.bias) + self.far(nn.functional.linear(level, self.picks))
         else:
-            edge = nn.functional.linear(level.abs(), self.far)
-            near = torch.minimum(torch.maximum(level, -edge), edge)
-            found = self._product(near, self.bias) + self._product(level - near, None)
-        if self.sums is not None and self.columns is not None:
-            found = found + nn.functional.linear(nn.functional.linear(inputs, self.sums), self.columns)
+            found = self._product(level, self.bias)
+        if self.sums is not None and self.offsets is not None:
+            sums = self.sums
+            added = _once(inputs, ("sums", self.size), lambda: nn.functional.linear(inputs, sums))
+            found = found + nn.functional.linear(added, self.offsets)
         return found
 
+    def _levelled(self, inputs: torch.Tensor) -> torch.Tensor:
+        center, quieter = self.center, self.quieter
+        if center is not None:
+            first = inputs
+            inputs = _once(first, ("center", self.names[0]), lambda: first - center)
+        if quieter is not None:
+            loud = inputs
+            inputs = _once(loud, ("levels", self.names[1]), lambda: loud * quieter)
+        return inputs
+
     def _product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        block = [1] * (inputs.dim() - 1) + [self.in_features]
-        ops, (low, high) = torch.ops.torchao, _INPUT
-        scale, zero = ops.choose_qparams_affine(
-            inputs, "ASYMMETRIC", block, torch.int8, low, high, None, torch.float32, torch.int8
-        )
-        codes = ops.quantize_affine(inputs, block, scale, zero, torch.int8, low, high)
-        seen = ops.dequantize_affine(codes, block, scale, zero, torch.int8, low, high, torch.float32)
+        seen = _once(inputs, "seen", lambda: _seen(inputs))
         half = 1 << (self.bits - 1)
-        weight = ops.dequantize_affine(
+        weight = torch.ops.torchao.dequantize_affine(
             self.codes, [1, self.size], self.scales, self.zeros, torch.int8, -half, half - 1, torch.float32
         )
         return nn.functional.linear(seen, weight, bias)
+
+
+def _seen(inputs: torch.Tensor) -> torch.Tensor:
+    """Returns inputs rounded to 8 bits by the operators that XNNPACK's partitioner knows."""
+    block = [1] * (inputs.dim() - 1) + [inputs.shape[-1]]
+    ops = torch.ops.torchao
+    scale, zero = ops.choose_qparams_affine(
+        inputs, "ASYMMETRIC", block, torch.int8, LOW, HIGH, None, torch.float32, torch.int8
+    )
+    codes = ops.quantize_affine(inputs, block, scale, zero, torch.int8, LOW, HIGH)
+    found: torch.Tensor = ops.dequantize_affine(codes, block, scale, zero, torch.int8, LOW, HIGH, torch.float32)
+    return found
 
 
 class CodedEmbedding(nn.Module):
@@ -237,6 +255,6 @@ class CodedEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Returns the rows `[…, width]` of ids."""
         found: torch.Tensor = torch.ops.quantized_decomposed.embedding_byte.dtype(
-            self.codes, self.scales, None, *_INPUT, ids, dtype=torch.float32
+            self.codes, self.scales, None, LOW, HIGH, ids, dtype=torch.float32
         )
         return found

@@ -50,4 +50,5 @@ class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
         parts: dict[int, list[Any]] = {}
         for number, group in enumerate(groups):
             parts.setdefault(found[number], []).extend(group)  # with its constants, which go into the part
-        return [Partition(id=level, nodes=each) for level, each in sorted(parts.items())]
+        # linears that share their rounded inputs name them both
+        return [Partition(id=level, nodes=list(dict.fromkeys(each))) for level, each in sorted(parts.items())]

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lighten.errors import Failure, LightenError
-from lighten.export.executorch.linears import CodedEmbedding, CodedLinear, Stored, keep, levelled, rounded
-from lighten.export.executorch.loudness import LENGTH, SAMPLES, listen, steps
+from lighten.export.executorch.inputs import LENGTH, SAMPLES, Asked, Found, choose
+from lighten.export.executorch.linears import CodedEmbedding, CodedLinear, Stored, keep, rounded
 from lighten.export.executorch.settings import ExecuTorch
 from lighten.export.onnx.quiet import quiet
 from lighten.export.onnx.weights import Quantized
@@ -25,8 +25,6 @@ from lighten.model.tokens import calibration_ids
 from lighten.step import Context
 from lighten.store.artifact import Artifact
 
-CREST = 15.0
-"""Inputs whose largest is more than so many times the mean one, on the mean of the tokens, are rounded in two parts."""
 _ROWS = 4096
 """Rows of an embedding that are computed together."""
 
@@ -51,6 +49,11 @@ def run(step: ExecuTorch, source: Artifact, out: Path, context: Context) -> dict
     kept = Quantized(checkpoint) if step.keeps(source.format) else None
     model = _open(step, checkpoint, kept, context)
     told = place(step, model, kept, _text(source.path, facts, context) if step.rounded else None)
+    if "inputs_cost_unknown" in told:
+        context.warnings.append(
+            "all linears round their inputs in two parts, which is slow: the model has no gradient that tells where it "
+            f"is worth it ({told['inputs_cost_unknown']})"
+        )
     model.set_attn_implementation(ATTENTION)
     positions = step.positions(facts)
     bits = step.bits if kept is None else 4
@@ -76,7 +79,7 @@ def _text(model: Path, facts: ModelFacts, context: Context) -> torch.Tensor | No
     try:
         ids = calibration_ids(model, "builtin", SAMPLES, min(LENGTH, facts.context or LENGTH))
     except LightenError as error:
-        context.warnings.append(f"inputs were not levelled, as no text could be read: {error}")
+        context.warnings.append(f"inputs that are loud were not rounded apart, as no text could be read: {error}")
         return None
     return torch.from_numpy(ids)
 
@@ -106,7 +109,7 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
         step: the settings.
         model: a causal model in float32.
         kept: the codes of a checkpoint.
-        ids: tokens on which it is seen how loud the inputs of linears are, `[samples, length]`; None if there are none.
+        ids: tokens on which it is seen what rounding inputs costs, `[samples, length]`; None if there are none.
 
     Returns:
         Facts: how many weights have codes, and how many stayed floats.
@@ -140,10 +143,11 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
             "unpack the weights, or export its source"
         )
     offset = sum(linear.weight.numel() for linear, each in weights.items() if each.offsets is not None)
-    levelled_all = _levelled(weights, model, ids)
-    for linear, (stored, apart) in levelled_all.items():
+    asked = {linear: Asked(each.bits, each.size, each.order) for linear, each in weights.items()}
+    found = None if ids is None else choose(model, ids, asked)
+    for linear, stored in weights.items():
         parent, name = places[linear]
-        setattr(parent, name, CodedLinear(stored, linear.bias, apart=apart))
+        setattr(parent, name, CodedLinear(stored, linear.bias, found.ways[linear] if found else None))
     tied = head is not None and head.weight.data_ptr() == table.weight.data_ptr()
     if step.embedding == "int8":
         counts["weights_of_embedding_in_codes"] += table.weight.numel()
@@ -154,33 +158,21 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
         "weights": f"kept from {kept.method}" if kept else f"rounded to {step.type or 'int4'}",
         **({"group_size": step.group_size} if kept is None and step.bits == 4 else {}),
         **({"weights_offset": offset} if kept else {}),
-        "inputs_levelled": ids is not None,
-        "inputs_in_floats": sum(0 if each.aside is None else len(each.aside) for each, _ in levelled_all.values()),
-        "linears_in_two_parts": sum(apart for _, apart in levelled_all.values()),
+        **_told(found),
         "embedding": step.embedding,
         **counts,
         "weights_in_floats": total - sum(counts.values()),
     }
 
 
-def _levelled(
-    weights: dict[nn.Linear, Stored], model: Any, ids: torch.Tensor | None
-) -> dict[nn.Linear, tuple[Stored, bool]]:
-    """Returns weights for inputs that are levelled, and whether what lies far out is to be rounded apart."""
-    if ids is None:
-        return {linear: (stored, False) for linear, stored in weights.items()}
-    heard = listen(model, ids, {linear: (stored.order, stored.size) for linear, stored in weights.items()})
-    found = {}
-    for linear, stored in weights.items():
-        loud = heard[linear]
-        if stored.bits == 8:  # the weight is rounded by every input, so half of what is loud goes to it
-            quiet_middle = loud.inputs.median().clamp(min=1e-30)
-            even = (loud.inputs / quiet_middle).clamp(2.0**-8, 2.0**8).sqrt()
-            made = rounded(linear.weight.detach(), 8, None, even, loud.aside)
-            found[linear] = made, loud.crest > CREST
-        else:
-            found[linear] = levelled(stored, steps(loud.groups), loud.aside), loud.crest > CREST
-    return found
+def _told(found: Found | None) -> dict[str, Any]:
+    """Returns what is known of the rounding of inputs, in nats per token."""
+    if found is None:
+        return {"linears_in_two_parts": 0}
+    parts = {"linears_in_two_parts": sum(way.parts > 1 for way in found.ways.values())}
+    if found.error:
+        return {**parts, "inputs_cost_unknown": found.error}
+    return {**parts, "inputs_cost": round(found.cost, 6), "inputs_cost_together": round(found.together, 6)}
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Linear]]:

@@ -8,6 +8,7 @@ from lighten.compress.quantize.grid import (
     SHRINKS,
     SIGNED_BELOW,
     GroupSize,
+    Symmetry,
     dequantize,
     full_range,
     quantize,
@@ -17,8 +18,8 @@ from lighten.compress.quantize.grid import (
 )
 
 
-@given(st.sampled_from([2, 3, 4, 8]), st.booleans(), st.integers(0, 2**31 - 1))
-def test_codes_fit_their_bits_and_zero_points_can_be_stored(bits: int, sym: bool, seed: int) -> None:
+@given(st.sampled_from([2, 3, 4, 8]), st.sampled_from([True, False, "positive"]), st.integers(0, 2**31 - 1))
+def test_codes_fit_their_bits_and_zero_points_can_be_stored(bits: int, sym: Symmetry, seed: int) -> None:
     w = torch.randn(32, 5, generator=torch.Generator().manual_seed(seed)) * 10 ** float(seed % 9 - 6)
     scale, zero = search(w, bits, sym)
     codes = quantize(w, scale, zero, bits)
@@ -27,18 +28,21 @@ def test_codes_fit_their_bits_and_zero_points_can_be_stored(bits: int, sym: bool
     assert ((zero >= 1) & (zero <= 2**bits - 1)).all()
     assert torch.equal(scale, scale.half().float())
     assert (scale != 0).all()
+    if sym:
+        assert (zero == 2 ** (bits - 1)).all()
+    assert sym is True or (scale > 0).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("sym", [True, False, "positive"])
 def test_full_range_clips_nothing_by_more_than_half_a_step_and_with_few_bits_one_end_by_a_step(
-    bits: int, sym: bool
+    bits: int, sym: Symmetry
 ) -> None:
     w = torch.randn(64, 7, generator=torch.Generator().manual_seed(1))
     scale, zero = full_range(w, bits, sym)
     error = (dequantize(quantize(w, scale, zero, bits), scale, zero) - w).abs()
     stored = 2 ** (bits - 1) * 2.0**-11  # what rounding the scale to float16 moves the last code by, in steps
-    most = 1.0 if sym and bits < SIGNED_BELOW else 0.5
+    most = 1.0 if sym is True and bits < SIGNED_BELOW else 0.5
     assert (error <= scale.abs() * (most + stored) * 1.0001).all()
     largest = w.abs().argmax(0, keepdim=True)
     assert (error.gather(0, largest)[0] <= scale.abs() * (0.5 + stored) * 1.0001).all()
@@ -110,7 +114,7 @@ def test_rounding_to_nearest_is_that_of_a_plain_loop(
             here = found.codes[group * size : (group + 1) * size, row].tolist()
             off += sum(abs(ours - theirs) for ours, theirs in zip(here, codes, strict=True))
             spread = (found.weight()[row, group * size : (group + 1) * size] - part).abs()
-            most = 1.0 if sym and bits < SIGNED_BELOW else 0.5
+            most = 1.0 if sym is True and bits < SIGNED_BELOW else 0.5
             assert spread.max() <= (most + 2 ** (bits - 1) * torch.finfo(kind).eps) * abs(scale) * 1.001
     assert off <= 2  # values that lie between two codes, or a scale that does, may fall either way in float32
 

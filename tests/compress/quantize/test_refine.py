@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lighten.compress.quantize.gptq import gptq
-from lighten.compress.quantize.grid import Quantized
+from lighten.compress.quantize.grid import Quantized, Symmetry
 from lighten.compress.quantize.refine import refined
 
 
@@ -28,9 +28,9 @@ SETTINGS = {"group_size": 32, "damp_percent": 0.01}
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("sym", [True, False, "positive"])
 @pytest.mark.parametrize("order", [False, True, "static"])
-def test_every_round_lowers_the_loss(bits: int, sym: bool, order: bool | str) -> None:
+def test_every_round_lowers_the_loss(bits: int, sym: Symmetry, order: bool | str) -> None:
     weight, gram = problem()
     first = gptq(weight, gram, bits=bits, sym=sym, desc_act=order, **SETTINGS)
     losses = [loss(weight, first, gram)]
@@ -40,6 +40,7 @@ def test_every_round_lowers_the_loss(bits: int, sym: bool, order: bool | str) ->
         assert int(found.codes.max()) < 2**bits
         assert torch.equal(found.scales, found.scales.half().float())
         assert torch.equal(found.zeros, first.zeros)
+        assert torch.equal(found.scales > 0, first.scales > 0)
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < (0.95 if bits < 8 else 0.999) * losses[0]
 

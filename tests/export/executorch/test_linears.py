@@ -8,8 +8,8 @@ from lighten.model.quantized.packed import Codes
 
 pytest.importorskip("executorch.exir")
 
-from lighten.export.executorch.linears import CodedLinear, Stored, keep, levelled, rounded
-from lighten.export.executorch.loudness import listen, steps
+from lighten.export.executorch.inputs import Way
+from lighten.export.executorch.linears import CodedLinear, Stored, keep, rounded, shared
 
 
 def random_codes(bits: int = 4, group: int = 32, *, outputs: int = 6, groups: int = 3, seed: int = 0) -> Codes:
@@ -89,17 +89,13 @@ def test_the_modules_compute_what_is_stored() -> None:
     assert torch.allclose(CodedEmbedding(table)(torch.tensor([[3, 1]])), table.weight()[[3, 1]][None])
 
 
-@given(st.integers(0, 1000), st.booleans())
-def test_levels_change_no_code_and_no_weight(seed: int, mixed: bool) -> None:
-    found = random_codes(seed=seed)
-    if mixed:
-        order = torch.randperm(len(found.g_idx), generator=torch.Generator().manual_seed(seed))
-        found = Codes(found.codes, found.scales, found.zeros, found.g_idx[order], found.bits)
-    stored = keep(found, "a")
-    loud = torch.rand(stored.scales.shape[1], generator=torch.Generator().manual_seed(seed)) * 100
-    level = levelled(stored, steps(loud))
-    assert torch.equal(level.codes, stored.codes) and torch.equal(level.weight(), stored.weight())
-    assert torch.equal(level.scales, level.scales.bfloat16().float())
+WAYS = {
+    "together": Way(),
+    "center": Way(torch.linspace(-1, 1, 96)),
+    "levels": Way(levels=torch.tensor([1.0, 64.0, 1.0]).repeat_interleave(32)),
+    "edge": Way(torch.linspace(-1, 1, 96), torch.tensor([1.0, 64.0, 2.0]).repeat_interleave(32), edge=2.5),
+    "aside": Way(torch.linspace(-1, 1, 96), aside=torch.tensor([40, 3, 41])),
+}
 
 
 def loud_inputs() -> torch.Tensor:
@@ -111,42 +107,54 @@ def loud_inputs() -> torch.Tensor:
     return inputs
 
 
-def test_levels_and_parts_leave_less_of_an_error() -> None:
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_linear_sees_what_its_way_shows(name: str, bits: int, mixed: bool) -> None:
     from lighten.model.executorch_library import load
 
     load("a test")
-    inputs, stored = loud_inputs(), keep(random_codes(seed=3), "a")
-    weight = stored.weight()
-    weight[:, 32:64] /= 64  # as in a model, whose weights are quiet where its inputs are loud
-    stored = rounded(weight, 4, 32)
-    exact = inputs @ stored.weight().T
-    groups = inputs.abs().reshape(40, 3, 32).amax(2).mean(0)
-    level = levelled(stored, steps(groups))
-    aside = levelled(stored, steps(groups), torch.arange(40, 64))
-    assert torch.equal(aside.weight(), level.weight())
-    assert torch.allclose(inputs @ level.weight().T, exact, rtol=1e-4, atol=1e-3)
-    errors = [
-        float((CodedLinear(each, None, apart=apart)(inputs) - exact).square().mean())
-        for each, apart in ((stored, False), (level, False), (level, True), (aside, False), (aside, True))
-    ]
-    assert errors[1] < 0.7 * errors[0] and errors[2] < 0.7 * errors[1] and errors[4] < 0.5 * errors[3] < errors[1]
+    found = random_codes(seed=3)
+    if mixed:
+        order = torch.randperm(96, generator=torch.Generator().manual_seed(1))
+        found = Codes(found.codes, found.scales, found.zeros + 1, found.g_idx[order], 4)
+    stored = keep(found, "a") if bits == 4 else rounded(found.weight(), 8, None)
+    way, inputs, bias = WAYS[name], loud_inputs(), torch.randn(6, generator=torch.Generator().manual_seed(2))
+    if way.aside is not None if bits == 4 else way.levels is not None:
+        with pytest.raises(ValueError, match=r"one scale|share a scale"):
+            CodedLinear(stored, bias, way)
+        return
+    linear = CodedLinear(stored, bias, way)
+    places = torch.arange(96) if stored.order is None else stored.order
+    seen = way.shown(inputs[:, places])
+    wanted = seen @ stored.coded().T + bias
+    if stored.offsets is not None:
+        wanted += inputs[:, places].reshape(40, 3, 32).sum(2) @ stored.offsets.T
+    assert torch.allclose(linear(inputs), wanted, rtol=1e-4, atol=3e-3 * float(wanted.abs().max()))  # ties
+    with shared():  # twice, so that the second takes what the first computed
+        first = linear(inputs)
+        assert torch.equal(linear(inputs), first) and torch.equal(CodedLinear(stored, bias, way)(inputs), first)
 
 
-def test_what_linears_hear_is_what_they_are_given() -> None:
-    linear = torch.nn.Linear(96, 4)
+def test_linears_with_the_same_inputs_round_them_once() -> None:
+    from lighten.model.executorch_library import load
 
-    class Model(torch.nn.Module):
-        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
-            found: torch.Tensor = linear(inputs[input_ids])
-            return found
+    load("a test")
+    weight, inputs = torch.randn(8, 96, generator=torch.Generator().manual_seed(0)), loud_inputs()
+    ways = [Way(torch.ones(96), edge=3.0), Way(torch.ones(96), edge=3.0), Way(torch.zeros(96), edge=3.0), Way()]
+    linears = [CodedLinear(rounded(weight, 4, 32), None, way) for way in ways]
 
-    inputs, order = loud_inputs(), torch.arange(95, -1, -1)
-    heard = listen(Model(), torch.arange(40).reshape(2, 20), {linear: (order, 32)})[linear]
-    means = inputs[:, order].abs().mean(0)
-    assert heard.aside is not None and len(heard.aside) == 32 and torch.allclose(heard.inputs, means, rtol=1e-5)
-    others = torch.ones(96, dtype=torch.bool).index_fill(0, heard.aside, False)
-    assert means[heard.aside].min() >= means[others].max()
-    sized = (inputs[:, order].abs() * others).reshape(40, 3, 32)
-    assert torch.allclose(heard.groups, sized.amax(2).mean(0), rtol=1e-5)
-    level = sized / steps(heard.groups)[:, None]
-    assert heard.crest == pytest.approx(float((level.amax((1, 2)) / level.mean((1, 2))).mean()), rel=1e-5)
+    def operators(model: torch.nn.Module) -> int:
+        traced = torch.export.export(model, (inputs,))
+        return sum("choose_qparams" in str(node.target) for node in traced.graph.nodes)
+
+    class Both(torch.nn.Module):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            self.linears = torch.nn.ModuleList(linears[:count])
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            with shared():
+                return torch.stack([linear(inputs) for linear in self.linears])
+
+    assert [operators(Both(count)) for count in (1, 2, 3, 4)] == [2, 2, 4, 5]

@@ -21,7 +21,7 @@ class Coded(Quantize):
 
     if TYPE_CHECKING:  # each method declares these, with the values that it takes
         group_size: int | Literal["tensor"] = 128
-        sym: bool = True
+        sym: bool | Literal["positive"] = True
         head: Literal["keep", 8] = "keep"
 
     @property
@@ -80,9 +80,9 @@ class Coded(Quantize):
         """Returns the `quantization_config` of config.json."""
         size = -1 if self.group_size == "tensor" else self.group_size
         if not self.linears_differ:
-            return configs.gptq_config(self.bits or 0, size, self.sym, **self.order_and_damping)
+            return configs.gptq_config(self.bits or 0, size, bool(self.sym), **self.order_and_damping)
         by_bits = {bits: [name for name, b in widths.items() if b == bits] for bits in sorted(set(widths.values()))}
-        groups = [(configs.integers(bits, size, self.sym), names) for bits, names in by_bits.items()]
+        groups = [(configs.integers(bits, size, bool(self.sym)), names) for bits, names in by_bits.items()]
         if len(groups) == 1:
             groups = [(groups[0][0], ["Linear"])]
         return configs.compressed_config(groups, None, "pack-quantized", left)

@@ -22,7 +22,10 @@ class Gptq(Coded):
     method: Literal["gptq"] = Field("gptq", description="how to choose the codes")
     bits: Literal[2, 3, 4, 8] | None = Field(4, description="bits of a weight (gptq, rtn; default: 4)")
     group_size: GroupSize = 128
-    sym: bool = Field(True, description="symmetric grid, its zero point in the middle (gptq, rtn; default: yes)")
+    sym: bool | Literal["positive"] = Field(
+        True,
+        description="symmetric grid; positive: and no scale below zero (gptq, rtn; default: yes)",
+    )
     desc_act: bool = Field(False, description="gptq: round the inputs in order of falling activation (default: no)")
     static_groups: bool = Field(
         False, description="gptq: with desc_act, groups of neighbours; desc_act: static is both (default: no)"

@@ -20,6 +20,8 @@ class Rtn(Coded):
     group_size: Annotated[Literal[-1, 32, 64, 128, "tensor"], BeforeValidator(number)] = Field(
         128, description="inputs that share a scale; -1 for all of them, tensor for the whole matrix"
     )
-    sym: bool = Field(True, description="symmetric grid, its zero point in the middle")
+    sym: bool | Literal["positive"] = Field(
+        True, description="symmetric grid, its zero point in the middle; positive: no scale below zero"
+    )
     ignore: Ignore = ()
     head: Head = "keep"
