@@ -74,7 +74,7 @@ class Layers:
     @cached_property
     def scales(self) -> Scale | None:
         """Function of the method that scales inputs; None if the method has none."""
-        return found_at(self.step.scales) if self.step.scales else None
+        return found_at(self.step.scales_inputs) if self.step.scales_inputs else None
 
     @property
     def tensors_of_a_layer(self) -> int:

@@ -129,6 +129,11 @@ class Quantize(Step):
         return None
 
     @property
+    def scales_inputs(self) -> str:
+        """The function of `scales`, if these settings ask for it."""
+        return self.scales
+
+    @property
     def quantizes_head(self) -> bool:
         """Whether the output head is rounded too, by `rounds_head`."""
         return False

@@ -1,7 +1,9 @@
-"""SmoothQuant: moves the outliers of activations into the weights, where 8 bits per channel hold them.
+"""Moves the outliers of activations into the weights.
 
-Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models" (2023): s_j =
-max|X_j|^α / max|W_j|^(1−α). Activations are divided by s, weights multiplied.
+SmoothQuant does it for 8 bits per channel: s_j = max|X_j|^α / max|W_j|^(1−α) (Xiao et al., "SmoothQuant: Accurate
+and Efficient Post-Training Quantization for Large Language Models", 2023). Activations are divided by s, weights
+multiplied.
+With GPTQ it is left to the person, for runtimes that round the activations too.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from lighten.compress.quantize.fold import shared
+from lighten.compress.quantize.methods.gptq import Gptq
 from lighten.compress.quantize.methods.w8a8 import W8a8
 from lighten.model.grams import Gram
 
@@ -33,3 +36,13 @@ def smooth(weight: torch.Tensor, absmax: torch.Tensor, alpha: float, repeats: in
 def scale(step: W8a8, weight: torch.Tensor, gram: Gram, repeats: int, head_dim: int) -> torch.Tensor:
     """Returns the scale of every channel that the linears with these weights read, `[in]`."""
     return smooth(weight, gram.absmax, step.alpha, repeats, head_dim)
+
+
+def even(step: Gptq, weight: torch.Tensor, gram: Gram, repeats: int, head_dim: int) -> torch.Tensor:
+    """Returns a scale `[in]` for the inputs of linears that makes them more alike; its logarithms have the mean 0.
+
+    It is a power of the root mean square of each channel, as in AWQ (Lin et al., 2023), which searches the power.
+    """
+    loud = shared(gram.diagonal().float().sqrt(), repeats, head_dim)
+    found = (loud / loud.max().clamp(min=1e-30)).clamp(min=SMALLEST) ** (step.smooth or 0)
+    return found / found.log().mean().exp()

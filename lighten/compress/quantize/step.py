@@ -52,7 +52,7 @@ def run(step: Quantize, source: Artifact, out: Path, context: Context) -> dict[s
             "awq or rtn"
         )
     trusted = context.trust_remote_code
-    folds = known_folds(checkpoint, anatomy, trust_remote_code=trusted) if step.scales else {}
+    folds = known_folds(checkpoint, anatomy, trust_remote_code=trusted) if step.scales_inputs else {}
     layers = Layers(step, checkpoint, context.grams, context.device, out, anatomy, folds)
     count, findings = len(layers), Findings()
     workers = crew(count, step.bytes_of_a_layer(checkpoint.facts), layers.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,22 +35,9 @@ class _Place:
     """Position of the first of them, `int` or a symbol."""
     context: int = 0
     """Positions of the cache."""
-    whole: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Each turned view of a cache and the cache as it lies, by the identity of the view: it is not turned back."""
 
 
 _PLACE = _Place()
-
-
-def _turned(states: torch.Tensor) -> torch.Tensor:
-    found = states.transpose(1, 2)
-    _PLACE.whole[id(found)] = found, states
-    return found
-
-
-def _lying(turned: torch.Tensor) -> torch.Tensor:
-    found = _PLACE.whole.get(id(turned))
-    return found[1] if found else turned.transpose(1, 2)
 
 
 class Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -72,7 +59,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         """Writes the states `[1, heads, n, width]` of the present tokens; returns those of all positions."""
         torch.ops.llama.update_cache(key_states.transpose(1, 2), self.keys, _PLACE.start)
         torch.ops.llama.update_cache(value_states.transpose(1, 2), self.values, _PLACE.start)
-        return _turned(self.keys), _turned(self.values)
+        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """See transformers."""
@@ -157,7 +144,6 @@ def _placed(start: Any, context: int) -> Iterator[None]:
         yield
     finally:
         _PLACE.start, _PLACE.context = 0, 0
-        _PLACE.whole.clear()
 
 
 def attention(
@@ -177,10 +163,7 @@ def attention(
     if odd:
         raise Failure(f"{type(module).__name__} attends with {odd[0]}, which has no form in ExecuTorch")
     if softcap is None and s_aux is None and key.shape == value.shape and query.shape[-1] == key.shape[-1]:
-        q = query.transpose(1, 2)
-        k, v = (
-            _PLACE.whole[id(each)][1] if id(each) in _PLACE.whole else each.transpose(1, 2) for each in (key, value)
-        )
+        q, k, v = (each.transpose(1, 2) for each in (query, key, value))
         causal = attention_mask is None
         return torch.ops.llama.custom_sdpa(q, k, v, _PLACE.start, attention_mask, 0.0, causal, scaling), None
     return _plain(query, key, value, attention_mask, scaling, softcap, s_aux), None

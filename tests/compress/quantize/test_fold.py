@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lighten.compress.quantize import awq, fold, smooth
+from lighten.compress.quantize.methods.gptq import Gptq
 from lighten.model.anatomy import LAYERS
 from lighten.model.blockwise import known_anatomy, known_folds
 from lighten.model.checkpoint import Checkpoint
@@ -40,7 +41,17 @@ def smooth_scale(tensors: fold.Tensors, first: str, inputs: LayerInputs, repeats
     return smooth.smooth(weight, inputs.grams[first].absmax, 0.5, repeats, head_dim)
 
 
-@pytest.mark.parametrize("choose", [random_scale, awq_scale, smooth_scale])
+def even_scale(tensors: fold.Tensors, first: str, inputs: LayerInputs, repeats: int, head_dim: int) -> torch.Tensor:
+    gram = inputs.grams[first]
+    found = smooth.even(Gptq(method="gptq", smooth=0.8), torch.empty(0), gram, repeats, head_dim)
+    loud = gram.matrix().diagonal().sqrt()
+    if repeats == 1:  # as the formula has it: the ratio of two channels is that of their sizes, to the power
+        assert torch.allclose(found / found[0], (loud / loud[0]) ** 0.8, rtol=1e-3)
+    assert abs(float(found.log().mean())) < 1e-4
+    return found
+
+
+@pytest.mark.parametrize("choose", [random_scale, awq_scale, smooth_scale, even_scale])
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [

@@ -36,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq-3-asym": {"method": "gptq", "bits": 3, "sym": False, "desc_act": True, **SMALL},
     "gptq-ignore": {"method": "gptq", "ignore": IGNORE, **SMALL},
     "gptq-ignore-channel": {"method": "gptq", "bits": 3, "ignore": IGNORE, "group_size": -1},
+    "gptq-smooth": {"method": "gptq", "smooth": 0.5, "sym": "positive", **SMALL},
     "gptq-budget": {"method": "gptq", "budget": {"bits": 4.25}, "group_size": 128},
     "gptq-budget-ignore": {"method": "gptq", "budget": {"bits": 5}, "ignore": IGNORE[1:], **SMALL},
     "rtn": {"method": "rtn", **SMALL},
@@ -64,7 +65,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mxfp4-w4a4": {"method": "mxfp4", "activations": True},
     "mxfp4-scales": {"method": "mxfp4", "rounding": "scales"},
 }
-QWEN2 = ("gptq", "gptq-budget", "awq", "awq-ignore", "nf4", "int8", "w8a8", "w8a8-ignore", "fp8")
+QWEN2 = ("gptq", "gptq-smooth", "gptq-budget", "awq", "awq-ignore", "nf4", "int8", "w8a8", "w8a8-ignore", "fp8")
 """What is tried on biases too."""
 CASES = [f"llama {name}" for name in METHODS] + [f"qwen2 {name}" for name in QWEN2]
 ROUNDS_INPUTS = ("int8", "int8-ignore", "int8-dynamic", "w8a8", "w8a8-ignore", "fp8", "fp8-ignore")
@@ -254,7 +255,7 @@ def test_what_is_left_alone_is_left_byte_for_byte(made: dict[str, Made], case: s
     assert each.facts["quantized_linears"] == len(each.weights)
     listed = {entry["what"] for entry in each.facts["kept"]}
     assert listed - {"embedding", "lm_head", "norms"} == kept | untouched
-    folds = each.facts["method"] in ("awq", "w8a8")
+    folds = each.facts["method"] in ("awq", "w8a8") or "smooth" in METHODS[each.name]
     for tensor, value in before.items():
         linear = tensor.removesuffix(".weight")
         if linear in each.weights:

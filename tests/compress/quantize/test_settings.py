@@ -40,6 +40,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "awq", "sym": True}, "the awq format has a zero point per group: sym is for gptq and rtn"),
     ({"bits": 4, "budget": {"bits": 4.25}}, "a budget chooses the bits: give one of the two"),
     ({"budget": {"bits": 4.25}, "sym": False}, "leave out sym: false"),
+    ({"budget": {"bits": 4.25}, "smooth": 0.5}, "leave out propagate and budget"),
+    ({"propagate": "auto", "smooth": 0.5}, "leave out propagate and budget"),
+    ({"smooth": 1.5}, "smooth: must be less than or equal to 1"),
+    ({"method": "rtn", "smooth": 0.5}, "rtn has no setting smooth"),
+    ({"sym": "negative"}, "sym"),
     ({"static_groups": True}, "give desc_act: static"),
     ({"ignore": ["*.0.*"], "desc_act": True}, "leave out desc_act, or set it to static"),
     ({"method": "rtn", "ignore": ["*.0.*"], "sym": False}, "leave out sym: false"),
@@ -83,7 +88,7 @@ def test_defaults_are_the_methods_own(method: str) -> None:
     step = open_step("quantize", {"method": method})
     assert type(step) is METHODS.load(method)
     defaults = {name: field.default for name, field in type(step).model_fields.items()}
-    later = {"static_groups": False, "propagate": "off", "refine": 0, "form": "compressed-tensors"}
+    later = {"static_groups": False, "propagate": "off", "refine": 0, "smooth": None, "form": "compressed-tensors"}
     assert step.key_config() == {
         name: value
         for name, value in defaults.items()

@@ -96,3 +96,64 @@ def test_wide_vectors_stay() -> None:
     with Products(constants):
         found = turned(x)
     assert torch.equal(found, turned(x)) and not list(constants.buffers())
+
+
+def rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embeddings as transformers computes them, of heads that lie behind the positions; turned back."""
+    x = heads.transpose(1, 2)
+    return (x * cos.unsqueeze(1) + turned(x) * sin.unsqueeze(1) + 1.5).transpose(1, 2)
+
+
+def test_heads_are_computed_as_they_lie() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.constants = Constants()
+
+        def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+            with Products(self.constants):
+                return rotated(x, cos, sin)
+
+    numbers = torch.Generator().manual_seed(0)
+    given = tuple(torch.randn(shape, generator=numbers) for shape in ((1, 7, 3, 32), (1, 7, 32), (1, 7, 32)))
+    model = Model()
+    assert torch.allclose(model(*given), rotated(*given), rtol=1e-5, atol=1e-6)
+    model.constants.fixed = True
+    tokens = torch.export.Dim("tokens", min=2, max=9)
+    traced = torch.export.export(model, given, dynamic_shapes=({1: tokens},) * 3, strict=False).run_decompositions({})
+    turns = [node for node in traced.graph.nodes if "permute" in str(node.target) or "transpose" in str(node.target)]
+    assert len(turns) == 2  # of the cosines and the sines, which all layers share
+    assert torch.allclose(traced.module()(*given), rotated(*given), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.transpose(1, 2) + torch.ones(5, 3)[..., None],  # rows of three dimensions, which would need turning
+        lambda x: x.transpose(1, 2) * x.transpose(1, 2).sum(-1, keepdim=True),
+        lambda x: (x.transpose(1, 2) * 2).transpose(2, 3),
+        lambda x: x.transpose(1, 2).transpose(-3, -2) + x.transpose(0, 1).transpose(0, 1),
+        lambda x: 2 + x.transpose(2, 1) * torch.arange(4.0),
+    ],
+)
+def test_what_is_computed_of_turned_heads_is_the_same(function: Any) -> None:
+    x = torch.randn(1, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    with Products(Constants()):
+        found = function(x)
+    assert found.shape == function(x).shape and torch.equal(found, function(x))
+
+
+def test_a_shape_that_names_the_tokens_leaves_them_to_be_inferred() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with Products(Constants()):
+                heads = x.view(*x.shape[:-1], -1, 8)
+                return torch.reshape(heads + 1, (*x.shape[:2], -1)).reshape(x.shape[1], 16).view(-1).view(torch.int32)
+
+    model, x = Model(), torch.randn(1, 5, 16)
+    tokens = torch.export.Dim("tokens", min=2, max=9)
+    traced = torch.export.export(model, (x,), dynamic_shapes=({1: tokens},), strict=False).run_decompositions({})
+    shapes = [node.args[1] for node in traced.graph.nodes if node.op == "call_function" and "view" in str(node.target)]
+    assert [list(each) for each in shapes[:3]] == [[1, -1, 2, 8], [1, -1, 16], [-1, 16]]
+    other = torch.randn(1, 3, 16)
+    assert torch.equal(traced.module()(other), model(other))

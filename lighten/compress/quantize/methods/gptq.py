@@ -39,6 +39,10 @@ class Gptq(Coded):
     refine: Annotated[int, Field(ge=0, le=10)] = Field(
         0, description="gptq: rounds in which scales and codes are improved in turn afterwards (default: 0)"
     )
+    smooth: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="gptq: how far loud inputs move into the weights before, for runtimes that round inputs to 8 bits",
+    )
     budget: Budget | None = Field(
         None, description="gptq: bits=4.25 on average, or size=90MB of the artifact, spent where they matter"
     )
@@ -65,12 +69,19 @@ class Gptq(Coded):
                 "a budget, ignore and head need the compressed-tensors format, whose groups are of neighbouring "
                 "inputs: leave out desc_act, or set it to static, or group_size to -1"
             )
+        if self.smooth is not None and (self.propagates or self.budget):
+            raise ValueError("smooth scales inputs before all layers are rounded alike: leave out propagate and budget")
         return self
 
     @property
     def order(self) -> bool | Literal["static"]:
         """Whether inputs are rounded in order of activation, and "static" if groups are of neighbours all the same."""
         return "static" if self.static_groups else self.desc_act
+
+    @property
+    def scales_inputs(self) -> str:
+        """The function that scales inputs, if outliers are to move."""
+        return "" if self.smooth is None else "lighten.compress.quantize.smooth:even"
 
     @property
     def propagates(self) -> bool:
@@ -83,7 +94,7 @@ class Gptq(Coded):
 
     def key_config(self) -> dict[str, Any]:
         """Returns the settings that are given; those that came later only if they change something."""
-        later = {"static_groups": False, "propagate": "off", "refine": 0}
+        later = {"static_groups": False, "propagate": "off", "refine": 0, "smooth": None}
         given = super().key_config()
         return {name: value for name, value in given.items() if name not in later or value != later[name]}
 
