@@ -303,6 +303,7 @@ def main() -> None:
     results = json.loads((version / "results.json").read_text(encoding="utf-8"))
     kept = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.is_file() else {}
     pairs: dict[str, Any] = kept.get("decode", {})
+    also: dict[str, Any] = kept.get("also", {})
     bench = Bench(version / "variants", asked.nncf, asked.tools)
     head = {
         "command": " ".join(["python benchmarks/destinations.py", *_flags(asked)]),
@@ -310,27 +311,34 @@ def main() -> None:
         "settings": {"model": results["source"]["model"], "prompt": PROMPT, "generate": STEPS, "turns": asked.turns},
         "rows": [{key: variant.get(key) for key in KEPT} for variant in results["variants"]],
     }
-    write_json(asked.out, {**head, "decode": pairs})
+    write_json(asked.out, {**head, "decode": pairs, "also": also})
     made = {row["name"] for row in head["rows"] if row["status"] == "ok"}
-    for name, (tool, make) in OWN.items():
-        if name not in made or name in pairs or (asked.only and name not in asked.only):
-            continue
-        work = asked.artifacts / "own" / name
+    for found, tools in ((pairs, OWN), (also, ALSO)):
+        for name, (tool, make) in tools.items():
+            if name not in made or name in found or (asked.only and name not in asked.only):
+                continue
+            print(name, tool, flush=True)
+            found[name] = pair(bench, name, tool, make, asked)
+            print(found[name], flush=True)
+            write_json(asked.out, {**head, "decode": pairs, "also": also})
+
+
+def pair(bench: Bench, name: str, tool: str, make: Make, asked: argparse.Namespace) -> dict[str, Any]:
+    """Returns the decoding of a variant beside what a tool makes, or why there is none."""
+    work = asked.artifacts / "own" / name
+    shutil.rmtree(work, ignore_errors=True)
+    work.parent.mkdir(parents=True, exist_ok=True)
+    ours = bench.variants / name
+    try:
+        speed = decode_in_turn(ours, make(bench, ours, work), asked.turns)
+    except Lacking as error:
+        return {"tool": tool, "error": str(error)}
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or b"").decode(errors="replace").strip().splitlines()
+        return {"tool": tool, "error": said[-1] if said else str(error)}
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        work.parent.mkdir(parents=True, exist_ok=True)
-        print(name, tool, flush=True)
-        try:
-            ours = bench.variants / name
-            speed = decode_in_turn(ours, make(bench, ours, work), asked.turns)
-            pairs[name] = {"tool": tool, **{key: speed[key] for key in ("ours_tok_s", "theirs_tok_s", "ratio")}}
-        except Lacking as error:
-            pairs[name] = {"tool": tool, "error": str(error)}
-        except subprocess.CalledProcessError as error:
-            said = (error.stderr or b"").decode(errors="replace").strip().splitlines()
-            pairs[name] = {"tool": tool, "error": said[-1] if said else str(error)}
-        print(pairs[name], flush=True)
-        write_json(asked.out, {**head, "decode": pairs})
-        shutil.rmtree(work, ignore_errors=True)
+    return {"tool": tool, **{key: speed[key] for key in ("ours_tok_s", "theirs_tok_s", "ratio")}}
 
 
 def _flags(asked: argparse.Namespace) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from lighten.compress.prune.amounts import parse_pattern
-from lighten.compress.quantize.columns import BLOCK
+from lighten.numerics.columns import BLOCK
 from lighten.numerics.damping import inverse_factor
 
 

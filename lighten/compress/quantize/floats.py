@@ -7,12 +7,12 @@ from functools import partial
 import torch
 
 from lighten.compress.quantize import float_grid, formats
-from lighten.compress.quantize.columns import Columns, falling
 from lighten.compress.quantize.float_grid import Blocked, Mxfp4Scales, Nvfp4Scales, Scales
 from lighten.compress.quantize.formats import Stored
 from lighten.compress.quantize.linears import Linears
 from lighten.compress.quantize.methods.blocks import Blocks
 from lighten.model import e2m1
+from lighten.numerics.columns import Columns, falling
 
 TRIED = 2**13
 """Maximum number of outputs times scales that are tried at once: their block of columns stays in the cache."""

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 
 from lighten.compress.quantize import formats
-from lighten.compress.quantize.columns import Columns, falling
 from lighten.compress.quantize.formats import Stored
 from lighten.compress.quantize.grid import Quantized, Symmetry, dequantize, quantize, rtn, search
 from lighten.compress.quantize.linears import Linears
 from lighten.compress.quantize.methods.gptq import Gptq
 from lighten.compress.quantize.refine import refined
+from lighten.numerics.columns import Columns, falling
 
 
 def gptq(

@@ -20,7 +20,10 @@ from lighten.errors import Failure
 from lighten.export.executorch.inputs import HIGH, LOW, Way
 from lighten.export.executorch.settings import SMALLEST_GROUP
 from lighten.model.quantized.packed import Codes
+from lighten.numerics.columns import Columns
 
+DAMPING = 0.05
+"""Share of the mean of diag(H) that is added to it."""
 _SHARED: list[dict[tuple[int, Hashable], tuple[torch.Tensor, torch.Tensor]]] = []
 """What was computed from a tensor, by its identity and a name, with the tensor, so that no other gets its identity."""
 
@@ -126,13 +129,37 @@ def rounded(weight: torch.Tensor, bits: int, size: int | None) -> Stored:
         bits: 4 or 8.
         size: inputs of a group, which divides them; None for one scale for each output.
     """
-    grouped = weight.float().reshape(len(weight), -1, size or weight.shape[1])
+    grouped = weight.detach().float().reshape(len(weight), -1, size or weight.shape[1])
     most = 1 << (bits - 1)
     scales = torch.maximum(grouped.amax(-1) / (most - 1), grouped.amin(-1) / -most)
     scales = scales if size is None else _shortened(scales)
     scales = torch.where(scales == 0, 1, scales)  # XNNPACK refuses 0
     codes = (grouped / scales[..., None]).round().clamp(-most, most - 1)
     return Stored(codes.flatten(1).to(torch.int8), scales, None, bits)
+
+
+def compensated(weight: torch.Tensor, gram: torch.Tensor) -> Stored:
+    """Returns a weight `[out, in]` in 8 bits, one scale for each output; later columns make good for earlier errors.
+
+    Args:
+        weight: any floats.
+        gram: XᵀX `[in, in]` of its inputs.
+
+    Raises:
+        ArithmeticError: the Gram could not be factorised, or some inputs are always zero.
+    """
+    if not bool((gram.diagonal() > 0).all()):
+        raise ArithmeticError("some inputs are always zero")
+    scales = rounded(weight, 8, None).scales
+    columns, codes = Columns.of(weight.detach(), gram, DAMPING), torch.empty(weight.shape, dtype=torch.int8)
+
+    def nearest(column: int) -> torch.Tensor:
+        code = (columns.w[column] / scales[:, 0]).round().clamp(-128, 127)
+        codes[:, column] = code.to(torch.int8)
+        return code * scales[:, 0]
+
+    columns.round(nearest)
+    return Stored(codes, scales, None, 8)
 
 
 def _shortened(scales: torch.Tensor) -> torch.Tensor:

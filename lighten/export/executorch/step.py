@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lighten.errors import Failure, LightenError
-from lighten.export.executorch.inputs import LENGTH, SAMPLES, Asked, Found, choose
-from lighten.export.executorch.linears import CodedEmbedding, CodedLinear, Stored, keep, rounded
+from lighten.export.executorch.inputs import LENGTH, SAMPLES, Asked, Found, choose, gram_of
+from lighten.export.executorch.linears import CodedEmbedding, CodedLinear, Stored, compensated, keep, rounded
 from lighten.export.executorch.settings import ExecuTorch
 from lighten.export.onnx.quiet import quiet
 from lighten.export.onnx.weights import Quantized
@@ -133,8 +133,11 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
         elif (is_head and step.embedding == "float") or (kept is not None and not is_head):
             continue
         else:
-            bits, size = (8, None) if is_head else (step.bits, step.group(linear.in_features, path))
-            weights[linear] = rounded(linear.weight.detach(), bits, size)
+            weights[linear] = (
+                _head(model, linear, ids)
+                if is_head
+                else rounded(linear.weight, step.bits, step.group(linear.in_features, path))
+            )
         places[linear] = parent, name
         counts["weights_in_codes"] += 0 if is_head else linear.weight.numel()
     if left:
@@ -163,6 +166,17 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
         **counts,
         "weights_in_floats": total - sum(counts.values()),
     }
+
+
+@torch.no_grad()
+def _head(model: Any, head: nn.Linear, ids: torch.Tensor | None) -> Stored:
+    """Returns the head in 8 bits, rounded against the inputs that it has on a text if there is one."""
+    if ids is not None:
+        try:
+            return compensated(head.weight, gram_of(model, ids, head))
+        except ArithmeticError:  # inputs without enough directions, from a short text
+            pass
+    return rounded(head.weight, 8, None)
 
 
 def _told(found: Found | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from lighten.model.quantized.packed import Codes
 pytest.importorskip("executorch.exir")
 
 from lighten.export.executorch.inputs import Way
-from lighten.export.executorch.linears import CodedLinear, Stored, keep, rounded, shared
+from lighten.export.executorch.linears import CodedLinear, Stored, compensated, keep, rounded, shared
 
 
 def random_codes(bits: int = 4, group: int = 32, *, outputs: int = 6, groups: int = 3, seed: int = 0) -> Codes:
@@ -158,3 +158,17 @@ def test_linears_with_the_same_inputs_round_them_once() -> None:
                 return torch.stack([linear(inputs) for linear in self.linears])
 
     assert [operators(Both(count)) for count in (1, 2, 3, 4)] == [2, 2, 4, 5]
+
+
+def test_errors_of_a_head_are_made_good_by_other_columns() -> None:
+    numbers = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 64, generator=numbers) @ torch.randn(64, 64, generator=numbers)
+    weight, gram = torch.randn(300, 64, generator=numbers), inputs.T @ inputs
+    found, plain = compensated(weight, gram), rounded(weight, 8, None)
+    assert found.codes.shape == (300, 64) and found.codes.dtype == torch.int8 and found.scales.shape == (300, 1)
+    assert (found.scales > 0).all()
+    errors = [float((inputs @ (each.weight() - weight).T).square().mean()) for each in (found, plain)]
+    assert errors[0] < 0.7 * errors[1]
+    inputs[:, 3] = 0  # as in a short text: another may have it
+    with pytest.raises(ArithmeticError, match="always zero"):
+        compensated(weight, inputs.T @ inputs)
