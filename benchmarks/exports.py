@@ -221,9 +221,9 @@ def destinations(found: Found) -> str:
         of = None if name in ("baseline", "gptq") else by_name["gptq" if name.startswith("gptq-") else "baseline"]
         value, kl = row["perplexity"]["value"], (row["divergence"] or {}).get("kl_mean")
         change = f"{value / of['perplexity']['value'] - 1:+.3%}".replace("-", "−") if of else ""
-        beside = NOT_MEASURED
-        if pace:
-            beside = pace.get("error") or f"{pace['ratio']:.2f}× ({pace['tool']})"
+        besides = [each for each in (pace, found.get("also", {}).get(name)) if each]
+        told = [each.get("error") or f"{each['ratio']:.2f}× ({each['tool']})" for each in besides]
+        beside = "; ".join(told) or NOT_MEASURED
         cells = [row["runtime"], byte_count(row["size_bytes"]), significant(value, 5), change]
         cells.append(NOT_MEASURED if kl is None else significant(kl, 2))
         cells.append(significant(pace["ours_tok_s"], 3) if pace and "ratio" in pace else NOT_MEASURED)

@@ -27,11 +27,11 @@ EDGE = 3.0
 """Edge, in mean sizes of the inputs."""
 LOUD, MOST = 2.5, (4, 8, 16)
 """Inputs of more than so many times the mean size of the middle one are loud for all tokens; how many are set aside."""
-ALLOWED = 0.0025
+ALLOWED = 0.003
 """Nats per token that the rounding of inputs may cost; what is above it is mended where that takes the least work."""
 STEP = 60_000
-"""What an operator on single numbers takes, in products of two numbers. Measured: 1 microsecond on two cores of a server,
-in which a product with 4-bit weights goes through 30 kB of them."""
+"""What an operator on single numbers takes, in products of two numbers: 1 microsecond on two cores of a server, in which
+a product goes through 30 kB of 4-bit weights."""
 LOW, HIGH = -128, 127
 """Range of the codes of inputs."""
 
