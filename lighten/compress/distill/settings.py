@@ -26,7 +26,7 @@ class Grid(Settings):
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[-1, 32, 64, 128] = 128
-    sym: bool | Literal["positive"] = True
+    sym: bool = True
 
 
 class Movement(Settings):

@@ -39,7 +39,7 @@ def losses(weight: torch.Tensor, gram: torch.Tensor, step: Gptq, kind: torch.dty
     cost = cost.reshape(-1, size)
     found = {}
     for bits in WIDTHS:
-        scale, zero = (each.unsqueeze(-2) for each in search(w, bits, step.sym, cost.square(), kind))
+        scale, zero = (each.unsqueeze(-2) for each in search(w, bits, step.symmetry, cost.square(), kind))
         error = (dequantize(quantize(w, scale, zero, bits), scale, zero) - w).square_()
         found[bits] = (error * cost[..., None]).sum((0, 1))
     return found

@@ -99,14 +99,14 @@ def codes(step: Gptq, linears: Linears) -> list[Stored]:
             linears.gram,
             bits=linears.bits,
             group_size=step.group_size,
-            sym=step.sym,
+            sym=step.symmetry,
             desc_act=step.order,
             damp_percent=step.damp_percent,
             kind=scale_type,
             gone=linears.pruned(),
         )
     except ArithmeticError as error:
-        found = rtn(weight, linears.bits, step.group_size, step.sym, scale_type)
+        found = rtn(weight, linears.bits, step.group_size, step.symmetry, scale_type)
         linears.note_fallback(error)
     else:
         if step.refine:
@@ -120,4 +120,4 @@ def codes(step: Gptq, linears: Linears) -> list[Stored]:
                 gone=linears.pruned(),
             )
         linears.note_damping(step.damp_percent, found.damping)
-    return linears.store(found, partial(formats.coded, step.format, linears.bits, bool(step.sym), scale_type))
+    return linears.store(found, partial(formats.coded, step.format, linears.bits, step.sym, scale_type))

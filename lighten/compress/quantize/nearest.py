@@ -14,8 +14,8 @@ from lighten.compress.quantize.settings import Quantize
 
 def codes(step: Coded, linears: Linears) -> list[Stored]:
     """Rounds to the nearest codes of the full range of each group."""
-    found = grid.rtn(linears.together, linears.bits, step.group_size, step.sym, linears.scale_type)
-    return linears.store(found, partial(formats.coded, step.format, linears.bits, bool(step.sym), linears.scale_type))
+    found = grid.rtn(linears.together, linears.bits, step.group_size, step.symmetry, linears.scale_type)
+    return linears.store(found, partial(formats.coded, step.format, linears.bits, step.sym, linears.scale_type))
 
 
 def integers(step: Quantize, linears: Linears) -> list[Stored]:

@@ -30,8 +30,8 @@ LOUD, MOST = 2.5, (4, 8, 16)
 ALLOWED = 0.003
 """Nats per token that the rounding of inputs may cost; what is above it is mended where that takes the least work."""
 STEP = 60_000
-"""What an operator on single numbers takes, in products of two numbers: 1 microsecond on two cores of a server, in which
-a product goes through 30 kB of 4-bit weights."""
+"""What an operator on single numbers takes, in products of two numbers: a microsecond on two cores of a server, in
+which a product goes through 30 kB of 4-bit weights."""
 LOW, HIGH = -128, 127
 """Range of the codes of inputs."""
 

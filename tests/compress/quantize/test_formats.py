@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq-3-asym": {"method": "gptq", "bits": 3, "sym": False, "desc_act": True, **SMALL},
     "gptq-ignore": {"method": "gptq", "ignore": IGNORE, **SMALL},
     "gptq-ignore-channel": {"method": "gptq", "bits": 3, "ignore": IGNORE, "group_size": -1},
-    "gptq-smooth": {"method": "gptq", "smooth": 0.5, "sym": "positive", **SMALL},
+    "gptq-smooth": {"method": "gptq", "smooth": 0.5, "positive_scales": True, **SMALL},
     "gptq-budget": {"method": "gptq", "budget": {"bits": 4.25}, "group_size": 128},
     "gptq-budget-ignore": {"method": "gptq", "budget": {"bits": 5}, "ignore": IGNORE[1:], **SMALL},
     "rtn": {"method": "rtn", **SMALL},

@@ -44,7 +44,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"propagate": "auto", "smooth": 0.5}, "leave out propagate and budget"),
     ({"smooth": 1.5}, "smooth: must be less than or equal to 1"),
     ({"method": "rtn", "smooth": 0.5}, "rtn has no setting smooth"),
-    ({"sym": "negative"}, "sym"),
     ({"static_groups": True}, "give desc_act: static"),
     ({"ignore": ["*.0.*"], "desc_act": True}, "leave out desc_act, or set it to static"),
     ({"method": "rtn", "ignore": ["*.0.*"], "sym": False}, "leave out sym: false"),
@@ -88,7 +87,14 @@ def test_defaults_are_the_methods_own(method: str) -> None:
     step = open_step("quantize", {"method": method})
     assert type(step) is METHODS.load(method)
     defaults = {name: field.default for name, field in type(step).model_fields.items()}
-    later = {"static_groups": False, "propagate": "off", "refine": 0, "smooth": None, "form": "compressed-tensors"}
+    later = {
+        "static_groups": False,
+        "propagate": "off",
+        "refine": 0,
+        "smooth": None,
+        "positive_scales": False,
+        "form": "compressed-tensors",
+    }
     assert step.key_config() == {
         name: value
         for name, value in defaults.items()

@@ -21,8 +21,14 @@ class Coded(Quantize):
 
     if TYPE_CHECKING:  # each method declares these, with the values that it takes
         group_size: int | Literal["tensor"] = 128
-        sym: bool | Literal["positive"] = True
+        sym: bool = True
+        positive_scales: bool = False
         head: Literal["keep", 8] = "keep"
+
+    @property
+    def symmetry(self) -> bool | Literal["positive"]:
+        """The form of the grid."""
+        return "positive" if self.sym and self.positive_scales else self.sym
 
     @property
     def linears_differ(self) -> bool:
@@ -80,9 +86,9 @@ class Coded(Quantize):
         """Returns the `quantization_config` of config.json."""
         size = -1 if self.group_size == "tensor" else self.group_size
         if not self.linears_differ:
-            return configs.gptq_config(self.bits or 0, size, bool(self.sym), **self.order_and_damping)
+            return configs.gptq_config(self.bits or 0, size, self.sym, **self.order_and_damping)
         by_bits = {bits: [name for name, b in widths.items() if b == bits] for bits in sorted(set(widths.values()))}
-        groups = [(configs.integers(bits, size, bool(self.sym)), names) for bits, names in by_bits.items()]
+        groups = [(configs.integers(bits, size, self.sym), names) for bits, names in by_bits.items()]
         if len(groups) == 1:
             groups = [(groups[0][0], ["Linear"])]
         return configs.compressed_config(groups, None, "pack-quantized", left)

@@ -22,9 +22,9 @@ class Gptq(Coded):
     method: Literal["gptq"] = Field("gptq", description="how to choose the codes")
     bits: Literal[2, 3, 4, 8] | None = Field(4, description="bits of a weight (gptq, rtn; default: 4)")
     group_size: GroupSize = 128
-    sym: bool | Literal["positive"] = Field(
-        True,
-        description="symmetric grid; positive: and no scale below zero (gptq, rtn; default: yes)",
+    sym: bool = Field(True, description="symmetric grid, its zero point in the middle (gptq, rtn; default: yes)")
+    positive_scales: bool = Field(
+        False, description="no scale below zero, for runtimes that have none (gptq, rtn; default: no)"
     )
     desc_act: bool = Field(False, description="gptq: round the inputs in order of falling activation (default: no)")
     static_groups: bool = Field(
@@ -39,8 +39,10 @@ class Gptq(Coded):
     refine: Annotated[int, Field(ge=0, le=10)] = Field(
         0, description="gptq: rounds in which scales and codes are improved in turn afterwards (default: 0)"
     )
-    smooth: Annotated[float, Field(ge=0, le=1)] | None = Field(
+    smooth: float | None = Field(
         None,
+        ge=0,
+        le=1,
         description="gptq: how far loud inputs move into the weights before, for runtimes that round inputs to 8 bits",
     )
     budget: Budget | None = Field(
@@ -94,7 +96,7 @@ class Gptq(Coded):
 
     def key_config(self) -> dict[str, Any]:
         """Returns the settings that are given; those that came later only if they change something."""
-        later = {"static_groups": False, "propagate": "off", "refine": 0, "smooth": None}
+        later = {"static_groups": False, "propagate": "off", "refine": 0, "smooth": None, "positive_scales": False}
         given = super().key_config()
         return {name: value for name, value in given.items() if name not in later or value != later[name]}
 

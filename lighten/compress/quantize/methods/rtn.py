@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -20,8 +20,12 @@ class Rtn(Coded):
     group_size: Annotated[Literal[-1, 32, 64, 128, "tensor"], BeforeValidator(number)] = Field(
         128, description="inputs that share a scale; -1 for all of them, tensor for the whole matrix"
     )
-    sym: bool | Literal["positive"] = Field(
-        True, description="symmetric grid, its zero point in the middle; positive: no scale below zero"
-    )
+    sym: bool = Field(True, description="symmetric grid, its zero point in the middle")
+    positive_scales: bool = Field(False, description="no scale below zero, for runtimes that have none")
     ignore: Ignore = ()
     head: Head = "keep"
+
+    def key_config(self) -> dict[str, Any]:
+        """Returns the settings that are given; one that came later only if it changes something."""
+        given = super().key_config()
+        return {name: value for name, value in given.items() if name != "positive_scales" or value}
