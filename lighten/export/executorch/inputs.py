@@ -274,4 +274,4 @@ def _costs(
 
 def _begins(_: nn.Module, __: Any, rows: torch.Tensor) -> torch.Tensor:
     """Lets gradients begin at the embedding: nothing before it has one."""
-    return rows.requires_grad_()
+    return rows.requires_grad_().clone()  # a model may change what it gets in place

@@ -56,7 +56,7 @@ def test_it_is_used_by_the_command(tiny: Callable[..., Path], environment: dict[
     assert plain.returncode == 0, plain.stderr
     assert 0 < error(tmp_path / "m", model) < 0.95 * error(tmp_path / "r", model)
     wrong = lighten("quantize", model, "--method", "rtn", "--ranges", 3, "-o", "x", cwd=tmp_path, env=environment)
-    refused(wrong, 2, "rtn has no setting ranges; it has bits, group_size, sym, ignore, head")
+    refused(wrong, 2, "rtn has no setting ranges; it has bits, group_size, sym, positive_scales, ignore, head")
 
 
 def test_without_it_there_is_no_such_method(tiny: Callable[..., Path], tmp_path: Path) -> None:

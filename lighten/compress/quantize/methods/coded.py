@@ -28,7 +28,8 @@ class Coded(Quantize):
     @property
     def symmetry(self) -> bool | Literal["positive"]:
         """The form of the grid."""
-        return "positive" if self.sym and self.positive_scales else self.sym
+        positive = getattr(self, "positive_scales", False)  # a method of a plugin may not have it
+        return "positive" if self.sym and positive else self.sym
 
     @property
     def linears_differ(self) -> bool:
