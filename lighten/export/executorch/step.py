@@ -125,6 +125,7 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
     counts = {"weights_in_codes": 0, "weights_of_embedding_in_codes": 0}
     places: dict[nn.Linear, tuple[nn.Module, str]] = {}
     weights: dict[nn.Linear, Stored] = {}
+    told: dict[str, str] = {}
     for parent, name, path, linear in list(_linears(model)):
         is_head = linear is head
         if path in left and kept is not None:
@@ -133,11 +134,10 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
         elif (is_head and step.embedding == "float") or (kept is not None and not is_head):
             continue
         else:
-            weights[linear] = (
-                _head(model, linear, ids)
-                if is_head
-                else rounded(linear.weight, step.bits, step.group(linear.in_features, path))
-            )
+            if is_head:
+                weights[linear], told["head_rounding"] = _head(model, linear, ids)
+            else:
+                weights[linear] = rounded(linear.weight, step.bits, step.group(linear.in_features, path))
         places[linear] = parent, name
         counts["weights_in_codes"] += 0 if is_head else linear.weight.numel()
     if left:
@@ -161,6 +161,7 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
         "weights": f"kept from {kept.method}" if kept else f"rounded to {step.type or 'int4'}",
         **({"group_size": step.group_size} if kept is None and step.bits == 4 else {}),
         **({"weights_offset": offset} if kept else {}),
+        **told,
         **_told(found),
         "embedding": step.embedding,
         **counts,
@@ -169,14 +170,14 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
 
 
 @torch.no_grad()
-def _head(model: Any, head: nn.Linear, ids: torch.Tensor | None) -> Stored:
-    """Returns the head in 8 bits, rounded against the inputs that it has on a text if there is one."""
-    if ids is not None:
-        try:
-            return compensated(head.weight, gram_of(model, ids, head))
-        except ArithmeticError:  # inputs without enough directions, from a short text
-            pass
-    return rounded(head.weight, 8, None)
+def _head(model: Any, head: nn.Linear, ids: torch.Tensor | None) -> tuple[Stored, str]:
+    """Returns the head in 8 bits, rounded against the inputs that it has on a text if there is one, and how it was."""
+    if ids is None:
+        return rounded(head.weight, 8, None), "nearest, as no text was read"
+    try:
+        return compensated(head.weight, gram_of(model, ids, head)), "gptq"
+    except ArithmeticError as error:
+        return rounded(head.weight, 8, None), f"nearest, as {error}"
 
 
 def _told(found: Found | None) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def test_codes_of_a_checkpoint_are_kept(source: Path, to_executorch: ToExecuTorc
     assert facts["weights"] == "kept from gptq" and facts["weights_in_codes"] == sum(
         each.numel() for each in dense.values()
     )
+    assert facts["head_rounding"] == "gptq" and 0 < facts["inputs_cost"] <= facts["inputs_cost_together"]
     assert facts["context"] == 64 and facts["xnnpack_parts"] > 0 and facts["operators_outside"] > 0
     assert any("bfloat16" in line for line in json.loads((out / "warnings.json").read_text()))
 
@@ -89,6 +90,7 @@ def test_weights_are_rounded_and_rows_that_are_multiplied(tmp_path: Path, family
     with torch.no_grad():
         wanted = model(ids).logits[0].numpy()
         facts = place(ExecuTorch(format="executorch", type=type), model, None)
+        assert facts["head_rounding"].startswith("nearest, as no text")
         assert 1e-4 < rough(model(ids).logits[0].numpy(), wanted) < most
     assert facts["weights_in_floats"] == 0 and facts["weights_of_embedding_in_codes"] > 0
 
