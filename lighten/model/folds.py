@@ -135,7 +135,7 @@ class _Trials:
         for name, module in self.block.named_modules():
             if name in self.names:
                 hooks.append(module.register_forward_pre_hook(reads(name)))
-            elif name and _is_norm(module):
+            elif name and is_norm(module):
                 hooks.append(module.register_forward_hook(makes(name)))
         self._run()
         for hook in hooks:
@@ -259,7 +259,7 @@ def _last_before(parts: dict[str, Linear]) -> Linear:
     return [linear for name, linear in parts.items() if name != "down"][-1]
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     """Returns whether a module may be a norm: all that it has is a vector of weights, and at most one of biases."""
     own = dict(module.named_parameters(recurse=False))
     vectors = all(each.dim() == 1 for each in own.values())

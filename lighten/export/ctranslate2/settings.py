@@ -19,6 +19,8 @@ _BITS = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0, "int16": 16.0}
 """Bits per weight, for predictions; 8 for the others."""
 _SECONDS = 6e-8
 """Seconds per weight: 8 s for SmolLM2-135M on two cores."""
+_FED_SECONDS = 3.5e-7
+"""The same for errors that are fed back: 45 s."""
 _LARGEST = 2**32
 """CTranslate2 writes the size of a tensor in 32 bits."""
 
@@ -48,7 +50,7 @@ class CTranslate2(Export):
     """Writes a directory that CTranslate2 opens, with the files of the tokenizer beside the model."""
 
     work: ClassVar[str] = "lighten.export.ctranslate2.step:run"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     runtime: ClassVar[str] = "ctranslate2"
     library: ClassVar[str] = "ctranslate2"
     calibrated: ClassVar[bool] = False
@@ -58,6 +60,22 @@ class CTranslate2(Export):
     quantization: Literal[
         "float32", "float16", "bfloat16", "int16", "int8", "int8_float32", "int8_float16", "int8_bfloat16"
     ] = Field("int8", description="CTranslate2's type of the weights; int8 has a scale for every output")
+
+    rounding: Literal["gptq", "nearest"] = Field(
+        "gptq",
+        description="how a causal model's weights get codes of 8 bits: with error feedback, its inputs made alike "
+        "before, or the nearest as CTranslate2's converter takes them",
+    )
+
+    @property
+    def codes(self) -> bool:
+        """Whether weights become codes of 8 bits."""
+        return self.quantization.startswith("int8")
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether the rounding errors of weights make good for each other."""
+        return self.codes and self.rounding == "gptq"
 
     @property
     def rounded(self) -> bool:
@@ -105,6 +123,9 @@ class CTranslate2(Export):
             raise RequestError(f"CTranslate2 models are made of a model directory, this one is {form}")
 
     def predict(self, facts: ModelFacts, calibration_tokens: int) -> Estimate:
-        """Returns the size of the weights, and the time that SmolLM2-135M took."""
-        size = int(facts.params * self.bits / 8)
-        return Estimate(seconds=8 + _SECONDS * facts.params, peak_bytes=900_000_000 + 9 * facts.params, disk_bytes=size)
+        """Returns the size of the weights, and the time that SmolLM2-135M took. A head that is turned is not tied."""
+        fed = self.feeds_back and facts.task == "causal"
+        own_head = facts.vocab * facts.hidden if fed and facts.tied else 0
+        size = int((facts.params + own_head) * self.bits / 8)
+        seconds = 8 + (_SECONDS + _FED_SECONDS * fed) * facts.params
+        return Estimate(seconds=seconds, peak_bytes=900_000_000 + (13 if fed else 9) * facts.params, disk_bytes=size)

@@ -1,22 +1,25 @@
-"""The `export` step for CTranslate2: its own converter, on weights that are read here."""
+"""The `export` step for CTranslate2: its own converter, on weights that are read here, and made ready for 8 bits."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lighten.errors import Failure, RequestError, missing_extra
+from lighten.errors import Failure, LightenError, RequestError, missing_extra
+from lighten.export.ctranslate2.rounding import LENGTH, SAMPLES, round_linears
 from lighten.export.ctranslate2.settings import CTranslate2
+from lighten.export.ctranslate2.stream import changed
 from lighten.facts import ModelFacts
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.ctranslate2_source import read_vocabulary
 from lighten.model.files import read_json
 from lighten.model.tokenizer_files import copy_words
+from lighten.model.tokens import calibration_ids
 from lighten.step import Context
 from lighten.store.artifact import Artifact
 from lighten.store.files import write_json
@@ -35,10 +38,12 @@ def run(step: CTranslate2, source: Artifact, out: Path, context: Context) -> dic
     facts, method = checkpoint.facts, (checkpoint.quantization or {}).get("quant_method")
     step.check(facts)
     step.check_source(source.format, facts)
+    ids = _text(source.path, facts, context) if step.feeds_back and facts.task == "causal" else None
+    told: dict[str, Any] = {"rounding": "gptq" if ids is not None else "nearest"} if step.codes else {}
     context.report(0, 2, "converting")
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as folder:
         made = Path(folder) / "model"
-        names = _convert(source.path, made, step.quantization, facts, method, context)
+        names = _convert(source.path, made, step.quantization, facts, method, ids, told, context)
         for file in made.iterdir():
             shutil.move(file, out / file.name)
     copy_words(source.path, out, leave=[*_NOT_COPIED, *(file.name for file in out.iterdir())])
@@ -49,13 +54,50 @@ def run(step: CTranslate2, source: Artifact, out: Path, context: Context) -> dic
         "format": "ctranslate2",
         **({"unpacked": method} if method else {}),
         "quantization": step.quantization,
+        **told,
         "context": facts.context,
         "vocabularies": names,
     }
 
 
+def _text(model: Path, facts: ModelFacts, context: Context) -> torch.Tensor | None:
+    """Returns tokens of the built-in text; None, with a warning, if the model's tokenizer cannot read it."""
+    try:
+        ids = calibration_ids(model, "builtin", SAMPLES, min(LENGTH, facts.context or LENGTH))
+    except LightenError as error:
+        context.warnings.append(f"weights were rounded to the nearest codes, as no text could be read: {error}")
+        return None
+    return torch.from_numpy(ids)
+
+
+def ready(load: Callable[[], Any], ids: torch.Tensor, context: Context) -> tuple[Any, dict[str, Any]]:
+    """Returns a model whose weights are on the grid of the converter, and facts.
+
+    Args:
+        load: opens the model in float32. It is called again if the model has another structure than was thought.
+        ids: tokens, `[samples, length]`.
+        context: hears of the progress.
+    """
+    for turned in (True, False):
+        model = load()
+        if changed(model, ids, turned=turned):
+            break
+    else:
+        model, turned = load(), None
+    inputs = "as they are" if turned is None else "evened and turned" if turned else "evened"
+    fed = round_linears(model, ids, context.report)
+    return model, {"inputs": inputs, "linears_rounded_with_feedback": fed}
+
+
 def _convert(
-    source: Path, made: Path, quantization: str, facts: ModelFacts, method: str | None, context: Context
+    source: Path,
+    made: Path,
+    quantization: str,
+    facts: ModelFacts,
+    method: str | None,
+    ids: torch.Tensor | None,
+    told: dict[str, Any],
+    context: Context,
 ) -> dict[str, int]:
     """Writes the model into a new directory. Returns the number of tokens of each vocabulary, by its file."""
     try:
@@ -69,11 +111,18 @@ def _convert(
         """The library's converter. Weights are read as everywhere here: never pickled, all of them, float32."""
 
         def load_model(self, model_class: Any, model_name_or_path: str, **options: Any) -> Any:
-            if method:
-                model = whole.load(source, torch.float32)
-                model.config.quantization_config = None
-                return model
-            return from_pretrained(model_class, source, **{**options, "dtype": torch.float32})
+            def opened() -> Any:
+                if method:
+                    model = whole.load(source, torch.float32)
+                    model.config.quantization_config = None
+                    return model
+                return from_pretrained(model_class, source, **{**options, "dtype": torch.float32})
+
+            if ids is None:
+                return opened()
+            model, facts = ready(opened, ids, context)
+            told.update(facts)
+            return model
 
         def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **options: Any) -> Any:
             found = tokenizer_class.from_pretrained(source, local_files_only=True, trust_remote_code=False)

@@ -114,6 +114,26 @@ def test_int8_is_smaller_and_close(llama: tuple[Path, Path], tmp_path: Path) -> 
     assert np.abs(runtime.logits(IDS) - exact).max() < 0.1 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2"])
+def test_rounding_with_feedback_is_closer_than_the_nearest_codes(family: str, tiny: Tiny, tmp_path: Path) -> None:
+    source, exact, errors = tiny(family), None, {}
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(source)
+        exact = model(torch.from_numpy(IDS)[None]).logits[0].numpy()
+    for rounding in ("gptq", "nearest"):
+        (out := tmp_path / rounding).mkdir()
+        step = CTranslate2.model_validate({"format": "ctranslate2", "rounding": rounding})
+        facts = step.run(Artifact(source, {"format": "hf"}), out, Context())
+        assert facts["rounding"] == rounding
+        errors[rounding] = float(np.square(open_runtime(out).logits(IDS) - exact).mean())
+        if rounding == "gptq":
+            assert facts["inputs"] == "evened and turned"
+            assert facts["linears_rounded_with_feedback"] == sum(type(m) is torch.nn.Linear for m in model.modules())
+        size = step.predict(Checkpoint(source).facts, 0).disk_bytes
+        assert (out / "model.bin").stat().st_size == pytest.approx(size, rel=0.2)
+    assert errors["gptq"] < errors["nearest"]
+
+
 @pytest.fixture
 def t5(tmp_path: Path) -> Path:
     """Returns a random T5 with the tokenizer of the demo translator."""
