@@ -4,7 +4,8 @@ A weight `[out, in]` of 4 bits is codes from -8 to 7 with a scale above zero for
 keeps in bfloat16. One of 8 bits has a scale for every output. There are no zero points. What a checkpoint has instead,
 zero points or scales below zero, is a constant for every group: it is multiplied with the sum of the group's inputs, in
 float32. Inputs are rounded to 8 bits, every token with a scale and a zero point of its own, while the
-program runs: all together, or in two parts (see `inputs`).
+program runs: all together, or in two parts (see `inputs`). Each may be divided by a number of its own before, by which
+its weights were multiplied before they were rounded.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ class Stored:
     bits: int
     offsets: torch.Tensor | None = None
     """What every weight of a group has beside its code times the scale, `[out, groups]`; None if all have nothing."""
+    even: torch.Tensor | None = None
+    """What every input is divided by before its product, `[in]`, above zero, in the order of the codes; None if nothing
+    is."""
 
     @property
     def size(self) -> int:
@@ -66,14 +70,16 @@ class Stored:
         return self.codes.shape[1] // self.scales.shape[1]
 
     def coded(self) -> torch.Tensor:
-        """Returns the weight without its offsets, `[out, in]` in float32, in the order of the codes."""
+        """Returns the weight for divided inputs without its offsets, `[out, in]` in float32, in the codes' order."""
         return self.codes.float() * self.scales.repeat_interleave(self.size, 1)
 
     def weight(self) -> torch.Tensor:
-        """Returns the weight, `[out, in]` in float32, its inputs in their first order."""
+        """Returns the weight, `[out, in]` in float32, for inputs in their first order that are not divided."""
         placed = self.coded()
         if self.offsets is not None:
             placed += self.offsets.repeat_interleave(self.size, 1)
+        if self.even is not None:
+            placed /= self.even
         if self.order is None:
             return placed
         found = torch.empty_like(placed)
@@ -121,37 +127,41 @@ def keep(found: Codes, where: str) -> Stored:
     )
 
 
-def rounded(weight: torch.Tensor, bits: int, size: int | None) -> Stored:
+def rounded(weight: torch.Tensor, bits: int, size: int | None, even: torch.Tensor | None = None) -> Stored:
     """Returns a weight `[out, in]` rounded to the nearest codes, by the smallest scales that clip nothing.
 
     Args:
         weight: any floats.
         bits: 4 or 8.
         size: inputs of a group, which divides them; None for one scale for each output.
+        even: what its inputs are divided by, `[in]`; None if nothing is.
     """
-    grouped = weight.detach().float().reshape(len(weight), -1, size or weight.shape[1])
+    grouped = _multiplied(weight, even).reshape(len(weight), -1, size or weight.shape[1])
     most = 1 << (bits - 1)
     scales = torch.maximum(grouped.amax(-1) / (most - 1), grouped.amin(-1) / -most)
     scales = scales if size is None else _shortened(scales)
     scales = torch.where(scales == 0, 1, scales)  # XNNPACK refuses 0
     codes = (grouped / scales[..., None]).round().clamp(-most, most - 1)
-    return Stored(codes.flatten(1).to(torch.int8), scales, None, bits)
+    return Stored(codes.flatten(1).to(torch.int8), scales, None, bits, even=even)
 
 
-def compensated(weight: torch.Tensor, gram: torch.Tensor) -> Stored:
+def compensated(weight: torch.Tensor, gram: torch.Tensor, even: torch.Tensor | None = None) -> Stored:
     """Returns a weight `[out, in]` in 8 bits, one scale for each output; later columns make good for earlier errors.
 
     Args:
         weight: any floats.
-        gram: XᵀX `[in, in]` of its inputs.
+        gram: XᵀX `[in, in]` of its inputs before they are divided.
+        even: what they are divided by, `[in]`; None if nothing is.
 
     Raises:
         ArithmeticError: the Gram could not be factorised, or some inputs are always zero.
     """
     if not bool((gram.diagonal() > 0).all()):
         raise ArithmeticError("some inputs are always zero")
+    weight = _multiplied(weight, even)
+    gram = gram if even is None else gram / even / even[:, None]
     scales = rounded(weight, 8, None).scales
-    columns, codes = Columns.of(weight.detach(), gram, DAMPING), torch.empty(weight.shape, dtype=torch.int8)
+    columns, codes = Columns.of(weight, gram, DAMPING), torch.empty(weight.shape, dtype=torch.int8)
 
     def nearest(column: int) -> torch.Tensor:
         code = (columns.w[column] / scales[:, 0]).round().clamp(-128, 127)
@@ -159,7 +169,12 @@ def compensated(weight: torch.Tensor, gram: torch.Tensor) -> Stored:
         return code * scales[:, 0]
 
     columns.round(nearest)
-    return Stored(codes, scales, None, 8)
+    return Stored(codes, scales, None, 8, even=even)
+
+
+def _multiplied(weight: torch.Tensor, even: torch.Tensor | None) -> torch.Tensor:
+    """Returns the weight `[out, in]` in float32, for divided inputs."""
+    return weight.detach().float() if even is None else weight.detach().float() * even
 
 
 def _shortened(scales: torch.Tensor) -> torch.Tensor:
@@ -195,7 +210,9 @@ class CodedLinear(nn.Module):
                 raise ValueError("inputs that share a scale are divided by one number")
             stored = replace(stored, scales=stored.scales * way.levels[:: stored.size])
             self.quieter = nn.Parameter(1 / way.levels, requires_grad=False)
-        self.names = [None if each is None else each.numpy().tobytes() for each in (way.center, way.levels)]
+        self.evener = None if stored.even is None else nn.Parameter(1 / stored.even, requires_grad=False)
+        known = (way.center, way.levels, stored.even)
+        self.names = [None if each is None else each.numpy().tobytes() for each in known]
         self.register_buffer("codes", stored.codes)
         self.register_buffer("scales", stored.scales)
         self.register_buffer("zeros", torch.zeros_like(stored.scales, dtype=torch.int8))
@@ -221,6 +238,8 @@ class CodedLinear(nn.Module):
         """Returns the product `[…, out]` for inputs `[…, in]`."""
         if self.order is not None:
             inputs = inputs.index_select(-1, self.order)
+        if self.evener is not None:
+            inputs = self._evened(inputs, self.evener)
         level, edge = self._levelled(inputs), self.edge
         if edge is not None:
             near = _once(level, ("near", edge), lambda: level.clamp(-edge, edge))
@@ -236,6 +255,9 @@ class CodedLinear(nn.Module):
             added = _once(inputs, ("sums", self.size), lambda: nn.functional.linear(inputs, sums))
             found = found + nn.functional.linear(added, self.offsets)
         return found
+
+    def _evened(self, inputs: torch.Tensor, evener: torch.Tensor) -> torch.Tensor:
+        return _once(inputs, ("even", self.names[2]), lambda: inputs * evener)
 
     def _levelled(self, inputs: torch.Tensor) -> torch.Tensor:
         center, quieter = self.center, self.quieter

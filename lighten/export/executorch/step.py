@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lighten.errors import Failure, LightenError
-from lighten.export.executorch.inputs import LENGTH, SAMPLES, Asked, Found, choose, gram_of
+from lighten.export.executorch.inputs import LENGTH, SAMPLES, Asked, Found, choose, even, gram_of
 from lighten.export.executorch.linears import CodedEmbedding, CodedLinear, Stored, compensated, keep, rounded
 from lighten.export.executorch.settings import ExecuTorch
 from lighten.export.onnx.quiet import quiet
@@ -126,6 +126,7 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
     places: dict[nn.Linear, tuple[nn.Module, str]] = {}
     weights: dict[nn.Linear, Stored] = {}
     told: dict[str, str] = {}
+    evened = {} if ids is None else even(model, ids, _eights(step, model, kept))
     for parent, name, path, linear in list(_linears(model)):
         is_head = linear is head
         if path in left and kept is not None:
@@ -135,9 +136,10 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
             continue
         else:
             if is_head:
-                weights[linear], told["head_rounding"] = _head(model, linear, ids)
+                weights[linear], told["head_rounding"] = _head(model, linear, ids, evened.get(linear))
             else:
-                weights[linear] = rounded(linear.weight, step.bits, step.group(linear.in_features, path))
+                group = step.group(linear.in_features, path)
+                weights[linear] = rounded(linear.weight, step.bits, group, evened.get(linear))
         places[linear] = parent, name
         counts["weights_in_codes"] += 0 if is_head else linear.weight.numel()
     if left:
@@ -146,7 +148,7 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
             "unpack the weights, or export its source"
         )
     offset = sum(linear.weight.numel() for linear, each in weights.items() if each.offsets is not None)
-    asked = {linear: Asked(each.bits, each.size, each.order) for linear, each in weights.items()}
+    asked = {linear: Asked(each.bits, each.size, each.order, each.even) for linear, each in weights.items()}
     found = None if ids is None else choose(model, ids, asked)
     for linear, stored in weights.items():
         parent, name = places[linear]
@@ -170,14 +172,21 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
 
 
 @torch.no_grad()
-def _head(model: Any, head: nn.Linear, ids: torch.Tensor | None) -> tuple[Stored, str]:
-    """Returns the head in 8 bits, rounded against the inputs that it has on a text if there is one, and how it was."""
+def _head(model: Any, head: nn.Linear, ids: torch.Tensor | None, divided: torch.Tensor | None) -> tuple[Stored, str]:
+    """Returns the head in 8 bits, rounded against the inputs that it has on a text if there is one, and how it was.
+
+    Args:
+        model: a causal model.
+        head: its head.
+        ids: tokens of the text, `[samples, length]`; None if there are none.
+        divided: what the head's inputs are divided by, `[in]`; None if nothing is.
+    """
     if ids is None:
         return rounded(head.weight, 8, None), "nearest, as no text was read"
     try:
-        return compensated(head.weight, gram_of(model, ids, head)), "gptq"
+        return compensated(head.weight, gram_of(model, ids, head), divided), "gptq"
     except ArithmeticError as error:
-        return rounded(head.weight, 8, None), f"nearest, as {error}"
+        return rounded(head.weight, 8, None, divided), f"nearest, as {error}"
 
 
 def _told(found: Found | None) -> dict[str, Any]:
@@ -188,6 +197,17 @@ def _told(found: Found | None) -> dict[str, Any]:
     if found.error:
         return {**parts, "inputs_cost_unknown": found.error}
     return {**parts, "inputs_cost": round(found.cost, 6), "inputs_cost_together": round(found.together, 6)}
+
+
+def _eights(step: ExecuTorch, model: Any, kept: Quantized | None) -> list[nn.Linear]:
+    """Returns the linears that are rounded here to 8 bits, with a scale for each output."""
+    head = model.get_output_embeddings()
+    return [
+        linear
+        for _, _, path, linear in _linears(model)
+        if (kept is None or path not in kept.names)
+        and (step.embedding == "int8" if linear is head else kept is None and step.bits == 8)
+    ]
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Linear]]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("executorch.exir")
 
 from lighten.export.executorch import inputs as rounding
-from lighten.export.executorch.inputs import Asked, Way, choose, rounded_inputs
+from lighten.export.executorch.inputs import EVENED, EVENING, Asked, Way, choose, even, rounded_inputs
 from tests.families.models import make
 
 
@@ -114,3 +114,52 @@ def test_a_linear_that_no_token_reaches_is_left_as_it_is(loud: Loud) -> None:
     apart = torch.nn.Linear(64, 8)
     found = choose(loud.model, loud.ids, {**loud.asked, apart: Asked(4, 32)})
     assert found.ways[apart].parts == 1 and dataclasses.asdict(found.ways[apart]) == dataclasses.asdict(Way())
+
+
+def test_numbers_that_even_inputs_follow_their_deviation(loud: Loud) -> None:
+    """They are those of a definition in float64; an input that never changes gets the smallest, and none is out."""
+    linear = torch.nn.Linear(6, 2)
+    rows = torch.randn(4, 10, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 9, 0, 1, 0.2, 1])
+    rows += torch.tensor([0.0, 0, 0, 1e4, 3, 0])
+    rows[..., 5] = 7.3
+
+    class Reads(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> None:
+            linear(rows[input_ids[0]])
+
+    found = even(Reads(), torch.arange(4)[:, None], [linear, torch.nn.Linear(6, 2)])
+    assert list(found) == [linear]
+    deviation = rows.double().flatten(0, 1).std(0, correction=0)[[0, 1, 3, 4]]
+    wanted = deviation**EVENING / (deviation**EVENING).log().mean().exp()
+    assert torch.allclose(found[linear][[0, 1, 3, 4]].double(), wanted, rtol=1e-5)
+    assert (found[linear][[2, 5]] == found[linear].min()).all()
+    assert (rounding._evened(torch.zeros(3, dtype=torch.float64)) == 1).all()
+    wild = rounding._evened(torch.tensor([1e-60, 1.0, 1e60, 0.0, float("nan"), float("inf")], dtype=torch.float64))
+    assert torch.equal(wild, torch.tensor([1 / EVENED, 1.0, EVENED, *[1 / EVENED] * 3]))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_cost_of_evened_inputs_is_that_of_the_definition(
+    loud: Loud, mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head's gradient has a closed form: what is predicted less what is drawn, times the weight."""
+    head, (samples, length) = loud.model.lm_head, loud.ids.shape
+    numbers = torch.Generator().manual_seed(1)
+    divided = torch.rand(head.in_features, generator=numbers) * 5 + 0.2
+    order = torch.randperm(head.in_features, generator=numbers) if mixed else None
+    monkeypatch.setattr(rounding, "ALLOWED", 1e9)
+    found = choose(loud.model, loud.ids, {head: Asked(8, head.in_features, order, divided)})
+    places = torch.arange(head.in_features) if order is None else order
+    draws, wanted = torch.Generator().manual_seed(0), 0.0
+    with torch.no_grad():
+        for sequence in loud.ids:
+            states = loud.model.model(sequence[None]).last_hidden_state[0]
+            chances = (states @ head.weight.T).softmax(-1)
+            drawn = torch.multinomial(chances, 1, generator=draws)[:, 0]
+            gradient = (chances - torch.nn.functional.one_hot(drawn, chances.shape[1])) @ head.weight
+            placed = states[:, places] / divided
+            error = torch.zeros_like(states)
+            error[:, places] = (rounded_inputs(placed) - placed) * divided
+            wanted += float((gradient * error).sum(-1).square().sum()) / 2 / (samples * length)
+    assert found.cost == found.together == pytest.approx(wanted, rel=1e-3)
+    assert found.cost != pytest.approx(choose(loud.model, loud.ids, {head: Asked(8, head.in_features)}).cost, rel=0.01)

@@ -95,6 +95,31 @@ def test_weights_are_rounded_and_rows_that_are_multiplied(tmp_path: Path, family
     assert facts["weights_in_floats"] == 0 and facts["weights_of_embedding_in_codes"] > 0
 
 
+@pytest.mark.parametrize(("type", "count"), [("int8", 1 + 7), ("int4", 1)])
+def test_linears_of_8_bits_that_are_rounded_here_divide_their_inputs(source: Path, type: Any, count: int) -> None:
+    from lighten.export.executorch.linears import CodedLinear
+    from lighten.model.executorch_library import load
+
+    load("a test")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    ids = torch.from_numpy(IDS % model.config.vocab_size)[None]
+    with torch.no_grad():
+        wanted = model(ids).logits[0].numpy()
+        facts = place(ExecuTorch(format="executorch", type=type), model, None, ids)
+        assert rough(model(ids).logits[0].numpy(), wanted) < (0.08 if type == "int8" else 0.5)
+    assert facts["head_rounding"] == "gptq"
+    coded = {name: each for name, each in model.named_modules() if isinstance(each, CodedLinear)}
+    assert len(coded) == 8 and "lm_head" in coded
+    assert sum(each.evener is not None for each in coded.values()) == count
+    layer = model.model.layers[0]
+    if type == "int8":  # linears that read the same inputs divide them by the same, once
+        for first, *others in (
+            (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+            (layer.mlp.gate_proj, layer.mlp.up_proj),
+        ):
+            assert all(each.names[2] == first.names[2] for each in others)
+
+
 def test_requests_that_are_refused(source: Path, to_executorch: ToExecuTorch, tmp_path: Path) -> None:
     quantized(source, tmp_path / "gptq", group=16)
     with pytest.raises(Failure, match="multiples of 32"):
