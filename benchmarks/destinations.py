@@ -14,8 +14,10 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,7 +297,9 @@ def main() -> None:
     parser.add_argument("--nncf", help="Python of an environment with nncf")
     parser.add_argument("--tools", type=Path, help="where llama.cpp's tools are built")
     parser.add_argument("--only", action="append", choices=OWN, help="pairs to decode (default: all)")
-    parser.add_argument("--turns", type=int, default=3, help="of decoding, of either order")
+    parser.add_argument("--turns", type=int, default=3, help="of decoding, of each opening")
+    parser.add_argument("--openings", type=int, default=16, help="of each pair")
+    parser.add_argument("--seconds", type=float, default=100, help="after which a pair is not opened again")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     with watching(quiet=False) as watcher:
@@ -308,7 +312,13 @@ def main() -> None:
     head = {
         "command": " ".join(["python benchmarks/destinations.py", *_flags(asked)]),
         "machine": machine.fingerprint(),
-        "settings": {"model": results["source"]["model"], "prompt": PROMPT, "generate": STEPS, "turns": asked.turns},
+        "settings": {
+            "model": results["source"]["model"],
+            "prompt": PROMPT,
+            "generate": STEPS,
+            "turns": asked.turns,
+            "openings": asked.openings,
+        },
         "rows": [{key: variant.get(key) for key in KEPT} for variant in results["variants"]],
     }
     write_json(asked.out, {**head, "decode": pairs, "also": also})
@@ -330,7 +340,7 @@ def pair(bench: Bench, name: str, tool: str, make: Make, asked: argparse.Namespa
     work.parent.mkdir(parents=True, exist_ok=True)
     ours = bench.variants / name
     try:
-        speed = decode_in_turn(ours, make(bench, ours, work), asked.turns)
+        speed = decode(ours, make(bench, ours, work), asked.turns, asked.openings, asked.seconds)
     except Lacking as error:
         return {"tool": tool, "error": str(error)}
     except subprocess.CalledProcessError as error:
@@ -338,7 +348,26 @@ def pair(bench: Bench, name: str, tool: str, make: Make, asked: argparse.Namespa
         return {"tool": tool, "error": said[-1] if said else str(error)}
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return {"tool": tool, **{key: speed[key] for key in ("ours_tok_s", "theirs_tok_s", "ratio")}}
+    return {"tool": tool, **speed}
+
+
+def decode(ours: Path, theirs: Path, turns: int, openings: int, seconds: float) -> dict[str, Any]:
+    """Returns the medians of tokens per second, and the median of the turns' ratios.
+
+    Both are opened many times, for the pages that a model gets make it faster or slower, and less often if that takes
+    longer than some seconds: a slow model's turns are long, and tell more each.
+    """
+    mine: list[float] = []
+    others: list[float] = []
+    start, opened = time.monotonic(), 0
+    while opened < openings and (opened == 0 or time.monotonic() - start < seconds):
+        found = decode_in_turn(ours, theirs, turns)
+        mine += found["ours"]
+        others += found["theirs"]
+        opened += 2
+    ratio = statistics.median(one / other for one, other in zip(mine, others, strict=True))
+    medians = {"ours_tok_s": statistics.median(mine), "theirs_tok_s": statistics.median(others)}
+    return {**medians, "ratio": ratio, "openings": opened}
 
 
 def _flags(asked: argparse.Namespace) -> list[str]:

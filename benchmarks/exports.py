@@ -234,8 +234,9 @@ def destinations(found: Found) -> str:
     caption = (
         f"{settings['model']}, the recipe `destinations`. Perplexity is measured on {protocol['chunks']} × "
         f"{protocol['length']} tokens of the built-in text, on the runtime of the row. `gptq-` rows are made of the "
-        "same 4-bit GPTQ weights. Both models decode in turn, one sequence, after the same prompt; the ratio is the "
-        f"median of twice {settings['turns']} turns."
+        "same 4-bit GPTQ weights. Both models decode in turn, one sequence, after the same prompt, "
+        f"{settings['turns']} times after each opening; the ratio is the median of the turns of all openings, up to "
+        f"{settings['openings']}."
     )
     return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
 
