@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
 
+from lighten.export.ctranslate2.matrices import is_linear, matrix, place
 from lighten.numerics.columns import Columns
 from lighten.step import Report
 
@@ -27,26 +27,33 @@ MOST = 127
 
 
 @torch.no_grad()
-def round_linears(model: Any, ids: torch.Tensor, report: Report) -> int:
-    """Puts the weights of all linears of a model on the grid of the converter. Returns how many errors were fed back.
+def round_linears(model: Any, ids: torch.Tensor, report: Report) -> dict[str, int]:
+    """Puts the weights of all linears of a model on the grid of the converter.
 
     Args:
         model: a causal model in float32. Tied weights are rounded once, for their linear.
         ids: tokens, `[samples, length]`.
         report: hears of each linear.
+
+    Returns:
+        How many were rounded with feedback, and how many were left to the nearest codes, as nothing came to them.
     """
-    linears = [each for each in model.modules() if isinstance(each, nn.Linear)]
+    linears = [each for each in model.modules() if is_linear(each)]
     total, done, fed = len(linears), 0, 0
     for some in _batches(linears):
         grams = _grams(model, ids, some)
         for linear in some:
             report(done, total, "rounding")
             gram = grams.get(linear)
-            if gram is not None and bool(gram.diagonal().any()):
-                linear.weight.data = rounded(linear.weight, gram)
-                fed += 1
             done += 1
-    return fed
+            if gram is None or not bool(gram.diagonal().any()):
+                continue
+            try:
+                place(linear, rounded(matrix(linear), gram))
+                fed += 1
+            except ArithmeticError:
+                continue
+    return {"linears_rounded_with_feedback": fed, "linears_rounded_to_nearest": total - fed}
 
 
 def rounded(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -55,6 +62,9 @@ def rounded(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     Args:
         weight: any floats.
         gram: XᵀX `[in, in]` of its inputs. Those that are always zero get the nearest codes.
+
+    Raises:
+        ArithmeticError: the Gram could not be factorised.
     """
     quiet = gram.diagonal() == 0
     if bool(quiet.any()):
@@ -63,10 +73,7 @@ def rounded(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     sizes = weight.abs()
     scales, places = sizes.amax(1) / MOST, sizes.argmax(1)
     scales = torch.where(scales == 0, 1, scales)
-    try:
-        columns = Columns.of(weight, gram, DAMPING)
-    except ArithmeticError:  # the converter takes the nearest codes
-        return weight
+    columns = Columns.of(weight, gram, DAMPING)
     found = torch.empty_like(weight)
 
     def nearest(column: int) -> torch.Tensor:
@@ -78,12 +85,12 @@ def rounded(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _batches(linears: list[nn.Linear]) -> Iterator[list[nn.Linear]]:
+def _batches(linears: list[Any]) -> Iterator[list[Any]]:
     """Yields linears whose Grams fit into memory together."""
-    some: list[nn.Linear] = []
+    some: list[Any] = []
     size = 0
     for linear in linears:
-        own = 4 * linear.in_features**2
+        own = 4 * matrix(linear).shape[1] ** 2
         if some and size + own > AT_ONCE:
             yield some
             some, size = [], 0
@@ -93,20 +100,19 @@ def _batches(linears: list[nn.Linear]) -> Iterator[list[nn.Linear]]:
         yield some
 
 
-def _grams(model: Any, ids: torch.Tensor, linears: list[nn.Linear]) -> dict[nn.Linear, torch.Tensor]:
+def _grams(model: Any, ids: torch.Tensor, linears: list[Any]) -> dict[Any, torch.Tensor]:
     """Returns XᵀX `[in, in]` of the inputs of linears; linears that read the same tensor share it."""
-    found: dict[nn.Linear, torch.Tensor] = {}
-    last: list[tuple[torch.Tensor, nn.Linear]] = []
+    found: dict[Any, torch.Tensor] = {}
+    last: list[tuple[torch.Tensor, Any]] = []
 
-    def hear(linear: nn.Module, inputs: Any) -> None:
-        assert isinstance(linear, nn.Linear)
+    def hear(linear: Any, inputs: Any) -> None:
         if last and last[0][0] is inputs[0]:
             found[linear] = found[last[0][1]]
             return
         last[:] = [(inputs[0], linear)]
-        rows = inputs[0].reshape(-1, linear.in_features).float()
+        rows = inputs[0].flatten(0, -2).float()
         if linear not in found:
-            found[linear] = torch.zeros(linear.in_features, linear.in_features)
+            found[linear] = torch.zeros(rows.shape[1], rows.shape[1])
         found[linear].addmm_(rows.t(), rows)
 
     with ExitStack() as hooks:

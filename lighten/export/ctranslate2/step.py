@@ -85,8 +85,7 @@ def ready(load: Callable[[], Any], ids: torch.Tensor, context: Context) -> tuple
     else:
         model, turned = load(), None
     inputs = "as they are" if turned is None else "evened and turned" if turned else "evened"
-    fed = round_linears(model, ids, context.report)
-    return model, {"inputs": inputs, "linears_rounded_with_feedback": fed}
+    return model, {"inputs": inputs, **round_linears(model, ids, context.report)}
 
 
 def _convert(

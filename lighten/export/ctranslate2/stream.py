@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lighten.export.ctranslate2.matrices import is_linear, matrix, place
 from lighten.model.folds import is_norm
 
 POWER = 0.25
@@ -38,7 +39,7 @@ class Norm:
     module: nn.Module
     offset: float
     """1 if it multiplies by 1 + weight."""
-    readers: list[nn.Linear] = field(default_factory=list)
+    readers: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Stream:
     """What writes and reads the states between the blocks."""
 
     norms: list[Norm]
-    writers: list[nn.Linear]
+    writers: list[Any]
     tables: list[nn.Embedding]
     unread: list[nn.Module]
     """Norms as wide as the states that no linear reads, so that they may write to them."""
@@ -86,8 +87,7 @@ def watched(model: Any, ids: torch.Tensor) -> Stream:
     width = model.get_input_embeddings().weight.shape[1]
     made: dict[int, Norm] = {}
     norms: list[Norm] = []
-    reads: set[nn.Linear] = set()
-    writers: list[nn.Linear] = []
+    writers: list[Any] = []
     held: list[torch.Tensor] = []  # a freed tensor's place could be taken by another
 
     def normed(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -99,19 +99,16 @@ def watched(model: Any, ids: torch.Tensor) -> Stream:
 
     def read(linear: nn.Module, inputs: Any) -> None:
         norm = made.get(inputs[0].data_ptr())
-        if not isinstance(linear, nn.Linear):
-            return
         if norm is not None and linear not in norm.readers:
             norm.readers.append(linear)
-            reads.add(linear)
-        elif norm is None and linear.out_features == width and linear not in writers:
+        elif norm is None and len(matrix(linear)) == width and linear not in writers:
             writers.append(linear)
 
     with ExitStack() as hooks:
         for module in model.modules():
             if is_norm(module) and module.get_parameter("weight").numel() == width:
                 hooks.callback(module.register_forward_hook(normed).remove)
-            elif isinstance(module, nn.Linear):
+            elif is_linear(module):
                 hooks.callback(module.register_forward_pre_hook(read).remove)
         model(input_ids=ids, use_cache=False)
     tables = [each for each in model.modules() if isinstance(each, nn.Embedding) and each.embedding_dim == width]
@@ -121,24 +118,24 @@ def watched(model: Any, ids: torch.Tensor) -> Stream:
 
 def turn(stream: Stream) -> None:
     """Turns the states of a model; norms multiply by one from then on, and add nothing."""
-    width = stream.norms[0].module.get_parameter("weight").numel()
-    matrix = rotation(width)
+    turning = rotation(stream.norms[0].module.get_parameter("weight").numel())
     for norm in stream.norms:
         weight, bias = norm.module.get_parameter("weight"), getattr(norm.module, "bias", None)
         for reader in norm.readers:
+            weights = matrix(reader)
             if bias is not None:
-                added = reader.weight @ bias
+                added = weights @ bias
                 reader.bias = nn.Parameter(added if reader.bias is None else reader.bias + added, requires_grad=False)
-            reader.weight.data = _turned(reader.weight * (weight + norm.offset), matrix)
+            place(reader, _turned(weights * (weight + norm.offset), turning))
         weight.data = torch.full_like(weight, 1 - norm.offset)
         if bias is not None:
             bias.data = torch.zeros_like(bias)
     for table in stream.tables:
-        table.weight.data = _turned(table.weight, matrix)
+        table.weight.data = _turned(table.weight, turning)
     for writer in stream.writers:
-        writer.weight.data = _turned(writer.weight.t(), matrix).t().contiguous()
+        place(writer, _turned(matrix(writer).t(), turning).t())
         if writer.bias is not None:
-            writer.bias.data = _turned(writer.bias[None], matrix)[0]
+            writer.bias.data = _turned(writer.bias[None], turning)[0]
 
 
 def even(model: Any, stream: Stream, ids: torch.Tensor) -> None:
@@ -167,7 +164,7 @@ def even(model: Any, stream: Stream, ids: torch.Tensor) -> None:
         if bias is not None:
             bias.data = bias / loud
         for reader in norm.readers:
-            reader.weight.data = reader.weight * loud
+            place(reader, matrix(reader) * loud)
 
 
 def rotation(width: int) -> torch.Tensor:
@@ -181,9 +178,9 @@ def rotation(width: int) -> torch.Tensor:
     return found
 
 
-def _turned(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+def _turned(rows: torch.Tensor, turning: torch.Tensor) -> torch.Tensor:
     """Returns rows `[n, width]` times a matrix, computed in float64 a part at a time."""
-    return torch.cat([(part.double() @ matrix).float() for part in torch.split(rows, 8192)])
+    return torch.cat([(part.double() @ turning).float() for part in torch.split(rows, 8192)])
 
 
 def _offset(module: nn.Module, inputs: torch.Tensor, output: torch.Tensor) -> float | None:

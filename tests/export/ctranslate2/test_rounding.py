@@ -83,7 +83,8 @@ def test_all_linears_that_run_are_rounded_with_little_memory_too(at_once: int, m
     torch.manual_seed(3)
     model, ids = Two(), torch.randint(0, 50, (2, 64))
     kept, before = {name: each.weight.detach().clone() for name, each in model.named_children()}, model(ids)
-    assert round_linears(model, ids, silent) == 3
+    told = round_linears(model, ids, silent)
+    assert told == {"linears_rounded_with_feedback": 3, "linears_rounded_to_nearest": 1}
     assert torch.equal(kept["never"], model.never.weight)
     for name in "abc":
         weight = model.get_submodule(name).get_parameter("weight")

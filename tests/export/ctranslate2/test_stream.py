@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lighten.export.ctranslate2.rounding import round_linears
 from lighten.export.ctranslate2.step import ready
 from lighten.export.ctranslate2.stream import changed, rotation, watched
-from lighten.step import Context
+from lighten.step import Context, silent
 
 WIDTH = 48
 SIZES: dict[str, Any] = {
@@ -31,8 +32,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 80, "word_embed_proj_dim": WIDTH},
     "gpt_neox": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "bloom": {"n_layer": 2, "n_head": 4},
+    "gpt2": {"n_layer": 2, "n_head": 4, "n_embd": WIDTH, "n_inner": 80},
 }
-TURN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "gpt_neox", "opt")
+TURN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "gpt_neox", "opt", "gpt2")
 """Families whose states can be turned."""
 STAY = ("gemma2", "gemma3_text", "bloom")
 """Families whose states cannot: a norm writes to them."""
@@ -47,7 +49,7 @@ def model_of(family: str) -> tuple[Any, torch.Tensor]:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            elif "embed" in name and parameter.shape[1] == WIDTH:
+            elif ("embed" in name or "wte" in name) and parameter.shape[1] == WIDTH:
                 parameter[:, 5] += 20
     return model, torch.randint(3, 96, (2, 40))
 
@@ -67,6 +69,10 @@ def test_turned_models_compute_the_same_without_loud_inputs(family: str) -> None
     assert (after - before).abs().max() < 1e-4 * before.abs().max()
     assert crests(model, ids) < 0.7 * crest
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    told = round_linears(model, ids, silent)
+    assert told["linears_rounded_to_nearest"] == 0
+    assert told["linears_rounded_with_feedback"] > 8
+    assert (logits(model, ids) - before).abs().max() < 0.1 * before.abs().max()
 
 
 @pytest.mark.parametrize("family", STAY)
