@@ -1,15 +1,14 @@
 """What a graph asks of TensorRT that its ONNX parser does not take. Nothing is built, and nothing is run.
 
-If the package `tensorrt` is installed and has an NVIDIA GPU, its own parser is asked. Else a table answers: operators,
-and the types of their first input, of TensorRT 10.15, by docs/operators.md of github.com/onnx/onnx-tensorrt. It has
-ONNX's own operators only. What that page says about attributes and about inputs that must be constants is not checked.
+TensorRT's own parser needs an NVIDIA GPU, so a table answers: operators, and the types of their first input, of
+TensorRT 10.15, by docs/operators.md of github.com/onnx/onnx-tensorrt. It has ONNX's own operators only. What that page
+says about attributes and about inputs that must be constants is not checked.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +60,12 @@ TAKES = {operator: frozenset(types.split()) for types, operators in _ROWS for op
 def facts(graphs: Sequence[Path]) -> dict[str, Any]:
     """Returns whether TensorRT takes all graphs of a model, what it lacks, most often first, and who says so.
 
-    A parser that is there and fails is no reason for an export to fail: then the table answers, and says why.
-
     Raises:
         Failure: a graph is damaged.
     """
-    models = [load_graph(path) for path in graphs]
-    lacks: Counter[str] = Counter()
-    try:
-        tensorrt = import_module("tensorrt")
-        for path, model in zip(graphs, models, strict=True):
-            lacks += _refused(tensorrt, path, model)
-        by = f"the parser of TensorRT {tensorrt.__version__}"
-    except Exception as error:  # the package's own errors share no base class: without a GPU it is a TypeError
-        lacks = sum(map(lacking, models), Counter[str]())
-        by = TABLE if isinstance(error, ImportError) else f"{TABLE} (its parser gave no answer: {type(error).__name__})"
+    lacks = sum((lacking(load_graph(path)) for path in graphs), Counter[str]())
     listed = [f"{name} ×{count}" for name, count in lacks.most_common()]
-    return {"supported": not lacks, "lacks": listed, "checked_with": by}
+    return {"supported": not lacks, "lacks": listed, "checked_with": TABLE}
 
 
 def lacking(model: Any) -> Counter[str]:
@@ -123,20 +111,3 @@ def _types(graph: Any) -> dict[str, str]:
         each.name: each.type.tensor_type.elem_type for each in (*graph.input, *graph.output, *graph.value_info)
     } | {each.name: each.data_type for each in graph.initializer}
     return {name: names.get(kind, f"type {kind}") for name, kind in found.items() if kind}
-
-
-def _refused(tensorrt: Any, path: Path, model: Any) -> Counter[str]:
-    """Returns the operators that the parser of TensorRT reports, or what it says where no operator is to blame.
-
-    Its errors are read, not its parts of the graph: where one operator is refused, all parts may be marked so.
-    """
-    logger = tensorrt.Logger(tensorrt.Logger.INTERNAL_ERROR)
-    builder = tensorrt.Builder(logger)
-    network = builder.create_network()
-    parser = tensorrt.OnnxParser(network, logger)
-    if parser.supports_model_v2(path.read_bytes(), str(path)):
-        return Counter()
-    names = {node.op_type: _name(node) for node, _ in _nodes(model.graph.node, {})}
-    errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    told = Counter(names.get(each.node_operator(), each.desc()) for each in errors)
-    return told or Counter({"the graph, for no reason that it gives": 1})

@@ -1,8 +1,6 @@
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -10,7 +8,6 @@ import pytest
 from onnx import TensorProto, helper
 
 from lighten.errors import Failure
-from lighten.export.onnx import tensorrt
 from lighten.export.onnx.tensorrt import OPSETS, TABLE, TAKES, facts, lacking
 from lighten.report.facts import pairs
 
@@ -22,11 +19,6 @@ GENAI = {
     "SimplifiedLayerNormalization",
 }
 TYPES = {"a": TensorProto.FLOAT, "b": TensorProto.FLOAT, "c": TensorProto.BOOL, "i": TensorProto.INT32}
-
-
-@pytest.fixture(autouse=True)
-def _absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)  # an import of it fails
 
 
 def model(*nodes: onnx.NodeProto, functions: Any = (), opset: int = 20, types: Any = TYPES) -> onnx.ModelProto:
@@ -142,49 +134,6 @@ def test_a_damaged_graph(tmp_path: Path, damage: Callable[[bytes], bytes]) -> No
     with pytest.raises(Failure, match=r"model\.onnx .*cut short or damaged; export or fetch it again") as caught:
         facts([path])
     assert caught.value.exit_code == 1
-
-
-class Package:
-    """A package `tensorrt` whose parser refuses operators, or that finds no GPU."""
-
-    __version__ = "10.15.1"
-
-    class Logger:
-        INTERNAL_ERROR = 0
-
-        def __init__(self, level: int) -> None:
-            pass
-
-    def __init__(self, *refused: str, gpu: bool = True, silent: bool = False) -> None:
-        self.refused, self.gpu, self.silent = refused, gpu, silent
-
-    def Builder(self, logger: Any) -> Any:
-        if not self.gpu:
-            raise TypeError("pybind11::init(): factory function returned nullptr")
-        return SimpleNamespace(create_network=lambda: "network")
-
-    def OnnxParser(self, network: Any, logger: Any) -> Any:
-        errors = [SimpleNamespace(node_operator=lambda name=name: name, desc=lambda: "why") for name in self.refused]
-        return SimpleNamespace(
-            supports_model_v2=lambda data, path: not errors and not self.silent,
-            num_errors=len(errors),
-            get_error=errors.__getitem__,
-        )
-
-
-def test_a_parser_that_is_there_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = saved(tmp_path / "model.onnx", helper.make_node("Det", ["a"], ["x"], domain="my"))
-
-    def said(package: Package) -> tuple[bool, list[str], str]:
-        monkeypatch.setattr(tensorrt, "import_module", lambda name: package)
-        told = facts([path])
-        return told["supported"], told["lacks"], told["checked_with"]
-
-    by = "the parser of TensorRT 10.15.1"
-    assert said(Package()) == (True, [], by)
-    assert said(Package("Det", "Det", "")) == (False, ["my::Det ×2", "why ×1"], by)
-    assert said(Package(silent=True)) == (False, ["the graph, for no reason that it gives ×1"], by)
-    assert said(Package(gpu=False)) == (False, ["my::Det ×1"], f"{TABLE} (its parser gave no answer: TypeError)")
 
 
 @pytest.mark.parametrize("value", [None, True, "yes", ["a"], {"supported": "no"}, {"supported": True, "lacks": 1}])
