@@ -61,12 +61,12 @@ def find_onnx(path: Path) -> Path | None:
     return next(iter(sorted(path.glob("*.onnx"))), None)
 
 
-def read_graph(path: Path) -> Graph:
-    """Returns the contents of a graph, after checking that all its weights exist.
+def load_graph(path: Path) -> Any:
+    """Returns a graph as onnx's `ModelProto`, without the weights that lie outside of it.
 
     Raises:
-        RequestError: the package onnx is missing, or the graph needs code or files from another place.
-        Failure: it is no ONNX file, or its data file is missing or cut short.
+        RequestError: the package onnx is missing.
+        Failure: it is no ONNX file, or holds nothing.
     """
     try:
         import onnx
@@ -82,9 +82,20 @@ def read_graph(path: Path) -> Graph:
         raise Failure(
             f"{path} cannot be read as ONNX ({error}): cut short or damaged; export or fetch it again"
         ) from error
-    constants = {each.name: each for each in model.graph.initializer}
     if not model.graph.node:
         raise Failure(f"{path} holds no graph: cut short or damaged; export or fetch it again")
+    return model
+
+
+def read_graph(path: Path) -> Graph:
+    """Returns the contents of a graph, after checking that all its weights exist.
+
+    Raises:
+        RequestError: the package onnx is missing, or the graph needs code or files from another place.
+        Failure: it is no ONNX file, or its data file is missing or cut short.
+    """
+    model = load_graph(path)
+    constants = {each.name: each for each in model.graph.initializer}
     check_graph(path, model)
     logits = next((each for each in model.graph.output if each.name == "logits"), None)
     shape = _shape(logits) if logits else []

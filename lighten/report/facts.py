@@ -14,12 +14,18 @@ from lighten.results.results import Results
 NAMED = 6
 """Number of names that are listed before the rest is counted."""
 
+LABELS = {"tensorrt": "TensorRT"}
+"""What facts are called whose key is not their name."""
+
 Pairs = list[tuple[str, str]]
 
 
 def pairs(facts: Mapping[str, JsonValue]) -> Pairs:
     """Returns (label, text) of every fact, in the order given."""
-    return [(key.replace("_", " ").removesuffix(" bytes"), text(value, key)) for key, value in facts.items()]
+    return [
+        (LABELS.get(key) or key.replace("_", " ").removesuffix(" bytes"), text(value, key))
+        for key, value in facts.items()
+    ]
 
 
 def settings(facts: Free) -> Free:
@@ -62,6 +68,9 @@ def text(value: JsonValue, key: str = "") -> str:
             return ", ".join(text(item) for item in value) or "none"
         case dict() if set(value) == {"count", "of"}:
             return f"{text(value['count'])} of {text(value['of'])}"
+        case {"supported": bool(taken), "lacks": list(lacks), "checked_with": str(by)} if key == "tensorrt":
+            said = "knows all operators" if taken else f"does not take {_few([text(each) for each in lacks])}"
+            return f"{said}, by {by}; not measured here"
         case dict():
             return ", ".join(f"{name} {text(item, name)}" for name, item in value.items()) or "none"
 

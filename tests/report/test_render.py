@@ -389,3 +389,15 @@ def test_an_allocation_of_another_shape_is_a_fact() -> None:
     made = Results.model_validate(value)
     assert allocations(made) == []
     assert "down 4" in page(made).text
+
+
+def test_what_tensorrt_takes_of_a_graph_stands_under_its_format() -> None:
+    value = raw()
+    told = {"supported": False, "lacks": ["my::Warp ×2", "Det ×1"], "checked_with": "the table of TensorRT 10"}
+    value["variants"][1]["facts"] = {"tensorrt": told}
+    value["variants"][2]["facts"] = {"tensorrt": told | {"supported": True, "lacks": []}}
+    made = Results.model_validate(value)
+    shown = html(made, drawings(made))
+    for said in ("does not take my::Warp ×2, Det ×1", "knows all operators"):
+        said += ", by the table of TensorRT 10; not measured here"
+        assert f"<dt>TensorRT</dt><dd>{said}</dd>" in shown
