@@ -12,7 +12,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 from lighten.evaluate.serving.program import HOST, Installed, Job, Program, Start
 
 DIED = re.compile(r"generation thread died: (.+)|^Exception in thread Thread-\d+ \(_(?:run_)?generate\):()", re.M)
-"""Line of its log about the thread that loads the model and writes: since mlx-lm 0.32 with the reason, before without."""
+"""Line of its log about the thread that loads the model and writes: mlx-lm 0.31 leaves Python's own words."""
 ERROR = re.compile(r"^[\w.]*(?:Error|Exception): .+", re.M)
 LOAD_SECONDS = 10.0
 """Seconds of a request that waits for the model. Then another one is sent."""
@@ -31,7 +31,7 @@ class Mlx(Program):
         """See `Program`. It lists a model by its place without links, and would load it once more by another name."""
         place = str(job.place.resolve())
         command = [*installed.python, "-m", "mlx_lm", "server", "--model", place, "--host", HOST]
-        # it lists the models of the hub's cache too, and fails where there is no cache: any folder is one without models
+        # it lists the models of the hub's cache too, and fails without a cache: any folder is one without models
         return Start([*command, "--port", str(job.port)], place, {"HF_HUB_CACHE": "."})
 
     def ready(self, url: str, model: str) -> bool:

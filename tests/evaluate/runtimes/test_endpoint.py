@@ -1,6 +1,5 @@
 """Models on servers: a real llama-server beside llama.cpp itself, other forms beside torch, and servers with errors."""
 
-import contextlib
 import http.server
 import json
 import re
@@ -8,7 +7,6 @@ import shutil
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
