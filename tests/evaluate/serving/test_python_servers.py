@@ -26,8 +26,9 @@ LOAD = {"rate": [20], "concurrency": [2], "requests": 3, "prompt": 8, "generate"
 @pytest.fixture(params=["transformers", "mlx"])
 def server(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    if lacking := [each for each in program_of(Serve.model_validate(name)).modules if find_spec(each) is None]:
-        pytest.skip(f"{name} serves with {', '.join(lacking)}")
+    program = program_of(Serve.model_validate(name))
+    if any(find_spec(each) is None for each in program.modules):
+        pytest.skip(f"the server {name} needs {program.install}")
     return name
 
 
