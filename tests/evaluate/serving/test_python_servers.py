@@ -63,6 +63,9 @@ def test_load_is_measured_and_the_rest_is_told(server: str, tiny: Tiny, tmp_path
         told = result("speed", {"prompt": 8, "generate": 4, "repeats": 2}, address, tmp_path / "speed")["unavailable"]
         assert "so its speed is known under load only" in told
         host.check(asked, "after it was asked")
+        patch.setattr(type(program_of(asked.serve)), "lost", lambda self, log: "its thread has ended")
+        with pytest.raises(Failure, match=r"serves nothing after it was asked: its thread has ended; its log is"):
+            host.check(asked, "after it was asked")
         port = int(address.host.rpartition(":")[2])
         assert address.model and lists(port, address.model)
     assert not lists(port, address.model)
