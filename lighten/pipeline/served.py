@@ -136,13 +136,13 @@ def in_servers(found: list[Found | OnServer], serves: list[Serve]) -> list[tuple
     fitting = [isinstance(source, Found) and source.facts.task == "causal" for source in found]
     for serve in serves:
         program = program_of(serve)
-        if not any(fits and name == program.serves for fits, name in zip(fitting, openers, strict=True)):
-            if other := next((name for name in openers if name != program.serves), None):
+        if not any(fits and name in program.serves for fits, name in zip(fitting, openers, strict=True)):
+            if other := next((name for name in openers if name not in program.serves), None):
                 program.refuse(other, "--serve")
             raise RequestError(f"--serve: {program.name} serves causal language models, and none is given")
         checked(serve)
     rows: list[tuple[Found | OnServer, Serve | None]] = []
     for source, fits, name in zip(found, fitting, openers, strict=True):
         rows.append((source, None))
-        rows += [(source, serve) for serve in serves if fits and name == program_of(serve).serves]
+        rows += [(source, serve) for serve in serves if fits and name in program_of(serve).serves]
     return rows

@@ -117,6 +117,8 @@ class Host:
             return
         try:
             self._program.check(when)
+            if lost := program_of(wanted.serve).lost(self._program.text()):
+                raise Failure(f"{self._program.title} serves nothing {when}: {lost}; its log is {self._program.log}")
         except Failure as error:
             self._failed[wanted] = str(error)
             raise
@@ -167,13 +169,15 @@ class Host:
         self._running = Running(Address(url, start.model, wanted.place.absolute()), facts)
 
     def _wait(self, running: Background, program: Program, start: Start, port: int, seconds: float) -> None:
-        """Waits until the server lists the model.
+        """Waits until the server lists the model, and has loaded it.
 
         Raises:
-            Failure: it ends before, or does not in time.
+            Failure: it ends before, cannot load the model, or does not answer in time.
         """
         deadline = time.monotonic() + seconds
-        while not lists(port, start.model):
+        while not (lists(port, start.model) and program.ready(f"http://{HOST}:{port}/v1", start.model)):
+            if lost := program.lost(running.text()):
+                raise Failure(f"{running.title} cannot serve the model: {lost}; its log is {running.log}")
             if ended := running.ended:
                 why = program.cause(running.text()) or running.last_line()
                 raise Failure(f"{running.title} ended before it answered ({ended}): {why}; its log is {running.log}")

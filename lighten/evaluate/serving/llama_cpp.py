@@ -38,7 +38,7 @@ class LlamaCpp(Program):
         "--model_alias",
         "--api-key",
     )
-    serves: ClassVar[str] = "llama.cpp"
+    serves: ClassVar[tuple[str, ...]] = ("llama.cpp",)
 
     def installed(self, serve: Serve) -> Installed:
         """See `Program`. llama-server is a program of its own, which needs no Python."""

@@ -21,6 +21,8 @@ from lighten.process.isolate import environment, interpreter
 ASK_SECONDS = 120
 """Seconds that the Python of another environment gets to say what is installed there."""
 HOST = "127.0.0.1"
+FILES = {"torch": "model directories", "llama.cpp": ".gguf files", "mlx": "MLX directories"}
+"""What the files of a runtime are called in messages."""
 FOREIGN = ("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 """Environment variables that are of this Python only."""
 ASKED = """
@@ -97,8 +99,8 @@ class Program:
     """What pip installs, for messages."""
     own: ClassVar[tuple[str, ...]] = ("--host", "--port", "--model")
     """Arguments that lighten gives itself."""
-    serves: ClassVar[str] = "torch"
-    """Name of the runtime whose files it serves."""
+    serves: ClassVar[tuple[str, ...]] = ("torch",)
+    """Names of the runtimes whose files it serves."""
 
     def start(self, job: Job, installed: Installed) -> Start:
         """Returns the command that serves a model on `HOST`, without the person's own arguments."""
@@ -110,6 +112,14 @@ class Program:
 
     def cause(self, log: str) -> str | None:
         """Returns the line of its log that says why it ended; None for the last one."""
+        return None
+
+    def ready(self, url: str, model: str) -> bool:
+        """Returns whether the server at a URL (".../v1") has loaded the model that it lists, and answers."""
+        return True
+
+    def lost(self, log: str) -> str | None:
+        """Returns what its log says if it serves nothing, now or any more, and runs on; None if it serves."""
         return None
 
     def installed(self, serve: Serve) -> Installed:
@@ -136,8 +146,8 @@ class Program:
 
     def refuse(self, runtime: str, where: str) -> None:
         """Raises RequestError if it does not serve the files of a runtime; `where` begins the message."""
-        if runtime != self.serves:
-            files = {"torch": "model directories", "llama.cpp": ".gguf files"}.get(self.serves, self.serves)
+        if runtime not in self.serves:
+            files = " and ".join(FILES.get(each, each) for each in self.serves)
             raise RequestError(
                 f"{where}: {self.name} serves {files}, and this is for {runtime}: name another server, or leave it out"
             )

@@ -11,7 +11,7 @@ class Transformers(Program):
     """`transformers serve`. It gives no log-probabilities, so that only its speed under load is known."""
 
     name: ClassVar[str] = "transformers"
-    modules: ClassVar[tuple[str, ...]] = ("transformers", "fastapi", "uvicorn", "openai")
+    modules: ClassVar[tuple[str, ...]] = ("transformers", "fastapi", "uvicorn", "openai", "accelerate")
     install: ClassVar[str] = "'transformers[serving]'"
     own: ClassVar[tuple[str, ...]] = ("--host", "--port", "--device")
 

@@ -1,6 +1,5 @@
 """Models on servers: a real llama-server beside llama.cpp itself, other forms beside torch, and servers with errors."""
 
-import contextlib
 import http.server
 import json
 import re
@@ -8,7 +7,6 @@ import shutil
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -513,28 +511,3 @@ def test_any_server_of_the_api_is_recognised() -> None:
         assert find_opener(text)[0].name == "endpoint"
     with pytest.raises(RequestError):
         find_opener("ftp://h/v1")
-
-
-def test_transformers_serve_is_measured_under_load(tiny: Tiny, tmp_path: Path) -> None:
-    for name in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(name, reason="transformers serve needs transformers[serving]")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(tiny()), "--port", str(port)]
-    server = subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        url, until = f"http://127.0.0.1:{port}/v1", time.monotonic() + 60
-        while time.monotonic() < until and server.poll() is None:
-            with contextlib.suppress(Failure):
-                find_all([url], lambda _: None)
-                break
-            time.sleep(0.2)
-        asked = {"rate": 20, "concurrency": 2, "requests": 3, "prompt": 8, "generate": 4}
-        place = f"{url}#tokenizer={tiny()}"
-        for row in ran("load", asked, place, tmp_path / "load")["load"]:
-            assert row["completed"] == 3 and row["throughput_tok_s"] > 0
-        assert "log-probabilities" in ran("perplexity", SMALL, place, tmp_path / "perplexity")["unavailable"]
-    finally:
-        server.kill()
-        server.wait()

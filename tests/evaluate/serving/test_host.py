@@ -177,7 +177,12 @@ def test_an_environment_without_the_server_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_of_another_runtime_are_refused() -> None:
-    for name, runtime, words in (("vllm", "llama.cpp", "model directories"), ("llama.cpp", "torch", ".gguf files")):
+    for name, runtime, words in (
+        ("vllm", "llama.cpp", "model directories"),
+        ("vllm", "mlx", "model directories"),
+        ("llama.cpp", "torch", ".gguf files"),
+        ("mlx", "llama.cpp", "MLX directories and model directories"),
+    ):
         with pytest.raises(RequestError, match=rf"here: {name} serves {words}, and this is for {runtime}"):
             program_of(Serve.model_validate(name)).refuse(runtime, "here")
 
