@@ -336,18 +336,23 @@ def main() -> None:
 def pair(bench: Bench, name: str, tool: str, make: Make, asked: argparse.Namespace) -> dict[str, Any]:
     """Returns the decoding of a variant beside what a tool makes, or why there is none."""
     work = asked.artifacts / "own" / name
-    shutil.rmtree(work, ignore_errors=True)
+    copy = asked.artifacts / "own" / f"{name}-ours"
+    for folder in (work, copy):
+        shutil.rmtree(folder, ignore_errors=True)
     work.parent.mkdir(parents=True, exist_ok=True)
     ours = bench.variants / name
     try:
-        speed = decode(ours, make(bench, ours, work), asked.turns, asked.openings, asked.seconds)
+        theirs = make(bench, ours, work)
+        shutil.copytree(ours, copy)  # files of one age: where their pages lie in memory makes a difference
+        speed = decode(copy, theirs, asked.turns, asked.openings, asked.seconds)
     except Lacking as error:
         return {"tool": tool, "error": str(error)}
     except subprocess.CalledProcessError as error:
         said = (error.stderr or b"").decode(errors="replace").strip().splitlines()
         return {"tool": tool, "error": said[-1] if said else str(error)}
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        for folder in (work, copy):
+            shutil.rmtree(folder, ignore_errors=True)
     return {"tool": tool, **speed}
 
 
