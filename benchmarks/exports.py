@@ -225,7 +225,7 @@ def destinations(found: Found) -> str:
         told = [each.get("error") or f"{each['ratio']:.2f}× ({each['tool']})" for each in besides]
         beside = "; ".join(told) or NOT_MEASURED
         cells = [row["runtime"], byte_count(row["size_bytes"]), significant(value, 5), change]
-        cells.append(NOT_MEASURED if kl is None else significant(kl, 2))
+        cells.append(NOT_MEASURED if kl is None else significant(kl, 3))
         cells.append(significant(pace["ours_tok_s"], 3) if pace and "ratio" in pace else NOT_MEASURED)
         lines.append([f"`{name}`", *cells, beside])
     titles = ("Variant", "Opens in", "Size", "Perplexity", "Against what it was made of", "KL to the source, nats")
