@@ -379,7 +379,8 @@ def _flags(asked: argparse.Namespace) -> list[str]:
     """Returns the flags that were given, without the places of this machine."""
     places = {"--nncf PYTHON": asked.nncf, "--tools DIR": asked.tools}
     only = [f"--only {name}" for name in asked.only or ()]
-    return [*(flag for flag, given in places.items() if given), *only, f"--turns {asked.turns}"]
+    numbers = [f"--{name} {getattr(asked, name):g}" for name in ("turns", "openings", "seconds")]
+    return [*(flag for flag, given in places.items() if given), *only, *numbers]
 
 
 if __name__ == "__main__":

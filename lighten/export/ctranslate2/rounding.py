@@ -36,7 +36,8 @@ def round_linears(model: Any, ids: torch.Tensor, report: Report) -> dict[str, in
         report: hears of each linear.
 
     Returns:
-        How many were rounded with feedback, and how many were left to the nearest codes, as nothing came to them.
+        How many were rounded with feedback, and how many were left to the nearest codes: nothing came to
+        them, or their Gram could not be factorised.
     """
     linears = [each for each in model.modules() if is_linear(each)]
     total, done, fed = len(linears), 0, 0

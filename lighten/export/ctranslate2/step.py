@@ -10,20 +10,21 @@ from typing import Any
 
 import torch
 
-from lighten.errors import Failure, LightenError, RequestError, missing_extra
+from lighten.errors import Failure, RequestError, missing_extra
 from lighten.export.ctranslate2.rounding import LENGTH, SAMPLES, round_linears
 from lighten.export.ctranslate2.settings import CTranslate2
 from lighten.export.ctranslate2.stream import changed
+from lighten.export.text import built_in
 from lighten.facts import ModelFacts
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.ctranslate2_source import read_vocabulary
 from lighten.model.files import read_json
 from lighten.model.tokenizer_files import copy_words
-from lighten.model.tokens import calibration_ids
 from lighten.step import Context
 from lighten.store.artifact import Artifact
 from lighten.store.files import write_json
 
+_WITHOUT = "weights were rounded to the nearest codes"
 _NOT_COPIED = ("config.json", "quantize_config.json")
 
 
@@ -38,7 +39,11 @@ def run(step: CTranslate2, source: Artifact, out: Path, context: Context) -> dic
     facts, method = checkpoint.facts, (checkpoint.quantization or {}).get("quant_method")
     step.check(facts)
     step.check_source(source.format, facts)
-    ids = _text(source.path, facts, context) if step.feeds_back and facts.task == "causal" else None
+    ids = (
+        built_in(source.path, facts, (SAMPLES, LENGTH), context, _WITHOUT)
+        if step.feeds_back and facts.task == "causal"
+        else None
+    )
     told: dict[str, Any] = {"rounding": "gptq" if ids is not None else "nearest"} if step.codes else {}
     context.report(0, 2, "converting")
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as folder:
@@ -58,16 +63,6 @@ def run(step: CTranslate2, source: Artifact, out: Path, context: Context) -> dic
         "context": facts.context,
         "vocabularies": names,
     }
-
-
-def _text(model: Path, facts: ModelFacts, context: Context) -> torch.Tensor | None:
-    """Returns tokens of the built-in text; None, with a warning, if the model's tokenizer cannot read it."""
-    try:
-        ids = calibration_ids(model, "builtin", SAMPLES, min(LENGTH, facts.context or LENGTH))
-    except LightenError as error:
-        context.warnings.append(f"weights were rounded to the nearest codes, as no text could be read: {error}")
-        return None
-    return torch.from_numpy(ids)
 
 
 def ready(load: Callable[[], Any], ids: torch.Tensor, context: Context) -> tuple[Any, dict[str, Any]]:

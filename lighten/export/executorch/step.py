@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from lighten.errors import Failure, LightenError
+from lighten.errors import Failure
 from lighten.export.executorch.inputs import LENGTH, SAMPLES, Asked, Found, choose, even, gram_of
 from lighten.export.executorch.linears import CodedEmbedding, CodedLinear, Stored, compensated, keep, rounded
 from lighten.export.executorch.settings import ExecuTorch
 from lighten.export.onnx.quiet import quiet
 from lighten.export.onnx.weights import Quantized
-from lighten.facts import ModelFacts
+from lighten.export.text import built_in
 from lighten.model import whole
 from lighten.model.checkpoint import Checkpoint
 from lighten.model.executorch_library import PROGRAM, load
 from lighten.model.tokenizer_files import copy_words
-from lighten.model.tokens import calibration_ids
 from lighten.step import Context
 from lighten.store.artifact import Artifact
 
+_WITHOUT = "inputs that are loud were not rounded apart"
 _ROWS = 4096
 """Rows of an embedding that are computed together."""
 
@@ -48,7 +48,9 @@ def run(step: ExecuTorch, source: Artifact, out: Path, context: Context) -> dict
     context.report(0, 4, "opening")
     kept = Quantized(checkpoint) if step.keeps(source.format) else None
     model = _open(step, checkpoint, kept, context)
-    told = place(step, model, kept, _text(source.path, facts, context) if step.rounded else None)
+    told = place(
+        step, model, kept, built_in(source.path, facts, (SAMPLES, LENGTH), context, _WITHOUT) if step.rounded else None
+    )
     if "inputs_cost_unknown" in told:
         context.warnings.append(
             "all linears round their inputs in two parts, which is slow: the model has no gradient that tells where it "
@@ -72,16 +74,6 @@ def run(step: ExecuTorch, source: Artifact, out: Path, context: Context) -> dict
         "context": positions,
         **told,
     }
-
-
-def _text(model: Path, facts: ModelFacts, context: Context) -> torch.Tensor | None:
-    """Returns tokens of the built-in text; None, with a warning, if the model's tokenizer cannot read it."""
-    try:
-        ids = calibration_ids(model, "builtin", SAMPLES, min(LENGTH, facts.context or LENGTH))
-    except LightenError as error:
-        context.warnings.append(f"inputs that are loud were not rounded apart, as no text could be read: {error}")
-        return None
-    return torch.from_numpy(ids)
 
 
 def _open(step: ExecuTorch, checkpoint: Checkpoint, kept: Quantized | None, context: Context) -> Any:
