@@ -300,6 +300,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="of decoding, of each opening")
     parser.add_argument("--openings", type=int, default=16, help="of each pair")
     parser.add_argument("--seconds", type=float, default=100, help="after which a pair is not opened again")
+    parser.add_argument("--generate", type=int, default=STEPS, help="tokens of a turn")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     with watching(quiet=False) as watcher:
@@ -315,7 +316,7 @@ def main() -> None:
         "settings": {
             "model": results["source"]["model"],
             "prompt": PROMPT,
-            "generate": STEPS,
+            "generate": asked.generate,
             "turns": asked.turns,
             "openings": asked.openings,
         },
@@ -344,7 +345,7 @@ def pair(bench: Bench, name: str, tool: str, make: Make, asked: argparse.Namespa
     try:
         theirs = make(bench, ours, work)
         shutil.copytree(ours, copy)  # files of one age: where their pages lie in memory makes a difference
-        speed = decode(copy, theirs, asked.turns, asked.openings, asked.seconds)
+        speed = decode(copy, theirs, asked)
     except Lacking as error:
         return {"tool": tool, "error": str(error)}
     except subprocess.CalledProcessError as error:
@@ -356,7 +357,7 @@ def pair(bench: Bench, name: str, tool: str, make: Make, asked: argparse.Namespa
     return {"tool": tool, **speed}
 
 
-def decode(ours: Path, theirs: Path, turns: int, openings: int, seconds: float) -> dict[str, Any]:
+def decode(ours: Path, theirs: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """Returns the medians of tokens per second, and the median of the turns' ratios.
 
     Both are opened many times, for the pages that a model gets make it faster or slower, and less often if that takes
@@ -365,21 +366,21 @@ def decode(ours: Path, theirs: Path, turns: int, openings: int, seconds: float) 
     mine: list[float] = []
     others: list[float] = []
     start, opened = time.monotonic(), 0
-    while opened < openings and (opened == 0 or time.monotonic() - start < seconds):
-        found = decode_in_turn(ours, theirs, turns)
+    while opened < asked.openings and (opened == 0 or time.monotonic() - start < asked.seconds):
+        found = decode_in_turn(ours, theirs, asked.turns, steps=asked.generate)
         mine += found["ours"]
         others += found["theirs"]
         opened += 2
     ratio = statistics.median(one / other for one, other in zip(mine, others, strict=True))
     medians = {"ours_tok_s": statistics.median(mine), "theirs_tok_s": statistics.median(others)}
-    return {**medians, "ratio": ratio, "openings": opened}
+    return {**medians, "ratio": ratio, "openings": opened, "turns": len(mine), "generate": asked.generate}
 
 
 def _flags(asked: argparse.Namespace) -> list[str]:
     """Returns the flags that were given, without the places of this machine."""
     places = {"--nncf PYTHON": asked.nncf, "--tools DIR": asked.tools}
     only = [f"--only {name}" for name in asked.only or ()]
-    numbers = [f"--{name} {getattr(asked, name):g}" for name in ("turns", "openings", "seconds")]
+    numbers = [f"--{name} {getattr(asked, name):g}" for name in ("turns", "openings", "seconds", "generate")]
     return [*(flag for flag, given in places.items() if given), *only, *numbers]
 
 

@@ -13,7 +13,9 @@ OPENINGS = 2
 PROMPT, STEPS = 64, 64
 
 
-def decode_in_turn(ours: Path, theirs: Path, turns: int = TURNS, openings: int = OPENINGS) -> dict[str, Any]:
+def decode_in_turn(
+    ours: Path, theirs: Path, turns: int = TURNS, openings: int = OPENINGS, steps: int = STEPS
+) -> dict[str, Any]:
     """Returns tokens per second of each turn of either model, the medians, and the median of the turns' ratios.
 
     Args:
@@ -21,6 +23,7 @@ def decode_in_turn(ours: Path, theirs: Path, turns: int = TURNS, openings: int =
         theirs: the model that it is compared with.
         turns: number of turns of each opening, after one that warms up.
         openings: how often both are opened. The one and the other is opened first, by turns.
+        steps: tokens of a turn.
     """
     import numpy as np
 
@@ -32,7 +35,7 @@ def decode_in_turn(ours: Path, theirs: Path, turns: int = TURNS, openings: int =
         prompt = np.random.default_rng(0).integers(0, opened[0].vocab, (1, PROMPT))
         for turn in range(turns + 1):
             for place in (0, 1) if turn % 2 else (1, 0):
-                passed = opened[place].generate(prompt, STEPS).token_s
+                passed = opened[place].generate(prompt, steps).token_s
                 if turn:  # the first warms up
                     rates[place].append(1 / statistics.median(passed))
         for runtime in opened.values():

@@ -4,8 +4,8 @@ Every token's inputs share one scale, so a loud input takes the digits of all ot
 often a constant: it is taken away before the rounding, and its product is added to the bias. A group of inputs that is
 louder than others may be divided by a power of two, which goes to the scales of its weights. Where weights of 8 bits
 are rounded here, every input is divided by a number of its own before, and its weights are multiplied by that before
-they are rounded. What is still loud is rounded apart from the rest, with a scale of its own: what lies beyond an edge,
-or a few inputs. That needs a second product.
+they are rounded (for the head, see `head`). What is still loud is rounded apart from the rest, with a scale of its own:
+what lies beyond an edge, or a few inputs. That needs a second product.
 
 All but the numbers of single inputs go only where they are worth their work. The worth is estimated by one backward
 pass: an error d of a linear's inputs moves the distribution of the model by about (gᵀd)² / 2 nats (Kullback-Leibler),
@@ -28,24 +28,14 @@ EDGE = 3.0
 """Edge, in mean sizes of the inputs."""
 LOUD, MOST = 2.5, (4, 8, 16)
 """Inputs of more than so many times the mean size of the middle one are loud for all tokens; how many are set aside."""
-ALLOWED = 0.0032
+ALLOWED = 0.0022
 """Nats per token that the rounding of inputs may cost; what is above it is mended where that takes the least work."""
 STEP = 60_000
 """What an operator on single numbers takes, in products of two numbers: a microsecond on two cores of a server, in
 which a product goes through 30 kB of 4-bit weights."""
 EVENING = 0.25
-"""Power of an input's deviation that the input is divided by and its weights are multiplied by, in linears of 8 bits.
-
-The rounding of inputs costs less then, and that of weights more. The head of SmolLM2-135M, by hand, in 1e-5 nats per
-token:
-
-| power | inputs | centred inputs | weights by GPTQ |
-|---|---|---|---|
-| 0 | 496 | 211 | 38 |
-| 0.125 | | 117 | 50 |
-| 0.25 | 157 | 62 | 78 |
-| 0.375 | | 46 | 117 |
-"""
+"""Power of an input's deviation that the input is divided by and its weights are multiplied by, in linears of 8 bits
+beside the head (see `head`): the rounding of inputs costs less then, and that of weights more."""
 EVENED = 16.0
 """Largest number that an input is divided by, and the inverse of the smallest: what is silent in a short text may be
 loud in another."""
@@ -269,24 +259,6 @@ def _evened(variance: torch.Tensor) -> torch.Tensor:
     found = torch.full_like(variance, float(sizes.min() - sizes.mean()))
     found[alive] = sizes - sizes.mean()
     return found.exp().clamp(1 / EVENED, EVENED).float()
-
-
-@torch.no_grad()
-def gram_of(model: Any, ids: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-    """Returns XᵀX `[in, in]` of the inputs of a linear, for tokens `[samples, length]`."""
-    found = torch.zeros(linear.in_features, linear.in_features)
-
-    def hear(_: Any, inputs: Any) -> None:
-        flat = inputs[0].reshape(-1, linear.in_features).float()
-        found.addmm_(flat.T, flat)
-
-    handle = linear.register_forward_pre_hook(hear)
-    try:
-        for sequence in ids:
-            model(input_ids=sequence[None], use_cache=False)
-    finally:
-        handle.remove()
-    return found
 
 
 def _loud(sizes: torch.Tensor) -> list[torch.Tensor]:

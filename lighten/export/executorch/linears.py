@@ -148,6 +148,8 @@ def rounded(weight: torch.Tensor, bits: int, size: int | None, even: torch.Tenso
 def compensated(weight: torch.Tensor, gram: torch.Tensor, even: torch.Tensor | None = None) -> Stored:
     """Returns a weight `[out, in]` in 8 bits, one scale for each output; later columns make good for earlier errors.
 
+    The columns of louder inputs come first.
+
     Args:
         weight: any floats.
         gram: XᵀX `[in, in]` of its inputs before they are divided.
@@ -161,11 +163,13 @@ def compensated(weight: torch.Tensor, gram: torch.Tensor, even: torch.Tensor | N
     weight = _multiplied(weight, even)
     gram = gram if even is None else gram / even / even[:, None]
     scales = rounded(weight, 8, None).scales
-    columns, codes = Columns.of(weight, gram, DAMPING), torch.empty(weight.shape, dtype=torch.int8)
+    order = gram.diagonal().argsort(descending=True)
+    columns = Columns.of(weight, gram, DAMPING, order=lambda _: order)
+    codes = torch.empty(weight.shape, dtype=torch.int8)
 
     def nearest(column: int) -> torch.Tensor:
         code = (columns.w[column] / scales[:, 0]).round().clamp(-128, 127)
-        codes[:, column] = code.to(torch.int8)
+        codes[:, order[column]] = code.to(torch.int8)
         return code * scales[:, 0]
 
     columns.round(nearest)

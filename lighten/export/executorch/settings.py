@@ -41,7 +41,7 @@ class ExecuTorch(Export):
     """Writes `model.pte` for XNNPACK, with the files of the tokenizer beside it."""
 
     work: ClassVar[str] = "lighten.export.executorch.step:run"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     runtime: ClassVar[str] = "executorch"
     library: ClassVar[str] = "executorch"
     calibrated: ClassVar[bool] = False

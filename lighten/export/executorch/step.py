@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lighten.errors import Failure
-from lighten.export.executorch.inputs import LENGTH, SAMPLES, Asked, Found, choose, even, gram_of
+from lighten.export.executorch import head as heads
+from lighten.export.executorch.inputs import LENGTH, SAMPLES, Asked, Found, choose, even
 from lighten.export.executorch.linears import CodedEmbedding, CodedLinear, Stored, compensated, keep, rounded
 from lighten.export.executorch.settings import ExecuTorch
 from lighten.export.onnx.quiet import quiet
@@ -48,9 +49,9 @@ def run(step: ExecuTorch, source: Artifact, out: Path, context: Context) -> dict
     context.report(0, 4, "opening")
     kept = Quantized(checkpoint) if step.keeps(source.format) else None
     model = _open(step, checkpoint, kept, context)
-    told = place(
-        step, model, kept, built_in(source.path, facts, (SAMPLES, LENGTH), context, _WITHOUT) if step.rounded else None
-    )
+    shape = heads.SAMPLES, LENGTH
+    ids = built_in(source.path, facts, shape, context, _WITHOUT) if step.rounded else None
+    told = place(step, model, kept, ids)
     if "inputs_cost_unknown" in told:
         context.warnings.append(
             "all linears round their inputs in two parts, which is slow: the model has no gradient that tells where it "
@@ -118,7 +119,7 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
     places: dict[nn.Linear, tuple[nn.Module, str]] = {}
     weights: dict[nn.Linear, Stored] = {}
     told: dict[str, str] = {}
-    evened = {} if ids is None else even(model, ids, _eights(step, model, kept))
+    evened = {} if ids is None else even(model, ids[:SAMPLES], _eights(step, model, kept))
     for parent, name, path, linear in list(_linears(model)):
         is_head = linear is head
         if path in left and kept is not None:
@@ -128,7 +129,7 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
             continue
         else:
             if is_head:
-                weights[linear], told["head_rounding"] = _head(model, linear, ids, evened.get(linear))
+                weights[linear], told["head_rounding"] = _head(model, linear, ids)
             else:
                 group = step.group(linear.in_features, path)
                 weights[linear] = rounded(linear.weight, step.bits, group, evened.get(linear))
@@ -141,7 +142,7 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
         )
     offset = sum(linear.weight.numel() for linear, each in weights.items() if each.offsets is not None)
     asked = {linear: Asked(each.bits, each.size, each.order, each.even) for linear, each in weights.items()}
-    found = None if ids is None else choose(model, ids, asked)
+    found = None if ids is None else choose(model, ids[:SAMPLES], asked)
     for linear, stored in weights.items():
         parent, name = places[linear]
         setattr(parent, name, CodedLinear(stored, linear.bias, found.ways[linear] if found else None))
@@ -163,20 +164,20 @@ def place(step: ExecuTorch, model: Any, kept: Quantized | None, ids: torch.Tenso
     }
 
 
-@torch.no_grad()
-def _head(model: Any, head: nn.Linear, ids: torch.Tensor | None, divided: torch.Tensor | None) -> tuple[Stored, str]:
+def _head(model: Any, head: nn.Linear, ids: torch.Tensor | None) -> tuple[Stored, str]:
     """Returns the head in 8 bits, rounded against the inputs that it has on a text if there is one, and how it was.
 
     Args:
         model: a causal model.
         head: its head.
         ids: tokens of the text, `[samples, length]`; None if there are none.
-        divided: what the head's inputs are divided by, `[in]`; None if nothing is.
     """
     if ids is None:
         return rounded(head.weight, 8, None), "nearest, as no text was read"
+    inputs = heads.inputs_of(model, ids, head)
+    divided = heads.evened(inputs, head)
     try:
-        return compensated(head.weight, gram_of(model, ids, head), divided), "gptq"
+        return compensated(head.weight, inputs.T @ inputs, divided), "gptq"
     except ArithmeticError as error:
         return rounded(head.weight, 8, None, divided), f"nearest, as {error}"
 
@@ -192,14 +193,11 @@ def _told(found: Found | None) -> dict[str, Any]:
 
 
 def _eights(step: ExecuTorch, model: Any, kept: Quantized | None) -> list[nn.Linear]:
-    """Returns the linears that are rounded here to 8 bits, with a scale for each output."""
+    """Returns the linears beside the head that are rounded here to 8 bits, with a scale for each output."""
+    if kept is not None or step.bits != 8:
+        return []
     head = model.get_output_embeddings()
-    return [
-        linear
-        for _, _, path, linear in _linears(model)
-        if (kept is None or path not in kept.names)
-        and (step.embedding == "int8" if linear is head else kept is None and step.bits == 8)
-    ]
+    return [linear for *_, linear in _linears(model) if linear is not head]
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Linear]]:
