@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from onnx_export import build_alone
 from quantizers import HERE
 from turns import PROMPT, STEPS, decode_in_turn
@@ -37,6 +38,8 @@ GROUP = 32
 """Weights that share a scale, as in the recipe."""
 CONTEXT = 2048
 """Positions of an ExecuTorch program, as ours has."""
+TURN, FEWEST = 10, 8
+"""Seconds of a turn, and the fewest tokens of one."""
 Make = Callable[["Bench", Path, Path], Path]
 
 
@@ -300,7 +303,6 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="of decoding, of each opening")
     parser.add_argument("--openings", type=int, default=16, help="of each pair")
     parser.add_argument("--seconds", type=float, default=100, help="after which a pair is not opened again")
-    parser.add_argument("--generate", type=int, default=STEPS, help="tokens of a turn")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     with watching(quiet=False) as watcher:
@@ -316,7 +318,7 @@ def main() -> None:
         "settings": {
             "model": results["source"]["model"],
             "prompt": PROMPT,
-            "generate": asked.generate,
+            "generate": STEPS,
             "turns": asked.turns,
             "openings": asked.openings,
         },
@@ -361,26 +363,39 @@ def decode(ours: Path, theirs: Path, asked: argparse.Namespace) -> dict[str, Any
     """Returns the medians of tokens per second, and the median of the turns' ratios.
 
     Both are opened many times, for the pages that a model gets make it faster or slower, and less often if that takes
-    longer than some seconds: a slow model's turns are long, and tell more each.
+    longer than some seconds: a slow model's turns are long, and tell more each. It writes fewer tokens, too.
     """
+    steps = _steps(ours)
     mine: list[float] = []
     others: list[float] = []
     start, opened = time.monotonic(), 0
     while opened < asked.openings and (opened == 0 or time.monotonic() - start < asked.seconds):
-        found = decode_in_turn(ours, theirs, asked.turns, steps=asked.generate)
+        found = decode_in_turn(ours, theirs, asked.turns, steps=steps)
         mine += found["ours"]
         others += found["theirs"]
         opened += 2
     ratio = statistics.median(one / other for one, other in zip(mine, others, strict=True))
     medians = {"ours_tok_s": statistics.median(mine), "theirs_tok_s": statistics.median(others)}
-    return {**medians, "ratio": ratio, "openings": opened, "turns": len(mine), "generate": asked.generate}
+    return {**medians, "ratio": ratio, "openings": opened, "turns": len(mine), "generate": steps}
+
+
+def _steps(model: Path) -> int:
+    """Returns the tokens of a turn: fewer where they would take longer than `TURN` seconds."""
+    from lighten.evaluate.runtimes.choose import open_runtime
+
+    runtime = open_runtime(model)
+    try:
+        passed = runtime.generate(np.random.default_rng(0).integers(0, runtime.vocab, (1, PROMPT)), FEWEST).token_s
+    finally:
+        runtime.close()
+    return int(min(STEPS, max(FEWEST, TURN // statistics.median(passed))))
 
 
 def _flags(asked: argparse.Namespace) -> list[str]:
     """Returns the flags that were given, without the places of this machine."""
     places = {"--nncf PYTHON": asked.nncf, "--tools DIR": asked.tools}
     only = [f"--only {name}" for name in asked.only or ()]
-    numbers = [f"--{name} {getattr(asked, name):g}" for name in ("turns", "openings", "seconds", "generate")]
+    numbers = [f"--{name} {getattr(asked, name):g}" for name in ("turns", "openings", "seconds")]
     return [*(flag for flag, given in places.items() if given), *only, *numbers]
 
 

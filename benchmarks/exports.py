@@ -228,15 +228,17 @@ def destinations(found: Found) -> str:
         cells.append(NOT_MEASURED if kl is None else significant(kl, 3))
         cells.append(significant(pace["ours_tok_s"], 3) if pace and "ratio" in pace else NOT_MEASURED)
         lines.append([f"`{name}`", *cells, beside])
+    slow = sorted({(each["generate"], name) for name, each in found["decode"].items() if "generate" in each})
+    fewer = [f"{count} for `{name}`" for count, name in slow if count < found["settings"]["generate"]]
     titles = ("Variant", "Opens in", "Size", "Perplexity", "Against what it was made of", "KL to the source, nats")
     titles += ("Tokens/s", "Beside the format's own tool")
     settings, protocol = found["settings"], by_name["baseline"]["perplexity"]["protocol"]
     caption = (
         f"{settings['model']}, the recipe `destinations`. Perplexity is measured on {protocol['chunks']} × "
         f"{protocol['length']} tokens of the built-in text, on the runtime of the row. `gptq-` rows are made of the "
-        "same 4-bit GPTQ weights. Both models decode in turn, one sequence, after the same prompt, "
-        f"{settings['turns']} times after each opening; the ratio is the median of the turns of all openings, up to "
-        f"{settings['openings']}."
+        f"same 4-bit GPTQ weights. Both models decode {', '.join([str(settings['generate']), *fewer])} tokens in turn, "
+        f"one sequence, after the same prompt, {settings['turns']} times after each opening; the ratio is the median "
+        f"of the turns of all openings, up to {settings['openings']}."
     )
     return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
 
