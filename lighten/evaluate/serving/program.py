@@ -100,7 +100,12 @@ class Program:
     own: ClassVar[tuple[str, ...]] = ("--host", "--port", "--model")
     """Arguments that lighten gives itself."""
     serves: ClassVar[tuple[str, ...]] = ("torch",)
-    """Names of the runtimes whose files it serves."""
+    """Names of the runtimes whose files it serves; a subclass may give a single one as a string."""
+
+    def __init_subclass__(cls) -> None:
+        """Takes a single name that a subclass gives."""
+        if isinstance(cls.serves, str):
+            cls.serves = (cls.serves,)
 
     def start(self, job: Job, installed: Installed) -> Start:
         """Returns the command that serves a model on `HOST`, without the person's own arguments."""

@@ -16,6 +16,7 @@ from lighten.evaluate.runtimes.choose import open_runtime
 from lighten.evaluate.runtimes.runtime import Question
 from lighten.evaluate.serving import SERVERS
 from lighten.evaluate.serving.host import Host, Wanted, checked, lists, positions, program_of
+from lighten.evaluate.serving.program import Program
 from lighten.evaluate.serving.settings import Serve
 from lighten.evaluate.serving.vllm import Vllm
 from lighten.process.background import Background
@@ -185,6 +186,15 @@ def test_files_of_another_runtime_are_refused() -> None:
     ):
         with pytest.raises(RequestError, match=rf"here: {name} serves {words}, and this is for {runtime}"):
             program_of(Serve.model_validate(name)).refuse(runtime, "here")
+
+
+def test_a_server_may_name_one_runtime() -> None:
+    class One(Program):
+        name, serves = "one", "torch"  # type: ignore[assignment]
+
+    One().refuse("torch", "here")
+    with pytest.raises(RequestError, match=r"here: one serves model directories, and this is for or:"):
+        One().refuse("or", "here")
 
 
 def test_a_server_is_not_started_for_more_than_the_model_takes() -> None:
