@@ -104,8 +104,9 @@ class Program:
 
     def __init_subclass__(cls) -> None:
         """Takes a single name that a subclass gives."""
-        if isinstance(cls.serves, str):
-            cls.serves = (cls.serves,)
+        given: object = cls.serves
+        if isinstance(given, str):
+            cls.serves = (given,)
 
     def start(self, job: Job, installed: Installed) -> Start:
         """Returns the command that serves a model on `HOST`, without the person's own arguments."""
