@@ -51,6 +51,7 @@ def inputs_of(model: Any, ids: torch.Tensor, head: nn.Linear) -> torch.Tensor:
     return torch.cat(found) if found else torch.zeros(0, head.in_features)
 
 
+@torch.enable_grad()  # whatever the caller does
 def evened(inputs: torch.Tensor, head: nn.Linear) -> torch.Tensor | None:
     """Returns what every input of a head is divided by, `[in]`, with a geometric mean of 1.
 
@@ -61,7 +62,7 @@ def evened(inputs: torch.Tensor, head: nn.Linear) -> torch.Tensor | None:
     Returns:
         None if the estimate is no number: inputs or weights are not finite, or never differ.
     """
-    weight = head.weight.detach().float()
+    inputs, weight = inputs.detach(), head.weight.detach().float()
     moved = inputs - inputs.mean(0)
     of_inputs, of_outputs = _worth(inputs[_some(len(inputs), SEEN)], head)
     places = of_outputs.topk(min(OUTPUTS, len(of_outputs))).indices
