@@ -127,7 +127,9 @@ def vllm(found: Found) -> str:
             " → ".join(each[1] for each in right),
             kernels or NOT_MEASURED,
         ]
-        lines.append([f"`{name}`", *cells] if there["status"] == "ok" else [f"`{name}`", first_line(there["error"])])
+        if there["status"] != "ok":
+            cells[-1] = first_line(there["error"]).partition("-vllm: ")[2]
+        lines.append([f"`{name}`", *cells])
     titles = ("Variant", "Perplexity", "Questions right", "by length", "Kernels of vLLM")
     load = []
     for row in found["load"]:

@@ -120,7 +120,10 @@ def run(wanted: dict[str, Any], asked: argparse.Namespace, killed: str | None) -
         folder = lighten.run(str(file), artifacts=asked.artifacts, watcher=watcher, trust_servers=True)
     ended.set()
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return [{key: row.get(key) for key in KEPT} for row in results["variants"]]
+    rows = [{key: row.get(key) for key in KEPT} for row in results["variants"]]
+    for row in rows:
+        row["error"] = row["error"] and row["error"].partition("; its log is ")[0]  # a place of this machine
+    return rows
 
 
 def kill(name: str, ended: threading.Event) -> None:
