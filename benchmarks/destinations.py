@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from onnx_export import build_alone
-from quantizers import HERE
+from quantizers import HERE, earlier
 from turns import PROMPT, STEPS, decode_in_turn
 
 import lighten
@@ -312,8 +312,10 @@ def main() -> None:
     pairs: dict[str, Any] = kept.get("decode", {})
     also: dict[str, Any] = kept.get("also", {})
     bench = Bench(version / "variants", asked.nncf, asked.tools)
+    command = " ".join(["python benchmarks/destinations.py", *_flags(asked)])
     head = {
-        "command": " ".join(["python benchmarks/destinations.py", *_flags(asked)]),
+        "command": command,
+        "earlier": earlier(kept, command),
         "machine": machine.fingerprint(),
         "settings": {
             "model": results["source"]["model"],

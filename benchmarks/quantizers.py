@@ -147,6 +147,12 @@ class Bench:
         ]
 
 
+def earlier(kept: dict[str, Any], command: str) -> list[str]:
+    """Returns the commands of the runs that made a result file, but for one that comes now."""
+    told = [kept["command"], *kept.get("earlier", [])] if kept else []
+    return [each for each in dict.fromkeys(told) if each != command]
+
+
 def error_of(took: Timed) -> str:
     """Returns the first line of what went wrong."""
     error = last_json(took.output).get("error")

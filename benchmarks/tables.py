@@ -70,10 +70,12 @@ def rows(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 
 def made(found: Found) -> str:
-    """Returns the command and the machine of a result file."""
+    """Returns the command and the machine of a result file, and the commands of runs whose rows it still has."""
     machine = found["machine"]
     versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers"))
-    return f"`{found['command']}` on {machine['cores']} cores ({machine['cpu']}), {versions}."
+    earlier = ", ".join(f"`{each}`" for each in found.get("earlier", []))
+    others = f" Rows that were there before: {earlier}." if earlier else ""
+    return f"`{found['command']}` on {machine['cores']} cores ({machine['cpu']}), {versions}.{others}"
 
 
 def comparison(found: Found) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from quantizers import HERE
+from quantizers import HERE, earlier
 
 import lighten
 from lighten.cli.progress import watching
@@ -64,9 +64,10 @@ def main() -> None:
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts") / "vllm")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
+    only = "".join(f" --only {name}" for name in asked.only or ())
     args = "".join(f" --loaded {name}" for name in asked.loaded or ()) + "".join(f" --arg={each}" for each in asked.arg)
     found: dict[str, Any] = {
-        "command": f"python benchmarks/vllm_served.py --vllm PYTHON --tasks {asked.tasks.name}{args}",
+        "command": f"python benchmarks/vllm_served.py --vllm PYTHON --tasks {asked.tasks.name}{only}{args}",
         "machine": machine.fingerprint(),
         "settings": {"model": asked.model, "tasks": asked.limit, "clients": CLIENTS, "args": asked.arg},
     }
@@ -76,6 +77,7 @@ def main() -> None:
     answers = {"perplexity": ANSWERS["perplexity"], "accuracy": accuracy}
     kept = json.loads(asked.out.read_text(encoding="utf-8")) if asked.only and asked.out.is_file() else {}
     kept = kept if kept.get("settings") == found["settings"] else {}
+    found["earlier"] = earlier(kept, found["command"])
     rows = run(recipe(asked, "vllm", names, both=True, evaluate=answers), asked, None)
     by_name = {row["name"]: row for row in [*kept.get("rows", []), *rows]}
     order = [name + of for of in ("", SERVED) for name in VARIANTS]

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lighten.export.executorch.inputs import EVENED
+
 SAMPLES = 8
 """Sequences that are read: with two, the weights of the head of SmolLM2-135M cost a fifth more."""
 SEEN = 1024
@@ -29,9 +31,6 @@ TURNS, RATE, BATCH = 60, 0.04, 512
 """Steps of the descent, how far a logarithm goes in one, and tokens of one."""
 FED = 0.6
 """What error feedback leaves of the cost of rounding weights to the nearest."""
-EVENED = 16.0
-"""Largest number that an input is divided by, and the inverse of the smallest: what is silent in a short text may be
-loud in another."""
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lighten.export.executorch import head as heads
-from lighten.export.executorch.inputs import rounded_inputs
+from lighten.export.executorch.inputs import EVENED, rounded_inputs
 from lighten.export.executorch.linears import compensated
 
 WIDTH, VOCAB = 64, 300
@@ -65,8 +65,8 @@ def test_a_head_of_evened_inputs_costs_less_on_tokens_that_were_not_seen(loud: f
     found = heads.evened(seen, model.head)
     assert found is not None
     assert int(found.argmax()) == 7 and float(found.log().mean().abs()) < 0.02
-    assert float(found.min()) >= 1 / heads.EVENED
-    assert float(found.max()) <= heads.EVENED
+    assert float(found.min()) >= 1 / EVENED
+    assert float(found.max()) <= EVENED
     roots = seen.std(0) ** 0.25
     plain, rooted, evened = (_cost(model, seen, fresh, each) for each in (torch.ones(WIDTH), roots, found))
     assert evened < 0.4 * plain
