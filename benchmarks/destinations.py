@@ -30,6 +30,7 @@ from turns import PROMPT, STEPS, decode_in_turn
 import lighten
 from lighten.cli.progress import watching
 from lighten.evaluate import machine
+from lighten.model.ctranslate2_source import COMPUTE_TYPE
 from lighten.store.store import write_json
 
 RESULTS = HERE / "results" / "destinations.json"
@@ -82,13 +83,16 @@ def mlx(**settings: Any) -> Make:
     return make
 
 
-def ctranslate2(quantization: str) -> Make:
-    """Returns how CTranslate2's converter makes a directory."""
+def ctranslate2(quantization: str, compute_type: str | None = None) -> Make:
+    """Returns how CTranslate2's converter makes a directory, which is opened with a type of the products."""
 
     def make(bench: Bench, _ours: Path, out: Path) -> Path:
         from ctranslate2.converters import TransformersConverter
 
         TransformersConverter(str(bench.source)).convert(str(out), quantization=quantization)
+        if compute_type:
+            file = out / "config.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), COMPUTE_TYPE: compute_type}))
         return _with_tokenizer(bench.source, out)
 
     return make
@@ -269,6 +273,7 @@ OWN: dict[str, tuple[str, Make]] = {
     "gptq-mlx": ("mlx_lm.convert, 4 bits", mlx(quantize=True, q_bits=4, q_group_size=GROUP, dtype="float32")),
     "ctranslate2": ("CTranslate2's converter, float32", ctranslate2("float32")),
     "gptq-ctranslate2": ("CTranslate2's converter, int8", ctranslate2("int8")),
+    "gptq-ctranslate2-float": ("CTranslate2's converter, int8, opened with float32", ctranslate2("int8", "float32")),
     "executorch": ("export_llm, fp32", export_llm()),
     "gptq-executorch": (
         "export_llm, of the same GPTQ weights, head in 8 bits",

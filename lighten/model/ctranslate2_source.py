@@ -16,12 +16,16 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
-from lighten.errors import Failure
+from lighten.errors import Failure, RequestError
 from lighten.facts import ModelFacts, Task
-from lighten.model.files import refuse_pointer
+from lighten.model.files import read_json, refuse_pointer
 
 BINARY = "model.bin"
+COMPUTE_TYPE = "compute_type"
+"""Key of config.json that names the type of the products, where it is another than that of the weights."""
 _VERSIONS = range(1, 7)
+_FLOATS = ("float32", "float16", "bfloat16")
+_COMPUTE_TYPES = ("default", "auto", *_FLOATS, "int16", "int8", *(f"int8_{each}" for each in _FLOATS))
 _TASKS: dict[str, Task] = {"TransformerDecoderSpec": "causal", "TransformerSpec": "seq2seq"}
 """Specifications that can be measured here."""
 _INTEGERS = {1: "<b", 2: "<h", 3: "<i"}
@@ -94,6 +98,19 @@ def read_vocabulary(file: Path) -> list[str]:
     if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
         raise Failure(_DAMAGED.format(file, "it holds no list of tokens"))
     return found
+
+
+def compute_type_of(folder: Path) -> str:
+    """Returns the type that the products of a model are computed in; "default" is that of its weights.
+
+    Raises:
+        RequestError: config.json names a type that CTranslate2 does not have.
+    """
+    file = folder / "config.json"
+    told = read_json(file).get(COMPUTE_TYPE, "default") if file.is_file() else "default"
+    if told not in _COMPUTE_TYPES:
+        raise RequestError(f"{file} names the {COMPUTE_TYPE} {told!r}: it is one of {', '.join(_COMPUTE_TYPES)}")
+    return str(told)
 
 
 def facts_of(header: Header, context: int | None = None) -> ModelFacts:

@@ -25,20 +25,26 @@ _LARGEST = 2**32
 """CTranslate2 writes the size of a tensor in 32 bits."""
 
 _CODE = f"""\
+import json
+from pathlib import Path
 import ctranslate2
 from transformers import AutoTokenizer
 
-generator = ctranslate2.Generator(folder)
+kind = json.loads((Path(folder) / "config.json").read_text()).get("compute_type", "default")
+generator = ctranslate2.Generator(folder, compute_type=kind)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 prompt = tokenizer.convert_ids_to_tokens(tokenizer.encode("{PROMPT}"))
 found = generator.generate_batch([prompt], max_length=40, sampling_topk=1)
 print(tokenizer.decode(found[0].sequences_ids[0]))
 """
 _TRANSLATES = """\
+import json
+from pathlib import Path
 import ctranslate2
 from transformers import AutoTokenizer
 
-translator = ctranslate2.Translator(folder)
+kind = json.loads((Path(folder) / "config.json").read_text()).get("compute_type", "default")
+translator = ctranslate2.Translator(folder, compute_type=kind)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 source = tokenizer.convert_ids_to_tokens(tokenizer.encode("A text to translate."))
 found = translator.translate_batch([source])
@@ -55,11 +61,18 @@ class CTranslate2(Export):
     library: ClassVar[str] = "ctranslate2"
     calibrated: ClassVar[bool] = False
     tasks: ClassVar[tuple[Task, ...]] = ("causal", "seq2seq")
+    optional: ClassVar[tuple[str, ...]] = (*Export.optional, "compute_type")
 
     format: Literal["ctranslate2"] = Field(description="what to write")
     quantization: Literal[
         "float32", "float16", "bfloat16", "int16", "int8", "int8_float32", "int8_float16", "int8_bfloat16"
     ] = Field("int8", description="CTranslate2's type of the weights; int8 has a scale for every output")
+
+    compute_type: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None,
+        description="type of the products: if absent that of the weights, and int8 rounds the inputs of linears too; "
+        "with one of these inputs stay as they are, and weights are unpacked when the model is loaded",
+    )
 
     rounding: Literal["gptq", "nearest"] = Field(
         "gptq",

@@ -17,7 +17,7 @@ from lighten.export.ctranslate2.stream import changed
 from lighten.export.text import built_in
 from lighten.facts import ModelFacts
 from lighten.model.checkpoint import Checkpoint
-from lighten.model.ctranslate2_source import read_vocabulary
+from lighten.model.ctranslate2_source import COMPUTE_TYPE, read_vocabulary
 from lighten.model.files import read_json
 from lighten.model.tokenizer_files import copy_words
 from lighten.step import Context
@@ -48,7 +48,7 @@ def run(step: CTranslate2, source: Artifact, out: Path, context: Context) -> dic
     context.report(0, 2, "converting")
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as folder:
         made = Path(folder) / "model"
-        names = _convert(source.path, made, step.quantization, facts, method, ids, told, context)
+        names = _convert(source.path, made, step, facts, method, ids, told, context)
         for file in made.iterdir():
             shutil.move(file, out / file.name)
     copy_words(source.path, out, leave=[*_NOT_COPIED, *(file.name for file in out.iterdir())])
@@ -59,6 +59,7 @@ def run(step: CTranslate2, source: Artifact, out: Path, context: Context) -> dic
         "format": "ctranslate2",
         **({"unpacked": method} if method else {}),
         "quantization": step.quantization,
+        **({"compute_type": step.compute_type} if step.compute_type else {}),
         **told,
         "context": facts.context,
         "vocabularies": names,
@@ -86,7 +87,7 @@ def ready(load: Callable[[], Any], ids: torch.Tensor, context: Context) -> tuple
 def _convert(
     source: Path,
     made: Path,
-    quantization: str,
+    step: CTranslate2,
     facts: ModelFacts,
     method: str | None,
     ids: torch.Tensor | None,
@@ -124,7 +125,7 @@ def _convert(
             return found
 
     try:
-        Converter(str(source)).convert(str(made), quantization=quantization)
+        Converter(str(source)).convert(str(made), quantization=step.quantization)
     except (Failure, RequestError):
         raise
     except Exception as error:  # its loaders say in their own ways what they do not hold
@@ -134,6 +135,8 @@ def _convert(
             "gguf and onnx take more"
         ) from error
     _name_unknown(made / "config.json")
+    if step.compute_type:
+        write_json(made / "config.json", {**read_json(made / "config.json"), COMPUTE_TYPE: step.compute_type})
     names: dict[str, int] = {}
     for file in sorted(made.glob("*vocabulary.json")):
         tokens = read_vocabulary(file)

@@ -1,6 +1,7 @@
 """CTranslate2 computes what transformers does, from plain and from quantized checkpoints, and what it lacks is said."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -112,6 +113,35 @@ def test_int8_is_smaller_and_close(llama: tuple[Path, Path], tmp_path: Path) -> 
     assert (out / "model.bin").stat().st_size < 0.5 * (plain / "model.bin").stat().st_size
     exact = open_runtime(plain).logits(IDS)
     assert np.abs(runtime.logits(IDS) - exact).max() < 0.1 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+def test_codes_multiplied_as_floats_are_closer_than_those_whose_inputs_are_rounded(
+    wanted: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    source, exact = tiny("llama"), open_runtime(tiny("llama")).logits(IDS)
+    rounded = exported(source, tmp_path / "rounded")
+    out = exported(source, tmp_path / "out", compute_type=wanted)
+    assert (out / "model.bin").read_bytes() == (rounded / "model.bin").read_bytes()
+    runtime = open_runtime(out)
+    known = ctranslate2.get_supported_compute_types("cpu")
+    assert runtime.dtype == (wanted if wanted in known else "float32")
+    ours, theirs = (float(np.square(each.logits(IDS) - exact).mean()) for each in (runtime, open_runtime(rounded)))
+    assert ours < 0.7 * theirs
+
+
+def test_products_in_a_type_that_does_not_exist_are_refused(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    out = shutil.copytree(llama[1], tmp_path / "out")
+    file = out / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "compute_type": ["int2"]}))
+    with pytest.raises(RequestError, match=r"compute_type \['int2'\]: it is one of default, auto, float32"):
+        open_runtime(out)
+
+
+def test_products_in_the_type_of_the_weights_are_no_part_of_the_key() -> None:
+    plain = CTranslate2(format="ctranslate2")
+    assert "compute_type" not in plain.key_config()
+    assert CTranslate2(format="ctranslate2", compute_type="float32").key_config()["compute_type"] == "float32"
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2"])
