@@ -22,11 +22,11 @@ from lighten.evaluate.runtimes.torch_loading import (
     BATCH_TOKENS,
     arithmetic_for_quality,
     describe_quantizer,
-    is_assembled,
     kernels_of,
     load_model,
     repack,
     unpack_linears,
+    why_assembled,
 )
 from lighten.evaluate.runtimes.torch_writing import CACHE_BYTES, PROMPT_TOKENS, write_batch
 from lighten.evaluate.speed.options import ATTENTION, Caches, compiled, lacking
@@ -76,14 +76,14 @@ class TorchRuntime(Defaults):
         self.model = load_model(path, device, DTYPES[self.dtype], method, unpack, trust_remote_code, options.attention)
         kernels = kernels_of(self.model)
         unpacked = unpack and unpack_linears(self.model)
-        assembled = checkpoint if is_assembled(path, method, trust_remote_code) else None
+        assembled = why_assembled(path, method, trust_remote_code, unpack=unpack)
         if unpack and device == "cpu":
             repack(self.model)
         elif unpack:
             nn.Module.to(self.model, device)
         accelerator.reset_peak(device)
         self.detail = " + ".join(
-            [f"transformers {version('transformers')}", *describe_quantizer(method, kernels, unpacked, assembled)]
+            [f"transformers {version('transformers')}", *describe_quantizer(checkpoint, kernels, unpacked, assembled)]
         )
         settings = self.model.config.get_text_config()
         self.vocab = int(settings.vocab_size)

@@ -53,7 +53,7 @@ def load_model(
     """
     if accelerator.device_type(device) == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"the device {device} is not there: torch sees no GPU. Use --device cpu")
-    if is_assembled(path, method, trusted):
+    if why_assembled(path, method, trusted, unpack=unpack):
         return whole.load(path, dtype, trust_remote_code=trusted).to(device)
     options: dict[str, Any] = {"trust_remote_code": trusted}
     if attention:
@@ -89,13 +89,22 @@ def load_model(
     return model.eval() if placed or unpack else model.eval().to(device)
 
 
-def is_assembled(path: Path, method: str | None, trusted: bool) -> bool:
-    """Returns whether the weights of a checkpoint are unpacked and put together by lighten, and not by its loader."""
+def why_assembled(path: Path, method: str | None, trusted: bool, *, unpack: bool) -> str | None:
+    """Returns why lighten unpacks the weights of a checkpoint and puts them together; None if its loader opens it.
+
+    Where weights are unpacked anyway, the packages that would only read them need not be there.
+    """
     if method is None or method == "bitsandbytes":
-        return False
+        return None
+    plain_inputs = method in ("gptq", "awq")
     # loaders of these formats look for the layers of decoders
-    decoder = Checkpoint(path).facts.task == "causal" or method not in ("gptq", "awq")
-    return not decoder or whole.is_needed(path, trust_remote_code=trusted)
+    decoder = Checkpoint(path).facts.task == "causal" or not plain_inputs
+    if not decoder or whole.is_needed(path, trust_remote_code=trusted):
+        return "transformers opens no quantized experts or turned linears"
+    if unpack and plain_inputs:
+        lacking = [module for module in FORMATS[method].loaded_with if find_spec(module) is None]
+        return f"{lacking[0]}, with which transformers opens it, is not installed" if lacking else None
+    return None
 
 
 def _is_placed(method: str | None, device: str, unpack: bool) -> bool:
@@ -138,19 +147,18 @@ def stored(module: nn.Module) -> str | None:
     return "compressed" if scheme is not None and isinstance(module, nn.Linear) else None
 
 
-def describe_quantizer(
-    method: str | None, kernels: list[str], unpacked: bool, assembled: Checkpoint | None
-) -> list[str]:
+def describe_quantizer(checkpoint: Checkpoint, kernels: list[str], unpacked: bool, assembled: str | None) -> list[str]:
     """Returns the package that opens a quantized checkpoint, its version and what computes; nothing for a plain one.
 
-    `assembled` is the checkpoint, if lighten put its weights together.
+    `assembled` says why lighten put its weights together, if it did.
     """
+    stored_in = checkpoint.quantization or {}
     if assembled is not None:
-        groups = (assembled.quantization or {}).get("config_groups", {}).values()
+        groups = stored_in.get("config_groups", {}).values()
         rounded = any(each.get("input_activations") for each in groups)
         inputs = "; its inputs, which kernels round, are not rounded here" if rounded else ""
-        return [f"weights unpacked by lighten, for transformers opens no quantized experts or turned linears{inputs}"]
-    if (stored_as := FORMATS.get(method or "")) is None:
+        return [f"weights unpacked by lighten, for {assembled}{inputs}"]
+    if (stored_as := FORMATS.get(stored_in.get("quant_method", ""))) is None:
         return []
     package = stored_as.pip_names[1]
     how = "weights unpacked to float32" if unpacked else f"{', '.join(kernels) or 'its own'} kernel"

@@ -16,11 +16,11 @@ from lighten.evaluate.runtimes.texts import Reader, Texts
 from lighten.evaluate.runtimes.torch_loading import (
     arithmetic_for_quality,
     describe_quantizer,
-    is_assembled,
     kernels_of,
     load_model,
     repack,
     unpack_linears,
+    why_assembled,
 )
 from lighten.facts import Task
 from lighten.model import accelerator
@@ -68,10 +68,10 @@ class TorchTexts(Defaults):
         elif unpack:
             nn.Module.to(self.model, self.device)
         accelerator.reset_peak(self.device)
-        assembled = checkpoint if is_assembled(path, method, conditions.trust_remote_code) else None
+        assembled = why_assembled(path, method, conditions.trust_remote_code, unpack=unpack)
         told = [
             f"transformers {version('transformers')}",
-            *describe_quantizer(method, kernels, unpacked, assembled),
+            *describe_quantizer(checkpoint, kernels, unpacked, assembled),
         ]
         self.detail = " + ".join(told)
         settings = self.model.config.get_text_config()

@@ -167,13 +167,17 @@ def _gptq(source: Path, folder: Path) -> tuple[Path, Path]:
     return packed, dense
 
 
-def test_a_gptq_checkpoint_without_gptqmodel_names_the_extra(
+def test_quality_of_gptq_weights_needs_no_gptqmodel_and_its_kernels_do(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed, _ = _gptq(tiny(), tmp_path)
+    packed, dense = _gptq(tiny(), tmp_path)
     monkeypatch.setattr(torch_loading, "find_spec", lambda module: None)
+    ids = np.arange(40, 80)
+    ours = open_runtime(packed)
+    assert "weights unpacked by lighten, for gptqmodel" in ours.detail
+    np.testing.assert_allclose(ours.logits(ids), open_runtime(dense).logits(ids), rtol=1e-4, atol=1e-4)
     with pytest.raises(RequestError, match=r"pip install 'lighten\[gptq\]'"):
-        open_runtime(packed)
+        open_runtime(packed, dtype="float32")
 
 
 def test_what_is_not_there_or_not_a_model_is_a_request_error(tmp_path: Path, tiny_gguf: Path) -> None:
