@@ -39,6 +39,13 @@ def is_needed(path: Path, *, trust_remote_code: bool = False) -> bool:
     return any(name in filler.converted or filler.is_turned(name) for name in filler.places)
 
 
+def may_be_needed(path: Path, *, trust_remote_code: bool = False) -> bool:
+    """Returns whether that may become true of a plain model once it is quantized: it has such matrices."""
+    model = empty_model(Checkpoint(path), torch.bfloat16, trust_remote_code=trust_remote_code)
+    turned = any(type(module).__name__ == "Conv1D" for module in model.modules())
+    return turned or any("expert" in name for name, _ in model.named_parameters())
+
+
 def load(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """Returns the model on the CPU, every weight of it in one type.
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
-from lighten.errors import RequestError
+from lighten.errors import RequestError, missing_extra
 from lighten.evaluate import machine
-from lighten.evaluate.measurement import MEASUREMENTS
+from lighten.evaluate.measurement import MEASUREMENTS, Measurement
 from lighten.evaluate.runtimes.choose import opener
 from lighten.evaluate.settings import Evaluate
 from lighten.facts import TITLES, ModelFacts
 from lighten.model.accelerator import Device
-from lighten.pipeline.stage import Plan, Stage
+from lighten.model.formats import FORMATS
+from lighten.pipeline.stage import Plan, Stage, sources
 
 
 def check_measurable(facts: ModelFacts, evaluate: Evaluate, name: str) -> None:
@@ -34,6 +36,25 @@ def check_texts(model: Path, evaluate: Evaluate) -> None:
     """Raises RequestError or Failure if a model cannot be measured on a text or task; before any work."""
     for each in evaluate.asked:
         each.check_text(model)
+
+
+def check_kernels(settings: Measurement, stage: Stage, origin: Path | None) -> None:
+    """Raises RequestError if the speed of kernels is asked for that are not installed.
+
+    Args:
+        settings: the measurement.
+        stage: what makes the model.
+        origin: the directory of the model that it was made from; None if there is none.
+    """
+    made, facts = stage.shaped.step, stage.facts
+    stored_as = FORMATS.get(made.writes) if made and made.runtime == "torch" else None
+    absent = [module for module in stored_as.loaded_with if find_spec(module) is None] if stored_as else []
+    if not absent or stored_as is None or facts is None or facts.task != "causal" or origin is None:
+        return
+    from lighten.model import whole
+
+    if not whole.may_be_needed(origin, trust_remote_code=any(each.trust_remote_code for each in sources(stage))):
+        raise missing_extra(stored_as.extra, absent[0], f"evaluate.{settings.name} of quantized weights")
 
 
 def arithmetic(params: int, device: Device) -> str | None:

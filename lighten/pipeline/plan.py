@@ -24,7 +24,7 @@ from lighten.model.checkpoint import read_config
 from lighten.model.source import Found, GgufFile, Source, find
 from lighten.model.tokens import check_text
 from lighten.pipeline import lineage
-from lighten.pipeline.checks import arithmetic, check_measurable
+from lighten.pipeline.checks import arithmetic, check_kernels, check_measurable
 from lighten.pipeline.recipe import BASELINE, Recipe
 from lighten.pipeline.served import Served, remote
 from lighten.pipeline.stage import At, Plan, Stage, sources
@@ -339,6 +339,8 @@ class _Builder:
             at = None
         if settings.of_quality:
             inputs["tokenizer"] = root
+        if at is None and settings.timed:
+            check_kernels(settings, stage, _origin(stage))
         if settings.refers and stage is not root and self.refers and at is None:
             inputs["reference"] = self.measure(settings, root, root)
         return self._measurement(settings, inputs, at)

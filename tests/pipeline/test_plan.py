@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lighten import screen
 from lighten.cli.progress import Bars
@@ -166,3 +166,22 @@ def test_rows_that_blocks_do_not_fit_are_named_before_the_work(tiny: Tiny) -> No
     bars.say = lines.append  # type: ignore[method-assign]
     bars.started(next(each for each in plan(odd, {"export": {"format": "gguf"}}).stages if each.kind == "export"))
     assert lines[0].startswith("! export Q4_K_M: blocks of Q4_K_M hold 256 weights")
+
+
+def test_kernels_that_are_not_installed_are_named_before_the_work(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lighten.pipeline.checks.find_spec", lambda module: None if module == "gptqmodel" else True)
+    recipe = {"name": "a", "model": str(tiny()), "variants": {"q": [GPTQ]}}
+    quality, speed = {"perplexity": {}}, {"speed": {"generate": 4}}
+    assert make_plan(parse({**recipe, "evaluate": quality})).measurements["q"]  # weights are unpacked for that
+    with pytest.raises(
+        RequestError, match=r"evaluate\.speed of quantized weights needs the package gptqmodel.*\[gptq\]"
+    ):
+        make_plan(parse({**recipe, "evaluate": speed}))
+    folder = shutil.copytree(tiny(), tmp_path / "experts")
+    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+    sizes = {**SIZES, **SMALL, "vocab_size": vocab, "num_local_experts": 2}
+    MixtralForCausalLM(MixtralConfig(**sizes)).save_pretrained(folder)
+    experts = {**recipe, "model": str(folder)}  # lighten unpacks these for speed, too
+    assert make_plan(parse({**experts, "evaluate": speed})).measurements["q"]
