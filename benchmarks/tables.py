@@ -58,6 +58,7 @@ WHOLE = {
     "card-decode": "equal",
     "gemma": "models",
     "vllm": "load",
+    "vllm-float16": "load",
 }
 """The part that a result file must have for a section to be written."""
 Found = dict[str, Any]
@@ -300,6 +301,7 @@ def main() -> None:
         (DOCS, "ladder", "ladder.json", serving.ladder),
         (DOCS, "repeat", "repeat.json", serving.repeat),
         (SERVERS, "vllm", "vllm.json", serving.vllm),
+        (SERVERS, "vllm-float16", "vllm-float16.json", serving.vllm),
         (DOCS, "served", "serving.json", serving.served),
         (FAMILIES, "families", "families.json", family_table.families),
         (ROBUST, "campaign", "campaign.json", campaign.campaign),
