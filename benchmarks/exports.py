@@ -233,12 +233,13 @@ def destinations(found: Found) -> str:
     titles = ("Variant", "Opens in", "Size", "Perplexity", "Against what it was made of", "KL to the source, nats")
     titles += ("Tokens/s", "Beside the format's own tool")
     settings, protocol = found["settings"], by_name["baseline"]["perplexity"]["protocol"]
+    openings = max(each.get("openings", 0) for each in found["decode"].values())
     caption = (
         f"{settings['model']}, the recipe `destinations`. Perplexity is measured on {protocol['chunks']} × "
         f"{protocol['length']} tokens of the built-in text, on the runtime of the row. `gptq-` rows are made of the "
         f"same 4-bit GPTQ weights. Both models decode {', '.join([str(settings['generate']), *fewer])} tokens in turn, "
         f"one sequence, after the same prompt, {settings['turns']} times after each opening; the ratio is the median "
-        f"of the turns of all openings, up to {settings['openings']}."
+        f"of the turns of all openings, up to {openings}."
     )
     return f"{rows(titles, lines)}\n\n{caption}\n\n{made(found)}"
 

@@ -10,8 +10,6 @@ from lighten.evaluate import machine
 from lighten.model import accelerator
 from lighten.model.ctranslate2_source import compute_type_of
 
-_FLOATS = ("float16", "bfloat16")
-
 
 def open_library(model: str, folder: Path, device: str) -> Any:
     """Returns a `ctranslate2.Generator` or `ctranslate2.Translator` of a directory.
@@ -32,7 +30,7 @@ def open_library(model: str, folder: Path, device: str) -> Any:
         raise RequestError("CTranslate2 finds no CUDA device here: leave out the device")
     ctranslate2.set_log_level(40)
     products = compute_type_of(folder)
-    if products in _FLOATS and products not in ctranslate2.get_supported_compute_types(kind):
+    if products in ("float16", "bfloat16") and products not in ctranslate2.get_supported_compute_types(kind):
         products = "float32"
     place = {"device_index": accelerator.index(device)} if kind == "cuda" else {"intra_threads": machine.cores()}
     try:

@@ -73,10 +73,19 @@ class TorchRuntime(Defaults):
         self.dtype = dtype or arithmetic or arithmetic_for_quality(checkpoint, device)
         # a kernel's rounding is no part of a checkpoint's quality, and its prefill can be slow: take the weights
         unpack = for_quality and self.dtype == "float32"
-        self.model = load_model(path, device, DTYPES[self.dtype], method, unpack, trust_remote_code, options.attention)
+        assembled = why_assembled(path, method, trust_remote_code, unpack=unpack)
+        self.model = load_model(
+            path,
+            device,
+            DTYPES[self.dtype],
+            method,
+            unpack,
+            trust_remote_code,
+            options.attention,
+            assembled=assembled is not None,
+        )
         kernels = kernels_of(self.model)
         unpacked = unpack and unpack_linears(self.model)
-        assembled = why_assembled(path, method, trust_remote_code, unpack=unpack)
         if unpack and device == "cpu":
             repack(self.model)
         elif unpack:

@@ -35,6 +35,8 @@ def load_model(
     unpack: bool,
     trusted: bool,
     attention: str | None,
+    *,
+    assembled: bool,
 ) -> Any:
     """Opens a checkpoint in transformers, ready to compute.
 
@@ -46,6 +48,7 @@ def load_model(
         unpack: whether its weights are going to be unpacked, so that kernels must leave them as they are stored.
         trusted: whether code beside the weights may run.
         attention: the attention to use; None for the one that transformers chooses.
+        assembled: whether lighten unpacks the weights and puts them together, see `why_assembled`.
 
     Raises:
         RequestError: the device or an extra is missing, or transformers cannot load it.
@@ -53,7 +56,7 @@ def load_model(
     """
     if accelerator.device_type(device) == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"the device {device} is not there: torch sees no GPU. Use --device cpu")
-    if why_assembled(path, method, trusted, unpack=unpack):
+    if assembled:
         return whole.load(path, dtype, trust_remote_code=trusted).to(device)
     options: dict[str, Any] = {"trust_remote_code": trusted}
     if attention:

@@ -52,6 +52,7 @@ class TorchTexts(Defaults):
         self.dtype = conditions.dtype or conditions.arithmetic or arithmetic_for_quality(checkpoint, self.device)
         unpack = for_quality and self.dtype == "float32"
         method = (checkpoint.quantization or {}).get("quant_method")
+        assembled = why_assembled(path, method, conditions.trust_remote_code, unpack=unpack)
         self.model = load_model(
             path,
             self.device,
@@ -60,6 +61,7 @@ class TorchTexts(Defaults):
             unpack,
             conditions.trust_remote_code,
             None,
+            assembled=assembled is not None,
         )
         kernels = kernels_of(self.model)
         unpacked = unpack and unpack_linears(self.model)
@@ -68,7 +70,6 @@ class TorchTexts(Defaults):
         elif unpack:
             nn.Module.to(self.model, self.device)
         accelerator.reset_peak(self.device)
-        assembled = why_assembled(path, method, conditions.trust_remote_code, unpack=unpack)
         told = [
             f"transformers {version('transformers')}",
             *describe_quantizer(checkpoint, kernels, unpacked, assembled),
